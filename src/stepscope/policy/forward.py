@@ -1,0 +1,189 @@
+"""The one forward pass: log-probs and entropies of response tokens are computed here and nowhere else.
+
+Prompts are padded on the left and responses on the right, so that the response occupies the same columns in
+every row and logits of prompt positions are never made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stepscope.errors import BatchError
+from stepscope.results import Rollouts
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Padded token ids of some sequences of a batch.
+
+    Attributes:
+        input_ids: (seq, pos) prompt (left-padded) followed by response (right-padded).
+        attention_mask: (seq, pos) 1 on real tokens.
+        position_ids: (seq, pos) position within the unpadded sequence.
+        response_ids: (seq, tok) response token ids, padding arbitrary.
+        response_mask: (seq, tok) True on response tokens, the end-of-sequence token among them.
+        seq_index: (seq,) where each row stands in the whole batch.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    position_ids: Tensor
+    response_ids: Tensor
+    response_mask: Tensor
+    seq_index: Tensor
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return int(self.input_ids.shape[0])
+
+
+@dataclass(frozen=True)
+class TokenOutputs:
+    """What the policy says at each response position; zero where ``response_mask`` is False.
+
+    Attributes:
+        logprobs: (seq, tok) l_k = log pi(y_k|s_k), nats.
+        entropies: (seq, tok) H_k = -sum_v pi_v log pi_v, nats.
+        logits: (seq, tok, vocab) logits / temperature; present on request.
+        hidden: (seq, tok, hidden) last hidden state before each response token; present on request.
+    """
+
+    logprobs: Tensor
+    entropies: Tensor
+    logits: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+def make_batch(
+    prompt_token_ids: Sequence[Sequence[int]],
+    response_token_ids: Sequence[Sequence[int]],
+    *,
+    device: torch.device | str = "cpu",
+    seq_index: Sequence[int] | None = None,
+    pad_id: int = 0,
+) -> TokenBatch:
+    """Pad ragged prompts and responses into one batch.
+
+    Raises:
+        BatchError: a prompt or a response is empty.
+    """
+    rows = len(prompt_token_ids)
+    for kind, ids in (("prompt", prompt_token_ids), ("response", response_token_ids)):
+        empty = [i for i, row in enumerate(ids) if len(row) == 0]
+        if empty:
+            raise BatchError(f"sequence {empty[0]} has an empty {kind}; every sequence needs at least one token of it")
+    width = max(len(p) for p in prompt_token_ids)
+    length = max(len(r) for r in response_token_ids)
+    input_ids = torch.full((rows, width + length), pad_id, dtype=torch.long)
+    attention = torch.zeros((rows, width + length), dtype=torch.long)
+    for i, (prompt, response) in enumerate(zip(prompt_token_ids, response_token_ids, strict=True)):
+        start, stop = width - len(prompt), width + len(response)
+        input_ids[i, start:stop] = torch.tensor([*prompt, *response], dtype=torch.long)
+        attention[i, start:stop] = 1
+    positions = (attention.cumsum(1) - 1).clamp(min=0)
+    index = torch.arange(rows) if seq_index is None else torch.tensor(list(seq_index), dtype=torch.long)
+    return TokenBatch(
+        input_ids=input_ids.to(device),
+        attention_mask=attention.to(device),
+        position_ids=positions.to(device),
+        response_ids=input_ids[:, width:].to(device),
+        response_mask=attention[:, width:].bool().to(device),
+        seq_index=index.to(device),
+    )
+
+
+def batches(
+    rollouts: Rollouts,
+    *,
+    max_sequences: int = 16,
+    max_tokens: int | None = None,
+    device: torch.device | str = "cpu",
+    sort: bool = True,
+) -> Iterator[TokenBatch]:
+    """Cut a batch into padded micro-batches, longest sequences together.
+
+    Args:
+        rollouts: the sequences.
+        max_sequences: most sequences in one micro-batch.
+        max_tokens: most padded tokens in one micro-batch, or None for no limit.
+        device: where the tensors go.
+        sort: order by length (less padding); ``seq_index`` tells where each row belongs either way.
+    """
+    totals = [len(p) + len(r) for p, r in zip(rollouts.prompt_token_ids, rollouts.response_token_ids, strict=True)]
+    order = sorted(range(len(rollouts)), key=lambda i: (-totals[i], i)) if sort else list(range(len(rollouts)))
+    chunk: list[int] = []
+    widest = 0
+    for i in order:
+        grown = max(widest, totals[i])
+        if chunk and (len(chunk) == max_sequences or (max_tokens is not None and grown * (len(chunk) + 1) > max_tokens)):
+            yield _gather(rollouts, chunk, device)
+            chunk, grown = [], totals[i]
+        chunk.append(i)
+        widest = grown
+    if chunk:
+        yield _gather(rollouts, chunk, device)
+
+
+def _gather(rollouts: Rollouts, chunk: list[int], device: torch.device | str) -> TokenBatch:
+    return make_batch(
+        [rollouts.prompt_token_ids[i] for i in chunk],
+        [rollouts.response_token_ids[i] for i in chunk],
+        device=device,
+        seq_index=chunk,
+    )
+
+
+def forward(
+    model: nn.Module,
+    batch: TokenBatch,
+    *,
+    temperature: float,
+    params: Mapping[str, Tensor] | None = None,
+    keep_logits: bool = False,
+    keep_hidden: bool = False,
+) -> TokenOutputs:
+    """Log-probs and entropies of the response tokens of a batch.
+
+    Differentiable in the model's parameters, in reverse mode (backward) and, given ``params``, in forward
+    mode (``torch.func.jvp``).
+
+    Args:
+        model: causal language model.
+        batch: padded sequences.
+        temperature: T of pi(.|s) = softmax(z(s)/T).
+        params: values to use instead of the model's own, by ``named_parameters()`` name; missing names keep
+            the model's own value.
+        keep_logits: also return logits / temperature.
+        keep_hidden: also return the last hidden states.
+    """
+    inputs = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+        "logits_to_keep": batch.response_ids.shape[1] + 1,
+    }
+    if keep_hidden:
+        inputs["output_hidden_states"] = True
+    if params is None:
+        out = model(**inputs)
+    else:
+        out = torch.func.functional_call(model, dict(params), (), inputs)
+    logits = out.logits[:, :-1] / temperature
+    if logits.dtype in (torch.float16, torch.bfloat16):
+        logits = logits.float()
+    distribution = torch.log_softmax(logits, dim=-1)
+    logprobs = distribution.gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1)
+    entropies = -(distribution.exp() * distribution).sum(-1)
+    mask = batch.response_mask
+    hidden = out.hidden_states[-1][:, -batch.response_ids.shape[1] - 1 : -1] if keep_hidden else None
+    return TokenOutputs(
+        logprobs=logprobs.masked_fill(~mask, 0.0),
+        entropies=entropies.masked_fill(~mask, 0.0),
+        logits=logits if keep_logits else None,
+        hidden=hidden,
+    )

@@ -1,0 +1,83 @@
+"""What a checkpoint is once loaded: model, tokenizer, AdamW state by name, and the settings of its loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepscope.policy.settings import StepSettings
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Hyperparameters that AdamW (or SGD) applies to the named parameters of one group.
+
+    ``lr`` is the learning rate of the *next* step, as the scheduler left it in the checkpoint.
+    """
+
+    names: tuple[str, ...]
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    amsgrad: bool = False
+
+
+@dataclass(frozen=True)
+class OptimizerState:
+    """AdamW's state, matched to parameters by name.
+
+    Attributes:
+        groups: parameter groups in the optimizer's order.
+        exp_avg: m, first moment, per parameter.
+        exp_avg_sq: v, second moment, per parameter.
+        steps: number of steps taken so far, per parameter (t - 1 for the step to come).
+        max_exp_avg_sq: running maximum of v, present for AMSGrad only.
+    """
+
+    groups: tuple[ParameterGroup, ...]
+    exp_avg: Mapping[str, Tensor]
+    exp_avg_sq: Mapping[str, Tensor]
+    steps: Mapping[str, int]
+    max_exp_avg_sq: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy pi(.|s) = softmax(z(s)/T) with everything one optimizer step needs.
+
+    Attributes:
+        model: the causal language model, in evaluation mode (no dropout).
+        tokenizer: its tokenizer, or None for a bare model (enumeration, tests).
+        settings: loss, temperature and lengths of the run it came from.
+        optimizer: None where the checkpoint has no optimizer state.
+        path: where it was loaded from; None for a model built in code.
+        step: optimizer steps taken so far.
+    """
+
+    model: nn.Module
+    tokenizer: Any
+    settings: StepSettings
+    optimizer: OptimizerState | None = None
+    path: Path | None = None
+    step: int = 0
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by their ``named_parameters()`` name; tied weights appear once."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type of the trainable parameters."""
+        return next(iter(self.parameters.values())).dtype
