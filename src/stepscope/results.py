@@ -74,7 +74,9 @@ class Rollouts:
                     "one per sequence"
                 )
         if self.advantages is not None and len(self.advantages) != len(self.prompt_ids):
-            raise BatchError(f"rollouts: {len(self.advantages)} advantages for {len(self.prompt_ids)} sequences")
+            raise BatchError(
+                f"rollouts: {len(self.advantages)} advantages for {len(self.prompt_ids)} sequences"
+            )
 
     def __len__(self) -> int:
         """Number of sequences."""

@@ -75,7 +75,9 @@ def make_batch(
     for kind, ids in (("prompt", prompt_token_ids), ("response", response_token_ids)):
         empty = [i for i, row in enumerate(ids) if len(row) == 0]
         if empty:
-            raise BatchError(f"sequence {empty[0]} has an empty {kind}; every sequence needs at least one token of it")
+            raise BatchError(
+                f"sequence {empty[0]} has an empty {kind}; every sequence needs at least one token of it"
+            )
     width = max(len(p) for p in prompt_token_ids)
     length = max(len(r) for r in response_token_ids)
     input_ids = torch.full((rows, width + length), pad_id, dtype=torch.long)
@@ -113,13 +115,19 @@ def batches(
         device: where the tensors go.
         sort: order by length (less padding); ``seq_index`` tells where each row belongs either way.
     """
-    totals = [len(p) + len(r) for p, r in zip(rollouts.prompt_token_ids, rollouts.response_token_ids, strict=True)]
-    order = sorted(range(len(rollouts)), key=lambda i: (-totals[i], i)) if sort else list(range(len(rollouts)))
+    totals = [
+        len(p) + len(r) for p, r in zip(rollouts.prompt_token_ids, rollouts.response_token_ids, strict=True)
+    ]
+    order = (
+        sorted(range(len(rollouts)), key=lambda i: (-totals[i], i)) if sort else list(range(len(rollouts)))
+    )
     chunk: list[int] = []
     widest = 0
     for i in order:
         grown = max(widest, totals[i])
-        if chunk and (len(chunk) == max_sequences or (max_tokens is not None and grown * (len(chunk) + 1) > max_tokens)):
+        if chunk and (
+            len(chunk) == max_sequences or (max_tokens is not None and grown * (len(chunk) + 1) > max_tokens)
+        ):
             yield _gather(rollouts, chunk, device)
             chunk, grown = [], totals[i]
         chunk.append(i)

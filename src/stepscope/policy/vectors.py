@@ -73,7 +73,9 @@ def load(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(str(path)))
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); copy or write it again") from error
+        raise CheckpointError(
+            f"{path}: cannot be read as safetensors ({error}); copy or write it again"
+        ) from error
 
 
 @contextmanager
