@@ -1,0 +1,181 @@
+"""Configuration of ``stepscope train``: model, supervised warm-up, reinforcement learning."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from stepscope.config.base import Section
+
+
+class TinyModelConfig(Section):
+    """The embedded policy: a Qwen2-style model built in code.
+
+    Attributes:
+        hidden_size: width of the residual stream.
+        layers: number of transformer blocks.
+        heads: attention heads.
+        kv_heads: key/value heads.
+        intermediate_size: width of the feed-forward part.
+    """
+
+    hidden_size: int = Field(96, ge=8)
+    layers: int = Field(3, ge=1)
+    heads: int = Field(4, ge=1)
+    kv_heads: int = Field(2, ge=1)
+    intermediate_size: int = Field(256, ge=8)
+
+
+class LoraConfig(Section):
+    """Low-rank adapter.
+
+    Attributes:
+        r: rank.
+        alpha: scale numerator; the adapter's output is multiplied by alpha / r.
+        dropout: dropout on the adapter's input.
+        targets: names of the modules that get an adapter, or ``all-linear``.
+    """
+
+    r: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class ModelConfig(Section):
+    """Which model is trained.
+
+    Attributes:
+        source: hub id, local folder, path to a ``.gguf`` file, or ``tiny`` for the embedded policy.
+        dtype: floating-point type of the weights.
+        tiny: shape of the embedded policy; used where ``source`` is ``tiny``.
+        lora: adapter, or null for full fine-tuning.
+    """
+
+    source: str = "tiny"
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    tiny: TinyModelConfig = TinyModelConfig()
+    lora: LoraConfig | None = None
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule.
+
+    Attributes:
+        lr: peak learning rate.
+        scheduler: schedule after the warm-up.
+        warmup_steps: steps of linear warm-up.
+        weight_decay: decoupled weight decay.
+        beta1: decay of the first moment.
+        beta2: decay of the second moment.
+        eps: added to the root of the second moment.
+        max_grad_norm: clipping threshold of the gradient norm; 0 switches clipping off.
+    """
+
+    lr: float = Field(1e-5, gt=0)
+    scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    max_grad_norm: float = Field(1.0, ge=0)
+
+
+class SftConfig(Section):
+    """Supervised warm-up on worked demonstrations.
+
+    Attributes:
+        examples: demonstrations used.
+        epochs: most passes over them.
+        batch_size: demonstrations per optimizer step.
+        optimizer: AdamW and its schedule.
+        format_threshold: stop once this share of held-out responses keeps the format.
+        accuracy_threshold: also wait for this pass@1 on held-out prompts; null for the format alone.
+        check_every: optimizer steps between two checks of the thresholds.
+        check_prompts: held-out prompts per check.
+    """
+
+    examples: int = Field(2048, ge=1)
+    epochs: int = Field(1, ge=1)
+    batch_size: int = Field(64, ge=1)
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
+    format_threshold: float = Field(0.95, ge=0, le=1)
+    accuracy_threshold: float | None = Field(None, ge=0, le=1)
+    check_every: int = Field(50, ge=1)
+    check_prompts: int = Field(64, ge=1)
+
+
+class RlConfig(Section):
+    """Strictly on-policy reinforcement learning.
+
+    Attributes:
+        loss_type: TRL's name of the loss.
+        scale_rewards: how advantages are scaled.
+        group_size: responses per prompt.
+        prompts_per_step: prompt groups per optimizer step.
+        temperature: sampling temperature.
+        max_response_tokens: longest response.
+        max_prompt_tokens: longest prompt, or null for no limit.
+        steps: optimizer steps.
+        save_every: steps between two checkpoints.
+        max_resample: times a batch is topped up to replace groups without reward variance.
+        num_iterations: optimizer steps per generated batch; 1 is strictly on-policy.
+        beta: weight of the KL penalty to the reference policy.
+        epsilon_low: lower clip range of the ratio.
+        epsilon_high: upper clip range of the ratio.
+        micro_batch_size: sequences per forward and backward pass.
+        format_reward: reward for keeping the format, beside 1 for a correct answer.
+        optimizer: AdamW and its schedule.
+        report_to: where curves go: any name TRL knows.
+    """
+
+    loss_type: Literal["grpo", "dr_grpo", "bnpo", "dapo"] = "dr_grpo"
+    scale_rewards: Literal["none", "group", "batch"] = "none"
+    group_size: int = Field(8, ge=2)
+    prompts_per_step: int = Field(16, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    max_response_tokens: int = Field(64, ge=1)
+    max_prompt_tokens: int | None = Field(None, ge=1)
+    steps: int = Field(40, ge=1)
+    save_every: int = Field(10, ge=1)
+    max_resample: int = Field(10, ge=0)
+    num_iterations: int = Field(1, ge=1)
+    beta: float = Field(0.0, ge=0)
+    epsilon_low: float = Field(0.2, gt=0)
+    epsilon_high: float = Field(0.2, gt=0)
+    micro_batch_size: int = Field(128, ge=1)
+    format_reward: float = Field(0.0, ge=0)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    report_to: list[str] = ["tensorboard"]
+
+
+class TrainConfig(Section):
+    """Configuration of ``stepscope train``.
+
+    Attributes:
+        model: which model, and its adapter.
+        task: specification of the task, for example ``arithmetic`` or ``gsm8k:DIR``.
+        template: prompt template: a name, a text with ``{question}``, or null for the default.
+        seed: seed of initialisation, data order and sampling.
+        out: run folder; checkpoints go to ``OUT/checkpoints/step-N``.
+        sft: supervised warm-up, or null to skip it.
+        rl: reinforcement learning, or null to skip it.
+    """
+
+    model: ModelConfig = ModelConfig()
+    task: str = "arithmetic"
+    template: str | None = None
+    seed: int = 0
+    out: str = "runs/train"
+    sft: SftConfig | None = SftConfig()
+    rl: RlConfig | None = RlConfig()
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> TrainConfig:
+        if self.sft is None and self.rl is None:
+            raise ValueError(
+                "sft and rl are both null, so there is nothing to train; give at least one section"
+            )
+        return self
