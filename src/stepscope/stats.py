@@ -1,9 +1,24 @@
-"""Estimates with honest errors; numpy and scipy only."""
+"""Estimates with honest errors; numpy and scipy only.
+
+Responses to one prompt are not independent, so every standard error here is clustered: the independent unit
+is the cluster (a prompt), and sequences of one cluster may depend on each other in any way.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from scipy.special import gammaln
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+MIN_TAIL = 5
+"""Fewest tail points to which :func:`pareto_k` fits a shape."""
 
 
 @dataclass(frozen=True)
@@ -31,3 +46,282 @@ class Estimate:
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-ready dictionary."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Estimate:
+        """Read back what :meth:`to_dict` gave; JSON's null stands for nan."""
+        values = {f.name: data[f.name] for f in fields(cls)}
+        for name in ("value", "stderr"):
+            values[name] = float("nan") if values[name] is None else float(values[name])
+        return cls(**values)
+
+
+def _cluster_sums(values: FloatArray, clusters: npt.ArrayLike) -> FloatArray:
+    _, index = np.unique(np.asarray(clusters), return_inverse=True)
+    return np.bincount(index, weights=values).astype(np.float64)
+
+
+def clustered_mean(values: npt.ArrayLike, clusters: npt.ArrayLike, *, unit: str, method: str) -> Estimate:
+    """Mean over sequences with a standard error clustered by prompt.
+
+    ``stderr^2 = G/(G-1) * sum_g (sum_{i in g} (x_i - mean))^2 / N^2`` with G clusters and N sequences
+    (Liang & Zeger 1986 with the usual small-sample factor). With clusters of size one this is s/sqrt(N).
+
+    Args:
+        values: (seq,) one number per sequence.
+        clusters: (seq,) cluster of each sequence, any sortable labels.
+        unit: of the values.
+        method: how they were obtained; recorded.
+
+    Returns:
+        The estimate; ``n`` is the number of clusters. With one cluster the error does not exist: it is nan
+        and the estimate is flagged.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    return clustered_ratio(x, np.ones_like(x), clusters, unit=unit, method=method)
+
+
+def clustered_ratio(
+    numerator: npt.ArrayLike,
+    denominator: npt.ArrayLike,
+    clusters: npt.ArrayLike,
+    *,
+    unit: str,
+    method: str,
+) -> Estimate:
+    """Ratio of sums R = sum x / sum y with a clustered delta-method error.
+
+    ``stderr^2 = G/(G-1) * sum_g (sum_{i in g} (x_i - R y_i))^2 / (sum y)^2``; R estimates E[x]/E[y] with a
+    bias of order 1/G.
+
+    Args:
+        numerator: (seq,) x, for example the entropy summed over a response.
+        denominator: (seq,) y, for example the length of the response.
+        clusters: (seq,) cluster of each sequence.
+        unit: of the ratio.
+        method: how the numbers were obtained; recorded.
+
+    Returns:
+        The estimate; ``n`` is the number of clusters.
+    """
+    x = np.asarray(numerator, dtype=np.float64)
+    y = np.asarray(denominator, dtype=np.float64)
+    total = float(y.sum())
+    ratio = float(x.sum()) / total if total else float("nan")
+    sums = _cluster_sums(x - ratio * y, clusters)
+    count = len(sums)
+    if count < 2:
+        return _without_error(ratio, count, unit, method)
+    stderr = (
+        float(np.sqrt(count / (count - 1) * float((sums**2).sum()))) / abs(total) if total else float("nan")
+    )
+    return Estimate(ratio, stderr, count, unit, method)
+
+
+def jackknife_ratio(
+    numerator: npt.ArrayLike,
+    denominator: npt.ArrayLike,
+    clusters: npt.ArrayLike,
+    *,
+    unit: str,
+    method: str,
+) -> Estimate:
+    """Ratio of sums with the delete-one-cluster jackknife: bias of order 1/G removed.
+
+    With R_g the ratio without cluster g: ``value = G R - (G-1) mean_g R_g`` and
+    ``stderr^2 = (G-1)/G * sum_g (R_g - mean R_g)^2`` (Quenouille 1956, Tukey 1958).
+
+    Args:
+        numerator: (seq,) x.
+        denominator: (seq,) y.
+        clusters: (seq,) cluster of each sequence.
+        unit: of the ratio.
+        method: how the numbers were obtained; recorded.
+
+    Returns:
+        The estimate; ``n`` is the number of clusters.
+    """
+    x = _cluster_sums(np.asarray(numerator, dtype=np.float64), clusters)
+    y = _cluster_sums(np.asarray(denominator, dtype=np.float64), clusters)
+    count = len(x)
+    ratio = float(x.sum() / y.sum()) if y.sum() else float("nan")
+    if count < 2:
+        return _without_error(ratio, count, unit, method)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        without = (x.sum() - x) / (y.sum() - y)
+    value = count * ratio - (count - 1) * float(without.mean())
+    stderr = float(np.sqrt((count - 1) / count * float(((without - without.mean()) ** 2).sum())))
+    return Estimate(value, stderr, count, unit, method)
+
+
+def _without_error(value: float, count: int, unit: str, method: str) -> Estimate:
+    reason = f"{count} prompt: a standard error needs at least two"
+    return Estimate(value, float("nan"), count, unit, method, reliable=False, reason=reason)
+
+
+class Bootstrap(NamedTuple):
+    """Standard error and 95 % percentile interval of a resampled statistic."""
+
+    stderr: float
+    low: float
+    high: float
+
+
+def bootstrap(
+    statistic: Callable[[IntArray], float],
+    clusters: npt.ArrayLike,
+    *,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> Bootstrap:
+    """Cluster bootstrap: whole prompts are drawn with replacement.
+
+    Args:
+        statistic: maps indices of sequences (with repeats) to the number of interest.
+        clusters: (seq,) cluster of each sequence.
+        num_resamples: resamples drawn.
+        seed: of the resampling.
+
+    Returns:
+        Standard deviation of the resampled statistic, and its 2.5 % and 97.5 % quantiles.
+    """
+    labels = np.asarray(clusters)
+    members = [np.flatnonzero(labels == c).astype(np.int64) for c in np.unique(labels)]
+    generator = np.random.default_rng(seed)
+    draws = np.empty(num_resamples)
+    for r in range(num_resamples):
+        chosen = generator.integers(len(members), size=len(members))
+        draws[r] = statistic(np.concatenate([members[c] for c in chosen]))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Bootstrap(float(draws.std(ddof=1)), float(low), float(high))
+
+
+def effective_sample_size(weights: npt.ArrayLike) -> float:
+    """Kish's effective sample size (sum w)^2 / sum w^2 of importance weights; nan when all are zero."""
+    w = np.asarray(weights, dtype=np.float64)
+    squares = float((w**2).sum())
+    return float(w.sum()) ** 2 / squares if squares > 0 else float("nan")
+
+
+def pareto_k(weights: npt.ArrayLike) -> float:
+    """Shape k of the tail of importance weights: above 0.7 their mean cannot be trusted.
+
+    Fits a generalised Pareto distribution to the excesses of the largest ``ceil(min(0.2 n, 3 sqrt(n)))``
+    weights over the next smaller one, by Zhang & Stephens (2009), drawn towards 0.5 with the weight of ten
+    points as in Pareto smoothed importance sampling (Vehtari et al. 2024). The weights have about 1/k finite
+    moments.
+
+    Args:
+        weights: (n,) nonnegative weights; their scale does not matter.
+
+    Returns:
+        k, or nan when the tail has fewer than five points above the cutoff (too few weights, or all equal).
+    """
+    w = np.sort(np.asarray(weights, dtype=np.float64))
+    size = int(np.ceil(min(0.2 * len(w), 3 * np.sqrt(len(w)))))
+    if size < MIN_TAIL or not np.isfinite(w).all():
+        return float("nan")
+    excess = w[-size:] - w[-size - 1]
+    excess = excess[excess > 0]
+    if len(excess) < MIN_TAIL:
+        return float("nan")
+    count = len(excess)
+    grid = 30 + int(np.sqrt(count))
+    quartile = excess[int(count / 4 + 0.5) - 1]
+    b = 1 - np.sqrt(grid / (np.arange(1, grid + 1) - 0.5))
+    b = b / (3 * quartile) + 1 / excess[-1]
+    shape = np.log1p(-b[:, None] * excess).mean(axis=1)
+    profile = count * (np.log(-b / shape) - shape - 1)
+    posterior = np.exp(profile - profile.max())
+    posterior /= posterior.sum()
+    k = float(np.log1p(-float(posterior @ b) * excess).mean())
+    return (count * k + 10 * 0.5) / (count + 10)
+
+
+def pass_at_k(num_samples: npt.ArrayLike, num_correct: npt.ArrayLike, k: int) -> FloatArray:
+    """Unbiased estimate of the chance that at least one of k samples is correct (Chen et al. 2021).
+
+    ``1 - C(n-c, k)/C(n, k)``, per prompt.
+
+    Args:
+        num_samples: (prompt,) n, samples drawn.
+        num_correct: (prompt,) c, correct ones among them.
+        k: samples allowed.
+
+    Returns:
+        (prompt,) estimates, of the broadcast shape of the arguments.
+
+    Raises:
+        ValueError: fewer than k samples of some prompt, or c outside 0..n.
+    """
+    n, c = np.broadcast_arrays(
+        np.asarray(num_samples, dtype=np.float64), np.asarray(num_correct, dtype=np.float64)
+    )
+    if (n < k).any() or k < 1:
+        raise ValueError(f"pass@{k} needs at least {k} samples of every prompt, got {n.min():.0f}")
+    if (c < 0).any() or (c > n).any():
+        raise ValueError("the number of correct samples must lie between 0 and the number of samples")
+    enough = n - c >= k
+    wrong = np.where(enough, n - c, k)
+    log_ratio = gammaln(wrong + 1) - gammaln(wrong - k + 1) - gammaln(n + 1) + gammaln(n - k + 1)
+    return np.asarray(np.where(enough, 1 - np.exp(log_ratio), 1.0), dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class LogLogFit:
+    """Least squares of log|y| on log x: |y| = exp(intercept) * x^slope.
+
+    Attributes:
+        slope: exponent; 1 where y is linear in x.
+        intercept: log|y| at x = 1.
+        r2: share of the variance of log|y| explained.
+        n: points used.
+        lrs: their x.
+        slope_stderr: standard error of the slope from the scatter about the line; nan with two points.
+    """
+
+    slope: float
+    intercept: float
+    r2: float
+    n: int
+    lrs: tuple[float, ...]
+    slope_stderr: float = float("nan")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-ready dictionary."""
+        return {**asdict(self), "lrs": list(self.lrs)}
+
+
+def loglog_fit(x: npt.ArrayLike, y: npt.ArrayLike) -> LogLogFit:
+    """Straight line through log|y| against log x.
+
+    Points where y is zero or not finite have no logarithm and are left out; ``lrs`` lists those used.
+
+    Args:
+        x: (lr,) positive abscissae, usually learning rates.
+        y: (lr,) ordinates; only their magnitude enters.
+
+    Returns:
+        The fit; all nan with fewer than two distinct points.
+    """
+    xs = np.asarray(x, dtype=np.float64)
+    ys = np.abs(np.asarray(y, dtype=np.float64))
+    keep = (xs > 0) & np.isfinite(ys) & (ys > 0)
+    used = tuple(float(v) for v in xs[keep])
+    count = len(used)
+    if len(set(used)) < 2:
+        return LogLogFit(float("nan"), float("nan"), float("nan"), count, used)
+    log_x, log_y = np.log(xs[keep]), np.log(ys[keep])
+    dx, dy = log_x - log_x.mean(), log_y - log_y.mean()
+    slope = float((dx * dy).sum() / (dx**2).sum())
+    residual = float(((dy - slope * dx) ** 2).sum())
+    spread = float((dy**2).sum())
+    stderr = float(np.sqrt(residual / (count - 2) / float((dx**2).sum()))) if count > 2 else float("nan")
+    return LogLogFit(
+        slope=slope,
+        intercept=float(log_y.mean() - slope * log_x.mean()),
+        r2=1 - residual / spread if spread > 0 else float("nan"),
+        n=count,
+        lrs=used,
+        slope_stderr=stderr,
+    )

@@ -148,7 +148,7 @@ class RlConfig(Section):
     micro_batch_size: int = Field(128, ge=1)
     format_reward: float = Field(0.0, ge=0)
     optimizer: OptimizerConfig = OptimizerConfig()
-    report_to: list[str] = ["tensorboard"]
+    report_to: list[str] = Field(default_factory=lambda: ["tensorboard"])
 
 
 class TrainConfig(Section):
