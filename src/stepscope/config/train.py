@@ -20,11 +20,11 @@ class TinyModelConfig(Section):
         intermediate_size: width of the feed-forward part.
     """
 
-    hidden_size: int = Field(96, ge=8)
-    layers: int = Field(3, ge=1)
-    heads: int = Field(4, ge=1)
-    kv_heads: int = Field(2, ge=1)
-    intermediate_size: int = Field(256, ge=8)
+    hidden_size: int = Field(default=96, ge=8)
+    layers: int = Field(default=3, ge=1)
+    heads: int = Field(default=4, ge=1)
+    kv_heads: int = Field(default=2, ge=1)
+    intermediate_size: int = Field(default=256, ge=8)
 
 
 class LoraConfig(Section):
@@ -37,9 +37,9 @@ class LoraConfig(Section):
         targets: names of the modules that get an adapter, or ``all-linear``.
     """
 
-    r: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
+    r: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: list[str] | Literal["all-linear"] = "all-linear"
 
 
@@ -73,14 +73,14 @@ class OptimizerConfig(Section):
         max_grad_norm: clipping threshold of the gradient norm; 0 switches clipping off.
     """
 
-    lr: float = Field(1e-5, gt=0)
+    lr: float = Field(default=1e-5, gt=0)
     scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    eps: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, ge=0)
 
 
 class SftConfig(Section):
@@ -97,14 +97,14 @@ class SftConfig(Section):
         check_prompts: held-out prompts per check.
     """
 
-    examples: int = Field(2048, ge=1)
-    epochs: int = Field(1, ge=1)
-    batch_size: int = Field(64, ge=1)
+    examples: int = Field(default=2048, ge=1)
+    epochs: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-3)
-    format_threshold: float = Field(0.95, ge=0, le=1)
-    accuracy_threshold: float | None = Field(None, ge=0, le=1)
-    check_every: int = Field(50, ge=1)
-    check_prompts: int = Field(64, ge=1)
+    format_threshold: float = Field(default=0.95, ge=0, le=1)
+    accuracy_threshold: float | None = Field(default=None, ge=0, le=1)
+    check_every: int = Field(default=50, ge=1)
+    check_prompts: int = Field(default=64, ge=1)
 
 
 class RlConfig(Section):
@@ -133,20 +133,20 @@ class RlConfig(Section):
 
     loss_type: Literal["grpo", "dr_grpo", "bnpo", "dapo"] = "dr_grpo"
     scale_rewards: Literal["none", "group", "batch"] = "none"
-    group_size: int = Field(8, ge=2)
-    prompts_per_step: int = Field(16, ge=1)
-    temperature: float = Field(1.0, gt=0)
-    max_response_tokens: int = Field(64, ge=1)
-    max_prompt_tokens: int | None = Field(None, ge=1)
-    steps: int = Field(40, ge=1)
-    save_every: int = Field(10, ge=1)
-    max_resample: int = Field(10, ge=0)
-    num_iterations: int = Field(1, ge=1)
-    beta: float = Field(0.0, ge=0)
-    epsilon_low: float = Field(0.2, gt=0)
-    epsilon_high: float = Field(0.2, gt=0)
-    micro_batch_size: int = Field(128, ge=1)
-    format_reward: float = Field(0.0, ge=0)
+    group_size: int = Field(default=8, ge=2)
+    prompts_per_step: int = Field(default=16, ge=1)
+    temperature: float = Field(default=1.0, gt=0)
+    max_response_tokens: int = Field(default=64, ge=1)
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    steps: int = Field(default=40, ge=1)
+    save_every: int = Field(default=10, ge=1)
+    max_resample: int = Field(default=10, ge=0)
+    num_iterations: int = Field(default=1, ge=1)
+    beta: float = Field(default=0.0, ge=0)
+    epsilon_low: float = Field(default=0.2, gt=0)
+    epsilon_high: float = Field(default=0.2, gt=0)
+    micro_batch_size: int = Field(default=128, ge=1)
+    format_reward: float = Field(default=0.0, ge=0)
     optimizer: OptimizerConfig = OptimizerConfig()
     report_to: list[str] = Field(default_factory=lambda: ["tensorboard"])
 
