@@ -327,8 +327,8 @@ def quantity_objective(
 
     Per sequence: sum_k (f_k - Fbar) + sum_k (R_k - b_k) l_k, divided by the mean length per token
     (Fbar = 0 and no division per sequence); ``fixed_prefix`` keeps the first sum only, with Fbar = 0
-    because the positions stay. Fbar, mean length, R_k and b_k are constants, taken from ``quantity.base``. Only the
-    *derivative* of the surrogate has a meaning.
+    because the positions stay. Fbar, mean length, R_k and b_k are constants, taken from ``quantity.base``.
+    Only the *derivative* of the surrogate has a meaning.
 
     Args:
         quantity: bound to ``rollouts``.
