@@ -33,13 +33,11 @@ class LoraConfig(Section):
     Attributes:
         r: rank.
         alpha: scale numerator; the adapter's output is multiplied by alpha / r.
-        dropout: dropout on the adapter's input.
         targets: names of the modules that get an adapter, or ``all-linear``.
     """
 
     r: int = Field(default=16, ge=1)
     alpha: float = Field(default=32.0, gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
     targets: list[str] | Literal["all-linear"] = "all-linear"
 
 
@@ -47,7 +45,8 @@ class ModelConfig(Section):
     """Which model is trained.
 
     Attributes:
-        source: hub id, local folder, path to a ``.gguf`` file, or ``tiny`` for the embedded policy.
+        source: hub id, local folder, path to a ``.gguf`` file, ``package:NAME/FILE`` for a file or folder that
+            an installed package ships, or ``tiny`` for the embedded policy.
         dtype: floating-point type of the weights.
         tiny: shape of the embedded policy; used where ``source`` is ``tiny``.
         lora: adapter, or null for full fine-tuning.
@@ -108,7 +107,7 @@ class SftConfig(Section):
 
 
 class RlConfig(Section):
-    """Strictly on-policy reinforcement learning.
+    """Strictly on-policy reinforcement learning: every batch is sampled, used for one step and dropped.
 
     Attributes:
         loss_type: TRL's name of the loss.
@@ -120,12 +119,13 @@ class RlConfig(Section):
         max_prompt_tokens: longest prompt, or null for no limit.
         steps: optimizer steps.
         save_every: steps between two checkpoints.
-        max_resample: times a batch is topped up to replace groups without reward variance.
-        num_iterations: optimizer steps per generated batch; 1 is strictly on-policy.
+        max_resample: rounds in which groups without reward variance are replaced by groups of other prompts;
+            0 keeps every group.
         beta: weight of the KL penalty to the reference policy.
         epsilon_low: lower clip range of the ratio.
         epsilon_high: upper clip range of the ratio.
-        micro_batch_size: sequences per forward and backward pass.
+        micro_batch_size: sequences per forward and backward pass on one device.
+        gradient_checkpointing: trade time for memory in the backward pass.
         format_reward: reward for keeping the format, beside 1 for a correct answer.
         optimizer: AdamW and its schedule.
         report_to: where curves go: any name TRL knows.
@@ -141,11 +141,11 @@ class RlConfig(Section):
     steps: int = Field(default=40, ge=1)
     save_every: int = Field(default=10, ge=1)
     max_resample: int = Field(default=10, ge=0)
-    num_iterations: int = Field(default=1, ge=1)
     beta: float = Field(default=0.0, ge=0)
     epsilon_low: float = Field(default=0.2, gt=0)
     epsilon_high: float = Field(default=0.2, gt=0)
     micro_batch_size: int = Field(default=128, ge=1)
+    gradient_checkpointing: bool = False
     format_reward: float = Field(default=0.0, ge=0)
     optimizer: OptimizerConfig = OptimizerConfig()
     report_to: list[str] = Field(default_factory=lambda: ["tensorboard"])
