@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from stepscope.errors import BatchError
+from stepscope.errors import BatchError, RunFolderError
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -33,7 +36,8 @@ class Rollouts:
         response_token_ids: token ids of the response, no padding; the end-of-sequence token counts.
         rewards: (seq,) total reward.
         correct: (seq,) whether the answer was verified correct.
-        truncated: (seq,) whether the response was cut at ``max_response_tokens`` without an end-of-sequence token.
+        truncated: (seq,) whether the response was cut at ``max_response_tokens`` without an end-of-sequence
+            token.
         logprobs: per sequence (tok,) log-prob of each response token at ``temperature``, in nats.
         entropies: per sequence (tok,) entropy of the policy before each response token, in nats.
         temperature: sampling temperature; the policy is the softmax of logits / temperature.
@@ -70,13 +74,19 @@ class Rollouts:
         ):
             if len(getattr(self, name)) != len(self.prompt_ids):
                 raise BatchError(
-                    f"rollouts: {name} has {len(getattr(self, name))} entries, expected {len(self.prompt_ids)}, "
-                    "one per sequence"
+                    f"rollouts: {name} has {len(getattr(self, name))} entries, "
+                    f"expected {len(self.prompt_ids)}, one per sequence"
                 )
         if self.advantages is not None and len(self.advantages) != len(self.prompt_ids):
             raise BatchError(
                 f"rollouts: {len(self.advantages)} advantages for {len(self.prompt_ids)} sequences"
             )
+        for name in ("logprobs", "entropies"):
+            for i, (values, ids) in enumerate(zip(getattr(self, name), self.response_token_ids, strict=True)):
+                if len(values) != len(ids):
+                    raise BatchError(
+                        f"rollouts: sequence {i} has {len(values)} {name} for {len(ids)} response tokens"
+                    )
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -124,3 +134,137 @@ class Rollouts:
             entropies=pick(self.entropies),
             advantages=None if self.advantages is None else self.advantages[idx],
         )
+
+    def to_parquet(
+        self,
+        sequences_path: Path,
+        tokens_path: Path,
+        *,
+        tokens: Sequence[Sequence[str]],
+        token_weights: Sequence[FloatArray] | None = None,
+    ) -> None:
+        """Write the batch as two tables: a row per sequence and a row per response token.
+
+        ``sequence_id`` is the position in the batch. Floats are stored as they are, so that
+        :meth:`from_parquet` gives back the same bits. Each file appears whole or not at all.
+
+        Args:
+            sequences_path: table of sequences (``update.parquet``).
+            tokens_path: table of tokens (``update_tokens.parquet``).
+            tokens: decoded text of every response token, per sequence.
+            token_weights: w_k = -dLoss/dl_k per sequence (tok,), for a batch that makes a step.
+
+        Raises:
+            BatchError: ``tokens`` or ``token_weights`` do not match the response lengths.
+        """
+        for name, ragged in (("tokens", tokens), ("token_weights", token_weights)):
+            if ragged is not None and [len(r) for r in ragged] != self.num_tokens.tolist():
+                raise BatchError(f"rollouts: {name} do not match the response lengths")
+        count = len(self)
+        sequences: dict[str, Any] = {
+            "sequence_id": pa.array(range(count), pa.int64()),
+            "prompt_id": list(self.prompt_ids),
+            "prompt": list(self.prompts),
+            "response": list(self.responses),
+            "prompt_token_ids": pa.array([list(r) for r in self.prompt_token_ids], pa.list_(pa.int64())),
+            "response_token_ids": pa.array([list(r) for r in self.response_token_ids], pa.list_(pa.int64())),
+            "reward": pa.array(self.rewards, pa.float64()),
+            "advantage": pa.nulls(count, pa.float64())
+            if self.advantages is None
+            else pa.array(self.advantages, pa.float64()),
+            "correct": pa.array(self.correct, pa.bool_()),
+            "num_tokens": pa.array(self.num_tokens, pa.int64()),
+            "logprob": pa.array([float(v.sum()) for v in self.logprobs], pa.float64()),
+            "entropy_mean": pa.array([float(v.mean()) for v in self.entropies], pa.float64()),
+            "truncated": pa.array(self.truncated, pa.bool_()),
+        }
+        flat: dict[str, Any] = {
+            "sequence_id": np.repeat(np.arange(count, dtype=np.int64), self.num_tokens),
+            "position": np.concatenate([np.arange(n, dtype=np.int64) for n in self.num_tokens]),
+            "token_id": pa.array([t for row in self.response_token_ids for t in row], pa.int64()),
+            "token": pa.array([t for row in tokens for t in row], pa.string()),
+            "logprob": np.concatenate(self.logprobs).astype(np.float64, copy=False),
+            "entropy": np.concatenate(self.entropies).astype(np.float64, copy=False),
+        }
+        if token_weights is not None:
+            flat["token_weight"] = np.concatenate(list(token_weights)).astype(np.float64, copy=False)
+        settings = {
+            "stepscope.temperature": repr(float(self.temperature)),
+            "stepscope.max_response_tokens": str(self.max_response_tokens),
+        }
+        write_table(pa.table(flat), tokens_path)
+        write_table(pa.table(sequences).replace_schema_metadata(settings), sequences_path)
+
+    @classmethod
+    def from_parquet(cls, sequences_path: Path, tokens_path: Path) -> Rollouts:
+        """Read back what :meth:`to_parquet` wrote, bit for bit.
+
+        Raises:
+            RunFolderError: a file is missing, damaged, or lacks a column.
+        """
+        sequences, flat = read_table(sequences_path), read_table(tokens_path)
+        settings = sequences.schema.metadata or {}
+        columns = ("prompt_id", "prompt", "response", "prompt_token_ids", "response_token_ids", "reward")
+        for path, table, needed in (
+            (sequences_path, sequences, (*columns, "advantage", "correct", "truncated", "num_tokens")),
+            (tokens_path, flat, ("sequence_id", "logprob", "entropy")),
+        ):
+            missing = [name for name in needed if name not in table.column_names]
+            if missing:
+                raise RunFolderError(
+                    f"{path}: column(s) {', '.join(missing)} missing; sample the batch again with "
+                    "`stepscope measure --stages rollouts`"
+                )
+        if b"stepscope.temperature" not in settings:
+            raise RunFolderError(
+                f"{sequences_path}: no sampling temperature in its metadata, so it was not written by "
+                "stepscope; sample the batch again with `stepscope measure --stages rollouts`"
+            )
+        rows = sequences.to_pydict()
+        lengths = np.array(rows["num_tokens"], dtype=np.int64)
+        if int(lengths.sum()) != flat.num_rows:
+            raise RunFolderError(
+                f"{tokens_path}: {flat.num_rows} tokens, but {sequences_path.name} counts "
+                f"{int(lengths.sum())}; the two files belong to different batches"
+            )
+        cuts = np.cumsum(lengths)[:-1]
+        advantages = rows["advantage"]
+        return cls(
+            prompt_ids=tuple(rows["prompt_id"]),
+            prompts=tuple(rows["prompt"]),
+            responses=tuple(rows["response"]),
+            prompt_token_ids=tuple(tuple(r) for r in rows["prompt_token_ids"]),
+            response_token_ids=tuple(tuple(r) for r in rows["response_token_ids"]),
+            rewards=np.array(rows["reward"], dtype=np.float64),
+            correct=np.array(rows["correct"], dtype=np.bool_),
+            truncated=np.array(rows["truncated"], dtype=np.bool_),
+            logprobs=tuple(np.split(_floats(flat, "logprob"), cuts)),
+            entropies=tuple(np.split(_floats(flat, "entropy"), cuts)),
+            temperature=float(settings[b"stepscope.temperature"]),
+            max_response_tokens=int(settings[b"stepscope.max_response_tokens"]),
+            advantages=None if advantages[0] is None else np.array(advantages, dtype=np.float64),
+        )
+
+
+def _floats(table: pa.Table, column: str) -> FloatArray:
+    return np.array(table.column(column).to_numpy(), dtype=np.float64)
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Write a table as parquet; the file appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    pq.write_table(table, partial)
+    partial.replace(path)
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read a parquet file.
+
+    Raises:
+        RunFolderError: the file is missing or damaged.
+    """
+    try:
+        return pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        reason = "no such file" if not path.exists() else str(error).splitlines()[0]
+        raise RunFolderError(f"{path}: cannot be read as parquet ({reason}); write it again") from error

@@ -1,0 +1,124 @@
+"""Rollouts: shape checks, selection, exact round trip through parquet."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from stepscope.errors import BatchError, RunFolderError
+from stepscope.results import Rollouts
+
+
+def make_rollouts(seed: int = 0, advantages: bool = True) -> Rollouts:
+    generator = np.random.default_rng(seed)
+    lengths = [3, 1, 4, 2]
+    return Rollouts(
+        prompt_ids=("a/1", "a/1", "a/2", "a/2"),
+        prompts=("1+1=", "1+1=", "2+é=", "2+é="),
+        responses=("x", "", "日本", "<eos>"),
+        prompt_token_ids=((1, 2), (1, 2), (3,), (3,)),
+        response_token_ids=tuple(tuple(int(t) for t in generator.integers(0, 9, n)) for n in lengths),
+        rewards=np.array([1.0, 0.0, 0.1, 1 / 3]),
+        correct=np.array([True, False, False, True]),
+        truncated=np.array([False, False, True, False]),
+        logprobs=tuple(-generator.exponential(1, n) for n in lengths),
+        entropies=tuple(generator.exponential(1, n) for n in lengths),
+        temperature=0.7,
+        max_response_tokens=4,
+        advantages=generator.normal(size=4) if advantages else None,
+    )
+
+
+def assert_same(a: Rollouts, b: Rollouts) -> None:
+    for field in fields(Rollouts):
+        left, right = getattr(a, field.name), getattr(b, field.name)
+        if field.name in ("logprobs", "entropies"):
+            assert [x.tobytes() for x in left] == [x.tobytes() for x in right]
+        elif isinstance(left, np.ndarray):
+            assert left.dtype == right.dtype
+            assert left.tobytes() == right.tobytes()
+        else:
+            assert left == right, field.name
+
+
+@pytest.mark.parametrize("advantages", [True, False])
+def test_round_trip_is_exact(tmp_path, advantages):
+    rollouts = make_rollouts(advantages=advantages)
+    names = [[f"t{t}" for t in row] for row in rollouts.response_token_ids]
+    rollouts.to_parquet(tmp_path / "u.parquet", tmp_path / "ut.parquet", tokens=names)
+    assert_same(Rollouts.from_parquet(tmp_path / "u.parquet", tmp_path / "ut.parquet"), rollouts)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["u.parquet", "ut.parquet"]
+
+
+def test_columns_are_those_of_the_contract(tmp_path):
+    rollouts = make_rollouts()
+    names = [["t"] * n for n in rollouts.num_tokens]
+    weights = [np.arange(n) / 3 for n in rollouts.num_tokens]
+    rollouts.to_parquet(tmp_path / "u", tmp_path / "ut", tokens=names, token_weights=weights)
+    sequences, tokens = pq.read_table(tmp_path / "u"), pq.read_table(tmp_path / "ut")
+    assert set(sequences.column_names) >= {
+        "sequence_id", "prompt_id", "prompt", "response", "prompt_token_ids", "response_token_ids",
+        "reward", "advantage", "num_tokens", "logprob", "entropy_mean", "truncated",
+    }  # fmt: skip
+    assert tokens.column_names == [
+        "sequence_id", "position", "token_id", "token", "logprob", "entropy", "token_weight",
+    ]  # fmt: skip
+    assert tokens["sequence_id"].to_pylist() == [0, 0, 0, 1, 2, 2, 2, 2, 3, 3]
+    assert tokens["position"].to_pylist() == [0, 1, 2, 0, 0, 1, 2, 3, 0, 1]
+    assert tokens["token_weight"].to_pylist() == np.concatenate(weights).tolist()
+    assert sequences["logprob"].to_pylist() == [float(v.sum()) for v in rollouts.logprobs]
+    assert sequences["entropy_mean"].to_pylist() == [float(v.mean()) for v in rollouts.entropies]
+
+
+def test_mismatched_tokens_are_refused_before_anything_is_written(tmp_path):
+    rollouts = make_rollouts()
+    with pytest.raises(BatchError, match="tokens do not match"):
+        rollouts.to_parquet(tmp_path / "u", tmp_path / "ut", tokens=[["t"]] * 4)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_missing_and_foreign_files_are_refused(tmp_path):
+    first, second = tmp_path / "u.parquet", tmp_path / "ut.parquet"
+    with pytest.raises(RunFolderError, match="no such file"):
+        Rollouts.from_parquet(first, second)
+    rollouts = make_rollouts()
+    names = [["t"] * n for n in rollouts.num_tokens]
+    rollouts.to_parquet(first, second, tokens=names)
+    whole = first.read_bytes()
+    first.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(RunFolderError, match=r"u\.parquet: cannot be read"):
+        Rollouts.from_parquet(first, second)
+    first.write_bytes(whole)
+    pq.write_table(pq.read_table(second).slice(0, 5), second)
+    with pytest.raises(RunFolderError, match="different batches"):
+        Rollouts.from_parquet(first, second)
+    pq.write_table(pq.read_table(second).drop_columns(["entropy"]), second)
+    with pytest.raises(RunFolderError, match="entropy missing"):
+        Rollouts.from_parquet(first, second)
+
+
+def test_fields_of_different_length_are_refused():
+    rollouts = make_rollouts()
+    with pytest.raises(BatchError, match="rewards has 3 entries"):
+        replace(rollouts, rewards=rollouts.rewards[:3])
+    with pytest.raises(BatchError, match="sequence 1 has 2 entropies for 1"):
+        replace(rollouts, entropies=(rollouts.entropies[0], np.ones(2), *rollouts.entropies[2:]))
+    with pytest.raises(BatchError, match="3 advantages for 4"):
+        replace(rollouts, advantages=np.zeros(3))
+
+
+def test_groups_and_selection():
+    rollouts = make_rollouts()
+    assert rollouts.num_prompts == 2
+    assert rollouts.prompt_index.tolist() == [0, 0, 1, 1]
+    picked = rollouts.select([3, 0])
+    assert picked.prompt_ids == ("a/2", "a/1")
+    assert picked.prompt_index.tolist() == [0, 1]
+    assert picked.num_tokens.tolist() == [2, 3]
+    assert picked.advantages is not None
+    assert rollouts.advantages is not None
+    assert picked.advantages.tolist() == rollouts.advantages[[3, 0]].tolist()
+    assert picked.entropy_per_seq[1] == rollouts.entropies[0].sum()
