@@ -45,8 +45,8 @@ class ModelConfig(Section):
     """Which model is trained.
 
     Attributes:
-        source: hub id, local folder, path to a ``.gguf`` file, ``package:NAME/FILE`` for a file or folder that
-            an installed package ships, or ``tiny`` for the embedded policy.
+        source: hub id, local folder, path to a ``.gguf`` file, ``package:NAME/FILE`` for a file or folder
+            that an installed package ships, or ``tiny`` for the embedded policy.
         dtype: floating-point type of the weights.
         tiny: shape of the embedded policy; used where ``source`` is ``tiny``.
         lora: adapter, or null for full fine-tuning.

@@ -1,0 +1,230 @@
+"""Reading a configuration: YAML, ``section.field=value`` overrides, and every wrong key named at once."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from stepscope.config.base import Section
+from stepscope.errors import ConfigError
+
+_S = TypeVar("_S", bound=Section)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe loader, reading ``1e-5`` as the number everyone means (YAML 1.2), and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} appears twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """Read YAML with plain types only.
+
+    Raises:
+        ConfigError: the text is not YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping.
+
+    Raises:
+        ConfigError: no such file, not YAML, or not a mapping.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such configuration file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a UTF-8 text file, so not a YAML configuration") from error
+    data = parse_yaml(text, str(path))
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{path}: expected `key: value` lines at the top level, got a {type(data).__name__}"
+        )
+    return data
+
+
+def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A copy of ``data`` with each ``section.field=value`` set; values are read as YAML.
+
+    Raises:
+        ConfigError: an override is not of that form, or goes through a value that is no section.
+    """
+    result = _copy(data)
+    for text in overrides:
+        path, equals, value = text.partition("=")
+        if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", path):
+            raise ConfigError(
+                f"{text!r} is not an override; write section.field=value, for example rl.steps=20"
+            )
+        set_path(result, path, parse_yaml(value, text))
+    return result
+
+
+def set_path(data: dict[str, Any], path: str, value: Any) -> None:
+    """Set ``data[a][b] = value`` for the path ``a.b``, making sections on the way.
+
+    Raises:
+        ConfigError: part of the path already holds a value that is no section.
+    """
+    *sections, last = path.split(".")
+    for depth, name in enumerate(sections):
+        inner = data.get(name)
+        if inner is None:
+            inner = data[name] = {}
+        if not isinstance(inner, dict):
+            where = ".".join(sections[: depth + 1])
+            raise ConfigError(f"{path}: {where} is the value {inner!r}, not a section")
+        data = inner
+    data[last] = value
+
+
+def _copy(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Mapping) else v for k, v in data.items()}
+
+
+def build_config(cls: type[_S], data: Mapping[str, Any], source: str = "configuration") -> _S:
+    """Validate ``data``.
+
+    Raises:
+        ConfigError: one line that names every wrong setting with its dotted path.
+    """
+    try:
+        return cls.model_validate(dict(data))
+    except ValidationError as error:
+        findings = list(dict.fromkeys(_describe(cls, dict(item)) for item in error.errors()))
+        many = f"{len(findings)} wrong settings" if len(findings) > 1 else "wrong setting"
+        raise ConfigError(f"{source}: {many}: " + "; ".join(findings)) from error
+
+
+def load_config(
+    cls: type[_S],
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> _S:
+    """Read a configuration.
+
+    Args:
+        cls: which one.
+        path: YAML file, or None to start from the defaults.
+        overrides: ``section.field=value``, each later one wins.
+        values: settings by dotted path that win over the file but not over ``overrides``; None is skipped.
+
+    Raises:
+        ConfigError: one line that names every wrong setting with its dotted path.
+    """
+    data = read_yaml(path) if path is not None else {}
+    for dotted, value in (values or {}).items():
+        if value is not None:
+            set_path(data, dotted, value)
+    return build_config(cls, apply_overrides(data, overrides), str(path or "command line"))
+
+
+def dump_config(config: Section) -> str:
+    """The whole resolved configuration as YAML; :func:`load_config` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted paths at which two plain configurations differ, with both values."""
+    found: list[str] = []
+    for key in dict.fromkeys([*a, *b]):
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            found += differing_keys(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append(f"{prefix}{key} ({left!r} there, {right!r} here)")
+    return found
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section class an annotation allows, looking through unions."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for part in get_args(annotation):
+        if (found := _section_in(part)) is not None:
+            return found
+    return None
+
+
+def _locate(cls: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, type[BaseModel] | None]:
+    """Dotted path of an error, without pydantic's union tags, and the section that holds its last part."""
+    names: list[str] = []
+    section: type[BaseModel] | None = cls
+    for depth, part in enumerate(loc):
+        last = depth == len(loc) - 1
+        if isinstance(part, int):
+            names[-1] += f"[{part}]"
+        elif section is None:
+            continue  # a union tag, or a key inside a free-form value
+        elif part in section.model_fields:
+            names.append(part)
+            if not last:
+                section = _section_in(section.model_fields[part].annotation)
+        elif last:
+            names.append(part)
+    return ".".join(names), section
+
+
+def _describe(cls: type[BaseModel], item: dict[str, Any]) -> str:
+    """One finding: dotted path, what is wrong, expected against got, and the likely meaning."""
+    path, section = _locate(cls, item["loc"])
+    kind, got = item["type"], item["input"]
+    if kind == "extra_forbidden":
+        return f"{path}: unknown key{_suggest(cls, section, path)}"
+    if kind == "missing":
+        return f"{path}: missing, and it has no default"
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if kind == "value_error":
+        return f"{path}: {message}" if path else message
+    message = re.sub(r"^Input should be (a valid )?", "expected ", message)
+    if isinstance(got, BaseModel):
+        return f"{path}: {message}"
+    shown = "a section" if isinstance(got, Mapping) else repr(got)
+    return f"{path}: {message}, got {shown}"
+
+
+def _suggest(cls: type[BaseModel], section: type[BaseModel] | None, path: str) -> str:
+    *sections, key = path.split(".")
+    siblings = list(section.model_fields) if section is not None else []
+    if close := get_close_matches(key, siblings, n=1, cutoff=0.6):
+        return f" (did you mean {'.'.join([*sections, close[0]])}?)"
+    elsewhere = [p for p in _all_paths(cls) if p.rpartition(".")[2] == key]
+    if elsewhere:
+        return f" (did you mean {elsewhere[0]}?)"
+    return f" (known here: {', '.join(siblings)})" if siblings else ""
+
+
+def _all_paths(cls: type[BaseModel], prefix: str = "") -> list[str]:
+    found = []
+    for name, field in cls.model_fields.items():
+        found.append(prefix + name)
+        if (inner := _section_in(field.annotation)) is not None:
+            found += _all_paths(inner, f"{prefix}{name}.")
+    return found

@@ -1,0 +1,233 @@
+"""Configurations of ``stepscope eval``, ``measure`` and ``study``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from stepscope.config.base import Section
+
+Stage = Literal["rollouts", "step", "change", "influence", "kernel", "noise", "report"]
+STAGES: tuple[Stage, ...] = ("rollouts", "step", "change", "influence", "kernel", "noise", "report")
+"""Stages of ``measure`` in their order."""
+
+QuantityName = Literal["entropy", "reward", "length", "kl", "logprob"]
+"""Quantities of the policy whose change can be measured."""
+
+Precision = Literal["float32", "float64", "bfloat16"]
+
+
+def _entropy() -> list[QuantityName]:
+    return ["entropy"]
+
+
+def _one_setting() -> dict[str, dict[str, Any]]:
+    return {"default": {}}
+
+
+def _change_only() -> list[Stage]:
+    return ["rollouts", "step", "change"]
+
+
+class BatchConfig(Section):
+    """A batch of sampled responses.
+
+    Attributes:
+        num_prompts: prompts.
+        group_size: responses per prompt.
+        seed: of the choice of prompts and of the sampling.
+        split: split of the task that the prompts come from.
+        file: an existing ``update.parquet`` or ``probe.parquet`` (its ``*_tokens.parquet`` beside it) to use
+            instead of sampling, or null.
+    """
+
+    num_prompts: int = Field(ge=1)
+    group_size: int = Field(ge=1)
+    seed: int = Field(ge=0)
+    split: Literal["train", "test"]
+    file: str | None = None
+
+
+class UpdateConfig(BatchConfig):
+    """The batch that makes the step."""
+
+    num_prompts: int = Field(default=16, ge=1)
+    group_size: int = Field(default=8, ge=2)
+    seed: int = Field(default=0, ge=0)
+    split: Literal["train", "test"] = "train"
+
+
+class ProbeConfig(BatchConfig):
+    """The batch on which the change is measured."""
+
+    num_prompts: int = Field(default=256, ge=2)
+    group_size: int = Field(default=1, ge=1)
+    seed: int = Field(default=1, ge=0)
+    split: Literal["train", "test"] = "test"
+
+
+class LossConfig(Section):
+    """Loss settings of the run a checkpoint came from; null keeps what the checkpoint says.
+
+    Needed for a foreign checkpoint, which carries no ``stepscope.json``. Names and meanings are those of
+    :class:`stepscope.policy.settings.StepSettings`.
+    """
+
+    loss_type: Literal["grpo", "dr_grpo", "bnpo", "dapo"] | None = None
+    scale_rewards: Literal["none", "group", "batch"] | None = None
+    group_size: int | None = Field(default=None, ge=2)
+    prompts_per_step: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, gt=0)
+    max_response_tokens: int | None = Field(default=None, ge=1)
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    max_grad_norm: float | None = Field(default=None, ge=0)
+    epsilon_low: float | None = Field(default=None, gt=0)
+    epsilon_high: float | None = Field(default=None, gt=0)
+    beta: float | None = Field(default=None, ge=0)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    prompt_template: str | None = None
+
+    def given(self) -> dict[str, Any]:
+        """The settings that are not null."""
+        return {name: value for name, value in self.model_dump().items() if value is not None}
+
+
+class MeasureSettings(Section):
+    """How a checkpoint is measured.
+
+    Attributes:
+        task: specification of the task, or null for the one the checkpoint was trained on.
+        update: the batch that makes the step.
+        probe: the batch on which the change is measured.
+        lrs: learning rates of the sweep, or null for decades around the checkpoint's own.
+        precision: floating-point type of the measurement.
+        quantities: quantities of the policy; the first is the primary one.
+        second_order: also the second-order change.
+        batch_size: sequences per forward pass.
+        device: torch device, or null for a GPU where there is one.
+        loss: loss settings for a checkpoint that does not carry its own.
+        resample: times the update batch is topped up to replace prompt groups without reward variance.
+    """
+
+    task: str | None = None
+    update: UpdateConfig = UpdateConfig()
+    probe: ProbeConfig = ProbeConfig()
+    lrs: list[float] | None = Field(default=None, min_length=1)
+    precision: Precision = "float32"
+    quantities: list[QuantityName] = Field(default_factory=_entropy, min_length=1)
+    second_order: bool = True
+    batch_size: int = Field(default=16, ge=1)
+    device: str | None = None
+    loss: LossConfig = LossConfig()
+    resample: int = Field(default=0, ge=0)
+
+    @field_validator("lrs")
+    @classmethod
+    def _positive(cls, value: list[float] | None) -> list[float] | None:
+        if value is not None and any(lr <= 0 for lr in value):
+            raise ValueError("learning rates must be greater than 0")
+        return value
+
+    @field_validator("quantities")
+    @classmethod
+    def _distinct(cls, value: list[str]) -> list[str]:
+        if len(set(value)) < len(value):
+            raise ValueError("each quantity may be named once")
+        return value
+
+    @model_validator(mode="after")
+    def _batches_apart(self) -> MeasureSettings:
+        if self.update.file is not None and self.update.file == self.probe.file:
+            raise ValueError(
+                "update.file and probe.file are the same file; the change must be measured on other samples "
+                "than those that make the step"
+            )
+        return self
+
+
+class MeasureConfig(MeasureSettings):
+    """Configuration of ``stepscope measure``.
+
+    Attributes:
+        checkpoint: folder of the checkpoint.
+        out: run folder.
+        stages: stages to run, in any order; they run in the order of the pipeline.
+    """
+
+    checkpoint: str
+    out: str
+    stages: list[Stage] = Field(default_factory=lambda: list(STAGES), min_length=1)
+
+
+class EvalConfig(Section):
+    """Configuration of ``stepscope eval``.
+
+    Attributes:
+        source: a checkpoint, or a run folder whose checkpoints are all evaluated.
+        task: specification of the task, or null for the one the checkpoint was trained on.
+        out: parquet file written, or null for ``eval.parquet`` in the run folder (beside a lone checkpoint).
+        num_prompts: prompts.
+        samples_per_prompt: responses per prompt.
+        seed: of prompts and sampling.
+        split: split of the task.
+        ks: numbers of samples k for pass@k.
+        precision: floating-point type.
+        batch_size: sequences per forward pass.
+        device: torch device, or null for a GPU where there is one.
+        loss: sampling settings for a checkpoint that does not carry its own.
+    """
+
+    source: str
+    task: str | None = None
+    out: str | None = None
+    num_prompts: int = Field(default=128, ge=2)
+    samples_per_prompt: int = Field(default=8, ge=1)
+    seed: int = Field(default=0, ge=0)
+    split: Literal["train", "test"] = "test"
+    ks: list[int] = Field(default_factory=lambda: [1, 8], min_length=1)
+    precision: Precision = "float32"
+    batch_size: int = Field(default=64, ge=1)
+    device: str | None = None
+    loss: LossConfig = LossConfig()
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> EvalConfig:
+        if max(self.ks) > self.samples_per_prompt or min(self.ks) < 1:
+            raise ValueError(
+                f"ks must lie between 1 and samples_per_prompt = {self.samples_per_prompt}, got {self.ks}"
+            )
+        return self
+
+
+class StudyConfig(Section):
+    """Configuration of ``stepscope study``: checkpoints x settings x repeats.
+
+    Attributes:
+        checkpoints: folders of checkpoints, or run folders, which stand for all their checkpoints.
+        out: study folder.
+        repeats: measurements per checkpoint and setting.
+        resample: which batches get a new seed in each repeat: ``probe`` keeps the update batch, so that the
+            spread is conditional on it; ``both`` draws the update batch anew too.
+        measure: how each checkpoint is measured.
+        settings: named changes to ``measure``, for example ``{long: {probe.num_prompts: 1024}}``.
+        stages: stages of each measurement.
+    """
+
+    checkpoints: list[str] = Field(min_length=1)
+    out: str
+    repeats: int = Field(default=1, ge=1)
+    resample: Literal["probe", "both"] = "probe"
+    measure: MeasureSettings = MeasureSettings()
+    settings: dict[str, dict[str, Any]] = Field(default_factory=_one_setting, min_length=1)
+    stages: list[Stage] = Field(default_factory=_change_only, min_length=1)
+
+    @field_validator("settings")
+    @classmethod
+    def _plain_names(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        odd = [name for name in value if not name.replace("-", "").replace("_", "").isalnum()]
+        if odd:
+            raise ValueError(
+                f"names of settings become folder names: letters, digits, - and _ only, got {odd}"
+            )
+        return value

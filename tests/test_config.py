@@ -1,0 +1,209 @@
+"""Configurations: strict reading, overrides, and errors that name every wrong key at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from stepscope.config import (
+    STAGES,
+    EvalConfig,
+    MeasureConfig,
+    StudyConfig,
+    TrainConfig,
+    differing_keys,
+    dump_config,
+    load_config,
+)
+from stepscope.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+
+
+def write(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refused(*args, **kwargs) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def measure(*overrides, path=None):
+    return load_config(MeasureConfig, path, ["checkpoint=c", "out=o", *overrides])
+
+
+def test_defaults_are_those_of_the_design():
+    config = measure()
+    assert (config.update.num_prompts, config.update.group_size, config.update.seed) == (16, 8, 0)
+    assert (config.probe.num_prompts, config.probe.group_size, config.probe.seed) == (256, 1, 1)
+    assert (config.update.split, config.probe.split) == ("train", "test")
+    assert config.lrs is None
+    assert config.stages == list(STAGES)
+    assert config.loss.given() == {}
+
+
+def test_every_wrong_key_is_named_at_once_with_its_path_and_a_suggestion(tmp_path):
+    path = write(
+        tmp_path,
+        "modle: {source: tiny}\n"
+        "rl: {stepz: 3, temperature: hot, optimizer: {lr: -1}}\nsft: {batch_size: 2.5}\n",
+    )
+    message = refused(TrainConfig, path)
+    assert message.startswith(f"{path}: 5 wrong settings: ")
+    assert "modle: unknown key (did you mean model?)" in message
+    assert "rl.stepz: unknown key (did you mean rl.steps?)" in message
+    assert "rl.temperature: expected number, got 'hot'" in message
+    assert "rl.optimizer.lr: expected greater than 0, got -1" in message
+    assert "sft.batch_size: expected integer, got 2.5" in message
+
+
+def test_a_key_in_the_wrong_section_is_shown_where_it_belongs():
+    assert "group_size: unknown key (did you mean rl.group_size?)" in refused(
+        TrainConfig, None, ["group_size=4"]
+    )
+
+
+def test_wrong_override_paths_are_reported_like_wrong_keys():
+    message = refused(
+        MeasureConfig, None, ["checkpoint=c", "out=o", "probe.num_promts=3", "precison=float64"]
+    )
+    assert "probe.num_promts: unknown key (did you mean probe.num_prompts?)" in message
+    assert "precison: unknown key (did you mean precision?)" in message
+
+
+def test_missing_keys_are_named():
+    message = refused(MeasureConfig)
+    assert "checkpoint: missing" in message
+    assert "out: missing" in message
+
+
+def test_choices_are_listed():
+    message = refused(MeasureConfig, None, ["checkpoint=c", "out=o", "precision=float23"])
+    assert "precision: expected 'float32', 'float64' or 'bfloat16', got 'float23'" in message
+    message = refused(MeasureConfig, None, ["checkpoint=c", "out=o", "stages=[step,chnage]"])
+    assert "stages[1]: expected 'rollouts', 'step'" in message
+
+
+def test_types_are_strict():
+    for wrong in ("update.seed='1'", "update.num_prompts=true", "second_order=1", "lrs=1e-5", "device=3"):
+        key = wrong.partition("=")[0]
+        assert f"{key}: expected" in refused(MeasureConfig, None, ["checkpoint=c", "out=o", wrong])
+
+
+def test_numbers_in_exponent_notation_are_numbers(tmp_path):
+    path = write(tmp_path, "lrs: [1e-5, 2.5e-6, 1E-4, 1]\nupdate: {seed: 12}\n")
+    config = measure(path=path)
+    assert config.lrs == [1e-5, 2.5e-6, 1e-4, 1.0]
+    assert measure("lrs=[1e-9]").lrs == [1e-9]
+    assert measure("task=1e5x").task == "1e5x"
+
+
+def test_overrides_win_over_values_and_values_over_the_file(tmp_path):
+    path = write(tmp_path, "checkpoint: a\nout: a\ntask: a\nprobe: {num_prompts: 7}\n")
+    config = load_config(
+        MeasureConfig, path, ["task=c"], {"out": "b", "task": "b", "precision": None, "probe.seed": 9}
+    )
+    assert (config.checkpoint, config.out, config.task) == ("a", "b", "c")
+    assert (config.probe.num_prompts, config.probe.seed) == (7, 9)
+
+
+def test_a_section_can_be_switched_off_but_not_both():
+    assert load_config(TrainConfig, None, ["sft=null"]).sft is None
+    assert "nothing to train" in refused(TrainConfig, None, ["sft=null", "rl=null"])
+
+
+def test_nested_optional_section_reports_clean_paths():
+    message = refused(TrainConfig, None, ["model.lora.rank=3", "model.lora.targets=3"])
+    assert (
+        "model.lora.rank: unknown key (did you mean" in message
+        or "model.lora.rank: unknown key (known" in message
+    )
+    assert "model.lora.targets: expected" in message
+    assert "LoraConfig" not in message
+
+
+@pytest.mark.parametrize("override", ["steps", "rl..steps=3", "=3", "rl.steps-x=1"])
+def test_malformed_overrides_are_refused(override):
+    assert "is not an override" in refused(TrainConfig, None, [override])
+
+
+def test_override_through_a_value_is_refused():
+    assert "task is the value 'x', not a section" in refused(TrainConfig, None, ["task=x", "task.name=y"])
+
+
+def test_unreadable_files_are_refused(tmp_path):
+    assert "no such configuration file" in refused(TrainConfig, tmp_path / "none.yaml")
+    assert "not valid YAML" in refused(TrainConfig, write(tmp_path, "a: [1, 2"))
+    assert "got a list" in refused(TrainConfig, write(tmp_path, "- 1\n"))
+    assert "appears twice" in refused(TrainConfig, write(tmp_path, "seed: 1\nseed: 2\n"))
+    assert "not valid YAML" in refused(
+        TrainConfig, write(tmp_path, "a: !!python/object/apply:os.getcwd []\n")
+    )
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x81")
+    assert "not a UTF-8 text file" in refused(TrainConfig, tmp_path / "binary.yaml")
+
+
+def test_empty_file_means_defaults(tmp_path):
+    assert load_config(TrainConfig, write(tmp_path, "# nothing\n")) == TrainConfig()
+
+
+def test_configurations_are_frozen():
+    with pytest.raises(ValidationError):
+        measure().out = "x"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("cls", "overrides"),
+    [
+        (TrainConfig, ["model.lora.r=4", "rl.optimizer.lr=3e-7"]),
+        (MeasureConfig, ["checkpoint=c", "out=o", "lrs=[1e-7,1e-6]", "loss.temperature=0.7"]),
+        (EvalConfig, ["source=c", "ks=[1,4]"]),
+        (StudyConfig, ["checkpoints=[a,b]", "out=o", "settings={x: {probe.num_prompts: 3}, y: {}}"]),
+    ],
+)
+def test_resolved_configuration_replays(tmp_path, cls, overrides):
+    config = load_config(cls, None, overrides)
+    path = write(tmp_path, dump_config(config))
+    assert load_config(cls, path) == config
+    assert yaml.safe_load(path.read_text()) == config.model_dump(mode="json")
+
+
+def test_batches_must_differ_and_rates_be_positive():
+    assert "same file" in refused(
+        MeasureConfig, None, ["checkpoint=c", "out=o", "update.file=x", "probe.file=x"]
+    )
+    assert "lrs: learning rates must be greater than 0" in refused(
+        MeasureConfig, None, ["checkpoint=c", "out=o", "lrs=[1e-5,-1e-5]"]
+    )
+    assert "each quantity may be named once" in refused(
+        MeasureConfig, None, ["checkpoint=c", "out=o", "quantities=[entropy,entropy]"]
+    )
+    assert "update.group_size: expected greater than or equal to 2, got 1" in refused(
+        MeasureConfig, None, ["checkpoint=c", "out=o", "update.group_size=1"]
+    )
+
+
+def test_pass_at_k_needs_enough_samples():
+    assert "samples_per_prompt = 4" in refused(EvalConfig, None, ["source=c", "samples_per_prompt=4"])
+
+
+def test_study_settings_become_folder_names():
+    assert "folder names" in refused(StudyConfig, None, ["checkpoints=[a]", "out=o", "settings={a/b: {}}"])
+
+
+def test_differing_keys_names_paths_and_both_values():
+    a = {"x": 1, "s": {"y": 2, "z": 3}}
+    assert differing_keys(a, {"x": 1, "s": {"y": 4, "z": 3}, "w": 5}) == [
+        "s.y (2 there, 4 here)",
+        "w (None there, 5 here)",
+    ]
+    assert differing_keys(a, a) == []
