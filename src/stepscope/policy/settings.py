@@ -1,8 +1,22 @@
-"""The settings of a run that decide what its next step is; stored beside a checkpoint as ``stepscope.json``."""
+"""The settings of a run that decide its next step; stored beside a checkpoint as ``stepscope.json``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from stepscope.errors import CheckpointError
+
+SETTINGS_FILE = "stepscope.json"
+"""Name of the settings file inside a checkpoint folder."""
+
+SETTINGS_VERSION = 1
+"""Version written into the settings file; other versions are refused."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +30,7 @@ class StepSettings:
         prompts_per_step: prompt groups per optimizer step.
         temperature: sampling temperature.
         max_response_tokens: L, the longest response; also Dr. GRPO's divisor.
-        max_prompt_tokens: longest prompt kept, or None.
+        max_prompt_tokens: longest prompt kept (its end), or None.
         max_grad_norm: gradient clipping threshold; 0 switches clipping off.
         epsilon_low: lower clip range of the ratio.
         epsilon_high: upper clip range of the ratio.
@@ -25,6 +39,9 @@ class StepSettings:
         task: specification of the task, for example ``arithmetic``; empty if unknown.
         prompt_template: name of the template or a template text with ``{question}``; empty means the default.
         seed: the run's seed.
+        bias_correction_kl: multiply the KL penalty by the ratio, which makes its gradient that of the reverse KL
+            (TRL's ``use_bias_correction_kl``, on by default there).
+        mask_truncated: truncated responses do not enter the loss (TRL's ``mask_truncated_completions``).
     """
 
     loss_type: str = "dr_grpo"
@@ -42,3 +59,73 @@ class StepSettings:
     task: str = ""
     prompt_template: str = ""
     seed: int = 0
+    bias_correction_kl: bool = True
+    mask_truncated: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-ready dictionary, with the version of the format."""
+        return {"version": SETTINGS_VERSION, **asdict(self)}
+
+    def save(self, path: Path) -> None:
+        """Write the settings as JSON, atomically; ``path`` is the file or the checkpoint folder."""
+        file = path / SETTINGS_FILE if path.is_dir() else path
+        partial = file.with_name(file.name + ".partial")
+        partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        partial.replace(file)
+
+    @classmethod
+    def load(cls, path: Path) -> StepSettings:
+        """Read settings written by :meth:`save`; ``path`` is the file or the checkpoint folder.
+
+        Raises:
+            CheckpointError: the file is missing, is not JSON, has another version, an unknown key or a
+                value of the wrong type.
+        """
+        file = path / SETTINGS_FILE if path.is_dir() else path
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(
+                f"{file}: settings cannot be read ({error}); copy or write the file again"
+            ) from error
+        if not isinstance(data, dict):
+            raise CheckpointError(
+                f"{file}: got {type(data).__name__}, expected a JSON object; write it again"
+            )
+        version = data.pop("version", None)
+        if version != SETTINGS_VERSION:
+            raise CheckpointError(
+                f"{file}: settings of version {version!r}, expected {SETTINGS_VERSION}; "
+                "use the stepscope version that wrote it"
+            )
+        return cls.from_dict(data, where=str(file))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str) -> StepSettings:
+        """Settings from plain data; keys left out keep their default.
+
+        Args:
+            data: field names and values.
+            where: what to name in an error.
+
+        Raises:
+            CheckpointError: a key is unknown or a value has the wrong type; all are named at once.
+        """
+        types_by_name = typing.get_type_hints(cls)
+        problems = [f"{key}: unknown" for key in sorted(set(data) - {f.name for f in fields(cls)})]
+        values: dict[str, Any] = {}
+        for name, wanted in types_by_name.items():
+            if name not in data:
+                continue
+            value = data[name]
+            if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+                value = float(value)
+            allowed = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+            if type(value) not in allowed:
+                problems.append(f"{name}: got {value!r}, expected {' or '.join(t.__name__ for t in allowed)}")
+            values[name] = value
+        if problems:
+            raise CheckpointError(
+                f"{where}: settings not understood ({'; '.join(problems)}); mend these keys"
+            )
+        return cls(**values)
