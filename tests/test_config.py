@@ -14,7 +14,6 @@ from stepscope.config import (
     MeasureConfig,
     StudyConfig,
     TrainConfig,
-    differing_keys,
     dump_config,
     load_config,
 )
@@ -198,12 +197,3 @@ def test_pass_at_k_needs_enough_samples():
 
 def test_study_settings_become_folder_names():
     assert "folder names" in refused(StudyConfig, None, ["checkpoints=[a]", "out=o", "settings={a/b: {}}"])
-
-
-def test_differing_keys_names_paths_and_both_values():
-    a = {"x": 1, "s": {"y": 2, "z": 3}}
-    assert differing_keys(a, {"x": 1, "s": {"y": 4, "z": 3}, "w": 5}) == [
-        "s.y (2 there, 4 here)",
-        "w (None there, 5 here)",
-    ]
-    assert differing_keys(a, a) == []

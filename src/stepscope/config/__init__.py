@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from stepscope.config.loading import (
     build_config,
-    differing_keys,
     dump_config,
     load_config,
     parse_yaml,
@@ -51,7 +50,6 @@ __all__ = [
     "TrainConfig",
     "UpdateConfig",
     "build_config",
-    "differing_keys",
     "dump_config",
     "load_config",
     "parse_yaml",

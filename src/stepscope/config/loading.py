@@ -151,18 +151,6 @@ def dump_config(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted paths at which two plain configurations differ, with both values."""
-    found: list[str] = []
-    for key in dict.fromkeys([*a, *b]):
-        left, right = a.get(key), b.get(key)
-        if isinstance(left, Mapping) and isinstance(right, Mapping):
-            found += differing_keys(left, right, f"{prefix}{key}.")
-        elif left != right:
-            found.append(f"{prefix}{key} ({left!r} there, {right!r} here)")
-    return found
-
-
 def _section_in(annotation: Any) -> type[BaseModel] | None:
     """The section class an annotation allows, looking through unions."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):

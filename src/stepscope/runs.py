@@ -1,0 +1,302 @@
+"""The run folder: its name, its configuration, where it came from, and which stages are finished.
+
+Every file appears whole or not at all (written beside its place, then renamed). A stage counts as finished
+once all its files are in place *and* recorded in ``provenance.json``; whatever a killed process left behind
+is written again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import yaml
+
+from stepscope import results
+from stepscope.errors import RunFolderError
+
+CONFIG = "config.yaml"
+PROVENANCE = "provenance.json"
+PACKAGES = ("stepscope", "torch", "transformers", "peft", "trl", "numpy", "safetensors", "pyarrow")
+"""Packages whose versions are recorded."""
+
+
+def _atomic(path: Path, write: Callable[[Path], object]) -> None:
+    partial = path.with_name(path.name + ".partial")
+    write(partial)
+    partial.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; it appears whole or not at all."""
+    _atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write strict JSON (nan and infinity become null); the file appears whole or not at all."""
+    write_text(path, json.dumps(_plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_yaml(path: Path, data: Mapping[str, Any]) -> None:
+    """Write a mapping as YAML; the file appears whole or not at all."""
+    write_text(path, yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True))
+
+
+def write_table(path: Path, columns: Mapping[str, Any]) -> None:
+    """Write columns of equal length as parquet; the file appears whole or not at all."""
+    results.write_table(pa.table(dict(columns)), path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        RunFolderError: it is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = "no such file" if not path.exists() else str(error)
+        raise RunFolderError(
+            f"{path}: cannot be read as JSON ({reason}); run the stage that writes it"
+        ) from error
+
+
+def _plain(data: Any) -> Any:
+    """Only what strict JSON knows."""
+    if isinstance(data, Mapping):
+        return {str(k): _plain(v) for k, v in data.items()}
+    if isinstance(data, list | tuple):
+        return [_plain(v) for v in data]
+    if isinstance(data, float):  # numpy's float64 is one
+        return float(data) if math.isfinite(data) else None
+    if isinstance(data, Path):
+        return str(data)
+    if hasattr(data, "tolist"):  # numpy scalars and arrays
+        return _plain(data.tolist())
+    return data
+
+
+def environment() -> dict[str, Any]:
+    """Versions of what computes, and the machine; nothing is imported for it."""
+    versions: dict[str, str | None] = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+    }
+
+
+def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted paths at which two plain configurations differ, with both values."""
+    found: list[str] = []
+    for key in dict.fromkeys([*a, *b]):
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            found += differing_keys(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.append(f"{prefix}{key} ({left!r} there, {right!r} here)")
+    return found
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run on disk: ``config.yaml``, ``provenance.json`` and the artifacts of its stages.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @classmethod
+    def open(
+        cls,
+        path: Path,
+        config: Mapping[str, Any],
+        *,
+        verb: str,
+        resume: bool = False,
+        ignore: Sequence[str] = (),
+        extra: Mapping[str, Any] | None = None,
+    ) -> RunFolder:
+        """Start a run in an empty or new folder, or go on with the one that is there.
+
+        Args:
+            path: the folder; made with its parents.
+            config: the resolved configuration, plain values only.
+            verb: command that makes the run.
+            resume: allow a folder that already holds a run of the same configuration.
+            ignore: top-level keys that may differ on resuming (``stages``).
+            extra: more provenance, for example the checkpoint's digest.
+
+        Raises:
+            RunFolderError: the folder holds a run and ``resume`` is off; it holds one of another
+                configuration; or it holds other files.
+        """
+        run = cls(path)
+        if run.holds_this_run(config, verb=verb, resume=resume, ignore=ignore):
+            return run
+        path.mkdir(parents=True, exist_ok=True)
+        write_yaml(path / CONFIG, config)
+        started = {
+            "command": " ".join(["stepscope", *sys.argv[1:]]),
+            "verb": verb,
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "wall_seconds": 0.0,
+            **environment(),
+            **(extra or {}),
+            "stages": {},
+        }
+        write_json(path / PROVENANCE, started)
+        return run
+
+    def holds_this_run(
+        self, config: Mapping[str, Any], *, verb: str, resume: bool, ignore: Sequence[str] = ()
+    ) -> bool:
+        """Whether there is a run to go on with (True) or nothing yet (False); touches nothing.
+
+        A run killed before it left anything counts as nothing.
+
+        Raises:
+            RunFolderError: see :meth:`open`.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunFolderError(f"{self.path}: is a file; choose another folder with --out")
+        names = {p.name for p in self.path.iterdir()} if self.path.is_dir() else set()
+        if all(name in (CONFIG, PROVENANCE) or name.endswith(".partial") for name in names) and not (
+            PROVENANCE in names and self.provenance()["stages"]
+        ):
+            return False
+        if not {CONFIG, PROVENANCE} <= names:
+            raise RunFolderError(
+                f"{self.path}: is not empty and has no {CONFIG} with {PROVENANCE}, so it holds no run to go "
+                "on with; choose another folder with --out"
+            )
+        provenance = self.provenance()
+        if provenance["verb"] != verb:
+            raise RunFolderError(
+                f"{self.path}: already holds a run of `stepscope {provenance['verb']}`; "
+                "choose another folder with --out"
+            )
+        if not resume:
+            done = ", ".join(provenance["stages"]) or "none"
+            raise RunFolderError(
+                f"{self.path}: already holds a run (finished stages: {done}); choose another folder with "
+                "--out, or add --resume to go on with it"
+            )
+        there, here = ({k: v for k, v in c.items() if k not in ignore} for c in (self.config(), config))
+        if differences := differing_keys(there, here):
+            raise RunFolderError(
+                f"{self.path}: holds a run of another configuration: {'; '.join(differences)}; "
+                "choose another folder with --out, or give the same settings"
+            )
+        return True
+
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration of the run.
+
+        Raises:
+            RunFolderError: ``config.yaml`` is missing or damaged.
+        """
+        file = self.path / CONFIG
+        try:
+            data = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise RunFolderError(f"{file}: cannot be read; is {self.path} a run folder?") from error
+        if not isinstance(data, dict):
+            raise RunFolderError(f"{file}: expected `key: value` lines; is {self.path} a run folder?")
+        return data
+
+    def provenance(self) -> dict[str, Any]:
+        """What is known about the run's origin, and its finished stages.
+
+        Raises:
+            RunFolderError: ``provenance.json`` is missing or damaged.
+        """
+        data = read_json(self.path / PROVENANCE)
+        if not isinstance(data, dict) or not {"verb", "stages", "wall_seconds"} <= set(data):
+            raise RunFolderError(f"{self.path / PROVENANCE}: not the provenance of a run; delete the folder")
+        return data
+
+    def file(self, name: str) -> Path:
+        """Path of an artifact."""
+        return self.path / name
+
+    def is_done(self, stage: str) -> bool:
+        """Whether a stage is finished: recorded, and all its files still there with their sizes."""
+        record = self.provenance()["stages"].get(stage)
+        if record is None:
+            return False
+        return all(
+            (self.path / name).is_file() and (self.path / name).stat().st_size == size
+            for name, size in record["files"].items()
+        )
+
+    @contextmanager
+    def stage(self, name: str, files: Sequence[str], *, invalidates: Sequence[str] = ()) -> Iterator[None]:
+        """Run a stage inside the block and record it as finished afterwards.
+
+        Args:
+            name: of the stage.
+            files: names of the files it leaves.
+            invalidates: later stages that rest on it; they count as unfinished from here on.
+
+        Raises:
+            RunFolderError: the block ended but a file is missing.
+        """
+        before = self.provenance()
+        for later in (name, *invalidates):
+            before["stages"].pop(later, None)
+        write_json(self.path / PROVENANCE, before)
+        begin = time.perf_counter()
+        finished = False
+        try:
+            yield
+            missing = [f for f in files if not (self.path / f).is_file()]
+            if missing:
+                raise RunFolderError(f"{self.path}: stage {name} left out {', '.join(missing)}")
+            finished = True
+        finally:
+            if not finished:
+                for file in files:
+                    (self.path / file).unlink(missing_ok=True)
+        seconds = time.perf_counter() - begin
+        provenance = self.provenance()
+        provenance["wall_seconds"] += seconds
+        provenance["stages"][name] = {
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": seconds,
+            "files": {f: (self.path / f).stat().st_size for f in files},
+        }
+        write_json(self.path / PROVENANCE, provenance)
+
+    def clean_up(self) -> None:
+        """After a failure: remove half-written files, and the folder itself if it holds nothing of a run."""
+        if not self.path.is_dir():
+            return
+        for partial in self.path.glob("*.partial"):
+            partial.unlink()
+        names = {p.name for p in self.path.iterdir()}
+        if names <= {CONFIG, PROVENANCE} and not (PROVENANCE in names and self.provenance()["stages"]):
+            for name in names:
+                (self.path / name).unlink()
+            self.path.rmdir()
