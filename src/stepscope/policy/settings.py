@@ -39,9 +39,10 @@ class StepSettings:
         task: specification of the task, for example ``arithmetic``; empty if unknown.
         prompt_template: name of the template or a template text with ``{question}``; empty means the default.
         seed: the run's seed.
-        bias_correction_kl: multiply the KL penalty by the ratio, which makes its gradient that of the reverse KL
+        bias_correction_kl: multiply the KL penalty by the ratio, which makes its gradient the reverse KL's
             (TRL's ``use_bias_correction_kl``, on by default there).
         mask_truncated: truncated responses do not enter the loss (TRL's ``mask_truncated_completions``).
+        format_weight: part of the reward that keeping the format earns, whatever the answer.
     """
 
     loss_type: str = "dr_grpo"
@@ -61,6 +62,7 @@ class StepSettings:
     seed: int = 0
     bias_correction_kl: bool = True
     mask_truncated: bool = False
+    format_weight: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-ready dictionary, with the version of the format."""
