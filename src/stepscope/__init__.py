@@ -1,0 +1,99 @@
+"""stepscope: one reinforcement-learning step of a language model under the microscope.
+
+The names below are the public interface. They are loaded on first use, so that ``import stepscope`` costs
+nothing until a model is touched.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stepscope.errors import StepscopeError
+    from stepscope.evaluation import evaluate
+    from stepscope.measure.change import Change, ChangePoint, measure_change
+    from stepscope.measure.fisher import fisher_kernel
+    from stepscope.measure.influence import Influence, influence
+    from stepscope.measure.noise_scale import noise_scale
+    from stepscope.measure.quantities import Quantity, make_quantity
+    from stepscope.measure.step import Step, reconstruct_step
+    from stepscope.policy.checkpoint import load_checkpoint
+    from stepscope.policy.rollouts import sample_rollouts
+    from stepscope.policy.settings import StepSettings
+    from stepscope.policy.state import OptimizerState, Policy
+    from stepscope.report import write_report
+    from stepscope.results import Rollouts
+    from stepscope.stats import Estimate
+    from stepscope.tasks import Task, load_task
+
+    __version__: str
+
+__all__ = [
+    "Change",
+    "ChangePoint",
+    "Estimate",
+    "Influence",
+    "OptimizerState",
+    "Policy",
+    "Quantity",
+    "Rollouts",
+    "Step",
+    "StepSettings",
+    "StepscopeError",
+    "Task",
+    "__version__",
+    "evaluate",
+    "fisher_kernel",
+    "influence",
+    "load_checkpoint",
+    "load_task",
+    "make_quantity",
+    "measure_change",
+    "noise_scale",
+    "reconstruct_step",
+    "sample_rollouts",
+    "write_report",
+]
+
+_HOME = {
+    "Change": "measure.change",
+    "ChangePoint": "measure.change",
+    "Estimate": "stats",
+    "Influence": "measure.influence",
+    "OptimizerState": "policy.state",
+    "Policy": "policy.state",
+    "Quantity": "measure.quantities",
+    "Rollouts": "results",
+    "Step": "measure.step",
+    "StepSettings": "policy.settings",
+    "StepscopeError": "errors",
+    "Task": "tasks",
+    "evaluate": "evaluation",
+    "fisher_kernel": "measure.fisher",
+    "influence": "measure.influence",
+    "load_checkpoint": "policy.checkpoint",
+    "load_task": "tasks",
+    "make_quantity": "measure.quantities",
+    "measure_change": "measure.change",
+    "noise_scale": "measure.noise_scale",
+    "reconstruct_step": "measure.step",
+    "sample_rollouts": "policy.rollouts",
+    "write_report": "report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name on first use (PEP 562)."""
+    if name == "__version__":
+        return version("stepscope")
+    if name not in _HOME:
+        raise AttributeError(f"module 'stepscope' has no attribute {name!r}")
+    value = getattr(import_module(f"stepscope.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,247 @@
+"""The command line: verbs, options and ``section.field=value`` overrides. Never imports torch by itself.
+
+Exit code 0: done. 2: the user can mend it (one line on standard error). 130: interrupted. 1: a bug, with its
+traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from stepscope.errors import ConfigError, StepscopeError
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+app = typer.Typer(
+    name="stepscope",
+    help="One reinforcement-learning step of a language model under the microscope.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.field=value]...", help="Settings that win over the configuration file."),
+]
+TaskSpec = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        metavar="TASK",
+        help="arithmetic, gsm8k, gsm8k:DIR, rg:NAME or jsonl:FILE; default: the task of the training.",
+    ),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option("--precision", help="float32 (default), float64 or bfloat16.", show_default=False),
+]
+Device = Annotated[
+    str | None, typer.Option("--device", help="Torch device; default: a GPU where there is one.")
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings as YAML.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder already holds.")]
+
+
+def _mendable(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Turn an error the user can mend into one line and exit code 2, and an interrupt into 130."""
+
+    @wraps(command)
+    def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return command(*args, **kwargs)
+        except StepscopeError as error:
+            print(f"stepscope: error: {' '.join(str(error).split())}", file=sys.stderr)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as interrupt:
+            print("stepscope: interrupted; what is finished is kept", file=sys.stderr)
+            raise typer.Exit(130) from interrupt
+
+    return wrapped
+
+
+def _split(text: str | None) -> list[str] | None:
+    """``a,b`` as a list."""
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _first_or_override(first: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
+    """A leading ``section.field=value`` belongs to the overrides, not to the first argument."""
+    rest = overrides or []
+    if first is not None and "=" in first and not Path(first).exists():
+        return None, [first, *rest]
+    return first, rest
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"stepscope {version('stepscope')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    """One reinforcement-learning step of a language model under the microscope."""
+
+
+@app.command()
+@_mendable
+def demo(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder.")] = Path("runs/demo"),
+) -> None:
+    """The whole story on a tiny policy: train, evaluate, measure, report. Offline, CPU, minutes.
+
+    Goes on where an earlier call was stopped.
+    """
+    from stepscope.pipeline import run_demo
+
+    run_demo(out)
+
+
+@app.command()
+@_mendable
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration (YAML).")],
+    overrides: Overrides = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="Run folder.")] = None,
+    resume: Resume = False,
+) -> None:
+    """Supervised warm-up and/or reinforcement learning; checkpoints under OUT/checkpoints/step-N."""
+    from stepscope.config import TrainConfig, load_config
+    from stepscope.pipeline import run_train
+
+    settings = load_config(TrainConfig, config, overrides or [], {"out": out})
+    run_train(settings, resume=resume)
+
+
+@app.command("eval")
+@_mendable
+def evaluate(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CHECKPOINT|RUN", help="A checkpoint, or a run folder for all of its checkpoints."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    task: TaskSpec = None,
+    out: Annotated[
+        str | None,
+        typer.Option("--out", metavar="FILE", help="Parquet file; default: eval.parquet in the run folder."),
+    ] = None,
+    precision: Precision = None,
+    device: Device = None,
+    config: ConfigFile = None,
+) -> None:
+    """pass@k, format, length and entropy with their errors, one row per checkpoint."""
+    from stepscope.config import EvalConfig, load_config
+    from stepscope.pipeline import run_eval
+
+    source, rest = _first_or_override(source, overrides)
+    values = {"source": source, "task": task, "out": out, "precision": precision, "device": device}
+    run_eval(load_config(EvalConfig, config, rest, values))
+
+
+@app.command()
+@_mendable
+def measure(
+    checkpoint: Annotated[
+        str | None, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder with its optimizer state.")
+    ] = None,
+    overrides: Overrides = None,
+    task: TaskSpec = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="Run folder.")] = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            "--stages",
+            metavar="A,B",
+            help="Only these stages, on the run that the folder already holds: rollouts, step, change, "
+            "influence, kernel, noise, report.",
+        ),
+    ] = None,
+    quantity: Annotated[
+        str | None,
+        typer.Option(
+            "--quantity",
+            metavar="A,B",
+            help="entropy (default), reward, length, kl, logprob; the first is primary.",
+        ),
+    ] = None,
+    precision: Precision = None,
+    device: Device = None,
+    config: ConfigFile = None,
+    resume: Resume = False,
+) -> None:
+    """Measure what a checkpoint's next optimizer step does to its policy, and who did it."""
+    from stepscope.config import MeasureConfig, load_config
+    from stepscope.pipeline import run_measure
+
+    checkpoint, rest = _first_or_override(checkpoint, overrides)
+    values: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "task": task,
+        "out": out,
+        "stages": _split(stages),
+        "quantities": _split(quantity),
+        "precision": precision,
+        "device": device,
+    }
+    run_measure(load_config(MeasureConfig, config, rest, values), resume=resume or stages is not None)
+
+
+@app.command()
+@_mendable
+def study(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration (YAML).")],
+    overrides: Overrides = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="Study folder.")] = None,
+) -> None:
+    """Many measurements: checkpoints x settings x repeats. Goes on where an earlier call was stopped."""
+    from stepscope.config import StudyConfig, load_config
+    from stepscope.pipeline import run_study
+
+    run_study(load_config(StudyConfig, config, overrides or [], {"out": out}))
+
+
+@app.command()
+@_mendable
+def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]) -> None:
+    """Rebuild report.html from the artifacts of a run; nothing is computed again."""
+    from stepscope.pipeline import run_report
+
+    run_report(run)
+
+
+@app.command()
+@_mendable
+def check(
+    target: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT|CONFIG", help="Checkpoint folder, or YAML file.")
+    ],
+) -> None:
+    """Is this fit to be measured? What is missing, and what to do?"""
+    from stepscope.pipeline import run_check
+
+    if not run_check(target):
+        raise ConfigError(f"{target}: not fit to be measured; see the findings above")
+
+
+def main() -> None:
+    """Entry point of the ``stepscope`` command."""
+    app()
