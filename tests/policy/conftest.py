@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -26,6 +26,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+from stepscope.tasks.problem import Problem, Score
 
 VOCAB = ["<pad>", "</s>", *"0123456789+=?abcdefgh"]
 
@@ -89,26 +91,14 @@ ARCHITECTURES = ("qwen2", "qwen3", "llama", "smollm", "gemma3", "gpt2")
 
 
 @dataclass(frozen=True)
-class Problem:
-    prompt_id: str
-    question: str
-    answer: str
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Score:
-    reward: float
-    correct: bool
-    formatted: bool
-
-
-@dataclass(frozen=True)
 class LetterTask:
     """Reward is the share of digits in the response, so that a random policy has reward variance."""
 
     size: int = 32
     spec: str = "letters"
+
+    def formatted(self, response: str) -> bool:
+        return bool(response)
 
     def problems(self, split: str) -> Sequence[Problem]:
         return [Problem(f"letters/{split}/{i}", f"{i}+{i % 7}=", str(i + i % 7)) for i in range(self.size)]

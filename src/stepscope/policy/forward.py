@@ -6,13 +6,15 @@ every row and logits of prompt positions are never made.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from stepscope.errors import BatchError
+from stepscope.errors import BatchError, MeasurementError
+from stepscope.policy.precision import matching_precision
 from stepscope.results import Rollouts
 
 
@@ -56,6 +58,12 @@ class TokenOutputs:
     entropies: Tensor
     logits: Tensor | None = None
     hidden: Tensor | None = None
+
+
+def base_model(model: nn.Module) -> nn.Module:
+    """The transformers model itself: what a PEFT wrapper wraps, or the model as it is."""
+    unwrap = getattr(model, "get_base_model", None)
+    return unwrap() if unwrap is not None else model
 
 
 def make_batch(
@@ -167,28 +175,44 @@ def forward(
             the model's own value.
         keep_logits: also return logits / temperature.
         keep_hidden: also return the last hidden states.
+
+    A model whose parameters are float64 computes in float64 throughout (:func:`true_float64`); logits in
+    bfloat16 or float16 are divided and normalised in float32.
+
+    Raises:
+        MeasurementError: the model cannot be told the positions of padded sequences.
     """
-    inputs = {
+    length = batch.response_ids.shape[1]
+    inputs: dict[str, object] = {
         "input_ids": batch.input_ids,
         "attention_mask": batch.attention_mask,
         "position_ids": batch.position_ids,
         "use_cache": False,
-        "logits_to_keep": batch.response_ids.shape[1] + 1,
     }
+    accepted = inspect.signature(base_model(model).forward).parameters
+    if "position_ids" not in accepted:
+        raise MeasurementError(
+            f"{type(base_model(model)).__name__}: its forward takes no position_ids, which padded batches "
+            "need; measure a model with explicit positions (Llama, Qwen, Gemma, GPT-2, ...)"
+        )
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = length + 1
     if keep_hidden:
         inputs["output_hidden_states"] = True
-    if params is None:
-        out = model(**inputs)
-    else:
-        out = torch.func.functional_call(model, dict(params), (), inputs)
-    logits = out.logits[:, :-1] / temperature
+    with matching_precision(model):
+        if params is None:
+            out = model(**inputs)
+        else:
+            out = torch.func.functional_call(model, dict(params), (), inputs)
+    logits = out.logits[:, -length - 1 : -1]
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
+    logits = logits / temperature
     distribution = torch.log_softmax(logits, dim=-1)
     logprobs = distribution.gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1)
     entropies = -(distribution.exp() * distribution).sum(-1)
     mask = batch.response_mask
-    hidden = out.hidden_states[-1][:, -batch.response_ids.shape[1] - 1 : -1] if keep_hidden else None
+    hidden = out.hidden_states[-1][:, -length - 1 : -1] if keep_hidden else None
     return TokenOutputs(
         logprobs=logprobs.masked_fill(~mask, 0.0),
         entropies=entropies.masked_fill(~mask, 0.0),

@@ -1,0 +1,297 @@
+"""Sampling responses from a policy and scoring them on a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from transformers import GenerationConfig
+
+from stepscope.errors import BatchError
+from stepscope.policy.forward import base_model, batches, forward
+from stepscope.policy.objective import advantages
+from stepscope.policy.precision import matching_precision
+from stepscope.policy.state import Policy
+from stepscope.results import FloatArray, Rollouts
+from stepscope.tasks.problem import Problem, Task
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """One sampled response and its score."""
+
+    prompt_id: str
+    prompt: str
+    prompt_token_ids: tuple[int, ...]
+    response: str
+    response_token_ids: tuple[int, ...]
+    truncated: bool
+    reward: float
+    correct: bool
+
+
+def sample_rollouts(
+    policy: Policy,
+    task: Task,
+    *,
+    num_prompts: int,
+    group_size: int,
+    seed: int,
+    split: str = "train",
+    exclude: AbstractSet[str] = frozenset(),
+    require_reward_variance: bool = False,
+    max_resample: int = 10,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Rollouts:
+    """Sample ``group_size`` responses to each of ``num_prompts`` prompts and score them.
+
+    Prompts are drawn without replacement. Responses come from pi(.|s) = softmax(z(s)/T) itself, at the
+    settings' temperature: no nucleus, no top-k, no penalties, whatever the model's generation config
+    says; each ends with an end-of-sequence token, which counts, or is cut at ``max_response_tokens`` and
+    flagged. Log-probs and entropies are recomputed with :func:`stepscope.policy.forward.forward`. The
+    global random state is left as it was; the same arguments give the same batch on the same machine.
+
+    Args:
+        policy: with a tokenizer.
+        task: where prompts and rewards come from.
+        num_prompts: prompt groups.
+        group_size: responses per prompt; advantages are filled in when it is more than 1.
+        seed: of prompts and responses.
+        split: ``train`` or ``test``.
+        exclude: prompt ids not to use, for a probe batch those of the update batch.
+        require_reward_variance: replace prompt groups whose rewards are all equal by other prompts.
+        max_resample: rounds of replacement before giving up.
+        batch_size: sequences generated at a time.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        BatchError: too few prompts, a prompt too long for the model, or no reward variance after all rounds.
+    """
+    _check_request(policy, num_prompts, group_size, require_reward_variance)
+    problems = task.problems(split)
+    order = np.random.default_rng([seed, 0]).permutation(len(problems))
+    pool = iter([problems[int(i)] for i in order if problems[int(i)].prompt_id not in exclude])
+    kept: list[list[_Sequence]] = []
+    missing = num_prompts
+    with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
+        for attempt in range(max_resample + 1 if require_reward_variance else 1):
+            chosen = [problem for _, problem in zip(range(missing), pool, strict=False)]
+            if len(chosen) < missing:
+                raise BatchError(
+                    f"{split} split: {len(problems)} problems less {len(exclude)} excluded are not enough "
+                    f"for {num_prompts} prompts{' with reward variance' if require_reward_variance else ''}; "
+                    "ask for fewer prompts or use a larger task"
+                )
+            groups = _sample_groups(policy, task, chosen, group_size, [seed, 1 + attempt], batch_size, bar)
+            kept += [g for g in groups if not require_reward_variance or len({s.reward for s in g}) > 1]
+            missing = num_prompts - len(kept)
+            if missing == 0:
+                break
+        if missing:
+            raise BatchError(
+                f"{missing} of {num_prompts} prompt groups still have no reward variance after "
+                f"{max_resample} rounds "
+                "of resampling; use a larger group, a higher temperature or a task the policy "
+                "solves sometimes"
+            )
+        rollouts = _assemble(policy, [sequence for group in kept for sequence in group])
+        logprobs, entropies = score_rollouts(policy, rollouts, max_sequences=batch_size, bar=bar)
+    rollouts = replace(rollouts, logprobs=logprobs, entropies=entropies)
+    if group_size == 1:
+        return rollouts
+    scaled = advantages(rollouts.rewards, rollouts.prompt_index, policy.settings.scale_rewards)
+    return replace(rollouts, advantages=scaled)
+
+
+def score_rollouts(
+    policy: Policy, rollouts: Rollouts, *, max_sequences: int = 16, bar: Progress | None = None
+) -> tuple[tuple[FloatArray, ...], tuple[FloatArray, ...]]:
+    """Log-probs and entropies of given responses under the policy, in nats.
+
+    Args:
+        policy: the policy that scores; at the rollouts' temperature.
+        rollouts: token ids; its own log-probs are not used.
+        max_sequences: most sequences in one forward pass.
+        bar: progress bar to advance, or None.
+
+    Returns:
+        Log-probs and entropies, each one (tok,) array per sequence.
+    """
+    logprobs: dict[int, FloatArray] = {}
+    entropies: dict[int, FloatArray] = {}
+    advance = _advancing(bar, "scoring", len(rollouts))
+    for batch in batches(rollouts, max_sequences=max_sequences, device=policy.device):
+        with torch.no_grad():
+            outputs = forward(policy.model, batch, temperature=rollouts.temperature)
+        for row, i in enumerate(batch.seq_index.tolist()):
+            mask = batch.response_mask[row]
+            logprobs[i] = outputs.logprobs[row][mask].double().cpu().numpy()
+            entropies[i] = outputs.entropies[row][mask].double().cpu().numpy()
+        advance(len(batch))
+    order = range(len(rollouts))
+    return tuple(logprobs[i] for i in order), tuple(entropies[i] for i in order)
+
+
+def end_tokens(policy: Policy) -> list[int]:
+    """Token ids that end a response, as TRL has them: the tokenizer's and the generation config's."""
+    config = getattr(base_model(policy.model), "generation_config", None)
+    listed = getattr(config, "eos_token_id", None)
+    others = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
+    own = policy.tokenizer.eos_token_id
+    return others if own is None or own in others else [own, *others]
+
+
+def _check_request(policy: Policy, num_prompts: int, group_size: int, variance: bool) -> None:
+    if policy.tokenizer is None:
+        raise BatchError("this policy has no tokenizer, so nothing can be sampled; load it from a checkpoint")
+    if num_prompts < 1 or group_size < 1:
+        raise BatchError(
+            f"got num_prompts={num_prompts}, group_size={group_size}, expected at least 1 of each; "
+            f"ask for more"
+        )
+    if variance and group_size < 2:
+        raise BatchError("a group of one response has no reward variance; use group_size of at least 2")
+
+
+def _sample_groups(
+    policy: Policy,
+    task: Task,
+    problems: Sequence[Problem],
+    group_size: int,
+    seed: Sequence[int],
+    batch_size: int,
+    bar: Progress,
+) -> list[list[_Sequence]]:
+    """``group_size`` scored responses to each problem."""
+    prompts = [task.prompt(problem, policy.tokenizer) for problem in problems]
+    prompt_ids = [_encode(policy, text) for text in prompts]
+    rows = [i for i in range(len(problems)) for _ in range(group_size)]
+    advance = _advancing(bar, "sampling", len(rows))
+    responses: list[tuple[int, ...]] = []
+    with _seeded(policy.device, seed):
+        for start in range(0, len(rows), batch_size):
+            chunk = rows[start : start + batch_size]
+            responses += _generate(policy, [prompt_ids[i] for i in chunk])
+            advance(len(chunk))
+    ends = set(end_tokens(policy))
+    groups: list[list[_Sequence]] = [[] for _ in problems]
+    for i, ids in zip(rows, responses, strict=True):
+        text = policy.tokenizer.decode(list(ids), skip_special_tokens=True)
+        score = task.score(problems[i], text)
+        groups[i].append(
+            _Sequence(
+                prompt_id=problems[i].prompt_id,
+                prompt=prompts[i],
+                prompt_token_ids=prompt_ids[i],
+                response=text,
+                response_token_ids=ids,
+                truncated=ids[-1] not in ends,
+                reward=float(score.reward),
+                correct=bool(score.correct),
+            )
+        )
+    return groups
+
+
+def _encode(policy: Policy, text: str) -> tuple[int, ...]:
+    """Token ids of a prompt; special tokens are added unless the text brings its own."""
+    start = policy.tokenizer.bos_token
+    ids = policy.tokenizer(text, add_special_tokens=not (start and text.startswith(start)))["input_ids"]
+    limit = policy.settings.max_prompt_tokens
+    if limit is not None:
+        ids = ids[-limit:]
+    if not ids:
+        raise BatchError(f"prompt {text!r} has no tokens; mend the task's prompt")
+    room = getattr(getattr(base_model(policy.model), "config", None), "max_position_embeddings", None)
+    if room is not None and len(ids) + policy.settings.max_response_tokens > room:
+        raise BatchError(
+            f"a prompt of {len(ids)} tokens and a response of {policy.settings.max_response_tokens} "
+            f"do not fit the "
+            f"model's {room} positions; lower max_response_tokens or set max_prompt_tokens"
+        )
+    return tuple(ids)
+
+
+def _generate(policy: Policy, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Responses to some prompts, each cut after its first end-of-sequence token."""
+    ends = end_tokens(policy)
+    pad = policy.tokenizer.pad_token_id
+    if pad is None:
+        pad = ends[0] if ends else 0
+    width = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+    attention = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):
+        input_ids[row, width - len(ids) :] = torch.tensor(ids)
+        attention[row, width - len(ids) :] = 1
+    model: Any = base_model(policy.model)
+    kept = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=policy.settings.temperature,
+        top_p=1.0,
+        top_k=0,
+        max_new_tokens=policy.settings.max_response_tokens,
+        eos_token_id=ends or None,
+        pad_token_id=pad,
+        bos_token_id=policy.tokenizer.bos_token_id,
+    )
+    try:
+        with torch.no_grad(), matching_precision(model):
+            output: Tensor = model.generate(
+                input_ids=input_ids.to(policy.device),
+                attention_mask=attention.to(policy.device),
+                generation_config=model.generation_config,
+            )
+    finally:
+        model.generation_config = kept
+    stops = set(ends)
+    found = []
+    for row in output[:, width:].tolist():
+        length = next((k + 1 for k, token in enumerate(row) if token in stops), len(row))
+        found.append(tuple(row[:length]))
+    return found
+
+
+@contextmanager
+def _seeded(device: torch.device, seed: Sequence[int]) -> Iterator[None]:
+    """Seed the global generators inside the block; their state comes back afterwards."""
+    state = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(state)
+        yield
+
+
+def _advancing(bar: Progress | None, what: str, total: int) -> Callable[[int], None]:
+    if bar is None:
+        return lambda count: None
+    task = bar.add_task(what, total=total)
+    return lambda count: bar.update(task, advance=count)
+
+
+def _assemble(policy: Policy, sequences: Sequence[_Sequence]) -> Rollouts:
+    """The records as one batch; log-probs and entropies still to be filled in."""
+    empty = tuple(np.zeros(len(s.response_token_ids)) for s in sequences)
+    return Rollouts(
+        prompt_ids=tuple(s.prompt_id for s in sequences),
+        prompts=tuple(s.prompt for s in sequences),
+        responses=tuple(s.response for s in sequences),
+        prompt_token_ids=tuple(s.prompt_token_ids for s in sequences),
+        response_token_ids=tuple(s.response_token_ids for s in sequences),
+        rewards=np.array([s.reward for s in sequences], dtype=np.float64),
+        correct=np.array([s.correct for s in sequences], dtype=np.bool_),
+        truncated=np.array([s.truncated for s in sequences], dtype=np.bool_),
+        logprobs=empty,
+        entropies=empty,
+        temperature=policy.settings.temperature,
+        max_response_tokens=policy.settings.max_response_tokens,
+    )

@@ -1,0 +1,187 @@
+"""The one forward pass against a naive computation, one unpadded sequence at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from stepscope.errors import BatchError, MeasurementError
+from stepscope.policy.forward import TokenOutputs, batches, forward, make_batch
+from stepscope.policy.precision import lift_model, true_float64
+from stepscope.policy.rollouts import score_rollouts
+from stepscope.policy.settings import StepSettings
+from stepscope.policy.state import Policy
+from stepscope.results import Rollouts
+
+PROMPTS = [(5, 6, 7, 8, 9, 3), (8, 9), (4,), (10, 11, 12), (6, 6, 6, 6)]
+RESPONSES = [(10, 1), (15, 16, 17, 18, 19), (13, 14, 1), (1,), (20, 5, 6, 7)]
+
+
+def naive(
+    model: nn.Module, prompt: tuple[int, ...], response: tuple[int, ...], temperature: float
+) -> TokenOutputs:
+    """Full logits of one sequence without padding, mask or positions."""
+    logits = model(torch.tensor([[*prompt, *response]])).logits[0] / temperature
+    rows = logits[len(prompt) - 1 : -1]
+    p = torch.softmax(rows, -1)
+    chosen = p[torch.arange(len(response)), torch.tensor(response)]
+    return TokenOutputs(torch.log(chosen), torch.distributions.Categorical(probs=p).entropy())
+
+
+def make_rollouts(order: list[int] | None = None) -> Rollouts:
+    idx = list(range(len(PROMPTS))) if order is None else order
+    zeros = tuple(np.zeros(len(RESPONSES[i])) for i in idx)
+    n = len(idx)
+    return Rollouts(
+        prompt_ids=tuple(f"p{i}" for i in idx),
+        prompts=("",) * n,
+        responses=("",) * n,
+        prompt_token_ids=tuple(PROMPTS[i] for i in idx),
+        response_token_ids=tuple(RESPONSES[i] for i in idx),
+        rewards=np.zeros(n),
+        correct=np.zeros(n, dtype=bool),
+        truncated=np.zeros(n, dtype=bool),
+        logprobs=zeros,
+        entropies=zeros,
+        temperature=0.7,
+        max_response_tokens=6,
+    )
+
+
+def policy_of(model: nn.Module) -> Policy:
+    return Policy(model=model, tokenizer=None, settings=StepSettings(temperature=0.7))
+
+
+def test_padded_batch_agrees_with_unpadded_sequences(
+    build_model: Callable[..., nn.Module], architecture: str
+) -> None:
+    model = lift_model(build_model(architecture))
+    batch = make_batch(PROMPTS, RESPONSES)
+    with torch.no_grad():
+        outputs = forward(model, batch, temperature=0.7, keep_logits=True, keep_hidden=True)
+    assert outputs.logits is not None
+    assert outputs.hidden is not None
+    assert outputs.logits.shape == (5, 5, 23)
+    assert outputs.hidden.shape[:2] == (5, 5)
+    for i, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
+        with torch.no_grad(), true_float64():
+            expected = naive(model, prompt, response, 0.7)
+        n = len(response)
+        torch.testing.assert_close(outputs.logprobs[i, :n], expected.logprobs, rtol=0, atol=1e-12)
+        torch.testing.assert_close(outputs.entropies[i, :n], expected.entropies, rtol=0, atol=1e-12)
+        assert not outputs.logprobs[i, n:].any()
+        assert not outputs.entropies[i, n:].any()
+
+
+def test_batch_size_order_and_padding_do_not_matter(
+    build_model: Callable[..., nn.Module], architecture: str
+) -> None:
+    policy = policy_of(lift_model(build_model(architecture)))
+    together, entropies = score_rollouts(policy, make_rollouts(), max_sequences=8)
+    order = [3, 1, 4, 0, 2]
+    alone, entropies_alone = score_rollouts(policy, make_rollouts(order), max_sequences=1)
+    for place, i in enumerate(order):
+        np.testing.assert_allclose(alone[place], together[i], rtol=0, atol=1e-13)
+        np.testing.assert_allclose(entropies_alone[place], entropies[i], rtol=0, atol=1e-13)
+
+
+def test_the_end_of_sequence_token_counts(build_model: Callable[..., nn.Module]) -> None:
+    model = build_model()
+    (logprobs, _) = score_rollouts(policy_of(model), make_rollouts())
+    assert [len(row) for row in logprobs] == [len(r) for r in RESPONSES]
+    with torch.no_grad():
+        last = naive(model, PROMPTS[2], RESPONSES[2], 0.7).logprobs[-1]
+    assert logprobs[2][-1] == pytest.approx(float(last), abs=1e-5)
+    assert logprobs[2][-1] < -0.1
+
+
+def test_what_stands_on_padding_changes_nothing(build_model: Callable[..., nn.Module]) -> None:
+    model = build_model()
+    found = []
+    for pad in (0, 17):
+        with torch.no_grad():
+            found.append(forward(model, make_batch(PROMPTS, RESPONSES, pad_id=pad), temperature=1.0))
+    mask = make_batch(PROMPTS, RESPONSES).response_mask
+    torch.testing.assert_close(found[0].logprobs[mask], found[1].logprobs[mask], rtol=0, atol=1e-6)
+
+
+def test_micro_batches_respect_their_limits() -> None:
+    rollouts = make_rollouts()
+    seen: list[int] = []
+    for batch in batches(rollouts, max_sequences=2):
+        assert len(batch) <= 2
+        seen += batch.seq_index.tolist()
+    assert sorted(seen) == list(range(5))
+    for batch in batches(rollouts, max_tokens=16, max_sequences=100):
+        assert len(batch) == 1 or int(batch.attention_mask.sum(1).max()) * len(batch) <= 16
+
+
+def test_given_params_replace_the_models_own_and_lora_works(build_model: Callable[..., nn.Module]) -> None:
+    model = get_peft_model(
+        build_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    ).eval()
+    batch = make_batch(PROMPTS, RESPONSES)
+    params = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        own = forward(model, batch, temperature=1.0).logprobs
+        same = forward(model, batch, temperature=1.0, params=params).logprobs
+        off = forward(model, batch, temperature=1.0, params={n: 0 * p for n, p in params.items()}).logprobs
+        with model.disable_adapter():
+            base = forward(model, batch, temperature=1.0).logprobs
+    torch.testing.assert_close(own, same, rtol=0, atol=0)
+    torch.testing.assert_close(off, base, rtol=0, atol=1e-6)
+    assert float((own - base).abs().max()) > 1e-2
+
+
+def test_bfloat16_logits_are_normalised_in_float32(build_model: Callable[..., nn.Module]) -> None:
+    model = build_model().to(torch.bfloat16)
+    batch = make_batch(PROMPTS, RESPONSES)
+    with torch.no_grad():
+        outputs = forward(model, batch, temperature=0.7, keep_logits=True)
+    assert outputs.logits is not None
+    assert outputs.logits.dtype == outputs.logprobs.dtype == outputs.entropies.dtype == torch.float32
+    total = torch.logsumexp(outputs.logits.double(), -1)
+    chosen = outputs.logits.double().gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1) - total
+    mask = batch.response_mask
+    torch.testing.assert_close(outputs.logprobs[mask].double(), chosen[mask], rtol=0, atol=1e-6)
+
+
+class Bare(nn.Module):
+    """A model without logits_to_keep; with or without position_ids."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, use_cache: bool
+    ) -> Any:
+        return SimpleNamespace(logits=self.model(input_ids, attention_mask, position_ids).logits)
+
+
+class Positionless(Bare):
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> Any:  # type: ignore[override]
+        return self.model(input_ids, attention_mask)
+
+
+def test_models_with_fewer_arguments(build_model: Callable[..., nn.Module]) -> None:
+    model, batch = build_model(), make_batch(PROMPTS, RESPONSES)
+    with torch.no_grad():
+        full = forward(Bare(model), batch, temperature=1.0).logprobs
+        torch.testing.assert_close(full, forward(model, batch, temperature=1.0).logprobs, rtol=0, atol=1e-6)
+    with pytest.raises(MeasurementError, match="Positionless: its forward takes no position_ids"):
+        forward(Positionless(model), batch, temperature=1.0)
+
+
+def test_empty_prompt_or_response_is_refused() -> None:
+    with pytest.raises(BatchError, match="sequence 1 has an empty response"):
+        make_batch([(1,), (2,)], [(1,), ()])
+    with pytest.raises(BatchError, match="sequence 0 has an empty prompt"):
+        make_batch([()], [(1,)])
