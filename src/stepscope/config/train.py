@@ -93,7 +93,7 @@ class SftConfig(Section):
         format_threshold: stop once this share of held-out responses keeps the format.
         accuracy_threshold: also wait for this pass@1 on held-out prompts; null for the format alone.
         check_every: optimizer steps between two checks of the thresholds.
-        check_prompts: held-out prompts per check.
+        check_prompts: held-out prompts per check, taken from the training split.
     """
 
     examples: int = Field(default=2048, ge=1)
@@ -126,7 +126,6 @@ class RlConfig(Section):
         epsilon_high: upper clip range of the ratio.
         micro_batch_size: sequences per forward and backward pass on one device.
         gradient_checkpointing: trade time for memory in the backward pass.
-        format_reward: reward for keeping the format, beside 1 for a correct answer.
         optimizer: AdamW and its schedule.
         report_to: where curves go: any name TRL knows.
     """
@@ -146,7 +145,6 @@ class RlConfig(Section):
     epsilon_high: float = Field(default=0.2, gt=0)
     micro_batch_size: int = Field(default=128, ge=1)
     gradient_checkpointing: bool = False
-    format_reward: float = Field(default=0.0, ge=0)
     optimizer: OptimizerConfig = OptimizerConfig()
     report_to: list[str] = Field(default_factory=lambda: ["tensorboard"])
 
@@ -158,6 +156,8 @@ class TrainConfig(Section):
         model: which model, and its adapter.
         task: specification of the task, for example ``arithmetic`` or ``gsm8k:DIR``.
         template: prompt template: a name, a text with ``{question}``, or null for the default.
+        format_weight: reward of a response that keeps the format, beside 1 for a correct answer. Above 0 it
+            gives groups a spread of rewards where hardly any answer is correct.
         seed: seed of initialisation, data order and sampling.
         out: run folder; checkpoints go to ``OUT/checkpoints/step-N``.
         sft: supervised warm-up, or null to skip it.
@@ -167,6 +167,7 @@ class TrainConfig(Section):
     model: ModelConfig = ModelConfig()
     task: str = "arithmetic"
     template: str | None = None
+    format_weight: float = Field(default=0.0, ge=0, le=1)
     seed: int = 0
     out: str = "runs/train"
     sft: SftConfig | None = SftConfig()

@@ -1,9 +1,9 @@
 """The embedded policy: a Llama-style model of a few hundred thousand parameters with its own tokenizer.
 
 Built in code from a seed, so that training, measurement and tests need no download. Once saved it is an
-ordinary Hugging Face folder and is treated like any other model. Llama and not Qwen2, because ``AutoTokenizer``
-of transformers 5 gives every folder of model type ``qwen2`` Qwen's own pre-tokenizer, whatever its
-``tokenizer.json`` says.
+ordinary Hugging Face folder and is treated like any other model. Llama and not Qwen2, because
+``AutoTokenizer`` of transformers 5 gives every folder of model type ``qwen2`` Qwen's own pre-tokenizer,
+whatever its ``tokenizer.json`` says.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """A tokenizer with one token per printable ASCII character and one for each of the four tags.
 
     Decoding joins tokens without spaces, so ``decode(encode(text)) == text`` for every text over its
-    alphabet; any other character becomes ``<unk>``. The tags are ordinary tokens: they survive ``skip_special_tokens``.
+    alphabet; any other character becomes ``<unk>``. The tags are ordinary tokens: they survive
+    ``skip_special_tokens``.
     """
     vocabulary = {token: i for i, token in enumerate((*SPECIAL, *TAGS, *CHARACTERS))}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
@@ -61,8 +62,8 @@ def build_tiny(config: TinyModelConfig, *, seed: int) -> tuple[LlamaForCausalLM,
     """
     if config.hidden_size % config.heads or config.heads % config.kv_heads:
         raise ConfigError(
-            f"model.tiny: hidden_size {config.hidden_size}, heads {config.heads}, kv_heads {config.kv_heads}: "
-            "heads must divide hidden_size and kv_heads must divide heads"
+            f"model.tiny: hidden_size {config.hidden_size}, heads {config.heads}, kv_heads "
+            f"{config.kv_heads}; heads must divide hidden_size and kv_heads must divide heads"
         )
     tokenizer = build_tokenizer()
     set_seed(seed)

@@ -1,0 +1,64 @@
+"""What the warm-up and the reinforcement learning tell the Hugging Face Trainer alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from stepscope.config import OptimizerConfig
+
+
+class QuietProgress(ProgressCallback):  # type: ignore[misc]
+    """The Trainer's progress bar with the latest figures beside it instead of a line for every step."""
+
+    shown = ("loss", "reward", "entropy", "format_rate", "accuracy")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Show the latest figures."""
+        if self.training_bar is not None:
+            figures = {k: f"{logs[k]:.3g}" for k in self.shown if logs.get(k) is not None}
+            self.training_bar.set_postfix(figures)
+
+
+def shared_arguments(optimizer: OptimizerConfig, *, seed: int, report_to: list[str]) -> dict[str, Any]:
+    """Keyword arguments of ``TrainingArguments`` that both stages use.
+
+    Computation is in the dtype of the weights (no autocast), so that a step can be rebuilt from a checkpoint.
+    TensorBoard is left to :func:`callbacks`, which decides where its files go.
+    """
+    return {
+        "learning_rate": optimizer.lr,
+        "lr_scheduler_type": optimizer.scheduler,
+        "warmup_steps": optimizer.warmup_steps,
+        "weight_decay": optimizer.weight_decay,
+        "adam_beta1": optimizer.beta1,
+        "adam_beta2": optimizer.beta2,
+        "adam_epsilon": optimizer.eps,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "optim": "adamw_torch",
+        "seed": seed,
+        "data_seed": seed,
+        "bf16": False,
+        "fp16": False,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "report_to": [name for name in report_to if name != "tensorboard"] or "none",
+        "logging_first_step": True,
+    }
+
+
+def install_callbacks(trainer: Any, *, logs: Path | None) -> None:
+    """A quiet progress bar instead of the Trainer's printing; TensorBoard curves to ``logs`` if given."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    added: list[TrainerCallback] = [QuietProgress()]
+    if logs is not None:
+        added.append(TensorBoardCallback(SummaryWriter(log_dir=str(logs))))
+    for callback in added:
+        trainer.add_callback(callback)

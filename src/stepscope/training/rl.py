@@ -1,0 +1,274 @@
+"""Strictly on-policy reinforcement learning with TRL, and the checkpoints it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
+
+from stepscope.config import RlConfig, TrainConfig
+from stepscope.errors import ConfigError
+from stepscope.policy.settings import StepSettings
+from stepscope.results import FloatArray
+from stepscope.tasks.problem import Problem, Score, Task
+from stepscope.training.arguments import install_callbacks, shared_arguments
+from stepscope.training.start import adapter, prompt_text
+
+
+class TaskReward:
+    """TRL's view of a task: the reward of each completion; the same text is scored once a step."""
+
+    __name__ = "task"
+
+    def __init__(self, task: Task, problems: Sequence[Problem]) -> None:
+        self.task = task
+        self.problems = problems
+        self.scores: dict[tuple[int, str], Score] = {}
+
+    def score(self, index: int, completion: str) -> Score:
+        """The score of a completion to problem ``index``."""
+        key = (index, completion)
+        if key not in self.scores:
+            self.scores[key] = self.task.score(self.problems[index], completion)
+        return self.scores[key]
+
+    def __call__(self, prompts: list[str], completions: list[str], index: list[int], **_: Any) -> list[float]:
+        """Rewards of a batch; TRL passes the columns of the data set as keywords."""
+        return [self.score(i, text).reward for i, text in zip(index, completions, strict=True)]
+
+
+class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
+    """TRL's GRPO trainer that replaces dead prompt groups and leaves checkpoints a measurement can use.
+
+    A group whose rewards are all equal has zero advantages and no gradient. Up to ``max_resample`` times
+    such groups are dropped and groups of other prompts sampled in their place; groups that are still dead
+    then stay. Loss, advantages and generation are TRL's own. The logged ``reward``, ``correct``,
+    ``formatted`` and lengths are those of the responses as first sampled (an unbiased view of the policy);
+    ``reward_kept`` is the reward of the batch the step is made of.
+
+    Args:
+        settings: written beside every checkpoint as ``stepscope.json``.
+        reward: scores completions.
+        max_resample: rounds of replacement; 0 keeps every group.
+        kwargs: arguments of ``GRPOTrainer``.
+    """
+
+    def __init__(
+        self, *, settings: StepSettings, reward: TaskReward, max_resample: int, **kwargs: Any
+    ) -> None:
+        super().__init__(reward_funcs=[reward], **kwargs)
+        self.settings = settings
+        self.reward = reward
+        self.max_resample = max_resample
+        self._rows: list[dict[str, Any]] = []
+        self._sampled_reward = float("nan")
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Generate, replacing dead groups on the way; report the reward of the responses as first sampled."""
+        self._rows = inputs
+        self.reward.scores.clear()
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        rewards = self._metrics["train" if self.model.training else "eval"]["reward"]
+        self._metrics["train" if self.model.training else "eval"]["reward_kept"].append(rewards[-1])
+        rewards[-1] = self._sampled_reward
+        return output
+
+    def _generate(self, prompts: list[str]) -> tuple[Any, ...]:
+        """Generate one completion per prompt, then replace dead groups; ``prompts`` is changed in place.
+
+        TRL scores the rows of ``self._rows`` afterwards, so these are replaced too.
+        """
+        prompt_ids, completion_ids, tool_mask, completions, *rest = super()._generate(prompts)
+        rows = self._rows
+        rewards = self._group_rewards(prompts, completions, completion_ids)
+        self._sampled_reward = float(rewards.mean())
+        for row, completion in zip(rows, completions, strict=True):
+            score = self.reward.score(row["index"], completion)
+            self._log_metric("correct", float(score.correct))
+            self._log_metric("formatted", float(score.formatted))
+        random = np.random.default_rng([self.args.seed, self.state.global_step])
+        first = self.accelerator.process_index * len(prompts)
+        replaced = 0
+        for _ in range(self.max_resample if self.model.training else 0):
+            dead = np.flatnonzero(np.ptp(rewards, axis=1) == 0)
+            if not len(dead):
+                break
+            replaced += len(dead)
+            fresh = random.choice(len(self.train_dataset), size=len(dead), replace=False)
+            mine = {
+                place - first: int(new)
+                for group, new in zip(dead, fresh, strict=True)
+                for place in range(group * self.num_generations, (group + 1) * self.num_generations)
+                if first <= place < first + len(prompts)
+            }
+            for place, new in mine.items():
+                rows[place] = self.train_dataset[new]
+                prompts[place] = rows[place]["prompt"]
+            if mine:
+                ids, _, _ = self._tokenize_prompts([prompts[place] for place in mine])
+                sampled, _ = self._generate_single_turn(ids, None, {}, self.num_generations)
+                texts = self.processing_class.batch_decode(sampled, skip_special_tokens=True)
+                for place, prompt, response, text in zip(mine, ids, sampled, texts, strict=True):
+                    prompt_ids[place], completion_ids[place], completions[place] = prompt, response, text
+            rewards = self._group_rewards(prompts, completions, completion_ids)
+        self._log_metric("resampled_groups", float(replaced))
+        return prompt_ids, completion_ids, tool_mask, completions, *rest
+
+    def _group_rewards(self, prompts: list[str], completions: list[str], ids: list[list[int]]) -> FloatArray:
+        """(prompt, response) rewards of the whole batch, over all processes."""
+        rewards = self._calculate_rewards(self._rows, prompts, completions, ids)
+        groups: FloatArray = rewards[:, 0].double().cpu().numpy().reshape(-1, self.num_generations)
+        return groups
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """No model card: a run folder is described by its own files."""
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write the Trainer's checkpoint and ``stepscope.json``, then give it its name ``step-N``."""
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            publish(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.settings)
+
+
+def publish(folder: Path, settings: StepSettings) -> Path:
+    """Add the settings to a finished checkpoint ``.../checkpoint-N`` and rename it ``.../step-N``."""
+    settings.save(folder)
+    target = folder.with_name(folder.name.replace("checkpoint-", "step-"))
+    return folder.replace(target)
+
+
+def step_settings(config: TrainConfig) -> StepSettings:
+    """The settings of a configuration's reinforcement learning, as its checkpoints record them."""
+    rl = config.rl or RlConfig()
+    return StepSettings(
+        loss_type=rl.loss_type,
+        scale_rewards=rl.scale_rewards,
+        group_size=rl.group_size,
+        prompts_per_step=rl.prompts_per_step,
+        temperature=rl.temperature,
+        max_response_tokens=rl.max_response_tokens,
+        max_prompt_tokens=rl.max_prompt_tokens,
+        max_grad_norm=rl.optimizer.max_grad_norm,
+        epsilon_low=rl.epsilon_low,
+        epsilon_high=rl.epsilon_high,
+        beta=rl.beta,
+        task=config.task,
+        prompt_template=config.template or "",
+        seed=config.seed,
+        format_weight=config.format_weight,
+    )
+
+
+def prompt_rows(task: Task, problems: Sequence[Problem], tokenizer: Any, *, longest: int | None) -> Dataset:
+    """A row per problem: prompt text and problem index; prompts over ``longest`` tokens are left out.
+
+    Raises:
+        ConfigError: no prompt is short enough.
+    """
+    prompts = [prompt_text(task, problem, tokenizer) for problem in problems]
+    kept = list(range(len(prompts)))
+    if longest is not None:
+        lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
+        kept = [i for i in kept if lengths[i] <= longest]
+        if not kept:
+            raise ConfigError(
+                f"rl.max_prompt_tokens: {longest} is shorter than every prompt, the shortest has "
+                f"{min(lengths)} tokens; raise it"
+            )
+    return Dataset.from_dict({"prompt": [prompts[i] for i in kept], "index": kept})
+
+
+def reinforce(
+    config: TrainConfig, model: Any, tokenizer: Any, task: Task, out: Path, *, resume: Path | None
+) -> None:
+    """Train with TRL's GRPO and leave checkpoints under ``out/checkpoints/step-N``.
+
+    One optimizer step per sampled batch, sampling from the policy itself (no nucleus, no top-k), no
+    dropout. A fresh run also leaves ``step-0``, the policy before the first step, for evaluation: it has no
+    optimizer state.
+
+    Args:
+        config: the training configuration; its ``rl`` section must be there.
+        model: the policy to start from, without adapter.
+        tokenizer: its tokenizer.
+        task: asks and scores.
+        out: run folder.
+        resume: checkpoint to continue from, or None.
+
+    Raises:
+        ConfigError: the batch does not fit the number of processes, or there are too few prompts.
+    """
+    rl = config.rl
+    if rl is None:
+        raise ConfigError("rl: the section is missing; add it to train with reinforcement learning")
+    problems = task.problems("train")
+    rows = prompt_rows(task, problems, tokenizer, longest=rl.max_prompt_tokens)
+    if len(rows) < rl.prompts_per_step:
+        raise ConfigError(
+            f"rl.prompts_per_step: {rl.prompts_per_step} prompts asked for, {config.task} has {len(rows)}; "
+            "lower it"
+        )
+    checkpoints = out / "checkpoints"
+    settings = step_settings(config)
+    trainer = OnPolicyTrainer(
+        settings=settings,
+        reward=TaskReward(task, problems),
+        max_resample=rl.max_resample,
+        model=model,
+        args=grpo_arguments(config, rl, settings, checkpoints),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=adapter(config.model.lora),
+    )
+    install_callbacks(trainer, logs=out / "tensorboard" if "tensorboard" in rl.report_to else None)
+    if not (checkpoints / "step-0").exists():
+        start = checkpoints / "checkpoint-0"
+        trainer.save_model(str(start))
+        trainer.state.save_to_json(str(start / "trainer_state.json"))
+        publish(start, settings)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+
+
+def grpo_arguments(
+    config: TrainConfig, rl: RlConfig, settings: StepSettings, checkpoints: Path
+) -> GRPOConfig:
+    """TRL's arguments of a strictly on-policy run: the generated batch is exactly one optimizer step."""
+    total = rl.prompts_per_step * rl.group_size
+    shared = shared_arguments(rl.optimizer, seed=config.seed, report_to=rl.report_to)
+    processes = GRPOConfig(output_dir=str(checkpoints), **shared).world_size
+    if total % (rl.micro_batch_size * processes):
+        raise ConfigError(
+            f"rl.micro_batch_size: {rl.micro_batch_size} sequences on {processes} processes do not divide "
+            f"the {total} sequences of a step; give a divisor"
+        )
+    micro_batches = total // (rl.micro_batch_size * processes)
+    return GRPOConfig(
+        output_dir=str(checkpoints),
+        max_steps=rl.steps,
+        per_device_train_batch_size=rl.micro_batch_size,
+        gradient_accumulation_steps=micro_batches,
+        steps_per_generation=micro_batches,
+        num_generations=rl.group_size,
+        num_iterations=1,
+        loss_type=rl.loss_type,
+        scale_rewards=rl.scale_rewards,
+        beta=rl.beta,
+        use_bias_correction_kl=settings.bias_correction_kl,
+        epsilon=rl.epsilon_low,
+        epsilon_high=rl.epsilon_high,
+        temperature=rl.temperature,
+        top_p=1.0,
+        top_k=0,
+        max_completion_length=rl.max_response_tokens,
+        disable_dropout=True,
+        gradient_checkpointing=rl.gradient_checkpointing,
+        logging_steps=1,
+        save_strategy="steps",
+        save_steps=rl.save_every,
+        **shared,
+    )

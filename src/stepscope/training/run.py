@@ -1,0 +1,82 @@
+"""Warm-up, then reinforcement learning, in one run folder that can be continued."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stepscope.config import TrainConfig
+from stepscope.errors import RunFolderError
+from stepscope.tasks.load import load_task
+from stepscope.tasks.problem import Task
+from stepscope.training.rl import reinforce, step_settings
+from stepscope.training.sft import warm_up
+from stepscope.training.start import reload_model, resolve_source, save_base, starting_model
+
+
+def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
+    """Train a policy and leave checkpoints that keep all a measurement needs.
+
+    ``OUT/base`` is the policy after the warm-up (a Hugging Face folder), ``OUT/warmup`` the log of the
+    warm-up, ``OUT/checkpoints/step-N`` the checkpoints of the reinforcement learning and
+    ``OUT/tensorboard`` its curves. An adapter's checkpoint names its base by absolute path; in a run folder
+    that was moved it is ``../../base`` from the checkpoint. Without warm-up an adapter's base is the
+    configured model itself and ``OUT/base`` is not written, unless that model is built in code or comes
+    from a GGUF file, which have no folder to refer to.
+
+    Args:
+        config: what to train and how.
+        out: run folder.
+        resume: continue from the last checkpoint (or from ``OUT/base``) of an interrupted run.
+
+    Returns:
+        The last checkpoint, or ``OUT/base`` where there is no reinforcement learning.
+
+    Raises:
+        ConfigError: the settings contradict each other or the data.
+        RunFolderError: the folder already holds a training and ``resume`` is off.
+        TaskError: the task is unknown or has no demonstrations.
+        CheckpointError: the model cannot be loaded.
+    """
+    base = out / "base"
+    last = last_checkpoint(out)
+    if not resume and (base.exists() or last is not None):
+        raise RunFolderError(
+            f"{out}: already holds a training; choose another folder, or continue this one with --resume"
+        )
+    task = load_task(config.task, template=config.template, format_weight=config.format_weight)
+    out.mkdir(parents=True, exist_ok=True)
+    if last is None and not base.exists():
+        _make_base(config, task, out)
+    if config.rl is None:
+        return base
+    source = str(base) if base.exists() else resolve_source(config.model.source)
+    if last is None or step_of(last) < config.rl.steps:
+        model, tokenizer = reload_model(source, dtype=config.model.dtype)
+        resumable = last if last is not None and step_of(last) > 0 else None
+        reinforce(config, model, tokenizer, task, out, resume=resumable)
+        last = last_checkpoint(out)
+    if last is None:
+        raise RunFolderError(f"{out}: the training left no checkpoint; set rl.save_every to at most rl.steps")
+    return last
+
+
+def last_checkpoint(out: Path) -> Path | None:
+    """The checkpoint ``OUT/checkpoints/step-N`` with the largest N, or None."""
+    found = [p for p in (out / "checkpoints").glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """N of ``step-N``."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _make_base(config: TrainConfig, task: Task, out: Path) -> None:
+    """Write ``OUT/base``, the start of reinforcement learning, where that needs a folder of its own."""
+    has_folder = config.model.source != "tiny" and not config.model.source.endswith(".gguf")
+    if config.sft is None and has_folder:
+        return
+    model, tokenizer = starting_model(config.model, seed=config.seed)
+    if config.sft is not None:
+        model = warm_up(config, model, tokenizer, task, step_settings(config), out / "warmup")
+    save_base(model, tokenizer, out / "base")

