@@ -267,23 +267,24 @@ def _reference(policy: Policy, reference: nn.Module | None, temperature: float) 
     return Reference(policy.model, temperature, adapter_off=True)
 
 
-def check_supported(quantity: Quantity, normalisation: str, version: str) -> None:
-    """Refuse a combination that does not exist or is constant by definition.
+def why_trivial(quantity: Quantity, normalisation: str, version: str) -> str:
+    """Why a combination is constant by definition (reward with fixed prefixes, length per token), or "".
 
     Raises:
-        MeasurementError: for example reward with fixed prefixes, or length per token.
+        MeasurementError: no such normalisation or version.
     """
-    for kind, value, every, supported in (
+    for kind, chosen, every, supported in (
         ("normalisation", normalisation, NORMALISATIONS, quantity.normalisations),
         ("version", version, VERSIONS, quantity.versions),
     ):
-        if value not in every:
-            raise MeasurementError(f"unknown {kind} {value!r}; choose from {', '.join(every)}")
-        if value not in supported:
-            raise MeasurementError(
-                f"{quantity.name} with {kind} {value} is constant by definition; "
+        if chosen not in every:
+            raise MeasurementError(f"unknown {kind} {chosen!r}; choose from {', '.join(every)}")
+        if chosen not in supported:
+            return (
+                f"{quantity.name} with {kind} {chosen} is constant by definition; "
                 f"choose {' or '.join(supported)}"
             )
+    return ""
 
 
 def unit_of(quantity: Quantity, normalisation: str) -> str:
@@ -344,7 +345,9 @@ def quantity_objective(
     Raises:
         MeasurementError: the combination is constant by definition.
     """
-    check_supported(quantity, normalisation, version)
+    trivial = why_trivial(quantity, normalisation, version)
+    if trivial:
+        raise MeasurementError(trivial)
     per_token = normalisation == "per_token"
     centre, mean_length = mean_per_token(quantity.base, rollouts.num_tokens, sequence_weights)
     divisor = mean_length if per_token else 1.0

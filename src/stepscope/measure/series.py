@@ -1,0 +1,235 @@
+"""The records of a measured change, and how they come out of the tables of a probe batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from stepscope.errors import MeasurementError
+from stepscope.measure.baselines import Baseline
+from stepscope.measure.estimators import ESTIMATORS, Probe, linear, value
+from stepscope.measure.line import TokenTable
+from stepscope.measure.quantities import Quantity, unit_of
+from stepscope.measure.second_order import linear_up_to, measurable_from, round_off_floor, second
+from stepscope.measure.weights import WeightCheck, check_weights, importance_weights, last_weights
+from stepscope.stats import Estimate, LogLogFit, loglog_fit
+
+
+@dataclass(frozen=True)
+class ChangePoint:
+    """The change at one learning rate.
+
+    Attributes:
+        lr: learning rate; the parameters move by ``lr * direction``.
+        true: F(params + lr * direction) - F(params), from the same samples.
+        linear: lr * grad F . direction.
+        second_order: lr^2/2 * direction' (Hess F) direction; None if not asked for.
+        excess: true - linear, with the error of the paired difference.
+        odd: half the difference of the true changes at +lr and -lr, free of second order; None if not asked
+            for.
+        effective_sample_size: of the importance weights.
+        pareto_k: tail of the importance weights; nan if they hardly differ.
+    """
+
+    lr: float
+    true: Estimate
+    linear: Estimate
+    second_order: Estimate | None
+    excess: Estimate
+    odd: Estimate | None
+    effective_sample_size: float
+    pareto_k: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-ready dictionary."""
+        return {
+            "lr": self.lr,
+            "true": self.true.to_dict(),
+            "linear": self.linear.to_dict(),
+            "second_order": self.second_order.to_dict() if self.second_order else None,
+            "excess": self.excess.to_dict(),
+            "odd": self.odd.to_dict() if self.odd else None,
+            "effective_sample_size": self.effective_sample_size,
+            "pareto_k": self.pareto_k,
+        }
+
+
+@dataclass(frozen=True)
+class Change:
+    """The change of one quantity, in one normalisation and version, over a sweep of learning rates.
+
+    Attributes:
+        quantity: its name.
+        normalisation: ``per_token`` or ``per_seq``.
+        version: ``on_policy`` or ``fixed_prefix``.
+        lr: the step's own learning rate.
+        points: by increasing learning rate.
+        fit: log|true| against log lr over the reliable points; None with fewer than two.
+        value: the quantity before the step.
+        slope: grad F . direction.
+        curvature: direction' (Hess F) direction; None if not asked for.
+        baseline: rung of the baseline ladder in use.
+        baseline_stderr: standard error of ``slope`` that each rung tried leaves.
+        baseline_explained: share of the variance of the returns that the baseline in use explains.
+        estimator: of the true change.
+        round_off: round-off error of a true change, in the quantity's unit.
+        measurable_from: lr at which the linear change is ten times ``round_off``.
+        linear_up_to: lr at which second order is a tenth of linear; None if second order was not asked for.
+    """
+
+    quantity: str
+    normalisation: str
+    version: str
+    lr: float
+    points: tuple[ChangePoint, ...]
+    fit: LogLogFit | None
+    value: Estimate
+    slope: Estimate
+    curvature: Estimate | None
+    baseline: str
+    baseline_stderr: dict[str, float]
+    baseline_explained: float
+    estimator: str
+    round_off: float
+    measurable_from: float
+    linear_up_to: float | None
+
+    def at(self, lr: float) -> ChangePoint:
+        """The point at a learning rate of the sweep.
+
+        Raises:
+            MeasurementError: the sweep has no such point.
+        """
+        for point in self.points:
+            if np.isclose(point.lr, lr, rtol=1e-9, atol=0):
+                return point
+        raise MeasurementError(
+            f"the sweep has no lr {lr:g}, only {', '.join(f'{p.lr:g}' for p in self.points)}; add it to lrs"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-ready dictionary."""
+        return {
+            "quantity": self.quantity,
+            "normalisation": self.normalisation,
+            "version": self.version,
+            "lr": self.lr,
+            "points": [p.to_dict() for p in self.points],
+            "fit": self.fit.to_dict() if self.fit else None,
+            "value": self.value.to_dict(),
+            "slope": self.slope.to_dict(),
+            "curvature": self.curvature.to_dict() if self.curvature else None,
+            "baseline": self.baseline,
+            "baseline_stderr": dict(self.baseline_stderr),
+            "baseline_explained": self.baseline_explained,
+            "estimator": self.estimator,
+            "round_off": self.round_off,
+            "measurable_from": self.measurable_from,
+            "linear_up_to": self.linear_up_to,
+        }
+
+
+def make_change(
+    quantity: Quantity,
+    probe: Probe,
+    slopes: Sequence[TokenTable],
+    moved: Mapping[float, TokenTable],
+    *,
+    own_lr: float,
+    sweep: Sequence[float],
+    tiny: Sequence[float],
+    baseline: Baseline,
+    estimator: str,
+) -> Change:
+    """Estimate one series from tables; no model is needed.
+
+    Args:
+        quantity: what the tables hold.
+        probe: values at the parameters; its baseline is replaced by ``baseline``.
+        slopes: first, or first and second, derivatives along the step.
+        moved: values at shifted parameters by learning rate; where -lr is there too the odd part is given.
+        own_lr: the step's own learning rate.
+        sweep: learning rates of the points, increasing.
+        tiny: learning rates from which the round-off floor is read.
+        baseline: the fitted baseline.
+        estimator: of the true change.
+    """
+    per_token = "per token" if probe.per_token else "per sequence"
+    words = f"{per_token}, {'on policy' if probe.on_policy else 'fixed prefixes'}"
+    unit = unit_of(quantity, "per_token" if probe.per_token else "per_seq")
+    at = probe.with_baseline(baseline.values)
+    slope = linear(at, slopes[0])
+    bend = second(at, slopes[0], slopes[1]) if len(slopes) > 1 else None
+    floor = round_off_floor(at, slopes[0], {lr: moved[lr] for lr in tiny})
+    true_of = ESTIMATORS[estimator]
+    along = f"forward-mode derivative, {words}, baseline {baseline.kind}"
+    points = []
+    for lr in sweep:
+        true = true_of(at, moved[lr])
+        method = f"{estimator} importance weights, {words}, baseline {baseline.kind}"
+        check = _check(quantity, at, moved[lr])
+        odd = None
+        if -lr in moved:
+            half = true.plus(true_of(at, moved[-lr]), -1.0).scaled(0.5)
+            odd = at.estimate(half, unit=unit, method=f"odd part of {method}")
+        points.append(
+            ChangePoint(
+                lr=lr,
+                true=_flagged(at.estimate(true, unit=unit, method=method), check, floor),
+                linear=at.estimate(slope.scaled(lr), unit=unit, method=along),
+                second_order=at.estimate(bend.scaled(lr**2 / 2), unit=unit, method=f"second {along}")
+                if bend
+                else None,
+                excess=_flagged(
+                    at.estimate(true.plus(slope, -lr), unit=unit, method=f"paired difference, {method}"),
+                    check,
+                    floor,
+                ),
+                odd=odd,
+                effective_sample_size=check.effective_sample_size,
+                pareto_k=check.pareto_k,
+            )
+        )
+    trusted = [p for p in points if p.true.reliable]
+    return Change(
+        quantity=quantity.name,
+        normalisation="per_token" if probe.per_token else "per_seq",
+        version="on_policy" if probe.on_policy else "fixed_prefix",
+        lr=own_lr,
+        points=tuple(points),
+        fit=loglog_fit([p.lr for p in trusted], [p.true.value for p in trusted])
+        if len(trusted) > 1
+        else None,
+        value=at.estimate(value(at), unit=unit, method=words),
+        slope=at.estimate(slope, unit=f"{unit}/lr", method=along),
+        curvature=at.estimate(bend, unit=f"{unit}/lr^2", method=f"second {along}") if bend else None,
+        baseline=baseline.kind,
+        baseline_stderr=baseline.stderr,
+        baseline_explained=baseline.explained,
+        estimator=estimator,
+        round_off=floor,
+        measurable_from=measurable_from(slope.value, floor),
+        linear_up_to=linear_up_to(slope.value, bend.value) if bend else None,
+    )
+
+
+def _check(quantity: Quantity, probe: Probe, moved: TokenTable) -> WeightCheck:
+    """Trust in the weights; with fixed prefixes there are none, and all sequences count fully."""
+    if not probe.on_policy:
+        return WeightCheck(float(len(probe.mask)), float("nan"), len(probe.mask), "")
+    weights = importance_weights(probe.table.logprobs, moved.logprobs)
+    token_dependent = bool((moved.token != 0).any())
+    return check_weights(
+        last_weights(weights, probe.mask.sum(1), token_dependent=token_dependent), probe.sequence_weights
+    )
+
+
+def _flagged(estimate: Estimate, check: WeightCheck, floor: float) -> Estimate:
+    """The estimate with the verdict of its weights and of the round-off floor added to its own."""
+    reasons = [r for r in (estimate.reason, check.reason) if r]
+    if abs(estimate.value) < 3 * floor:
+        reasons.append(f"below three times the round-off floor of {floor:.1e}")
+    return replace(estimate, reliable=not reasons, reason="; ".join(reasons))

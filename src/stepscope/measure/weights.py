@@ -1,0 +1,92 @@
+"""Importance weights of responses sampled at params, for the policy at params + lr * direction.
+
+Per decision: rho_{<k} = prod_{j<k} pi'(y_j)/pi(y_j) carries a position that depends on the prefix alone,
+rho_{<=k} one that depends on the token too. Weights are kept as differences from one (``expm1``), so that a
+change of 1e-12 is as exact as a change of 1. (Precup et al. 2000; Jiang & Li 2016.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from stepscope.results import FloatArray, IntArray
+from stepscope.stats import effective_sample_size, pareto_k
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Importance weights of a batch, minus one. Beyond the end of a response they keep their last value.
+
+    Attributes:
+        before: (seq, tok) rho_{<k} - 1.
+        through: (seq, tok) rho_{<=k} - 1.
+        growth: (seq, tok) rho_{<=k} - rho_{<k}; has mean zero given the prefix; zero on padding.
+        whole: (seq,) product over the whole response, minus one.
+    """
+
+    before: FloatArray
+    through: FloatArray
+    growth: FloatArray
+    whole: FloatArray
+
+
+def importance_weights(logprobs: FloatArray, shifted_logprobs: FloatArray) -> Weights:
+    """Weights from (seq, tok) log-probs at params and at the shifted parameters, both zero on padding."""
+    ratio = shifted_logprobs - logprobs
+    through = np.cumsum(ratio, axis=1)
+    before = np.concatenate([np.zeros((len(ratio), 1)), through[:, :-1]], axis=1)
+    return Weights(
+        before=np.expm1(before),
+        through=np.expm1(through),
+        growth=np.exp(before) * np.expm1(ratio),
+        whole=np.expm1(through[:, -1]),
+    )
+
+
+def last_weights(weights: Weights, num_tokens: IntArray, *, token_dependent: bool) -> FloatArray:
+    """(seq,) the largest-variance weight that a quantity uses: at the last position of each response.
+
+    Args:
+        weights: of the batch.
+        num_tokens: (seq,) response lengths.
+        token_dependent: whether the quantity depends on the last token itself (reward), not on prefixes only.
+    """
+    if token_dependent:
+        return 1 + weights.whole
+    return 1 + weights.before[np.arange(len(num_tokens)), np.asarray(num_tokens) - 1]
+
+
+@dataclass(frozen=True)
+class WeightCheck:
+    """Whether importance weights can be trusted.
+
+    Attributes:
+        effective_sample_size: Kish's, out of ``n`` sequences.
+        pareto_k: shape of the weights' tail; nan where too few differ.
+        n: sequences.
+        reason: why not; empty if they can.
+    """
+
+    effective_sample_size: float
+    pareto_k: float
+    n: int
+    reason: str
+
+
+def check_weights(weights: FloatArray, sequence_weights: FloatArray | None = None) -> WeightCheck:
+    """Effective sample size and tail of (seq,) weights; unreliable below half of n, or above k = 0.7.
+
+    Where ``sequence_weights`` enumerate all responses nothing is sampled and nothing can be wrong.
+    """
+    if sequence_weights is not None:
+        return WeightCheck(float(len(weights)), float("nan"), len(weights), "")
+    size = effective_sample_size(weights)
+    tail = pareto_k(weights)
+    reasons = []
+    if not size >= 0.5 * len(weights):
+        reasons.append(f"effective sample size {size:.1f} of {len(weights)}")
+    if tail > 0.7:
+        reasons.append(f"Pareto k {tail:.2f} above 0.7")
+    return WeightCheck(size, tail, len(weights), "; ".join(reasons))
