@@ -1,0 +1,151 @@
+"""Products of per-sequence gradients with given vectors, and their sums over groups, from one stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Unpack
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stepscope.errors import MeasurementError
+from stepscope.policy.gradients import Objective
+from stepscope.policy.layer_gradient import LayerGradient, matrix_shape
+from stepscope.policy.per_sequence import StreamOptions, by_length, stream
+from stepscope.policy.state import Policy
+from stepscope.policy.vectors import ParameterVector
+from stepscope.results import FloatArray, IntArray, Rollouts
+
+CHUNK_BYTES = 32 * 2**20
+"""Working memory of one slice of a layer's dense gradients."""
+
+
+def per_sequence_dot(
+    policy: Policy,
+    rollouts: Rollouts,
+    objective: Objective,
+    u: ParameterVector,
+    **options: Unpack[StreamOptions],
+) -> FloatArray:
+    """(seq,) inner products u . grad objective_i, in memory that does not grow with the number of sequences.
+
+    For a matrix parameter U: sum_t d_t' U x_t with layer inputs x and output gradients d; no gradient matrix
+    is ever made.
+
+    Args:
+        policy: its trainable parameters are differentiated.
+        rollouts: the sequences.
+        objective: (seq,) or (seq, tok).
+        u: a vector over all trainable parameters, by name.
+        **options: see :class:`stepscope.policy.per_sequence.StreamOptions`.
+
+    Raises:
+        MeasurementError: u lacks a trainable parameter or has one of another shape.
+    """
+    check_vector(policy, u, "u")
+    direction = {n: t.to(policy.device, compute_dtype(t)) for n, t in u.items()}
+    order = by_length(rollouts)
+    total = torch.zeros(len(rollouts), dtype=torch.float64, device=policy.device)
+
+    def consume(gradient: LayerGradient, rows: slice) -> None:
+        total[rows] += gradient.dot(direction[gradient.name])
+
+    stream(policy, rollouts, objective, consume, order=order, **options)
+    result = np.empty(len(rollouts))
+    result[order] = total.cpu().numpy()
+    return result
+
+
+def per_sequence_dots(
+    policy: Policy,
+    rollouts: Rollouts,
+    objective: Objective,
+    directions: Mapping[str, Tensor],
+    **options: Unpack[StreamOptions],
+) -> FloatArray:
+    """(direction, seq) inner products with many vectors at once, for little more than the price of one.
+
+    Args:
+        policy: its trainable parameters are differentiated.
+        rollouts: the sequences.
+        objective: (seq,) or (seq, tok).
+        directions: name to (direction, ...parameter shape), as :func:`group_gradients` gives.
+        **options: see :class:`stepscope.policy.per_sequence.StreamOptions`.
+    """
+    order = by_length(rollouts)
+    count = len(next(iter(directions.values())))
+    stacks = {n: t.reshape(count, *matrix_shape(t.shape[1:])) for n, t in directions.items()}
+    total = torch.zeros(count, len(rollouts), dtype=torch.float64, device=policy.device)
+
+    def consume(gradient: LayerGradient, rows: slice) -> None:
+        stack = stacks[gradient.name]
+        size = rows.stop - rows.start
+        for start, stop in gradient.row_slices(size, CHUNK_BYTES, stack.element_size()):
+            total[:, rows] += stack[:, start:stop].flatten(1) @ gradient.dense(start, stop).flatten(1).T
+
+    stream(policy, rollouts, objective, consume, order=order, **options)
+    result = np.empty((count, len(rollouts)))
+    result[:, order] = total.cpu().numpy()
+    return result
+
+
+def group_gradients(
+    policy: Policy,
+    rollouts: Rollouts,
+    objective: Objective,
+    groups: IntArray,
+    **options: Unpack[StreamOptions],
+) -> dict[str, Tensor]:
+    """Gradients summed within groups of sequences, by one pass: name to (group, ...parameter shape).
+
+    Args:
+        policy: its trainable parameters are differentiated.
+        rollouts: the sequences.
+        objective: (seq,) or (seq, tok).
+        groups: (seq,) group number of each sequence, 0, 1, ...
+        **options: see :class:`stepscope.policy.per_sequence.StreamOptions`.
+    """
+    order = by_length(rollouts)
+    number = torch.as_tensor(groups, device=policy.device)[order]
+    count = int(groups.max()) + 1
+    params = policy.parameters
+    total = {
+        n: torch.zeros(count, *matrix_shape(p.shape), dtype=compute_dtype(p), device=policy.device)
+        for n, p in params.items()
+    }
+
+    def consume(gradient: LayerGradient, rows: slice) -> None:
+        target, index = total[gradient.name], number[rows]
+        for start, stop in gradient.row_slices(len(index), CHUNK_BYTES, target.element_size()):
+            target[:, start:stop].index_add_(0, index, gradient.dense(start, stop))
+
+    stream(policy, rollouts, objective, consume, order=order, **options)
+    return {n: t.reshape(count, *params[n].shape) for n, t in total.items()}
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The type gradients are computed in: float32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def check_vector(policy: Policy, vector: ParameterVector, what: str) -> None:
+    """Refuse a parameter vector that does not fit the policy's trainable parameters.
+
+    Raises:
+        MeasurementError: a parameter is missing, unknown, or of another shape.
+    """
+    params = policy.parameters
+    missing = [n for n in params if n not in vector]
+    extra = [n for n in vector if n not in params]
+    if missing or extra:
+        raise MeasurementError(
+            f"{what} does not fit the policy: {len(missing)} trainable parameters missing "
+            f"({', '.join(missing[:2])}), {len(extra)} unknown ({', '.join(extra[:2])}); "
+            "build it from this policy's own parameters"
+        )
+    for name, param in params.items():
+        if vector[name].shape != param.shape:
+            raise MeasurementError(
+                f"{what}: {name} has shape {tuple(vector[name].shape)}, expected {tuple(param.shape)}"
+            )
