@@ -7,7 +7,7 @@ values, at shifted parameters or differentiated along the line. The tables are f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stepscope.errors import MeasurementError
+from stepscope.measure.nested import twice_differentiable
 from stepscope.measure.quantities import Quantity
 from stepscope.policy.forward import TokenBatch, batches, forward
 from stepscope.policy.state import Policy
@@ -94,7 +96,8 @@ def derivatives(
     """First (and second) derivative in lr, at lr = 0, of every token's values, in forward mode.
 
     Order 2 nests two forward modes. No graph is kept: memory is that of two (four) forward passes of a
-    micro-batch. Attention runs on the mathematical backend, the only one with a forward-mode rule.
+    micro-batch. Attention runs on the mathematical backend, the only one with a forward-mode rule. Second
+    derivatives of the first micro-batch are checked against differences of first ones.
 
     Args:
         policy: the policy; not changed.
@@ -106,6 +109,9 @@ def derivatives(
 
     Returns:
         One table per order.
+
+    Raises:
+        MeasurementError: second derivatives are wrong for this model.
     """
     params = {n: policy.parameters[n].detach() for n in direction}
     tangent = {n: t.to(params[n].dtype) for n, t in direction.items()}
@@ -113,6 +119,7 @@ def derivatives(
     tables = [_Collector(rollouts, len(quantities)) for _ in range(order)]
     zero = torch.zeros((), dtype=policy.dtype, device=policy.device)
     one = torch.ones_like(zero)
+    checked = order == 1
     for batch in batches(rollouts, max_sequences=max_sequences, device=policy.device):
 
         def values(lr: Tensor, batch: TokenBatch = batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,14 +135,43 @@ def derivatives(
             found: tuple[Tensor, Tensor, Tensor] = torch.func.jvp(values, (lr,), (one,))[1]
             return found
 
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            if order == 1:
+        if order == 1:
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
                 tables[0].add(batch, *slopes(zero))
-            else:
-                both = torch.func.jvp(slopes, (zero,), (one,))
-                tables[0].add(batch, *both[0])
-                tables[1].add(batch, *both[1])
+            continue
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), twice_differentiable():
+            both = torch.func.jvp(slopes, (zero,), (one,))
+        tables[0].add(batch, *both[0])
+        tables[1].add(batch, *both[1])
+        if not checked:
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+                _check_second(lambda lr: slopes(lr)[0], both[0][0], both[1][0], batch)
+            checked = True
     return tuple(t.result() for t in tables)
+
+
+def _check_second(
+    slope: Callable[[Tensor], Tensor], first: Tensor, second: Tensor, batch: TokenBatch
+) -> None:
+    """Compare second derivatives of the log-probs with differences of first ones, which torch gets right.
+
+    Raises:
+        MeasurementError: they differ by more than a twentieth.
+    """
+    mask = batch.response_mask
+    speed = float(first[mask].square().mean().sqrt())
+    size = float(second[mask].square().mean().sqrt())
+    if speed == 0 or size == 0:
+        return
+    reach = torch.as_tensor(0.02 / speed, dtype=first.dtype, device=first.device)
+    by_difference = (slope(reach) - slope(-reach)) / (2 * reach)
+    noise = 100 * torch.finfo(first.dtype).eps * speed / float(reach)
+    error = float((by_difference - second)[mask].square().mean().sqrt())
+    if error > 0.05 * size + noise:
+        raise MeasurementError(
+            f"second derivatives in nested forward mode are off by {error:.1e} of {size:.1e}: torch has no "
+            "correct rule for some function of this model; measure it without second order"
+        )
 
 
 class _Collector:

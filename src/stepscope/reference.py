@@ -1,0 +1,285 @@
+"""Exact slow twins: every quantity, gradient and change of a policy small enough to list all its responses.
+
+Written independently of ``measure``: probabilities of whole responses, values from the logits, derivatives by
+reverse mode through the listed sum. For tests and documentation.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from stepscope.errors import MeasurementError
+from stepscope.policy.forward import batches, forward
+from stepscope.policy.state import Policy
+from stepscope.policy.vectors import ParameterVector
+from stepscope.results import FloatArray, Rollouts
+
+MOST_RESPONSES = 20_000
+
+
+@dataclass(frozen=True)
+class Enumeration:
+    """All responses to some prompts, each prompt asked with equal probability.
+
+    Attributes:
+        policy: at the parameters it was enumerated at.
+        rollouts: every response of every prompt, with its log-probs and entropies.
+        probabilities: (seq,) of prompt and response; they sum to one.
+    """
+
+    policy: Policy
+    rollouts: Rollouts
+    probabilities: FloatArray
+
+
+def exact_rollouts(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    *,
+    eos_id: int,
+    reward: Callable[[tuple[int, ...]], float] = lambda response: float(len(response) % 2),
+) -> tuple[Rollouts, FloatArray]:
+    """Every response of a tiny policy, as a probe batch, with its probability.
+
+    Args:
+        policy: its vocabulary and ``settings.max_response_tokens`` must be small.
+        prompts: token ids of each prompt.
+        eos_id: token that ends a response; longer ones are cut at ``max_response_tokens``.
+        reward: of a response's token ids.
+
+    Returns:
+        The batch, and (seq,) probabilities of prompt (uniform) and response, which sum to one. They are
+        the ``sequence_weights`` with which an estimator becomes an exact expectation.
+
+    Raises:
+        MeasurementError: too many responses to list.
+    """
+    length = policy.settings.max_response_tokens
+    vocabulary = int(policy.model.config.vocab_size)  # type: ignore[union-attr, arg-type]
+    responses = list_responses(vocabulary, length, eos_id)
+    if len(responses) * len(prompts) > MOST_RESPONSES:
+        raise MeasurementError(
+            f"{len(responses)} responses to each of {len(prompts)} prompts is more than {MOST_RESPONSES}; "
+            "use a smaller vocabulary or shorter responses"
+        )
+    rows = [(i, tuple(p), r) for i, p in enumerate(prompts) for r in responses]
+    count = len(rows)
+    blank = Rollouts(
+        prompt_ids=tuple(f"exact/{i}" for i, _, _ in rows),
+        prompts=tuple(" ".join(map(str, p)) for _, p, _ in rows),
+        responses=tuple(" ".join(map(str, r)) for _, _, r in rows),
+        prompt_token_ids=tuple(p for _, p, _ in rows),
+        response_token_ids=tuple(r for _, _, r in rows),
+        rewards=np.array([reward(r) for _, _, r in rows], dtype=np.float64),
+        correct=np.array([reward(r) > 0 for _, _, r in rows]),
+        truncated=np.array([r[-1] != eos_id for _, _, r in rows]),
+        logprobs=tuple(np.zeros(len(r)) for _, _, r in rows),
+        entropies=tuple(np.zeros(len(r)) for _, _, r in rows),
+        temperature=policy.settings.temperature,
+        max_response_tokens=length,
+    )
+    logprobs: list[FloatArray] = [np.zeros(0)] * count
+    entropies: list[FloatArray] = [np.zeros(0)] * count
+    for batch in batches(blank, max_sequences=256, device=policy.device):
+        with torch.no_grad():
+            outputs = forward(policy.model, batch, temperature=blank.temperature)
+        for row, i in enumerate(batch.seq_index.tolist()):
+            n = len(rows[i][2])
+            logprobs[i] = outputs.logprobs[row, :n].double().cpu().numpy()
+            entropies[i] = outputs.entropies[row, :n].double().cpu().numpy()
+    rollouts = Rollouts(
+        **{
+            **{name: getattr(blank, name) for name in blank.__dataclass_fields__},
+            "logprobs": tuple(logprobs),
+            "entropies": tuple(entropies),
+        }
+    )
+    probabilities = np.exp([row.sum() for row in logprobs]) / len(prompts)
+    return rollouts, probabilities
+
+
+def list_responses(vocabulary: int, length: int, eos_id: int) -> list[tuple[int, ...]]:
+    """All responses: those that end with ``eos_id`` at or before ``length``, and those cut there."""
+    others = [v for v in range(vocabulary) if v != eos_id]
+    ended = [(*head, eos_id) for n in range(length) for head in itertools.product(others, repeat=n)]
+    return ended + list(itertools.product(others, repeat=length))
+
+
+def sample_exact(
+    rollouts: Rollouts, probabilities: FloatArray, *, num_prompts: int, group_size: int, seed: int
+) -> tuple[Rollouts, np.ndarray]:
+    """An honest sample from an enumeration: prompts with replacement, then responses by their probability.
+
+    Args:
+        rollouts: from :func:`exact_rollouts`.
+        probabilities: from :func:`exact_rollouts`.
+        num_prompts: prompts drawn; each draw is a cluster of its own.
+        group_size: responses drawn to each.
+        seed: of the draws.
+
+    Returns:
+        The sample, and (seq,) which row of the enumeration each sequence is.
+    """
+    generator = np.random.default_rng(seed)
+    index = rollouts.prompt_index
+    members = [np.flatnonzero(index == p) for p in range(rollouts.num_prompts)]
+    drawn = generator.integers(len(members), size=num_prompts)
+    rows = np.concatenate(
+        [
+            generator.choice(
+                members[p], size=group_size, p=probabilities[members[p]] / probabilities[members[p]].sum()
+            )
+            for p in drawn
+        ]
+    )
+    picked = rollouts.select(rows)
+    names = tuple(f"{name}#{i // group_size}" for i, name in enumerate(picked.prompt_ids))
+    return Rollouts(
+        **{**{n: getattr(picked, n) for n in picked.__dataclass_fields__}, "prompt_ids": names}
+    ), rows
+
+
+def exact_value(
+    policy: Policy,
+    rollouts: Rollouts,
+    quantity: str,
+    *,
+    normalisation: str = "per_token",
+    version: str = "on_policy",
+    reference: nn.Module | None = None,
+    params: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """F = sum_y pi(y) sum_k f_k over all responses, differentiable; divided by sum_y pi(y) n per token.
+
+    Args:
+        policy: the policy.
+        rollouts: its enumeration; gives the probabilities that ``fixed_prefix`` keeps.
+        quantity: ``entropy``, ``reward``, ``length``, ``kl`` or ``logprob``.
+        normalisation: ``per_token`` or ``per_seq``.
+        version: ``on_policy`` (probabilities move with params) or ``fixed_prefix`` (they stay).
+        reference: reference model of ``kl``.
+        params: values to use instead of the model's own.
+    """
+    total = torch.zeros((), dtype=policy.dtype, device=policy.device)
+    length = torch.zeros_like(total)
+    for batch in batches(rollouts, max_sequences=4096, device=policy.device):
+        outputs = forward(
+            policy.model, batch, temperature=rollouts.temperature, params=params, keep_logits=True
+        )
+        assert outputs.logits is not None
+        if version == "on_policy":
+            log_probability = outputs.logprobs.sum(-1)
+        else:
+            kept = [rollouts.logprobs[i].sum() for i in batch.seq_index.tolist()]
+            log_probability = torch.tensor(kept, dtype=total.dtype, device=total.device)
+        probability = log_probability.exp() / rollouts.num_prompts
+        mask = batch.response_mask.to(total.dtype)
+        log_pi = outputs.logits.log_softmax(-1)
+        if quantity == "entropy":
+            values = (-(log_pi.exp() * log_pi).sum(-1) * mask).sum(-1)
+        elif quantity == "kl":
+            if reference is None:
+                raise MeasurementError("kl needs a reference model; pass reference=")
+            with torch.no_grad():
+                other = forward(reference, batch, temperature=rollouts.temperature, keep_logits=True)
+            assert other.logits is not None
+            values = ((log_pi.exp() * (log_pi - other.logits.log_softmax(-1))).sum(-1) * mask).sum(-1)
+        elif quantity == "logprob":
+            values = outputs.logprobs.sum(-1)
+        elif quantity == "length":
+            values = mask.sum(-1)
+        elif quantity == "reward":
+            values = torch.tensor(rollouts.rewards, dtype=total.dtype, device=total.device)[batch.seq_index]
+        else:
+            raise MeasurementError(f"no exact twin of quantity {quantity!r}")
+        total = total + (probability * values).sum()
+        length = length + (probability * mask.sum(-1)).sum()
+    return total / length if normalisation == "per_token" else total
+
+
+def exact_gradient(
+    policy: Policy,
+    rollouts: Rollouts,
+    quantity: str,
+    *,
+    normalisation: str = "per_token",
+    version: str = "on_policy",
+    reference: nn.Module | None = None,
+) -> dict[str, Tensor]:
+    """Grad F by reverse mode through the listed sum."""
+    value = exact_value(
+        policy, rollouts, quantity, normalisation=normalisation, version=version, reference=reference
+    )
+    params = policy.parameters
+    if not value.requires_grad:
+        return {n: torch.zeros_like(p) for n, p in params.items()}
+    grads = torch.autograd.grad(value, list(params.values()), allow_unused=True)
+    return {
+        n: torch.zeros_like(p) if g is None else g for (n, p), g in zip(params.items(), grads, strict=True)
+    }
+
+
+def exact_change(
+    policy: Policy,
+    rollouts: Rollouts,
+    quantity: str,
+    direction: ParameterVector,
+    lr: float,
+    *,
+    normalisation: str = "per_token",
+    version: str = "on_policy",
+    reference: nn.Module | None = None,
+) -> float:
+    """F(params + lr * direction) - F(params)."""
+    params = {n: p.detach() for n, p in policy.parameters.items()}
+    moved = {n: p + lr * direction[n] if n in direction else p for n, p in params.items()}
+    with torch.no_grad():
+        before, after = (
+            exact_value(
+                policy,
+                rollouts,
+                quantity,
+                normalisation=normalisation,
+                version=version,
+                reference=reference,
+                params=values,
+            )
+            for values in (params, moved)
+        )
+    return float(after - before)
+
+
+def exact_derivatives(
+    policy: Policy,
+    rollouts: Rollouts,
+    quantity: str,
+    direction: ParameterVector,
+    *,
+    normalisation: str = "per_token",
+    version: str = "on_policy",
+    reference: nn.Module | None = None,
+) -> tuple[float, float]:
+    """First and second derivative of F(params + lr * direction) in lr at lr = 0, by reverse mode twice."""
+    lr = torch.zeros((), dtype=policy.dtype, device=policy.device, requires_grad=True)
+    params = {n: p.detach() for n, p in policy.parameters.items()}
+    with sdpa_kernel(SDPBackend.MATH):
+        moved = {n: p + lr * direction[n] if n in direction else p for n, p in params.items()}
+        value = exact_value(
+            policy,
+            rollouts,
+            quantity,
+            normalisation=normalisation,
+            version=version,
+            reference=reference,
+            params=moved,
+        )
+        (first,) = torch.autograd.grad(value, lr, create_graph=True)
+        (second,) = torch.autograd.grad(first, lr)
+    return float(first), float(second)
