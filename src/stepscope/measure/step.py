@@ -1,0 +1,284 @@
+"""The step AdamW would take from a checkpoint, as a sum: momentum + weight decay + one term per sequence.
+
+With g = grad Loss, clip coefficient c = min(1, max_norm / (|g| + 1e-6)) and AdamW's state (m, v, t =
+steps after this one), per parameter,
+
+    v' = b2 v + (1 - b2) (c g)^2          D = sqrt(v') / sqrt(1 - b2^t) + eps        (AMSGrad: v' =
+    max(v', vmax)) P  = (1 - b1) c / ((1 - b1^t) D)
+    direction = - b1 m / ((1 - b1^t) D)  [momentum]  - wd params  [decay]  + P sum_ik w_ik grad l_ik
+    [sequences]
+
+where w_ik = -dLoss/dl_ik are the token weights. The parameters after the step are params + lr * direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from stepscope.errors import BatchError, CheckpointError, MeasurementError
+from stepscope.policy import vectors
+from stepscope.policy.forward import TokenBatch, TokenOutputs
+from stepscope.policy.gradients import Objective, gradient
+from stepscope.policy.objective import token_weights
+from stepscope.policy.rollouts import score_rollouts
+from stepscope.policy.state import OptimizerState, Policy
+from stepscope.results import FloatArray, Rollouts
+
+CLIP_EPSILON = 1e-6
+"""``torch.nn.utils.clip_grad_norm_`` adds this to the norm."""
+
+DRIFT_LIMIT = 0.05
+"""Mean |difference| of log-probs, in nats, above which a batch cannot be called this policy's own."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One AdamW step in components.
+
+    All vectors are keyed by ``named_parameters()`` names and per unit of ``lr``. With several learning rates,
+    ``lr`` is the first group's and the parts of group j are scaled by lr_j / lr.
+
+    Attributes:
+        momentum: what the first moment contributes.
+        decay: what weight decay contributes.
+        sequences: what the update batch contributes, summed over its sequences.
+        direction: the sum of the three, (params' - params) / lr.
+        preconditioner: P, elementwise, from sum_ik w_ik grad l_ik to ``sequences``.
+        token_weights: w_ik = -dLoss/dl_ik, one (tok,) array per sequence.
+        lr: learning rate of the step.
+        grad_norm: |g| before clipping.
+        clip_coefficient: c; 1 where nothing was clipped.
+        update: the batch that makes the step.
+    """
+
+    momentum: dict[str, Tensor]
+    decay: dict[str, Tensor]
+    sequences: dict[str, Tensor]
+    direction: dict[str, Tensor]
+    preconditioner: dict[str, Tensor]
+    token_weights: tuple[FloatArray, ...]
+    lr: float
+    grad_norm: float
+    clip_coefficient: float
+    update: Rollouts
+
+
+def reconstruct_step(
+    policy: Policy,
+    update: Rollouts,
+    *,
+    reference: Policy | None = None,
+    off_policy: bool = False,
+    max_sequences: int = 16,
+    progress: bool = False,
+) -> Step:
+    """Rebuild the AdamW step that a checkpoint would take on an update batch: one forward and one backward.
+
+    Args:
+        policy: with AdamW's state; its settings give the loss and the clipping.
+        update: sequences with advantages.
+        reference: the policy of the KL penalty, needed when ``settings.beta`` is not zero and the policy
+            is no PEFT adapter (an adapter's reference is the model without it).
+        off_policy: the batch was sampled by another policy, whose log-probs it carries; they enter the ratio.
+        max_sequences: most sequences in one micro-batch.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        CheckpointError: no optimizer state, or one that does not fit the parameters.
+        BatchError: no reward variance, or a batch that this policy did not sample.
+        MeasurementError: a KL penalty without a reference.
+
+    Exact up to round-off; pinned against ``torch.optim.AdamW.step()`` in ``tests/measure/test_step.py``.
+    Source: Loshchilov & Hutter 2019 (arXiv:1711.05101), ``torch/optim/adam.py``.
+    """
+    state = _optimizer(policy)
+    weights = token_weights(
+        update,
+        policy.settings,
+        logprobs=score_rollouts(policy, update, max_sequences=max_sequences)[0] if off_policy else None,
+        ref_logprobs=_reference_logprobs(policy, update, reference, max_sequences),
+    )
+    drift = _Drift(update)
+    with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
+        task = bar.add_task("gradient of the update batch", total=len(update))
+        weighted = weighted_logprobs(weights)
+
+        def objective(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
+            drift.add(outputs, batch)
+            bar.update(task, advance=len(batch))
+            return weighted(outputs, batch)
+
+        ascent = gradient(policy, update, objective, max_sequences=max_sequences)
+    if not off_policy:
+        drift.check()
+    norm = vectors.norm(ascent)
+    limit = policy.settings.max_grad_norm
+    clip = min(1.0, limit / (norm + CLIP_EPSILON)) if limit > 0 else 1.0
+    lr = next((g.lr for g in state.groups if g.names and g.lr > 0), 0.0)
+    momentum, decay, preconditioner = _components(policy, state, ascent, clip, lr)
+    sequences = vectors.multiply(preconditioner, ascent)
+    return Step(
+        momentum=momentum,
+        decay=decay,
+        sequences=sequences,
+        direction=vectors.add(momentum, decay, sequences),
+        preconditioner=preconditioner,
+        token_weights=weights,
+        lr=lr,
+        grad_norm=norm,
+        clip_coefficient=clip,
+        update=update,
+    )
+
+
+def sequence_direction(policy: Policy, step: Step, index: int) -> dict[str, Tensor]:
+    """What sequence ``index`` of the update batch contributes to the direction: P sum_k w_ik grad l_ik.
+
+    The clip coefficient and the second moment are those of the whole batch, so the contributions of all
+    sequences add up to ``step.sequences``.
+    """
+    own = weighted_logprobs([step.token_weights[index]])
+    ascent = gradient(policy, step.update.select([index]), own)
+    return vectors.multiply(step.preconditioner, {n: ascent[n] for n in step.preconditioner})
+
+
+def weighted_logprobs(weights: Sequence[FloatArray]) -> Objective:
+    """The objective sum_k w_ik l_ik, (seq, tok): its gradient is -grad Loss.
+
+    Args:
+        weights: one (tok,) array per sequence of the batch it will be used on.
+    """
+
+    def objective(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
+        factor = torch.zeros_like(outputs.logprobs)
+        for row, i in enumerate(batch.seq_index.tolist()):
+            factor[row, : len(weights[i])] = torch.as_tensor(
+                weights[i], dtype=factor.dtype, device=factor.device
+            )
+        return factor * outputs.logprobs
+
+    return objective
+
+
+def step_summary(step: Step) -> dict[str, Any]:
+    """The figures of a step for ``step.json``.
+
+    ``norm_X`` is the Euclidean norm of component X per unit of lr; ``share_X`` = <X, direction> /
+    |direction|^2, so that the shares add up to 1 (one may be negative); ``cosine_X`` is the cosine of X
+    and the direction.
+    """
+    parts = {"momentum": step.momentum, "decay": step.decay, "sequences": step.sequences}
+    total = vectors.norm(step.direction)
+    summary: dict[str, Any] = {
+        "lr": step.lr,
+        "grad_norm": step.grad_norm,
+        "clip_coefficient": step.clip_coefficient,
+        "norm_direction": total,
+        "norm_displacement": step.lr * total,
+        "num_parameters": sum(t.numel() for t in step.direction.values()),
+        "num_sequences": len(step.update),
+        "num_prompts": step.update.num_prompts,
+        "num_tokens": int(step.update.num_tokens.sum()),
+    }
+    for name, part in parts.items():
+        summary[f"norm_{name}"] = vectors.norm(part)
+        summary[f"share_{name}"] = vectors.dot(part, step.direction) / total**2
+        cosine = vectors.cosine(part, step.direction)
+        summary[f"cosine_{name}"] = cosine if cosine == cosine else None
+    return summary
+
+
+class _Drift:
+    """How far the policy's log-probs are from those the batch carries."""
+
+    def __init__(self, update: Rollouts) -> None:
+        self.update = update
+        self.total = 0.0
+        self.count = 0
+
+    def add(self, outputs: TokenOutputs, batch: TokenBatch) -> None:
+        """Take in one micro-batch."""
+        for row, i in enumerate(batch.seq_index.tolist()):
+            now = outputs.logprobs[row][batch.response_mask[row]].detach().double().cpu()
+            self.total += float((now - torch.from_numpy(self.update.logprobs[i])).abs().sum())
+            self.count += len(now)
+
+    def check(self) -> None:
+        """Refuse a batch of another policy."""
+        mean = self.total / self.count
+        if not mean <= DRIFT_LIMIT:
+            raise BatchError(
+                f"update batch: its log-probs differ from this policy's by {mean:.3g} nats per "
+                f"token on average, "
+                f"expected less than {DRIFT_LIMIT}; sample it from this checkpoint, or pass off_policy=True"
+            )
+
+
+def _optimizer(policy: Policy) -> OptimizerState:
+    state = policy.optimizer
+    where = policy.path or "this policy"
+    if state is None:
+        raise CheckpointError(
+            f"{where}: no optimizer state, and a step cannot be rebuilt without it; load a "
+            f"checkpoint that has "
+            "optimizer.pt"
+        )
+    known, own = {n for g in state.groups for n in g.names}, set(policy.parameters)
+    if known != own:
+        odd = sorted(known ^ own)[0]
+        raise CheckpointError(
+            f"{where}: {odd} is "
+            f"{'in the optimizer state only' if odd in known else 'without optimizer state'}; "
+            "the trainable parameters must be those the optimizer has, reload the checkpoint"
+        )
+    return state
+
+
+def _reference_logprobs(
+    policy: Policy, update: Rollouts, reference: Policy | None, max_sequences: int
+) -> tuple[FloatArray, ...] | None:
+    if policy.settings.beta == 0.0:
+        return None
+    if reference is not None:
+        return score_rollouts(reference, update, max_sequences=max_sequences)[0]
+    model: Any = policy.model
+    if not hasattr(model, "disable_adapter"):
+        raise MeasurementError(
+            f"the loss has a KL penalty (beta = {policy.settings.beta}) and the policy is a full "
+            f"model; pass the "
+            "policy it is held to as reference"
+        )
+    with model.disable_adapter():
+        return score_rollouts(policy, update, max_sequences=max_sequences)[0]
+
+
+def _components(
+    policy: Policy, state: OptimizerState, ascent: dict[str, Tensor], clip: float, lr: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Momentum, decay and preconditioner, rounded as ``torch.optim.AdamW`` does."""
+    momentum: dict[str, Tensor] = {}
+    decay: dict[str, Tensor] = {}
+    preconditioner: dict[str, Tensor] = {}
+    for group in state.groups:
+        beta1, beta2 = group.betas
+        ratio = group.lr / lr if lr > 0 else 1.0
+        for name in group.names:
+            first, second = state.exp_avg[name], state.exp_avg_sq[name]
+            steps = state.steps[name] + 1
+            clipped = clip * ascent[name].to(first.dtype)
+            moment = second.mul(beta2).addcmul_(clipped, clipped, value=1 - beta2)
+            if group.amsgrad:
+                moment = torch.maximum(moment, state.max_exp_avg_sq[name])
+            denominator = (moment.sqrt() / (1 - beta2**steps) ** 0.5).add_(group.eps)
+            scale = ratio / (1 - beta1**steps)
+            momentum[name] = -scale * beta1 * first / denominator
+            decay[name] = -ratio * group.weight_decay * policy.parameters[name].detach().to(first.dtype)
+            preconditioner[name] = scale * (1 - beta1) * clip / denominator
+    return momentum, decay, preconditioner

@@ -1,0 +1,207 @@
+"""AdamW's state as a checkpoint keeps it, matched to the parameters of a model by name.
+
+PyTorch saves optimizer state under running numbers. The number belongs to a name through the order in
+which the trainer handed the parameters over: Hugging Face's Trainer gives those with weight decay first,
+then those without; plain PyTorch code gives them in the model's order. Every tensor's shape is verified.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepscope.errors import CheckpointError
+from stepscope.policy.state import OptimizerState, ParameterGroup
+
+OPTIMIZER_FILE = "optimizer.pt"
+"""Name of the optimizer's file inside a checkpoint folder."""
+
+_NO_DECAY = tuple(
+    re.compile(p) for p in ("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
+)
+_WRAPPERS = re.compile(r"(?:^|\.)(?:module|_orig_mod)(?=\.)")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def read_optimizer(path: Path) -> dict[str, Any]:
+    """Read ``optimizer.pt`` without unpickling anything but tensors and plain data.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or holds something other than an optimizer's state.
+    """
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: no optimizer state, and a step cannot be rebuilt without it; save the run with "
+            "save_only_model=False (the default), or point at a checkpoint folder that has it"
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{path}: the optimizer state is damaged or not plain tensors ({reason}); copy the file again"
+        ) from error
+    if not isinstance(state, dict) or not {"state", "param_groups"} <= set(state):
+        raise CheckpointError(
+            f"{path}: got {type(state).__name__} without 'state' and 'param_groups', expected what "
+            "torch.optim.AdamW.state_dict() gives; point at a checkpoint of the Hugging Face Trainer"
+        )
+    return state
+
+
+def decay_parameter_names(model: nn.Module) -> set[str]:
+    """Names of the parameters to which Hugging Face's Trainer applies weight decay.
+
+    All but those in a LayerNorm and those whose name says bias or norm, as
+    ``transformers.Trainer.get_decay_parameter_names`` has it.
+    """
+    exempt = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, nn.LayerNorm)
+        for name, _ in module.named_parameters()
+    }
+    return {
+        name
+        for name, _ in model.named_parameters()
+        if name not in exempt and not any(pattern.search(name.lower()) for pattern in _NO_DECAY)
+    }
+
+
+def match_optimizer(
+    saved: Mapping[str, Any], model: nn.Module, *, where: str, dtype: torch.dtype | None = None
+) -> OptimizerState:
+    """Give every tensor of a saved AdamW state its parameter's name.
+
+    Args:
+        saved: ``state_dict()`` of the optimizer.
+        model: the model, with ``requires_grad`` as in training.
+        where: what to name in an error, the optimizer's file.
+        dtype: type of the moments; None leaves bfloat16 and float16 at float32 and wider ones as they are.
+
+    Returns:
+        The state on the devices of the parameters. A parameter without state got no gradient in the whole
+        run; it is left out of the groups.
+
+    Raises:
+        CheckpointError: another optimizer than AdamW, another model, a shape that does not fit, no state
+        at all.
+    """
+    groups = saved["param_groups"]
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    names_by_group = _names_by_group(groups, model, list(params), where)
+    found: dict[str, dict[str, Tensor]] = {key: {} for key in (*_MOMENTS, "max_exp_avg_sq")}
+    steps: dict[str, int] = {}
+    for group, names in zip(groups, names_by_group, strict=True):
+        for number, name in zip(group["params"], names, strict=True):
+            entry = saved["state"].get(number)
+            if entry is None:
+                continue
+            _check_entry(entry, name, params[name], bool(group.get("amsgrad")), where)
+            steps[name] = int(entry["step"])
+            for key in found:
+                if key in entry:
+                    found[key][name] = _moment(entry[key], params[name].device, dtype)
+    if not steps:
+        raise CheckpointError(
+            f"{where}: there is no state for any of {len(params)} parameters (an optimizer before "
+            f"its first step); "
+            "use a checkpoint saved after at least one step"
+        )
+    return OptimizerState(
+        groups=tuple(
+            _parameter_group(group, [n for n in names if n in steps], where)
+            for group, names in zip(groups, names_by_group, strict=True)
+        ),
+        exp_avg=found["exp_avg"],
+        exp_avg_sq=found["exp_avg_sq"],
+        steps=steps,
+        max_exp_avg_sq=found["max_exp_avg_sq"],
+    )
+
+
+def _names_by_group(
+    groups: Sequence[Mapping[str, Any]], model: nn.Module, trainable: list[str], where: str
+) -> list[list[str]]:
+    """Parameter names of each group in the order of its numbers."""
+    if all("param_names" in group for group in groups):
+        named = [[_WRAPPERS.sub("", n).lstrip(".") for n in group["param_names"]] for group in groups]
+        unknown = [n for names in named for n in names if n not in trainable]
+        if unknown:
+            raise CheckpointError(
+                f"{where}: the optimizer has {unknown[0]}, which is no trainable parameter of the model; "
+                "this is the optimizer state of another model, copy the one that belongs to these weights"
+            )
+        return named
+    if len(groups) == 1:
+        expected = [trainable]
+    elif len(groups) == 2:
+        decay = decay_parameter_names(model)
+        expected = [[n for n in trainable if n in decay], [n for n in trainable if n not in decay]]
+    else:
+        raise CheckpointError(
+            f"{where}: {len(groups)} parameter groups without names, expected 1, or the 2 of Hugging Face's "
+            "Trainer; build the optimizer from model.named_parameters() so that names are saved"
+        )
+    sizes, wanted = [len(g["params"]) for g in groups], [len(names) for names in expected]
+    if sizes != wanted:
+        raise CheckpointError(
+            f"{where}: groups of {sizes} parameters, expected {wanted} for this model (with and "
+            f"without weight "
+            "decay); this is the optimizer state of another model or of another set of trainable "
+            "parameters, copy "
+            "the one that belongs to these weights"
+        )
+    return expected
+
+
+def _check_entry(entry: Mapping[str, Any], name: str, param: Tensor, amsgrad: bool, where: str) -> None:
+    missing = [key for key in (*_MOMENTS, "step") if key not in entry]
+    if missing:
+        raise CheckpointError(
+            f"{where}: state of {name} has {sorted(entry)}, expected AdamW's step, exp_avg and "
+            f"exp_avg_sq; only "
+            "32-bit AdamW can be measured (optim='adamw_torch' or 'adamw_torch_fused'), train with that"
+        )
+    if amsgrad and "max_exp_avg_sq" not in entry:
+        raise CheckpointError(f"{where}: AMSGrad state of {name} lacks max_exp_avg_sq; copy the file again")
+    for key in (*_MOMENTS, *(["max_exp_avg_sq"] if amsgrad else [])):
+        if tuple(entry[key].shape) != tuple(param.shape):
+            raise CheckpointError(
+                f"{where}: {key} of {name} has shape {tuple(entry[key].shape)}, expected "
+                f"{tuple(param.shape)}; "
+                "this is the optimizer state of another model, copy the one that belongs to these weights"
+            )
+
+
+def _moment(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    if dtype is None:
+        dtype = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else tensor.dtype
+    return tensor.to(device=device, dtype=dtype)
+
+
+def _parameter_group(group: Mapping[str, Any], names: list[str], where: str) -> ParameterGroup:
+    decay = float(group.get("weight_decay", 0.0))
+    if decay and not group.get("decoupled_weight_decay", True):
+        raise CheckpointError(
+            f"{where}: Adam with weight decay {decay} inside the gradient, expected AdamW "
+            f"(decoupled decay); only "
+            "AdamW can be measured"
+        )
+    if group.get("maximize"):
+        raise CheckpointError(f"{where}: the optimizer maximizes, expected one that minimizes a loss")
+    beta1, beta2 = group["betas"]
+    return ParameterGroup(
+        names=tuple(names),
+        lr=float(group["lr"]),
+        betas=(float(beta1), float(beta2)),
+        eps=float(group["eps"]),
+        weight_decay=decay,
+        amsgrad=bool(group.get("amsgrad")),
+    )

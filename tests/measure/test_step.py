@@ -1,0 +1,291 @@
+"""The rebuilt step against torch.optim.AdamW taking it for real."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from stepscope.errors import BatchError, CheckpointError, MeasurementError
+from stepscope.measure.step import Step, reconstruct_step, sequence_direction, step_summary
+from stepscope.policy import vectors
+from stepscope.policy.forward import forward, make_batch
+from stepscope.policy.objective import advantages, policy_loss
+from stepscope.policy.optimizer_state import decay_parameter_names, match_optimizer
+from stepscope.policy.precision import lift_model
+from stepscope.policy.rollouts import score_rollouts
+from stepscope.policy.settings import StepSettings
+from stepscope.policy.state import Policy
+from stepscope.results import Rollouts
+
+
+def build(kind: str, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=19,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+    )
+    model: nn.Module = Qwen2ForCausalLM(config)
+    if kind == "lora":
+        model = get_peft_model(
+            model, LoraConfig(r=3, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
+        )
+    return (lift_model(model) if dtype == torch.float64 else model).eval()
+
+
+def draw_batch(policy: Policy, seed: int, num_prompts: int = 3, group_size: int = 3) -> Rollouts:
+    """Random token ids as responses: a step does not care who wrote them, the ratio is 1."""
+    rng = np.random.default_rng(seed)
+    count = num_prompts * group_size
+    prompts = [tuple(rng.integers(2, 19, rng.integers(2, 6)).tolist()) for _ in range(num_prompts)]
+    responses = [tuple(rng.integers(0, 19, rng.integers(1, 8)).tolist()) for _ in range(count)]
+    index = np.repeat(np.arange(num_prompts), group_size)
+    rewards = rng.random(count)
+    rollouts = Rollouts(
+        prompt_ids=tuple(f"p{i}" for i in index),
+        prompts=("",) * count,
+        responses=("",) * count,
+        prompt_token_ids=tuple(prompts[i] for i in index),
+        response_token_ids=tuple(responses),
+        rewards=rewards,
+        correct=np.zeros(count, dtype=bool),
+        truncated=np.zeros(count, dtype=bool),
+        logprobs=tuple(np.zeros(len(r)) for r in responses),
+        entropies=tuple(np.zeros(len(r)) for r in responses),
+        temperature=policy.settings.temperature,
+        max_response_tokens=policy.settings.max_response_tokens,
+        advantages=advantages(rewards, index, policy.settings.scale_rewards),
+    )
+    logprobs, entropies = score_rollouts(policy, rollouts)
+    return replace(rollouts, logprobs=logprobs, entropies=entropies)
+
+
+def take_step(policy: Policy, optimizer: torch.optim.Optimizer, batch: Rollouts) -> float:
+    """What a trainer does: loss, backward, clip, step. Returns the norm before clipping."""
+    tokens = make_batch(batch.prompt_token_ids, batch.response_token_ids)
+    outputs = forward(policy.model, tokens, temperature=batch.temperature)
+    assert batch.advantages is not None
+    loss = policy_loss(
+        outputs.logprobs,
+        outputs.logprobs.detach(),
+        torch.as_tensor(batch.advantages, dtype=policy.dtype),
+        tokens.response_mask,
+        policy.settings,
+    )
+    optimizer.zero_grad()
+    loss.backward()
+    limit = policy.settings.max_grad_norm
+    params = list(policy.parameters.values())
+    norm = torch.nn.utils.clip_grad_norm_(params, limit if limit > 0 else float("inf"))
+    optimizer.step()
+    return float(norm)
+
+
+def trained(
+    kind: str,
+    dtype: torch.dtype,
+    *,
+    max_grad_norm: float = 0.0,
+    amsgrad: bool = False,
+    second_lr: float = 1.0,
+    loss_type: str = "dr_grpo",
+    lr: float = 3e-3,
+) -> tuple[Policy, torch.optim.Optimizer]:
+    """A policy after three real AdamW steps, with its state matched by name."""
+    settings = StepSettings(
+        loss_type=loss_type, temperature=0.9, max_response_tokens=8, max_grad_norm=max_grad_norm
+    )
+    policy = Policy(model=build(kind, dtype), tokenizer=None, settings=settings)
+    decaying = (
+        decay_parameter_names(policy.model)
+        if kind == "full"
+        else {n for n in policy.parameters if "lora_A" in n}
+    )
+    groups: list[dict[str, Any]] = [
+        {"params": [(n, p) for n, p in policy.parameters.items() if n in decaying], "weight_decay": 0.3},
+        {
+            "params": [(n, p) for n, p in policy.parameters.items() if n not in decaying],
+            "weight_decay": 0.0,
+            "lr": lr * second_lr,
+            "betas": (0.8, 0.99),
+        },
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=lr, amsgrad=amsgrad)
+    for seed in range(3):
+        take_step(policy, optimizer, draw_batch(policy, seed))
+    return with_state(policy, optimizer), optimizer
+
+
+def with_state(policy: Policy, optimizer: torch.optim.Optimizer) -> Policy:
+    saved = copy.deepcopy(optimizer.state_dict())
+    return replace(policy, optimizer=match_optimizer(saved, policy.model, where="optimizer.pt"))
+
+
+def real_direction(
+    policy: Policy, optimizer: torch.optim.Optimizer, update: Rollouts, lr: float
+) -> tuple[dict[str, Tensor], float]:
+    before = {n: p.detach().clone() for n, p in policy.parameters.items()}
+    norm = take_step(policy, optimizer, update)
+    return {n: (p.detach().double() - before[n].double()) / lr for n, p in policy.parameters.items()}, norm
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 0.02])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "lr"), [(torch.float64, 1e-10, 3e-3), (torch.float32, 1e-6, 3e-2)]
+)
+@pytest.mark.parametrize(("amsgrad", "second_lr"), [(False, 1.0), (False, 0.25), (True, 0.25)])
+def test_direction_is_the_step_adamw_takes(
+    kind: str,
+    max_grad_norm: float,
+    dtype: torch.dtype,
+    tolerance: float,
+    lr: float,
+    amsgrad: bool,
+    second_lr: float,
+) -> None:
+    policy, optimizer = trained(
+        kind, dtype, max_grad_norm=max_grad_norm, amsgrad=amsgrad, second_lr=second_lr, lr=lr
+    )
+    update = draw_batch(policy, 99)
+    step = reconstruct_step(policy, update, max_sequences=4)
+    direction, norm = real_direction(policy, optimizer, update, lr)
+    assert vectors.cosine(step.direction, direction) >= 1 - tolerance
+    assert vectors.norm(step.direction) == pytest.approx(vectors.norm(direction), rel=tolerance)
+    assert step.grad_norm == pytest.approx(norm, rel=1e-5 if dtype == torch.float32 else 1e-12)
+    assert step.lr == lr
+    assert (step.clip_coefficient < 0.9) == (max_grad_norm > 0)
+    if dtype == torch.float64:
+        for name, part in step.direction.items():
+            torch.testing.assert_close(part, direction[name], rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo"])
+def test_every_loss_type_makes_its_own_step(loss_type: str) -> None:
+    policy, optimizer = trained("full", torch.float64, loss_type=loss_type)
+    update = draw_batch(policy, 99)
+    step = reconstruct_step(policy, update, max_sequences=2)
+    direction, _ = real_direction(policy, optimizer, update, 3e-3)
+    assert vectors.cosine(step.direction, direction) >= 1 - 1e-10
+
+
+@pytest.fixture(params=["full", "lora"])
+def float32_step(request: pytest.FixtureRequest) -> tuple[Policy, Step]:
+    policy, _ = trained(request.param, torch.float32, max_grad_norm=0.02)
+    return policy, reconstruct_step(policy, draw_batch(policy, 99))
+
+
+def test_parts_add_up_in_float32(float32_step: tuple[Policy, Step]) -> None:
+    _, step = float32_step
+    whole = vectors.norm(step.direction)
+    residual = vectors.add(
+        step.direction, *(vectors.scale(p, -1.0) for p in (step.momentum, step.decay, step.sequences))
+    )
+    assert vectors.norm(residual) <= 1e-6 * whole
+    assert min(map(vectors.norm, (step.momentum, step.decay, step.sequences))) > 1e-2 * whole
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
+def test_directions_of_the_sequences_add_up(kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    """In float32 the preconditioner magnifies the round-off of gradients that are nearly zero."""
+    policy, _ = trained(kind, dtype, max_grad_norm=0.02)
+    step = reconstruct_step(policy, draw_batch(policy, 99))
+    parts = [sequence_direction(policy, step, i) for i in range(len(step.update))]
+    gap = vectors.add(*parts, vectors.scale(step.sequences, -1.0))
+    assert vectors.norm(gap) <= tolerance * vectors.norm(step.sequences)
+    assert min(map(vectors.norm, parts)) > 1e-3 * vectors.norm(step.sequences)
+
+
+def test_summary_shares_add_up(float32_step: tuple[Policy, Step]) -> None:
+    _, step = float32_step
+    summary = step_summary(step)
+    shares = [summary[f"share_{p}"] for p in ("momentum", "decay", "sequences")]
+    assert sum(shares) == pytest.approx(1.0, abs=1e-6)
+    assert all(abs(s) > 1e-4 for s in shares)
+    assert summary["norm_displacement"] == pytest.approx(step.lr * vectors.norm(step.direction))
+    assert summary["num_sequences"] == 9
+    assert summary["num_prompts"] == 3
+
+
+def test_micro_batches_do_not_matter() -> None:
+    policy, _ = trained("lora", torch.float64)
+    update = draw_batch(policy, 99)
+    one, many = (reconstruct_step(policy, update, max_sequences=n) for n in (1, 9))
+    for name in one.direction:
+        torch.testing.assert_close(one.direction[name], many.direction[name], rtol=1e-9, atol=1e-12)
+
+
+def test_learning_rate_zero_still_has_a_direction() -> None:
+    """The last checkpoint of a linear schedule has lr = 0; the direction does not depend on it."""
+    policy, optimizer = trained("full", torch.float64)
+    update = draw_batch(policy, 99)
+    expected = reconstruct_step(policy, update)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    step = reconstruct_step(with_state(policy, optimizer), update)
+    assert step.lr == 0.0
+    for name in step.direction:
+        torch.testing.assert_close(step.direction[name], expected.direction[name])
+
+
+def test_kl_penalty_uses_the_model_without_its_adapter() -> None:
+    policy, _ = trained("lora", torch.float64)
+    update = draw_batch(policy, 99)
+    held = replace(policy, settings=replace(policy.settings, beta=0.5))
+    step = reconstruct_step(held, update)
+    bare = Policy(model=policy.model.get_base_model(), tokenizer=None, settings=policy.settings)  # type: ignore[operator]
+    with policy.model.disable_adapter():  # type: ignore[operator]
+        reference, _ = score_rollouts(bare, update)
+    assert update.advantages is not None
+    for i, weights in enumerate(step.token_weights):
+        pull = 0.5 * (reference[i] - update.logprobs[i])
+        np.testing.assert_allclose(weights, (update.advantages[i] + pull) / (9 * 8), rtol=1e-9, atol=1e-12)
+
+
+def test_kl_penalty_of_a_full_model_needs_its_reference() -> None:
+    policy, _ = trained("full", torch.float64)
+    update = draw_batch(policy, 99)
+    held = replace(policy, settings=replace(policy.settings, beta=0.5))
+    with pytest.raises(MeasurementError, match="pass the policy it is held to as reference"):
+        reconstruct_step(held, update)
+    reference = Policy(model=build("full", torch.float64), tokenizer=None, settings=policy.settings)
+    assert reconstruct_step(held, update, reference=reference).token_weights[0].any()
+
+
+def test_a_batch_of_another_policy_is_refused_unless_said_so() -> None:
+    policy, _ = trained("full", torch.float64)
+    other = Policy(model=build("full", torch.float64), tokenizer=None, settings=policy.settings)
+    update = draw_batch(other, 99)
+    with pytest.raises(BatchError, match="off_policy=True"):
+        reconstruct_step(policy, update)
+    step = reconstruct_step(policy, update, off_policy=True)
+    now, _ = score_rollouts(policy, update)
+    assert update.advantages is not None
+    ratio = np.exp(now[0] - update.logprobs[0])
+    a = float(update.advantages[0])
+    clipped = (ratio > 1.2) if a > 0 else (ratio < 0.8)
+    np.testing.assert_allclose(step.token_weights[0], np.where(clipped, 0.0, a * ratio / 72), rtol=1e-9)
+
+
+def test_no_optimizer_state_is_an_error_not_a_fresh_optimizer() -> None:
+    policy, _ = trained("full", torch.float64)
+    update = draw_batch(policy, 99)
+    with pytest.raises(CheckpointError, match="no optimizer state"):
+        reconstruct_step(replace(policy, optimizer=None), update)
+    next(iter(policy.parameters.values())).requires_grad_(False)
+    with pytest.raises(CheckpointError, match="in the optimizer state only"):
+        reconstruct_step(policy, update)
