@@ -251,6 +251,10 @@ class RunFolder:
             for name, size in record["files"].items()
         )
 
+    def seconds(self, stage: str) -> float:
+        """How long a finished stage took."""
+        return float(self.provenance()["stages"][stage]["seconds"])
+
     @contextmanager
     def stage(self, name: str, files: Sequence[str], *, invalidates: Sequence[str] = ()) -> Iterator[None]:
         """Run a stage inside the block and record it as finished afterwards.

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from stepscope.config.base import Section
+from stepscope.config.demo import DemoConfig
 from stepscope.config.loading import (
+    apply_overrides,
     build_config,
     dump_config,
     load_config,
     parse_yaml,
+    read_yaml,
     set_path,
 )
 from stepscope.config.measure import (
     STAGES,
     BatchConfig,
     EvalConfig,
+    EvalSettings,
     LossConfig,
     MeasureConfig,
     MeasureSettings,
@@ -34,7 +39,9 @@ from stepscope.config.train import (
 __all__ = [
     "STAGES",
     "BatchConfig",
+    "DemoConfig",
     "EvalConfig",
+    "EvalSettings",
     "LoraConfig",
     "LossConfig",
     "MeasureConfig",
@@ -43,15 +50,18 @@ __all__ = [
     "OptimizerConfig",
     "ProbeConfig",
     "RlConfig",
+    "Section",
     "SftConfig",
     "Stage",
     "StudyConfig",
     "TinyModelConfig",
     "TrainConfig",
     "UpdateConfig",
+    "apply_overrides",
     "build_config",
     "dump_config",
     "load_config",
     "parse_yaml",
+    "read_yaml",
     "set_path",
 ]

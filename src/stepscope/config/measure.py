@@ -26,6 +26,10 @@ def _one_setting() -> dict[str, dict[str, Any]]:
     return {"default": {}}
 
 
+def _one_and_eight() -> list[int]:
+    return [1, 8]
+
+
 def _change_only() -> list[Stage]:
     return ["rollouts", "step", "change"]
 
@@ -87,6 +91,9 @@ class LossConfig(Section):
     beta: float | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)
     prompt_template: str | None = None
+    format_weight: float | None = Field(default=None, ge=0, le=1)
+    bias_correction_kl: bool | None = None
+    mask_truncated: bool | None = None
 
     def given(self) -> dict[str, Any]:
         """The settings that are not null."""
@@ -104,6 +111,10 @@ class MeasureSettings(Section):
         precision: floating-point type of the measurement.
         quantities: quantities of the policy; the first is the primary one.
         second_order: also the second-order change.
+        antithetic: also evaluate at -lr, for the odd part of the true change.
+        baseline: of the gradient estimator: a rung of the ladder, or ``best`` for the one of least variance.
+        estimator: of the true change.
+        reference: model that ``kl`` is taken to (hub id, folder, GGUF file), or null for an adapter's base.
         batch_size: sequences per forward pass.
         device: torch device, or null for a GPU where there is one.
         loss: loss settings for a checkpoint that does not carry its own.
@@ -117,6 +128,10 @@ class MeasureSettings(Section):
     precision: Precision = "float32"
     quantities: list[QuantityName] = Field(default_factory=_entropy, min_length=1)
     second_order: bool = True
+    antithetic: bool = False
+    baseline: Literal["best", "none", "current", "position", "ridge"] = "best"
+    estimator: Literal["per_decision", "self_normalised", "whole_sequence", "regression"] = "per_decision"
+    reference: str | None = None
     batch_size: int = Field(default=16, ge=1)
     device: str | None = None
     loss: LossConfig = LossConfig()
@@ -160,13 +175,11 @@ class MeasureConfig(MeasureSettings):
     stages: list[Stage] = Field(default_factory=lambda: list(STAGES), min_length=1)
 
 
-class EvalConfig(Section):
-    """Configuration of ``stepscope eval``.
+class EvalSettings(Section):
+    """How checkpoints are evaluated.
 
     Attributes:
-        source: a checkpoint, or a run folder whose checkpoints are all evaluated.
         task: specification of the task, or null for the one the checkpoint was trained on.
-        out: parquet file written, or null for ``eval.parquet`` in the run folder (beside a lone checkpoint).
         num_prompts: prompts.
         samples_per_prompt: responses per prompt.
         seed: of prompts and sampling.
@@ -178,26 +191,36 @@ class EvalConfig(Section):
         loss: sampling settings for a checkpoint that does not carry its own.
     """
 
-    source: str
     task: str | None = None
-    out: str | None = None
     num_prompts: int = Field(default=128, ge=2)
     samples_per_prompt: int = Field(default=8, ge=1)
     seed: int = Field(default=0, ge=0)
     split: Literal["train", "test"] = "test"
-    ks: list[int] = Field(default_factory=lambda: [1, 8], min_length=1)
+    ks: list[int] = Field(default_factory=_one_and_eight, min_length=1)
     precision: Precision = "float32"
     batch_size: int = Field(default=64, ge=1)
     device: str | None = None
     loss: LossConfig = LossConfig()
 
     @model_validator(mode="after")
-    def _enough_samples(self) -> EvalConfig:
+    def _enough_samples(self) -> EvalSettings:
         if max(self.ks) > self.samples_per_prompt or min(self.ks) < 1:
             raise ValueError(
                 f"ks must lie between 1 and samples_per_prompt = {self.samples_per_prompt}, got {self.ks}"
             )
         return self
+
+
+class EvalConfig(EvalSettings):
+    """Configuration of ``stepscope eval``.
+
+    Attributes:
+        source: a checkpoint, or a run folder whose checkpoints are all evaluated.
+        out: parquet file written, or null for ``eval.parquet`` in the run folder (or in a lone checkpoint).
+    """
+
+    source: str
+    out: str | None = None
 
 
 class StudyConfig(Section):
