@@ -1,0 +1,9 @@
+"""What is asked and how an answer is scored; no torch."""
+
+from __future__ import annotations
+
+from stepscope.tasks.load import TemplatedTask, load_task
+from stepscope.tasks.problem import Problem, Score, Task
+from stepscope.tasks.templates import Template, load_template
+
+__all__ = ["Problem", "Score", "Task", "Template", "TemplatedTask", "load_task", "load_template"]

@@ -1,0 +1,103 @@
+"""From a task specification to a task."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepscope.errors import TaskError
+from stepscope.tasks.arithmetic import Arithmetic
+from stepscope.tasks.gsm8k import Gsm8k
+from stepscope.tasks.jsonl import JsonLines
+from stepscope.tasks.problem import Problem, Score, Source
+from stepscope.tasks.reasoning import ReasoningGym
+from stepscope.tasks.response import read_response
+from stepscope.tasks.templates import R1, SHORT, Template, load_template
+
+FORMS = {
+    "arithmetic": "arithmetic[:terms=3,digits=2,...]",
+    "gsm8k": "gsm8k[:DIR]",
+    "rg": "rg:NAME[:key=value,...]",
+    "jsonl": "jsonl:FILE",
+}
+
+
+@dataclass(frozen=True)
+class TemplatedTask:
+    """A source of problems, asked through a template; the task that :func:`load_task` returns.
+
+    Attributes:
+        spec: what it was loaded from.
+        source: problems and their grader.
+        template: from question to prompt.
+        format_weight: added to the reward of a well-formed response.
+    """
+
+    spec: str
+    source: Source
+    template: Template
+    format_weight: float = 0.0
+
+    def problems(self, split: str) -> Sequence[Problem]:
+        """All problems of ``train`` or ``test``, in a fixed order."""
+        return self.source.problems(split)
+
+    def prompt(self, problem: Problem, tokenizer: Any) -> str:
+        """The text given to the tokenizer; see :meth:`Template.render`."""
+        return self.template.render(problem.question, tokenizer)
+
+    def score(self, problem: Problem, response: str) -> Score:
+        """Score of a decoded response."""
+        reading = read_response(response, opens_think=self.template.opens_think)
+        credit = 0.0 if reading.answer is None else self.source.grade(problem, reading.answer)
+        reward = credit + self.format_weight * reading.formatted
+        return Score(reward=reward, correct=credit >= 1, formatted=reading.formatted)
+
+    def formatted(self, response: str) -> bool:
+        """Whether a response is one think block, then one answer block, and nothing around them."""
+        return read_response(response, opens_think=self.template.opens_think).formatted
+
+    def demonstration(self, problem: Problem) -> str:
+        """A full worked response with its tags.
+
+        Raises:
+            TaskError: the task has no worked solution.
+        """
+        worked = self.source.worked(problem)
+        return self.template.lay_out(worked.thought, worked.answer)
+
+
+def load_task(spec: str, *, template: str | None = None, format_weight: float = 0.0) -> TemplatedTask:
+    """Load a task.
+
+    Args:
+        spec: ``arithmetic`` (with options ``arithmetic:terms=2-4,digits=2,ops=+``), ``gsm8k`` (hub),
+            ``gsm8k:DIR``, ``rg:NAME`` (with options ``rg:chain_sum:size=500,min_terms=2``), ``jsonl:FILE``.
+        template: name or text of the prompt template, see :func:`load_template`; None or an empty text means
+            ``short`` for ``arithmetic`` and ``r1`` for the rest.
+        format_weight: added to the reward of a well-formed response. 0 by default: the reward is correctness
+            alone, as the supervised warm-up has already taught the format.
+
+    Raises:
+        TaskError: unknown task, option or template, or its data cannot be read.
+    """
+    name, _, rest = spec.partition(":")
+    if name not in FORMS or (name in ("rg", "jsonl") and not rest):
+        close = difflib.get_close_matches(name, FORMS, n=1)
+        hint = f"; did you mean {FORMS[close[0]]!r}?" if close else ""
+        raise TaskError(f"unknown task {spec!r}: available are {', '.join(FORMS.values())}{hint}")
+    chosen = load_template(template) if template else SHORT if name == "arithmetic" else R1
+    return TemplatedTask(spec, _source(name, rest), chosen, format_weight)
+
+
+def _source(name: str, rest: str) -> Source:
+    if name == "arithmetic":
+        return Arithmetic.from_options(rest)
+    if name == "gsm8k":
+        return Gsm8k.from_folder(Path(rest)) if rest else Gsm8k.from_hub()
+    if name == "rg":
+        return ReasoningGym.from_options(rest)
+    return JsonLines.from_path(Path(rest))

@@ -1,0 +1,106 @@
+"""What a task is made of: problems, scores, and the two protocols of asking and grading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from stepscope.errors import TaskError
+
+SPLITS = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with its answer.
+
+    Attributes:
+        prompt_id: global id, for example ``arithmetic/train/12``; it never changes.
+        question: the bare question; a template turns it into a prompt.
+        answer: the reference answer as text; empty where only a scorer exists.
+        metadata: what the source needs to grade or to demonstrate.
+    """
+
+    prompt_id: str
+    question: str
+    answer: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a response earned.
+
+    Attributes:
+        reward: grade of the answer in [0, 1] (1 for correct and 0 otherwise unless the task gives partial
+            credit) plus ``format_weight`` for a well-formed response. It does not depend on the length.
+        correct: exactly one answer block, and its content is right.
+        formatted: one think block, then one answer block, and nothing around them but white space.
+    """
+
+    reward: float
+    correct: bool
+    formatted: bool
+
+
+@dataclass(frozen=True)
+class Worked:
+    """A solved problem: the thought and the answer of a demonstration."""
+
+    thought: str
+    answer: str
+
+
+class Source(Protocol):
+    """Where problems come from and how an answer to one is graded."""
+
+    def problems(self, split: str) -> Sequence[Problem]:
+        """All problems of ``train`` or ``test``, in a fixed order."""
+
+    def grade(self, problem: Problem, answer: str) -> float:
+        """Credit in [0, 1] for the text of an answer block; 1 is correct."""
+
+    def worked(self, problem: Problem) -> Worked:
+        """A worked solution.
+
+        Raises:
+            TaskError: the source has none.
+        """
+
+
+class Task(Protocol):
+    """What is asked and how a response is scored."""
+
+    @property
+    def spec(self) -> str:
+        """The specification it was loaded from, for example ``arithmetic``."""
+
+    def problems(self, split: str) -> Sequence[Problem]:
+        """All problems of ``train`` or ``test``, in a fixed order."""
+
+    def prompt(self, problem: Problem, tokenizer: Any) -> str:
+        """The text given to the tokenizer, through its chat template where the task's template says so."""
+
+    def score(self, problem: Problem, response: str) -> Score:
+        """Score of a decoded response (special tokens removed)."""
+
+    def formatted(self, response: str) -> bool:
+        """Whether a response keeps the format; the same verdict as in :meth:`score`."""
+
+    def demonstration(self, problem: Problem) -> str:
+        """A full worked response with its tags; it scores as correct and formatted.
+
+        Raises:
+            TaskError: the task has no worked solution.
+        """
+
+
+def require_split(split: str) -> None:
+    """Refuse a split that does not exist.
+
+    Raises:
+        TaskError: ``split`` is neither ``train`` nor ``test``.
+    """
+    if split not in SPLITS:
+        raise TaskError(f"unknown split {split!r}; the splits are train and test")

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import pytest
+
+from stepscope.errors import TaskError
+from stepscope.tasks import load_task
+from stepscope.tasks.worker import Worker, shared_worker
+
+SPECS = [
+    "rg:chain_sum:size=500,min_terms=2",
+    "rg:countdown",
+    "rg:gsm_symbolic",
+    "rg:list_functions",
+    "rg:ransom_note",
+]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_demonstrations_score_one(spec: str) -> None:
+    task = load_task(spec)
+    for split in ("train", "test"):
+        for problem in task.problems(split)[:4]:
+            score = task.score(problem, task.demonstration(problem))
+            assert (score.reward, score.correct, score.formatted) == (1.0, True, True)
+            wrong = task.score(problem, "<think></think><answer>no such thing</answer>")
+            assert wrong.reward < 1
+            assert not wrong.correct
+
+
+def test_ids_and_splits() -> None:
+    task = load_task("rg:chain_sum:size=30,test_size=20,max_terms=2,max_digits=1")
+    train, test = task.problems("train"), task.problems("test")
+    assert (len(train), len(test)) == (30, 20)
+    assert train[-1].prompt_id == "rg:chain_sum:max_digits=1,max_terms=2/train/29"
+    assert not {p.question for p in train} & {p.question for p in test}
+    larger = load_task("rg:chain_sum:max_terms=2,max_digits=1")
+    assert larger.problems("train")[29] == train[29]
+    with pytest.raises(IndexError):
+        train[30]
+
+
+def test_partial_credit_is_the_reward() -> None:
+    task = load_task("rg:countdown")
+    problem = task.problems("train")[0]
+    score = task.score(problem, "<think></think><answer>1 + 1</answer>")
+    assert 0 < score.reward < 1
+    assert not score.correct
+
+
+def test_items_do_not_depend_on_order_or_process() -> None:
+    """Some generators use the global random state or the hash seed; the worker fixes both."""
+    workers = Worker(), shared_worker()
+    for name in ("list_functions", "isomorphic_strings", "polynomial_multiplication", "ransom_note"):
+        question = {"op": "item", "name": name, "config": "{}", "seed": 0, "split": "train"}
+        orders = ((5, 3, 0), (0, 3, 5))
+        found = [
+            {i: worker.ask({**question, "index": i}, time_limit=120) for i in order}
+            for worker, order in zip(workers, orders, strict=True)
+        ]
+        assert found[0] == found[1]
+        assert None not in found[0].values()
+    workers[0].close()
+
+
+@pytest.mark.parametrize(
+    "answer", ["9**9**9**9", "(((", "", "__import__('os').getcwd()", "1" * 30_000, "\x00"]
+)
+def test_hostile_answers_earn_nothing_much(answer: str) -> None:
+    task = load_task("rg:countdown")
+    assert not task.score(task.problems("train")[0], f"<think></think><answer>{answer}</answer>").correct
+
+
+def test_a_task_without_reference_answers_has_no_demonstration() -> None:
+    task = load_task("rg:propositional_logic")
+    with pytest.raises(TaskError, match="no reference answers"):
+        task.demonstration(task.problems("train")[0])
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("rg:chain_sun", "no dataset 'chain_sun'; did you mean 'chain_sum'"),
+        ("rg:chain_sum:min_term=2", "no option min_term; options are min_terms"),
+        ("rg:chain_sum:min_terms=-2", "refuses these options"),
+        ("rg:chain_sum:size=99999", "at most 10000"),
+        ("rg", "unknown task 'rg': available are"),
+    ],
+)
+def test_bad_spec(spec: str, message: str) -> None:
+    with pytest.raises(TaskError, match=message) as caught:
+        load_task(spec)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_every_task_of_reasoning_gym() -> None:
+    reply = shared_worker().ask({"op": "describe", "name": "", "config": "{}"}, time_limit=120)
+    assert reply is not None
+    without = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
+    assert len(reply["names"]) > 100
+    for name in set(reply["names"]) - {"composite"}:
+        task = load_task(f"rg:{name}")
+        for split in ("train", "test"):
+            for problem in task.problems(split)[:3]:
+                if name not in without:
+                    score = task.score(problem, task.demonstration(problem))
+                    assert (score.correct, score.formatted) == (True, True), problem.prompt_id
