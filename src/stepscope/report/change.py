@@ -1,0 +1,317 @@
+# ruff: noqa: RUF001 (typographic minus signs are meant)
+"""Figures of the change against learning rate: one measurement, or two on common axes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from stepscope.report import text
+from stepscope.report.figures import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    VERMILLION,
+    Z95,
+    Figure,
+    error_bars,
+    make_spec,
+    rounded,
+)
+from stepscope.report.load import Measurement
+from stepscope.stats import Estimate
+
+Point = Mapping[str, Any]
+
+
+def change_figure(series: Mapping[str, Any], key: str = "change") -> Figure:
+    """|change| against learning rate, true, to first and to second order; error of first order below.
+
+    Args:
+        series: one series of ``change.json`` with parsed estimates.
+        key: of the figure.
+    """
+    points: Sequence[Point] = series["points"]
+    unit = points[0]["true"].unit if points else ""
+    low, high = _magnitude_range(points)
+    pairs = [_relative_error(p) for p in points]
+    reach = _reach([pair for pair, p in zip(pairs, points, strict=True) if p["true"].reliable])
+    traces = [
+        *_linear_traces(points, "first order", VERMILLION, "dash", 10 ** (low - 1)),
+        *_second_trace(points, unit),
+        *_true_trace(points, "true", BLUE, unit),
+        _relative_trace(points, pairs),
+    ]
+    spec = make_spec(
+        traces,
+        xaxis={**_lr_axis(points, series["lr"]), "anchor": "y2"},
+        yaxis={**_magnitude_axis(low, high, unit), "domain": [0.36, 1]},
+        yaxis2={
+            "domain": [0, 0.26],
+            "anchor": "x",
+            "title": {"text": "first/true − 1"},
+            "range": [-reach, reach],
+            "tickformat": ".0%",
+            "nticks": 5,
+            "zeroline": True,
+        },
+        shapes=[_own_lr_line(series["lr"])],
+        annotations=[_own_lr_note(series["lr"])],
+    )
+    inside = [abs(r) <= reach for r, _ in pairs if math.isfinite(r)]
+    caption = " ".join(
+        sentence
+        for sentence in (
+            f"Change of {text.series_label(series)} when the step is taken along the checkpoint's own "
+            "direction with "
+            f"the learning rate on the horizontal axis; magnitude in {unit}, "
+            f"n = {points[0]['true'].n if points else 0} prompts.",
+            "Circles: the quantity falls; triangles: it rises; hollow: flagged unreliable, reason on hover.",
+            "Error bars and band: 95 % interval, clustered by prompt; a bar that leaves the panel below "
+            "includes "
+            "zero. The curve to second order is drawn without its error."
+            if _has_second(points)
+            else "Error bars and band: 95 % interval, clustered by prompt; a bar that leaves the panel below "
+            "includes zero.",
+            _fit_sentence(series.get("fit")),
+            _regime_sentence(series),
+            "Lower panel: relative error of the first order, with the 95 % interval of the paired "
+            "difference.",
+            ""
+            if all(inside)
+            else f"{inside.count(False)} of its {len(inside)} points lie outside the panel.",
+        )
+        if sentence
+    )
+    return Figure(key, f"Change of {text.series_label(series)}", caption, spec, height=520)
+
+
+def overlay_figure(names: tuple[str, str], pair: tuple[Measurement, Measurement]) -> Figure | None:
+    """The primary change series of two measurements on common axes; None unless both are of one kind."""
+    if pair[0].change is None or pair[1].change is None:
+        return None
+    series = (pair[0].change, pair[1].change)
+    if text.series_label(series[0]) != text.series_label(series[1]) or not all(s["points"] for s in series):
+        return None
+    unit = series[0]["points"][0]["true"].unit
+    every = [p for s in series for p in s["points"]]
+    low, high = _magnitude_range(every)
+    traces: list[Any] = []
+    for side, color, dash, measured in zip("AB", (BLUE, VERMILLION), ("solid", "dash"), series, strict=True):
+        points = measured["points"]
+        traces += _linear_traces(points, f"{side} first order", color, dash, 10 ** (low - 1))
+        traces += _true_trace(points, f"{side} true", color, unit)
+    spec = make_spec(
+        traces,
+        xaxis=_lr_axis(every, series[0]["lr"]),
+        yaxis=_magnitude_axis(low, high, unit),
+        shapes=[_own_lr_line(s["lr"]) for s in series],
+    )
+    caption = (
+        f"Change of {text.series_label(series[0])} against learning rate. A: {names[0]}; B: {names[1]}; "
+        "their own "
+        "learning rates dotted. Circles: the quantity falls; triangles: it rises; hollow: flagged "
+        "unreliable. Error "
+        "bars and bands: 95 % interval, clustered by prompt."
+    )
+    return Figure("overlay", "Change curves", caption, spec, height=440)
+
+
+def _drawable(points: Sequence[Point], name: str) -> list[Point]:
+    return [p for p in points if math.isfinite(p[name].value) and p[name].value]
+
+
+def _symbol(value: Estimate) -> str:
+    return ("circle" if value.value < 0 else "triangle-up") + ("" if value.reliable else "-open")
+
+
+def _true_trace(points: Sequence[Point], label: str, color: str, unit: str) -> list[Any]:
+    chosen = _drawable(points, "true")
+    values: list[Estimate] = [p["true"] for p in chosen]
+    if not chosen:
+        return []
+    details = [
+        f"{text.plus_minus(v.value, v.stderr)} {unit}, n = {v.n}<br>effective sample size "
+        f"{text.number(_diagnostic(p, 'effective_sample_size'))}, Pareto-k "
+        f"{text.number(_diagnostic(p, 'pareto_k'), 2)}"
+        + ("" if v.reliable else f"<br>unreliable: {text.plotly_text(v.reason)}")
+        for v, p in zip(values, chosen, strict=True)
+    ]
+    return [
+        go.Scatter(
+            x=rounded(p["lr"] for p in chosen),
+            y=rounded(abs(v.value) for v in values),
+            error_y=error_bars((v.stderr for v in values), color),
+            mode="markers",
+            name=label,
+            marker={
+                "size": 9,
+                "color": color,
+                "symbol": [_symbol(v) for v in values],
+                "line": {"width": 1.5, "color": color},
+            },
+            customdata=details,
+            hovertemplate=f"<b>{label}</b>, lr %{{x:.3g}}<br>%{{customdata}}<extra></extra>",
+        )
+    ]
+
+
+def _linear_traces(points: Sequence[Point], label: str, color: str, dash: str, floor: float) -> list[Any]:
+    chosen = _drawable(points, "linear")
+    if not chosen:
+        return []
+    values: list[Estimate] = [p["linear"] for p in chosen]
+    x = rounded(p["lr"] for p in chosen)
+    widths = [Z95 * v.stderr if math.isfinite(v.stderr) else 0.0 for v in values]
+    edge = {"mode": "lines", "line": {"width": 0, "color": color}, "showlegend": False, "hoverinfo": "skip"}
+    lower = [max(abs(v.value) - w, floor) for v, w in zip(values, widths, strict=True)]
+    upper = [abs(v.value) + w for v, w in zip(values, widths, strict=True)]
+    return [
+        go.Scatter(x=x, y=rounded(lower), **edge),
+        go.Scatter(x=x, y=rounded(upper), fill="tonexty", fillcolor=color, opacity=0.2, **edge),
+        go.Scatter(
+            x=x,
+            y=rounded(abs(v.value) for v in values),
+            mode="lines",
+            name=label,
+            line={"color": color, "width": 1.5, "dash": dash},
+            customdata=[text.estimate(v) for v in values],
+            hovertemplate=f"<b>{label}</b>, lr %{{x:.3g}}<br>%{{customdata}}<extra></extra>",
+        ),
+    ]
+
+
+def _has_second(points: Sequence[Point]) -> bool:
+    return any(p.get("second_order") is not None for p in points)
+
+
+def _second_trace(points: Sequence[Point], unit: str) -> list[Any]:
+    chosen = [p for p in points if p.get("second_order") is not None]
+    if not chosen:
+        return []
+    sums = [p["linear"].value + p["second_order"].value for p in chosen]
+    return [
+        go.Scatter(
+            x=rounded(p["lr"] for p in chosen),
+            y=rounded(abs(s) or math.nan for s in sums),
+            mode="lines",
+            name="first + second order",
+            line={"color": GREEN, "width": 1.8, "dash": "dot"},
+            customdata=[
+                f"{text.number(s)} {unit}<br>second-order term {text.estimate(p['second_order'])}"
+                for s, p in zip(sums, chosen, strict=True)
+            ],
+            hovertemplate="<b>first + second order</b>, lr %{x:.3g}<br>%{customdata}<extra></extra>",
+        )
+    ]
+
+
+def _relative_error(point: Point) -> tuple[float, float]:
+    """(first order - true)/|true| and its standard error from the paired difference."""
+    true, excess = point["true"], point["excess"]
+    if not true.value or not math.isfinite(true.value):
+        return math.nan, math.nan
+    return -excess.value / abs(true.value), excess.stderr / abs(true.value)
+
+
+def _reach(pairs: Sequence[tuple[float, float]]) -> float:
+    sizes = [abs(r) + (Z95 * e if math.isfinite(e) else 0.0) for r, e in pairs if math.isfinite(r)]
+    return min(1.0, max(0.05, 1.1 * max(sizes))) if sizes else 1.0
+
+
+def _relative_trace(points: Sequence[Point], pairs: Sequence[tuple[float, float]]) -> Any:
+    return go.Scatter(
+        x=rounded(p["lr"] for p in points),
+        y=rounded(r for r, _ in pairs),
+        error_y=error_bars((e for _, e in pairs), INK),
+        yaxis="y2",
+        mode="markers",
+        showlegend=False,
+        marker={
+            "size": 7,
+            "color": INK,
+            "symbol": ["square" if p["excess"].reliable else "square-open" for p in points],
+            "line": {"width": 1.5, "color": INK},
+        },
+        customdata=[f"{text.percent(r)} ± {text.percent(Z95 * e)}" for r, e in pairs],
+        hovertemplate="lr %{x:.3g}<br>first order off by %{customdata} (95 %)<extra></extra>",
+    )
+
+
+def _diagnostic(point: Point, key: str) -> float:
+    return math.nan if point.get(key) is None else float(point[key])
+
+
+def _magnitude_range(points: Sequence[Point]) -> tuple[float, float]:
+    sizes = [abs(p[name].value) for name in ("true", "linear") for p in _drawable(points, name)]
+    if not sizes:
+        return -6.0, 0.0
+    return math.log10(min(sizes)) - 0.6, math.log10(max(sizes)) + 0.5
+
+
+def _magnitude_axis(low: float, high: float, unit: str) -> dict[str, Any]:
+    return {
+        "type": "log",
+        "title": {"text": f"|change|, {unit}"},
+        "range": [low, high],
+        "exponentformat": "power",
+        "dtick": max(1, round((high - low) / 6)),
+    }
+
+
+def _lr_axis(points: Sequence[Point], own: float) -> dict[str, Any]:
+    lrs = [lr for lr in [own, *(p["lr"] for p in points)] if lr > 0]
+    low, high = math.log10(min(lrs)) - 0.25, math.log10(max(lrs)) + 0.25
+    return {
+        "type": "log",
+        "title": {"text": "learning rate"},
+        "range": [low, high],
+        "exponentformat": "power",
+        "dtick": max(1, round((high - low) / 6)),
+    }
+
+
+def _own_lr_line(lr: float) -> dict[str, Any]:
+    line = {"color": MUTED, "width": 1.2, "dash": "dot"}
+    return {"type": "line", "x0": lr, "x1": lr, "y0": 0, "y1": 1, "yref": "paper", "line": line}
+
+
+def _own_lr_note(lr: float) -> dict[str, Any]:
+    return {
+        "x": math.log10(lr),
+        "y": 1.0,
+        "yref": "paper",
+        "yanchor": "top",
+        "xanchor": "right",
+        "xshift": -4,
+        "text": f"own lr {text.lr_text(lr)}",
+        "showarrow": False,
+        "font": {"size": 12, "color": MUTED},
+    }
+
+
+def _fit_sentence(fit: Mapping[str, Any] | None) -> str:
+    if fit is None:
+        return ""
+    error = fit.get("slope_stderr")
+    slope = text.plus_minus(float(fit["slope"]), math.nan if error is None else float(error))
+    return (
+        f"Slope of log |true change| on log learning rate {slope} (1 = linear), R² = "
+        f"{text.number(fit['r2'], 5)}, "
+        f"over the {fit['n']} reliable learning rates."
+    )
+
+
+def _regime_sentence(series: Mapping[str, Any]) -> str:
+    start, end = series.get("measurable_from"), series.get("linear_up_to")
+    parts = []
+    if start is not None and math.isfinite(start):
+        parts.append(f"the first order is ten times the round-off from lr {text.lr_text(start)}")
+    if end is not None and math.isfinite(end):
+        parts.append(f"the second order reaches a tenth of it at lr {text.lr_text(end)}")
+    joined = "; ".join(parts)
+    return f"{joined[:1].upper()}{joined[1:]}." if joined else ""

@@ -1,0 +1,225 @@
+"""What a figure of the page is; figures of training and step.
+
+Colours are names of CSS variables (``var(--blue)``): the script of the page resolves them when it draws, so
+one figure serves light, dark and export. The palette behind them is Okabe and Ito's, and no distinction
+rests on
+colour alone. Error bars are 95 % intervals (1.96 standard errors) in every figure.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+
+from stepscope.report import text
+from stepscope.report.load import Measurement, Table, Training
+
+Z95 = 1.96
+"""Half width of a 95 % interval in standard errors."""
+
+BLUE, VERMILLION, GREEN, PURPLE = "var(--blue)", "var(--vermillion)", "var(--green)", "var(--purple)"
+INK, MUTED = "var(--ink)", "var(--muted)"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of the page.
+
+    Attributes:
+        key: unique within its section; part of the element id and of exported file names.
+        title: a few words above it.
+        caption: what is estimated, with what error, n and units (plain text).
+        spec: the Plotly figure, ``{data, layout}``.
+        height: in CSS pixels.
+        wide: whether it takes the full width of the page.
+    """
+
+    key: str
+    title: str
+    caption: str
+    spec: Mapping[str, Any]
+    height: int = 380
+    wide: bool = True
+
+
+def rounded(values: Iterable[Any], digits: int = 5) -> list[float | None]:
+    """Numbers with ``digits`` significant digits; what is not finite becomes ``None`` (a gap)."""
+    return [
+        float(f"{float(v):.{digits}g}") if v is not None and math.isfinite(float(v)) else None for v in values
+    ]
+
+
+def make_spec(traces: Sequence[Any], **layout: Any) -> dict[str, Any]:
+    """A validated figure without Plotly's default template."""
+    figure = go.Figure(data=list(traces), layout={"template": "none", **layout})
+    spec: dict[str, Any] = figure.to_plotly_json()
+    spec["layout"].pop("template", None)
+    return spec
+
+
+def error_bars(stderrs: Iterable[float], color: str) -> dict[str, Any]:
+    """95 % error bars from standard errors."""
+    return {
+        "type": "data",
+        "array": rounded(Z95 * s for s in stderrs),
+        "color": color,
+        "thickness": 1.2,
+        "width": 3,
+    }
+
+
+def training_figures(training: Training) -> list[Figure]:
+    """Reward and entropy as logged, pass@k as evaluated; each only where the run has it."""
+    figures: list[Figure] = []
+    for key, name, color, unit in (
+        ("reward", "Mean reward of each training batch", BLUE, "reward"),
+        ("entropy", "Entropy of the policy on each training batch", VERMILLION, "nats/token"),
+    ):
+        rows = [row for row in training.log if key in row and "step" in row]
+        if rows:
+            trace = go.Scatter(
+                x=[row["step"] for row in rows],
+                y=rounded(row[key] for row in rows),
+                mode="lines+markers",
+                name=key,
+                line={"color": color, "width": 1.5},
+                marker={"size": 4, "color": color},
+                hovertemplate=f"step %{{x}}<br>{key} %{{y:.4g}} {unit}<extra></extra>",
+            )
+            spec = make_spec(
+                [trace],
+                xaxis={"title": {"text": "optimizer step"}},
+                yaxis={"title": {"text": unit}},
+                showlegend=False,
+            )
+            caption = (
+                f"{name}, in {unit}, as the trainer logged it at {len(rows)} steps. One batch per point, "
+                "so the "
+                "scatter between neighbours shows the sampling error; no interval is logged."
+            )
+            figures.append(Figure(f"train-{key}", name, caption, spec, height=300, wide=False))
+    if training.evaluations is not None:
+        figures.append(_pass_figure(training.evaluations))
+        if "entropy_per_token_stderr" in training.evaluations:
+            figures.append(_evaluated_entropy(training.evaluations))
+    return figures
+
+
+def _evaluated_curve(table: Table, column: str, name: str, color: str, symbol: str, dash: str) -> Any:
+    return go.Scatter(
+        x=table["step"],
+        y=rounded(table[column]),
+        error_y=error_bars(table[f"{column}_stderr"], color),
+        mode="lines+markers",
+        name=name,
+        line={"color": color, "width": 1.5, "dash": dash},
+        marker={"size": 8, "color": color, "symbol": symbol},
+        hovertemplate=f"step %{{x}}<br>{name} %{{y:.4g}} ± %{{error_y.array:.2g}} (95 %)<extra></extra>",
+    )
+
+
+def _pass_figure(table: Table) -> Figure:
+    traces = [_evaluated_curve(table, "pass_at_1", "pass@1", BLUE, "circle", "solid")]
+    if "pass_at_8_stderr" in table:
+        traces.append(_evaluated_curve(table, "pass_at_8", "pass@8", VERMILLION, "diamond", "dash"))
+    spec = make_spec(
+        traces,
+        xaxis={"title": {"text": "optimizer step"}},
+        yaxis={"title": {"text": "fraction of problems"}, "range": [0, 1.02]},
+    )
+    caption = (
+        "Fraction of held-out problems solved by one sample (pass@1) and by at least one of eight "
+        "(pass@8), unbiased "
+        f"estimator{_evaluation_size(table)}. Error bars: 95 % interval, clustered by prompt."
+    )
+    return Figure("eval-pass", "Accuracy on held-out problems", caption, spec, height=300, wide=False)
+
+
+def _evaluated_entropy(table: Table) -> Figure:
+    spec = make_spec(
+        [_evaluated_curve(table, "entropy_per_token", "entropy", VERMILLION, "circle", "solid")],
+        xaxis={"title": {"text": "optimizer step"}},
+        yaxis={"title": {"text": "nats/token"}, "rangemode": "tozero"},
+        showlegend=False,
+    )
+    caption = (
+        f"Entropy of the policy per response token on held-out problems{_evaluation_size(table)}. "
+        "Error bars: 95 % interval, clustered by prompt."
+    )
+    return Figure("eval-entropy", "Entropy on held-out problems", caption, spec, height=300, wide=False)
+
+
+def _evaluation_size(table: Table) -> str:
+    if "num_prompts" not in table or "samples_per_prompt" not in table:
+        return ""
+    prompts, samples = sorted(set(table["num_prompts"])), sorted(set(table["samples_per_prompt"]))
+    return (
+        f"; n = {'/'.join(map(str, prompts))} prompts with {'/'.join(map(str, samples))} samples each "
+        "at every checkpoint"
+    )
+
+
+_COMPONENTS = (
+    ("momentum", "momentum", BLUE),
+    ("decay", "weight decay", PURPLE),
+    ("sequences", "this batch", VERMILLION),
+    ("direction", "whole step", INK),
+)
+
+
+def step_figures(measurement: Measurement) -> list[Figure]:
+    """Norms and shares of the components of the step, as two bar charts."""
+    summary = measurement.step_summary
+    if summary is None:
+        return []
+    figures = []
+    for kind, title, unit, caption in (
+        (
+            "norm",
+            "Size of the components",
+            "Euclidean norm per unit learning rate",
+            "Euclidean norm, over all trainable parameters, of each component of the step per unit of "
+            "learning rate. "
+            "Exact given the update batch: no sampling error. Norms do not add up; shares do.",
+        ),
+        (
+            "share",
+            "Shares of the step",
+            "share of the squared length",
+            "Projection of each component on the whole step, divided by the step's squared length; the "
+            "shares add up to "
+            "1. Exact given the update batch: no sampling error. A negative share points against the step.",
+        ),
+    ):
+        rows = [
+            (label, color, float(summary[f"{kind}_{name}"]))
+            for name, label, color in _COMPONENTS
+            if summary.get(f"{kind}_{name}") is not None
+        ]
+        if not rows:
+            continue
+        bars = go.Bar(
+            y=[label for label, _, _ in rows],
+            x=rounded(value for _, _, value in rows),
+            orientation="h",
+            marker={"color": [color for _, color, _ in rows]},
+            text=[text.percent(value) if kind == "share" else text.number(value) for _, _, value in rows],
+            textposition="outside",
+            cliponaxis=False,
+            hovertemplate="%{y}: %{x:.5g}<extra></extra>",
+        )
+        values = [value for _, _, value in rows]
+        span = max(0.0, *values) - min(0.0, *values) or 1.0
+        ends = [min(0.0, *values) - 0.14 * span * (min(values) < 0), max(0.0, *values) + 0.14 * span]
+        spec = make_spec(
+            [bars],
+            xaxis={"title": {"text": unit}, "zeroline": True, "nticks": 6, "range": rounded(ends, 3)},
+            yaxis={"autorange": "reversed", "automargin": True},
+            showlegend=False,
+        )
+        figures.append(Figure(f"step-{kind}", title, caption, spec, height=260, wide=False))
+    return figures

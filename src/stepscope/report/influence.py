@@ -1,0 +1,405 @@
+"""Which sequences and tokens did it: figures, tables and coloured responses from the influence artifacts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import plotly.graph_objects as go
+
+from stepscope.report import text
+from stepscope.report.figures import BLUE, INK, VERMILLION, Figure, error_bars, make_spec, rounded
+from stepscope.report.load import Measurement, Table
+from stepscope.report.tables import Cell, Column, TableBlock, count_cell, number_cell, text_cell
+
+_LEVELS = 5
+_SCATTER_POINTS = 1500
+_TOP_TOKENS = 25
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """One token of a response: its text, its colour level (-5..5) and the line shown on hover."""
+
+    shown: str
+    level: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response as shown: heading, prompt and tokens (``text`` alone where there are no tokens)."""
+
+    heading: str
+    facts: str
+    correct: bool | None
+    prompt: str
+    text: str
+    tokens: Sequence[TokenSpan]
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The update batch's tokens joined with their influence; arrays over tokens, in order of the file."""
+
+    sequence_id: npt.NDArray[np.int64]
+    position: npt.NDArray[np.int64]
+    token: Sequence[str]
+    logprob: npt.NDArray[np.float64]
+    entropy: npt.NDArray[np.float64]
+    weight: npt.NDArray[np.float64] | None
+    influence: npt.NDArray[np.float64] | None
+    correct: npt.NDArray[np.bool_] | None
+
+
+def join_tokens(
+    sequences: Table | None, tokens: Table | None, influence: Table | None, quantity: str
+) -> TokenTable | None:
+    """Tokens with their influence on ``quantity`` (nan where the file lacks one), and verdicts."""
+    if tokens is None:
+        return None
+    ids = np.array(tokens["sequence_id"], dtype=np.int64)
+    positions = np.array(tokens["position"], dtype=np.int64)
+    joined = None
+    if influence is not None and quantity in influence["quantity"]:
+        known = {
+            (s, p): float(v)
+            for s, p, q, v in zip(
+                *(influence[k] for k in ("sequence_id", "position", "quantity", "influence")), strict=True
+            )
+            if q == quantity
+        }
+        joined = np.array(
+            [known.get(pair, math.nan) for pair in zip(ids.tolist(), positions.tolist(), strict=True)]
+        )
+    correct = None
+    if sequences is not None and "correct" in sequences:
+        verdicts = dict(zip(sequences["sequence_id"], sequences["correct"], strict=True))
+        correct = np.array([bool(verdicts.get(i, False)) for i in ids.tolist()])
+    return TokenTable(
+        sequence_id=ids,
+        position=positions,
+        token=[str(t) for t in tokens["token"]],
+        logprob=np.array(tokens["logprob"], dtype=np.float64),
+        entropy=np.array(tokens["entropy"], dtype=np.float64),
+        weight=np.array(tokens["token_weight"], dtype=np.float64) if "token_weight" in tokens else None,
+        influence=joined,
+        correct=correct,
+    )
+
+
+def concentration(tokens: TokenTable) -> str:
+    """In words: how few tokens hold half of the absolute influence, their net effect, and what they are."""
+    if tokens.influence is None:
+        return ""
+    values = np.nan_to_num(tokens.influence)
+    total, net = float(np.abs(values).sum()), float(values.sum())
+    if total == 0 or net == 0:
+        return ""
+    order = np.argsort(-np.abs(values))
+    half = int(np.searchsorted(np.cumsum(np.abs(values[order])), 0.5 * total)) + 1
+    top = order[:half]
+    sentence = (
+        f"Half of the absolute token influence sits in {text.percent(half / len(values))} of the batch's "
+        f"{len(values):,} tokens; together they make {text.percent(float(values[top].sum()) / net)} of "
+        "the net effect of "
+        "the batch. "
+    )
+    chosen, usual = np.exp(np.median(tokens.logprob[top])), np.exp(np.median(tokens.logprob))
+    sentence += f"Their median probability is {text.number(float(chosen), 2)} (all tokens: "
+    f"{text.number(float(usual), 2)})"
+    if tokens.correct is not None:
+        wrong, base = float(1 - tokens.correct[top].mean()), float(1 - tokens.correct.mean())
+        sentence += f", and {text.percent(wrong)} of them are in incorrect responses (all tokens: "
+        f"{text.percent(base)})"
+    return sentence + "."
+
+
+def sequence_figure(measurement: Measurement, quantity: str) -> Figure | None:
+    """Influence of every sequence in ascending order with its error, momentum and decay beside them."""
+    table = measurement.influence_sequences
+    if table is None or quantity not in table["quantity"]:
+        return None
+    rows = [
+        (c, s, float(v), math.nan if e is None else float(e))
+        for c, s, q, v, e in zip(
+            *(table[k] for k in ("component", "sequence_id", "quantity", "influence", "stderr")), strict=True
+        )
+        if q == quantity
+    ]
+    others = [row for row in rows if row[0] != "sequence"]
+    sequences = sorted((row for row in rows if row[0] == "sequence"), key=lambda row: row[2])
+    verdicts: dict[int, bool] = {}
+    if measurement.update is not None and "correct" in measurement.update:
+        verdicts = dict(zip(measurement.update["sequence_id"], measurement.update["correct"], strict=True))
+    traces: list[Any] = []
+    groups = (
+        ("correct response", True, BLUE, "circle"),
+        ("incorrect response", False, VERMILLION, "diamond"),
+        ("response", None, INK, "circle"),
+    )
+    for name, verdict, color, symbol in groups:
+        chosen = [(rank, row) for rank, row in enumerate(sequences) if verdicts.get(row[1]) is verdict]
+        if chosen:
+            traces.append(
+                go.Scatter(
+                    x=[rank for rank, _ in chosen],
+                    y=rounded(row[2] for _, row in chosen),
+                    error_y=error_bars(
+                        (row[3] if math.isfinite(row[3]) else 0.0 for _, row in chosen), color
+                    ),
+                    mode="markers",
+                    name=name,
+                    marker={"size": 5, "color": color, "symbol": symbol},
+                    customdata=[
+                        f"sequence {row[1]}<br>{text.plus_minus(row[2], row[3])}" for _, row in chosen
+                    ],
+                    hovertemplate=f"{name}, %{{customdata}}<extra></extra>",
+                )
+            )
+    spec = make_spec(
+        traces,
+        xaxis={"title": {"text": "sequence, in order of influence"}, "zeroline": False},
+        yaxis={"title": {"text": "influence per unit lr"}, "zeroline": True},
+    )
+    beside = "; ".join(f"{c} {text.plus_minus(v, e)}" for c, _, v, e in others)
+    net = sum(row[2] for row in sequences)
+    caption = (
+        f"First-order influence of each of the {len(sequences)} sequences of the update batch on the "
+        f"{quantity} "
+        "(per token, on-policy), per unit of learning rate. Error bars: 95 % interval, clustered over "
+        "probe prompts. "
+        f"Sum over sequences {text.number(net)}" + (f"; for comparison {beside}." if beside else ".")
+    )
+    return Figure("influence-sequences", "Influence of every sequence", caption, spec, height=360)
+
+
+def share_figure(tokens: TokenTable, quantity: str) -> Figure | None:
+    """Cumulative share of absolute and net influence against the share of tokens taken, largest first."""
+    if tokens.influence is None:
+        return None
+    values = np.nan_to_num(tokens.influence)
+    total, net = float(np.abs(values).sum()), float(values.sum())
+    if total == 0 or net == 0:
+        return None
+    ordered = values[np.argsort(-np.abs(values))]
+    picks = np.unique(np.geomspace(1, len(values), 200).round().astype(int)) - 1
+    x = (picks + 1) / len(values)
+    traces = [
+        go.Scatter(
+            x=rounded(x),
+            y=rounded((np.cumsum(np.abs(ordered)) / total)[picks]),
+            name="absolute influence",
+            mode="lines",
+            line={"color": BLUE, "width": 2},
+            hovertemplate="%{x:.2%} of tokens carry %{y:.1%} of the absolute influence<extra></extra>",
+        ),
+        go.Scatter(
+            x=rounded(x),
+            y=rounded((np.cumsum(ordered) / net)[picks]),
+            name="net influence",
+            mode="lines",
+            line={"color": VERMILLION, "width": 2, "dash": "dash"},
+            hovertemplate="%{x:.2%} of tokens carry %{y:.1%} of the net influence<extra></extra>",
+        ),
+    ]
+    spec = make_spec(
+        traces,
+        xaxis={
+            "type": "log",
+            "title": {"text": "share of tokens, largest |influence| first"},
+            "tickformat": "~%",
+            "dtick": 1,
+        },
+        yaxis={"title": {"text": "cumulative share"}, "tickformat": ".0%", "zeroline": True},
+    )
+    caption = (
+        f"How concentrated the influence on the {quantity} is, over {len(values):,} tokens. Solid: share "
+        "of the summed "
+        "|influence|. Dashed: share of the batch's net influence; it can pass 100 % because tokens of "
+        "opposite sign "
+        "cancel. Point estimates: the artifacts hold no error per token."
+    )
+    return Figure("influence-share", "Few tokens, most of the effect", caption, spec, height=360, wide=False)
+
+
+def scatter_figure(tokens: TokenTable, quantity: str) -> Figure | None:
+    """Influence of single tokens against probability: the largest and a systematic sample of the rest."""
+    if tokens.influence is None:
+        return None
+    values = np.nan_to_num(tokens.influence)
+    order = np.argsort(-np.abs(values))
+    rest = order[_SCATTER_POINTS // 2 :]
+    stride = max(1, math.ceil(len(rest) / (_SCATTER_POINTS // 2)))
+    chosen = np.concatenate([order[: _SCATTER_POINTS // 2], rest[::stride]])
+    correct = tokens.correct if tokens.correct is not None else np.ones(len(values), dtype=bool)
+    traces = []
+    for name, verdict, color, symbol in (
+        ("in correct responses", True, BLUE, "circle-open"),
+        ("in incorrect responses", False, VERMILLION, "diamond-open"),
+    ):
+        idx = chosen[correct[chosen] == verdict]
+        if len(idx):
+            traces.append(
+                go.Scatter(
+                    x=rounded(np.exp(tokens.logprob[idx]), 3),
+                    y=rounded(values[idx], 3),
+                    mode="markers",
+                    name=name if tokens.correct is not None else "tokens",
+                    marker={"size": 5, "color": color, "symbol": symbol, "line": {"width": 1}},
+                    customdata=[
+                        f"{text.plotly_text(visible(tokens.token[i]))} (sequence {tokens.sequence_id[i]})"
+                        for i in idx
+                    ],
+                    hovertemplate="%{customdata}<br>probability %{x:.3g}, influence %{y:.3g}<extra></extra>",
+                )
+            )
+    spec = make_spec(
+        traces,
+        xaxis={"title": {"text": "probability of the token"}},
+        yaxis={"title": {"text": "influence per unit lr"}, "zeroline": True},
+    )
+    sampled = f"the {_SCATTER_POINTS // 2} largest and every {stride}th of the rest" if stride > 1 else "all"
+    caption = (
+        f"First-order influence of single tokens on the {quantity} against the probability the policy "
+        "gave them; "
+        f"{sampled} of {len(values):,} tokens. Point estimates without error."
+    )
+    return Figure(
+        "influence-tokens", "Influence and probability of tokens", caption, spec, height=360, wide=False
+    )
+
+
+def top_tokens_table(tokens: TokenTable, quantity: str) -> TableBlock | None:
+    """The tokens with the largest absolute influence."""
+    if tokens.influence is None:
+        return None
+    values = np.nan_to_num(tokens.influence)
+    total = float(np.abs(values).sum())
+    columns = [
+        Column("Token"),
+        Column("Sequence", numeric=True),
+        Column("Position", numeric=True),
+        Column("Response"),
+        Column("Log-prob", "def-logprob", numeric=True),
+        Column("Entropy", "def-entropy", numeric=True),
+        *([Column("Token weight", "def-token-weight", numeric=True)] if tokens.weight is not None else []),
+        Column("Influence per unit lr", "def-influence", numeric=True),
+        Column("Share of |influence|", numeric=True),
+    ]
+    rows = []
+    for i in np.argsort(-np.abs(values))[:_TOP_TOKENS]:
+        verdict = "" if tokens.correct is None else ("correct" if tokens.correct[i] else "incorrect")
+        rows.append(
+            [
+                text_cell(visible(tokens.token[i])),
+                count_cell(int(tokens.sequence_id[i])),
+                count_cell(int(tokens.position[i])),
+                text_cell(verdict),
+                number_cell(float(tokens.logprob[i])),
+                number_cell(float(tokens.entropy[i])),
+                *([number_cell(float(tokens.weight[i]))] if tokens.weight is not None else []),
+                number_cell(float(values[i])),
+                Cell(shown=text.percent(abs(values[i]) / total), raw=float(abs(values[i]) / total)),
+            ]
+        )
+    caption = (
+        f"The {len(rows)} tokens with the largest absolute influence on the {quantity}, of {len(values):,}."
+    )
+    return TableBlock("top-tokens", "Most influential tokens", caption, columns, rows)
+
+
+def influential_responses(
+    measurement: Measurement, tokens: TokenTable, *, most: int, max_tokens: int
+) -> list[Response]:
+    """The responses with the largest summed |influence|, tokens coloured on one common scale."""
+    if tokens.influence is None or measurement.update is None:
+        return []
+    values = np.nan_to_num(tokens.influence)
+    scale = float(np.quantile(np.abs(values), 0.995)) or float(np.abs(values).max()) or 1.0
+    weight: dict[int, float] = {}
+    for sequence, value in zip(tokens.sequence_id.tolist(), np.abs(values).tolist(), strict=True):
+        weight[sequence] = weight.get(sequence, 0.0) + value
+    top = sorted(weight, key=lambda s: -weight[s])[:most]
+    return _responses(measurement.update, tokens, top, scale, max_tokens)
+
+
+def sampled_responses(measurement: Measurement, *, each: int, max_tokens: int) -> list[Response]:
+    """The first few correct and incorrect responses of the update (or else probe) batch, one per prompt."""
+    sequences = measurement.update if measurement.update is not None else measurement.probe
+    if sequences is None:
+        return []
+    tokens = measurement.update_tokens if measurement.update is not None else measurement.probe_tokens
+    verdicts = sequences.get("correct", [None] * len(sequences["sequence_id"]))
+    chosen: list[int] = []
+    for wanted in (True, False) if "correct" in sequences else (None,):
+        prompts: set[str] = set()
+        for sequence, prompt, verdict in zip(
+            sequences["sequence_id"], sequences["prompt_id"], verdicts, strict=True
+        ):
+            if verdict is wanted and prompt not in prompts and len(prompts) < each:
+                prompts.add(prompt)
+                chosen.append(sequence)
+    return _responses(sequences, join_tokens(sequences, tokens, None, ""), chosen, 1.0, max_tokens)
+
+
+def _responses(
+    sequences: Table, tokens: TokenTable | None, chosen: Sequence[int], scale: float, max_tokens: int
+) -> list[Response]:
+    row_of = {sequence: row for row, sequence in enumerate(sequences["sequence_id"])}
+    responses = []
+    for sequence in chosen:
+        row = row_of[sequence]
+        spans: list[TokenSpan] = []
+        net = math.nan
+        if tokens is not None:
+            idx = np.flatnonzero(tokens.sequence_id == sequence)
+            idx = idx[np.argsort(tokens.position[idx])]
+            spans = [_span(tokens, int(i), scale) for i in idx[:max_tokens]]
+            if len(idx) > max_tokens:
+                spans.append(TokenSpan(f" … {len(idx) - max_tokens} more tokens", 0, "not shown"))
+            net = math.nan if tokens.influence is None else float(np.nansum(tokens.influence[idx]))
+        facts = [f"reward {text.number(float(sequences['reward'][row]))}"]
+        if "advantage" in sequences and sequences["advantage"][row] is not None:
+            facts.append(f"advantage {text.number(float(sequences['advantage'][row]))}")
+        facts.append(f"{sequences['num_tokens'][row]} tokens")
+        if sequences["truncated"][row]:
+            facts.append("truncated")
+        if math.isfinite(net):
+            facts.append(f"influence {text.number(net)} per unit lr")
+        responses.append(
+            Response(
+                heading=f"Sequence {sequence}, {sequences['prompt_id'][row]}",
+                facts=", ".join(facts),
+                correct=bool(sequences["correct"][row]) if "correct" in sequences else None,
+                prompt=str(sequences["prompt"][row]),
+                text=str(sequences["response"][row]),
+                tokens=spans,
+            )
+        )
+    return responses
+
+
+def _span(tokens: TokenTable, i: int, scale: float) -> TokenSpan:
+    parts = [
+        f"log-prob {text.number(float(tokens.logprob[i]))}",
+        f"entropy {text.number(float(tokens.entropy[i]))}",
+    ]
+    level = 0
+    if tokens.weight is not None:
+        parts.append(f"token weight {text.number(float(tokens.weight[i]))}")
+    if tokens.influence is not None:
+        value = float(tokens.influence[i])
+        if math.isfinite(value):
+            level = int(np.sign(value)) * min(_LEVELS, round(_LEVELS * math.sqrt(abs(value) / scale)))
+        parts.append(f"influence {text.number(value)}")
+    return TokenSpan(tokens.token[i], level, f"{visible(tokens.token[i])}: " + ", ".join(parts))
+
+
+def visible(token: str) -> str:
+    """A token with its white space made visible."""
+    return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "∅"

@@ -1,0 +1,319 @@
+"""Read the artifacts of a run folder for the page; nothing is computed here.
+
+A *measure folder* holds ``summary.json`` and its companions (DESIGN 5.3); a *run folder* holds
+``checkpoints/``,
+``eval.parquet`` and ``measure/step-N/``. A file that is not there becomes ``None`` and its section is left
+out of
+the page; a file that is there but cannot be read is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from stepscope.errors import RunFolderError
+from stepscope.stats import Estimate
+
+Table = dict[str, list[Any]]
+Arrays = dict[str, npt.NDArray[Any]]
+
+_SEQUENCE_COLUMNS = ("sequence_id", "prompt_id", "prompt", "response", "reward", "num_tokens", "truncated")
+_TOKEN_COLUMNS = ("sequence_id", "position", "token", "logprob", "entropy")
+_INFLUENCE_COLUMNS = ("component", "sequence_id", "quantity", "influence", "stderr")
+_TOKEN_INFLUENCE_COLUMNS = ("sequence_id", "position", "quantity", "influence")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The artifacts of one measure folder; a missing one is ``None``.
+
+    Attributes:
+        path: the folder.
+        step: optimizer step of the checkpoint where the folder's name gives it.
+        summary: the headline figures by key.
+        provenance: versions, seeds, digest, command.
+        config: the resolved configuration.
+        change: content of ``change.json``.
+        step_summary: content of ``step.json``.
+        update: columns of ``update.parquet``.
+        probe: columns of ``probe.parquet``.
+        update_tokens: columns of ``update_tokens.parquet``.
+        probe_tokens: columns of ``probe_tokens.parquet``.
+        influence_sequences: columns of ``influence_sequences.parquet``.
+        influence_tokens: columns of ``influence_tokens.parquet``.
+        kernel: content of ``kernel.json``.
+        kernel_matrices: arrays of ``kernel.safetensors``.
+        noise: content of ``noise.json``.
+    """
+
+    path: Path
+    step: int | None
+    summary: Mapping[str, Estimate]
+    provenance: Mapping[str, Any] | None
+    config: Mapping[str, Any] | None
+    change: Mapping[str, Any] | None
+    step_summary: Mapping[str, Any] | None
+    update: Table | None
+    probe: Table | None
+    update_tokens: Table | None
+    probe_tokens: Table | None
+    influence_sequences: Table | None
+    influence_tokens: Table | None
+    kernel: Mapping[str, Any] | None
+    kernel_matrices: Arrays | None
+    noise: Mapping[str, Any] | None
+
+    @property
+    def title(self) -> str:
+        """What to call the measurement on the page."""
+        return self.path.name if self.step is None else f"Step {self.step}"
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run folder holds besides its measurements.
+
+    Attributes:
+        log: the longest ``log_history`` of the run's checkpoints, one dictionary per logged step.
+        evaluations: columns of ``eval.parquet``, in order of step.
+    """
+
+    log: Sequence[Mapping[str, Any]]
+    evaluations: Table | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a page is made from.
+
+    Attributes:
+        path: the folder.
+        training: curves of a run folder; ``None`` for a measure folder.
+        measurements: one per measure folder, in order of step.
+    """
+
+    path: Path
+    training: Training | None
+    measurements: tuple[Measurement, ...]
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """A JSON object, or ``None`` where the file is missing.
+
+    Raises:
+        RunFolderError: the file is damaged or holds something other than an object.
+    """
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(value, dict):
+        raise _damaged(path, f"got a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def read_table(path: Path, columns: Sequence[str]) -> Table | None:
+    """The columns of a Parquet file as lists, or ``None`` where the file is missing.
+
+    Raises:
+        RunFolderError: the file is damaged or lacks one of ``columns``.
+    """
+    if not path.is_file():
+        return None
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, error) from error
+    missing = [name for name in columns if name not in table.column_names]
+    if missing:
+        raise _damaged(path, f"no column {', '.join(missing)}; got {', '.join(table.column_names)}")
+    columns_read: Table = table.to_pydict()
+    return columns_read
+
+
+def read_arrays(path: Path) -> Arrays | None:
+    """The arrays of a safetensors file, or ``None`` where the file is missing.
+
+    Raises:
+        RunFolderError: the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from error
+
+
+def parse_estimate(value: Any, where: str) -> Estimate:
+    """An :class:`Estimate` from its JSON form; ``null`` numbers become nan.
+
+    Raises:
+        RunFolderError: a field is missing or of the wrong kind.
+    """
+    try:
+        return Estimate(
+            value=_number(value["value"]),
+            stderr=_number(value["stderr"]),
+            n=int(value["n"]),
+            unit=str(value["unit"]),
+            method=str(value["method"]),
+            reliable=bool(value["reliable"]),
+            reason=str(value["reason"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunFolderError(
+            f"{where}: not an estimate ({type(error).__name__}: {error}); expected "
+            "{value, stderr, n, unit, method, reliable, reason}; measure the checkpoint again"
+        ) from error
+
+
+def load_measurement(path: Path) -> Measurement:
+    """Read one measure folder.
+
+    Raises:
+        RunFolderError: there is no ``summary.json``, or an artifact is damaged.
+    """
+    summary = read_json(path / "summary.json")
+    if summary is None:
+        raise RunFolderError(
+            f"{path}: no summary.json, so this is not a finished measurement; run `stepscope measure`"
+        )
+    number = re.fullmatch(r"step-(\d+)", path.name)
+    return Measurement(
+        path=path,
+        step=int(number.group(1)) if number else None,
+        summary={
+            key: parse_estimate(value, f"{path / 'summary.json'}: {key}") for key, value in summary.items()
+        },
+        provenance=read_json(path / "provenance.json"),
+        config=_read_yaml(path / "config.yaml"),
+        change=_checked_change(path / "change.json"),
+        step_summary=read_json(path / "step.json"),
+        update=read_table(path / "update.parquet", _SEQUENCE_COLUMNS),
+        probe=read_table(path / "probe.parquet", _SEQUENCE_COLUMNS),
+        update_tokens=read_table(path / "update_tokens.parquet", _TOKEN_COLUMNS),
+        probe_tokens=read_table(path / "probe_tokens.parquet", _TOKEN_COLUMNS),
+        influence_sequences=read_table(path / "influence_sequences.parquet", _INFLUENCE_COLUMNS),
+        influence_tokens=read_table(path / "influence_tokens.parquet", _TOKEN_INFLUENCE_COLUMNS),
+        kernel=read_json(path / "kernel.json"),
+        kernel_matrices=read_arrays(path / "kernel.safetensors"),
+        noise=read_json(path / "noise.json"),
+    )
+
+
+def load_run(path: Path) -> Run:
+    """Read a measure folder or a whole run folder, whichever ``path`` is.
+
+    Raises:
+        RunFolderError: ``path`` is neither, or an artifact is damaged.
+    """
+    if not path.is_dir():
+        raise RunFolderError(
+            f"{path}: no such folder; expected what `stepscope measure` or `stepscope train` left"
+        )
+    if (path / "summary.json").is_file():
+        return Run(path=path, training=None, measurements=(load_measurement(path),))
+    folders = sorted(
+        (p.parent for p in path.glob("measure/*/summary.json")), key=lambda p: (_trailing_number(p), p.name)
+    )
+    log = _training_log(path)
+    evaluations = _evaluations(path / "eval.parquet")
+    if not folders and not log and evaluations is None:
+        raise RunFolderError(
+            f"{path}: nothing to report; expected summary.json (a measurement), or "
+            "checkpoints/*/trainer_state.json, "
+            "eval.parquet or measure/*/summary.json (a training run)"
+        )
+    return Run(
+        path=path,
+        training=Training(log=log, evaluations=evaluations),
+        measurements=tuple(load_measurement(folder) for folder in folders),
+    )
+
+
+def point_at(change: Mapping[str, Any], lr: float) -> Mapping[str, Any] | None:
+    """The point of a change series at a learning rate, or ``None`` where the sweep left it out."""
+    for point in change["points"]:
+        if np.isclose(point["lr"], lr, rtol=1e-6, atol=0.0):
+            found: Mapping[str, Any] = point
+            return found
+    return None
+
+
+def _checked_change(path: Path) -> dict[str, Any] | None:
+    change = read_json(path)
+    if change is None:
+        return None
+    for index, series in enumerate([change, *change.get("others", [])]):
+        where = str(path) if index == 0 else f"{path}: others[{index - 1}]"
+        for key in ("quantity", "normalisation", "version", "lr", "points"):
+            if key not in series:
+                raise RunFolderError(f"{where}: no {key}; measure the checkpoint again")
+        for number, point in enumerate(series["points"]):
+            for key in ("true", "linear", "excess", "second_order"):
+                value = point.get(key)
+                if value is None and key == "second_order":
+                    continue
+                point[key] = parse_estimate(value, f"{where}: points[{number}].{key}")
+    return change
+
+
+def _training_log(path: Path) -> Sequence[Mapping[str, Any]]:
+    logs: list[list[dict[str, Any]]] = [[]]
+    for file in path.glob("checkpoints/*/trainer_state.json"):
+        state = read_json(file)
+        history = (state or {}).get("log_history", [])
+        if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
+            raise _damaged(file, "log_history is not a list of objects")
+        logs.append(history)
+    return max(logs, key=len)
+
+
+def _evaluations(path: Path) -> Table | None:
+    table = read_table(path, ("step", "pass_at_1", "pass_at_1_stderr"))
+    if table is None:
+        return None
+    order = sorted(range(len(table["step"])), key=lambda row: int(table["step"][row]))
+    return {name: [column[row] for row in order] for name, column in table.items()}
+
+
+def _read_yaml(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, OSError) as error:
+        raise _damaged(path, error) from error
+    if not isinstance(value, dict):
+        raise _damaged(path, f"got a {type(value).__name__}, expected a mapping")
+    return value
+
+
+def _trailing_number(path: Path) -> int:
+    match = re.search(r"(\d+)$", path.name)
+    return int(match.group(1)) if match else -1
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _damaged(path: Path, reason: object) -> RunFolderError:
+    line = " ".join(str(reason).split())
+    return RunFolderError(f"{path}: damaged ({line}); delete it and run the stage that writes it again")

@@ -1,0 +1,183 @@
+"""The page: one self-contained HTML file from the artifacts of a run.
+
+Nothing is recomputed and nothing is fetched: plotly.js is inlined once from the plotly package, and the
+page's
+own content security policy forbids every network request. All text of a run is escaped by the template
+engine.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from stepscope import runs
+from stepscope.errors import RunFolderError
+from stepscope.report import text
+from stepscope.report.change import overlay_figure
+from stepscope.report.figures import Figure, training_figures
+from stepscope.report.load import Measurement, Run, load_measurement, load_run
+from stepscope.report.sections import measurement_panel
+from stepscope.report.tables import TableBlock, before_after_table, comparison_table, series_table
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    sentences: Sequence[str]
+    table: TableBlock
+    figures: Sequence[Figure]
+
+
+def write_report(run: Path) -> Path:
+    """Write ``report.html`` into a measure folder or a whole run folder.
+
+    Args:
+        run: a folder left by ``stepscope measure`` (``summary.json`` and companions) or by ``stepscope
+        train``
+            and ``demo`` (``checkpoints/``, ``eval.parquet``, ``measure/step-N/``).
+
+    Returns:
+        The path of the page. It is replaced in one piece if it was there.
+
+    Raises:
+        RunFolderError: ``run`` is neither kind of folder, or an artifact is damaged.
+    """
+    loaded = load_run(Path(run))
+    count = len(loaded.measurements)
+    evaluations = loaded.training.evaluations if loaded.training else None
+    page = _render(
+        title=_title(loaded),
+        lede=_lede(loaded),
+        training_figures=training_figures(loaded.training) if loaded.training else [],
+        before_after=before_after_table(evaluations) if evaluations else None,
+        training_sentences=text.training_sentences(evaluations) if evaluations else [],
+        checkpoints=series_table(loaded.measurements),
+        measurements=[measurement_panel(m, f"m{i}", count) for i, m in enumerate(loaded.measurements)],
+        footer=_footer(loaded.measurements),
+    )
+    path = loaded.path / "report.html"
+    runs.write_text(path, page)
+    return path
+
+
+def write_comparison(run_a: Path, run_b: Path, out: Path) -> Path:
+    """Write a page that compares two measurements; differences are B minus A.
+
+    Args:
+        run_a: measure folder A.
+        run_b: measure folder B.
+        out: the HTML file to write; its folder is made where it is missing.
+
+    Returns:
+        ``out``.
+
+    Raises:
+        RunFolderError: one of the folders is not a finished measurement, or they share no headline figure.
+    """
+    pair = (load_measurement(Path(run_a)), load_measurement(Path(run_b)))
+    names = _pair_names(pair)
+    table = comparison_table(names, (pair[0].summary, pair[1].summary))
+    if not table.rows:
+        raise RunFolderError(f"{run_a} and {run_b}: their summary.json share no figure; nothing to compare")
+    panels = [
+        measurement_panel(m, f"m{i}", len(pair), title=f"{'AB'[i]}: {names[i]}") for i, m in enumerate(pair)
+    ]
+    overlay = overlay_figure(names, pair)
+    page = _render(
+        title=f"{names[0]} against {names[1]}",
+        lede=f"A: {pair[0].path}. B: {pair[1].path}. Differences are B minus A.",
+        comparison=_Comparison(
+            sentences=[f"{'AB'[i]}: {s}" for i, p in enumerate(panels) for s in p.sentences[:1]],
+            table=table,
+            figures=[overlay] if overlay else [],
+        ),
+        measurements=panels,
+        footer=_footer(pair),
+    )
+    path = Path(out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_text(path, page)
+    return path
+
+
+def _title(run: Run) -> str:
+    if run.training is None:
+        only = run.measurements[0]
+        checkpoint = (only.provenance or {}).get("checkpoint")
+        name = Path(str(checkpoint)).name if checkpoint else only.path.resolve().name
+        return f"One optimizer step from {name}"
+    return f"Training run {run.path.resolve().name}"
+
+
+def _lede(run: Run) -> str:
+    if run.training is None:
+        return f"Measurement in {run.path}"
+    parts = []
+    if run.training.log:
+        parts.append(f"{len(run.training.log)} log entries")
+    if run.training.evaluations is not None:
+        parts.append(f"{len(run.training.evaluations['step'])} evaluated checkpoints")
+    if run.measurements:
+        parts.append(f"{len(run.measurements)} measured checkpoints")
+    return f"{run.path}: {', '.join(parts)}."
+
+
+def _footer(measurements: Sequence[Measurement]) -> str:
+    versions = {str((m.provenance or {}).get("versions", {}).get("stepscope", "")) for m in measurements} - {
+        ""
+    }
+    made = f" {', '.join(sorted(versions))}" if versions else ""
+    return f"Made by stepscope{made} from the artifacts of the run; nothing on this page was recomputed."
+
+
+def _pair_names(pair: tuple[Measurement, Measurement]) -> tuple[str, str]:
+    first, second = (m.path.resolve().parts for m in pair)
+    depth = 1
+    while first[-depth:] == second[-depth:] and depth < max(len(first), len(second)):
+        depth += 1
+    return "/".join(first[-depth:]), "/".join(second[-depth:])
+
+
+def _page_json(value: object) -> Markup:
+    encoded = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    for character in "<>&":
+        encoded = encoded.replace(character, f"\\u{ord(character):04x}")
+    return Markup(encoded)
+
+
+def _render(**content: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("stepscope.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["page_json"] = _page_json
+
+    def own(name: str) -> str:
+        return (_TEMPLATES / name).read_text(encoding="utf-8")
+
+    # Style and scripts are ours and plotly's, not data of a run: they go in unescaped.
+    defaults: dict[str, Any] = {
+        "training_figures": [],
+        "before_after": None,
+        "training_sentences": [],
+        "checkpoints": None,
+        "comparison": None,
+        "glossary": yaml.safe_load(own("glossary.yaml")),
+        "css": Markup(own("style.css")),
+        "script": Markup(own("script.js")),
+        "plotly_js": Markup(get_plotlyjs()),
+    }
+    return environment.get_template("page.html.j2").render({**defaults, **content})

@@ -1,0 +1,291 @@
+"""The sections of one measurement, in the order of the page; a missing artifact leaves its section out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from stepscope.report import change, influence, tables, text
+from stepscope.report.figures import Figure, step_figures
+from stepscope.report.influence import Response, TokenTable
+from stepscope.report.load import Measurement, parse_estimate, point_at
+from stepscope.report.tables import TableBlock
+from stepscope.stats import Estimate
+
+_T = TypeVar("_T")
+
+_TOKENS_ON_PAGE = 9000
+"""Tokens shown on one page in all; each costs about a hundred bytes."""
+
+_INFLUENTIAL = 8
+_SAMPLED_EACH = 3
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section of a measurement as the template shows it.
+
+    Attributes:
+        key: part of its element id.
+        title: heading.
+        intro: a sentence below the heading.
+        facts: names and values.
+        figures: figures, after the facts.
+        legend: whether the colour scale of tokens is explained.
+        responses: responses with their tokens.
+        tables: tables.
+        more_title: what unfolds; empty where nothing does.
+        more_facts: facts that unfold.
+        more_figures: figures that unfold.
+        more_tables: tables that unfold.
+    """
+
+    key: str
+    title: str
+    intro: str = ""
+    facts: Sequence[tuple[str, str]] = ()
+    figures: Sequence[Figure] = ()
+    legend: bool = False
+    responses: Sequence[Response] = ()
+    tables: Sequence[TableBlock] = ()
+    more_title: str = ""
+    more_facts: Sequence[tuple[str, str]] = ()
+    more_figures: Sequence[Figure] = ()
+    more_tables: Sequence[TableBlock] = ()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One measurement on the page: key of its element, title, headline sentences, sections."""
+
+    key: str
+    title: str
+    sentences: Sequence[str]
+    sections: Sequence[Section]
+
+
+def measurement_panel(measurement: Measurement, key: str, count: int, title: str = "") -> Panel:
+    """All there is to show of one measurement.
+
+    Args:
+        measurement: its artifacts.
+        key: of its element on the page.
+        count: measurements on the page, which share its room for tokens.
+        title: what to call it; its own title where empty.
+    """
+    quantity = str(measurement.change["quantity"]) if measurement.change else "entropy"
+    tokens = influence.join_tokens(
+        measurement.update, measurement.update_tokens, measurement.influence_tokens, quantity
+    )
+    sections = (
+        _headline_section(measurement),
+        _provenance_section(measurement),
+        _change_section(measurement),
+        _step_section(measurement),
+        _influence_section(measurement, tokens, quantity, _TOKENS_ON_PAGE // (2 * _INFLUENTIAL * count)),
+        _noise_section(measurement),
+        _responses_section(measurement, _TOKENS_ON_PAGE // (4 * _SAMPLED_EACH * count)),
+    )
+    return Panel(
+        key=key,
+        title=title or measurement.title,
+        sentences=_sentences(measurement, tokens),
+        sections=[s for s in sections if s is not None],
+    )
+
+
+def _sentences(measurement: Measurement, tokens: TokenTable | None) -> list[str]:
+    sentences = []
+    series = measurement.change
+    if series is not None:
+        point = point_at(series, series["lr"])
+        if point is not None:
+            sentences.append(
+                text.change_sentence(series["quantity"], series["lr"], point["true"], point["linear"])
+            )
+    if tokens is not None:
+        sentences.append(influence.concentration(tokens))
+    return [s for s in sentences if s]
+
+
+_FIRST_FACTS = (
+    ("checkpoint", "checkpoint"),
+    ("checkpoint digest", "digest"),
+    ("task", "task"),
+    ("precision", "precision"),
+    ("update num_prompts", "update prompts"),
+    ("update group_size", "responses per prompt"),
+    ("probe num_prompts", "probe prompts"),
+    ("seeds update", "seed of the update batch"),
+    ("seeds probe", "seed of the probe batch"),
+    ("versions stepscope", "stepscope"),
+    ("versions torch", "torch"),
+    ("versions transformers", "transformers"),
+    ("started", "started"),
+    ("command", "command"),
+)
+
+
+def _provenance_section(measurement: Measurement) -> Section | None:
+    record = dict(_flat({**(measurement.config or {}), **(measurement.provenance or {})}))
+    if not record:
+        return None
+    first = [(name, record[key]) for key, name in _FIRST_FACTS if key in record]
+    shown = {key for key, _ in _FIRST_FACTS}
+    rest = [
+        (key.replace("_", " "), value)
+        for key, value in record.items()
+        if key not in shown and not key.startswith("stages ")
+    ]
+    return Section(
+        "provenance",
+        "What was measured",
+        facts=first,
+        more_title="All settings and versions" if rest else "",
+        more_facts=rest,
+    )
+
+
+def _headline_section(measurement: Measurement) -> Section:
+    table = tables.estimates_table(
+        "headline",
+        "",
+        "Value ± one standard error, clustered by prompt; n: independent units behind it; trust: whether its "
+        "diagnostics passed. Changes are those at the step's own learning rate. Each name links to its "
+        "definition.",
+        measurement.summary,
+    )
+    return Section("headline", "Headline figures", tables=[table])
+
+
+def _change_section(measurement: Measurement) -> Section | None:
+    series, table = measurement.change, tables.change_table(measurement)
+    if series is None or table is None:
+        return None
+    others = [
+        change.change_figure(s, key=f"change-{i}") for i, s in enumerate(series.get("others", []), start=1)
+    ]
+    return Section(
+        "change",
+        "Change against learning rate",
+        figures=[change.change_figure(series)],
+        more_title=f"All changes as a table, and {len(others)} other quantities and versions"
+        if others
+        else "All changes as a table",
+        more_figures=others,
+        more_tables=[table],
+    )
+
+
+def _step_section(measurement: Measurement) -> Section | None:
+    figures = step_figures(measurement)
+    if not figures:
+        return None
+    summary = measurement.step_summary or {}
+    facts = [
+        (
+            name,
+            text.number(float(summary[key]), 4) if isinstance(summary[key], float) else f"{summary[key]:,}",
+        )
+        for key, name in (
+            ("lr", "learning rate"),
+            ("grad_norm", "gradient norm before clipping"),
+            ("clip_coefficient", "clip coefficient"),
+            ("num_parameters", "trainable parameters"),
+            ("num_sequences", "sequences"),
+            ("num_tokens", "tokens"),
+        )
+        if isinstance(summary.get(key), int | float)
+    ]
+    return Section("step", "What the step is made of", facts=facts, figures=figures)
+
+
+def _influence_section(
+    measurement: Measurement, tokens: TokenTable | None, quantity: str, max_tokens: int
+) -> Section | None:
+    figures = [influence.sequence_figure(measurement, quantity)]
+    blocks: list[TableBlock | None] = []
+    responses: list[Response] = []
+    if tokens is not None:
+        figures += [influence.share_figure(tokens, quantity), influence.scatter_figure(tokens, quantity)]
+        blocks.append(influence.top_tokens_table(tokens, quantity))
+        responses = influence.influential_responses(
+            measurement, tokens, most=_INFLUENTIAL, max_tokens=max_tokens
+        )
+    drawn = _present(figures)
+    if not drawn:
+        return None
+    return Section(
+        "influence",
+        "Which sequences and tokens did it",
+        figures=drawn,
+        legend=bool(responses),
+        responses=responses,
+        tables=_present(blocks),
+    )
+
+
+def _noise_section(measurement: Measurement) -> Section | None:
+    if measurement.noise is None:
+        return None
+    where = str(measurement.path / "noise.json")
+    estimates: dict[str, Estimate] = {}
+    facts: list[tuple[str, str]] = []
+    for key, value in _leaves(measurement.noise):
+        if isinstance(value, Mapping):
+            estimates[key] = parse_estimate(value, f"{where}: {key}")
+        elif isinstance(value, float):
+            facts.append((key.replace("_", " "), text.number(value)))
+        elif isinstance(value, int | str):
+            facts.append((key.replace("_", " "), str(value)))
+    table = tables.estimates_table(
+        "noise",
+        "",
+        "Gradient noise scale and its parts, ± one standard error. A batch much smaller than the noise "
+        "scale makes a "
+        "step that is mostly noise.",
+        estimates,
+    )
+    return Section("noise", "Gradient noise scale", facts=facts, tables=[table] if estimates else [])
+
+
+def _responses_section(measurement: Measurement, max_tokens: int) -> Section | None:
+    responses = influence.sampled_responses(measurement, each=_SAMPLED_EACH, max_tokens=max_tokens)
+    if not responses:
+        return None
+    return Section(
+        "responses",
+        "Sampled responses",
+        intro="The first correct and incorrect responses of the batch, one per prompt, not selected "
+        "otherwise. "
+        "Hover a token for its log-prob and entropy.",
+        responses=responses,
+    )
+
+
+def _present(items: Iterable[_T | None]) -> list[_T]:
+    return [item for item in items if item is not None]
+
+
+def _leaves(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Entries of nested mappings; an estimate counts as one entry."""
+    found: list[tuple[str, Any]] = []
+    for key, value in record.items():
+        if isinstance(value, Mapping) and not {"value", "stderr"} <= set(value):
+            found += _leaves(value, f"{prefix}{key} ")
+        else:
+            found.append((f"{prefix}{key}", value))
+    return found
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Entries of nested mappings as text; what is not set is left out."""
+    found: list[tuple[str, str]] = []
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            found += _flat(value, f"{prefix}{key} ")
+        elif value is not None and value != "":
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            found.append((f"{prefix}{key}", shown))
+    return found

@@ -1,0 +1,301 @@
+# ruff: noqa: RUF001 (typographic signs are meant)
+"""Tables of the page: what they show, what they sort by, and what goes into their CSV."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stepscope.report import text
+from stepscope.report.load import Measurement, Table
+from stepscope.stats import Estimate
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its heading, its glossary entry, and whether it is a number (right-aligned)."""
+
+    name: str
+    anchor: str = ""
+    numeric: bool = False
+    with_error: bool = False
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell.
+
+    Attributes:
+        shown: the text on the page.
+        raw: what sorts and goes into the CSV; a number or a text.
+        stderr: standard error for the CSV where the column has one.
+        anchor: glossary entry that the text links to.
+        flag: reason why the number is not reliable; empty when it is.
+        title: longer text on hover.
+    """
+
+    shown: str
+    raw: float | str
+    stderr: float | None = None
+    anchor: str = ""
+    flag: str = ""
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class TableBlock:
+    """One table of the page."""
+
+    key: str
+    title: str
+    caption: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Cell]]
+
+
+def text_cell(value: object, *, anchor: str = "", title: str = "") -> Cell:
+    """A cell of plain text."""
+    return Cell(shown=str(value), raw=str(value), anchor=anchor, title=title)
+
+
+def count_cell(value: int) -> Cell:
+    """A cell with a whole number."""
+    return Cell(shown=f"{value:,}", raw=value)
+
+
+def number_cell(value: float | None, digits: int = 3) -> Cell:
+    """A cell with a bare number."""
+    if value is None:
+        return Cell(shown=text.NOT_AVAILABLE, raw=float("nan"))
+    return Cell(shown=text.number(float(value), digits), raw=float(value))
+
+
+def estimate_cell(value: Estimate) -> Cell:
+    """A cell with value ± standard error and the trust flag."""
+    return Cell(
+        shown=text.plus_minus(value.value, value.stderr),
+        raw=value.value,
+        stderr=value.stderr,
+        flag="" if value.reliable else value.reason or "flagged by the measurement",
+    )
+
+
+def trust_cell(value: Estimate) -> Cell:
+    """A cell saying whether the number can be trusted, and if not why."""
+    if value.reliable:
+        return Cell(shown="reliable", raw="reliable", anchor="def-trust")
+    return Cell(shown=f"unreliable: {value.reason}", raw=f"unreliable: {value.reason}", anchor="def-trust")
+
+
+_ESTIMATE_COLUMNS = (
+    Column("Figure"),
+    Column("Value ± standard error", "def-estimate", numeric=True, with_error=True),
+    Column("Unit"),
+    Column("n", "def-n", numeric=True),
+    Column("Trust", "def-trust"),
+    Column("Method"),
+)
+
+
+def estimates_table(key: str, title: str, caption: str, figures: Mapping[str, Estimate]) -> TableBlock:
+    """A table of named estimates with error, unit, n, trust and method."""
+    rows = []
+    for name, value in figures.items():
+        label = text.headline_label(name)
+        rows.append(
+            (
+                text_cell(label.name, anchor=label.anchor),
+                estimate_cell(value),
+                text_cell(value.unit if value.unit != "1" else "–"),
+                count_cell(value.n),
+                trust_cell(value),
+                text_cell(value.method),
+            )
+        )
+    return TableBlock(key, title, caption, _ESTIMATE_COLUMNS, rows)
+
+
+def change_table(measurement: Measurement) -> TableBlock | None:
+    """All change series at every learning rate."""
+    change = measurement.change
+    if change is None:
+        return None
+    has_second = any(p.get("second_order") for s in (change, *change.get("others", [])) for p in s["points"])
+    columns = [
+        Column("Quantity", "def-entropy"),
+        Column("Learning rate", numeric=True),
+        Column("True change", "def-true-change", numeric=True, with_error=True),
+        Column("First order", "def-linear-change", numeric=True, with_error=True),
+        *([Column("Second order", "def-second-order", numeric=True, with_error=True)] if has_second else []),
+        Column("Unit"),
+        Column("Effective sample size", "def-ess", numeric=True),
+        Column("Pareto-k", "def-pareto-k", numeric=True),
+    ]
+    rows = []
+    for series in (change, *change.get("others", [])):
+        for point in series["points"]:
+            second = point.get("second_order")
+            rows.append(
+                [
+                    text_cell(text.series_label(series)),
+                    Cell(shown=text.lr_text(point["lr"]), raw=point["lr"]),
+                    estimate_cell(point["true"]),
+                    estimate_cell(point["linear"]),
+                    *([estimate_cell(second) if second else number_cell(None)] if has_second else []),
+                    text_cell(point["true"].unit),
+                    number_cell(point.get("effective_sample_size")),
+                    number_cell(point.get("pareto_k"), 2),
+                ]
+            )
+    caption = (
+        "Every measured change with its standard error, clustered by prompt. First order: derivative "
+        "along the step "
+        "times the learning rate. ⚠ marks numbers flagged unreliable; the reason shows on hover and on focus."
+    )
+    return TableBlock("changes", "All measured changes", caption, columns, rows)
+
+
+_BEFORE_AFTER = (
+    ("pass_at_1", "pass@1", "fraction"),
+    ("pass_at_8", "pass@8", "fraction"),
+    ("entropy_per_token", "entropy", "nats/token"),
+    ("format_rate", "well-formed responses", "fraction"),
+    ("mean_length", "response length", "tokens"),
+    ("truncated_rate", "truncated responses", "fraction"),
+)
+
+
+def before_after_table(table: Table) -> TableBlock | None:
+    """First against last evaluated checkpoint, with the difference and its combined error."""
+    if len(table["step"]) < 2:
+        return None
+    columns = [
+        Column("Quantity"),
+        Column(f"Before (step {table['step'][0]})", numeric=True, with_error=True),
+        Column(f"After (step {table['step'][-1]})", numeric=True, with_error=True),
+        Column("Difference", numeric=True, with_error=True),
+        Column("Unit"),
+        Column("95 % intervals"),
+    ]
+    rows = []
+    for column, name, unit in _BEFORE_AFTER:
+        if column not in table:
+            continue
+        errors = table.get(f"{column}_stderr")
+        first, last = (
+            Estimate(
+                value=_float(table[column][i]),
+                stderr=float("nan") if errors is None else _float(errors[i]),
+                n=0,
+                unit=unit,
+                method="",
+            )
+            for i in (0, -1)
+        )
+        difference = difference_of(first, last)
+        rows.append(
+            [
+                text_cell(name),
+                estimate_cell(first),
+                estimate_cell(last),
+                estimate_cell(difference),
+                text_cell(unit),
+                text_cell(_apart(first, last)),
+            ]
+        )
+    caption = (
+        "Held-out problems before and after training, ± one standard error clustered by prompt. The error "
+        "of the "
+        "difference treats the two evaluations as independent."
+    )
+    return TableBlock("before-after", "Before and after", caption, columns, rows)
+
+
+def difference_of(first: Estimate, second: Estimate) -> Estimate:
+    """``second - first`` with the errors combined as independent."""
+    return Estimate(
+        value=second.value - first.value,
+        stderr=math.hypot(first.stderr, second.stderr),
+        n=min(first.n, second.n),
+        unit=second.unit,
+        method="difference, errors combined as independent",
+        reliable=first.reliable and second.reliable,
+        reason="; ".join(e.reason for e in (first, second) if not e.reliable),
+    )
+
+
+def comparison_table(
+    names: tuple[str, str], figures: tuple[Mapping[str, Estimate], Mapping[str, Estimate]]
+) -> TableBlock:
+    """Two measurements side by side: every headline figure they share, with difference and combined error."""
+    columns = [
+        Column("Figure"),
+        Column(f"A: {names[0]}", numeric=True, with_error=True),
+        Column(f"B: {names[1]}", numeric=True, with_error=True),
+        Column("B − A", numeric=True, with_error=True),
+        Column("Unit"),
+        Column("95 % intervals"),
+        Column("Trust", "def-trust"),
+    ]
+    rows = []
+    for key, first in figures[0].items():
+        if key not in figures[1]:
+            continue
+        second = figures[1][key]
+        difference = difference_of(first, second)
+        label = text.headline_label(key)
+        rows.append(
+            [
+                text_cell(label.name, anchor=label.anchor),
+                estimate_cell(first),
+                estimate_cell(second),
+                estimate_cell(difference),
+                text_cell(first.unit if first.unit != "1" else "–"),
+                text_cell(_apart(first, second)),
+                trust_cell(difference),
+            ]
+        )
+    caption = (
+        "Headline figures of both measurements, ± one standard error. The error of the difference treats "
+        "the two "
+        "measurements as independent; where they share prompts it is overstated."
+    )
+    return TableBlock("comparison", "Headline figures side by side", caption, columns, rows)
+
+
+def series_table(measurements: Sequence[Measurement]) -> TableBlock | None:
+    """The headline figures of several measurements, one row per checkpoint."""
+    keys = [k for k in text.HEADLINES if k != "wall_seconds" and all(k in m.summary for m in measurements)]
+    if len(measurements) < 2 or not keys:
+        return None
+    columns = [Column("Checkpoint")] + [
+        Column(
+            text.headline_label(key).name + _unit_suffix(measurements[0].summary[key].unit),
+            text.headline_label(key).anchor,
+            numeric=True,
+            with_error=True,
+        )
+        for key in keys
+    ]
+    rows = [[text_cell(m.title), *(estimate_cell(m.summary[key]) for key in keys)] for m in measurements]
+    caption = (
+        "The headline figures of every measured checkpoint, ± one standard error; ⚠ marks unreliable ones."
+    )
+    return TableBlock("checkpoints", "Measured checkpoints", caption, columns, rows)
+
+
+def _unit_suffix(unit: str) -> str:
+    return "" if unit in ("", "1") else f", {unit}"
+
+
+def _apart(first: Estimate, second: Estimate) -> str:
+    if not (first.stderr > 0 and second.stderr > 0):
+        return "no error given"
+    gap = abs(second.value - first.value)
+    return "do not overlap" if gap > 1.96 * (first.stderr + second.stderr) else "overlap"
+
+
+def _float(value: Any) -> float:
+    return float("nan") if value is None else float(value)

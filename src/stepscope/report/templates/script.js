@@ -1,0 +1,207 @@
+"use strict";
+(() => {
+  const root = document.documentElement;
+  const all = (selector, from = document) => Array.from(from.querySelectorAll(selector));
+
+  /* ---- light and dark: the reader's choice, else the system's ---- */
+  const system = window.matchMedia("(prefers-color-scheme: dark)");
+  let chosen = null;
+  const applyTheme = () => {
+    root.dataset.theme = chosen || (system.matches ? "dark" : "light");
+    all(".canvas.drawn").forEach((div) => draw(div));
+  };
+  document.getElementById("theme").addEventListener("click", () => {
+    chosen = root.dataset.theme === "dark" ? "light" : "dark";
+    applyTheme();
+  });
+  system.addEventListener("change", applyTheme);
+
+  /* ---- figures: colours are CSS variables, resolved for the theme at hand ---- */
+  const cssVariables = (theme) => {
+    const before = root.dataset.theme;
+    root.dataset.theme = theme;
+    const style = getComputedStyle(root);
+    const values = {};
+    ["paper", "panel", "ink", "muted", "rule", "grid", "link", "blue", "vermillion", "green", "purple", "sans"].forEach(
+      (name) => { values[name] = style.getPropertyValue("--" + name).trim(); });
+    root.dataset.theme = before;
+    return values;
+  };
+  const resolve = (value, vars) => {
+    if (typeof value === "string") return value.replace(/^var\(--([a-z]+)\)$/, (_, name) => vars[name]);
+    if (Array.isArray(value)) return value.map((item) => resolve(item, vars));
+    if (value && typeof value === "object")
+      return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, resolve(item, vars)]));
+    return value;
+  };
+  const specOf = (div, theme, width) => {
+    const vars = cssVariables(theme);
+    const spec = resolve(JSON.parse(div.parentElement.querySelector("script").textContent), vars);
+    const narrow = width < 560, small = narrow ? 11 : 12;
+    const axis = {
+      gridcolor: vars.grid, linecolor: vars.muted, zerolinecolor: vars.muted, zerolinewidth: 1, showline: true,
+      ticks: "outside", tickcolor: vars.muted, tickfont: { size: small }, automargin: true,
+    };
+    const layout = {
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true, hovermode: "closest",
+      font: { family: vars.sans, size: small, color: vars.ink },
+      margin: { l: narrow ? 50 : 64, r: 14, t: narrow && spec.layout.showlegend !== false ? 64 : 40, b: 46 },
+      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", xanchor: "left" },
+      hoverlabel: { align: "left", bgcolor: vars.panel, bordercolor: vars.muted, font: { color: vars.ink, family: vars.sans } },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: vars.muted, activecolor: vars.link },
+      ...spec.layout,
+    };
+    Object.keys(layout).filter((key) => /^[xy]axis\d*$/.test(key)).forEach((key) => {
+      layout[key] = { ...axis, ...layout[key] };
+      if (layout[key].title) layout[key].title = { standoff: 8, ...layout[key].title, font: { size: small + 1 } };
+    });
+    return { data: spec.data, layout };
+  };
+  const save = (div, format) => {
+    const width = Math.max(640, div.clientWidth), height = div.clientHeight;
+    const spec = specOf(div, "light", width);
+    spec.layout = { ...spec.layout, width, height, paper_bgcolor: "#ffffff", plot_bgcolor: "#ffffff" };
+    return Plotly.downloadImage(spec, { format, width, height, scale: format === "png" ? 2 : 1, filename: "stepscope-" + div.dataset.name });
+  };
+  const draw = (div) => {
+    const spec = specOf(div, root.dataset.theme, div.clientWidth);
+    div.classList.add("drawn");
+    return Plotly.react(div, spec.data, spec.layout, {
+      responsive: true, displaylogo: false, displayModeBar: true, plotlyServerURL: "",
+      modeBarButtons: [[
+        "zoom2d", "resetScale2d",
+        { name: "svg", title: "Save as SVG", icon: Plotly.Icons.disk, click: () => save(div, "svg") },
+        { name: "png", title: "Save as PNG", icon: Plotly.Icons.camera, click: () => save(div, "png") },
+      ]],
+    });
+  };
+  const watcher = new IntersectionObserver((entries) => {
+    entries.filter((entry) => entry.isIntersecting).forEach((entry) => {
+      watcher.unobserve(entry.target);
+      draw(entry.target);
+    });
+  }, { rootMargin: "800px" });
+  window.addEventListener("beforeprint", () => all(".canvas:not(.drawn)").filter((d) => d.clientWidth).forEach(draw));
+  all("[data-export]").forEach((button) => button.addEventListener("click", () =>
+    save(button.closest("figure").querySelector(".canvas"), button.dataset.export)));
+
+  /* ---- tables: sort and CSV ---- */
+  const valueOf = (row, column) => row.children[column].dataset.v;
+  const compare = (a, b) => {
+    const x = Number(a), y = Number(b);
+    const bothNumbers = a !== "" && b !== "" && !Number.isNaN(x) && !Number.isNaN(y);
+    if (bothNumbers) return x - y;
+    if (a === "nan") return 1;
+    if (b === "nan") return -1;
+    return a.localeCompare(b);
+  };
+  all("th button").forEach((button) => button.addEventListener("click", () => {
+    const th = button.parentElement, column = Array.from(th.parentElement.children).indexOf(th);
+    const body = th.closest("table").tBodies[0];
+    const down = th.getAttribute("aria-sort") === "ascending";
+    all("th", th.parentElement).forEach((other) => other.removeAttribute("aria-sort"));
+    th.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const rows = Array.from(body.rows).sort((a, b) => compare(valueOf(a, column), valueOf(b, column)));
+    if (down) rows.reverse();
+    body.append(...rows);
+  }));
+  const csvField = (text) => {
+    let field = String(text);
+    if (/^[=+\-@\t\r]/.test(field) && Number.isNaN(Number(field))) field = "'" + field;
+    return /[",\n\r]/.test(field) ? '"' + field.replace(/"/g, '""') + '"' : field;
+  };
+  const csvOf = (table) => {
+    const heads = all("th", table);
+    const lines = [heads.flatMap((th) => "err" in th.dataset ? [th.dataset.label, th.dataset.label + " (standard error)"] : [th.dataset.label])];
+    Array.from(table.tBodies[0].rows).forEach((row) => lines.push(heads.flatMap((th, i) => {
+      const cell = row.children[i];
+      return "err" in th.dataset ? [cell.dataset.v, cell.dataset.e || ""] : [cell.dataset.v];
+    })));
+    return lines.map((line) => line.map(csvField).join(",")).join("\r\n") + "\r\n";
+  };
+  all("[data-csv]").forEach((link) => link.addEventListener("click", (event) => {
+    event.preventDefault();
+    const table = link.closest(".table").querySelector("table");
+    const download = document.createElement("a");
+    download.href = URL.createObjectURL(new Blob([csvOf(table)], { type: "text/csv" }));
+    download.download = "stepscope-" + table.dataset.name + ".csv";
+    download.click();
+    setTimeout(() => URL.revokeObjectURL(download.href), 1000);
+  }));
+
+  /* ---- tabs ---- */
+  const tabs = all('[role="tab"]');
+  const show = (tab, focus) => {
+    tabs.forEach((other) => {
+      const on = other === tab;
+      other.setAttribute("aria-selected", String(on));
+      other.tabIndex = on ? 0 : -1;
+      document.getElementById(other.getAttribute("aria-controls")).hidden = !on;
+    });
+    all("[data-toc-of]").forEach((list) => { list.hidden = list.dataset.tocOf !== tab.getAttribute("aria-controls"); });
+    if (focus) tab.focus();
+  };
+  tabs.forEach((tab, index) => {
+    tab.addEventListener("click", () => show(tab, false));
+    tab.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (step) show(tabs[(index + step + tabs.length) % tabs.length], true);
+      else if (event.key === "Home") show(tabs[0], true);
+      else if (event.key === "End") show(tabs[tabs.length - 1], true);
+      else return;
+      event.preventDefault();
+    });
+  });
+  const reveal = () => {
+    const target = location.hash.length > 1 && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+    const panel = target && target.closest('[role="tabpanel"]');
+    if (panel) {
+      show(document.getElementById(panel.getAttribute("aria-labelledby")), false);
+      target.scrollIntoView();
+    }
+  };
+  window.addEventListener("hashchange", reveal);
+
+  /* ---- one tooltip for tokens and flags; arrow keys walk through the tokens ---- */
+  const tip = document.getElementById("tip");
+  const showTip = (element) => {
+    tip.textContent = element.dataset.tip;
+    tip.hidden = false;
+    const box = element.getClientRects()[0] || element.getBoundingClientRect();
+    const size = tip.getBoundingClientRect();
+    tip.style.left = Math.max(8, Math.min(box.left, window.innerWidth - size.width - 8)) + "px";
+    tip.style.top = (box.top - size.height - 6 > 0 ? box.top - size.height - 6 : box.bottom + 6) + "px";
+  };
+  const hideTip = () => { tip.hidden = true; };
+  document.addEventListener("mouseover", (event) => {
+    const element = event.target.closest && event.target.closest("[data-tip]");
+    if (element) showTip(element); else hideTip();
+  });
+  document.addEventListener("focusin", (event) => { if (event.target.dataset && event.target.dataset.tip) showTip(event.target); });
+  document.addEventListener("scroll", () => {
+    const walking = document.querySelector(".t.on");
+    if (walking) showTip(walking); else hideTip();
+  }, true);
+  document.addEventListener("keydown", (event) => { if (event.key === "Escape") hideTip(); });
+  all(".tokens[tabindex]").forEach((line) => {
+    let at = -1;
+    const leave = () => { all(".on", line).forEach((token) => token.classList.remove("on")); hideTip(); };
+    line.addEventListener("blur", leave);
+    line.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!step) return;
+      event.preventDefault();
+      leave();
+      const tokens = all("[data-tip]", line);
+      at = Math.max(0, Math.min(tokens.length - 1, at + step));
+      tokens[at].classList.add("on");
+      tokens[at].scrollIntoView({ block: "nearest" });
+      showTip(tokens[at]);
+    });
+  });
+
+  applyTheme();
+  if (tabs.length) show(tabs[0], false);
+  reveal();
+  all(".canvas").forEach((div) => watcher.observe(div));
+})();

@@ -1,0 +1,190 @@
+# ruff: noqa: RUF001 (typographic signs are meant)
+"""Numbers and sentences as a reader of the page sees them."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from stepscope.stats import Estimate
+
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+NOT_AVAILABLE = "–"
+
+
+@dataclass(frozen=True)
+class Label:
+    """How a figure is called on the page.
+
+    Attributes:
+        name: a few words.
+        anchor: id of its entry in the glossary.
+    """
+
+    name: str
+    anchor: str
+
+
+HEADLINES: Mapping[str, Label] = {
+    "entropy_per_token": Label("Entropy of the policy, per token", "def-entropy"),
+    "entropy_per_seq": Label("Entropy of the policy, per response", "def-entropy"),
+    "mean_reward": Label("Mean reward", "def-reward"),
+    "mean_reward_update": Label("Mean reward of the update batch", "def-reward"),
+    "mean_length": Label("Mean length of a response", "def-batches"),
+    "truncated_rate": Label("Truncated responses", "def-batches"),
+    "change_true_per_token": Label(
+        "True change of entropy at the step's own learning rate", "def-true-change"
+    ),
+    "change_linear_per_token": Label(
+        "First-order change at the step's own learning rate", "def-linear-change"
+    ),
+    "linearity_slope": Label("Slope of |true change| against learning rate, log-log", "def-linearity"),
+    "linearity_r2": Label("R² of that fit", "def-linearity"),
+    "share_momentum": Label("Share of the step from momentum", "def-share"),
+    "share_decay": Label("Share of the step from weight decay", "def-share"),
+    "share_sequences": Label("Share of the step from this batch", "def-share"),
+    "noise_scale": Label("Gradient noise scale", "def-noise-scale"),
+    "effective_rank": Label("Effective rank of the kernel", "def-effective-rank"),
+    "wall_seconds": Label("Wall time of the measurement", "def-wall-time"),
+}
+
+QUANTITIES: Mapping[str, str] = {
+    "reward": "expected reward",
+    "kl": "KL divergence",
+    "length": "response length",
+}
+NORMALISATIONS: Mapping[str, str] = {"per_token": "per token", "per_seq": "per response"}
+VERSIONS: Mapping[str, str] = {"on_policy": "on-policy", "fixed_prefix": "fixed-prefix"}
+
+
+_CHANGE_KEY = re.compile(r"change_(true|linear)_(?:(\w+)_)?(per_token|per_seq)")
+
+
+def headline_label(key: str) -> Label:
+    """The label of a summary figure; an unknown key names itself."""
+    if key in HEADLINES:
+        return HEADLINES[key]
+    match = _CHANGE_KEY.fullmatch(key)
+    if match is None:
+        return Label(key.replace("_", " ").capitalize(), "def-estimate")
+    order, quantity, normalisation = match.groups()
+    name = QUANTITIES.get(quantity, quantity) if quantity else "entropy"
+    start = "True" if order == "true" else "First-order"
+    return Label(f"{start} change of {name}, {NORMALISATIONS[normalisation]}", f"def-{order}-change")
+
+
+def series_label(series: Mapping[str, Any]) -> str:
+    """A change series in words, for example ``entropy per token, on-policy``."""
+    quantity = QUANTITIES.get(series["quantity"], str(series["quantity"]))
+    normalisation = NORMALISATIONS.get(series["normalisation"], str(series["normalisation"]))
+    return f"{quantity} {normalisation}, {VERSIONS.get(series['version'], str(series['version']))}"
+
+
+def number(value: float, digits: int = 3) -> str:
+    """A number with ``digits`` significant digits, minus sign and power of ten typeset."""
+    if not math.isfinite(value):
+        return NOT_AVAILABLE
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)))
+    if -4 <= exponent < 6:
+        return _minus(f"{value:.{max(0, digits - 1 - exponent)}f}")
+    return f"{_minus(f'{value / 10**exponent:.{digits - 1}f}')} × 10{_power(exponent)}"
+
+
+def plus_minus(value: float, stderr: float) -> str:
+    """``value ± stderr`` with two significant digits of the error and one power of ten for both."""
+    if not math.isfinite(value):
+        return NOT_AVAILABLE
+    if not math.isfinite(stderr) or stderr <= 1e-9 * abs(value):
+        return number(value, 4)
+    exponent = math.floor(math.log10(max(abs(value), stderr)))
+    scale = exponent if not -4 <= exponent < 6 else 0
+    decimals = 1 - math.floor(math.log10(float(f"{stderr / 10.0**scale:.1e}")))
+    body = " ± ".join(f"{round(x / 10.0**scale, decimals):.{max(0, decimals)}f}" for x in (value, stderr))
+    return _minus(body) if scale == 0 else f"({_minus(body)}) × 10{_power(scale)}"
+
+
+def estimate(value: Estimate) -> str:
+    """An estimate with its error and unit."""
+    unit = "" if value.unit in ("", "1") else f" {value.unit}"
+    return plus_minus(value.value, value.stderr) + unit
+
+
+def percent(share: float, digits: int = 2) -> str:
+    """A share as a percentage with ``digits`` significant digits, at most whole percents above 100."""
+    if not math.isfinite(share):
+        return NOT_AVAILABLE
+    value = 100 * share
+    if value == 0:
+        return "0 %"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return _minus(f"{value:.{decimals}f}") + " %"
+
+
+def plotly_text(value: str) -> str:
+    """Text of a run made safe for Plotly's hover labels, which read a few HTML tags."""
+    return html.escape(value, quote=False)
+
+
+def lr_text(lr: float) -> str:
+    """A learning rate, for example ``1 × 10⁻⁴`` written as ``1e-4``."""
+    mantissa, exponent = f"{lr:.3e}".split("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+
+
+def change_sentence(quantity: str, lr: float, true: Estimate, linear: Estimate) -> str:
+    """The headline: what the step does at its own learning rate, truly and to first order, with errors."""
+    verb = "lowers" if true.value < 0 else "raises"
+    resolved = abs(true.value) > 2 * true.stderr
+    name = QUANTITIES.get(quantity, quantity)
+    size = plus_minus(abs(true.value), true.stderr)
+    if resolved:
+        start = f"At its own learning rate {lr_text(lr)} this step {verb} the policy's {name} by {size} "
+        f"{true.unit}"
+    else:
+        start = (
+            f"At its own learning rate {lr_text(lr)} this step changes the policy's {name} by "
+            f"{estimate(true)}, not resolved from zero"
+        )
+    end = f" (first order: {estimate(linear)})."
+    doubts = [
+        f" The {word} change is flagged unreliable: {value.reason}."
+        for word, value in (("true", true), ("first-order", linear))
+        if not value.reliable
+    ]
+    return start + end + "".join(doubts)
+
+
+def training_sentences(evaluations: Mapping[str, Sequence[Any]]) -> list[str]:
+    """What training did between the first and the last evaluated checkpoint, with one standard error each."""
+    if len(evaluations["step"]) < 2:
+        return []
+    parts = []
+    for column, name, unit in (
+        ("pass_at_1", "pass@1", ""),
+        ("pass_at_8", "pass@8", ""),
+        ("entropy_per_token", "entropy", " nats/token"),
+    ):
+        errors = evaluations.get(f"{column}_stderr")
+        if column in evaluations and errors is not None:
+            before, after = (
+                plus_minus(float(evaluations[column][row]), float(errors[row])) for row in (0, -1)
+            )
+            parts.append(f"{name} from {before} to {after}{unit}")
+    if not parts:
+        return []
+    steps = f"From step {evaluations['step'][0]} to step {evaluations['step'][-1]}"
+    return [f"{steps}, on held-out problems: {'; '.join(parts)}."]
+
+
+def _minus(text: str) -> str:
+    return text.replace("-", "−")
+
+
+def _power(exponent: int) -> str:
+    return str(exponent).translate(_SUPERSCRIPTS)
