@@ -102,6 +102,7 @@ def _main(
 @app.command()
 @_mendable
 def demo(
+    overrides: Overrides = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder.")] = Path("runs/demo"),
 ) -> None:
     """The whole story on a tiny policy: train, evaluate, measure, report. Offline, CPU, minutes.
@@ -110,7 +111,7 @@ def demo(
     """
     from stepscope.pipeline import run_demo
 
-    run_demo(out)
+    run_demo(out, overrides or [])
 
 
 @app.command()
