@@ -1,0 +1,261 @@
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from stepscope.errors import MeasurementError, RunFolderError
+from stepscope.evaluation import (
+    EvaluationRow,
+    PromptRate,
+    evaluate,
+    evaluate_rollouts,
+    prompts_path,
+    read_eval,
+    transitions,
+    write_eval,
+)
+from stepscope.policy.settings import StepSettings
+from stepscope.policy.state import Policy
+from stepscope.results import Rollouts
+from stepscope.tasks import TemplatedTask, load_task
+
+GOOD = "<think>{a}</think><answer>{a}</answer>"
+
+
+@pytest.fixture(scope="module")
+def task() -> TemplatedTask:
+    return load_task("arithmetic:terms=2,digits=1,train=20,test=12")
+
+
+def stored(task: TemplatedTask, *, prompts: int = 7, samples: int = 5, seed: int = 0) -> Rollouts:
+    """Responses as they come: right and wrong, with and without the format, of many lengths."""
+    generator = np.random.default_rng(seed)
+    problems = task.problems("test")[:prompts]
+    rows = []
+    for level, problem in enumerate(problems):
+        for _ in range(samples):
+            value = problem.answer if generator.random() < level / (prompts - 1) else "99999"
+            text = GOOD.format(a=value)
+            kind = generator.integers(4)
+            text = {0: text, 1: text, 2: text.removeprefix("<think>"), 3: text + text}[int(kind)]
+            rows.append((problem, text, int(generator.integers(1, 30))))
+    lengths = [n for _, _, n in rows]
+    scores = [task.score(problem, text) for problem, text, _ in rows]
+    return Rollouts(
+        prompt_ids=tuple(p.prompt_id for p, _, _ in rows),
+        prompts=tuple(task.prompt(p, None) for p, _, _ in rows),
+        responses=tuple(text for _, text, _ in rows),
+        prompt_token_ids=tuple((1, 2) for _ in rows),
+        response_token_ids=tuple(tuple(range(n)) for n in lengths),
+        rewards=np.array([s.reward for s in scores]),
+        correct=np.array([s.correct for s in scores]),
+        truncated=generator.random(len(rows)) < 0.2,
+        logprobs=tuple(-generator.exponential(size=n) for n in lengths),
+        entropies=tuple(generator.random(n) for n in lengths),
+        temperature=0.7,
+        max_response_tokens=30,
+    )
+
+
+def groups(rollouts: Rollouts) -> list[list[int]]:
+    return [
+        [i for i, p in enumerate(rollouts.prompt_ids) if p == prompt]
+        for prompt in dict.fromkeys(rollouts.prompt_ids)
+    ]
+
+
+def test_brute_force_count(task: TemplatedTask) -> None:
+    """Every figure, counted one response at a time, pass@k over all subsets of size k."""
+    rollouts = stored(task)
+    row = evaluate_rollouts(rollouts, task, ks=(1, 2, 4, 5), step=40, checkpoint="step-40", seed=3)
+    solved = {p.prompt_id: p for p in row.prompts}
+    answers = {p.prompt_id: p.answer for p in task.problems("test")}
+    right, formatted = [], []
+    for prompt_id, text in zip(rollouts.prompt_ids, rollouts.responses, strict=True):
+        found = re.findall(r"<answer>(.*?)</answer>", text)
+        right.append(len(found) == 1 and found[0] == answers[prompt_id])
+        formatted.append(re.fullmatch(r"<think>[^<]*</think><answer>[^<]*</answer>", text) is not None)
+    for k in (1, 2, 4, 5):
+        rates = [
+            np.mean([any(right[i] for i in chosen) for chosen in itertools.combinations(group, k)])
+            for group in groups(rollouts)
+        ]
+        value, stderr = row.pass_at[k]
+        assert value == pytest.approx(np.mean(rates), abs=1e-12)
+        assert stderr == pytest.approx(np.std(rates, ddof=1) / math.sqrt(len(rates)), abs=1e-12)
+    for group in groups(rollouts):
+        rate = solved[rollouts.prompt_ids[group[0]]]
+        assert (rate.num_samples, rate.num_correct) == (5, sum(right[i] for i in group))
+    lengths = [len(ids) for ids in rollouts.response_token_ids]
+    tokens = np.concatenate([-values for values in rollouts.logprobs])
+    assert row.mean_reward == pytest.approx(np.mean(right))
+    assert row.format_rate == pytest.approx(np.mean(formatted))
+    assert 0 < row.format_rate < 1
+    assert row.truncated_rate == pytest.approx(np.mean(rollouts.truncated))
+    assert row.mean_length == pytest.approx(np.mean(lengths))
+    assert row.mean_length_correct == pytest.approx(
+        np.mean([n for n, r in zip(lengths, right, strict=True) if r])
+    )
+    assert row.entropy_per_token == pytest.approx(np.mean(np.concatenate(rollouts.entropies)))
+    assert row.surprisal == pytest.approx(tokens.mean())
+    for q in (50, 90, 99):
+        assert getattr(row, f"surprisal_q{q}") == pytest.approx(np.quantile(tokens, q / 100))
+    assert (row.num_prompts, row.samples_per_prompt, row.num_tokens) == (7, 5, sum(lengths))
+    assert (row.step, row.checkpoint, row.seed, row.temperature) == (40, "step-40", 3, 0.7)
+    assert row.pass_at_1 == row.pass_at[1][0]
+    assert math.isnan(row.pass_at_8)
+
+
+def test_errors_match_the_scatter_over_repeats(task: TemplatedTask) -> None:
+    """Standard errors against the spread of the figures over prompts drawn anew."""
+    names = ("mean_length", "entropy_per_token", "surprisal", "surprisal_q50", "surprisal_q90", "format_rate")
+    generator = np.random.default_rng(1)
+    rows = []
+    for seed in range(120):
+        rollouts = stored(task, prompts=12, samples=4, seed=seed)
+        shift = np.repeat(generator.normal(size=12), 4)  # what the samples of a prompt have in common
+        scaled = tuple(v * np.exp(0.5 * s) for v, s in zip(rollouts.logprobs, shift, strict=True))
+        shifted = tuple(h + s for h, s in zip(rollouts.entropies, shift, strict=True))
+        rollouts = dataclasses.replace(rollouts, logprobs=scaled, entropies=shifted)
+        rows.append(evaluate_rollouts(rollouts, task, ks=(1,)))
+    for name in names:
+        spread = np.std([getattr(row, name) for row in rows], ddof=1)
+        claimed = np.sqrt(np.mean([getattr(row, f"{name}_stderr") ** 2 for row in rows]))
+        assert claimed == pytest.approx(spread, rel=0.3), name
+
+
+def test_no_correct_response_has_no_length(task: TemplatedTask) -> None:
+    rollouts = stored(task)
+    none = dataclasses.replace(rollouts, correct=np.zeros(len(rollouts), dtype=bool))
+    row = evaluate_rollouts(none, task, ks=(1,))
+    assert math.isnan(row.mean_length_correct)
+    assert row.pass_at_1 == 0
+
+
+def test_samples_must_suffice(task: TemplatedTask) -> None:
+    rollouts = stored(task)
+    with pytest.raises(MeasurementError, match=r"k in \[1, 8\].*5 samples per prompt"):
+        evaluate_rollouts(rollouts, task)
+    with pytest.raises(MeasurementError, match="between 4 and 5 responses per prompt"):
+        evaluate_rollouts(rollouts.select(range(1, 35)), task, ks=(1,))
+
+
+def test_parquet_round_trip(task: TemplatedTask, tmp_path: Path) -> None:
+    first = evaluate_rollouts(stored(task), task, ks=(1, 4), step=0)
+    second = evaluate_rollouts(stored(task, seed=1), task, ks=(1, 5), step=10)
+    path = tmp_path / "eval.parquet"
+    write_eval([first, second], path)
+    assert read_eval(path) == [first, second]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["eval.parquet", "eval_prompts.parquet"]
+    table = pq.read_table(path)
+    assert table.column("step").to_pylist() == [0, 10]
+    assert table.column("pass_at_1_stderr").to_pylist() == [first.pass_at_1_stderr, second.pass_at_1_stderr]
+    assert table.column("pass_at_4").to_pylist() == [first.pass_at[4][0], None]
+    assert pq.read_table(prompts_path(path)).num_rows == 14
+    assert first.key != second.key
+    assert read_eval(path)[1].key == second.key
+
+
+def test_damaged_tables(task: TemplatedTask, tmp_path: Path) -> None:
+    path = tmp_path / "eval.parquet"
+    with pytest.raises(MeasurementError, match="no evaluations to write"):
+        write_eval([], path)
+    with pytest.raises(RunFolderError, match="no such file"):
+        read_eval(path)
+    write_eval([evaluate_rollouts(stored(task), task, ks=(1,))], path)
+    pq.write_table(pq.read_table(path).drop_columns(["surprisal"]), path)
+    with pytest.raises(RunFolderError, match="no column surprisal"):
+        read_eval(path)
+    path.write_bytes(b"PAR1")
+    with pytest.raises(RunFolderError, match="cannot be read"):
+        read_eval(path)
+
+
+def rated(row: EvaluationRow, *correct: int) -> EvaluationRow:
+    prompts = tuple(PromptRate(f"p/{i}", 4, c) for i, c in enumerate(correct))
+    return dataclasses.replace(row, prompts=prompts)
+
+
+def test_transitions(task: TemplatedTask) -> None:
+    row = evaluate_rollouts(stored(task), task, ks=(1,))
+    moved = transitions(rated(row, 0, 0, 2, 4, 4), rated(row, 0, 3, 4, 0, 4, 1))
+    assert moved.counts.tolist() == [[1, 1, 0], [0, 0, 1], [1, 0, 1]]
+    assert (moved.gained, moved.lost) == (("p/1",), ("p/3",))
+    changes = [0, 0.75, 0.5, -1, 0]
+    assert moved.change.value == pytest.approx(np.mean(changes))
+    assert moved.change.stderr == pytest.approx(np.std(changes, ddof=1) / math.sqrt(5))
+    with pytest.raises(MeasurementError, match="share no prompt"):
+        transitions(row, rated(row, 1))
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+    words = ["<pad>", "</s>", "<think>", "</think>", "<answer>", "</answer>", *"0123456789+-=;"]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="="))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?(?:think|answer)>|."), "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>")
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    settings = StepSettings(temperature=0.9, max_response_tokens=12)
+    return Policy(Qwen2ForCausalLM(config).eval(), tokenizer, settings, step=7)
+
+
+def test_tiny_policy(policy: Policy, task: TemplatedTask) -> None:
+    arguments = {"num_prompts": 10, "samples_per_prompt": 8, "seed": 5}
+    row = evaluate(policy, task, **arguments)
+    assert (row.step, row.task, row.split) == (7, task.spec, "test")
+    assert (row.num_prompts, row.samples_per_prompt, row.temperature) == (10, 8, 0.9)
+    assert {p.prompt_id for p in row.prompts} <= {p.prompt_id for p in task.problems("test")}
+    assert 0 < row.truncated_rate < 1
+    assert row.mean_length <= 12
+    assert abs(row.surprisal - row.entropy_per_token) < 5 * row.surprisal_stderr
+    assert evaluate(policy, task, **arguments) == row
+    other = evaluate(policy, task, **{**arguments, "seed": 6})
+    assert {p.prompt_id for p in other.prompts} != {p.prompt_id for p in row.prompts}
+
+
+def test_temperature_profile(policy: Policy, task: TemplatedTask) -> None:
+    """A hotter policy has more entropy; the prompts stay the same."""
+    rows = [
+        evaluate(policy, task, num_prompts=6, samples_per_prompt=4, seed=0, ks=(1,), temperature=t)
+        for t in (0.5, 1.0, 2.0)
+    ]
+    assert [row.temperature for row in rows] == [0.5, 1.0, 2.0]
+    assert rows[0].entropy_per_token < rows[1].entropy_per_token < rows[2].entropy_per_token
+    assert len({tuple(p.prompt_id for p in row.prompts) for row in rows}) == 1
+
+
+def test_eval_table_holds_plain_columns(task: TemplatedTask, tmp_path: Path) -> None:
+    path = tmp_path / "eval.parquet"
+    write_eval([evaluate_rollouts(stored(task), task, ks=(1, 5))], path)
+    for column in pq.read_table(path).schema:
+        assert (
+            pa.types.is_floating(column.type)
+            or pa.types.is_integer(column.type)
+            or column.type == pa.string()
+        )
