@@ -14,6 +14,7 @@ from stepscope.config import (
     MeasureConfig,
     StudyConfig,
     TrainConfig,
+    demo_config,
     dump_config,
     load_config,
 )
@@ -197,3 +198,21 @@ def test_pass_at_k_needs_enough_samples():
 
 def test_study_settings_become_folder_names():
     assert "folder names" in refused(StudyConfig, None, ["checkpoints=[a]", "out=o", "settings={a/b: {}}"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.name)
+def test_every_configuration_in_the_tree_is_valid(path):
+    data = yaml.safe_load(path.read_text())
+    if "checkpoints" in data:
+        load_config(StudyConfig, path)
+    elif {"update", "probe", "loss", "lrs"} & set(data):
+        load_config(MeasureConfig, path, ["checkpoint=c", "out=o"])
+    else:
+        load_config(TrainConfig, path)
+
+
+def test_the_demo_is_valid_and_packaged(tmp_path):
+    config = demo_config(tmp_path / "demo", ["train.rl.steps=2", "measure.precision=float64"])
+    assert config.train.out == str(tmp_path / "demo")
+    assert config.train.rl is not None
+    assert (config.train.rl.steps, config.measure.precision) == (2, "float64")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from stepscope.config.base import Section
-from stepscope.config.demo import DemoConfig
+from stepscope.config.demo import DemoConfig, demo_config
 from stepscope.config.loading import (
     apply_overrides,
     build_config,
@@ -59,6 +59,7 @@ __all__ = [
     "UpdateConfig",
     "apply_overrides",
     "build_config",
+    "demo_config",
     "dump_config",
     "load_config",
     "parse_yaml",

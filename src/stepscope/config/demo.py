@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
 from stepscope.config.base import Section
+from stepscope.config.loading import apply_overrides, build_config, parse_yaml
 from stepscope.config.measure import EvalSettings, MeasureSettings
 from stepscope.config.train import TrainConfig
 
@@ -19,3 +24,18 @@ class DemoConfig(Section):
     train: TrainConfig
     eval: EvalSettings = EvalSettings()
     measure: MeasureSettings = MeasureSettings()
+
+
+def demo_config(out: Path, overrides: Sequence[str] = ()) -> DemoConfig:
+    """The packaged configuration of the demo, with ``section.field=value`` changes.
+
+    Raises:
+        ConfigError: an override is wrong.
+    """
+    folder = files("stepscope.presets")
+    training, measuring = (
+        parse_yaml((folder / name).read_text(encoding="utf-8"), name)
+        for name in ("demo.yaml", "demo_measure.yaml")
+    )
+    data = {"train": {**training, "out": str(out)}, **measuring}
+    return build_config(DemoConfig, apply_overrides(data, overrides), "demo")
