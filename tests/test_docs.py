@@ -32,7 +32,8 @@ def test_functions_and_tests_named_in_a_page_exist(page: Path) -> None:
         resolve(dotted)
     for file, test in set(re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text)):
         source = (ROOT / file).read_text()
-        assert not test or re.search(rf"^(?:def|class) {test}\b", source, re.M), f"{page.name}: {file}::{test}"
+        found = not test or re.search(rf"^(?:def|class) {test}\b", source, re.M)
+        assert found, f"{page.name}: {file}::{test}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
