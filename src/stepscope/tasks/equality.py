@@ -23,7 +23,7 @@ _DECIMAL = r"(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+"
 _NUMBER = re.compile(rf"([+-]?)\s*[$€£]?\s*({_DECIMAL})(?:[eE]([+-]?[0-9]{{1,3}}))?", re.ASCII)
 _FRACTION = re.compile(r"([+-]?)\s*([0-9]+)\s*/\s*([0-9]+)", re.ASCII)
 _ANY_DECIMAL = re.compile(_DECIMAL, re.ASCII)
-_JOINT = re.compile(r"[-+*/^=\u00d7\u00f7\u00b7%()\\{}_!]")
+_JOINT = re.compile(r"[-+*/^=\u00d7\u00f7\u00b7%(){}]|\\[A-Za-z]")
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -55,6 +55,7 @@ def equal(reference: str, answer: str) -> bool:
     """
     if _normalise(reference) == _normalise(answer):
         return True
+    reference, answer = reference.replace("\\$", "$"), answer.replace("\\$", "$")
     if not answer.strip() or max(len(answer), len(reference)) > MAX_CHARACTERS:
         return False
     gold, value = parse_number(reference), parse_number(answer)

@@ -42,8 +42,8 @@ class ReasoningGym:
     name: str
     config: dict[str, Any]
     seed: int = 0
-    train_size: int = MAX_PROBLEMS
-    test_size: int = 1_000
+    train_size: int = 4_000
+    test_size: int = 500
     _cache: dict[str, Problem] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
