@@ -1,0 +1,37 @@
+"""One function per verb: read artifacts, call the library, write artifacts.
+
+Each verb loads on first use only what it needs: a report needs no torch, a measurement no TRL.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stepscope.pipeline.check import run_check
+    from stepscope.pipeline.demo import run_demo
+    from stepscope.pipeline.evaluate import run_eval
+    from stepscope.pipeline.measure import run_measure
+    from stepscope.pipeline.report import run_report
+    from stepscope.pipeline.study import run_study
+    from stepscope.pipeline.train import run_train
+
+__all__ = ["run_check", "run_demo", "run_eval", "run_measure", "run_report", "run_study", "run_train"]
+
+_HOME = {
+    "run_check": "check",
+    "run_demo": "demo",
+    "run_eval": "evaluate",
+    "run_measure": "measure",
+    "run_report": "report",
+    "run_study": "study",
+    "run_train": "train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a verb on first use (PEP 562)."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'stepscope.pipeline' has no attribute {name!r}")
+    return getattr(import_module(f"stepscope.pipeline.{_HOME[name]}"), name)

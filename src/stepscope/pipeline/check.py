@@ -1,0 +1,66 @@
+"""``stepscope check``: is a checkpoint, or a configuration, fit for use?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from stepscope.config import (
+    EvalConfig,
+    MeasureConfig,
+    Section,
+    StudyConfig,
+    TrainConfig,
+    load_config,
+    read_yaml,
+)
+from stepscope.errors import CheckpointError
+from stepscope.tasks import load_task
+
+COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
+
+
+def run_check(target: Path) -> bool:
+    """Show what was found as a table; True unless a finding fails.
+
+    Raises:
+        ConfigError: ``target`` is a configuration with wrong settings.
+        CheckpointError: there is no such path.
+    """
+    if not target.exists():
+        raise CheckpointError(f"{target}: no such checkpoint folder or configuration file")
+    if target.is_file():
+        return _check_config(target)
+    from stepscope.policy.checkpoint import inspect_checkpoint
+
+    findings = inspect_checkpoint(target)
+    table = Table("", "finding", "what to do")
+    for finding in findings:
+        colour = COLOURS[finding.level]
+        table.add_row(f"[{colour}]{finding.level}[/{colour}]", finding.what, finding.cure)
+    Console().print(table)
+    return all(finding.level != "fail" for finding in findings)
+
+
+def kind_of_config(path: Path) -> type[Section]:
+    """Which verb a configuration file is for, by the keys only that verb has."""
+    keys = set(read_yaml(path))
+    kinds: dict[str, type[Section]] = {
+        "checkpoints": StudyConfig,
+        "checkpoint": MeasureConfig,
+        "source": EvalConfig,
+    }
+    return next((kind for key, kind in kinds.items() if key in keys), TrainConfig)
+
+
+def _check_config(path: Path) -> bool:
+    kind = kind_of_config(path)
+    config = load_config(kind, path)
+    console = Console()
+    console.print(f"{path}: a valid {kind.__name__}")
+    if isinstance(config, TrainConfig):
+        problems = load_task(config.task, template=config.template).problems("train")
+        console.print(f"task {config.task}: {len(problems)} training problems")
+    return True

@@ -1,0 +1,26 @@
+"""What a command says while it works: one line per finished stage, on standard error."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def on_terminal() -> bool:
+    """Whether standard error is a terminal, so that progress bars make sense."""
+    return sys.stderr.isatty()
+
+
+def say(text: str) -> None:
+    """One line on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Say how long the block took, once it is done."""
+    begin = time.perf_counter()
+    yield
+    say(f"{what}: {time.perf_counter() - begin:.1f} s")

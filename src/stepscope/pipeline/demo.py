@@ -1,0 +1,43 @@
+"""``stepscope demo``: train a tiny policy, evaluate it, measure an early and a late checkpoint, report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from stepscope.config import EvalConfig, MeasureConfig, build_config, demo_config
+from stepscope.pipeline.console import say
+from stepscope.pipeline.evaluate import checkpoints_in, evaluate_all
+from stepscope.pipeline.measure import run_measure
+from stepscope.pipeline.report import run_report
+from stepscope.runs import RunFolder
+
+
+def run_demo(out: Path, overrides: Sequence[str] = ()) -> Path:
+    """The whole story in one folder; parts that an earlier call finished are not repeated.
+
+    Returns:
+        The page.
+
+    Raises:
+        RunFolderError: the folder holds something else.
+    """
+    config = demo_config(out, overrides)
+    run = RunFolder.open(out, config.model_dump(mode="json"), verb="demo", resume=True, ignore=())
+    if not run.is_done("train"):
+        from stepscope.training import train  # TRL takes seconds to import: only where it is needed
+
+        with run.stage("train", [], invalidates=["eval", "report"]):
+            train(config.train, out, resume=True)
+    say(f"train: {run.seconds('train'):.1f} s")
+    if not run.is_done("eval"):
+        with run.stage("eval", ["eval.parquet"], invalidates=["report"]):
+            evaluate_all(EvalConfig(**config.eval.model_dump(), source=str(out)), out / "eval.parquet")
+    say(f"eval: {run.seconds('eval'):.1f} s")
+    trained = [c for c in checkpoints_in(out) if c.name != "step-0"]
+    for checkpoint in dict.fromkeys([trained[0], trained[-1]]):
+        say(f"measure {checkpoint.name}:")
+        target = out / "measure" / checkpoint.name
+        settings = config.measure.model_dump() | {"checkpoint": str(checkpoint), "out": str(target)}
+        run_measure(build_config(MeasureConfig, settings), resume=True)
+    return run_report(out)

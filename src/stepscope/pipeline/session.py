@@ -1,0 +1,235 @@
+"""What the stages of one measurement share: policy, task, batches and step, each made when first needed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from stepscope.config import LossConfig, MeasureConfig
+from stepscope.errors import BatchError, ConfigError
+from stepscope.measure.step import Step, reconstruct_step
+from stepscope.pipeline.console import on_terminal
+from stepscope.policy.checkpoint import load_checkpoint, load_model, read_settings
+from stepscope.policy.objective import advantages
+from stepscope.policy.rollouts import sample_rollouts, score_rollouts
+from stepscope.policy.state import Policy
+from stepscope.policy.vectors import ParameterVector, load
+from stepscope.results import Rollouts
+from stepscope.runs import RunFolder, read_json
+from stepscope.tasks import Task, load_task
+
+SAME_POLICY = 1e-2
+"""Largest difference of a stored and a recomputed log-prob, in nats, that precision alone may make."""
+
+
+def open_policy(
+    checkpoint: Path,
+    *,
+    precision: str,
+    device: str | None,
+    loss: LossConfig,
+    require_optimizer: bool = True,
+) -> Policy:
+    """Load a checkpoint with its own loss settings, changed where the configuration says so."""
+    settings = read_settings(checkpoint, overrides=loss.given())
+    return load_checkpoint(
+        checkpoint, precision=precision, device=device, settings=settings, require_optimizer=require_optimizer
+    )
+
+
+def open_task(spec: str | None, policy: Policy) -> Task:
+    """The task asked for, or the one the policy was trained on, with the policy's own prompt template.
+
+    Raises:
+        ConfigError: neither is known.
+        TaskError: the task is unknown or its data cannot be read.
+    """
+    chosen = spec or policy.settings.task
+    if not chosen:
+        raise ConfigError(
+            f"{policy.path}: the checkpoint does not say what task it was trained on; give --task TASK"
+        )
+    same = chosen == policy.settings.task
+    return load_task(
+        chosen,
+        template=policy.settings.prompt_template or None,
+        format_weight=policy.settings.format_weight if same else 0.0,
+    )
+
+
+class Session:
+    """One measurement at work.
+
+    Attributes:
+        config: what was asked for.
+        run: where artifacts are.
+    """
+
+    def __init__(self, config: MeasureConfig, run: RunFolder, policy: Policy | None = None) -> None:
+        self.config = config
+        self.run = run
+        if policy is not None:
+            self.policy = policy
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The checkpoint, at the precision of the measurement."""
+        return open_policy(
+            Path(self.config.checkpoint),
+            precision=self.config.precision,
+            device=self.config.device,
+            loss=self.config.loss,
+        )
+
+    @cached_property
+    def task(self) -> Task:
+        """The task prompts come from."""
+        return open_task(self.config.task, self.policy)
+
+    @cached_property
+    def update(self) -> Rollouts:
+        """The batch that makes the step, from the run folder."""
+        return Rollouts.from_parquet(self.run.file("update.parquet"), self.run.file("update_tokens.parquet"))
+
+    @cached_property
+    def probe(self) -> Rollouts:
+        """The batch on which the change is measured, from the run folder."""
+        return Rollouts.from_parquet(self.run.file("probe.parquet"), self.run.file("probe_tokens.parquet"))
+
+    @property
+    def has_policy(self) -> bool:
+        """Whether the checkpoint is loaded."""
+        return "policy" in self.__dict__
+
+    @cached_property
+    def reference(self) -> Policy | None:
+        """The policy that KL divergences are taken to, where the configuration names one."""
+        if self.config.reference is None:
+            return None
+        model, tokenizer = load_model(
+            self.config.reference, dtype=self.policy.dtype, device=self.policy.device
+        )
+        return Policy(model, tokenizer, self.policy.settings)
+
+    @cached_property
+    def step(self) -> Step:
+        """The whole step with its components, rebuilt from checkpoint and update batch."""
+        return reconstruct_step(
+            self.policy,
+            self.update,
+            reference=self.reference,
+            max_sequences=self.config.batch_size,
+            progress=on_terminal(),
+        )
+
+    @cached_property
+    def line(self) -> Line:
+        """Where the step points and its learning rate, as stored."""
+        stored = load(self.run.file("direction.safetensors"))
+        direction = {n: t.to(self.policy.device) for n, t in stored.items()}
+        return Line(direction, float(read_json(self.run.file("step.json"))["lr"]))
+
+    def sample_update(self) -> Rollouts:
+        """Sample the batch that makes the step, or take it from a file.
+
+        Raises:
+            BatchError: no reward variance in any prompt group, so that there is no step.
+        """
+        wanted = self.config.update
+        if wanted.file is not None:
+            update = self._from_file(Path(wanted.file), "update.file")
+            if update.advantages is None:
+                scaled = advantages(update.rewards, update.prompt_index, self.policy.settings.scale_rewards)
+                update = replace(update, advantages=scaled)
+        else:
+            update = sample_rollouts(
+                self.policy,
+                self.task,
+                num_prompts=wanted.num_prompts,
+                group_size=wanted.group_size,
+                seed=wanted.seed,
+                split=wanted.split,
+                require_reward_variance=self.config.resample > 0,
+                max_resample=self.config.resample,
+                batch_size=self.config.batch_size,
+                progress=on_terminal(),
+            )
+        if update.advantages is None or not np.any(update.advantages):
+            raise BatchError(
+                f"update batch: the rewards of all {update.num_prompts} prompt groups have zero variance "
+                f"(mean reward {update.rewards.mean():.3g}), so all advantages are zero and there is no "
+                "gradient; use more prompts, larger groups, resample=10, or a task that is solved sometimes"
+            )
+        return update
+
+    def sample_probe(self, update: Rollouts) -> Rollouts:
+        """Sample the batch on which the change is measured, from other prompts than the update's.
+
+        Raises:
+            BatchError: the two batches share prompts.
+        """
+        wanted = self.config.probe
+        if wanted.file is not None:
+            probe = self._from_file(Path(wanted.file), "probe.file")
+        else:
+            probe = sample_rollouts(
+                self.policy,
+                self.task,
+                num_prompts=wanted.num_prompts,
+                group_size=wanted.group_size,
+                seed=wanted.seed,
+                split=wanted.split,
+                exclude=frozenset(update.prompt_ids),
+                batch_size=self.config.batch_size,
+                progress=on_terminal(),
+            )
+        refuse_overlap(update, probe)
+        return probe
+
+    def _from_file(self, path: Path, key: str) -> Rollouts:
+        """A stored batch, with log-probs and entropies of this policy; refused if another one sampled it."""
+        rollouts = Rollouts.from_parquet(path, path.with_name(f"{path.stem}_tokens.parquet"))
+        if rollouts.temperature != self.policy.settings.temperature:
+            raise BatchError(
+                f"{key}: {path} was sampled at temperature {rollouts.temperature}, the checkpoint's is "
+                f"{self.policy.settings.temperature}; sample it again from this checkpoint"
+            )
+        logprobs, entropies = score_rollouts(self.policy, rollouts, max_sequences=self.config.batch_size)
+        worst = max(float(np.abs(a - b).max()) for a, b in zip(logprobs, rollouts.logprobs, strict=True))
+        if not worst < SAME_POLICY:
+            raise BatchError(
+                f"{key}: {path} was sampled from another policy (log-probs differ by up to {worst:.2g} "
+                "nats); sample it again from this checkpoint"
+            )
+        return replace(rollouts, logprobs=logprobs, entropies=entropies)
+
+    def token_texts(self, rollouts: Rollouts) -> list[list[str]]:
+        """Decoded text of every response token."""
+        distinct = sorted({t for row in rollouts.response_token_ids for t in row})
+        text = {t: str(self.policy.tokenizer.decode([t])) for t in distinct}
+        return [[text[t] for t in row] for row in rollouts.response_token_ids]
+
+
+class Line:
+    """A direction in parameter space and the learning rate of the run."""
+
+    def __init__(self, direction: ParameterVector, lr: float) -> None:
+        self.direction = direction
+        self.lr = lr
+
+
+def refuse_overlap(update: Rollouts, probe: Rollouts) -> None:
+    """Raise if a prompt is in both batches: noise they share would bias the product of two estimates.
+
+    Raises:
+        BatchError: naming shared prompts.
+    """
+    shared = sorted(set(update.prompt_ids) & set(probe.prompt_ids))
+    if shared:
+        raise BatchError(
+            f"update and probe batch share {len(shared)} prompt(s), {shared[0]} among them; the change must "
+            "be measured on other samples than those that make the step: use another split, seed or file"
+        )

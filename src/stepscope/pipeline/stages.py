@@ -1,0 +1,172 @@
+"""The stages of a measurement: each reads from the session, writes its files and returns headline figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from stepscope import runs
+from stepscope.config import Stage
+from stepscope.measure.change import measure_changes
+from stepscope.measure.step import step_summary
+from stepscope.pipeline.console import on_terminal
+from stepscope.pipeline.session import Session
+from stepscope.policy import vectors
+from stepscope.report import write_report
+from stepscope.results import Rollouts
+from stepscope.runs import RunFolder
+from stepscope.stats import Estimate, clustered_mean, clustered_ratio
+
+Summary = dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage.
+
+    Attributes:
+        work: does it, writes the files, returns figures for ``summary.json``.
+        files: what it leaves.
+        needs: stages whose files it reads.
+        needs_policy: whether the model is needed, too.
+    """
+
+    work: Callable[[Session], Summary]
+    files: tuple[str, ...]
+    needs: tuple[Stage, ...]
+    needs_policy: bool = True
+
+
+def sample_batches(session: Session) -> Summary:
+    """Sample update and probe batch; nothing is written before both are known to be fit for use."""
+    update = session.update = session.sample_update()
+    probe = session.probe = session.sample_probe(update)
+    weights = session.step.token_weights
+    for name, rollouts, token_weights in (("update", update, weights), ("probe", probe, None)):
+        rollouts.to_parquet(
+            session.run.file(f"{name}.parquet"),
+            session.run.file(f"{name}_tokens.parquet"),
+            tokens=session.token_texts(rollouts),
+            token_weights=token_weights,
+        )
+    return batch_figures(update, probe)
+
+
+def batch_figures(update: Rollouts, probe: Rollouts) -> Summary:
+    """Entropy, reward and length of the policy, from the probe batch; mean reward of the update batch."""
+    prompts = probe.prompt_index
+    how = "mean over probe responses, error clustered by prompt"
+    ratio = "ratio of sums over probe responses, delta-method error clustered by prompt"
+    return {
+        "entropy_per_token": clustered_ratio(
+            probe.entropy_per_seq, probe.num_tokens, prompts, unit="nats/token", method=ratio
+        ),
+        "entropy_per_seq": clustered_mean(probe.entropy_per_seq, prompts, unit="nats/sequence", method=how),
+        "mean_reward": clustered_mean(probe.rewards, prompts, unit="reward", method=how),
+        "mean_length": clustered_mean(probe.num_tokens, prompts, unit="tokens", method=how),
+        "truncated_rate": clustered_mean(probe.truncated, prompts, unit="share of responses", method=how),
+        "mean_reward_update": clustered_mean(
+            update.rewards,
+            update.prompt_index,
+            unit="reward",
+            method="mean over update responses, error clustered by prompt",
+        ),
+    }
+
+
+def rebuild_step(session: Session) -> Summary:
+    """Rebuild the optimizer step and store its direction."""
+    step = session.step
+    figures = step_summary(step)
+    vectors.save(step.direction, session.run.file("direction.safetensors"))
+    runs.write_json(session.run.file("step.json"), figures)
+    count = session.update.num_prompts
+    return {
+        f"share_{part}": Estimate(
+            value=float(figures[f"share_{part}"]),
+            stderr=float("nan"),
+            n=count,
+            unit="share of the step",
+            method=f"<{part}, direction>/|direction|^2, exact for this update batch",
+        )
+        for part in ("momentum", "decay", "sequences")
+    }
+
+
+def measure_sweep(session: Session) -> Summary:
+    """Change of every quantity over the learning rates: true, linear, second order."""
+    config = session.config
+    found = measure_changes(
+        session.policy,
+        session.line,
+        session.probe,
+        quantities=config.quantities,
+        lrs=config.lrs,
+        normalisations=("per_token", "per_seq"),
+        versions=("on_policy", "fixed_prefix"),
+        baseline=config.baseline,
+        estimator=config.estimator,
+        second_order=config.second_order,
+        antithetic=config.antithetic,
+        reference=None if session.reference is None else session.reference.model,
+        max_sequences=config.batch_size,
+        progress=on_terminal(),
+    )
+    primary, *others = found
+    runs.write_json(
+        session.run.file("change.json"), {**primary.to_dict(), "others": [s.to_dict() for s in others]}
+    )
+    figures: Summary = {}
+    for series in found:
+        if series.version != "on_policy" or not session.line.lr > 0:
+            continue
+        point = series.at(session.line.lr)
+        tail = (
+            series.normalisation
+            if series is primary or series.quantity == primary.quantity
+            else (f"{series.quantity}_{series.normalisation}")
+        )
+        figures[f"change_linear_{tail}"] = point.linear
+        figures[f"change_true_{tail}"] = point.true
+    if primary.fit is not None:
+        figures |= _line_figures(primary.fit, primary.points[0].true.n)
+    return figures
+
+
+def _line_figures(fit: Any, count: int) -> Summary:
+    how = f"least squares of log|true change| on log lr over {fit.n} reliable learning rates"
+    return {
+        "linearity_slope": Estimate(fit.slope, fit.slope_stderr, count, "1", how),
+        "linearity_r2": Estimate(fit.r2, float("nan"), count, "1", how),
+    }
+
+
+def write_page(session: Session) -> Summary:
+    """The page, from what the other stages left."""
+    write_report(session.run.path)
+    return {}
+
+
+def write_summary(run: RunFolder, figures: Mapping[str, Estimate]) -> None:
+    """Add figures to ``summary.json``, and bring its ``wall_seconds`` up to date."""
+    path = run.file("summary.json")
+    summary = runs.read_json(path) if path.exists() else {}
+    seconds = float(run.provenance()["wall_seconds"])
+    clock = Estimate(seconds, float("nan"), 1, "s", "sum over the finished stages")
+    summary.pop("wall_seconds", None)
+    summary |= {name: figure.to_dict() for name, figure in figures.items()}
+    runs.write_json(path, {**summary, "wall_seconds": clock.to_dict()})
+
+
+PLANS: dict[Stage, StagePlan] = {
+    "rollouts": StagePlan(
+        sample_batches,
+        ("update.parquet", "update_tokens.parquet", "probe.parquet", "probe_tokens.parquet"),
+        (),
+    ),
+    "step": StagePlan(rebuild_step, ("step.json", "direction.safetensors"), ("rollouts",)),
+    "change": StagePlan(measure_sweep, ("change.json",), ("rollouts", "step")),
+    "report": StagePlan(write_page, ("report.html",), ("rollouts",), needs_policy=False),
+}
+"""What each stage does, leaves and needs."""

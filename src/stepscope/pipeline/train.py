@@ -1,0 +1,37 @@
+"""``stepscope train``: a training in its run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stepscope.config import TrainConfig
+from stepscope.pipeline.console import say
+from stepscope.runs import RunFolder
+
+
+def run_train(config: TrainConfig, *, resume: bool = False) -> Path:
+    """Train, and leave checkpoints under ``OUT/checkpoints/step-N``.
+
+    Args:
+        config: what to train and how.
+        resume: go on with an interrupted training of the same configuration.
+
+    Returns:
+        The last checkpoint.
+
+    Raises:
+        RunFolderError: the folder already holds a run and ``resume`` is off, or one of another configuration.
+    """
+    run = RunFolder(Path(config.out))
+    plain = config.model_dump(mode="json")
+    run.holds_this_run(plain, verb="train", resume=resume)
+    from stepscope.training import train  # TRL takes seconds to import: not before the settings are checked
+
+    RunFolder.open(run.path, plain, verb="train", resume=resume, extra={"seeds": {"training": config.seed}})
+    try:
+        with run.stage("train", []):
+            last = train(config, run.path, resume=resume)
+    finally:
+        run.clean_up()
+    say(f"train: {last}")
+    return last
