@@ -225,18 +225,15 @@ def whole_sequence(probe: Probe, moved: TokenTable) -> Sampled:
 def regression(probe: Probe, moved: TokenTable) -> Sampled:
     """Per-decision change with the whole response's weight, whose mean is one, as regression control variate.
 
-    The coefficient is the least-squares one on prompt means; consistent, bias of order 1/prompts.
+    The coefficient is the least-squares one; consistent, bias of order 1/n.
     """
     plain = per_decision(probe, moved)
     if not probe.on_policy:
         return plain
     control = importance_weights(probe.table.logprobs, moved.logprobs).whole
-    _, group = np.unique(probe.clusters, return_inverse=True)
-    share = probe.sequence_weights if probe.sequence_weights is not None else np.full(len(control), 1.0)
     excess = control - probe.mean(control)
-    x = np.bincount(group, weights=share * excess)
-    y = np.bincount(group, weights=share * plain.influence)
-    slope = float(x @ y) / float(x @ x) if float(x @ x) > 0 else 0.0
+    spread = probe.mean(excess**2)
+    slope = probe.mean(excess * plain.influence) / spread if spread > 0 else 0.0
     return Sampled(plain.value - slope * probe.mean(control), plain.influence - slope * excess)
 
 

@@ -120,9 +120,11 @@ def round_off_floor(probe: Probe, first: TokenTable, moved: dict[float, TokenTab
         moved: token values by learning rate.
     """
     slope = linear(probe, first)
+    count = len(probe.mask)
+    share = np.full(count, 1 / count) if probe.sequence_weights is None else probe.sequence_weights
     together, apart = [], []
     for lr, table in moved.items():
         left = per_decision(probe, table).plus(slope, -lr)
         together.append(left.value**2)
-        apart.append(float(((left.influence + left.value) ** 2).mean()) / len(left.influence))
+        apart.append(float(((share * (left.influence + left.value)) ** 2).sum()))
     return float(np.sqrt(max(np.mean(together), np.mean(apart)))) if together else 0.0
