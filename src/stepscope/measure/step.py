@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
@@ -26,6 +27,7 @@ from stepscope.errors import BatchError, CheckpointError, MeasurementError
 from stepscope.policy import vectors
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients import Objective, gradient
+from stepscope.policy.models import reference_adapter
 from stepscope.policy.objective import token_weights
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import OptimizerState, Policy
@@ -85,7 +87,8 @@ def reconstruct_step(
         policy: with AdamW's state; its settings give the loss and the clipping.
         update: sequences with advantages.
         reference: the policy of the KL penalty, needed when ``settings.beta`` is not zero and the policy
-            is no PEFT adapter (an adapter's reference is the model without it).
+            is no PEFT adapter (an adapter's reference is the model without it, or under TRL's adapter
+            ``ref``).
         off_policy: the batch was sampled by another policy, whose log-probs it carries; they enter the ratio.
         max_sequences: most sequences in one micro-batch.
         progress: show a progress bar on standard error.
@@ -215,9 +218,9 @@ class _Drift:
         mean = self.total / self.count
         if not mean <= DRIFT_LIMIT:
             raise BatchError(
-                f"update batch: its log-probs differ from this policy's by {mean:.3g} nats per "
-                f"token on average, "
-                f"expected less than {DRIFT_LIMIT}; sample it from this checkpoint, or pass off_policy=True"
+                f"update batch: its log-probs differ from this policy's by {mean:.3g} nats per token on "
+                f"average, expected less than {DRIFT_LIMIT}; sample it from this checkpoint, or pass "
+                "off_policy=True"
             )
 
 
@@ -226,17 +229,16 @@ def _optimizer(policy: Policy) -> OptimizerState:
     where = policy.path or "this policy"
     if state is None:
         raise CheckpointError(
-            f"{where}: no optimizer state, and a step cannot be rebuilt without it; load a "
-            f"checkpoint that has "
-            "optimizer.pt"
+            f"{where}: no optimizer state, and a step cannot be rebuilt without it; load a checkpoint "
+            "that has optimizer.pt"
         )
     known, own = {n for g in state.groups for n in g.names}, set(policy.parameters)
     if known != own:
         odd = sorted(known ^ own)[0]
         raise CheckpointError(
             f"{where}: {odd} is "
-            f"{'in the optimizer state only' if odd in known else 'without optimizer state'}; "
-            "the trainable parameters must be those the optimizer has, reload the checkpoint"
+            f"{'in the optimizer state only' if odd in known else 'without optimizer state'}; the "
+            "trainable parameters must be those the optimizer has, reload the checkpoint"
         )
     return state
 
@@ -248,14 +250,12 @@ def _reference_logprobs(
         return None
     if reference is not None:
         return score_rollouts(reference, update, max_sequences=max_sequences)[0]
-    model: Any = policy.model
-    if not hasattr(model, "disable_adapter"):
+    if not isinstance(policy.model, PeftModel):
         raise MeasurementError(
-            f"the loss has a KL penalty (beta = {policy.settings.beta}) and the policy is a full "
-            f"model; pass the "
-            "policy it is held to as reference"
+            f"the loss has a KL penalty (beta = {policy.settings.beta}) and the policy is a full model; "
+            "pass the policy it is held to as reference"
         )
-    with model.disable_adapter():
+    with reference_adapter(policy.model):
         return score_rollouts(policy, update, max_sequences=max_sequences)[0]
 
 

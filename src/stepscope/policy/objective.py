@@ -56,8 +56,8 @@ def advantages(rewards: FloatArray, prompt_index: IntArray, scale: str) -> Float
     broken = np.flatnonzero(~np.isfinite(rewards))
     if len(broken):
         raise BatchError(
-            f"sequence {broken[0]}: reward is {rewards[broken[0]]}, expected a finite number; "
-            "mend the task's score"
+            f"sequence {broken[0]}: reward is {rewards[broken[0]]}, expected a finite number; mend the "
+            "task's score"
         )
     result = np.zeros_like(rewards)
     for group in np.unique(prompt_index):
@@ -107,8 +107,8 @@ def policy_loss(
     """
     if settings.loss_type not in LOSS_TYPES:
         raise ConfigError(
-            f"loss_type: got {settings.loss_type!r}, expected one of {', '.join(LOSS_TYPES)}; "
-            "other losses of TRL cannot be measured yet"
+            f"loss_type: got {settings.loss_type!r}, expected one of {', '.join(LOSS_TYPES)}; other "
+            "losses of TRL cannot be measured yet"
         )
     per_seq = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
     weight = mask.to(logprobs.dtype)
@@ -118,8 +118,8 @@ def policy_loss(
     if settings.beta != 0.0:
         if ref_logprobs is None:
             raise ConfigError(
-                f"beta = {settings.beta}: the KL penalty needs the reference policy's log-probs, got none; "
-                "pass ref_logprobs"
+                f"beta = {settings.beta}: the KL penalty needs the reference policy's log-probs, got "
+                "none; pass ref_logprobs"
             )
         gap = ref_logprobs - logprobs
         penalty = torch.exp(gap) - gap - 1

@@ -110,9 +110,8 @@ def match_optimizer(
                     found[key][name] = _moment(entry[key], params[name].device, dtype)
     if not steps:
         raise CheckpointError(
-            f"{where}: there is no state for any of {len(params)} parameters (an optimizer before "
-            f"its first step); "
-            "use a checkpoint saved after at least one step"
+            f"{where}: there is no state for any of {len(params)} parameters (an optimizer before its "
+            "first step); use a checkpoint saved after at least one step"
         )
     return OptimizerState(
         groups=tuple(
@@ -136,7 +135,8 @@ def _names_by_group(
         if unknown:
             raise CheckpointError(
                 f"{where}: the optimizer has {unknown[0]}, which is no trainable parameter of the model; "
-                "this is the optimizer state of another model, copy the one that belongs to these weights"
+                "this is the optimizer state of another model, copy the one that belongs to these "
+                "weights"
             )
         return named
     if len(groups) == 1:
@@ -146,17 +146,15 @@ def _names_by_group(
         expected = [[n for n in trainable if n in decay], [n for n in trainable if n not in decay]]
     else:
         raise CheckpointError(
-            f"{where}: {len(groups)} parameter groups without names, expected 1, or the 2 of Hugging Face's "
-            "Trainer; build the optimizer from model.named_parameters() so that names are saved"
+            f"{where}: {len(groups)} parameter groups without names, expected 1, or the 2 of Hugging "
+            "Face's Trainer; build the optimizer from model.named_parameters() so that names are saved"
         )
     sizes, wanted = [len(g["params"]) for g in groups], [len(names) for names in expected]
     if sizes != wanted:
         raise CheckpointError(
-            f"{where}: groups of {sizes} parameters, expected {wanted} for this model (with and "
-            f"without weight "
-            "decay); this is the optimizer state of another model or of another set of trainable "
-            "parameters, copy "
-            "the one that belongs to these weights"
+            f"{where}: groups of {sizes} parameters, expected {wanted} for this model (with and without "
+            "weight decay); this is the optimizer state of another model or of another set of trainable "
+            "parameters, copy the one that belongs to these weights"
         )
     return expected
 
@@ -166,8 +164,8 @@ def _check_entry(entry: Mapping[str, Any], name: str, param: Tensor, amsgrad: bo
     if missing:
         raise CheckpointError(
             f"{where}: state of {name} has {sorted(entry)}, expected AdamW's step, exp_avg and "
-            f"exp_avg_sq; only "
-            "32-bit AdamW can be measured (optim='adamw_torch' or 'adamw_torch_fused'), train with that"
+            "exp_avg_sq; only 32-bit AdamW can be measured (optim='adamw_torch' or "
+            "'adamw_torch_fused'), train with that"
         )
     if amsgrad and "max_exp_avg_sq" not in entry:
         raise CheckpointError(f"{where}: AMSGrad state of {name} lacks max_exp_avg_sq; copy the file again")
@@ -175,8 +173,8 @@ def _check_entry(entry: Mapping[str, Any], name: str, param: Tensor, amsgrad: bo
         if tuple(entry[key].shape) != tuple(param.shape):
             raise CheckpointError(
                 f"{where}: {key} of {name} has shape {tuple(entry[key].shape)}, expected "
-                f"{tuple(param.shape)}; "
-                "this is the optimizer state of another model, copy the one that belongs to these weights"
+                f"{tuple(param.shape)}; this is the optimizer state of another model, copy the one that "
+                "belongs to these weights"
             )
 
 
@@ -190,9 +188,8 @@ def _parameter_group(group: Mapping[str, Any], names: list[str], where: str) -> 
     decay = float(group.get("weight_decay", 0.0))
     if decay and not group.get("decoupled_weight_decay", True):
         raise CheckpointError(
-            f"{where}: Adam with weight decay {decay} inside the gradient, expected AdamW "
-            f"(decoupled decay); only "
-            "AdamW can be measured"
+            f"{where}: Adam with weight decay {decay} inside the gradient, expected AdamW (decoupled "
+            "decay); only AdamW can be measured"
         )
     if group.get("maximize"):
         raise CheckpointError(f"{where}: the optimizer maximizes, expected one that minimizes a loss")

@@ -87,9 +87,10 @@ def sample_rollouts(
             chosen = [problem for _, problem in zip(range(missing), pool, strict=False)]
             if len(chosen) < missing:
                 raise BatchError(
-                    f"{split} split: {len(problems)} problems less {len(exclude)} excluded are not enough "
-                    f"for {num_prompts} prompts{' with reward variance' if require_reward_variance else ''}; "
-                    "ask for fewer prompts or use a larger task"
+                    f"{split} split: {len(problems)} problems less {len(exclude)} excluded are not "
+                    f"enough for {num_prompts} "
+                    f"prompts{' with reward variance' if require_reward_variance else ''}; ask for fewer "
+                    "prompts or use a larger task"
                 )
             groups = _sample_groups(policy, task, chosen, group_size, [seed, 1 + attempt], batch_size, bar)
             kept += [g for g in groups if not require_reward_variance or len({s.reward for s in g}) > 1]
@@ -99,9 +100,8 @@ def sample_rollouts(
         if missing:
             raise BatchError(
                 f"{missing} of {num_prompts} prompt groups still have no reward variance after "
-                f"{max_resample} rounds "
-                "of resampling; use a larger group, a higher temperature or a task the policy "
-                "solves sometimes"
+                f"{max_resample} rounds of resampling; use a larger group, a higher temperature or a "
+                "task the policy solves sometimes"
             )
         rollouts = _assemble(policy, [sequence for group in kept for sequence in group])
         logprobs, entropies = score_rollouts(policy, rollouts, max_sequences=batch_size, bar=bar)
@@ -155,8 +155,8 @@ def _check_request(policy: Policy, num_prompts: int, group_size: int, variance: 
         raise BatchError("this policy has no tokenizer, so nothing can be sampled; load it from a checkpoint")
     if num_prompts < 1 or group_size < 1:
         raise BatchError(
-            f"got num_prompts={num_prompts}, group_size={group_size}, expected at least 1 of each; "
-            f"ask for more"
+            f"got num_prompts={num_prompts}, group_size={group_size}, expected at least 1 of each; ask "
+            "for more"
         )
     if variance and group_size < 2:
         raise BatchError("a group of one response has no reward variance; use group_size of at least 2")
@@ -214,9 +214,8 @@ def _encode(policy: Policy, text: str) -> tuple[int, ...]:
     room = getattr(getattr(base_model(policy.model), "config", None), "max_position_embeddings", None)
     if room is not None and len(ids) + policy.settings.max_response_tokens > room:
         raise BatchError(
-            f"a prompt of {len(ids)} tokens and a response of {policy.settings.max_response_tokens} "
-            f"do not fit the "
-            f"model's {room} positions; lower max_response_tokens or set max_prompt_tokens"
+            f"a prompt of {len(ids)} tokens and a response of {policy.settings.max_response_tokens} do "
+            f"not fit the model's {room} positions; lower max_response_tokens or set max_prompt_tokens"
         )
     return tuple(ids)
 

@@ -1,0 +1,195 @@
+"""Loading a checkpoint of the Hugging Face Trainer or TRL as a policy that can be measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepscope.errors import CheckpointError
+from stepscope.policy.examination import Finding, examine
+from stepscope.policy.models import ADAPTER_CONFIG, brief, load_adapter, load_model, load_tokenizer
+from stepscope.policy.optimizer_state import OPTIMIZER_FILE, match_optimizer, read_optimizer
+from stepscope.policy.settings import SETTINGS_FILE, StepSettings
+from stepscope.policy.state import OptimizerState, Policy
+from stepscope.policy.training_args import TRAINING_ARGS_FILE, settings_from_training_args
+
+__all__ = [
+    "Finding",
+    "checkpoint_digest",
+    "inspect_checkpoint",
+    "load_checkpoint",
+    "load_model",
+    "read_settings",
+]
+
+PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+"""Precisions a checkpoint can be loaded at."""
+
+REQUIRED_SETTINGS = ("loss_type", "scale_rewards", "temperature", "max_response_tokens", "max_grad_norm")
+"""What a caller must give for a checkpoint that carries no settings."""
+
+_DIGESTED = ("*.safetensors", OPTIMIZER_FILE, "config.json", ADAPTER_CONFIG)
+
+
+def load_checkpoint(
+    path: str | Path,
+    *,
+    precision: str = "float32",
+    device: torch.device | str | None = None,
+    settings: StepSettings | None = None,
+    require_optimizer: bool = True,
+) -> Policy:
+    """Load model, tokenizer, AdamW's state by name and the settings of the loss.
+
+    The folder holds a full model or a PEFT adapter as saved by ``transformers.Trainer`` or a TRL trainer. The
+    trainable parameters are those the optimizer has state for. The model is in evaluation mode.
+
+    Args:
+        path: checkpoint folder.
+        precision: ``float32``, ``float64`` (true float64, see :mod:`stepscope.policy.precision`) or
+            ``bfloat16``; the optimizer's moments are kept at float32 or better.
+        device: where it goes; None for a GPU where there is one.
+        settings: of the loss; None for those of the checkpoint (:func:`read_settings`).
+        require_optimizer: False loads a checkpoint without ``optimizer.pt`` too, for evaluation.
+
+    Raises:
+        CheckpointError: something is missing, damaged, or of another model. A missing optimizer state is
+        never
+            replaced by a fresh one.
+    """
+    folder = _folder(Path(path).expanduser())
+    if precision not in PRECISIONS:
+        raise CheckpointError(
+            f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}; use one of these"
+        )
+    dtype = PRECISIONS[precision]
+    settings = read_settings(folder) if settings is None else settings
+    file = folder / OPTIMIZER_FILE
+    saved = read_optimizer(file) if require_optimizer or file.is_file() else None
+    step = _global_step(folder / "trainer_state.json")
+    if (folder / ADAPTER_CONFIG).is_file():
+        model, tokenizer = load_adapter(folder, dtype=dtype, device=device)
+        if (folder / "tokenizer_config.json").is_file():
+            tokenizer = load_tokenizer(folder)
+    else:
+        model, tokenizer = load_model(folder, dtype=dtype, device=device)
+    optimizer: OptimizerState | None = None
+    if saved is not None:
+        optimizer = match_optimizer(
+            saved, model, where=str(file), dtype=torch.float64 if dtype == torch.float64 else None
+        )
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in optimizer.steps)
+        step = max(optimizer.steps.values()) if step is None else step
+    return Policy(model, tokenizer, settings, optimizer, folder, 0 if step is None else step)
+
+
+def read_settings(path: str | Path, *, overrides: Mapping[str, Any] | None = None) -> StepSettings:
+    """The loss settings of a checkpoint, some of them changed.
+
+    Taken from ``stepscope.json``; where there is none, from TRL's ``training_args.bin`` through a restricted
+    reader; where ``overrides`` give all of :data:`REQUIRED_SETTINGS`, from them alone.
+
+    Raises:
+        CheckpointError: there is no source for the settings, or it cannot be understood.
+    """
+    folder = _folder(Path(path).expanduser())
+    changes = dict(overrides or {})
+    missing = [name for name in REQUIRED_SETTINGS if name not in changes]
+    if (folder / SETTINGS_FILE).is_file():
+        found = StepSettings.load(folder / SETTINGS_FILE)
+    elif not missing:
+        found = StepSettings()
+    elif (folder / TRAINING_ARGS_FILE).is_file():
+        found = settings_from_training_args(folder / TRAINING_ARGS_FILE)
+    else:
+        raise CheckpointError(
+            f"{folder}: neither {SETTINGS_FILE} nor {TRAINING_ARGS_FILE} says what the loss was; pass "
+            f"{', '.join(missing)}"
+        )
+    return replace(found, **changes)
+
+
+def checkpoint_digest(path: str | Path) -> str:
+    """SHA-256 over names and contents of the weight, optimizer and model config files of a checkpoint.
+
+    Raises:
+        CheckpointError: there is no such checkpoint.
+    """
+    target = Path(path).expanduser()
+    if target.is_file():
+        files = [target]
+    else:
+        files = sorted({f for pattern in _DIGESTED for f in _folder(target).glob(pattern)})
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def inspect_checkpoint(path: str | Path, *, precision: str = "float32") -> list[Finding]:
+    """Is this checkpoint fit to be measured? What is missing, and what to do about it.
+
+    Loads it without demanding anything but a model, then examines weights, optimizer state, settings,
+    dropout,
+    precision, tied weights, determinism, and invariance to batch size and padding.
+    """
+    findings: list[Finding] = []
+    try:
+        settings = read_settings(path)
+    except CheckpointError as error:
+        findings.append(Finding.from_error(error))
+        settings = StepSettings()
+    else:
+        findings.append(Finding("ok", f"loss settings: {settings.loss_type}, T = {settings.temperature}"))
+    try:
+        policy = load_checkpoint(path, precision=precision, settings=settings)
+    except CheckpointError as error:
+        findings.append(Finding.from_error(error))
+        if (Path(path) / OPTIMIZER_FILE).is_file():
+            return findings
+        try:
+            policy = load_checkpoint(path, precision=precision, settings=settings, require_optimizer=False)
+        except CheckpointError as second:
+            return findings if str(second) == str(error) else [*findings, Finding.from_error(second)]
+    return findings + examine(policy)
+
+
+def _folder(path: Path) -> Path:
+    """The checkpoint folder itself, or an error that says what is there instead."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint folder; check the path")
+    if (path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file():
+        return path
+    inside = [
+        p for pattern in ("checkpoints/step-*", "checkpoint-*") for p in path.glob(pattern) if p.is_dir()
+    ]
+    if inside:
+        latest = max(inside, key=lambda p: (p.stat().st_mtime, p.name))
+        raise CheckpointError(
+            f"{path}: a run with {len(inside)} checkpoints, expected one checkpoint; point at one, such "
+            f"as {latest}"
+        )
+    raise CheckpointError(
+        f"{path}: neither config.json nor {ADAPTER_CONFIG} is there, so it is no checkpoint of a model; "
+        "point at a folder saved by the Hugging Face Trainer or TRL"
+    )
+
+
+def _global_step(path: Path) -> int | None:
+    """Optimizer steps according to ``trainer_state.json``; None where there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        return int(json.loads(path.read_text(encoding="utf-8"))["global_step"])
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({brief(error)}); copy it again") from error

@@ -1,0 +1,186 @@
+"""Examining a loaded policy: is what it computes fit to be measured?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stepscope.errors import StepscopeError
+from stepscope.policy.forward import base_model, forward, make_batch
+from stepscope.policy.rollouts import end_tokens
+from stepscope.policy.state import Policy
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 0.5}
+"""Largest difference of log-probs, in nats, that round-off may make between two ways to batch."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found about a checkpoint.
+
+    Attributes:
+        level: ``ok``; ``warn`` for what limits a measurement; ``fail`` for what prevents it.
+        what: what was found.
+        cure: what to do; empty when all is well.
+    """
+
+    level: Literal["ok", "warn", "fail"]
+    what: str
+    cure: str = ""
+
+    @classmethod
+    def from_error(cls, error: StepscopeError) -> Finding:
+        """A failure: our errors end with the cure, after the last semicolon."""
+        what, _, cure = str(error).rpartition("; ")
+        return cls("fail", what or cure, cure if what else "")
+
+
+def examine(policy: Policy) -> list[Finding]:
+    """Findings about optimizer state, settings, dropout, types, tied weights, and the forward pass itself."""
+    return [
+        *_optimizer(policy),
+        *_sampling(policy),
+        _dropout(policy.model),
+        _types(policy),
+        _tied(policy.model),
+        *_forward(policy),
+    ]
+
+
+def _optimizer(policy: Policy) -> list[Finding]:
+    state = policy.optimizer
+    if state is None:
+        return []
+    count = sum(p.numel() for p in policy.parameters.values())
+    lrs = sorted({g.lr for g in state.groups if g.names})
+    found = [
+        Finding(
+            "ok",
+            f"AdamW state of {len(state.steps)} tensors ({count} parameters) in "
+            f"{sum(bool(g.names) for g in state.groups)} groups matched by name, next lr "
+            f"{', '.join(map(str, lrs))}",
+        )
+    ]
+    if lrs == [0.0]:
+        found.append(
+            Finding(
+                "warn",
+                "the learning rate of the next step is 0, the end of the schedule",
+                "give learning rates yourself (lrs), or measure an earlier checkpoint",
+            )
+        )
+    taken = Counter(state.steps.values())
+    if set(taken) != {policy.step}:
+        found.append(
+            Finding(
+                "warn",
+                f"the optimizer has taken {sorted(taken)} steps and trainer_state.json says {policy.step}",
+                "make sure that optimizer.pt belongs to this checkpoint; skipped steps explain a small "
+                "difference",
+            )
+        )
+    return found
+
+
+def _sampling(policy: Policy) -> list[Finding]:
+    found = []
+    if policy.settings.top_p != 1.0:
+        found.append(
+            Finding(
+                "warn",
+                f"the run sampled with top_p = {policy.settings.top_p}; measurements sample from the "
+                "policy itself",
+                "train with top_p = 1 if the two shall be comparable",
+            )
+        )
+    if not end_tokens(policy):
+        found.append(
+            Finding(
+                "warn",
+                "neither tokenizer nor generation config has an end-of-sequence token: all responses "
+                "are truncated",
+                "set eos_token in the tokenizer's config",
+            )
+        )
+    return found
+
+
+def _dropout(model: nn.Module) -> Finding:
+    active = [n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
+    config = getattr(base_model(model), "config", None)
+    rate = getattr(config, "attention_dropout", 0.0) or 0.0
+    if not active and not rate:
+        return Finding("ok", "no dropout")
+    where = f"{len(active)} modules, {active[0]} among them" if active else f"attention_dropout = {rate}"
+    return Finding(
+        "warn",
+        f"the model has dropout ({where}); training used it, the measurement does not",
+        "train without dropout, so that a step is a function of its batch",
+    )
+
+
+def _types(policy: Policy) -> Finding:
+    stages: dict[str, set[torch.dtype]] = {
+        "weights": {p.dtype for p in policy.model.parameters() if p.is_floating_point()},
+        "trainable": {p.dtype for p in policy.parameters.values()},
+        "constants": {b.dtype for b in policy.model.buffers() if b.is_floating_point()},
+    }
+    if policy.optimizer is not None:
+        stages["moments"] = {t.dtype for t in policy.optimizer.exp_avg_sq.values()}
+    text = ", ".join(
+        f"{name} {'/'.join(sorted(str(t).removeprefix('torch.') for t in types))}"
+        for name, types in stages.items()
+        if types
+    )
+    if torch.float16 in stages["weights"] | stages["trainable"] | stages["constants"]:
+        return Finding("warn", f"types: {text}", "load at float32 or bfloat16; float16 overflows")
+    return Finding("ok", f"types: {text}")
+
+
+def _tied(model: nn.Module) -> Finding:
+    base: Any = base_model(model)
+    inner, outer = base.get_input_embeddings(), base.get_output_embeddings()
+    tied = outer is not None and inner is not None and inner.weight is outer.weight
+    return Finding("ok", "input and output embeddings are " + ("one tied parameter" if tied else "separate"))
+
+
+def _forward(policy: Policy) -> list[Finding]:
+    """Determinism, and invariance to batch size, order and padding, on made-up sequences."""
+    vocab = int(base_model(policy.model).config.vocab_size)  # type: ignore[union-attr, arg-type]
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(0, vocab, (count,), generator=generator).tolist()
+
+    prompts = [tokens(n) for n in (3, 9, 5, 1)]
+    responses = [tokens(n) for n in (6, 2, 1, 8)]
+    together = _logprobs(policy, prompts, responses)
+    again = _logprobs(policy, prompts, responses)
+    alone = [_logprobs(policy, [p], [r])[0] for p, r in zip(prompts, responses, strict=True)]
+    same = all(torch.equal(a, b) for a, b in zip(together, again, strict=True))
+    gap = max(float((a - b).abs().max()) for a, b in zip(together, alone, strict=True))
+    limit = TOLERANCE.get(next(policy.model.parameters()).dtype, 1e-3)
+    found = [
+        Finding("ok", "two forward passes agree bit for bit")
+        if same
+        else Finding("fail", "two equal forward passes differ", "switch off what is random in the model")
+    ]
+    if not gap <= limit:
+        cure = "the model must honour attention_mask and position_ids; use float32, or another architecture"
+        found.append(
+            Finding("fail", f"log-probs depend on batch size and padding by up to {gap:.2g} nats", cure)
+        )
+    else:
+        found.append(Finding("ok", f"log-probs depend on batch size and padding by at most {gap:.2g} nats"))
+    return found
+
+
+def _logprobs(policy: Policy, prompts: list[list[int]], responses: list[list[int]]) -> list[Tensor]:
+    batch = make_batch(prompts, responses, device=policy.device)
+    with torch.no_grad():
+        outputs = forward(policy.model, batch, temperature=policy.settings.temperature)
+    return [row[mask] for row, mask in zip(outputs.logprobs, batch.response_mask, strict=True)]
