@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from enumerable import ARCHITECTURES, EOS, PROMPTS, digit_reward, enumerable_policy, random_step
+from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy, random_step
 from stepscope.errors import MeasurementError
 from stepscope.measure.change import measure_change, measure_changes
 from stepscope.measure.estimators import ESTIMATORS
@@ -54,11 +54,12 @@ def test_too_many_responses_are_refused() -> None:
 @pytest.mark.parametrize(
     ("architecture", "lora"),
     [
-        *((a, False) for a in ARCHITECTURES),
-        ("qwen2", True),
-        ("gemma3", True),
-        ("gpt2", True),
+        ("qwen2", False),
         ("llama", True),
+        ("gpt2", False),
+        ("gemma3", True),
+        *(pytest.param(a, True, marks=pytest.mark.slow) for a in ("qwen2", "qwen3", "gpt2")),
+        *(pytest.param(a, False, marks=pytest.mark.slow) for a in ("qwen3", "llama", "gemma3")),
     ],
 )
 def test_in_the_limit_every_estimate_is_exact(architecture: str, lora: bool) -> None:
@@ -88,7 +89,7 @@ def test_in_the_limit_every_estimate_is_exact(architecture: str, lora: bool) -> 
     for change in found:
         which = {"normalisation": change.normalisation, "version": change.version, "reference": reference}
         name = f"{change.quantity} {change.normalisation} {change.version}"
-        value = float(exact_value(policy, rollouts, change.quantity, **which))
+        value = exact_value(policy, rollouts, change.quantity, **which).item()
         slope, curvature = exact_derivatives(policy, rollouts, change.quantity, step.direction, **which)
         assert change.value.value == pytest.approx(value, abs=1e-12), name
         assert change.slope.value == pytest.approx(slope, abs=1e-9), name
@@ -167,8 +168,8 @@ def test_a_sample_agrees_with_the_exact_value_within_its_errors() -> None:
     prompts = ((2, 3), (4, 2, 3), (3, 3), (2, 4, 4))
     rollouts, probabilities = exact_rollouts(policy, prompts, eos_id=EOS, reward=digit_reward)
     step = random_step(policy)
-    sample, rows = sample_exact(rollouts, probabilities, num_prompts=400, group_size=2, seed=0)
-    assert sample.num_prompts == 400
+    sample, rows = sample_exact(rollouts, probabilities, num_prompts=160, group_size=2, seed=0)
+    assert sample.num_prompts == 160
     shares = np.bincount(rows, minlength=len(rollouts)) / len(rows)
     assert np.abs(shares - probabilities).max() < 5 * np.sqrt(probabilities.max() / len(rows))
     for change in measure_changes(

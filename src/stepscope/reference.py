@@ -282,4 +282,4 @@ def exact_derivatives(
         )
         (first,) = torch.autograd.grad(value, lr, create_graph=True)
         (second,) = torch.autograd.grad(first, lr)
-    return float(first), float(second)
+    return float(first.detach()), float(second.detach())
