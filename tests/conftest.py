@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -88,3 +89,55 @@ def tiny_policy() -> Policy:
 @pytest.fixture(name="build_policy")
 def _build_policy() -> Callable[..., Policy]:
     return build_policy
+
+
+SMALL_TRAINING = """
+model:
+  source: tiny
+  tiny: {hidden_size: 32, layers: 2, heads: 2, kv_heads: 1, intermediate_size: 64}
+task: arithmetic:terms=2,digits=1,ops=+
+format_weight: 0.1
+sft:
+  examples: 40
+  epochs: 12
+  batch_size: 20
+  check_every: 8
+  check_prompts: 16
+  format_threshold: 1.0
+  optimizer: {lr: 0.01}
+rl:
+  group_size: 4
+  prompts_per_step: 4
+  micro_batch_size: 16
+  max_response_tokens: 20
+  max_resample: 1
+  steps: 4
+  save_every: 2
+  report_to: []
+  optimizer: {lr: 0.001, weight_decay: 0.01}
+"""
+
+
+@pytest.fixture(scope="session")
+def small_training(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration file whose training takes seconds."""
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    path.write_text(SMALL_TRAINING)
+    return path
+
+
+@pytest.fixture(scope="session")
+def trained_run(small_training: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a real small training: warm-up, then four steps of reinforcement learning."""
+    from stepscope.config import TrainConfig, load_config
+    from stepscope.pipeline import run_train
+
+    out = tmp_path_factory.mktemp("trained") / "run"
+    run_train(load_config(TrainConfig, small_training, [], {"out": str(out)}))
+    return out
+
+
+@pytest.fixture(scope="session")
+def checkpoint(trained_run: Path) -> Path:
+    """The last checkpoint of the small training; not to be changed, copy it."""
+    return trained_run / "checkpoints" / "step-4"
