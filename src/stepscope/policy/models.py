@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -205,12 +206,14 @@ def _placed(model: Any, dtype: torch.dtype, device: torch.device | str | None) -
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no load report of transformers inside the block."""
+    """No progress bars, load reports and warnings inside the block: what matters in them is checked here."""
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:
