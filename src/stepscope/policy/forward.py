@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from stepscope.errors import BatchError, MeasurementError
+from stepscope.policy.differentiation import twice_differentiable
 from stepscope.policy.precision import matching_precision
 from stepscope.results import Rollouts
 
@@ -165,7 +166,7 @@ def forward(
     """Log-probs and entropies of the response tokens of a batch.
 
     Differentiable in the model's parameters, in reverse mode (backward) and, given ``params``, in forward
-    mode (``torch.func.jvp``).
+    mode (``torch.func.jvp``, also nested).
 
     Args:
         model: causal language model.
@@ -192,14 +193,14 @@ def forward(
     accepted = inspect.signature(base_model(model).forward).parameters
     if "position_ids" not in accepted:
         raise MeasurementError(
-            f"{type(base_model(model)).__name__}: its forward takes no position_ids, which padded batches "
-            "need; measure a model with explicit positions (Llama, Qwen, Gemma, GPT-2, ...)"
+            f"{type(base_model(model)).__name__}: its forward takes no position_ids, which padded "
+            "batches need; measure a model with explicit positions (Llama, Qwen, Gemma, GPT-2, ...)"
         )
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = length + 1
     if keep_hidden:
         inputs["output_hidden_states"] = True
-    with matching_precision(model):
+    with matching_precision(model), twice_differentiable(model):
         if params is None:
             out = model(**inputs)
         else:
