@@ -25,7 +25,7 @@ from stepscope.measure.line import TokenTable
 from stepscope.results import BoolArray, FloatArray, IntArray
 
 LADDER = ("none", "current", "position", "ridge")
-RIDGE_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
+RIDGE_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ def ridge_critic(
     """Cross-fitted ridge regression of R_k on features of the prefix.
 
     Per fold of prompts: position means and regression are fitted on the other folds; a fifth of their prompts
-    chooses the strength (relative to the mean variance of the standardised features).
+    chooses the strength (relative to the variance of a standardised feature). Positions that no training
+    response reaches take the means of the last one reached.
 
     Args:
         targets: (seq, tok) R_k.
@@ -119,29 +120,26 @@ def ridge_critic(
 
 
 class _Ridge:
-    """Position means plus ridge regression of what they leave, on standardised features."""
+    """Position means, plus a ridge regression of deviations from them on deviations of the features."""
 
     def __init__(
         self, targets: FloatArray, features: FloatArray, mask: BoolArray, rows: BoolArray, strength: float
     ) -> None:
         here = mask[rows]
         counts = here.sum(0)
-        self.position = np.divide(
-            (targets[rows] * here).sum(0), counts, out=np.zeros(mask.shape[1]), where=counts > 0
-        )
-        x = features[rows][here]
-        y = (targets[rows] - self.position)[here]
-        self.shift = x.mean(0)
+        reached = np.minimum(np.arange(len(counts)), int((counts > 0).sum()) - 1)
+        self.targets = ((targets[rows] * here).sum(0) / np.maximum(counts, 1))[reached]
+        self.features = ((features[rows] * here[..., None]).sum(0) / np.maximum(counts, 1)[:, None])[reached]
+        x = (features[rows] - self.features)[here]
         spread = x.std(0)
-        self.scale = np.where(spread > 1e-12 * (1 + np.abs(self.shift)), spread, np.inf)
-        z = (x - self.shift) / self.scale
+        self.scale = np.where(spread > 1e-12 * (1 + np.abs(self.features).max(0)), spread, np.inf)
+        z = x / self.scale
         gram = z.T @ z + strength * len(z) * np.eye(z.shape[1])
-        self.offset = float(y.mean())
-        self.coefficients = np.linalg.solve(gram, z.T @ (y - self.offset))
+        self.coefficients = np.linalg.solve(gram, z.T @ (targets[rows] - self.targets)[here])
 
     def predict(self, features: FloatArray, mask: BoolArray) -> FloatArray:
-        z = (features - self.shift) / self.scale
-        return np.asarray((self.position + self.offset + z @ self.coefficients) * mask, dtype=np.float64)
+        z = (features - self.features) / self.scale
+        return np.asarray((self.targets + z @ self.coefficients) * mask, dtype=np.float64)
 
 
 def _squared_error(

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from enumerable import ARCHITECTURES, EOS, PROMPTS, enumerable_policy, random_step
+from stepscope.errors import MeasurementError
+from stepscope.measure import nested
+from stepscope.measure.line import derivatives, hidden_states, response_mask, values_at
+from stepscope.measure.quantities import make_quantity
+from stepscope.policy.vectors import scale
+from stepscope.reference import exact_rollouts
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_derivatives_are_limits_of_differences(architecture: str) -> None:
+    policy = enumerable_policy(architecture)
+    rollouts, _ = exact_rollouts(policy, PROMPTS[:1], eos_id=EOS)
+    direction = random_step(policy).direction
+    quantities = [make_quantity("entropy", rollouts), make_quantity("logprob", rollouts)]
+    (only,) = derivatives(policy, rollouts, quantities, direction, max_sequences=128)
+    first, second = derivatives(policy, rollouts, quantities, direction, order=2, max_sequences=128)
+    h = 1e-4
+    up, base, down = (
+        values_at(policy, rollouts, quantities, direction, lr, max_sequences=128) for lr in (h, 0.0, -h)
+    )
+    for name in ("logprobs", "prefix", "token"):
+        plus, zero, minus = (getattr(t, name) for t in (up, base, down))
+        size = np.abs(getattr(second, name)).max()
+        np.testing.assert_allclose(getattr(first, name), (plus - minus) / (2 * h), atol=1e-4 * (1 + size))
+        np.testing.assert_allclose(
+            getattr(second, name), (plus + minus - 2 * zero) / h**2, atol=1e-3 * (1 + size)
+        )
+        np.testing.assert_allclose(getattr(only, name), getattr(first, name), rtol=1e-9, atol=1e-9)
+
+
+def test_parameters_come_back_bitwise_and_padding_is_zero() -> None:
+    policy = enumerable_policy()
+    before = {n: p.detach().clone() for n, p in policy.parameters.items()}
+    rollouts, _ = exact_rollouts(policy, PROMPTS, eos_id=EOS)
+    quantities = [make_quantity("entropy", rollouts)]
+    table = values_at(policy, rollouts, quantities, random_step(policy).direction, 0.1)
+    derivatives(policy, rollouts, quantities, random_step(policy).direction, order=2)
+    for name, values in policy.parameters.items():
+        assert torch.equal(values, before[name])
+    mask = response_mask(rollouts)
+    assert (table.logprobs[~mask] == 0).all()
+    assert (table.prefix[:, ~mask] == 0).all()
+    assert (table.logprobs[mask] < 0).all()
+
+
+def test_micro_batches_do_not_matter() -> None:
+    policy = enumerable_policy()
+    rollouts, _ = exact_rollouts(policy, PROMPTS, eos_id=EOS)
+    quantities = [make_quantity("entropy", rollouts)]
+    direction = random_step(policy).direction
+    few, many = (values_at(policy, rollouts, quantities, direction, 1e-2, max_sequences=m) for m in (7, 200))
+    np.testing.assert_allclose(few.prefix, many.prefix, atol=1e-12)
+    np.testing.assert_allclose(few.logprobs, many.logprobs, atol=1e-12)
+
+
+def test_a_wrong_second_derivative_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own nested rule for layer_norm is wrong; without the written-out one the check must refuse."""
+    policy = enumerable_policy("gpt2")
+    rollouts, _ = exact_rollouts(policy, PROMPTS, eos_id=EOS)
+    monkeypatch.delitem(nested._WRITTEN_OUT, F.layer_norm)
+    monkeypatch.delitem(nested._WRITTEN_OUT, torch.layer_norm)
+    with pytest.raises(MeasurementError, match="without second order"):
+        derivatives(
+            policy, rollouts, [make_quantity("entropy", rollouts)], random_step(policy).direction, order=2
+        )
+
+
+@pytest.mark.parametrize(
+    "function", [F.silu, F.mish, lambda x: F.glu(x, -1), lambda x: F.layer_norm(x, (4,), x[0], x[1])]
+)
+def test_written_out_functions_agree_with_torch(function: object) -> None:
+    x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert callable(function)
+    with nested.twice_differentiable():
+        found = function(x)
+    torch.testing.assert_close(found, function(x), rtol=1e-12, atol=1e-12)
+
+
+def test_second_order_is_there_in_float32_and_scales() -> None:
+    policy = enumerable_policy("qwen2")
+    policy.model.float()
+    rollouts, _ = exact_rollouts(policy, PROMPTS, eos_id=EOS)
+    direction = random_step(policy).direction
+    quantities = [make_quantity("entropy", rollouts)]
+    once = derivatives(policy, rollouts, quantities, direction, order=2)
+    twice = derivatives(policy, rollouts, quantities, scale(direction, 2.0), order=2)
+    largest = np.abs(once[1].prefix).max()
+    np.testing.assert_allclose(twice[0].prefix, 2 * once[0].prefix, atol=1e-3 * np.abs(once[0].prefix).max())
+    np.testing.assert_allclose(twice[1].prefix, 4 * once[1].prefix, atol=1e-3 * largest)
+
+
+def test_hidden_states_are_projected_only_when_wide() -> None:
+    policy = enumerable_policy()
+    rollouts, _ = exact_rollouts(policy, PROMPTS, eos_id=EOS)
+    whole = hidden_states(policy, rollouts)
+    assert whole.shape == (*response_mask(rollouts).shape, 16)
+    assert (whole[~response_mask(rollouts)] == 0).all()
+    narrow = hidden_states(policy, rollouts, max_features=8)
+    again = hidden_states(policy, rollouts, max_features=8, max_sequences=3)
+    assert narrow.shape[-1] == 8
+    np.testing.assert_allclose(narrow, again, atol=1e-5)
+    # prefixes are equal for responses that agree so far: the first position depends on the prompt alone
+    first = whole[rollouts.prompt_index == 0][:, 0]
+    np.testing.assert_allclose(first, np.broadcast_to(first[0], first.shape), atol=1e-6)
