@@ -139,7 +139,7 @@ class RlConfig(Section):
     max_prompt_tokens: int | None = Field(default=None, ge=1)
     steps: int = Field(default=40, ge=1)
     save_every: int = Field(default=10, ge=1)
-    max_resample: int = Field(default=10, ge=0)
+    max_resample: int = Field(default=3, ge=0)
     beta: float = Field(default=0.0, ge=0)
     epsilon_low: float = Field(default=0.2, gt=0)
     epsilon_high: float = Field(default=0.2, gt=0)
@@ -147,6 +147,21 @@ class RlConfig(Section):
     gradient_checkpointing: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
     report_to: list[str] = Field(default_factory=lambda: ["tensorboard"])
+
+    @model_validator(mode="after")
+    def _batches_fit(self) -> RlConfig:
+        total = self.prompts_per_step * self.group_size
+        if total % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide the {total} sequences of a step "
+                f"(prompts_per_step x group_size); give a divisor of {total}"
+            )
+        if self.loss_type == "bnpo" and self.micro_batch_size != total:
+            raise ValueError(
+                f"loss_type bnpo averages over a micro-batch, so its step depends on how the batch is cut; "
+                f"set micro_batch_size to {total}, or use dapo"
+            )
+        return self
 
 
 class TrainConfig(Section):

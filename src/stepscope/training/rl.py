@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os.path
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -136,10 +138,20 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
 
 
 def publish(folder: Path, settings: StepSettings) -> Path:
-    """Add the settings to a finished checkpoint ``.../checkpoint-N`` and rename it ``.../step-N``."""
+    """Add the settings to a finished checkpoint ``.../checkpoint-N`` and rename it ``.../step-N``.
+
+    An adapter whose base lies in the same run folder names it relative to itself, so that the run folder
+    can move.
+    """
     settings.save(folder)
-    target = folder.with_name(folder.name.replace("checkpoint-", "step-"))
-    return folder.replace(target)
+    adapter_config = folder / "adapter_config.json"
+    if adapter_config.exists():
+        content = json.loads(adapter_config.read_text(encoding="utf-8"))
+        base, run = Path(content["base_model_name_or_path"]), folder.resolve().parent.parent
+        if base.is_dir() and run in base.resolve().parents:
+            content["base_model_name_or_path"] = os.path.relpath(base.resolve(), folder.resolve())
+            adapter_config.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    return folder.replace(folder.with_name(folder.name.replace("checkpoint-", "step-")))
 
 
 def step_settings(config: TrainConfig) -> StepSettings:

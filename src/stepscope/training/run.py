@@ -8,6 +8,7 @@ from stepscope.config import TrainConfig
 from stepscope.errors import RunFolderError
 from stepscope.tasks.load import load_task
 from stepscope.tasks.problem import Task
+from stepscope.training.arguments import quiet_libraries
 from stepscope.training.rl import reinforce, step_settings
 from stepscope.training.sft import warm_up
 from stepscope.training.start import reload_model, resolve_source, save_base, starting_model
@@ -18,10 +19,10 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
 
     ``OUT/base`` is the policy after the warm-up (a Hugging Face folder), ``OUT/warmup`` the log of the
     warm-up, ``OUT/checkpoints/step-N`` the checkpoints of the reinforcement learning and
-    ``OUT/tensorboard`` its curves. An adapter's checkpoint names its base by absolute path; in a run folder
-    that was moved it is ``../../base`` from the checkpoint. Without warm-up an adapter's base is the
-    configured model itself and ``OUT/base`` is not written, unless that model is built in code or comes
-    from a GGUF file, which have no folder to refer to.
+    ``OUT/tensorboard`` its curves. An adapter's checkpoint names its base ``../../base``, relative to itself,
+    so that the run folder can move. Without warm-up an adapter's base is the configured model itself and
+    ``OUT/base`` is not written, unless that model is built in code or comes from a GGUF file, which have no
+    folder to refer to.
 
     Args:
         config: what to train and how.
@@ -45,16 +46,17 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
         )
     task = load_task(config.task, template=config.template, format_weight=config.format_weight)
     out.mkdir(parents=True, exist_ok=True)
-    if last is None and not base.exists():
-        _make_base(config, task, out)
-    if config.rl is None:
-        return base
-    source = str(base) if base.exists() else resolve_source(config.model.source)
-    if last is None or step_of(last) < config.rl.steps:
-        model, tokenizer = reload_model(source, dtype=config.model.dtype)
-        resumable = last if last is not None and step_of(last) > 0 else None
-        reinforce(config, model, tokenizer, task, out, resume=resumable)
-        last = last_checkpoint(out)
+    with quiet_libraries():
+        if last is None and not base.exists():
+            _make_base(config, task, out)
+        if config.rl is None:
+            return base
+        if last is None or step_of(last) < config.rl.steps:
+            source = str(base) if base.exists() else resolve_source(config.model.source)
+            model, tokenizer = reload_model(source, dtype=config.model.dtype)
+            resumable = last if last is not None and step_of(last) > 0 else None
+            reinforce(config, model, tokenizer, task, out, resume=resumable)
+            last = last_checkpoint(out)
     if last is None:
         raise RunFolderError(f"{out}: the training left no checkpoint; set rl.save_every to at most rl.steps")
     return last

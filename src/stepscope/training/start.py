@@ -21,13 +21,13 @@ PACKAGE = "package:"
 
 
 def resolve_source(source: str) -> str:
-    """The path behind ``package:NAME/FILE``; any other source is returned as it is.
+    """The path behind ``package:NAME/FILE``; a local path made absolute; a hub id as it is.
 
     Raises:
         ConfigError: the package is not installed or does not hold the file.
     """
     if not source.startswith(PACKAGE):
-        return source
+        return str(Path(source).resolve()) if Path(source).exists() else source
     name, _, file = source.removeprefix(PACKAGE).partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
