@@ -65,9 +65,9 @@ def test_ids_name_the_difficulty_once() -> None:
     def first(spec: str) -> str:
         return load_task(spec).problems("test")[3].prompt_id
 
-    assert first("arithmetic:terms=3,digits=2,ops=+-") == "arithmetic/test/3"
+    assert first("arithmetic:terms=3-5,digits=1,ops=+-") == "arithmetic/test/3"
     assert first("arithmetic:digits=2-2") == "arithmetic:digits=2-2/test/3"
-    assert first("arithmetic:terms=2-4,digits=1") == "arithmetic:digits=1,terms=2-4/test/3"
+    assert first("arithmetic:terms=2-4,digits=2") == "arithmetic:digits=2,terms=2-4/test/3"
 
 
 def test_a_small_space_gives_what_it_has() -> None:

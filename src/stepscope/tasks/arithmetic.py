@@ -33,8 +33,8 @@ class Dial:
         ops: ``+`` or ``+-``.
     """
 
-    terms: tuple[int, int] = (3, 3)
-    digits: tuple[int, int] = (1, 2)
+    terms: tuple[int, int] = (3, 5)
+    digits: tuple[int, int] = (1, 1)
     ops: str = "+-"
 
     def prefix(self) -> str:
@@ -68,7 +68,7 @@ class Arithmetic:
 
     @classmethod
     def from_options(cls, text: str) -> Arithmetic:
-        """Read the dial from ``terms=3,digits=1-2,ops=+-,train=10000,test=1000``.
+        """Read the dial from ``terms=3-5,digits=1,ops=+-,train=10000,test=1000``.
 
         Raises:
             TaskError: an option is unknown or out of range.
