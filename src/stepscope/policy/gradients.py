@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepscope.policy.forward import TokenBatch, TokenOutputs, batches, forward
@@ -15,6 +18,9 @@ from stepscope.results import Rollouts
 
 Objective = Callable[[TokenOutputs, TokenBatch], Tensor]
 """A differentiable function of what the policy says: (seq,) or (seq, tok), zero on padding."""
+
+Mode = Literal["auto", "forward", "double_backward"]
+logger = logging.getLogger(__name__)
 
 
 def gradient(
@@ -47,14 +53,27 @@ def directional_derivative(
     objective: Objective,
     direction: ParameterVector,
     *,
+    mode: Mode = "auto",
     max_sequences: int = 16,
     keep_logits: bool = False,
 ) -> list[Tensor]:
-    """Forward-mode derivative d objective / d params . direction, one tensor per sequence of the batch.
+    """Derivative of the objective along a direction, for every sequence or every token, exactly.
 
     Each entry is a scalar for an objective of shape (seq,), and (tok,) without padding for (seq, tok).
-    Memory does not grow with the number of layers: no graph is kept. Attention runs on the mathematical
-    backend, the only one with a forward-mode rule.
+    ``forward`` is forward-mode differentiation: about two forward passes, no graph kept. ``double_backward``
+    differentiates the linear map v -> grad(v . objective) . direction in v: about twice as slow, holds a
+    graph, and needs no forward-mode rules. ``auto`` takes forward mode and, where the model has an operation
+    without a forward-mode rule, says so and takes the other. Attention runs on the mathematical backend, the
+    only one with either rule.
+
+    Args:
+        policy: not changed.
+        rollouts: the sequences.
+        objective: (seq,) or (seq, tok).
+        direction: by parameter name; parameters it lacks stay put.
+        mode: how to differentiate.
+        max_sequences: micro-batch size.
+        keep_logits: whether the objective needs logits.
     """
     params = {n: policy.parameters[n].detach() for n in direction}
     tangent = {n: t.to(params[n].dtype) for n, t in direction.items()}
@@ -67,9 +86,55 @@ def directional_derivative(
             )
             return objective(outputs, batch)
 
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-            _, derivative = torch.func.jvp(value, (params,), (tangent,))
+        with sdpa_kernel(SDPBackend.MATH):
+            if mode != "double_backward":
+                try:
+                    derivative = _forward_mode(value, params, tangent)
+                except (NotImplementedError, RuntimeError) as error:
+                    if mode == "forward" or not _lacks_a_rule(error):
+                        raise
+                    logger.warning("token derivatives by double backward: %s", error)
+                    mode = "double_backward"
+            if mode == "double_backward":
+                derivative = _double_backward(value, params, tangent)
         for row, i in enumerate(batch.seq_index.tolist()):
             entry = derivative[row]
             found[i] = entry[batch.response_mask[row]] if entry.dim() else entry
     return [found[i] for i in range(len(rollouts))]
+
+
+def _forward_mode(
+    value: Callable[[dict[str, Tensor]], Tensor], params: dict[str, Tensor], tangent: dict[str, Tensor]
+) -> Tensor:
+    with torch.no_grad(), forward_ad.dual_level():
+        duals = {
+            n: forward_ad.make_dual(p, tangent[n])  # type: ignore[no-untyped-call]
+            for n, p in params.items()
+        }
+        output, derivative = forward_ad.unpack_dual(value(duals))  # type: ignore[no-untyped-call]
+        return torch.zeros_like(output) if derivative is None else derivative
+
+
+def _lacks_a_rule(error: Exception) -> bool:
+    """Whether torch says that some operation cannot be differentiated in forward mode."""
+    text = str(error)
+    return "forward AD" in text or "forward mode AD" in text or "setup_context" in text
+
+
+def _double_backward(
+    value: Callable[[dict[str, Tensor]], Tensor], params: dict[str, Tensor], tangent: dict[str, Tensor]
+) -> Tensor:
+    """J tangent as the derivative of the linear function v -> (J' v) . tangent, at v = 0."""
+    with torch.enable_grad():
+        leaves = {n: p.detach().requires_grad_() for n, p in params.items()}
+        output = value(leaves)
+        weights = torch.zeros_like(output, requires_grad=True)
+        pulled = torch.autograd.grad(
+            output, list(leaves.values()), weights, create_graph=True, allow_unused=True
+        )
+        total = (
+            sum((g * tangent[n]).sum() for n, g in zip(leaves, pulled, strict=True) if g is not None)
+            + 0 * weights.sum()
+        )
+        (derivative,) = torch.autograd.grad(total, weights)
+    return derivative

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from stepscope.errors import MeasurementError
+from stepscope.policy.coverage import Coverage
 from stepscope.policy.gradient_store import GradientStore, square_norms
 from stepscope.policy.gradients import Objective
 from stepscope.policy.layer_gradient import LayerGradient, matrix_shape
-from stepscope.policy.per_sequence import StreamOptions, by_length, stream
+from stepscope.policy.per_sequence import StreamOptions, by_length, coverage_of, stream
 from stepscope.policy.products import check_vector, compute_dtype
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
@@ -108,7 +109,8 @@ def grams(
         if weights is not None:
             check_vector(policy, weights, f"metric {name!r}")
     order = by_length(rollouts)
-    size = _block_size(policy, rollouts, len(order), memory_bytes) if directory is None else len(order)
+    coverage = coverage_of(policy, rollouts)
+    size = _block_size(policy, rollouts, coverage, memory_bytes) if directory is None else len(order)
     blocks = [slice(start, min(start + size, len(order))) for start in range(0, len(order), size)]
     square = {m: torch.zeros(len(order), len(order), dtype=torch.float64) for m in metrics}
     num_other = 0 if other is None else len(other[0])
@@ -185,16 +187,22 @@ def _stream_past(
     stream(policy, rollouts, objective, consume, order=order, **options)
 
 
-def _block_size(policy: Policy, rollouts: Rollouts, count: int, memory_bytes: int) -> int:
-    """Sequences whose gradients fit the budget, in equal blocks."""
+def _block_size(policy: Policy, rollouts: Rollouts, coverage: Coverage, memory_bytes: int) -> int:
+    """Sequences whose gradients fit the budget, in equal blocks; factors where they are the smaller form."""
+    count = len(rollouts)
     longest = max(
         len(p) + len(r) for p, r in zip(rollouts.prompt_token_ids, rollouts.response_token_ids, strict=True)
     )
+    factors: dict[str, int] = {}
+    for tap in coverage.taps:
+        for _, name in tap.params:
+            rows, cols = matrix_shape(policy.parameters[name].shape)
+            held = longest * (cols + (1 if tap.kind == "embedding" else rows))
+            factors[name] = factors.get(name, 0) + held
     per_sequence = 0
-    for param in policy.parameters.values():
-        rows, cols = matrix_shape(param.shape)
-        held = min(rows * cols, 2 * longest * (rows + cols))
-        per_sequence += held * torch.empty((), dtype=compute_dtype(param)).element_size()
+    for name, param in policy.parameters.items():
+        numbers = min(param.numel(), factors.get(name, param.numel()))
+        per_sequence += numbers * torch.empty((), dtype=compute_dtype(param)).element_size()
     fits = memory_bytes // per_sequence
     if fits < 1:
         raise MeasurementError(

@@ -1,0 +1,237 @@
+"""Influence: additive, equal to the explicit P-weighted inner products, and with the errors of the change."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from stepscope.errors import MeasurementError
+from stepscope.measure.change import measure_change
+from stepscope.measure.influence import Influence, influence, write_influence
+from stepscope.measure.probe_gradient import bind_quantity, probe_gradient
+from stepscope.measure.step import Step, reconstruct_step, sequence_direction
+from stepscope.policy import vectors
+from stepscope.policy.gradients import gradient
+from stepscope.policy.objective import advantages
+from stepscope.policy.precision import lift_model
+from stepscope.policy.rollouts import score_rollouts
+from stepscope.policy.settings import StepSettings
+from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
+from stepscope.results import Rollouts
+
+VOCAB = 13
+
+
+def build_policy(kind: str = "full", dtype: torch.dtype = torch.float64) -> Policy:
+    """A random Llama with tied embeddings and an AdamW state in mid-training."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+    )
+    model: nn.Module = LlamaForCausalLM(config)
+    if kind == "lora":
+        model = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
+    if dtype == torch.float64:
+        model = lift_model(model)
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    optimizer = OptimizerState(
+        groups=(ParameterGroup(tuple(params), lr=1e-3, weight_decay=0.1),),
+        exp_avg={n: 0.1 * torch.randn_like(p).detach() for n, p in params.items()},
+        exp_avg_sq={n: 0.01 + 0.05 * torch.rand_like(p).detach() for n, p in params.items()},
+        steps=dict.fromkeys(params, 7),
+    )
+    settings = StepSettings(temperature=0.9, max_response_tokens=8, max_grad_norm=0.5)
+    return Policy(model.eval(), None, settings, optimizer)
+
+
+def draw(policy: Policy, seed: int, num_prompts: int, group_size: int) -> Rollouts:
+    rng = np.random.default_rng(seed)
+    count = num_prompts * group_size
+    prompts = [tuple(rng.integers(2, VOCAB, rng.integers(2, 6)).tolist()) for _ in range(num_prompts)]
+    responses = [tuple(rng.integers(0, VOCAB, rng.integers(1, 8)).tolist()) for _ in range(count)]
+    index = np.repeat(np.arange(num_prompts), group_size)
+    rewards = rng.random(count)
+    drawn = Rollouts(
+        prompt_ids=tuple(f"p{seed}/{i}" for i in index),
+        prompts=("",) * count,
+        responses=("",) * count,
+        prompt_token_ids=tuple(prompts[i] for i in index),
+        response_token_ids=tuple(responses),
+        rewards=rewards,
+        correct=np.zeros(count, dtype=bool),
+        truncated=np.zeros(count, dtype=bool),
+        logprobs=tuple(np.zeros(len(r)) for r in responses),
+        entropies=tuple(np.zeros(len(r)) for r in responses),
+        temperature=policy.settings.temperature,
+        max_response_tokens=policy.settings.max_response_tokens,
+        advantages=advantages(rewards, index, "none"),
+    )
+    logprobs, entropies = score_rollouts(policy, drawn)
+    return replace(drawn, logprobs=logprobs, entropies=entropies)
+
+
+@pytest.fixture(scope="module")
+def setting() -> tuple[Policy, Step, Rollouts]:
+    policy = build_policy()
+    return policy, reconstruct_step(policy, draw(policy, 1, 3, 4)), draw(policy, 2, 6, 2)
+
+
+@pytest.mark.parametrize(
+    ("quantity", "normalisation", "version"),
+    [
+        ("entropy", "per_token", "on_policy"),
+        ("entropy", "per_token", "fixed_prefix"),
+        ("entropy", "per_seq", "on_policy"),
+        ("reward", "per_seq", "on_policy"),
+        ("length", "per_seq", "on_policy"),
+        ("logprob", "per_seq", "fixed_prefix"),
+    ],
+)
+def test_parts_add_up_to_the_linear_change_with_its_error(
+    setting: tuple[Policy, Step, Rollouts], quantity: str, normalisation: str, version: str
+) -> None:
+    policy, step, probe = setting
+    how = {"quantity": quantity, "normalisation": normalisation, "version": version}
+    shares = influence(policy, step, step.update, probe, **how)
+    change = measure_change(policy, step, probe, lrs=[1e-4], **how)
+    whole = shares.sequences.sum() + shares.momentum.value + shares.decay.value
+    scale = np.abs(shares.sequences).sum() + abs(shares.momentum.value) + abs(shares.decay.value)
+    assert [t.sum() for t in shares.tokens] == pytest.approx(shares.sequences.tolist(), rel=1e-12)
+    assert [len(t) for t in shares.tokens] == step.update.num_tokens.tolist()
+    assert whole == pytest.approx(change.slope.value, abs=1e-10 * scale)
+    assert shares.total.value == pytest.approx(whole, rel=1e-12)
+    assert shares.total.stderr == pytest.approx(change.slope.stderr, rel=1e-8)
+    assert shares.total.n == change.slope.n == 6
+    assert shares.disagreement < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_float32_adds_up(kind: str) -> None:
+    policy = build_policy(kind, torch.float32)
+    step = reconstruct_step(policy, draw(policy, 1, 3, 4))
+    probe = draw(policy, 2, 6, 2)
+    shares = influence(policy, step, step.update, probe, baseline="position")
+    change = measure_change(policy, step, probe, lrs=[1e-4], baseline="position")
+    assert shares.total.value == pytest.approx(change.slope.value, rel=1e-5)
+    assert shares.disagreement < 1e-5
+
+
+def test_sequence_is_its_own_part_of_the_step(setting: tuple[Policy, Step, Rollouts]) -> None:
+    policy, step, probe = setting
+    shares = influence(policy, step, step.update, probe, baseline="none")
+    bound = bind_quantity(policy, probe, "entropy", direction=step.direction, baseline="none")
+    slope = {n: g / len(probe) for n, g in gradient(policy, probe, bound.objective).items()}
+    for i in range(len(step.update)):
+        own = vectors.dot(slope, sequence_direction(policy, step, i))
+        assert own == pytest.approx(shares.sequences[i], rel=1e-9)
+
+
+@pytest.mark.parametrize("mode", ["forward", "double_backward"])
+def test_token_is_its_own_part_of_the_step(setting: tuple[Policy, Step, Rollouts], mode: str) -> None:
+    policy, step, probe = setting
+    shares = influence(policy, step, step.update, probe, baseline="position", mode=mode)
+    i = int(np.argmax(step.update.num_tokens))
+    for k in range(len(shares.tokens[i])):
+        weights = list(step.token_weights)
+        weights[i] = np.where(np.arange(len(weights[i])) == k, weights[i], 0.0)
+        alone = sequence_direction(policy, replace(step, token_weights=tuple(weights)), i)
+        change = measure_change(
+            policy, replace(step, direction=alone), probe, lrs=[1e-4], baseline="position"
+        )
+        assert shares.tokens[i][k] == pytest.approx(change.slope.value, rel=1e-8, abs=1e-12)
+
+
+def test_probe_resolved_matrix_has_influence_as_mean(setting: tuple[Policy, Step, Rollouts]) -> None:
+    policy, step, probe = setting
+    shares = influence(policy, step, step.update, probe, probe_resolved=True)
+    assert shares.probe_resolved is not None
+    assert shares.probe_resolved.shape == (len(probe), len(step.update))
+    np.testing.assert_allclose(shares.probe_resolved.mean(0), shares.sequences, rtol=1e-9)
+
+
+def test_sequence_errors_are_those_of_its_own_change(setting: tuple[Policy, Step, Rollouts]) -> None:
+    policy, step, probe = setting
+    shares = influence(policy, step, step.update, probe, baseline="ridge")
+    for i in (0, 5):
+        own = replace(step, direction=sequence_direction(policy, step, i))
+        change = measure_change(policy, own, probe, lrs=[1e-4], baseline="ridge")
+        assert shares.stderr[i] == pytest.approx(change.slope.stderr, rel=1e-8)
+
+
+def test_pooled_prompts_give_errors_of_the_same_size() -> None:
+    policy = build_policy()
+    step = reconstruct_step(policy, draw(policy, 1, 3, 4))
+    probe = draw(policy, 3, 60, 1)
+    exact = influence(policy, step, step.update, probe, baseline="position")
+    pooled = influence(policy, step, step.update, probe, baseline="position", max_groups=20)
+    np.testing.assert_allclose(pooled.sequences, exact.sequences, rtol=1e-9)
+    assert pooled.total.n == 20
+    assert "pooled" in pooled.total.method
+    ratio = pooled.stderr / exact.stderr
+    assert 0.6 < np.median(ratio) < 1.6
+
+
+def test_errors_cover_the_spread_over_probe_batches() -> None:
+    """Standard errors against the scatter of the estimate over independent probes of a real sampler."""
+    policy = build_policy()
+    step = reconstruct_step(policy, draw(policy, 1, 2, 4))
+    population = draw(policy, 4, 1200, 1)
+    found: list[Influence] = []
+    for b in range(30):
+        part = population.select(np.arange(40 * b, 40 * b + 40))
+        found.append(influence(policy, step, step.update, part, baseline="none", max_sequences=40))
+    spread = np.std([f.sequences for f in found], axis=0, ddof=1)
+    claimed = np.sqrt(np.mean([f.stderr**2 for f in found], axis=0))
+    assert 0.75 < np.median(claimed / spread) < 1.3
+
+
+def test_another_batch_is_refused(setting: tuple[Policy, Step, Rollouts]) -> None:
+    policy, step, probe = setting
+    with pytest.raises(MeasurementError, match="another batch"):
+        influence(policy, step, probe, probe)
+
+
+def test_memory_decides_the_number_of_groups(setting: tuple[Policy, Step, Rollouts]) -> None:
+    policy, step, probe = setting
+    bound = bind_quantity(policy, probe, "entropy", direction=step.direction, baseline="none")
+    size = sum(p.numel() * p.element_size() for p in policy.parameters.values())
+    few = probe_gradient(policy, probe, bound, memory_bytes=5 * size)
+    assert few.num_groups == 3
+    assert not few.by_prompt
+    one = probe_gradient(policy, probe, bound, memory_bytes=size)
+    assert one.num_groups == 1
+    assert np.isnan(one.errors(one.dots(step.momentum)[:, None])).all()
+
+
+def test_tables(setting: tuple[Policy, Step, Rollouts], tmp_path) -> None:
+    policy, step, probe = setting
+    entropy = influence(policy, step, step.update, probe, baseline="none")
+    reward = influence(
+        policy, step, step.update, probe, quantity="reward", normalisation="per_seq", baseline="none"
+    )
+    write_influence([entropy, reward], tmp_path / "s.parquet", tmp_path / "t.parquet")
+    sequences, tokens = pq.read_table(tmp_path / "s.parquet"), pq.read_table(tmp_path / "t.parquet")
+    assert sequences.num_rows == 2 * (len(step.update) + 2)
+    assert tokens.num_rows == 2 * int(step.update.num_tokens.sum())
+    rows = sequences.to_pylist()
+    assert rows[len(step.update)]["component"] == "momentum"
+    assert rows[len(step.update)]["sequence_id"] is None
+    chosen = [
+        r["influence"] for r in tokens.to_pylist() if r["sequence_id"] == 4 and r["quantity"] == "reward"
+    ]
+    assert sum(chosen) == pytest.approx(float(reward.sequences[4]), rel=1e-9)
+    assert not list(tmp_path.glob("*.partial"))
