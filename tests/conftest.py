@@ -95,7 +95,7 @@ SMALL_TRAINING = """
 model:
   source: tiny
   tiny: {hidden_size: 32, layers: 2, heads: 2, kv_heads: 1, intermediate_size: 64}
-task: arithmetic:terms=2,digits=1,ops=+
+task: arithmetic:terms=2,digits=2,ops=+
 format_weight: 0.1
 sft:
   examples: 40
@@ -109,7 +109,7 @@ rl:
   group_size: 4
   prompts_per_step: 4
   micro_batch_size: 16
-  max_response_tokens: 20
+  max_response_tokens: 24
   max_resample: 1
   steps: 4
   save_every: 2

@@ -41,7 +41,7 @@ def open_policy(
 
 
 def open_task(spec: str | None, policy: Policy) -> Task:
-    """The task asked for, or the one the policy was trained on, with the policy's own prompt template.
+    """The task asked for, or that of the training, with the prompt template and the reward of the run.
 
     Raises:
         ConfigError: neither is known.
@@ -52,12 +52,8 @@ def open_task(spec: str | None, policy: Policy) -> Task:
         raise ConfigError(
             f"{policy.path}: the checkpoint does not say what task it was trained on; give --task TASK"
         )
-    same = chosen == policy.settings.task
-    return load_task(
-        chosen,
-        template=policy.settings.prompt_template or None,
-        format_weight=policy.settings.format_weight if same else 0.0,
-    )
+    settings = policy.settings
+    return load_task(chosen, template=settings.prompt_template or None, format_weight=settings.format_weight)
 
 
 class Session:

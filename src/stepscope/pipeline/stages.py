@@ -9,6 +9,8 @@ from typing import Any
 from stepscope import runs
 from stepscope.config import Stage
 from stepscope.measure.change import measure_changes
+from stepscope.measure.influence import influence, write_influence
+from stepscope.measure.quantities import make_quantity
 from stepscope.measure.step import step_summary
 from stepscope.pipeline.console import on_terminal
 from stepscope.pipeline.session import Session
@@ -142,6 +144,44 @@ def _line_figures(fit: Any, count: int) -> Summary:
     }
 
 
+def attribute_change(session: Session) -> Summary:
+    """Influence of every sequence and token of the update batch on the change of each quantity."""
+    config = session.config
+    reference = None if session.reference is None else session.reference.model
+    found = []
+    for name in config.quantities:
+        quantity = make_quantity(
+            name,
+            session.probe,
+            policy=session.policy,
+            reference=reference,
+            max_sequences=config.batch_size,
+        )
+        found.append(
+            influence(
+                session.policy,
+                session.step,
+                session.update,
+                session.probe,
+                quantity=quantity,
+                normalisation=quantity.normalisations[0],
+                baseline=config.baseline,
+                max_sequences=config.batch_size,
+                progress=on_terminal(),
+            )
+        )
+    write_influence(
+        found, session.run.file("influence_sequences.parquet"), session.run.file("influence_tokens.parquet")
+    )
+    primary = found[0]
+    return {
+        "influence_sequences": primary.sum_of_sequences,
+        "influence_momentum": primary.momentum,
+        "influence_decay": primary.decay,
+        "influence_total": primary.total,
+    }
+
+
 def write_page(session: Session) -> Summary:
     """The page, from what the other stages left."""
     write_report(session.run.path)
@@ -167,6 +207,11 @@ PLANS: dict[Stage, StagePlan] = {
     ),
     "step": StagePlan(rebuild_step, ("step.json", "direction.safetensors"), ("rollouts",)),
     "change": StagePlan(measure_sweep, ("change.json",), ("rollouts", "step")),
+    "influence": StagePlan(
+        attribute_change,
+        ("influence_sequences.parquet", "influence_tokens.parquet"),
+        ("rollouts", "step"),
+    ),
     "report": StagePlan(write_page, ("report.html",), ("rollouts",), needs_policy=False),
 }
 """What each stage does, leaves and needs."""
