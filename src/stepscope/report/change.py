@@ -21,6 +21,7 @@ from stepscope.report.figures import (
     error_bars,
     make_spec,
     rounded,
+    soft,
 )
 from stepscope.report.load import Measurement
 from stepscope.stats import Estimate
@@ -67,13 +68,11 @@ def change_figure(series: Mapping[str, Any], key: str = "change") -> Figure:
         sentence
         for sentence in (
             f"Change of {text.series_label(series)} when the step is taken along the checkpoint's own "
-            "direction with "
-            f"the learning rate on the horizontal axis; magnitude in {unit}, "
-            f"n = {points[0]['true'].n if points else 0} prompts.",
+            f"direction with the learning rate on the horizontal axis; magnitude in {unit}, n = "
+            f"{points[0]['true'].n if points else 0} prompts.",
             "Circles: the quantity falls; triangles: it rises; hollow: flagged unreliable, reason on hover.",
             "Error bars and band: 95 % interval, clustered by prompt; a bar that leaves the panel below "
-            "includes "
-            "zero. The curve to second order is drawn without its error."
+            "includes zero. The curve to second order is drawn without its error."
             if _has_second(points)
             else "Error bars and band: 95 % interval, clustered by prompt; a bar that leaves the panel below "
             "includes zero.",
@@ -101,10 +100,11 @@ def overlay_figure(names: tuple[str, str], pair: tuple[Measurement, Measurement]
     every = [p for s in series for p in s["points"]]
     low, high = _magnitude_range(every)
     traces: list[Any] = []
-    for side, color, dash, measured in zip("AB", (BLUE, VERMILLION), ("solid", "dash"), series, strict=True):
+    looks = (("A", BLUE, "solid", "circle"), ("B", VERMILLION, "dash", "diamond"))
+    for (side, color, dash, falls), measured in zip(looks, series, strict=True):
         points = measured["points"]
         traces += _linear_traces(points, f"{side} first order", color, dash, 10 ** (low - 1))
-        traces += _true_trace(points, f"{side} true", color, unit)
+        traces += _true_trace(points, f"{side} true", color, unit, falls)
     spec = make_spec(
         traces,
         xaxis=_lr_axis(every, series[0]["lr"]),
@@ -113,10 +113,8 @@ def overlay_figure(names: tuple[str, str], pair: tuple[Measurement, Measurement]
     )
     caption = (
         f"Change of {text.series_label(series[0])} against learning rate. A: {names[0]}; B: {names[1]}; "
-        "their own "
-        "learning rates dotted. Circles: the quantity falls; triangles: it rises; hollow: flagged "
-        "unreliable. Error "
-        "bars and bands: 95 % interval, clustered by prompt."
+        "their own learning rates dotted. Circles and diamonds: the quantity falls; triangles: it rises; "
+        "hollow: flagged unreliable. Error bars and bands: 95 % interval, clustered by prompt."
     )
     return Figure("overlay", "Change curves", caption, spec, height=440)
 
@@ -125,11 +123,13 @@ def _drawable(points: Sequence[Point], name: str) -> list[Point]:
     return [p for p in points if math.isfinite(p[name].value) and p[name].value]
 
 
-def _symbol(value: Estimate) -> str:
-    return ("circle" if value.value < 0 else "triangle-up") + ("" if value.reliable else "-open")
+def _symbol(value: Estimate, falls: str) -> str:
+    return (falls if value.value < 0 else "triangle-up") + ("" if value.reliable else "-open")
 
 
-def _true_trace(points: Sequence[Point], label: str, color: str, unit: str) -> list[Any]:
+def _true_trace(
+    points: Sequence[Point], label: str, color: str, unit: str, falls: str = "circle"
+) -> list[Any]:
     chosen = _drawable(points, "true")
     values: list[Estimate] = [p["true"] for p in chosen]
     if not chosen:
@@ -151,7 +151,7 @@ def _true_trace(points: Sequence[Point], label: str, color: str, unit: str) -> l
             marker={
                 "size": 9,
                 "color": color,
-                "symbol": [_symbol(v) for v in values],
+                "symbol": [_symbol(v, falls) for v in values],
                 "line": {"width": 1.5, "color": color},
             },
             customdata=details,
@@ -172,7 +172,7 @@ def _linear_traces(points: Sequence[Point], label: str, color: str, dash: str, f
     upper = [abs(v.value) + w for v, w in zip(values, widths, strict=True)]
     return [
         go.Scatter(x=x, y=rounded(lower), **edge),
-        go.Scatter(x=x, y=rounded(upper), fill="tonexty", fillcolor=color, opacity=0.2, **edge),
+        go.Scatter(x=x, y=rounded(upper), fill="tonexty", fillcolor=soft(color), **edge),
         go.Scatter(
             x=x,
             y=rounded(abs(v.value) for v in values),
@@ -301,8 +301,7 @@ def _fit_sentence(fit: Mapping[str, Any] | None) -> str:
     slope = text.plus_minus(float(fit["slope"]), math.nan if error is None else float(error))
     return (
         f"Slope of log |true change| on log learning rate {slope} (1 = linear), R² = "
-        f"{text.number(fit['r2'], 5)}, "
-        f"over the {fit['n']} reliable learning rates."
+        f"{text.number(fit['r2'], 5)}, over the {fit['n']} reliable learning rates."
     )
 
 
@@ -310,8 +309,8 @@ def _regime_sentence(series: Mapping[str, Any]) -> str:
     start, end = series.get("measurable_from"), series.get("linear_up_to")
     parts = []
     if start is not None and math.isfinite(start):
-        parts.append(f"the first order is ten times the round-off from lr {text.lr_text(start)}")
+        parts.append(f"the first order is ten times the round-off from lr {text.number(start, 2)}")
     if end is not None and math.isfinite(end):
-        parts.append(f"the second order reaches a tenth of it at lr {text.lr_text(end)}")
+        parts.append(f"the second order reaches a tenth of it at lr {text.number(end, 2)}")
     joined = "; ".join(parts)
     return f"{joined[:1].upper()}{joined[1:]}." if joined else ""

@@ -61,6 +61,11 @@ def make_spec(traces: Sequence[Any], **layout: Any) -> dict[str, Any]:
     return spec
 
 
+def soft(color: str) -> str:
+    """The translucent twin of a colour, for bands."""
+    return color.replace(")", "-soft)")
+
+
 def error_bars(stderrs: Iterable[float], color: str) -> dict[str, Any]:
     """95 % error bars from standard errors."""
     return {
@@ -97,9 +102,8 @@ def training_figures(training: Training) -> list[Figure]:
                 showlegend=False,
             )
             caption = (
-                f"{name}, in {unit}, as the trainer logged it at {len(rows)} steps. One batch per point, "
-                "so the "
-                "scatter between neighbours shows the sampling error; no interval is logged."
+                f"{name}, as the trainer logged it at {len(rows)} steps, in units of {unit}. One batch per "
+                "point, so the scatter between neighbours shows the sampling error; no interval is logged."
             )
             figures.append(Figure(f"train-{key}", name, caption, spec, height=300, wide=False))
     if training.evaluations is not None:
@@ -133,8 +137,8 @@ def _pass_figure(table: Table) -> Figure:
     )
     caption = (
         "Fraction of held-out problems solved by one sample (pass@1) and by at least one of eight "
-        "(pass@8), unbiased "
-        f"estimator{_evaluation_size(table)}. Error bars: 95 % interval, clustered by prompt."
+        f"(pass@8), unbiased estimator{_evaluation_size(table)}. Error bars: 95 % interval, clustered by "
+        "prompt."
     )
     return Figure("eval-pass", "Accuracy on held-out problems", caption, spec, height=300, wide=False)
 
@@ -147,8 +151,8 @@ def _evaluated_entropy(table: Table) -> Figure:
         showlegend=False,
     )
     caption = (
-        f"Entropy of the policy per response token on held-out problems{_evaluation_size(table)}. "
-        "Error bars: 95 % interval, clustered by prompt."
+        f"Entropy of the policy per response token on held-out problems{_evaluation_size(table)}. Error "
+        "bars: 95 % interval, clustered by prompt."
     )
     return Figure("eval-entropy", "Entropy on held-out problems", caption, spec, height=300, wide=False)
 
@@ -158,8 +162,8 @@ def _evaluation_size(table: Table) -> str:
         return ""
     prompts, samples = sorted(set(table["num_prompts"])), sorted(set(table["samples_per_prompt"]))
     return (
-        f"; n = {'/'.join(map(str, prompts))} prompts with {'/'.join(map(str, samples))} samples each "
-        "at every checkpoint"
+        f"; n = {'/'.join(map(str, prompts))} prompts with {'/'.join(map(str, samples))} samples each at "
+        "every checkpoint"
     )
 
 
@@ -183,16 +187,16 @@ def step_figures(measurement: Measurement) -> list[Figure]:
             "Size of the components",
             "Euclidean norm per unit learning rate",
             "Euclidean norm, over all trainable parameters, of each component of the step per unit of "
-            "learning rate. "
-            "Exact given the update batch: no sampling error. Norms do not add up; shares do.",
+            "learning rate. Exact given the update batch: no sampling error. Norms do not add up; shares "
+            "do.",
         ),
         (
             "share",
             "Shares of the step",
             "share of the squared length",
             "Projection of each component on the whole step, divided by the step's squared length; the "
-            "shares add up to "
-            "1. Exact given the update batch: no sampling error. A negative share points against the step.",
+            "shares add up to 1. Exact given the update batch: no sampling error. A negative share points "
+            "against the step.",
         ),
     ):
         rows = [
@@ -214,7 +218,7 @@ def step_figures(measurement: Measurement) -> list[Figure]:
         )
         values = [value for _, _, value in rows]
         span = max(0.0, *values) - min(0.0, *values) or 1.0
-        ends = [min(0.0, *values) - 0.14 * span * (min(values) < 0), max(0.0, *values) + 0.14 * span]
+        ends = [min(0.0, *values) - 0.3 * span * (min(values) < 0), max(0.0, *values) + 0.14 * span]
         spec = make_spec(
             [bars],
             xaxis={"title": {"text": unit}, "zeroline": True, "nticks": 6, "range": rounded(ends, 3)},

@@ -92,6 +92,27 @@ def join_tokens(
     )
 
 
+def parts(measurement: Measurement, quantity: str) -> str:
+    """In words: how the first-order change splits into this batch, momentum and weight decay."""
+    table = measurement.influence_sequences
+    if table is None:
+        return ""
+    sums: dict[str, float] = {}
+    for component, name, value in zip(
+        *(table[k] for k in ("component", "quantity", "influence")), strict=True
+    ):
+        if name == quantity:
+            sums[component] = sums.get(component, 0.0) + float(value)
+    total = sum(sums.values())
+    if total == 0 or "momentum" not in sums or "sequence" not in sums:
+        return ""
+    return (
+        f"Of the first-order change, {text.percent(sums['sequence'] / total)} comes from the batch's own "
+        f"sequences, {text.percent(sums['momentum'] / total)} from momentum and "
+        f"{text.percent(sums.get('decay', 0.0) / total)} from weight decay."
+    )
+
+
 def concentration(tokens: TokenTable) -> str:
     """In words: how few tokens hold half of the absolute influence, their net effect, and what they are."""
     if tokens.influence is None:
@@ -105,17 +126,20 @@ def concentration(tokens: TokenTable) -> str:
     top = order[:half]
     sentence = (
         f"Half of the absolute token influence sits in {text.percent(half / len(values))} of the batch's "
-        f"{len(values):,} tokens; together they make {text.percent(float(values[top].sum()) / net)} of "
-        "the net effect of "
-        "the batch. "
+        f"{len(values):,} tokens; together they make {text.percent(float(values[top].sum()) / net)} of the "
+        "net effect of the batch. "
     )
     chosen, usual = np.exp(np.median(tokens.logprob[top])), np.exp(np.median(tokens.logprob))
-    sentence += f"Their median probability is {text.number(float(chosen), 2)} (all tokens: "
-    f"{text.number(float(usual), 2)})"
+    sentence += (
+        f"Their median probability is {text.number(float(chosen), 2)} (all tokens: "
+        f"{text.number(float(usual), 2)})"
+    )
     if tokens.correct is not None:
         wrong, base = float(1 - tokens.correct[top].mean()), float(1 - tokens.correct.mean())
-        sentence += f", and {text.percent(wrong)} of them are in incorrect responses (all tokens: "
-        f"{text.percent(base)})"
+        sentence += (
+            f", and {text.percent(wrong)} of them are in incorrect responses (all tokens: "
+            f"{text.percent(base)})"
+        )
     return sentence + "."
 
 
@@ -170,9 +194,8 @@ def sequence_figure(measurement: Measurement, quantity: str) -> Figure | None:
     net = sum(row[2] for row in sequences)
     caption = (
         f"First-order influence of each of the {len(sequences)} sequences of the update batch on the "
-        f"{quantity} "
-        "(per token, on-policy), per unit of learning rate. Error bars: 95 % interval, clustered over "
-        "probe prompts. "
+        f"{quantity} (per token, on-policy), per unit of learning rate. Error bars: 95 % interval, "
+        "clustered over probe prompts. "
         f"Sum over sequences {text.number(net)}" + (f"; for comparison {beside}." if beside else ".")
     )
     return Figure("influence-sequences", "Influence of every sequence", caption, spec, height=360)
@@ -218,11 +241,9 @@ def share_figure(tokens: TokenTable, quantity: str) -> Figure | None:
         yaxis={"title": {"text": "cumulative share"}, "tickformat": ".0%", "zeroline": True},
     )
     caption = (
-        f"How concentrated the influence on the {quantity} is, over {len(values):,} tokens. Solid: share "
-        "of the summed "
-        "|influence|. Dashed: share of the batch's net influence; it can pass 100 % because tokens of "
-        "opposite sign "
-        "cancel. Point estimates: the artifacts hold no error per token."
+        f"How concentrated the influence on the {quantity} is, over {len(values):,} tokens. Solid: share of "
+        "the summed |influence|. Dashed: share of the batch's net influence; it can pass 100 % because "
+        "tokens of opposite sign cancel. Point estimates: the artifacts hold no error per token."
     )
     return Figure("influence-share", "Few tokens, most of the effect", caption, spec, height=360, wide=False)
 
@@ -263,11 +284,10 @@ def scatter_figure(tokens: TokenTable, quantity: str) -> Figure | None:
         xaxis={"title": {"text": "probability of the token"}},
         yaxis={"title": {"text": "influence per unit lr"}, "zeroline": True},
     )
-    sampled = f"the {_SCATTER_POINTS // 2} largest and every {stride}th of the rest" if stride > 1 else "all"
+    sampled = f"the {_SCATTER_POINTS // 2} largest and one in {stride} of the rest" if stride > 1 else "all"
     caption = (
-        f"First-order influence of single tokens on the {quantity} against the probability the policy "
-        "gave them; "
-        f"{sampled} of {len(values):,} tokens. Point estimates without error."
+        f"First-order influence of single tokens on the {quantity} against the probability the policy gave "
+        f"them; {sampled} of {len(values):,} tokens. Point estimates without error."
     )
     return Figure(
         "influence-tokens", "Influence and probability of tokens", caption, spec, height=360, wide=False

@@ -237,8 +237,7 @@ def load_run(path: Path) -> Run:
     if not folders and not log and evaluations is None:
         raise RunFolderError(
             f"{path}: nothing to report; expected summary.json (a measurement), or "
-            "checkpoints/*/trainer_state.json, "
-            "eval.parquet or measure/*/summary.json (a training run)"
+            "checkpoints/*/trainer_state.json, eval.parquet or measure/*/summary.json (a training run)"
         )
     return Run(
         path=path,

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001 (typographic signs are meant)
 """The page: one self-contained HTML file from the artifacts of a run.
 
 Nothing is recomputed and nothing is fetched: plotly.js is inlined once from the plotly package, and the
@@ -155,6 +156,11 @@ def _page_json(value: object) -> Markup:
     return Markup(encoded)
 
 
+def _prose(sentence: str) -> str:
+    """Our own sentences with the spaces that no line may break at."""
+    return sentence.replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0").replace(" × ", "\u00a0×\u00a0")
+
+
 def _render(**content: Any) -> str:
     environment = Environment(
         loader=PackageLoader("stepscope.report", "templates"),
@@ -163,7 +169,7 @@ def _render(**content: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["page_json"] = _page_json
+    environment.filters |= {"page_json": _page_json, "prose": _prose}
 
     def own(name: str) -> str:
         return (_TEMPLATES / name).read_text(encoding="utf-8")

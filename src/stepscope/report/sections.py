@@ -104,6 +104,7 @@ def _sentences(measurement: Measurement, tokens: TokenTable | None) -> list[str]
             sentences.append(
                 text.change_sentence(series["quantity"], series["lr"], point["true"], point["linear"])
             )
+        sentences.append(influence.parts(measurement, series["quantity"]))
     if tokens is not None:
         sentences.append(influence.concentration(tokens))
     return [s for s in sentences if s]
@@ -151,8 +152,8 @@ def _headline_section(measurement: Measurement) -> Section:
     table = tables.estimates_table(
         "headline",
         "",
-        "Value ± one standard error, clustered by prompt; n: independent units behind it; trust: whether its "
-        "diagnostics passed. Changes are those at the step's own learning rate. Each name links to its "
+        "Value ± one standard error, clustered by prompt; n: independent units behind it; trust: whether "
+        "its diagnostics passed. Changes are those at the step's own learning rate. Each name links to its "
         "definition.",
         measurement.summary,
     )
@@ -243,8 +244,7 @@ def _noise_section(measurement: Measurement) -> Section | None:
         "noise",
         "",
         "Gradient noise scale and its parts, ± one standard error. A batch much smaller than the noise "
-        "scale makes a "
-        "step that is mostly noise.",
+        "scale makes a step that is mostly noise.",
         estimates,
     )
     return Section("noise", "Gradient noise scale", facts=facts, tables=[table] if estimates else [])
@@ -258,8 +258,7 @@ def _responses_section(measurement: Measurement, max_tokens: int) -> Section | N
         "responses",
         "Sampled responses",
         intro="The first correct and incorrect responses of the batch, one per prompt, not selected "
-        "otherwise. "
-        "Hover a token for its log-prob and entropy.",
+        "otherwise. Hover a token for its log-prob and entropy.",
         responses=responses,
     )
 

@@ -33,7 +33,6 @@ class Cell:
         stderr: standard error for the CSV where the column has one.
         anchor: glossary entry that the text links to.
         flag: reason why the number is not reliable; empty when it is.
-        title: longer text on hover.
     """
 
     shown: str
@@ -41,7 +40,6 @@ class Cell:
     stderr: float | None = None
     anchor: str = ""
     flag: str = ""
-    title: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,9 +53,9 @@ class TableBlock:
     rows: Sequence[Sequence[Cell]]
 
 
-def text_cell(value: object, *, anchor: str = "", title: str = "") -> Cell:
+def text_cell(value: object, *, anchor: str = "") -> Cell:
     """A cell of plain text."""
-    return Cell(shown=str(value), raw=str(value), anchor=anchor, title=title)
+    return Cell(shown=str(value), raw=str(value), anchor=anchor)
 
 
 def count_cell(value: int) -> Cell:
@@ -150,9 +148,9 @@ def change_table(measurement: Measurement) -> TableBlock | None:
                 ]
             )
     caption = (
-        "Every measured change with its standard error, clustered by prompt. First order: derivative "
-        "along the step "
-        "times the learning rate. ⚠ marks numbers flagged unreliable; the reason shows on hover and on focus."
+        "Every measured change with its standard error, clustered by prompt. First order: derivative along "
+        "the step times the learning rate. ⚠ marks numbers flagged unreliable; the reason shows on hover "
+        "and on focus."
     )
     return TableBlock("changes", "All measured changes", caption, columns, rows)
 
@@ -207,8 +205,7 @@ def before_after_table(table: Table) -> TableBlock | None:
         )
     caption = (
         "Held-out problems before and after training, ± one standard error clustered by prompt. The error "
-        "of the "
-        "difference treats the two evaluations as independent."
+        "of the difference treats the two evaluations as independent."
     )
     return TableBlock("before-after", "Before and after", caption, columns, rows)
 
@@ -259,8 +256,7 @@ def comparison_table(
         )
     caption = (
         "Headline figures of both measurements, ± one standard error. The error of the difference treats "
-        "the two "
-        "measurements as independent; where they share prompts it is overstated."
+        "the two measurements as independent; where they share prompts it is overstated."
     )
     return TableBlock("comparison", "Headline figures side by side", caption, columns, rows)
 

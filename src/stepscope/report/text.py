@@ -36,12 +36,6 @@ HEADLINES: Mapping[str, Label] = {
     "mean_reward_update": Label("Mean reward of the update batch", "def-reward"),
     "mean_length": Label("Mean length of a response", "def-batches"),
     "truncated_rate": Label("Truncated responses", "def-batches"),
-    "change_true_per_token": Label(
-        "True change of entropy at the step's own learning rate", "def-true-change"
-    ),
-    "change_linear_per_token": Label(
-        "First-order change at the step's own learning rate", "def-linear-change"
-    ),
     "linearity_slope": Label("Slope of |true change| against learning rate, log-log", "def-linearity"),
     "linearity_r2": Label("R² of that fit", "def-linearity"),
     "share_momentum": Label("Share of the step from momentum", "def-share"),
@@ -144,8 +138,10 @@ def change_sentence(quantity: str, lr: float, true: Estimate, linear: Estimate) 
     name = QUANTITIES.get(quantity, quantity)
     size = plus_minus(abs(true.value), true.stderr)
     if resolved:
-        start = f"At its own learning rate {lr_text(lr)} this step {verb} the policy's {name} by {size} "
-        f"{true.unit}"
+        start = (
+            f"At its own learning rate {lr_text(lr)} this step {verb} the policy's {name} by {size} "
+            f"{true.unit}"
+        )
     else:
         start = (
             f"At its own learning rate {lr_text(lr)} this step changes the policy's {name} by "

@@ -22,13 +22,13 @@
     root.dataset.theme = theme;
     const style = getComputedStyle(root);
     const values = {};
-    ["paper", "panel", "ink", "muted", "rule", "grid", "link", "blue", "vermillion", "green", "purple", "sans"].forEach(
+    ["paper", "panel", "ink", "muted", "rule", "grid", "link", "blue", "vermillion", "green", "purple", "blue-soft", "vermillion-soft", "sans"].forEach(
       (name) => { values[name] = style.getPropertyValue("--" + name).trim(); });
     root.dataset.theme = before;
     return values;
   };
   const resolve = (value, vars) => {
-    if (typeof value === "string") return value.replace(/^var\(--([a-z]+)\)$/, (_, name) => vars[name]);
+    if (typeof value === "string") return value.replace(/^var\(--([a-z-]+)\)$/, (_, name) => vars[name]);
     if (Array.isArray(value)) return value.map((item) => resolve(item, vars));
     if (value && typeof value === "object")
       return Object.fromEntries(Object.entries(value).map(([key, item]) => [key, resolve(item, vars)]));
@@ -39,14 +39,14 @@
     const spec = resolve(JSON.parse(div.parentElement.querySelector("script").textContent), vars);
     const narrow = width < 560, small = narrow ? 11 : 12;
     const axis = {
-      gridcolor: vars.grid, linecolor: vars.muted, zerolinecolor: vars.muted, zerolinewidth: 1, showline: true,
+      gridcolor: vars.grid, linecolor: vars.muted, zeroline: false, zerolinecolor: vars.muted, zerolinewidth: 1, showline: true,
       ticks: "outside", tickcolor: vars.muted, tickfont: { size: small }, automargin: true,
     };
     const layout = {
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", autosize: true, hovermode: "closest",
       font: { family: vars.sans, size: small, color: vars.ink },
       margin: { l: narrow ? 50 : 64, r: 14, t: narrow && spec.layout.showlegend !== false ? 64 : 40, b: 46 },
-      legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", xanchor: "left" },
+      legend: { traceorder: "normal", orientation: "h", x: 0, y: 1.02, yanchor: "bottom", xanchor: "left" },
       hoverlabel: { align: "left", bgcolor: vars.panel, bordercolor: vars.muted, font: { color: vars.ink, family: vars.sans } },
       modebar: { bgcolor: "rgba(0,0,0,0)", color: vars.muted, activecolor: vars.link },
       ...spec.layout,
@@ -81,7 +81,7 @@
       draw(entry.target);
     });
   }, { rootMargin: "800px" });
-  window.addEventListener("beforeprint", () => all(".canvas:not(.drawn)").filter((d) => d.clientWidth).forEach(draw));
+  window.addEventListener("beforeprint", () => all(".canvas:not(.drawn)").filter((d) => d.checkVisibility()).forEach(draw));
   all("[data-export]").forEach((button) => button.addEventListener("click", () =>
     save(button.closest("figure").querySelector(".canvas"), button.dataset.export)));
 
@@ -112,10 +112,11 @@
   };
   const csvOf = (table) => {
     const heads = all("th", table);
-    const lines = [heads.flatMap((th) => "err" in th.dataset ? [th.dataset.label, th.dataset.label + " (standard error)"] : [th.dataset.label])];
+    const parts = ["", " (standard error)", " (unreliable because)"];
+    const lines = [heads.flatMap((th) => "err" in th.dataset ? parts.map((part) => th.dataset.label + part) : [th.dataset.label])];
     Array.from(table.tBodies[0].rows).forEach((row) => lines.push(heads.flatMap((th, i) => {
       const cell = row.children[i];
-      return "err" in th.dataset ? [cell.dataset.v, cell.dataset.e || ""] : [cell.dataset.v];
+      return "err" in th.dataset ? [cell.dataset.v, cell.dataset.e || "", cell.dataset.flag || ""] : [cell.dataset.v];
     })));
     return lines.map((line) => line.map(csvField).join(",")).join("\r\n") + "\r\n";
   };

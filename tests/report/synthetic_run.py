@@ -1,0 +1,331 @@
+"""A whole run folder drawn with numpy: the shapes, sizes and odd values of a real one, in no time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.numpy import save_file
+
+HOSTILE = "<script>document.title='owned'</script>"
+OWN_LR = 1e-4
+
+
+def estimate(
+    value: float, stderr: float, n: int, unit: str, method: str, *, reliable: bool = True, reason: str = ""
+) -> dict[str, Any]:
+    return {
+        "value": value,
+        "stderr": stderr,
+        "n": n,
+        "unit": unit,
+        "method": method,
+        "reliable": reliable,
+        "reason": reason,
+    }
+
+
+def series(rng: np.random.Generator, quantity: str, normalisation: str, version: str, slope: float) -> dict:
+    unit = "nats/token" if normalisation == "per_token" else "nats/sequence"
+    points = []
+    for lr in [*np.geomspace(1e-07, 0.001, 9).tolist(), OWN_LR]:
+        linear = slope * lr
+        true = linear * (1 + 60 * lr + 0.02 * rng.standard_normal()) + 2e-8 * rng.standard_normal()
+        ess = 64 * np.exp(-3e6 * lr**2)
+        trusted = ess > 16
+        points.append(
+            {
+                "lr": lr,
+                "true": estimate(
+                    true,
+                    abs(0.12 * true) + 3e-8,
+                    64,
+                    unit,
+                    "per-decision importance weights, control variate, clustered by prompt",
+                    reliable=bool(trusted),
+                    reason="" if trusted else "effective sample size 3.2 of 64, below 16",
+                ),
+                "linear": estimate(
+                    linear,
+                    abs(0.13 * linear),
+                    64,
+                    unit,
+                    "first order, on-policy gradient form, critic baseline",
+                ),
+                "second_order": estimate(55 * lr * linear, abs(8 * lr * linear), 64, unit, "second order"),
+                "excess": estimate(true - linear, abs(0.02 * true) + 2e-8, 64, unit, "paired difference"),
+                "odd": None,
+                "effective_sample_size": float(ess),
+                "pareto_k": 0.31 if trusted else float("nan"),
+            }
+        )
+    points.sort(key=lambda point: point["lr"])
+    return {
+        "quantity": quantity,
+        "normalisation": normalisation,
+        "version": version,
+        "lr": OWN_LR,
+        "points": points,
+        "fit": {"slope": 1.004, "intercept": 2.1, "r2": 0.9994, "n": 8, "lrs": [1e-7], "slope_stderr": 0.004},
+        "value": estimate(0.412, 0.018, 64, unit, "mean over the probe batch"),
+        "slope": estimate(slope, abs(0.13 * slope), 64, f"{unit}/lr", "first order"),
+        "curvature": None,
+        "baseline": "ridge",
+        "round_off": 3e-9,
+        "measurable_from": 3e-9 / abs(slope) * 10,
+        "linear_up_to": 1.8e-3,
+        "estimator": "per_decision",
+    }
+
+
+def rollouts(
+    rng: np.random.Generator, num_prompts: int, group_size: int, split: str, *, weights: bool
+) -> tuple[dict[str, list], dict[str, list]]:
+    sequences: dict[str, list] = {
+        name: []
+        for name in [
+            "sequence_id",
+            "prompt_id",
+            "prompt",
+            "response",
+            "prompt_token_ids",
+            "response_token_ids",
+            "reward",
+            "correct",
+            "advantage",
+            "num_tokens",
+            "logprob",
+            "entropy_mean",
+            "truncated",
+        ]
+    }
+    names = ["sequence_id", "position", "token_id", "token", "logprob", "entropy"]
+    tokens: dict[str, list] = {name: [] for name in names + (["token_weight"] if weights else [])}
+    for index in range(num_prompts * group_size):
+        left, right = (int(v) for v in rng.integers(10, 99, 2))
+        correct = bool(rng.random() < 0.6)
+        answer = left + right if correct else left + right + int(rng.integers(1, 9))
+        text = ["<think>", f"{left}", " +", f" {right}", " =", f" {answer}", "\n", "</think>", "<answer>"]
+        text += [*list(str(answer)), "</answer>", "<eos>"]
+        if index < group_size:
+            text[6] = HOSTILE
+        truncated = bool(rng.random() < 0.04)
+        if truncated:
+            text = text[:6]
+        entropies = rng.gamma(0.35, 0.6, len(text))
+        logprobs = -rng.gamma(0.25, 0.9, len(text))
+        advantage = float(correct) - 0.6
+        sequences["sequence_id"].append(index)
+        sequences["prompt_id"].append(f"arithmetic/{split}/{index // group_size}")
+        sequences["prompt"].append(f"What is {left} + {right}? Think, then answer.")
+        sequences["response"].append("".join(text[:-1]))
+        sequences["prompt_token_ids"].append(list(range(12)))
+        sequences["response_token_ids"].append(list(range(len(text))))
+        sequences["reward"].append(float(correct))
+        sequences["correct"].append(correct)
+        sequences["advantage"].append(advantage if weights else None)
+        sequences["num_tokens"].append(len(text))
+        sequences["logprob"].append(float(logprobs.sum()))
+        sequences["entropy_mean"].append(float(entropies.mean()))
+        sequences["truncated"].append(truncated)
+        for position, token in enumerate(text):
+            tokens["sequence_id"].append(index)
+            tokens["position"].append(position)
+            tokens["token_id"].append(position)
+            tokens["token"].append(token)
+            tokens["logprob"].append(float(logprobs[position]))
+            tokens["entropy"].append(float(entropies[position]))
+            if weights:
+                tokens["token_weight"].append(advantage / len(text))
+    return sequences, tokens
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value))
+
+
+def write_measurement(folder: Path, *, step: int, seed: int) -> Path:
+    """Fill ``folder`` with every artifact of DESIGN 5.3 but the report."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    update, update_tokens = rollouts(rng, 16, 8, "train", weights=True)
+    probe, probe_tokens = rollouts(rng, 64, 1, "train", weights=False)
+    pq.write_table(pa.table(update), folder / "update.parquet")
+    pq.write_table(pa.table(probe), folder / "probe.parquet")
+    pq.write_table(pa.table(update_tokens), folder / "update_tokens.parquet")
+    pq.write_table(pa.table(probe_tokens), folder / "probe_tokens.parquet")
+
+    primary = series(rng, "entropy", "per_token", "on_policy", -31.0)
+    others = [
+        series(rng, "entropy", "per_token", "fixed_prefix", -24.0),
+        series(rng, "entropy", "per_seq", "on_policy", -390.0),
+        series(rng, "reward", "per_seq", "on_policy", 55.0),
+    ]
+    write_json(folder / "change.json", {**primary, "others": others})
+    write_json(
+        folder / "step.json",
+        {
+            "lr": OWN_LR,
+            "norm_momentum": 41.2,
+            "norm_decay": 0.31,
+            "norm_sequences": 22.4,
+            "norm_direction": 52.9,
+            "num_parameters": 118_784,
+            "num_sequences": 128,
+            "num_prompts": 16,
+            "num_tokens": 1694,
+            "grad_norm": 1.71,
+            "clip_coefficient": 0.585,
+            "share_momentum": 0.703,
+            "share_decay": -0.002,
+            "share_sequences": 0.299,
+        },
+    )
+    token_influence = rng.standard_t(1.6, len(update_tokens["position"])) * 0.05 - 0.01
+    sums = np.zeros(len(update["sequence_id"]))
+    np.add.at(sums, update_tokens["sequence_id"], token_influence)
+    ids: list[int | None] = [*update["sequence_id"], None, None]
+    pq.write_table(
+        pa.table(
+            {
+                "component": ["sequence"] * len(sums) + ["momentum", "decay"],
+                "sequence_id": pa.array(ids, type=pa.int64()),
+                "quantity": ["entropy"] * len(ids),
+                "influence": [*sums.tolist(), -18.0, 0.04],
+                "stderr": [*(np.abs(sums) * 0.2 + 0.02).tolist(), 2.5, 0.01],
+            }
+        ),
+        folder / "influence_sequences.parquet",
+    )
+    pq.write_table(
+        pa.table(
+            {
+                "sequence_id": update_tokens["sequence_id"],
+                "position": update_tokens["position"],
+                "quantity": ["entropy"] * len(token_influence),
+                "influence": token_influence.tolist(),
+            }
+        ),
+        folder / "influence_tokens.parquet",
+    )
+    write_json(
+        folder / "noise.json",
+        {
+            "noise_scale": estimate(212.0, 61.0, 16, "prompts", "group gradients, ratio of averages"),
+            "noise_scale_preconditioned": estimate(
+                480.0,
+                390.0,
+                16,
+                "prompts",
+                "in the metric P",
+                reliable=False,
+                reason="|G|^2 is 0.9 standard errors from zero",
+            ),
+        },
+    )
+    point = next(p for p in primary["points"] if p["lr"] == OWN_LR)
+    summary = {
+        "entropy_per_token": primary["value"],
+        "entropy_per_seq": estimate(5.31, 0.22, 64, "nats", "mean over the probe batch"),
+        "mean_reward": estimate(
+            0.61, 0.043, 16, "reward", "mean over probe responses, error clustered by prompt"
+        ),
+        "change_linear_per_token": point["linear"],
+        "change_true_per_token": point["true"],
+        "change_true_reward_per_seq": others[2]["points"][0]["true"],
+        "linearity_slope": estimate(1.004, 0.006, 8, "1", "least squares on log-log axes"),
+        "linearity_r2": estimate(0.9994, float("nan"), 8, "1", "least squares on log-log axes"),
+        "share_momentum": estimate(
+            0.703, float("nan"), 16, "share of the step", "exact for this update batch"
+        ),
+        "share_decay": estimate(-0.002, float("nan"), 16, "share of the step", "exact for this update batch"),
+        "share_sequences": estimate(
+            0.299, float("nan"), 16, "share of the step", "exact for this update batch"
+        ),
+        "wall_seconds": estimate(48.2, 0.0, 1, "s", "clock"),
+    }
+    write_json(folder / "summary.json", summary)
+    write_json(
+        folder / "provenance.json",
+        {
+            "verb": "measure",
+            "versions": {"stepscope": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "trl": "1.16.0"},
+            "python": "3.11.9",
+            "platform": "Linux x86_64",
+            "checkpoint": f"runs/demo/checkpoints/step-{step}",
+            "checkpoint_digest": "sha256:9f2c7a1e5b",
+            "seeds": {"update": 0, "probe": 1},
+            "stages": {"rollouts": {"seconds": 3.1, "files": {"update.parquet": 9123}}},
+            "command": f"stepscope measure runs/demo/checkpoints/step-{step} --task arithmetic",
+            "started": "2026-11-21T12:00:00Z",
+        },
+    )
+    (folder / "config.yaml").write_text(
+        f"checkpoint: runs/demo/checkpoints/step-{step}\ntask: arithmetic\nprecision: float32\nseed: 0\n"
+        "update:\n  num_prompts: 16\n  group_size: 8\nprobe:\n  num_prompts: 64\n"
+    )
+    return folder
+
+
+def write_kernel(folder: Path, rng: np.random.Generator) -> None:
+    num_prompts, group_size = 16, 8
+    count = num_prompts * group_size
+    factors = 0.35 * rng.standard_normal((1, 400)) + np.repeat(
+        rng.standard_normal((num_prompts, 400)), 8, axis=0
+    )
+    vectors = factors + 0.8 * rng.standard_normal((count, 400))
+    kernel = vectors @ vectors.T / 400
+    save_file({"kernel": kernel, "sequence_ids": np.arange(count)}, folder / "kernel.safetensors")
+
+
+def write_run(folder: Path) -> Path:
+    """A training run: log history, evaluations of five checkpoints, measurements of two."""
+    rng = np.random.default_rng(7)
+    history = [
+        {
+            "step": step,
+            "reward": float(0.55 + 0.3 * (1 - np.exp(-step / 15)) + 0.02 * rng.standard_normal()),
+            "entropy": float(0.45 * np.exp(-step / 25) + 0.05 + 0.01 * rng.standard_normal()),
+            "grad_norm": 0.8,
+            "loss": 0.0,
+            "epoch": step / 40,
+        }
+        for step in range(1, 41)
+    ]
+    steps = [0, 10, 20, 30, 40]
+    for step in steps:
+        (folder / f"checkpoints/step-{step}").mkdir(parents=True)
+        write_json(
+            folder / f"checkpoints/step-{step}/trainer_state.json",
+            {"global_step": step, "log_history": [row for row in history if row["step"] <= step]},
+        )
+    pass_1 = [0.52, 0.66, 0.74, 0.78, 0.81]
+    pass_8 = [0.88, 0.90, 0.91, 0.91, 0.90]
+    pq.write_table(
+        pa.table(
+            {
+                "step": steps,
+                "checkpoint": [f"step-{step}" for step in steps],
+                "pass_at_1": pass_1,
+                "pass_at_1_stderr": [0.021] * 5,
+                "pass_at_8": pass_8,
+                "pass_at_8_stderr": [0.018] * 5,
+                "format_rate": [0.93, 0.97, 0.98, 0.99, 0.99],
+                "mean_length": [12.4, 12.2, 12.1, 12.1, 12.0],
+                "mean_length_correct": [12.3, 12.2, 12.1, 12.0, 12.0],
+                "entropy_per_token": [0.43, 0.30, 0.21, 0.15, 0.12],
+                "entropy_per_token_stderr": [0.012, 0.011, 0.010, 0.009, 0.008],
+                "truncated_rate": [0.04, 0.02, 0.01, 0.01, 0.01],
+                "num_prompts": [256] * 5,
+                "samples_per_prompt": [8] * 5,
+            }
+        ),
+        folder / "eval.parquet",
+    )
+    for seed, step in enumerate((10, 40)):
+        write_measurement(folder / f"measure/step-{step}", step=step, seed=seed)
+    return folder

@@ -1,0 +1,98 @@
+"""The page in a real browser; skipped, loudly, only where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import NAMES, Browser, find_chromium, open_browser
+
+from stepscope.report import write_report
+
+CHROMIUM = find_chromium()
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None,
+    reason=f"NO BROWSER: the page is not tested in one. None of {', '.join(NAMES)} is on the PATH; "
+    "install one (Debian: apt-get install chromium)",
+)
+
+
+@pytest.fixture
+def browser() -> Iterator[Browser]:
+    assert CHROMIUM is not None
+    with open_browser(CHROMIUM) as found:
+        yield found
+
+
+DRAWN = """[...document.querySelectorAll('.canvas')]
+    .filter(d => d.checkVisibility({contentVisibilityAuto: true}))
+    .every(d => d.querySelector('.main-svg'))"""
+
+
+def test_the_page_works_in_a_browser(run_folder: Path, browser: Browser) -> None:
+    page = write_report(run_folder)
+    browser.open(page, width=1280, height=9000)
+    browser.wait_for(DRAWN)
+    assert browser.evaluate("document.title !== 'owned'")
+    assert browser.evaluate("document.querySelectorAll('#m1').length && document.getElementById('m1').hidden")
+
+    # Hovering a point of the change curve shows its value with error.
+    box = browser.evaluate(
+        """(() => { const points = document.querySelectorAll('#fig-m0-change .scatterlayer path.point');
+            const r = points[4].getBoundingClientRect();
+            return [r.x + r.width / 2, r.y + r.height / 2]; })()"""
+    )
+    browser.move_mouse(box[0] - 40, box[1] - 40)
+    browser.move_mouse(*box)
+    browser.wait_for("document.querySelector('#fig-m0-change .hoverlayer').textContent.includes('±')")
+
+    # Sorting: numbers as numbers, both ways.
+    head = "document.querySelector('#table-m0-top-tokens th:last-child button')"
+    cells = (
+        "[...document.querySelectorAll('#table-m0-top-tokens td:last-child')].map(d => Number(d.dataset.v))"
+    )
+    browser.evaluate(f"{head}.click()")
+    rising = browser.evaluate(cells)
+    assert rising == sorted(rising)
+    browser.evaluate(f"{head}.click()")
+    assert browser.evaluate(cells) == sorted(rising, reverse=True)
+
+    # CSV: one row per table row, value, error and reason apart, formulas of a run defused.
+    csv = browser.evaluate(
+        """(async () => { let blob; URL.createObjectURL = b => { blob = b; return 'data:,'; };
+            document.querySelector('#table-m0-noise [data-csv]').click(); return blob.text(); })()"""
+    )
+    lines = csv.strip().split("\r\n")
+    assert lines[0].startswith("Figure,Value ± standard error,Value ± standard error (standard error)")
+    assert lines[1].startswith("Gradient noise scale,212.0,61.0,,prompts,16,reliable")
+    assert "|G|^2 is 0.9 standard errors from zero" in lines[2]
+
+    # Tokens: the arrow keys walk through a response and tell each token's figures.
+    browser.evaluate("document.querySelector('#m0-influence .tokens').focus()")
+    browser.press("ArrowRight")
+    browser.press("ArrowRight")
+    assert browser.evaluate("document.querySelectorAll('.t.on').length") == 1
+    assert "influence" in browser.evaluate("document.getElementById('tip').textContent")
+
+    # Tabs by keyboard; the other measurement draws when it is shown.
+    browser.evaluate("document.getElementById('tab-m0').focus()")
+    browser.press("ArrowRight")
+    assert browser.evaluate("document.getElementById('m0').hidden && !document.getElementById('m1').hidden")
+    browser.wait_for(DRAWN)
+
+    # Export, the other theme, and a phone's width without sideways scrolling.
+    assert browser.evaluate(
+        """(async () => { const d = document.querySelector('#fig-m1-change .canvas');
+            return (await Plotly.toImage(d, {format: 'svg'})).startsWith('data:image/svg'); })()"""
+    )
+    browser.evaluate("document.getElementById('theme').click()")
+    assert browser.evaluate("document.documentElement.dataset.theme") == "dark"
+    browser.open(page, width=390, height=9000, dark=True)
+    browser.wait_for(DRAWN)
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+
+    assert browser.errors == []
+    assert {url for url in browser.requests if not url.startswith(("data:", "blob:"))} == {
+        page.resolve().as_uri()
+    }

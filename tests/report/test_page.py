@@ -1,0 +1,195 @@
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import plotly.graph_objects as go
+import pytest
+from markupsafe import escape
+from plotly.offline import get_plotlyjs
+from synthetic_run import HOSTILE
+
+from stepscope.errors import RunFolderError
+from stepscope.report import write_comparison, write_report
+
+LARGEST_PAGE = 6 * 2**20
+
+
+class Page(HTMLParser):
+    """Ids, links, sections and embedded figures of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.loads: list[str] = []
+        self.scripts: list[str] = []
+        self.figures: list[dict] = []
+        self._script: str | None = None
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        if found.get("id"):
+            self.ids.append(str(found["id"]))
+        if tag == "a":
+            self.links.append(str(found["href"]))
+        if found.get("src") or (tag == "link" and found.get("href")):
+            self.loads.append(str(found.get("src") or found["href"]))
+        if tag == "script":
+            self._script = found.get("type") or "javascript"
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "script":
+            self._script = None
+
+    def handle_data(self, data: str) -> None:
+        if self._script == "application/json":
+            self.figures.append(json.loads(data))
+        elif self._script is not None:
+            self.scripts.append(data)
+
+
+@pytest.fixture
+def run_page(run_folder: Path) -> Page:
+    return Page(write_report(run_folder))
+
+
+def sections_of(page: Page, panel: str = "m0") -> list[str]:
+    return [i.removeprefix(f"{panel}-") for i in page.ids if i.startswith(f"{panel}-")]
+
+
+def test_a_measurement_has_every_section(measure_folder: Path) -> None:
+    path = write_report(measure_folder)
+    assert path == measure_folder / "report.html"
+    assert sections_of(Page(path)) == [
+        "headline",
+        "provenance",
+        "change",
+        "step",
+        "influence",
+        "noise",
+        "responses",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("missing", "gone"),
+    [
+        (["change.json"], {"change"}),
+        (["step.json"], {"step"}),
+        (["influence_sequences.parquet", "influence_tokens.parquet"], {"influence"}),
+        (["noise.json"], {"noise"}),
+        (["provenance.json", "config.yaml"], {"provenance"}),
+        (["update.parquet", "probe.parquet"], {"responses"}),
+    ],
+)
+def test_a_missing_artifact_leaves_only_its_section_out(
+    measure_folder: Path, missing: list[str], gone: set[str]
+) -> None:
+    before = sections_of(Page(write_report(measure_folder)))
+    for name in missing:
+        (measure_folder / name).unlink()
+    after = sections_of(Page(write_report(measure_folder)))
+    assert after == [section for section in before if section not in gone]
+
+
+def test_a_summary_alone_makes_a_page(tmp_path: Path, measure_folder: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/summary.json").write_text((measure_folder / "summary.json").read_text())
+    assert sections_of(Page(write_report(tmp_path / "bare"))) == ["headline"]
+
+
+def test_run_page_shows_training_and_every_measurement(run_page: Page) -> None:
+    assert {"training", "checkpoints", "m0", "m1", "tab-m0", "tab-m1", "glossary"} <= set(run_page.ids)
+    assert {"fig-training-train-reward", "fig-training-train-entropy", "fig-training-eval-pass"} <= set(
+        run_page.ids
+    )
+    assert "pass@1 from 0.520\u00a0±\u00a00.021 to 0.810\u00a0±\u00a00.021" in run_page.source
+
+
+def test_a_run_without_measurements_or_evaluations_still_has_its_curves(run_folder: Path) -> None:
+    (run_folder / "eval.parquet").unlink()
+    for summary in run_folder.glob("measure/*/summary.json"):
+        summary.unlink()
+    page = Page(write_report(run_folder))
+    assert len(page.figures) == 2
+    assert "m0" not in page.ids
+
+
+def test_ids_are_unique_and_every_link_lands(run_page: Page) -> None:
+    assert len(run_page.ids) == len(set(run_page.ids))
+    assert {link[1:] for link in run_page.links} <= set(run_page.ids)
+    assert all(link.startswith("#") for link in run_page.links)
+
+
+def test_page_is_self_contained_and_small(run_folder: Path, run_page: Page) -> None:
+    assert (run_folder / "report.html").stat().st_size < LARGEST_PAGE
+    assert run_page.source.count(get_plotlyjs()) == 1
+    assert set(run_page.loads) <= {"data:,"}
+    own = run_page.source.replace(get_plotlyjs(), "")
+    assert not re.search(r"https?://|@import|url\(", own)
+
+
+def test_figures_are_valid_and_carry_no_template(run_page: Page) -> None:
+    assert len(run_page.figures) > 15
+    for figure in run_page.figures:
+        go.Figure(figure)
+        assert "template" not in figure["layout"]
+        assert "NaN" not in json.dumps(figure)
+
+
+def test_unreliable_points_are_hollow_and_say_why(measure_folder: Path) -> None:
+    page = Page(write_report(measure_folder))
+    true = next(t for f in page.figures for t in f["data"] if t.get("name") == "true")
+    hollow = [symbol.endswith("-open") for symbol in true["marker"]["symbol"]]
+    points = json.loads((measure_folder / "change.json").read_text())["points"]
+    assert hollow == [not p["true"]["reliable"] for p in points]
+    assert any(hollow)
+    assert "effective sample size 3.2 of 64" in true["customdata"][hollow.index(True)]
+
+
+def test_numbers_of_the_figure_are_those_of_the_artifact(measure_folder: Path) -> None:
+    page = Page(write_report(measure_folder))
+    true = next(t for f in page.figures for t in f["data"] if t.get("name") == "true")
+    points = json.loads((measure_folder / "change.json").read_text())["points"]
+    assert true["y"] == pytest.approx([abs(p["true"]["value"]) for p in points], rel=1e-4)
+    assert true["error_y"]["array"] == pytest.approx([1.96 * p["true"]["stderr"] for p in points], rel=1e-4)
+
+
+def test_text_of_a_run_cannot_become_markup(measure_folder: Path) -> None:
+    page = Page(write_report(measure_folder))
+    assert str(escape(HOSTILE)) in page.source
+    assert HOSTILE not in page.source
+    assert len(page.scripts) == 2  # plotly.js and ours; data sits in application/json
+
+
+def test_report_can_be_rebuilt(measure_folder: Path) -> None:
+    first = write_report(measure_folder).read_text()
+    assert write_report(measure_folder).read_text() == first
+    assert not list(measure_folder.glob("*.partial"))
+
+
+def test_comparison_gives_differences_with_combined_errors(run_folder: Path, tmp_path: Path) -> None:
+    summary = run_folder / "measure/step-40/summary.json"
+    figures = json.loads(summary.read_text())
+    figures["entropy_per_token"] |= {"value": 0.1, "stderr": 0.024}
+    summary.write_text(json.dumps(figures))
+    out = write_comparison(
+        run_folder / "measure/step-10", run_folder / "measure/step-40", tmp_path / "new/cmp.html"
+    )
+    page = Page(out)
+    assert {"comparison", "m0", "m1", "fig-comparison-overlay"} <= set(page.ids)
+    row = re.search(r"<tr><td[^>]*><a[^>]*>Entropy of the policy, per token</a>.*?</tr>", page.source)
+    assert row is not None
+    values = [(float(v), float(e)) for v, e in re.findall(r'data-v="([^"]+)" data-e="([^"]+)"', row.group())]
+    assert values[2] == pytest.approx((0.1 - 0.412, 0.03))
+    assert "do not overlap" in row.group()
+
+
+def test_comparison_needs_measurements(run_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"no summary\.json"):
+        write_comparison(run_folder, run_folder / "measure/step-40", tmp_path / "c.html")

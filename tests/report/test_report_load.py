@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from stepscope.errors import RunFolderError
+from stepscope.report import write_report
+from stepscope.report.load import load_measurement, load_run, parse_estimate
+
+
+def test_measure_folder_is_recognised(measure_folder: Path) -> None:
+    run = load_run(measure_folder)
+    assert run.training is None
+    assert len(run.measurements) == 1
+    assert run.measurements[0].summary["entropy_per_token"].value == 0.412
+
+
+def test_run_folder_is_recognised_and_ordered_by_step(run_folder: Path) -> None:
+    run = load_run(run_folder)
+    assert [m.step for m in run.measurements] == [10, 40]
+    assert run.training is not None
+    assert [row["step"] for row in run.training.log] == list(range(1, 41))
+    assert run.training.evaluations is not None
+    assert run.training.evaluations["step"] == [0, 10, 20, 30, 40]
+
+
+def test_null_numbers_are_nan() -> None:
+    record = {"value": 1, "stderr": None, "n": 3, "unit": "1", "method": "", "reliable": True, "reason": ""}
+    assert math.isnan(parse_estimate(record, "here").stderr)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("summary.json", b'{"entropy_per_token": {"value": 1.0'),
+        ("summary.json", b'{"entropy_per_token": 0.5}'),
+        ("change.json", b"[1, 2]"),
+        ("change.json", b'{"quantity": "entropy"}'),
+        ("step.json", b"\xff\xfe not json"),
+        ("update.parquet", b"PAR1 cut"),
+        ("influence_tokens.parquet", b""),
+        ("kernel.safetensors", b"\x00\x01"),
+        ("kernel.json", b"null"),
+        ("noise.json", b'{"noise_scale": {"value": 1, "stderr": "many"}}'),
+        ("config.yaml", b"a: [1, 2"),
+        ("provenance.json", b"{"),
+    ],
+)
+def test_damaged_artifact_is_one_line_that_names_it(measure_folder: Path, name: str, content: bytes) -> None:
+    (measure_folder / name).write_bytes(content)
+    with pytest.raises(RunFolderError) as caught:
+        write_report(measure_folder)
+    message = str(caught.value)
+    assert name in message
+    assert "\n" not in message
+    assert not list(measure_folder.glob("report.html*"))
+
+
+def test_missing_column_is_named(measure_folder: Path) -> None:
+    (measure_folder / "update_tokens.parquet").write_bytes((measure_folder / "update.parquet").read_bytes())
+    with pytest.raises(RunFolderError, match=r"update_tokens\.parquet: damaged \(no column position"):
+        load_measurement(measure_folder)
+
+
+def test_damaged_trainer_state_is_named(run_folder: Path) -> None:
+    (run_folder / "checkpoints/step-10/trainer_state.json").write_text(json.dumps({"log_history": 3}))
+    with pytest.raises(RunFolderError, match=r"step-10/trainer_state\.json"):
+        load_run(run_folder)
+
+
+def test_neither_kind_of_folder(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="nothing to report"):
+        load_run(tmp_path)
+    with pytest.raises(RunFolderError, match="no such folder"):
+        load_run(tmp_path / "absent")
+    with pytest.raises(RunFolderError, match=r"no summary\.json"):
+        load_measurement(tmp_path)
