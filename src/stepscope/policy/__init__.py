@@ -1,0 +1,1 @@
+"""All that touches a model: checkpoints, the forward pass, rollouts, the objective, gradients."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ def dot(a: ParameterVector, b: ParameterVector) -> float:
 
 def norm(a: ParameterVector) -> float:
     """Euclidean norm, accumulated in float64."""
-    return dot(a, a) ** 0.5
+    return math.sqrt(dot(a, a))
 
 
 def cosine(a: ParameterVector, b: ParameterVector) -> float:
