@@ -69,6 +69,9 @@ def load_model(
             f"{model}: {len(missing)} weights of {type(loaded).__name__} are missing, {missing[0]} among "
             "them; copy the weights again or mend config.json"
         )
+    if "gguf_file" in source:
+        # PEFT records this name as an adapter's base; the folder alone would not say which file.
+        loaded.name_or_path = str(Path(model).expanduser().resolve())
     return _placed(loaded, dtype, device), tokenizer
 
 
