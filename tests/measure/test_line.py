@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +10,10 @@ import torch.nn.functional as F  # noqa: N812
 
 from enumerable import ARCHITECTURES, EOS, PROMPTS, enumerable_policy, random_step
 from stepscope.errors import MeasurementError
-from stepscope.measure import nested
 from stepscope.measure.line import derivatives, hidden_states, response_mask, values_at
+from stepscope.measure.nested import SmoothActivations
 from stepscope.measure.quantities import make_quantity
+from stepscope.policy import forward
 from stepscope.policy.vectors import scale
 from stepscope.reference import exact_rollouts
 
@@ -62,26 +66,33 @@ def test_micro_batches_do_not_matter() -> None:
 
 
 def test_a_wrong_second_derivative_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own nested rule for layer_norm is wrong; without the written-out one the check must refuse."""
+    """torch's own nested rule for layer_norm is wrong; without its replacement the check must refuse."""
     policy = enumerable_policy("gpt2")
     rollouts, _ = exact_rollouts(policy, PROMPTS, eos_id=EOS)
-    monkeypatch.delitem(nested._WRITTEN_OUT, F.layer_norm)
-    monkeypatch.delitem(nested._WRITTEN_OUT, torch.layer_norm)
+    monkeypatch.setattr(forward, "twice_differentiable", lambda model: nullcontext())
     with pytest.raises(MeasurementError, match="without second order"):
         derivatives(
             policy, rollouts, [make_quantity("entropy", rollouts)], random_step(policy).direction, order=2
         )
 
 
-@pytest.mark.parametrize(
-    "function", [F.silu, F.mish, lambda x: F.glu(x, -1), lambda x: F.layer_norm(x, (4,), x[0], x[1])]
-)
-def test_written_out_functions_agree_with_torch(function: object) -> None:
-    x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert callable(function)
-    with nested.twice_differentiable():
-        found = function(x)
-    torch.testing.assert_close(found, function(x), rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("function", [F.silu, F.mish, F.glu])
+def test_written_out_activations_agree_with_torch_and_differentiate_twice(
+    function: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, v = torch.randn(2, 3, 4, dtype=torch.float64, generator=generator)
+    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+
+    def along(lr: torch.Tensor) -> torch.Tensor:
+        return function(x + lr * v)
+
+    with SmoothActivations():
+        torch.testing.assert_close(along(zero), function(x), rtol=1e-12, atol=1e-12)
+        _, second = torch.func.jvp(lambda e: torch.func.jvp(along, (e,), (one,))[1], (zero,), (one,))
+    h = 1e-4
+    difference = (along(zero + h) + along(zero - h) - 2 * along(zero)) / h**2
+    torch.testing.assert_close(second, difference, rtol=0, atol=1e-6)
 
 
 def test_second_order_is_there_in_float32_and_scales() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepscope.errors import MeasurementError
-from stepscope.measure.nested import twice_differentiable
+from stepscope.measure.nested import SmoothActivations
 from stepscope.measure.quantities import Quantity
 from stepscope.policy.forward import TokenBatch, batches, forward
 from stepscope.policy.state import Policy
@@ -139,7 +139,7 @@ def derivatives(
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
                 tables[0].add(batch, *slopes(zero))
             continue
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), twice_differentiable():
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), SmoothActivations():
             both = torch.func.jvp(slopes, (zero,), (one,))
         tables[0].add(batch, *both[0])
         tables[1].add(batch, *both[1])
