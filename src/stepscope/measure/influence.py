@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import nn
 
+from stepscope import runs
 from stepscope.errors import MeasurementError
 from stepscope.measure.probe_gradient import ProbeGradient, bind_quantity, probe_gradient
 from stepscope.measure.quantities import Quantity
@@ -280,6 +279,4 @@ def write_influence(found: Sequence[Influence], sequences_path: Path, tokens_pat
         (tokens_path, [f.token_columns() for f in found]),
     ):
         merged = {name: [value for c in columns for value in c[name]] for name in columns[0]}
-        partial = path.with_name(path.name + ".partial")
-        pq.write_table(pa.table(merged), partial)
-        partial.replace(path)
+        runs.write_table(path, merged)

@@ -1,0 +1,256 @@
+"""The Fisher kernel against explicit gradients, its structure against constructed matrices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from stepscope.errors import BatchError
+from stepscope.measure.fisher import fisher_kernel, predict_logprobs, response_logprob, split_tokens
+from stepscope.measure.kernel_structure import (
+    cosine_form,
+    effective_rank,
+    eigenvalues,
+    kernel_structure,
+    null_spectrum,
+    shared_prefix_length,
+)
+from stepscope.measure.step import reconstruct_step
+from stepscope.policy.forward import forward, make_batch
+from stepscope.policy.gradients import directional_derivative
+from stepscope.policy.objective import advantages
+from stepscope.policy.rollouts import score_rollouts
+from stepscope.policy.state import Policy
+from stepscope.policy.vectors import shifted
+from stepscope.results import FloatArray, Rollouts
+
+VOCAB = 12
+
+
+def draw(policy: Policy, seed: int, num_prompts: int, group_size: int) -> Rollouts:
+    rng = np.random.default_rng(seed)
+    count = num_prompts * group_size
+    prompts = [tuple(rng.integers(2, VOCAB, rng.integers(2, 5)).tolist()) for _ in range(num_prompts)]
+    responses = [tuple(rng.integers(1, VOCAB, rng.integers(1, 6)).tolist()) for _ in range(count)]
+    index = np.repeat(np.arange(num_prompts), group_size)
+    rewards = rng.random(count)
+    drawn = Rollouts(
+        prompt_ids=tuple(f"p{seed}/{i}" for i in index),
+        prompts=("",) * count,
+        responses=("",) * count,
+        prompt_token_ids=tuple(prompts[i] for i in index),
+        response_token_ids=tuple(responses),
+        rewards=rewards,
+        correct=np.zeros(count, dtype=bool),
+        truncated=np.zeros(count, dtype=bool),
+        logprobs=tuple(np.zeros(len(r)) for r in responses),
+        entropies=tuple(np.zeros(len(r)) for r in responses),
+        temperature=policy.settings.temperature,
+        max_response_tokens=6,
+        advantages=advantages(rewards, index, "none"),
+    )
+    logprobs, entropies = score_rollouts(policy, drawn)
+    return replace(drawn, logprobs=logprobs, entropies=entropies)
+
+
+def token_jacobian(policy: Policy, rollouts: Rollouts) -> FloatArray:
+    """(token, params): gradient of every single log-prob, in order."""
+    params = list(policy.parameters.values())
+    rows = []
+    for i in range(len(rollouts)):
+        single = make_batch([rollouts.prompt_token_ids[i]], [rollouts.response_token_ids[i]])
+        logprobs = forward(policy.model, single, temperature=rollouts.temperature).logprobs[0]
+        for l_k in logprobs:
+            grads = torch.autograd.grad(l_k, params, retain_graph=True, materialize_grads=True)
+            rows.append(torch.cat([g.reshape(-1) for g in grads]))
+    return torch.stack(rows).numpy()
+
+
+def test_kernels_equal_explicit_gradients(tiny_policy: Policy) -> None:
+    update, probe = draw(tiny_policy, 1, 3, 3), draw(tiny_policy, 2, 4, 1)
+    P = reconstruct_step(tiny_policy, update).preconditioner
+    p = torch.cat([P[n].reshape(-1) for n in tiny_policy.parameters]).numpy()
+    T, H = token_jacobian(tiny_policy, update), token_jacobian(tiny_policy, probe)
+    S = np.add.reduceat(T, np.append(0, np.cumsum(update.num_tokens)[:-1]))
+    E = np.add.reduceat(H, np.append(0, np.cumsum(probe.num_tokens)[:-1]))
+    kernel = fisher_kernel(tiny_policy, update, probe, preconditioner=P, tokens=True, max_sequences=4)
+    for metric, weights in (("raw", np.ones_like(p)), ("preconditioned", p)):
+        K, C = (S * weights) @ S.T, (E * weights) @ S.T
+        np.testing.assert_allclose(kernel.update[metric], K, rtol=1e-9, atol=1e-9 * abs(K).max())
+        np.testing.assert_allclose(kernel.probe[metric], C, rtol=1e-9, atol=1e-9 * abs(C).max())
+        expected = C / np.sqrt(np.outer((E * weights * E).sum(1), np.diag(K)))
+        np.testing.assert_allclose(kernel.probe_cosine(metric), expected, atol=1e-9)
+        assert np.diag(kernel.cosine(metric)) == pytest.approx(1.0)
+        by_token = (T * weights) @ T.T
+        np.testing.assert_allclose(kernel.tokens[metric], by_token, atol=1e-9 * abs(by_token).max())
+    np.testing.assert_array_equal(
+        kernel.token_index[:, 0], np.repeat(np.arange(len(update)), update.num_tokens)
+    )
+
+
+def test_preconditioner_enters_once(tiny_policy: Policy) -> None:
+    """K_P(i, j) is the change of S_i under an Adam-scaled step on S_j: P once, not P^2."""
+    update = draw(tiny_policy, 1, 2, 2)
+    P = reconstruct_step(tiny_policy, update).preconditioner
+    kernel = fisher_kernel(tiny_policy, update, preconditioner=P).update["preconditioned"]
+    lr = 1e-8
+    batch = make_batch([update.prompt_token_ids[1]], [update.response_token_ids[1]])
+    params = tiny_policy.parameters
+    value = forward(tiny_policy.model, batch, temperature=update.temperature).logprobs.sum()
+    grads = torch.autograd.grad(value, list(params.values()))
+    step = {n: P[n] * g for n, g in zip(params, grads, strict=True)}
+    change = []
+    for sign in (1, -1):
+        with shifted(params, step, sign * lr):
+            change.append([float(v.sum()) for v in score_rollouts(tiny_policy, update)[0]])
+    slope = (np.array(change[0]) - np.array(change[1])) / (2 * lr)
+    np.testing.assert_allclose(kernel[:, 1], slope, rtol=1e-5)
+
+
+def test_predicted_logprob_change(tiny_policy: Policy) -> None:
+    update, texts = draw(tiny_policy, 1, 3, 3), draw(tiny_policy, 5, 4, 1)
+    step = reconstruct_step(tiny_policy, update)
+    found = predict_logprobs(tiny_policy, step, texts)
+    along = directional_derivative(tiny_policy, texts, response_logprob, step.direction)
+    np.testing.assert_allclose(found.total, [float(d.sum()) for d in along], rtol=1e-9)
+    parts = found.sequences.sum(1) + found.momentum + found.decay
+    np.testing.assert_allclose(parts, found.total, rtol=1e-8)
+    assert found.sequences.shape == (4, 9)
+
+
+def test_projection_states_its_error(build_policy: Callable[..., Policy]) -> None:
+    policy = build_policy(dtype=torch.float32)
+    update, probe = draw(policy, 1, 6, 4), draw(policy, 2, 5, 1)
+    P = reconstruct_step(policy, update).preconditioner
+    exact = fisher_kernel(policy, update, probe, preconditioner=P)
+    found = {
+        dim: fisher_kernel(policy, update, probe, preconditioner=P, projection=dim, seed=1)
+        for dim in (64, 1024)
+    }
+    for dim, kernel in found.items():
+        assert kernel.projection_error is not None
+        for metric in ("raw", "preconditioned"):
+            off = ~np.eye(len(update), dtype=bool)
+            miss = (kernel.cosine(metric) - exact.cosine(metric))[off]
+            assert float(np.sqrt((miss**2).mean())) < 1.5 * dim**-0.5
+            assert np.abs(kernel.probe_cosine(metric) - exact.probe_cosine(metric)).max() < 5 * dim**-0.5
+        assert 0.3 * dim**-0.5 < kernel.projection_error.value < 1.5 * dim**-0.5
+    assert exact.projection_error is None
+
+
+def test_sketches_are_unbiased_and_the_same_for_any_batch_size(tiny_policy: Policy) -> None:
+    update = draw(tiny_policy, 1, 2, 2)
+    exact = fisher_kernel(tiny_policy, update).update["raw"]
+    draws = [fisher_kernel(tiny_policy, update, projection=32, seed=s).update["raw"] for s in range(24)]
+    error = np.std(draws, axis=0) / np.sqrt(24)
+    assert (np.abs(np.mean(draws, axis=0) - exact) < 6 * error).all()
+    again = fisher_kernel(tiny_policy, update, projection=32, seed=3, max_sequences=1).update["raw"]
+    np.testing.assert_allclose(again, draws[3], rtol=1e-9)
+
+
+def test_files(tiny_policy: Policy, tmp_path: Path) -> None:
+    update, probe = draw(tiny_policy, 1, 3, 3), draw(tiny_policy, 2, 4, 1)
+    P = reconstruct_step(tiny_policy, update).preconditioner
+    kernel = fisher_kernel(tiny_policy, update, probe, preconditioner=P)
+    kernel.save(tmp_path / "kernel.safetensors", tmp_path / "kernel.json")
+    arrays = load_file(tmp_path / "kernel.safetensors")
+    report = json.loads((tmp_path / "kernel.json").read_text())
+    np.testing.assert_array_equal(arrays["update_preconditioned"], kernel.update["preconditioned"])
+    assert arrays["probe_raw_cosine"].shape == (4, 9)
+    assert arrays["update_sequence_id"].tolist() == list(range(9))
+    assert set(report["matrices"]) <= set(arrays)
+    assert report["structure"]["preconditioned_cosine"]["effective_rank"]["value"] == pytest.approx(
+        kernel.effective_rank.value
+    )
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_too_many_tokens_are_refused(tiny_policy: Policy) -> None:
+    batch = draw(tiny_policy, 1, 2, 2)
+    with pytest.raises(BatchError, match="at most 4096"):
+        split_tokens(batch.select([0] * 5000))
+
+
+def batch_of(prompts: list[int], responses: list[tuple[int, ...]] | None = None) -> Rollouts:
+    count = len(prompts)
+    ids = responses or [(1,)] * count
+    nothing = tuple(np.zeros(len(r)) for r in ids)
+    zeros = np.zeros(count)
+    return Rollouts(
+        prompt_ids=tuple(map(str, prompts)),
+        prompts=("",) * count,
+        responses=("",) * count,
+        prompt_token_ids=((1,),) * count,
+        response_token_ids=tuple(ids),
+        rewards=zeros,
+        correct=zeros > 0,
+        truncated=zeros > 0,
+        logprobs=nothing,
+        entropies=nothing,
+        temperature=1.0,
+        max_response_tokens=99,
+    )
+
+
+def test_components_of_a_constructed_kernel() -> None:
+    """Gradients common + prompt + own with known variances."""
+    rng = np.random.default_rng(0)
+    prompts, group, dim = 40, 6, 4000
+    index = np.repeat(np.arange(prompts), group)
+    common = np.sqrt(2.0) * rng.standard_normal(dim)
+    G = common + np.sqrt(3.0) * rng.standard_normal((prompts, dim))[index]
+    G = (G + np.sqrt(5.0) * rng.standard_normal((len(index), dim))) / np.sqrt(dim)
+    found = kernel_structure(G @ G.T, batch_of(index.tolist()), num_params=dim, unit="")
+    for name, share in (("common", 0.2), ("prompt", 0.3), ("own", 0.5)):
+        part = found.components[name]
+        assert abs(part.value - share) < 0.02
+        assert 0 < part.stderr < 0.02
+    assert found.diagonal.count == len(index)
+    assert found.same_prompt.count == prompts * group * (group - 1) // 2
+    assert found.different_prompts.count == len(index) * (len(index) - group) // 2
+    assert found.top_shares[1] > 0.19
+    assert found.effective_rank.value < found.null_effective_rank
+
+
+def test_null_is_what_independent_directions_give() -> None:
+    rng = np.random.default_rng(1)
+    norms = rng.uniform(1, 3, 50)
+    for num_params in (30, 60, 5000):
+        spectra = []
+        for _ in range(20):
+            G = rng.standard_normal((50, num_params))
+            G *= np.sqrt(norms / (G**2).sum(1))[:, None]
+            spectra.append(eigenvalues(G @ G.T))
+        null, edges = null_spectrum(norms, num_params)
+        np.testing.assert_allclose(null.sum(), norms.sum(), rtol=1e-9)
+        np.testing.assert_allclose(null[:5], np.mean(spectra, axis=0)[:5], rtol=0.05)
+        assert edges[1] == pytest.approx((1 + np.sqrt(50 / num_params)) ** 2)
+
+
+def test_effective_rank_counts_equal_directions() -> None:
+    assert effective_rank(np.array([2.0, 2.0, 2.0, 0.0])) == pytest.approx(3.0)
+    assert effective_rank(np.array([1.0, 0.0])) == pytest.approx(1.0)
+    assert effective_rank(np.zeros(3)) == 0.0
+    K = np.diag([1.0, 4.0])
+    np.testing.assert_allclose(cosine_form(K), np.eye(2))
+
+
+def test_shared_prefixes() -> None:
+    assert shared_prefix_length((1, 2, 3), (1, 2, 4)) == 2
+    assert shared_prefix_length((1, 2), (1, 2, 4)) == 2
+    K = np.array([[9.0, 5.0, 1.0], [5.0, 9.0, 2.0], [1.0, 2.0, 9.0]])
+    found = kernel_structure(
+        K, batch_of([0, 0, 0], [(1, 2, 3), (1, 2, 4), (5, 2, 4)]), num_params=10, unit=""
+    )
+    assert [(p.shared_from, p.shared_to, p.mean, p.count) for p in found.shared_prefix] == [
+        (0, 0, 1.5, 2),
+        (2, 3, 5.0, 1),
+    ]
+    assert not found.same_prompt.mean.reliable
