@@ -48,8 +48,10 @@ def study_cells(config: StudyConfig) -> list[Cell]:
         CheckpointError: a checkpoint is missing.
     """
     cells = []
-    for source in config.checkpoints:
-        for checkpoint in checkpoints_in(Path(source)):
+    for source in map(Path, config.checkpoints):
+        for checkpoint in checkpoints_in(source):
+            if checkpoint != source and not (checkpoint / "optimizer.pt").is_file():
+                continue  # a run's first checkpoint has taken no step yet
             tag = hashlib.sha256(str(checkpoint.resolve()).encode()).hexdigest()[:8]
             for setting, changes in config.settings.items():
                 for repeat in range(config.repeats):

@@ -1,0 +1,276 @@
+"""A measurement end to end on a real small training: its files, its stages, resuming, repeatability."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from stepscope import cli
+from stepscope.config import STAGES, MeasureConfig, build_config
+from stepscope.measure.step import reconstruct_step
+from stepscope.pipeline.evaluate import checkpoints_in
+from stepscope.pipeline.stages import PLANS
+from stepscope.policy.checkpoint import load_checkpoint
+from stepscope.policy.vectors import dot, norm
+from stepscope.results import Rollouts
+from stepscope.stats import Estimate
+
+SETTINGS = [
+    "update.num_prompts=4", "update.group_size=4", "probe.num_prompts=24", "probe.group_size=2",
+    "batch_size=64",
+]  # fmt: skip
+QUICK = [*SETTINGS, "lrs=[1e-5]", "second_order=false", "baseline=none"]
+
+
+def measure(*args: object) -> str:
+    result = CliRunner().invoke(cli.app, ["measure", *map(str, args)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return result.stderr
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def load_json(path: Path):
+    return json.loads(path.read_text(), parse_constant=lambda c: pytest.fail(f"{path}: {c} is no JSON"))
+
+
+@pytest.fixture(scope="module")
+def measured(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole measurement, never changed by a test."""
+    out = tmp_path_factory.mktemp("measured") / "run"
+    said = measure(checkpoint, "--task", "arithmetic:terms=2,digits=2,ops=+", "--out", out, *SETTINGS)
+    assert [line.split(":")[0] for line in said.splitlines()] == list(PLANS)
+    return out
+
+
+def test_stages_are_those_of_the_configuration():
+    assert tuple(PLANS) == STAGES
+
+
+def test_every_file_of_the_contract_is_there_and_nothing_else(measured):
+    expected = {"config.yaml", "provenance.json", "summary.json"}
+    expected |= {file for plan in PLANS.values() for file in plan.files}
+    assert {p.name for p in measured.iterdir()} == expected
+
+
+def test_summary_has_the_figures_of_the_contract(measured):
+    summary = load_json(measured / "summary.json")
+    assert set(summary) >= {
+        "entropy_per_token", "entropy_per_seq", "mean_reward", "change_linear_per_token",
+        "change_true_per_token", "linearity_slope", "linearity_r2", "share_momentum", "share_decay",
+        "share_sequences", "noise_scale", "effective_rank", "wall_seconds",
+    }  # fmt: skip
+    for name, entry in summary.items():
+        assert set(entry) == {"value", "stderr", "n", "unit", "method", "reliable", "reason"}, name
+        assert entry["unit"], name
+        assert entry["method"], name
+        assert bool(entry["reason"]) is not entry["reliable"], name
+    shares = [summary[f"share_{part}"]["value"] for part in ("momentum", "decay", "sequences")]
+    assert sum(shares) == pytest.approx(1, abs=1e-5)
+    assert summary["wall_seconds"]["value"] > 0
+
+
+def test_batches_are_stored_with_what_the_contract_asks(measured):
+    update = pq.read_table(measured / "update.parquet")
+    tokens = pq.read_table(measured / "update_tokens.parquet")
+    probe = pq.read_table(measured / "probe.parquet")
+    assert (update.num_rows, probe.num_rows) == (16, 48)
+    assert tokens.num_rows == sum(update["num_tokens"].to_pylist())
+    assert "token_weight" in tokens.column_names
+    assert "token_weight" not in pq.read_table(measured / "probe_tokens.parquet").column_names
+    assert set(probe["advantage"].to_pylist()) != {None} or probe["advantage"].null_count == 48
+    assert not set(update["prompt_id"].to_pylist()) & set(probe["prompt_id"].to_pylist())
+    assert all("/train/" in p for p in update["prompt_id"].to_pylist())
+    assert all("/test/" in p for p in probe["prompt_id"].to_pylist())
+
+
+def test_stored_step_is_the_step(measured, checkpoint):
+    policy = load_checkpoint(checkpoint)
+    update = Rollouts.from_parquet(measured / "update.parquet", measured / "update_tokens.parquet")
+    step = reconstruct_step(policy, update)
+    stored = load_file(measured / "direction.safetensors")
+    assert set(stored) == set(policy.parameters)
+    assert dot(stored, step.direction) / norm(stored) / norm(step.direction) > 1 - 1e-6
+    figures = load_json(measured / "step.json")
+    assert figures["lr"] == step.lr == 0.001
+    assert figures["grad_norm"] == pytest.approx(step.grad_norm, rel=1e-5)
+    weights = pq.read_table(measured / "update_tokens.parquet")["token_weight"].to_numpy()
+    np.testing.assert_allclose(weights, np.concatenate(step.token_weights), rtol=1e-12)
+
+
+def test_summary_repeats_the_change_at_the_checkpoints_own_learning_rate(measured):
+    summary, change = load_json(measured / "summary.json"), load_json(measured / "change.json")
+    assert (change["quantity"], change["normalisation"], change["version"]) == (
+        "entropy",
+        "per_token",
+        "on_policy",
+    )
+    point = next(p for p in change["points"] if math.isclose(p["lr"], 0.001))
+    assert summary["change_linear_per_token"] == point["linear"]
+    assert summary["change_true_per_token"] == point["true"]
+    assert summary["linearity_slope"]["value"] == change["fit"]["slope"]
+    assert summary["linearity_r2"]["value"] == change["fit"]["r2"]
+    kinds = {(s["normalisation"], s["version"]) for s in [change, *change["others"]]}
+    assert kinds == {(n, v) for n in ("per_token", "per_seq") for v in ("on_policy", "fixed_prefix")}
+
+
+def test_entropy_of_the_summary_is_that_of_the_probe(measured):
+    summary = load_json(measured / "summary.json")
+    probe = Rollouts.from_parquet(measured / "probe.parquet", measured / "probe_tokens.parquet")
+    total = sum(float(h.sum()) for h in probe.entropies)
+    assert summary["entropy_per_token"]["value"] == pytest.approx(total / probe.num_tokens.sum())
+    assert summary["entropy_per_seq"]["value"] == pytest.approx(total / len(probe))
+    assert summary["entropy_per_token"]["n"] == probe.num_prompts == 24
+    assert Estimate.from_dict(summary["mean_reward"]).value == pytest.approx(probe.rewards.mean())
+
+
+def test_provenance_says_where_it_came_from(measured, checkpoint):
+    provenance = load_json(measured / "provenance.json")
+    assert provenance["checkpoint"] == str(checkpoint.resolve())
+    assert len(provenance["checkpoint_digest"]) == 64
+    assert provenance["seeds"] == {"update": 0, "probe": 1}
+    assert list(provenance["stages"]) == list(PLANS)
+    config = yaml.safe_load((measured / "config.yaml").read_text())
+    assert build_config(MeasureConfig, config).probe.num_prompts == 24
+
+
+def test_stages_alone_give_the_same_files_as_all_at_once(measured, checkpoint, tmp_path):
+    """Each stage in a process state of its own: everything it needs comes from the folder."""
+    out = tmp_path / "run"
+    task = ["--task", "arithmetic:terms=2,digits=2,ops=+"]
+    for stage in PLANS:
+        measure(checkpoint, *task, "--out", out, "--stages", stage, *SETTINGS)
+    ours, theirs = contents(out), contents(measured)
+    for name in ours:
+        if name.endswith(".parquet") or name.endswith(".safetensors") or name in ("step.json", "change.json"):
+            assert ours[name] == theirs[name], name
+
+
+def test_finished_stages_are_not_repeated(measured, checkpoint):
+    before = contents(measured)
+    task = ["--task", "arithmetic:terms=2,digits=2,ops=+"]
+    said = measure(checkpoint, *task, "--out", measured, *SETTINGS, "--resume")
+    assert said.count("done before") == len(PLANS)
+    assert contents(measured) == before
+
+
+def test_a_removed_file_repeats_its_stage_and_what_rests_on_it(checkpoint, tmp_path):
+    out = tmp_path / "run"
+    stages = ["--stages", "rollouts,step,change"]
+    measure(checkpoint, "--out", out, *QUICK, *stages)
+    change = (out / "change.json").read_bytes()
+    (out / "direction.safetensors").unlink()
+    said = measure(checkpoint, "--out", out, *QUICK, *stages)
+    assert [("done before" in line) for line in said.splitlines()] == [True, False, False]
+    assert (out / "change.json").read_bytes() == change
+
+
+def test_several_quantities(checkpoint, tmp_path):
+    out = tmp_path / "run"
+    stages = ["--stages", "rollouts,step,change"]
+    measure(checkpoint, "--out", out, *QUICK, "--quantity", "entropy,reward,length", *stages)
+    change = load_json(out / "change.json")
+    assert {s["quantity"] for s in change["others"]} == {"entropy", "reward", "length"}
+    assert [p["lr"] for p in change["points"]] == [1e-5, 1e-3]
+    summary = load_json(out / "summary.json")
+    assert "change_true_reward_per_seq" in summary
+    assert "change_true_per_token" in summary
+
+
+def test_float64(checkpoint, tmp_path):
+    out = tmp_path / "run"
+    measure(checkpoint, "--out", out, *SETTINGS, "--precision", "float64", "--stages", "rollouts,step,change")
+    stored = load_file(out / "direction.safetensors")
+    assert {str(t.dtype) for t in stored.values()} == {"torch.float64"}
+    change = load_json(out / "change.json")
+    small = change["points"][0]
+    assert small["true"]["value"] == pytest.approx(small["linear"]["value"], rel=0.02)
+
+
+def test_given_batches_are_used(measured, checkpoint, tmp_path):
+    out = tmp_path / "run"
+    files = [f"update.file={measured / 'update.parquet'}", f"probe.file={measured / 'probe.parquet'}"]
+    measure(checkpoint, "--out", out, *files, "--stages", "rollouts")
+    for name in ("update", "probe"):
+        ours, theirs = (
+            Rollouts.from_parquet(folder / f"{name}.parquet", folder / f"{name}_tokens.parquet")
+            for folder in (out, measured)
+        )
+        assert ours.response_token_ids == theirs.response_token_ids
+        np.testing.assert_allclose(np.concatenate(ours.logprobs), np.concatenate(theirs.logprobs), atol=1e-4)
+
+
+def test_a_failure_later_keeps_what_is_finished(measured, checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("stepscope.pipeline.stages.measure_changes", broken)
+    result = CliRunner().invoke(cli.app, ["measure", str(checkpoint), "--out", str(out), *QUICK])
+    assert isinstance(result.exception, ZeroDivisionError)
+    monkeypatch.undo()
+    assert not list(out.glob("*.partial"))
+    said = measure(checkpoint, "--out", out, *QUICK, "--resume", "--stages", "rollouts,step,change")
+    assert [("done before" in line) for line in said.splitlines()] == [True, True, False]
+
+
+def test_a_failure_first_leaves_no_folder(checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    monkeypatch.setattr("stepscope.pipeline.stages.batch_figures", lambda *a: 1 / 0)
+    result = CliRunner().invoke(cli.app, ["measure", str(checkpoint), "--out", str(out), *QUICK])
+    assert isinstance(result.exception, ZeroDivisionError)
+    assert not out.exists()
+
+
+def test_evaluation_has_a_row_per_checkpoint(trained_run, tmp_path):
+    result = CliRunner().invoke(
+        cli.app,
+        [
+            "eval",
+            str(trained_run),
+            "--out",
+            str(tmp_path / "e.parquet"),
+            "num_prompts=6",
+            "samples_per_prompt=8",
+        ],
+    )
+    assert result.exit_code == 0, (result.output, result.exception)
+    table = pq.read_table(tmp_path / "e.parquet")
+    assert table["step"].to_pylist() == [0, 2, 4]
+    assert {"pass_at_1", "pass_at_1_stderr", "pass_at_8", "entropy_per_token"} <= set(table.column_names)
+
+
+def test_checkpoints_of_a_run_in_order(tmp_path):
+    for step in (10, 2, 100):
+        (tmp_path / "checkpoints" / f"step-{step}").mkdir(parents=True)
+    assert [p.name for p in checkpoints_in(tmp_path)] == ["step-2", "step-10", "step-100"]
+    (tmp_path / "trl" / "checkpoint-5").mkdir(parents=True)
+    assert [p.name for p in checkpoints_in(tmp_path / "trl")] == ["checkpoint-5"]
+
+
+def test_check_says_what_was_found(checkpoint, small_training):
+    result = CliRunner().invoke(cli.app, ["check", str(checkpoint)])
+    assert result.exit_code == 0, result.output
+    assert "AdamW" in result.output
+    result = CliRunner().invoke(cli.app, ["check", str(small_training)])
+    assert result.exit_code == 0, result.output
+    assert "valid TrainConfig" in result.output
+
+
+def test_report_is_rebuilt_from_the_artifacts(measured):
+    page = measured / "report.html"
+    whole = page.read_bytes()
+    page.write_text("")
+    assert CliRunner().invoke(cli.app, ["report", str(measured)]).exit_code == 0
+    assert page.read_bytes() == whole
