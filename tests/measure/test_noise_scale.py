@@ -1,0 +1,109 @@
+"""Noise scale against gradients with known signal and noise, and against explicit gradients of a policy."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from stepscope.errors import BatchError
+from stepscope.measure.noise_scale import effect_noise_scale, from_products, noise_scale
+from stepscope.measure.step import sequence_direction
+from stepscope.policy import vectors
+from stepscope.results import FloatArray
+
+
+def contributions(
+    rng: np.random.Generator, prompts: int, group: int, *, between: float, within: float, dim: int = 300
+) -> tuple[FloatArray, np.ndarray]:
+    """c_i of a batch, which add up to its gradient: a mean of norm 1, prompt effects, response effects."""
+    mean = np.ones(dim) / np.sqrt(dim)
+    prompt = np.sqrt(between / dim) * rng.standard_normal((prompts, dim))
+    response = np.sqrt(within / dim) * rng.standard_normal((prompts, group, dim))
+    g = mean + prompt[:, None, :] + response
+    return g.reshape(-1, dim) / (prompts * group), np.repeat(np.arange(prompts), group)
+
+
+def test_recovers_known_signal_and_noise() -> None:
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(60):
+        c, index = contributions(rng, 24, 4, between=3.0, within=8.0)
+        found.append(from_products(c @ c.T, index, unit="", method=""))
+    for name, truth in (
+        ("signal", 1.0),
+        ("noise", 5.0),
+        ("within_prompts", 2.0),
+        ("between_prompts", 3.0),
+        ("prompts", 5.0),
+        ("sequences", 20.0),
+    ):
+        estimates = [getattr(f, name) for f in found]
+        values = np.array([e.value for e in estimates])
+        spread = values.std(ddof=1)
+        assert abs(values.mean() - truth) < 4 * spread / np.sqrt(60) + 0.02 * truth, name
+        claimed = np.sqrt(np.mean([e.stderr**2 for e in estimates]))
+        assert 0.6 < claimed / spread < 1.6, name
+    assert np.mean([f.share_of_noise for f in found]) == pytest.approx(5 / 24 / (1 + 5 / 24), rel=0.1)
+
+
+def test_the_textbook_formulas() -> None:
+    rng = np.random.default_rng(1)
+    c, index = contributions(rng, 7, 3, between=1.0, within=4.0, dim=20)
+    g = 7 * np.stack([c[index == b].sum(0) for b in range(7)])
+    big, small = float((g.mean(0) ** 2).sum()), float((g**2).sum(1).mean())
+    found = from_products(c @ c.T, index, unit="", method="")
+    assert found.signal.value == pytest.approx((7 * big - small) / 6)
+    assert found.noise.value == pytest.approx((small - big) * 7 / 6)
+    assert found.prompts.value == pytest.approx((small - big) * 7 / (7 * big - small))
+    s = 21 * c
+    spread = [((s[index == b] - g[b]) ** 2).sum() / 2 / 3 for b in range(7)]
+    assert found.within_prompts.value == pytest.approx(np.mean(spread))
+
+
+def test_pure_noise_is_flagged() -> None:
+    rng = np.random.default_rng(2)
+    c, index = contributions(rng, 6, 4, between=50.0, within=50.0, dim=1000)
+    c = c - c.mean(0)
+    found = from_products(c @ c.T, index, unit="", method="")
+    assert not found.prompts.reliable
+    assert "signal" in found.prompts.reason
+    assert found.at_least > 5
+
+
+def test_effect_is_one_dimensional() -> None:
+    rng = np.random.default_rng(3)
+    index = np.repeat(np.arange(9), 4)
+    effect = (1 + 2 * rng.standard_normal(36)) / 36
+    x = 9 * np.bincount(index, weights=effect)
+    found = effect_noise_scale(effect, index, unit="nats/token/lr")
+    assert found.noise.value == pytest.approx(x.var(ddof=1))
+    assert found.signal.value == pytest.approx(x.mean() ** 2 - x.var(ddof=1) / 9)
+
+
+def test_policy_gradients(tiny_policy, draw_update) -> None:
+    step = draw_update(tiny_policy, num_prompts=4, group_size=3)
+    found = noise_scale(tiny_policy, step.update, preconditioner=step.preconditioner)
+    P = step.preconditioner
+    parts = [sequence_direction(tiny_policy, step, i) for i in range(12)]
+    groups = [vectors.add(*parts[3 * b : 3 * b + 3]) for b in range(4)]
+    g = torch.stack([torch.cat([t.reshape(-1) for t in v.values()]) for v in groups]).numpy() * 4
+    p = torch.cat([P[n].reshape(-1) for n in groups[0]]).numpy()
+    for scale, weights in ((found.sgd, p**-2), (found.preconditioned, p**-1)):
+        A = (g * weights) @ g.T
+        signal = (A.sum() - np.trace(A)) / 12
+        assert scale.signal.value == pytest.approx(signal, rel=1e-8)
+        assert scale.noise.value == pytest.approx(np.trace(A) / 4 - signal, rel=1e-8)
+    assert found.noise_scale == found.sgd.prompts
+    again = noise_scale(tiny_policy, step.update, token_weights=step.token_weights)
+    assert again.sgd.noise.value == pytest.approx(found.sgd.noise.value, rel=1e-9)
+    assert again.preconditioned is None
+    assert json.dumps(found.to_dict())
+
+
+def test_one_prompt_is_refused(tiny_policy, draw_update) -> None:
+    step = draw_update(tiny_policy, num_prompts=2, group_size=3)
+    with pytest.raises(BatchError, match="at least 2"):
+        noise_scale(tiny_policy, step.update.select([0, 1, 2]))
