@@ -10,6 +10,7 @@ import numpy as np
 
 from stepscope.config import LossConfig, MeasureConfig
 from stepscope.errors import BatchError, ConfigError
+from stepscope.measure.quantities import Quantity, make_quantity
 from stepscope.measure.step import Step, reconstruct_step
 from stepscope.pipeline.console import on_terminal
 from stepscope.policy.checkpoint import load_checkpoint, load_model, read_settings
@@ -109,6 +110,21 @@ class Session:
             self.config.reference, dtype=self.policy.dtype, device=self.policy.device
         )
         return Policy(model, tokenizer, self.policy.settings)
+
+    @cached_property
+    def quantities(self) -> list[Quantity]:
+        """The quantities asked for, bound to the probe batch."""
+        reference = None if self.reference is None else self.reference.model
+        return [
+            make_quantity(
+                name,
+                self.probe,
+                policy=self.policy,
+                reference=reference,
+                max_sequences=self.config.batch_size,
+            )
+            for name in self.config.quantities
+        ]
 
     @cached_property
     def step(self) -> Step:

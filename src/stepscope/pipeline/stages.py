@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from stepscope import runs
 from stepscope.config import Stage
 from stepscope.measure.change import measure_changes
+from stepscope.measure.fisher import fisher_kernel
 from stepscope.measure.influence import influence, write_influence
-from stepscope.measure.quantities import make_quantity
+from stepscope.measure.noise_scale import effect_noise_scale, noise_scale
+from stepscope.measure.quantities import unit_of
 from stepscope.measure.step import step_summary
 from stepscope.pipeline.console import on_terminal
 from stepscope.pipeline.session import Session
 from stepscope.policy import vectors
 from stepscope.report import write_report
-from stepscope.results import Rollouts
+from stepscope.results import Rollouts, read_table
 from stepscope.runs import RunFolder
 from stepscope.stats import Estimate, clustered_mean, clustered_ratio
 
@@ -103,7 +107,7 @@ def measure_sweep(session: Session) -> Summary:
         session.policy,
         session.line,
         session.probe,
-        quantities=config.quantities,
+        quantities=session.quantities,
         lrs=config.lrs,
         normalisations=("per_token", "per_seq"),
         versions=("on_policy", "fixed_prefix"),
@@ -111,7 +115,6 @@ def measure_sweep(session: Session) -> Summary:
         estimator=config.estimator,
         second_order=config.second_order,
         antithetic=config.antithetic,
-        reference=None if session.reference is None else session.reference.model,
         max_sequences=config.batch_size,
         progress=on_terminal(),
     )
@@ -147,29 +150,20 @@ def _line_figures(fit: Any, count: int) -> Summary:
 def attribute_change(session: Session) -> Summary:
     """Influence of every sequence and token of the update batch on the change of each quantity."""
     config = session.config
-    reference = None if session.reference is None else session.reference.model
-    found = []
-    for name in config.quantities:
-        quantity = make_quantity(
-            name,
+    found = [
+        influence(
+            session.policy,
+            session.step,
+            session.update,
             session.probe,
-            policy=session.policy,
-            reference=reference,
+            quantity=quantity,
+            normalisation=quantity.normalisations[0],
+            baseline=config.baseline,
             max_sequences=config.batch_size,
+            progress=on_terminal(),
         )
-        found.append(
-            influence(
-                session.policy,
-                session.step,
-                session.update,
-                session.probe,
-                quantity=quantity,
-                normalisation=quantity.normalisations[0],
-                baseline=config.baseline,
-                max_sequences=config.batch_size,
-                progress=on_terminal(),
-            )
-        )
+        for quantity in session.quantities
+    ]
     write_influence(
         found, session.run.file("influence_sequences.parquet"), session.run.file("influence_tokens.parquet")
     )
@@ -180,6 +174,51 @@ def attribute_change(session: Session) -> Summary:
         "influence_decay": primary.decay,
         "influence_total": primary.total,
     }
+
+
+def couple_sequences(session: Session) -> Summary:
+    """Fisher kernel of the update batch with itself and with the probe batch."""
+    kernel = fisher_kernel(
+        session.policy,
+        session.update,
+        session.probe,
+        preconditioner=session.step.preconditioner,
+        max_sequences=session.config.batch_size,
+        progress=on_terminal(),
+    )
+    kernel.save(session.run.file("kernel.safetensors"), session.run.file("kernel.json"))
+    return {"effective_rank": kernel.effective_rank}
+
+
+def weigh_noise(session: Session) -> Summary:
+    """Gradient noise scale of the update batch; also of its effect on each quantity, where that is known."""
+    update = session.update
+    found = noise_scale(
+        session.policy,
+        update,
+        preconditioner=session.step.preconditioner,
+        token_weights=session.step.token_weights,
+        max_sequences=session.config.batch_size,
+        progress=on_terminal(),
+    )
+    effects = {}
+    if session.run.is_done("influence"):
+        table = read_table(session.run.file("influence_sequences.parquet")).to_pylist()
+        for quantity in session.quantities:
+            normalisation = quantity.normalisations[0]
+            effects[f"{quantity.name}_{normalisation}"] = effect_noise_scale(
+                np.array(
+                    [
+                        row["influence"]
+                        for row in table
+                        if row["component"] == "sequence" and row["quantity"] == quantity.name
+                    ]
+                ),
+                update.prompt_index,
+                unit=f"{unit_of(quantity, normalisation)}/lr",
+            )
+    runs.write_json(session.run.file("noise.json"), replace(found, effects=effects).to_dict())
+    return {"noise_scale": found.noise_scale}
 
 
 def write_page(session: Session) -> Summary:
@@ -212,6 +251,8 @@ PLANS: dict[Stage, StagePlan] = {
         ("influence_sequences.parquet", "influence_tokens.parquet"),
         ("rollouts", "step"),
     ),
+    "kernel": StagePlan(couple_sequences, ("kernel.json", "kernel.safetensors"), ("rollouts", "step")),
+    "noise": StagePlan(weigh_noise, ("noise.json",), ("rollouts", "step")),
     "report": StagePlan(write_page, ("report.html",), ("rollouts",), needs_policy=False),
 }
 """What each stage does, leaves and needs."""
