@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepscope.errors import StepscopeError
 from stepscope.policy.forward import base_model, forward, make_batch
@@ -123,7 +124,34 @@ def _dropout(model: nn.Module) -> Finding:
     )
 
 
+class _TypeRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Collects the floating-point types of the results of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.types: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                self.types.add(value.dtype)
+        return result
+
+
+def computed_types(policy: Policy) -> set[torch.dtype]:
+    """Floating-point types of every intermediate result of one forward pass on made-up sequences."""
+    prompts, responses = _sequences(policy)
+    recorder = _TypeRecorder()
+    with recorder:
+        _logprobs(policy, prompts, responses)
+    return recorder.types
+
+
 def _types(policy: Policy) -> Finding:
+    computed = computed_types(policy)
     stages: dict[str, set[torch.dtype]] = {
         "weights": {p.dtype for p in policy.model.parameters() if p.is_floating_point()},
         "trainable": {p.dtype for p in policy.parameters.values()},
@@ -131,6 +159,7 @@ def _types(policy: Policy) -> Finding:
     }
     if policy.optimizer is not None:
         stages["moments"] = {t.dtype for t in policy.optimizer.exp_avg_sq.values()}
+    stages["computation"] = computed
     text = ", ".join(
         f"{name} {'/'.join(sorted(str(t).removeprefix('torch.') for t in types))}"
         for name, types in stages.items()
@@ -138,6 +167,12 @@ def _types(policy: Policy) -> Finding:
     )
     if torch.float16 in stages["weights"] | stages["trainable"] | stages["constants"]:
         return Finding("warn", f"types: {text}", "load at float32 or bfloat16; float16 overflows")
+    if torch.float64 in stages["weights"] and computed != {torch.float64}:
+        return Finding(
+            "fail",
+            f"types: {text}: a float64 policy computes in less somewhere",
+            "measure with --precision float32, and report the architecture",
+        )
     return Finding("ok", f"types: {text}")
 
 
@@ -150,14 +185,7 @@ def _tied(model: nn.Module) -> Finding:
 
 def _forward(policy: Policy) -> list[Finding]:
     """Determinism, and invariance to batch size, order and padding, on made-up sequences."""
-    vocab = int(base_model(policy.model).config.vocab_size)  # type: ignore[union-attr, arg-type]
-    generator = torch.Generator().manual_seed(0)
-
-    def tokens(count: int) -> list[int]:
-        return torch.randint(0, vocab, (count,), generator=generator).tolist()
-
-    prompts = [tokens(n) for n in (3, 9, 5, 1)]
-    responses = [tokens(n) for n in (6, 2, 1, 8)]
+    prompts, responses = _sequences(policy)
     together = _logprobs(policy, prompts, responses)
     again = _logprobs(policy, prompts, responses)
     alone = [_logprobs(policy, [p], [r])[0] for p, r in zip(prompts, responses, strict=True)]
@@ -177,6 +205,17 @@ def _forward(policy: Policy) -> list[Finding]:
     else:
         found.append(Finding("ok", f"log-probs depend on batch size and padding by at most {gap:.2g} nats"))
     return found
+
+
+def _sequences(policy: Policy) -> tuple[list[list[int]], list[list[int]]]:
+    """Made-up prompts and responses of different lengths."""
+    vocab = int(base_model(policy.model).config.vocab_size)  # type: ignore[union-attr, arg-type]
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(0, vocab, (count,), generator=generator).tolist()
+
+    return [tokens(n) for n in (3, 9, 5, 1)], [tokens(n) for n in (6, 2, 1, 8)]
 
 
 def _logprobs(policy: Policy, prompts: list[list[int]], responses: list[list[int]]) -> list[Tensor]:

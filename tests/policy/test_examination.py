@@ -1,0 +1,85 @@
+"""Findings about policies built to have one thing wrong each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stepscope.errors import CheckpointError
+from stepscope.policy import forward as forward_module
+from stepscope.policy.examination import Finding, computed_types, examine
+from stepscope.policy.precision import lift_model
+from stepscope.policy.settings import StepSettings
+from stepscope.policy.state import Policy
+
+
+def policy_of(model: nn.Module, tokenizer: Any) -> Policy:
+    return Policy(model, tokenizer, StepSettings())
+
+
+def levels(policy: Policy) -> dict[str, str]:
+    return {f.what: f.level for f in examine(policy)}
+
+
+def test_float64_computes_in_float64_at_every_stage(
+    build_model: Callable[..., nn.Module], tokenizer: Any, architecture: str
+) -> None:
+    assert computed_types(policy_of(lift_model(build_model(architecture)), tokenizer)) == {torch.float64}
+    assert computed_types(policy_of(build_model(architecture), tokenizer)) == {torch.float32}
+    assert torch.bfloat16 in computed_types(policy_of(build_model(architecture).bfloat16(), tokenizer))
+
+
+def test_a_float64_model_that_computes_in_less_fails(
+    build_model: Callable[..., nn.Module], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the lifting, the casts inside the norms show."""
+    policy = policy_of(lift_model(build_model("llama")), tokenizer)
+    assert "fail" not in levels(policy).values()
+    monkeypatch.setattr(forward_module, "matching_precision", lambda model: torch.no_grad())
+    failed = [what for what, level in levels(policy).items() if level == "fail"]
+    assert any("computes in less somewhere" in what for what in failed)
+
+
+class Random(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 0.01 * torch.randn_like(x)
+
+
+def test_randomness_in_the_model_fails(build_model: Callable[..., nn.Module], tokenizer: Any) -> None:
+    model: Any = build_model()
+    model.model.norm = nn.Sequential(model.model.norm, Random())
+    found = levels(policy_of(model, tokenizer))
+    assert found["two equal forward passes differ"] == "fail"
+
+
+def test_a_model_that_ignores_padding_fails(build_model: Callable[..., nn.Module], tokenizer: Any) -> None:
+    model: Any = build_model()
+    inner = model.model.forward
+    model.model.forward = lambda input_ids, **ignored: inner(input_ids=input_ids)
+    failed = [what for what, level in levels(policy_of(model, tokenizer)).items() if level == "fail"]
+    assert any("depend on batch size and padding by up to" in what for what in failed)
+
+
+def test_dropout_and_missing_end_token_are_warnings(
+    build_model: Callable[..., nn.Module], tokenizer: Any
+) -> None:
+    model: Any = build_model("gpt2")
+    tokenizer.eos_token = None
+    model.generation_config.eos_token_id = None
+    warned = [what for what, level in levels(policy_of(model, tokenizer)).items() if level == "warn"]
+    assert any("dropout" in what for what in warned)
+    assert any("all responses are truncated" in what for what in warned)
+
+
+def test_tied_and_separate_embeddings(build_model: Callable[..., nn.Module], tokenizer: Any) -> None:
+    assert "input and output embeddings are one tied parameter" in levels(policy_of(build_model(), tokenizer))
+    assert "input and output embeddings are separate" in levels(policy_of(build_model("llama"), tokenizer))
+
+
+def test_an_error_becomes_a_finding_with_its_cure() -> None:
+    assert Finding.from_error(CheckpointError("a: b; c; do this")) == Finding("fail", "a: b; c", "do this")
+    assert Finding.from_error(CheckpointError("no cure")) == Finding("fail", "no cure", "")
