@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils import gather_object
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from stepscope.config import RlConfig, TrainConfig
 from stepscope.errors import ConfigError
 from stepscope.policy.settings import StepSettings
-from stepscope.results import FloatArray
+from stepscope.results import FloatArray, IntArray
 from stepscope.tasks.problem import Problem, Score, Task
 from stepscope.training.arguments import install_callbacks, shared_arguments
 from stepscope.training.start import adapter, prompt_text
@@ -74,51 +75,60 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         self._rows = inputs
         self.reward.scores.clear()
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
-        rewards = self._metrics["train" if self.model.training else "eval"]["reward"]
-        self._metrics["train" if self.model.training else "eval"]["reward_kept"].append(rewards[-1])
-        rewards[-1] = self._sampled_reward
+        metrics = self._metrics["train"]
+        metrics["reward_kept"].append(metrics["reward"][-1])
+        metrics["reward"][-1] = self._sampled_reward
         return output
 
     def _generate(self, prompts: list[str]) -> tuple[Any, ...]:
         """Generate one completion per prompt, then replace dead groups; ``prompts`` is changed in place.
 
-        TRL scores the rows of ``self._rows`` afterwards, so these are replaced too.
+        TRL scores ``self._rows`` afterwards, so these are changed in place too. Only lengths, ``correct`` and
+        ``formatted`` of the first completions are logged.
         """
         prompt_ids, completion_ids, tool_mask, completions, *rest = super()._generate(prompts)
-        rows = self._rows
         rewards = self._group_rewards(prompts, completions, completion_ids)
         self._sampled_reward = float(rewards.mean())
-        for row, completion in zip(rows, completions, strict=True):
+        for row, completion in zip(self._rows, completions, strict=True):
             score = self.reward.score(row["index"], completion)
             self._log_metric("correct", float(score.correct))
             self._log_metric("formatted", float(score.formatted))
         random = np.random.default_rng([self.args.seed, self.state.global_step])
-        first = self.accelerator.process_index * len(prompts)
         replaced = 0
-        for _ in range(self.max_resample if self.model.training else 0):
+        for _ in range(self.max_resample):
             dead = np.flatnonzero(np.ptp(rewards, axis=1) == 0)
-            if not len(dead):
+            fresh = self._unused_rows(len(dead), random)
+            if not fresh:
                 break
-            replaced += len(dead)
-            fresh = random.choice(len(self.train_dataset), size=len(dead), replace=False)
-            mine = {
-                place - first: int(new)
-                for group, new in zip(dead, fresh, strict=True)
-                for place in range(group * self.num_generations, (group + 1) * self.num_generations)
-                if first <= place < first + len(prompts)
-            }
-            for place, new in mine.items():
-                rows[place] = self.train_dataset[new]
-                prompts[place] = rows[place]["prompt"]
-            if mine:
-                ids, _, _ = self._tokenize_prompts([prompts[place] for place in mine])
+            places = self._replace_prompts(dead, fresh, prompts)
+            if places:
+                ids, _, _ = self._tokenize_prompts([prompts[place] for place in places])
                 sampled, _ = self._generate_single_turn(ids, None, {}, self.num_generations)
                 texts = self.processing_class.batch_decode(sampled, skip_special_tokens=True)
-                for place, prompt, response, text in zip(mine, ids, sampled, texts, strict=True):
+                for place, prompt, response, text in zip(places, ids, sampled, texts, strict=True):
                     prompt_ids[place], completion_ids[place], completions[place] = prompt, response, text
+            replaced += len(fresh)
             rewards = self._group_rewards(prompts, completions, completion_ids)
         self._log_metric("resampled_groups", float(replaced))
         return prompt_ids, completion_ids, tool_mask, completions, *rest
+
+    def _unused_rows(self, count: int, random: np.random.Generator) -> list[dict[str, Any]]:
+        """At most ``count`` rows whose prompts are not in the batch; the same rows on every process."""
+        used = set(gather_object([row["index"] for row in self._rows]))
+        unused = [i for i, index in enumerate(self.train_dataset["index"]) if index not in used]
+        chosen = random.choice(unused, size=min(count, len(unused)), replace=False)
+        return [self.train_dataset[int(i)] for i in chosen]
+
+    def _replace_prompts(self, dead: IntArray, fresh: list[dict[str, Any]], prompts: list[str]) -> list[int]:
+        """Give dead groups fresh prompts; the places that changed on this process."""
+        first = self.accelerator.process_index * len(prompts)
+        places = []
+        for group, row in zip(dead, fresh, strict=False):
+            start = int(group) * self.num_generations - first
+            for place in range(max(start, 0), min(start + self.num_generations, len(prompts))):
+                self._rows[place], prompts[place] = row, row["prompt"]
+                places.append(place)
+        return places
 
     def _group_rewards(self, prompts: list[str], completions: list[str], ids: list[list[int]]) -> FloatArray:
         """(prompt, response) rewards of the whole batch, over all processes."""
@@ -238,7 +248,7 @@ def reinforce(
         peft_config=adapter(config.model.lora),
     )
     install_callbacks(trainer, logs=out / "tensorboard" if "tensorboard" in rl.report_to else None)
-    if not (checkpoints / "step-0").exists():
+    if trainer.is_world_process_zero() and not (checkpoints / "step-0").exists():
         start = checkpoints / "checkpoint-0"
         trainer.save_model(str(start))
         trainer.state.save_to_json(str(start / "trainer_state.json"))

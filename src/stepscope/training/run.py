@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+from accelerate import PartialState
+
 from stepscope.config import TrainConfig
 from stepscope.errors import RunFolderError
 from stepscope.tasks.load import load_task
@@ -45,9 +48,11 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
             f"{out}: already holds a training; choose another folder, or continue this one with --resume"
         )
     task = load_task(config.task, template=config.template, format_weight=config.format_weight)
+    fresh = last is None and not base.exists()
+    PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
     out.mkdir(parents=True, exist_ok=True)
     with quiet_libraries():
-        if last is None and not base.exists():
+        if fresh:
             _make_base(config, task, out)
         if config.rl is None:
             return base

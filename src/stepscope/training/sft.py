@@ -161,7 +161,8 @@ def warm_up(
     check.trainer = trainer
     install_callbacks(trainer, logs=None)
     trainer.train()
-    trainer.state.save_to_json(str(out / "trainer_state.json"))
+    if trainer.is_world_process_zero():
+        trainer.state.save_to_json(str(out / "trainer_state.json"))
     trained = trainer.accelerator.unwrap_model(trainer.model)
     merged: nn.Module = trained if config.model.lora is None else trained.merge_and_unload()
     return merged

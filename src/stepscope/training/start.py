@@ -9,6 +9,7 @@ from typing import Any
 
 import peft
 import torch
+from accelerate import PartialState
 from torch import nn
 
 from stepscope.config import LoraConfig, ModelConfig
@@ -83,13 +84,19 @@ def adapter(config: LoraConfig | None) -> peft.LoraConfig | None:
 
 
 def save_base(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write model and tokenizer as a Hugging Face folder; ``folder`` appears complete or not at all."""
-    partial = folder.with_name(folder.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    partial.replace(folder)
+    """Write model and tokenizer as a Hugging Face folder; ``folder`` appears complete or not at all.
+
+    Of several processes the main one writes and the others wait.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.is_main_process:
+        partial = folder.with_name(folder.name + ".partial")
+        if partial.exists():
+            shutil.rmtree(partial)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.replace(folder)
+    state.wait_for_everyone()
 
 
 def prompt_text(task: Task, problem: Problem, tokenizer: Any) -> str:
