@@ -101,7 +101,7 @@ def reconstruct_step(
     Exact up to round-off; pinned against ``torch.optim.AdamW.step()`` in ``tests/measure/test_step.py``.
     Source: Loshchilov & Hutter 2019 (arXiv:1711.05101), ``torch/optim/adam.py``.
     """
-    state = _optimizer(policy)
+    _optimizer(policy)
     weights = token_weights(
         update,
         policy.settings,
@@ -121,6 +121,24 @@ def reconstruct_step(
         ascent = gradient(policy, update, objective, max_sequences=max_sequences)
     if not off_policy:
         drift.check()
+    return assemble_step(policy, update, weights, ascent)
+
+
+def assemble_step(
+    policy: Policy, update: Rollouts, weights: Sequence[FloatArray], ascent: dict[str, Tensor]
+) -> Step:
+    """The step that AdamW makes of a gradient: clipping, moments and preconditioner as it would have them.
+
+    Args:
+        policy: with AdamW's state.
+        update: the batch the gradient is of.
+        weights: its token weights w_ik, one (tok,) array per sequence.
+        ascent: sum_ik w_ik grad l_ik, that is -grad Loss.
+
+    Raises:
+        CheckpointError: no optimizer state, or one that does not fit the parameters.
+    """
+    state = _optimizer(policy)
     norm = vectors.norm(ascent)
     limit = policy.settings.max_grad_norm
     clip = min(1.0, limit / (norm + CLIP_EPSILON)) if limit > 0 else 1.0
@@ -133,7 +151,7 @@ def reconstruct_step(
         sequences=sequences,
         direction=vectors.add(momentum, decay, sequences),
         preconditioner=preconditioner,
-        token_weights=weights,
+        token_weights=tuple(weights),
         lr=lr,
         grad_norm=norm,
         clip_coefficient=clip,

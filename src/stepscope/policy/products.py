@@ -106,22 +106,44 @@ def group_gradients(
         groups: (seq,) group number of each sequence, 0, 1, ...
         **options: see :class:`stepscope.policy.per_sequence.StreamOptions`.
     """
+    members = np.asarray(groups)[None, :] == np.arange(int(groups.max()) + 1)[:, None]
+    return weighted_gradients(policy, rollouts, objective, members.astype(np.float64), **options)
+
+
+def weighted_gradients(
+    policy: Policy,
+    rollouts: Rollouts,
+    objective: Objective,
+    weights: FloatArray,
+    **options: Unpack[StreamOptions],
+) -> dict[str, Tensor]:
+    """Weighted sums of the sequences' gradients, many in one pass: name to (sum, ...parameter shape).
+
+    Args:
+        policy: its trainable parameters are differentiated.
+        rollouts: the sequences.
+        objective: (seq,) or (seq, tok).
+        weights: (sum, seq) weight of each sequence's gradient in each sum.
+        **options: see :class:`stepscope.policy.per_sequence.StreamOptions`.
+    """
     order = by_length(rollouts)
-    number = torch.as_tensor(groups, device=policy.device)[order]
-    count = int(groups.max()) + 1
     params = policy.parameters
+    share = torch.as_tensor(weights[:, order], device=policy.device)
     total = {
-        n: torch.zeros(count, *matrix_shape(p.shape), dtype=compute_dtype(p), device=policy.device)
+        n: torch.zeros(len(weights), *matrix_shape(p.shape), dtype=compute_dtype(p), device=policy.device)
         for n, p in params.items()
     }
 
     def consume(gradient: LayerGradient, rows: slice) -> None:
-        target, index = total[gradient.name], number[rows]
-        for start, stop in gradient.row_slices(len(index), CHUNK_BYTES, target.element_size()):
-            target[:, start:stop].index_add_(0, index, gradient.dense(start, stop))
+        target = total[gradient.name]
+        size = rows.stop - rows.start
+        own = share[:, rows].to(target.dtype)
+        for start, stop in gradient.row_slices(size, CHUNK_BYTES, target.element_size()):
+            block = own @ gradient.dense(start, stop).flatten(1)
+            target[:, start:stop] += block.view(len(own), stop - start, -1)
 
     stream(policy, rollouts, objective, consume, order=order, **options)
-    return {n: t.reshape(count, *params[n].shape) for n, t in total.items()}
+    return {n: t.reshape(len(weights), *params[n].shape) for n, t in total.items()}
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -1,0 +1,99 @@
+"""Re-made steps against steps of batches that really lack the sequence; scores of influence."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from stepscope.errors import MeasurementError
+from stepscope.measure.change import measure_change
+from stepscope.measure.influence import influence
+from stepscope.measure.step import reconstruct_step
+from stepscope.measure.validation import validate_influence
+from stepscope.policy.objective import advantages
+
+HOW = {"quantity": "entropy", "baseline": "position"}
+
+
+@pytest.fixture
+def case(build_policy, draw_update, draw_rollouts):
+    policy = build_policy(max_grad_norm=0.0)
+    step = draw_update(policy, num_prompts=4, group_size=3)
+    probe = draw_rollouts(policy, num_prompts=8, group_size=2, seed=9)
+    return policy, step, probe, influence(policy, step, step.update, probe, **HOW)
+
+
+def test_zeroed_is_the_step_with_that_advantage_at_zero(case) -> None:
+    policy, step, probe, found = case
+    checked = validate_influence(policy, step, probe, found, num_subsets=3, num_single=2)
+    full = measure_change(policy, step, probe, lrs=[step.lr], **HOW).at(step.lr).true.value
+    for index, truth in zip(checked.single_index, checked.single_true, strict=True):
+        weights = step.update.advantages.copy()
+        weights[index] = 0.0
+        other = reconstruct_step(policy, replace(step.update, advantages=weights))
+        change = measure_change(policy, other, probe, lrs=[step.lr], **HOW).at(step.lr).true.value
+        assert full - change == pytest.approx(truth, rel=1e-7, abs=1e-13)
+
+
+def test_recomputed_uses_the_advantages_of_those_who_stay(case) -> None:
+    policy, step, probe, found = case
+    checked = validate_influence(
+        policy, step, probe, found, removal="recomputed", num_subsets=2, num_single=1
+    )
+    update = step.update
+    for kept, truth in zip(checked.subsets, checked.subset_true, strict=True):
+        weights = np.zeros(len(update))
+        weights[kept] = advantages(update.rewards[kept], update.prompt_index[kept], "none")
+        other = reconstruct_step(policy, replace(update, advantages=weights))
+        change = measure_change(policy, other, probe, lrs=[step.lr], **HOW).at(step.lr).true.value
+        assert change == pytest.approx(truth, rel=1e-7, abs=1e-13)
+    assert checked.removal == "recomputed"
+
+
+def test_influence_predicts_small_steps(case) -> None:
+    """At a small learning rate, with a second moment that one batch hardly moves, prediction is exact."""
+    policy, _, probe, _ = case
+    state = policy.optimizer
+    slow = replace(
+        state,
+        steps=dict.fromkeys(state.steps, 10_000),
+        exp_avg_sq={n: 1e3 * v for n, v in state.exp_avg_sq.items()},
+    )
+    policy = replace(policy, optimizer=slow)
+    step = reconstruct_step(policy, case[1].update)
+    found = influence(policy, step, step.update, probe, **HOW)
+    checked = validate_influence(policy, step, probe, found, lr=1e-7, num_subsets=24, num_single=12)
+    assert checked.lds.value > 0.99
+    assert checked.leave_one_out.value > 0.99
+    assert checked.lds.n == 24
+    assert checked.lds.stderr < 0.05
+    assert checked.to_dict()["subsets"][0] == np.flatnonzero(checked.subsets[0]).tolist()
+
+
+def test_shuffled_influence_is_found_out(case) -> None:
+    policy, step, probe, found = case
+    wrong = replace(found, sequences=np.roll(found.sequences, 5))
+    checked = validate_influence(policy, step, probe, wrong, lr=1e-7, num_subsets=24, num_single=12)
+    assert checked.lds.value < 0.8
+    assert checked.leave_one_out.value < 0.8
+
+
+def test_policy_is_restored(case) -> None:
+    policy, step, probe, found = case
+    before = {n: p.detach().clone() for n, p in policy.parameters.items()}
+    validate_influence(policy, step, probe, found, num_subsets=2, num_single=0)
+    assert all(torch.equal(p, before[n]) for n, p in policy.parameters.items())
+
+
+def test_refusals(case) -> None:
+    policy, step, probe, found = case
+    with pytest.raises(MeasurementError, match="unknown removal"):
+        validate_influence(policy, step, probe, found, removal="deleted")
+    with pytest.raises(MeasurementError, match="learning rate above 0"):
+        validate_influence(policy, replace(step, lr=0.0), probe, found)
+    odd = replace(step, token_weights=tuple(w + 0.1 for w in step.token_weights))
+    with pytest.raises(MeasurementError, match="not proportional"):
+        validate_influence(policy, odd, probe, found, removal="recomputed")
