@@ -72,6 +72,8 @@ def load_model(
     if "gguf_file" in source:
         # PEFT records this name as an adapter's base; the folder alone would not say which file.
         loaded.name_or_path = str(Path(model).expanduser().resolve())
+        # Its weights are plain tensors now; the Trainer refuses to train what is still marked as quantized.
+        loaded.hf_quantizer.remove_quantization_config(loaded)
     return _placed(loaded, dtype, device), tokenizer
 
 
