@@ -212,6 +212,7 @@ def write_measurement(folder: Path, *, step: int, seed: int) -> Path:
         ),
         folder / "influence_tokens.parquet",
     )
+    write_kernel(folder, rng)
     write_json(
         folder / "noise.json",
         {
@@ -272,14 +273,53 @@ def write_measurement(folder: Path, *, step: int, seed: int) -> Path:
 
 
 def write_kernel(folder: Path, rng: np.random.Generator) -> None:
+    """The cosine kernel of random vectors that share a part with their prompt."""
     num_prompts, group_size = 16, 8
     count = num_prompts * group_size
-    factors = 0.35 * rng.standard_normal((1, 400)) + np.repeat(
-        rng.standard_normal((num_prompts, 400)), 8, axis=0
+    prompts = np.repeat(np.arange(num_prompts), group_size)
+    vectors = rng.standard_normal((num_prompts, 400))[prompts] + 1.5 * rng.standard_normal((count, 400))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosine = vectors @ vectors.T
+    spectrum = np.linalg.eigvalsh(cosine)[::-1].tolist()
+    same = prompts[:, None] == prompts[None, :]
+
+    def mean(mask: np.ndarray) -> dict[str, Any]:
+        value = estimate(float(cosine[mask].mean()), 0.004, num_prompts, "cosine", "mean over pairs")
+        return {"mean": value, "count": int(mask.sum()), "std": 0.1}
+
+    share = "share of the mean diagonal"
+    report = {
+        "diagonal": {"mean": estimate(1.0, 0.0, num_prompts, "cosine", "mean"), "count": count, "std": 0.0},
+        "same_prompt": mean(same & ~np.eye(count, dtype=bool)),
+        "different_prompts": mean(~same),
+        "components": {
+            name: estimate(value, 0.01, num_prompts, share, "pair means")
+            for name, value in (("common", 0.001), ("prompt", 0.3), ("own", 0.699))
+        },
+        "effective_rank": estimate(61.2, 2.3, num_prompts, "directions", "exp of the spectral entropy"),
+        "spectrum": spectrum,
+        "null_spectrum": np.linspace(2.1, 0.2, count).tolist(),
+        "null_effective_rank": 110.0,
+        "null_edges": [0.19, 2.45],
+        "participation_ratio": 40.0,
+        "top_shares": {"1": 0.05},
+        "shared_prefix": [
+            {"shared_from": low, "shared_to": high, "mean": value, "count": 30}
+            for low, high, value in ((0, 0, 0.22), (1, 1, 0.28), (2, 3, 0.36))
+        ],
+    }
+    matrices = {f"update_{metric}_cosine": cosine for metric in ("raw", "preconditioned")}
+    save_file({**matrices, "probe_raw": cosine[:4]}, folder / "kernel.safetensors")
+    write_json(
+        folder / "kernel.json",
+        {
+            "update_prompt_ids": [f"arithmetic/train/{p}" for p in prompts],
+            "projection_error": None,
+            "structure": {
+                f"{m}{form}": report for m in ("raw", "preconditioned") for form in ("", "_cosine")
+            },
+        },
     )
-    vectors = factors + 0.8 * rng.standard_normal((count, 400))
-    kernel = vectors @ vectors.T / 400
-    save_file({"kernel": kernel, "sequence_ids": np.arange(count)}, folder / "kernel.safetensors")
 
 
 def write_run(folder: Path) -> Path:
@@ -315,6 +355,7 @@ def write_run(folder: Path) -> Path:
                 "pass_at_8": pass_8,
                 "pass_at_8_stderr": [0.018] * 5,
                 "format_rate": [0.93, 0.97, 0.98, 0.99, 0.99],
+                "format_rate_stderr": [0.011, 0.008, 0.007, 0.005, 0.005],
                 "mean_length": [12.4, 12.2, 12.1, 12.1, 12.0],
                 "mean_length_correct": [12.3, 12.2, 12.1, 12.0, 12.0],
                 "entropy_per_token": [0.43, 0.30, 0.21, 0.15, 0.12],

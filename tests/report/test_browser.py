@@ -26,20 +26,27 @@ def browser() -> Iterator[Browser]:
 
 
 DRAWN = """[...document.querySelectorAll('.canvas')]
-    .filter(d => d.checkVisibility({contentVisibilityAuto: true}))
+    .filter(d => d.checkVisibility())
     .every(d => d.querySelector('.main-svg'))"""
+
+
+def draw_everything(browser: Browser) -> None:
+    """What is off screen is drawn for printing, too."""
+    browser.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    browser.wait_for(DRAWN)
 
 
 def test_the_page_works_in_a_browser(run_folder: Path, browser: Browser) -> None:
     page = write_report(run_folder)
-    browser.open(page, width=1280, height=9000)
-    browser.wait_for(DRAWN)
+    browser.open(page, width=1280, height=900)
+    draw_everything(browser)
     assert browser.evaluate("document.title !== 'owned'")
     assert browser.evaluate("document.querySelectorAll('#m1').length && document.getElementById('m1').hidden")
 
     # Hovering a point of the change curve shows its value with error.
     box = browser.evaluate(
-        """(() => { const points = document.querySelectorAll('#fig-m0-change .scatterlayer path.point');
+        """(() => { document.getElementById('fig-m0-change').scrollIntoView({behavior: 'instant'});
+            const points = document.querySelectorAll('#fig-m0-change .scatterlayer path.point');
             const r = points[4].getBoundingClientRect();
             return [r.x + r.width / 2, r.y + r.height / 2]; })()"""
     )
@@ -79,7 +86,7 @@ def test_the_page_works_in_a_browser(run_folder: Path, browser: Browser) -> None
     browser.evaluate("document.getElementById('tab-m0').focus()")
     browser.press("ArrowRight")
     assert browser.evaluate("document.getElementById('m0').hidden && !document.getElementById('m1').hidden")
-    browser.wait_for(DRAWN)
+    draw_everything(browser)
 
     # Export, the other theme, and a phone's width without sideways scrolling.
     assert browser.evaluate(
@@ -88,8 +95,8 @@ def test_the_page_works_in_a_browser(run_folder: Path, browser: Browser) -> None
     )
     browser.evaluate("document.getElementById('theme').click()")
     assert browser.evaluate("document.documentElement.dataset.theme") == "dark"
-    browser.open(page, width=390, height=9000, dark=True)
-    browser.wait_for(DRAWN)
+    browser.open(page, width=390, height=900, dark=True)
+    draw_everything(browser)
     assert browser.evaluate("document.documentElement.scrollWidth") <= 390
 
     assert browser.errors == []

@@ -6,9 +6,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import plotly.graph_objects as go
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from markupsafe import escape
 from plotly.offline import get_plotlyjs
+from safetensors.numpy import load_file
 from synthetic_run import HOSTILE
 
 from stepscope.errors import RunFolderError
@@ -71,6 +74,7 @@ def test_a_measurement_has_every_section(measure_folder: Path) -> None:
         "change",
         "step",
         "influence",
+        "kernel",
         "noise",
         "responses",
     ]
@@ -82,6 +86,7 @@ def test_a_measurement_has_every_section(measure_folder: Path) -> None:
         (["change.json"], {"change"}),
         (["step.json"], {"step"}),
         (["influence_sequences.parquet", "influence_tokens.parquet"], {"influence"}),
+        (["kernel.json", "kernel.safetensors"], {"kernel"}),
         (["noise.json"], {"noise"}),
         (["provenance.json", "config.yaml"], {"provenance"}),
         (["update.parquet", "probe.parquet"], {"responses"}),
@@ -105,7 +110,7 @@ def test_a_summary_alone_makes_a_page(tmp_path: Path, measure_folder: Path) -> N
 
 def test_run_page_shows_training_and_every_measurement(run_page: Page) -> None:
     assert {"training", "checkpoints", "m0", "m1", "tab-m0", "tab-m1", "glossary"} <= set(run_page.ids)
-    assert {"fig-training-train-reward", "fig-training-train-entropy", "fig-training-eval-pass"} <= set(
+    assert {"fig-training-train-reward", "fig-training-train-entropy", "fig-training-eval-pass-0"} <= set(
         run_page.ids
     )
     assert "pass@1 from 0.520\u00a0±\u00a00.021 to 0.810\u00a0±\u00a00.021" in run_page.source
@@ -118,6 +123,44 @@ def test_a_run_without_measurements_or_evaluations_still_has_its_curves(run_fold
     page = Page(write_report(run_folder))
     assert len(page.figures) == 2
     assert "m0" not in page.ids
+
+
+def test_evaluations_of_two_settings_are_not_mixed(run_folder: Path) -> None:
+    table = pq.read_table(run_folder / "eval.parquet")
+    pieces = [table.append_column("split", pa.array([split] * table.num_rows)) for split in ("train", "test")]
+    pq.write_table(pa.concat_tables(pieces), run_folder / "eval.parquet")
+    page = Page(write_report(run_folder))
+    assert {"table-training-before-after-0", "table-training-before-after-1"} <= set(page.ids)
+    assert "Accuracy on held-out problems, split train" in page.source
+    curves = [t for f in page.figures for t in f["data"] if t.get("name") == "pass@1"]
+    assert [t["x"] for t in curves] == [[0, 10, 20, 30, 40]] * 2
+
+
+def test_warm_up_curve(run_folder: Path) -> None:
+    (run_folder / "warmup").mkdir()
+    rows = [{"step": 1, "loss": 5.0}, {"step": 8, "accuracy": 0.1, "format_rate": 0.5}]
+    (run_folder / "warmup/trainer_state.json").write_text(json.dumps({"log_history": rows}))
+    assert "fig-training-warmup" in Page(write_report(run_folder)).ids
+
+
+def test_kernel_of_another_batch_is_refused(measure_folder: Path) -> None:
+    kernel = json.loads((measure_folder / "kernel.json").read_text())
+    kernel["update_prompt_ids"] = kernel["update_prompt_ids"][:-1]
+    (measure_folder / "kernel.json").write_text(json.dumps(kernel))
+    with pytest.raises(RunFolderError, match=r"kernel\.json names 127 sequences"):
+        write_report(measure_folder)
+
+
+def test_heat_map_is_ordered_by_prompt(measure_folder: Path) -> None:
+    kernel = json.loads((measure_folder / "kernel.json").read_text())
+    prompts = [str(i % 16) for i in range(128)]
+    kernel["update_prompt_ids"] = prompts
+    (measure_folder / "kernel.json").write_text(json.dumps(kernel))
+    page = Page(write_report(measure_folder))
+    heat = next(t for f in page.figures for t in f["data"] if t["type"] == "heatmap")
+    assert [prompts[int(i)] for i in heat["x"]] == [str(p) for p in range(16) for _ in range(8)]
+    cosine = load_file(measure_folder / "kernel.safetensors")["update_raw_cosine"]
+    assert heat["z"][1][0] == pytest.approx(cosine[16, 0], abs=5e-4)
 
 
 def test_ids_are_unique_and_every_link_lands(run_page: Page) -> None:

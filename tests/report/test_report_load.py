@@ -23,8 +23,7 @@ def test_run_folder_is_recognised_and_ordered_by_step(run_folder: Path) -> None:
     assert [m.step for m in run.measurements] == [10, 40]
     assert run.training is not None
     assert [row["step"] for row in run.training.log] == list(range(1, 41))
-    assert run.training.evaluations is not None
-    assert run.training.evaluations["step"] == [0, 10, 20, 30, 40]
+    assert [table["step"] for table in run.training.evaluations.values()] == [[0, 10, 20, 30, 40]]
 
 
 def test_null_numbers_are_nan() -> None:

@@ -237,8 +237,12 @@ def _relative_trace(points: Sequence[Point], pairs: Sequence[tuple[float, float]
             "symbol": ["square" if p["excess"].reliable else "square-open" for p in points],
             "line": {"width": 1.5, "color": INK},
         },
-        customdata=[f"{text.percent(r)} ± {text.percent(Z95 * e)}" for r, e in pairs],
-        hovertemplate="lr %{x:.3g}<br>first order off by %{customdata} (95 %)<extra></extra>",
+        customdata=[
+            f"{text.percent(r)} ± {text.percent(Z95 * e)} (95 %)"
+            + ("" if p["excess"].reliable else f"<br>unreliable: {text.plotly_text(p['excess'].reason)}")
+            for (r, e), p in zip(pairs, points, strict=True)
+        ],
+        hovertemplate="lr %{x:.3g}<br>first order off by %{customdata}<extra></extra>",
     )
 
 

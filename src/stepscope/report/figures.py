@@ -1,4 +1,4 @@
-"""What a figure of the page is; figures of training and step.
+"""What a figure of the page is, and the figures of the step.
 
 Colours are names of CSS variables (``var(--blue)``): the script of the page resolves them when it draws, so
 one figure serves light, dark and export. The palette behind them is Okabe and Ito's, and no distinction
@@ -16,13 +16,13 @@ from typing import Any
 import plotly.graph_objects as go
 
 from stepscope.report import text
-from stepscope.report.load import Measurement, Table, Training
+from stepscope.report.load import Measurement
 
 Z95 = 1.96
 """Half width of a 95 % interval in standard errors."""
 
 BLUE, VERMILLION, GREEN, PURPLE = "var(--blue)", "var(--vermillion)", "var(--green)", "var(--purple)"
-INK, MUTED = "var(--ink)", "var(--muted)"
+INK, MUTED, PAPER = "var(--ink)", "var(--muted)", "var(--paper)"
 
 
 @dataclass(frozen=True)
@@ -75,96 +75,6 @@ def error_bars(stderrs: Iterable[float], color: str) -> dict[str, Any]:
         "thickness": 1.2,
         "width": 3,
     }
-
-
-def training_figures(training: Training) -> list[Figure]:
-    """Reward and entropy as logged, pass@k as evaluated; each only where the run has it."""
-    figures: list[Figure] = []
-    for key, name, color, unit in (
-        ("reward", "Mean reward of each training batch", BLUE, "reward"),
-        ("entropy", "Entropy of the policy on each training batch", VERMILLION, "nats/token"),
-    ):
-        rows = [row for row in training.log if key in row and "step" in row]
-        if rows:
-            trace = go.Scatter(
-                x=[row["step"] for row in rows],
-                y=rounded(row[key] for row in rows),
-                mode="lines+markers",
-                name=key,
-                line={"color": color, "width": 1.5},
-                marker={"size": 4, "color": color},
-                hovertemplate=f"step %{{x}}<br>{key} %{{y:.4g}} {unit}<extra></extra>",
-            )
-            spec = make_spec(
-                [trace],
-                xaxis={"title": {"text": "optimizer step"}},
-                yaxis={"title": {"text": unit}},
-                showlegend=False,
-            )
-            caption = (
-                f"{name}, as the trainer logged it at {len(rows)} steps, in units of {unit}. One batch per "
-                "point, so the scatter between neighbours shows the sampling error; no interval is logged."
-            )
-            figures.append(Figure(f"train-{key}", name, caption, spec, height=300, wide=False))
-    if training.evaluations is not None:
-        figures.append(_pass_figure(training.evaluations))
-        if "entropy_per_token_stderr" in training.evaluations:
-            figures.append(_evaluated_entropy(training.evaluations))
-    return figures
-
-
-def _evaluated_curve(table: Table, column: str, name: str, color: str, symbol: str, dash: str) -> Any:
-    return go.Scatter(
-        x=table["step"],
-        y=rounded(table[column]),
-        error_y=error_bars(table[f"{column}_stderr"], color),
-        mode="lines+markers",
-        name=name,
-        line={"color": color, "width": 1.5, "dash": dash},
-        marker={"size": 8, "color": color, "symbol": symbol},
-        hovertemplate=f"step %{{x}}<br>{name} %{{y:.4g}} ± %{{error_y.array:.2g}} (95 %)<extra></extra>",
-    )
-
-
-def _pass_figure(table: Table) -> Figure:
-    traces = [_evaluated_curve(table, "pass_at_1", "pass@1", BLUE, "circle", "solid")]
-    if "pass_at_8_stderr" in table:
-        traces.append(_evaluated_curve(table, "pass_at_8", "pass@8", VERMILLION, "diamond", "dash"))
-    spec = make_spec(
-        traces,
-        xaxis={"title": {"text": "optimizer step"}},
-        yaxis={"title": {"text": "fraction of problems"}, "range": [0, 1.02]},
-    )
-    caption = (
-        "Fraction of held-out problems solved by one sample (pass@1) and by at least one of eight "
-        f"(pass@8), unbiased estimator{_evaluation_size(table)}. Error bars: 95 % interval, clustered by "
-        "prompt."
-    )
-    return Figure("eval-pass", "Accuracy on held-out problems", caption, spec, height=300, wide=False)
-
-
-def _evaluated_entropy(table: Table) -> Figure:
-    spec = make_spec(
-        [_evaluated_curve(table, "entropy_per_token", "entropy", VERMILLION, "circle", "solid")],
-        xaxis={"title": {"text": "optimizer step"}},
-        yaxis={"title": {"text": "nats/token"}, "rangemode": "tozero"},
-        showlegend=False,
-    )
-    caption = (
-        f"Entropy of the policy per response token on held-out problems{_evaluation_size(table)}. Error "
-        "bars: 95 % interval, clustered by prompt."
-    )
-    return Figure("eval-entropy", "Entropy on held-out problems", caption, spec, height=300, wide=False)
-
-
-def _evaluation_size(table: Table) -> str:
-    if "num_prompts" not in table or "samples_per_prompt" not in table:
-        return ""
-    prompts, samples = sorted(set(table["num_prompts"])), sorted(set(table["samples_per_prompt"]))
-    return (
-        f"; n = {'/'.join(map(str, prompts))} prompts with {'/'.join(map(str, samples))} samples each at "
-        "every checkpoint"
-    )
 
 
 _COMPONENTS = (

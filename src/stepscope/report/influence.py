@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,31 +15,10 @@ from stepscope.report import text
 from stepscope.report.figures import BLUE, INK, VERMILLION, Figure, error_bars, make_spec, rounded
 from stepscope.report.load import Measurement, Table
 from stepscope.report.tables import Cell, Column, TableBlock, count_cell, number_cell, text_cell
+from stepscope.stats import Estimate
 
-_LEVELS = 5
 _SCATTER_POINTS = 1500
 _TOP_TOKENS = 25
-
-
-@dataclass(frozen=True)
-class TokenSpan:
-    """One token of a response: its text, its colour level (-5..5) and the line shown on hover."""
-
-    shown: str
-    level: int
-    detail: str
-
-
-@dataclass(frozen=True)
-class Response:
-    """One response as shown: heading, prompt and tokens (``text`` alone where there are no tokens)."""
-
-    heading: str
-    facts: str
-    correct: bool | None
-    prompt: str
-    text: str
-    tokens: Sequence[TokenSpan]
 
 
 @dataclass(frozen=True)
@@ -92,25 +71,18 @@ def join_tokens(
     )
 
 
-def parts(measurement: Measurement, quantity: str) -> str:
-    """In words: how the first-order change splits into this batch, momentum and weight decay."""
-    table = measurement.influence_sequences
-    if table is None:
+def parts(summary: Mapping[str, Estimate], lr: float) -> str:
+    """In words: what the batch's own sequences, momentum and weight decay contribute to the linear change."""
+    names = (("sequences", "the batch's own sequences"), ("momentum", "momentum"), ("decay", "weight decay"))
+    found = [(words, summary.get(f"influence_{key}")) for key, words in names]
+    shown = [
+        f"{text.plus_minus(lr * value.value, lr * value.stderr)} from {words}"
+        for words, value in found
+        if value is not None
+    ]
+    if len(shown) < len(found):
         return ""
-    sums: dict[str, float] = {}
-    for component, name, value in zip(
-        *(table[k] for k in ("component", "quantity", "influence")), strict=True
-    ):
-        if name == quantity:
-            sums[component] = sums.get(component, 0.0) + float(value)
-    total = sum(sums.values())
-    if total == 0 or "momentum" not in sums or "sequence" not in sums:
-        return ""
-    return (
-        f"Of the first-order change, {text.percent(sums['sequence'] / total)} comes from the batch's own "
-        f"sequences, {text.percent(sums['momentum'] / total)} from momentum and "
-        f"{text.percent(sums.get('decay', 0.0) / total)} from weight decay."
-    )
+    return f"To first order, {', '.join(shown[:-1])} and {shown[-1]} (same unit)."
 
 
 def concentration(tokens: TokenTable) -> str:
@@ -243,9 +215,10 @@ def share_figure(tokens: TokenTable, quantity: str) -> Figure | None:
     caption = (
         f"How concentrated the influence on the {quantity} is, over {len(values):,} tokens. Solid: share of "
         "the summed |influence|. Dashed: share of the batch's net influence; it can pass 100 % because "
-        "tokens of opposite sign cancel. Point estimates: the artifacts hold no error per token."
+        f"tokens of opposite sign cancel (the net is {text.percent(abs(net) / total)} of the summed "
+        "|influence|). Point estimates: the artifacts hold no error per token."
     )
-    return Figure("influence-share", "Few tokens, most of the effect", caption, spec, height=360, wide=False)
+    return Figure("influence-share", "Concentration over tokens", caption, spec, height=360, wide=False)
 
 
 def scatter_figure(tokens: TokenTable, quantity: str) -> Figure | None:
@@ -331,93 +304,6 @@ def top_tokens_table(tokens: TokenTable, quantity: str) -> TableBlock | None:
         f"The {len(rows)} tokens with the largest absolute influence on the {quantity}, of {len(values):,}."
     )
     return TableBlock("top-tokens", "Most influential tokens", caption, columns, rows)
-
-
-def influential_responses(
-    measurement: Measurement, tokens: TokenTable, *, most: int, max_tokens: int
-) -> list[Response]:
-    """The responses with the largest summed |influence|, tokens coloured on one common scale."""
-    if tokens.influence is None or measurement.update is None:
-        return []
-    values = np.nan_to_num(tokens.influence)
-    scale = float(np.quantile(np.abs(values), 0.995)) or float(np.abs(values).max()) or 1.0
-    weight: dict[int, float] = {}
-    for sequence, value in zip(tokens.sequence_id.tolist(), np.abs(values).tolist(), strict=True):
-        weight[sequence] = weight.get(sequence, 0.0) + value
-    top = sorted(weight, key=lambda s: -weight[s])[:most]
-    return _responses(measurement.update, tokens, top, scale, max_tokens)
-
-
-def sampled_responses(measurement: Measurement, *, each: int, max_tokens: int) -> list[Response]:
-    """The first few correct and incorrect responses of the update (or else probe) batch, one per prompt."""
-    sequences = measurement.update if measurement.update is not None else measurement.probe
-    if sequences is None:
-        return []
-    tokens = measurement.update_tokens if measurement.update is not None else measurement.probe_tokens
-    verdicts = sequences.get("correct", [None] * len(sequences["sequence_id"]))
-    chosen: list[int] = []
-    for wanted in (True, False) if "correct" in sequences else (None,):
-        prompts: set[str] = set()
-        for sequence, prompt, verdict in zip(
-            sequences["sequence_id"], sequences["prompt_id"], verdicts, strict=True
-        ):
-            if verdict is wanted and prompt not in prompts and len(prompts) < each:
-                prompts.add(prompt)
-                chosen.append(sequence)
-    return _responses(sequences, join_tokens(sequences, tokens, None, ""), chosen, 1.0, max_tokens)
-
-
-def _responses(
-    sequences: Table, tokens: TokenTable | None, chosen: Sequence[int], scale: float, max_tokens: int
-) -> list[Response]:
-    row_of = {sequence: row for row, sequence in enumerate(sequences["sequence_id"])}
-    responses = []
-    for sequence in chosen:
-        row = row_of[sequence]
-        spans: list[TokenSpan] = []
-        net = math.nan
-        if tokens is not None:
-            idx = np.flatnonzero(tokens.sequence_id == sequence)
-            idx = idx[np.argsort(tokens.position[idx])]
-            spans = [_span(tokens, int(i), scale) for i in idx[:max_tokens]]
-            if len(idx) > max_tokens:
-                spans.append(TokenSpan(f" … {len(idx) - max_tokens} more tokens", 0, "not shown"))
-            net = math.nan if tokens.influence is None else float(np.nansum(tokens.influence[idx]))
-        facts = [f"reward {text.number(float(sequences['reward'][row]))}"]
-        if "advantage" in sequences and sequences["advantage"][row] is not None:
-            facts.append(f"advantage {text.number(float(sequences['advantage'][row]))}")
-        facts.append(f"{sequences['num_tokens'][row]} tokens")
-        if sequences["truncated"][row]:
-            facts.append("truncated")
-        if math.isfinite(net):
-            facts.append(f"influence {text.number(net)} per unit lr")
-        responses.append(
-            Response(
-                heading=f"Sequence {sequence}, {sequences['prompt_id'][row]}",
-                facts=", ".join(facts),
-                correct=bool(sequences["correct"][row]) if "correct" in sequences else None,
-                prompt=str(sequences["prompt"][row]),
-                text=str(sequences["response"][row]),
-                tokens=spans,
-            )
-        )
-    return responses
-
-
-def _span(tokens: TokenTable, i: int, scale: float) -> TokenSpan:
-    parts = [
-        f"log-prob {text.number(float(tokens.logprob[i]))}",
-        f"entropy {text.number(float(tokens.entropy[i]))}",
-    ]
-    level = 0
-    if tokens.weight is not None:
-        parts.append(f"token weight {text.number(float(tokens.weight[i]))}")
-    if tokens.influence is not None:
-        value = float(tokens.influence[i])
-        if math.isfinite(value):
-            level = int(np.sign(value)) * min(_LEVELS, round(_LEVELS * math.sqrt(abs(value) / scale)))
-        parts.append(f"influence {text.number(value)}")
-    return TokenSpan(tokens.token[i], level, f"{visible(tokens.token[i])}: " + ", ".join(parts))
 
 
 def visible(token: str) -> str:

@@ -21,8 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
 
 from stepscope.errors import RunFolderError
 from stepscope.stats import Estimate
@@ -33,6 +32,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 _SEQUENCE_COLUMNS = ("sequence_id", "prompt_id", "prompt", "response", "reward", "num_tokens", "truncated")
 _TOKEN_COLUMNS = ("sequence_id", "position", "token", "logprob", "entropy")
 _INFLUENCE_COLUMNS = ("component", "sequence_id", "quantity", "influence", "stderr")
+_SHOWN_MATRICES = re.compile(r"update_\w+_cosine")
 _TOKEN_INFLUENCE_COLUMNS = ("sequence_id", "position", "quantity", "influence")
 
 
@@ -55,7 +55,7 @@ class Measurement:
         influence_sequences: columns of ``influence_sequences.parquet``.
         influence_tokens: columns of ``influence_tokens.parquet``.
         kernel: content of ``kernel.json``.
-        kernel_matrices: arrays of ``kernel.safetensors``.
+        kernel_matrices: the update batch's cosine kernels, from ``kernel.safetensors``.
         noise: content of ``noise.json``.
     """
 
@@ -87,12 +87,15 @@ class Training:
     """What a run folder holds besides its measurements.
 
     Attributes:
+        warmup: ``log_history`` of the supervised warm-up.
         log: the longest ``log_history`` of the run's checkpoints, one dictionary per logged step.
-        evaluations: columns of ``eval.parquet``, in order of step.
+        evaluations: columns of ``eval.parquet`` in order of step, one table per task, split and way of
+            sampling, by what tells them apart (empty where there is one only).
     """
 
     log: Sequence[Mapping[str, Any]]
-    evaluations: Table | None
+    evaluations: Mapping[str, Table]
+    warmup: Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,8 @@ def read_table(path: Path, columns: Sequence[str]) -> Table | None:
     return columns_read
 
 
-def read_arrays(path: Path) -> Arrays | None:
-    """The arrays of a safetensors file, or ``None`` where the file is missing.
+def read_arrays(path: Path, names: re.Pattern[str]) -> Arrays | None:
+    """The arrays of a safetensors file whose names match, or ``None`` where the file is missing.
 
     Raises:
         RunFolderError: the file is damaged.
@@ -155,7 +158,8 @@ def read_arrays(path: Path) -> Arrays | None:
     if not path.is_file():
         return None
     try:
-        return dict(load_file(path))
+        with safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys() if names.fullmatch(name)}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
 
@@ -211,8 +215,8 @@ def load_measurement(path: Path) -> Measurement:
         probe_tokens=read_table(path / "probe_tokens.parquet", _TOKEN_COLUMNS),
         influence_sequences=read_table(path / "influence_sequences.parquet", _INFLUENCE_COLUMNS),
         influence_tokens=read_table(path / "influence_tokens.parquet", _TOKEN_INFLUENCE_COLUMNS),
-        kernel=read_json(path / "kernel.json"),
-        kernel_matrices=read_arrays(path / "kernel.safetensors"),
+        kernel=_checked_kernel(path / "kernel.json"),
+        kernel_matrices=read_arrays(path / "kernel.safetensors", _SHOWN_MATRICES),
         noise=read_json(path / "noise.json"),
     )
 
@@ -234,14 +238,16 @@ def load_run(path: Path) -> Run:
     )
     log = _training_log(path)
     evaluations = _evaluations(path / "eval.parquet")
-    if not folders and not log and evaluations is None:
+    if not folders and not log and not evaluations:
         raise RunFolderError(
             f"{path}: nothing to report; expected summary.json (a measurement), or "
             "checkpoints/*/trainer_state.json, eval.parquet or measure/*/summary.json (a training run)"
         )
     return Run(
         path=path,
-        training=Training(log=log, evaluations=evaluations),
+        training=Training(
+            log=log, evaluations=evaluations, warmup=_log_history(path / "warmup/trainer_state.json")
+        ),
         measurements=tuple(load_measurement(folder) for folder in folders),
     )
 
@@ -273,23 +279,61 @@ def _checked_change(path: Path) -> dict[str, Any] | None:
     return change
 
 
+_STRUCTURE_KEYS = (
+    "diagonal",
+    "same_prompt",
+    "different_prompts",
+    "components",
+    "effective_rank",
+    "spectrum",
+    "null_spectrum",
+    "null_effective_rank",
+    "null_edges",
+    "shared_prefix",
+)
+
+
+def _checked_kernel(path: Path) -> dict[str, Any] | None:
+    kernel = read_json(path)
+    if kernel is None:
+        return None
+    for key in ("structure", "update_prompt_ids"):
+        if key not in kernel:
+            raise _damaged(path, f"no {key}")
+    for name, report in kernel["structure"].items():
+        if missing := [key for key in _STRUCTURE_KEYS if key not in report]:
+            raise _damaged(path, f"structure.{name} has no {', '.join(missing)}")
+    return kernel
+
+
 def _training_log(path: Path) -> Sequence[Mapping[str, Any]]:
-    logs: list[list[dict[str, Any]]] = [[]]
-    for file in path.glob("checkpoints/*/trainer_state.json"):
-        state = read_json(file)
-        history = (state or {}).get("log_history", [])
-        if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
-            raise _damaged(file, "log_history is not a list of objects")
-        logs.append(history)
-    return max(logs, key=len)
+    logs = [_log_history(file) for file in path.glob("checkpoints/*/trainer_state.json")]
+    return max(logs, key=len, default=[])
 
 
-def _evaluations(path: Path) -> Table | None:
+def _log_history(file: Path) -> list[dict[str, Any]]:
+    history = (read_json(file) or {}).get("log_history", [])
+    if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
+        raise _damaged(file, "log_history is not a list of objects")
+    return history
+
+
+_EVALUATION_SETTING = ("task", "split", "temperature", "num_prompts", "samples_per_prompt", "seed")
+
+
+def _evaluations(path: Path) -> dict[str, Table]:
     table = read_table(path, ("step", "pass_at_1", "pass_at_1_stderr"))
     if table is None:
-        return None
-    order = sorted(range(len(table["step"])), key=lambda row: int(table["step"][row]))
-    return {name: [column[row] for row in order] for name, column in table.items()}
+        return {}
+    keys = [key for key in _EVALUATION_SETTING if key in table and len(set(table[key])) > 1]
+    groups: dict[str, list[int]] = {}
+    for row in sorted(range(len(table["step"])), key=lambda row: int(table["step"][row])):
+        label = ", ".join(f"{key.replace('_', ' ')} {table[key][row]}" for key in keys)
+        groups.setdefault(label, []).append(row)
+    return {
+        label: {name: [column[row] for row in rows] for name, column in table.items()}
+        for label, rows in groups.items()
+    }
 
 
 def _read_yaml(path: Path) -> dict[str, Any] | None:

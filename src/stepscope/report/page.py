@@ -22,20 +22,22 @@ from plotly.offline import get_plotlyjs
 
 from stepscope import runs
 from stepscope.errors import RunFolderError
-from stepscope.report import text
 from stepscope.report.change import overlay_figure
-from stepscope.report.figures import Figure, training_figures
-from stepscope.report.load import Measurement, Run, load_measurement, load_run
+from stepscope.report.figures import Figure
+from stepscope.report.load import Measurement, Run, Training, load_measurement, load_run
 from stepscope.report.sections import measurement_panel
-from stepscope.report.tables import TableBlock, before_after_table, comparison_table, series_table
+from stepscope.report.tables import TableBlock, comparison_table, series_table
+from stepscope.report.training import before_after_tables, training_figures, training_sentences
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
-class _Comparison:
+class _Block:
+    """A part of the page above the measurements."""
+
     sentences: Sequence[str]
-    table: TableBlock
+    tables: Sequence[TableBlock]
     figures: Sequence[Figure]
 
 
@@ -55,13 +57,10 @@ def write_report(run: Path) -> Path:
     """
     loaded = load_run(Path(run))
     count = len(loaded.measurements)
-    evaluations = loaded.training.evaluations if loaded.training else None
     page = _render(
         title=_title(loaded),
         lede=_lede(loaded),
-        training_figures=training_figures(loaded.training) if loaded.training else [],
-        before_after=before_after_table(evaluations) if evaluations else None,
-        training_sentences=text.training_sentences(evaluations) if evaluations else [],
+        training=_training_section(loaded.training) if loaded.training else None,
         checkpoints=series_table(loaded.measurements),
         measurements=[measurement_panel(m, f"m{i}", count) for i, m in enumerate(loaded.measurements)],
         footer=_footer(loaded.measurements),
@@ -97,9 +96,9 @@ def write_comparison(run_a: Path, run_b: Path, out: Path) -> Path:
     page = _render(
         title=f"{names[0]} against {names[1]}",
         lede=f"A: {pair[0].path}. B: {pair[1].path}. Differences are B minus A.",
-        comparison=_Comparison(
+        comparison=_Block(
             sentences=[f"{'AB'[i]}: {s}" for i, p in enumerate(panels) for s in p.sentences[:1]],
-            table=table,
+            tables=[table],
             figures=[overlay] if overlay else [],
         ),
         measurements=panels,
@@ -109,6 +108,11 @@ def write_comparison(run_a: Path, run_b: Path, out: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.write_text(path, page)
     return path
+
+
+def _training_section(training: Training) -> _Block | None:
+    figures = training_figures(training)
+    return _Block(training_sentences(training), before_after_tables(training), figures) if figures else None
 
 
 def _title(run: Run) -> str:
@@ -126,8 +130,9 @@ def _lede(run: Run) -> str:
     parts = []
     if run.training.log:
         parts.append(f"{len(run.training.log)} log entries")
-    if run.training.evaluations is not None:
-        parts.append(f"{len(run.training.evaluations['step'])} evaluated checkpoints")
+    steps = {step for table in run.training.evaluations.values() for step in table["step"]}
+    if steps:
+        parts.append(f"{len(steps)} evaluated checkpoints")
     if run.measurements:
         parts.append(f"{len(run.measurements)} measured checkpoints")
     return f"{run.path}: {', '.join(parts)}."
@@ -176,9 +181,7 @@ def _render(**content: Any) -> str:
 
     # Style and scripts are ours and plotly's, not data of a run: they go in unescaped.
     defaults: dict[str, Any] = {
-        "training_figures": [],
-        "before_after": None,
-        "training_sentences": [],
+        "training": None,
         "checkpoints": None,
         "comparison": None,
         "glossary": yaml.safe_load(own("glossary.yaml")),

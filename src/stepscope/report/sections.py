@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from stepscope.report import change, influence, tables, text
+from stepscope.report import change, influence, kernel, tables, text
 from stepscope.report.figures import Figure, step_figures
-from stepscope.report.influence import Response, TokenTable
+from stepscope.report.influence import TokenTable
 from stepscope.report.load import Measurement, parse_estimate, point_at
+from stepscope.report.responses import Response, influential_responses, sampled_responses
 from stepscope.report.tables import TableBlock
 from stepscope.stats import Estimate
 
@@ -17,6 +19,9 @@ _T = TypeVar("_T")
 
 _TOKENS_ON_PAGE = 9000
 """Tokens shown on one page in all; each costs about a hundred bytes."""
+
+_HEAT_MAP_SIDE = 160
+"""Sequences in a heat map where a page shows one measurement; n take n^2 numbers of six bytes."""
 
 _INFLUENTIAL = 8
 _SAMPLED_EACH = 3
@@ -84,6 +89,7 @@ def measurement_panel(measurement: Measurement, key: str, count: int, title: str
         _change_section(measurement),
         _step_section(measurement),
         _influence_section(measurement, tokens, quantity, _TOKENS_ON_PAGE // (2 * _INFLUENTIAL * count)),
+        _kernel_section(measurement, round(_HEAT_MAP_SIDE / math.sqrt(count))),
         _noise_section(measurement),
         _responses_section(measurement, _TOKENS_ON_PAGE // (4 * _SAMPLED_EACH * count)),
     )
@@ -104,7 +110,7 @@ def _sentences(measurement: Measurement, tokens: TokenTable | None) -> list[str]
             sentences.append(
                 text.change_sentence(series["quantity"], series["lr"], point["true"], point["linear"])
             )
-        sentences.append(influence.parts(measurement, series["quantity"]))
+        sentences.append(influence.parts(measurement.summary, series["lr"]))
     if tokens is not None:
         sentences.append(influence.concentration(tokens))
     return [s for s in sentences if s]
@@ -211,9 +217,7 @@ def _influence_section(
     if tokens is not None:
         figures += [influence.share_figure(tokens, quantity), influence.scatter_figure(tokens, quantity)]
         blocks.append(influence.top_tokens_table(tokens, quantity))
-        responses = influence.influential_responses(
-            measurement, tokens, most=_INFLUENTIAL, max_tokens=max_tokens
-        )
+        responses = influential_responses(measurement, tokens, most=_INFLUENTIAL, max_tokens=max_tokens)
     drawn = _present(figures)
     if not drawn:
         return None
@@ -224,6 +228,19 @@ def _influence_section(
         legend=bool(responses),
         responses=responses,
         tables=_present(blocks),
+    )
+
+
+def _kernel_section(measurement: Measurement, side: int) -> Section | None:
+    table = kernel.kernel_table(measurement)
+    if table is None:
+        return None
+    return Section(
+        "kernel",
+        "Which responses pull together",
+        intro=kernel.kernel_sentence(measurement),
+        figures=kernel.kernel_figures(measurement, side),
+        tables=[table],
     )
 
 
@@ -251,7 +268,7 @@ def _noise_section(measurement: Measurement) -> Section | None:
 
 
 def _responses_section(measurement: Measurement, max_tokens: int) -> Section | None:
-    responses = influence.sampled_responses(measurement, each=_SAMPLED_EACH, max_tokens=max_tokens)
+    responses = sampled_responses(measurement, each=_SAMPLED_EACH, max_tokens=max_tokens)
     if not responses:
         return None
     return Section(

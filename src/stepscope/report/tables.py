@@ -6,10 +6,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from stepscope.report import text
-from stepscope.report.load import Measurement, Table
+from stepscope.report.load import Measurement
 from stepscope.stats import Estimate
 
 
@@ -155,61 +154,6 @@ def change_table(measurement: Measurement) -> TableBlock | None:
     return TableBlock("changes", "All measured changes", caption, columns, rows)
 
 
-_BEFORE_AFTER = (
-    ("pass_at_1", "pass@1", "fraction"),
-    ("pass_at_8", "pass@8", "fraction"),
-    ("entropy_per_token", "entropy", "nats/token"),
-    ("format_rate", "well-formed responses", "fraction"),
-    ("mean_length", "response length", "tokens"),
-    ("truncated_rate", "truncated responses", "fraction"),
-)
-
-
-def before_after_table(table: Table) -> TableBlock | None:
-    """First against last evaluated checkpoint, with the difference and its combined error."""
-    if len(table["step"]) < 2:
-        return None
-    columns = [
-        Column("Quantity"),
-        Column(f"Before (step {table['step'][0]})", numeric=True, with_error=True),
-        Column(f"After (step {table['step'][-1]})", numeric=True, with_error=True),
-        Column("Difference", numeric=True, with_error=True),
-        Column("Unit"),
-        Column("95 % intervals"),
-    ]
-    rows = []
-    for column, name, unit in _BEFORE_AFTER:
-        if column not in table:
-            continue
-        errors = table.get(f"{column}_stderr")
-        first, last = (
-            Estimate(
-                value=_float(table[column][i]),
-                stderr=float("nan") if errors is None else _float(errors[i]),
-                n=0,
-                unit=unit,
-                method="",
-            )
-            for i in (0, -1)
-        )
-        difference = difference_of(first, last)
-        rows.append(
-            [
-                text_cell(name),
-                estimate_cell(first),
-                estimate_cell(last),
-                estimate_cell(difference),
-                text_cell(unit),
-                text_cell(_apart(first, last)),
-            ]
-        )
-    caption = (
-        "Held-out problems before and after training, ± one standard error clustered by prompt. The error "
-        "of the difference treats the two evaluations as independent."
-    )
-    return TableBlock("before-after", "Before and after", caption, columns, rows)
-
-
 def difference_of(first: Estimate, second: Estimate) -> Estimate:
     """``second - first`` with the errors combined as independent."""
     return Estimate(
@@ -250,7 +194,7 @@ def comparison_table(
                 estimate_cell(second),
                 estimate_cell(difference),
                 text_cell(first.unit if first.unit != "1" else "–"),
-                text_cell(_apart(first, second)),
+                intervals_cell(first, second),
                 trust_cell(difference),
             ]
         )
@@ -261,9 +205,21 @@ def comparison_table(
     return TableBlock("comparison", "Headline figures side by side", caption, columns, rows)
 
 
+_SERIES_KEYS = (
+    "entropy_per_token",
+    "mean_reward",
+    "change_true_per_token",
+    "change_linear_per_token",
+    "linearity_slope",
+    "share_sequences",
+    "effective_rank",
+    "noise_scale",
+)
+
+
 def series_table(measurements: Sequence[Measurement]) -> TableBlock | None:
     """The headline figures of several measurements, one row per checkpoint."""
-    keys = [k for k in text.HEADLINES if k != "wall_seconds" and all(k in m.summary for m in measurements)]
+    keys = [k for k in _SERIES_KEYS if all(k in m.summary for m in measurements)]
     if len(measurements) < 2 or not keys:
         return None
     columns = [Column("Checkpoint")] + [
@@ -277,21 +233,19 @@ def series_table(measurements: Sequence[Measurement]) -> TableBlock | None:
     ]
     rows = [[text_cell(m.title), *(estimate_cell(m.summary[key]) for key in keys)] for m in measurements]
     caption = (
-        "The headline figures of every measured checkpoint, ± one standard error; ⚠ marks unreliable ones."
+        "Headline figures of every measured checkpoint, ± one standard error; changes at the step's own "
+        "learning rate; ⚠ marks unreliable ones."
     )
-    return TableBlock("checkpoints", "Measured checkpoints", caption, columns, rows)
+    return TableBlock("checkpoints", "", caption, columns, rows)
 
 
 def _unit_suffix(unit: str) -> str:
     return "" if unit in ("", "1") else f", {unit}"
 
 
-def _apart(first: Estimate, second: Estimate) -> str:
+def intervals_cell(first: Estimate, second: Estimate) -> Cell:
+    """A cell saying whether two 95 % intervals overlap."""
     if not (first.stderr > 0 and second.stderr > 0):
-        return "no error given"
+        return text_cell("no error given")
     gap = abs(second.value - first.value)
-    return "do not overlap" if gap > 1.96 * (first.stderr + second.stderr) else "overlap"
-
-
-def _float(value: Any) -> float:
-    return float("nan") if value is None else float(value)
+    return text_cell("do not overlap" if gap > 1.96 * (first.stderr + second.stderr) else "overlap")

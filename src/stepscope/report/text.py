@@ -6,7 +6,7 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,28 +154,6 @@ def change_sentence(quantity: str, lr: float, true: Estimate, linear: Estimate) 
         if not value.reliable
     ]
     return start + end + "".join(doubts)
-
-
-def training_sentences(evaluations: Mapping[str, Sequence[Any]]) -> list[str]:
-    """What training did between the first and the last evaluated checkpoint, with one standard error each."""
-    if len(evaluations["step"]) < 2:
-        return []
-    parts = []
-    for column, name, unit in (
-        ("pass_at_1", "pass@1", ""),
-        ("pass_at_8", "pass@8", ""),
-        ("entropy_per_token", "entropy", " nats/token"),
-    ):
-        errors = evaluations.get(f"{column}_stderr")
-        if column in evaluations and errors is not None:
-            before, after = (
-                plus_minus(float(evaluations[column][row]), float(errors[row])) for row in (0, -1)
-            )
-            parts.append(f"{name} from {before} to {after}{unit}")
-    if not parts:
-        return []
-    steps = f"From step {evaluations['step'][0]} to step {evaluations['step'][-1]}"
-    return [f"{steps}, on held-out problems: {'; '.join(parts)}."]
 
 
 def _minus(text: str) -> str:

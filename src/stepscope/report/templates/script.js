@@ -17,7 +17,9 @@
   system.addEventListener("change", applyTheme);
 
   /* ---- figures: colours are CSS variables, resolved for the theme at hand ---- */
+  const known = {};
   const cssVariables = (theme) => {
+    if (known[theme]) return known[theme];
     const before = root.dataset.theme;
     root.dataset.theme = theme;
     const style = getComputedStyle(root);
@@ -25,6 +27,7 @@
     ["paper", "panel", "ink", "muted", "rule", "grid", "link", "blue", "vermillion", "green", "purple", "blue-soft", "vermillion-soft", "sans"].forEach(
       (name) => { values[name] = style.getPropertyValue("--" + name).trim(); });
     root.dataset.theme = before;
+    known[theme] = values;
     return values;
   };
   const resolve = (value, vars) => {
