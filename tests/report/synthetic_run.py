@@ -216,16 +216,10 @@ def write_measurement(folder: Path, *, step: int, seed: int) -> Path:
     write_json(
         folder / "noise.json",
         {
-            "noise_scale": estimate(212.0, 61.0, 16, "prompts", "group gradients, ratio of averages"),
-            "noise_scale_preconditioned": estimate(
-                480.0,
-                390.0,
-                16,
-                "prompts",
-                "in the metric P",
-                reliable=False,
-                reason="|G|^2 is 0.9 standard errors from zero",
-            ),
+            "noise_scale": noise_scale(212.0, 61.0)["prompts"],
+            "sgd": noise_scale(212.0, 61.0),
+            "preconditioned": noise_scale(480.0, 390.0, reason="|G|^2 is 0.9 standard errors from zero"),
+            "effects": {"entropy_per_token": noise_scale(None, None, reason="effect not resolved")},
         },
     )
     point = next(p for p in primary["points"] if p["lr"] == OWN_LR)
@@ -270,6 +264,26 @@ def write_measurement(folder: Path, *, step: int, seed: int) -> Path:
         "update:\n  num_prompts: 16\n  group_size: 8\nprobe:\n  num_prompts: 64\n"
     )
     return folder
+
+
+def noise_scale(value: float | None, stderr: float | None, *, reason: str = "") -> dict[str, Any]:
+    def prompts(factor: int, unit: str) -> dict[str, Any]:
+        return {
+            **estimate(0.0, 0.0, 16, unit, "group gradients", reliable=not reason, reason=reason),
+            "value": None if value is None else factor * value,
+            "stderr": None if stderr is None else factor * stderr,
+        }
+
+    return {
+        "signal": estimate(0.002, 0.0005, 16, "1", "group gradients"),
+        "noise": estimate(0.42, 0.05, 16, "1", "group gradients"),
+        "within_prompts": estimate(0.36, 0.04, 16, "1", "group gradients"),
+        "between_prompts": estimate(0.06, 0.03, 16, "1", "group gradients"),
+        "prompts": prompts(1, "prompts"),
+        "sequences": prompts(8, "sequences"),
+        "at_least": 131.0,
+        "share_of_noise": 0.93,
+    }
 
 
 def write_kernel(folder: Path, rng: np.random.Generator) -> None:

@@ -43,7 +43,7 @@ def test_null_numbers_are_nan() -> None:
         ("influence_tokens.parquet", b""),
         ("kernel.safetensors", b"\x00\x01"),
         ("kernel.json", b"null"),
-        ("noise.json", b'{"noise_scale": {"value": 1, "stderr": "many"}}'),
+        ("noise.json", b'{"sgd": {"prompts": {"value": 1, "stderr": "many"}}}'),
         ("config.yaml", b"a: [1, 2"),
         ("provenance.json", b"{"),
     ],

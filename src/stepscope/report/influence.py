@@ -82,7 +82,7 @@ def parts(summary: Mapping[str, Estimate], lr: float) -> str:
     ]
     if len(shown) < len(found):
         return ""
-    return f"To first order, {', '.join(shown[:-1])} and {shown[-1]} (same unit)."
+    return f"To first order and in the same unit, {', '.join(shown[:-1])} and {shown[-1]}."
 
 
 def concentration(tokens: TokenTable) -> str:

@@ -10,10 +10,9 @@ from typing import Any, TypeVar
 from stepscope.report import change, influence, kernel, tables, text
 from stepscope.report.figures import Figure, step_figures
 from stepscope.report.influence import TokenTable
-from stepscope.report.load import Measurement, parse_estimate, point_at
+from stepscope.report.load import Measurement, point_at
 from stepscope.report.responses import Response, influential_responses, sampled_responses
 from stepscope.report.tables import TableBlock
-from stepscope.stats import Estimate
 
 _T = TypeVar("_T")
 
@@ -245,26 +244,8 @@ def _kernel_section(measurement: Measurement, side: int) -> Section | None:
 
 
 def _noise_section(measurement: Measurement) -> Section | None:
-    if measurement.noise is None:
-        return None
-    where = str(measurement.path / "noise.json")
-    estimates: dict[str, Estimate] = {}
-    facts: list[tuple[str, str]] = []
-    for key, value in _leaves(measurement.noise):
-        if isinstance(value, Mapping):
-            estimates[key] = parse_estimate(value, f"{where}: {key}")
-        elif isinstance(value, float):
-            facts.append((key.replace("_", " "), text.number(value)))
-        elif isinstance(value, int | str):
-            facts.append((key.replace("_", " "), str(value)))
-    table = tables.estimates_table(
-        "noise",
-        "",
-        "Gradient noise scale and its parts, ± one standard error. A batch much smaller than the noise "
-        "scale makes a step that is mostly noise.",
-        estimates,
-    )
-    return Section("noise", "Gradient noise scale", facts=facts, tables=[table] if estimates else [])
+    table = tables.noise_table(measurement)
+    return None if table is None else Section("noise", "Gradient noise scale", tables=[table])
 
 
 def _responses_section(measurement: Measurement, max_tokens: int) -> Section | None:
@@ -282,17 +263,6 @@ def _responses_section(measurement: Measurement, max_tokens: int) -> Section | N
 
 def _present(items: Iterable[_T | None]) -> list[_T]:
     return [item for item in items if item is not None]
-
-
-def _leaves(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Entries of nested mappings; an estimate counts as one entry."""
-    found: list[tuple[str, Any]] = []
-    for key, value in record.items():
-        if isinstance(value, Mapping) and not {"value", "stderr"} <= set(value):
-            found += _leaves(value, f"{prefix}{key} ")
-        else:
-            found.append((f"{prefix}{key}", value))
-    return found
 
 
 def _flat(record: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from stepscope.report import text
-from stepscope.report.load import Measurement
+from stepscope.report.load import Measurement, parse_estimate
 from stepscope.stats import Estimate
 
 
@@ -205,31 +205,92 @@ def comparison_table(
     return TableBlock("comparison", "Headline figures side by side", caption, columns, rows)
 
 
-_SERIES_KEYS = (
-    "entropy_per_token",
-    "mean_reward",
-    "change_true_per_token",
-    "change_linear_per_token",
-    "linearity_slope",
-    "share_sequences",
-    "effective_rank",
-    "noise_scale",
-)
+_SERIES: Mapping[str, str] = {
+    "entropy_per_token": "Entropy, nats/token",
+    "mean_reward": "Mean reward",
+    "change_true_per_token": "True change of entropy, nats/token",
+    "change_linear_per_token": "First order, nats/token",
+    "linearity_slope": "Slope, log-log",
+    "share_sequences": "This batch's share of the step",
+    "effective_rank": "Effective rank of the kernel",
+    "noise_scale": "Noise scale, prompts",
+}
+
+
+_NOISE_METRICS: Mapping[str, str] = {
+    "sgd": "loss gradient",
+    "preconditioned": "loss gradient, optimizer's metric",
+}
+
+
+def noise_table(measurement: Measurement) -> TableBlock | None:
+    """Noise scale of the gradient in each metric, and of the batch's effect on each quantity.
+
+    Raises:
+        RunFolderError: an entry of ``noise.json`` lacks a figure.
+    """
+    noise = measurement.noise
+    if noise is None:
+        return None
+    named = {label: noise[key] for key, label in _NOISE_METRICS.items() if key in noise}
+    for key, record in noise.get("effects", {}).items():
+        named[f"effect on {key.replace('_', ' ')}"] = record
+    columns = (
+        Column("Signal", "def-noise-scale"),
+        Column("Noise scale, prompts", "def-noise-scale", numeric=True, with_error=True),
+        Column("at least", "def-noise-scale", numeric=True),
+        Column("in sequences", numeric=True, with_error=True),
+        Column("Noise share of this batch", numeric=True),
+        Column("Within prompts", "def-noise-parts", numeric=True, with_error=True),
+        Column("Between prompts", "def-noise-parts", numeric=True, with_error=True),
+        Column("n", "def-n", numeric=True),
+        Column("Trust", "def-trust"),
+    )
+    rows = []
+    for label, record in named.items():
+        where = f"{measurement.path / 'noise.json'}: {label}"
+        prompts, sequences, within, between, total = (
+            parse_estimate(record.get(key), f"{where}, {key}")
+            for key in ("prompts", "sequences", "within_prompts", "between_prompts", "noise")
+        )
+        rows.append(
+            (
+                text_cell(label),
+                estimate_cell(prompts),
+                number_cell(record.get("at_least")),
+                estimate_cell(sequences),
+                _share_cell(record.get("share_of_noise")),
+                estimate_cell(_relative_to(within, total.value)),
+                estimate_cell(_relative_to(between, total.value)),
+                count_cell(prompts.n),
+                trust_cell(prompts),
+            )
+        )
+    caption = (
+        "Noise scale: the batch at which noise and signal are equal, ± one standard error; “at least” is its "
+        "lower limit, two standard errors of the signal up, finite even where the signal is not resolved. "
+        "Within and between prompts: shares of the variance of one prompt group."
+    )
+    return TableBlock("noise", "", caption, columns, rows)
+
+
+def _share_cell(share: float | None) -> Cell:
+    value = float("nan") if share is None else float(share)
+    return Cell(shown=text.percent(value), raw=value)
+
+
+def _relative_to(part: Estimate, whole: float) -> Estimate:
+    scale = 1 / whole if whole else float("nan")
+    return replace(part, value=scale * part.value, stderr=scale * part.stderr, unit="1")
 
 
 def series_table(measurements: Sequence[Measurement]) -> TableBlock | None:
     """The headline figures of several measurements, one row per checkpoint."""
-    keys = [k for k in _SERIES_KEYS if all(k in m.summary for m in measurements)]
+    keys = [k for k in _SERIES if all(k in m.summary for m in measurements)]
     if len(measurements) < 2 or not keys:
         return None
     columns = [Column("Checkpoint")] + [
-        Column(
-            text.headline_label(key).name + _unit_suffix(measurements[0].summary[key].unit),
-            text.headline_label(key).anchor,
-            numeric=True,
-            with_error=True,
-        )
-        for key in keys
+        Column(_SERIES[key], text.headline_label(key).anchor, numeric=True, with_error=True) for key in keys
     ]
     rows = [[text_cell(m.title), *(estimate_cell(m.summary[key]) for key in keys)] for m in measurements]
     caption = (
@@ -237,10 +298,6 @@ def series_table(measurements: Sequence[Measurement]) -> TableBlock | None:
         "learning rate; ⚠ marks unreliable ones."
     )
     return TableBlock("checkpoints", "", caption, columns, rows)
-
-
-def _unit_suffix(unit: str) -> str:
-    return "" if unit in ("", "1") else f", {unit}"
 
 
 def intervals_cell(first: Estimate, second: Estimate) -> Cell:
