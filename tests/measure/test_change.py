@@ -143,6 +143,24 @@ def test_a_direction_that_changes_nothing_changes_nothing(policy: Policy, probe:
     assert change.linear_up_to == float("inf")
 
 
+def test_the_linear_change_of_a_larger_batch_is_a_control_variate(policy: Policy, probe: Rollouts) -> None:
+    rollouts, probabilities = exact_rollouts(policy, PROMPTS, eos_id=EOS, reward=digit_reward)
+    large, _ = sample_exact(rollouts, probabilities, num_prompts=1500, group_size=1, seed=7)
+    step = random_step(policy)
+    lr = 3e-3
+    point = measure_change(policy, step, probe, lrs=[lr]).at(lr)
+    slope = measured.measure_slope(policy, step, large, max_sequences=256)
+    found = measured.with_linear_control(point, slope)
+    exact = exact_change(policy, rollouts, "entropy", step.direction, lr)
+    assert found.stderr < 0.5 * point.true.stderr
+    assert abs(found.value - exact) < 4 * found.stderr
+    assert "1500 prompts" in found.method
+    alone = measured.measure_slope(policy, step, probe)
+    assert alone.value == pytest.approx(point.linear.value / lr, rel=1e-9)
+    with pytest.raises(MeasurementError, match="constant by definition"):
+        measured.measure_slope(policy, step, probe, quantity="reward", version="fixed_prefix")
+
+
 def test_sampling_afresh_agrees(policy: Policy) -> None:
     """Draws from the enumerated distribution at both ends; no weights, no derivatives."""
     step = random_step(policy)

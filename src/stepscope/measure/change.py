@@ -19,16 +19,28 @@ from torch import nn
 
 from stepscope.errors import MeasurementError
 from stepscope.measure.baselines import LADDER, fit_baseline, length_baseline
-from stepscope.measure.estimators import ESTIMATORS, Probe
-from stepscope.measure.line import derivatives, hidden_states, response_mask, values_at
-from stepscope.measure.quantities import Quantity, make_quantity, why_trivial
+from stepscope.measure.estimators import ESTIMATORS, Probe, linear
+from stepscope.measure.line import TokenTable, derivatives, hidden_states, response_mask, values_at
+from stepscope.measure.quantities import Quantity, make_quantity, unit_of, why_trivial
 from stepscope.measure.second_order import round_off_lrs
 from stepscope.measure.series import Change, ChangePoint, make_change
+from stepscope.measure.uncertainty import ERRORS
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import FloatArray, Rollouts
+from stepscope.stats import Estimate
 
-__all__ = ["Change", "ChangePoint", "Line", "measure_change", "measure_changes", "sweep_of"]
+__all__ = [
+    "Change",
+    "ChangePoint",
+    "Line",
+    "measure_change",
+    "measure_changes",
+    "measure_slope",
+    "probe_of",
+    "sweep_of",
+    "with_linear_control",
+]
 
 DECADES = (-3, -2, -1, 0, 1, 2)
 """The default sweep, in powers of ten of the step's own learning rate."""
@@ -54,6 +66,7 @@ def measure_change(
     version: str = "on_policy",
     baseline: str = "best",
     estimator: str = "per_decision",
+    errors: str = "delta",
     second_order: bool = False,
     antithetic: bool = False,
     reference: nn.Module | None = None,
@@ -72,6 +85,7 @@ def measure_change(
         versions=(version,),
         baseline=baseline,
         estimator=estimator,
+        errors=errors,
         second_order=second_order,
         antithetic=antithetic,
         reference=reference,
@@ -92,6 +106,7 @@ def measure_changes(
     versions: Sequence[str] = ("on_policy",),
     baseline: str = "best",
     estimator: str = "per_decision",
+    errors: str = "delta",
     second_order: bool = False,
     antithetic: bool = False,
     reference: nn.Module | None = None,
@@ -116,6 +131,8 @@ def measure_changes(
         baseline: ``best`` or a rung of the ladder: ``none``, ``current``, ``position``, ``ridge``.
         estimator: of the true change: ``per_decision``, ``self_normalised``, ``whole_sequence``,
             ``regression``.
+        errors: standard errors by ``delta`` method, ``jackknife`` or ``bootstrap``; see
+            ``measure.uncertainty``.
         second_order: whether to compute the second derivative.
         antithetic: whether to also evaluate at -lr, for the odd part of the true change.
         reference: reference model of ``kl``.
@@ -128,12 +145,15 @@ def measure_changes(
         definition are left out if anything else remains.
 
     Raises:
-        MeasurementError: nothing to measure, unknown estimator or baseline, or no usable learning rate.
+        MeasurementError: nothing to measure, unknown estimator, baseline or errors, or no usable
+            learning rate.
     """
     if estimator not in ESTIMATORS:
         raise MeasurementError(f"unknown estimator {estimator!r}; choose from {', '.join(ESTIMATORS)}")
     if baseline not in (*LADDER, "best"):
         raise MeasurementError(f"unknown baseline {baseline!r}; choose from best, {', '.join(LADDER)}")
+    if errors not in ERRORS:
+        raise MeasurementError(f"unknown kind of errors {errors!r}; choose from {', '.join(ERRORS)}")
     sweep = sweep_of(step.lr, lrs)
     bound = [
         make_quantity(q, probe, policy=policy, reference=reference, max_sequences=max_sequences)
@@ -157,16 +177,7 @@ def measure_changes(
     }
     found = []
     for index, normalisation, version in wanted:
-        at = Probe(
-            table=table.quantity(index),
-            mask=mask,
-            clusters=probe.prompt_index,
-            per_token=normalisation == "per_token",
-            on_policy=version == "on_policy",
-            baseline=np.zeros(mask.shape),
-            length_baseline=length_baseline(mask, probe.prompt_index),
-            sequence_weights=sequence_weights,
-        )
+        at = probe_of(table.quantity(index), probe, normalisation, version, sequence_weights)
         local = [s.quantity(index) for s in slopes]
         found.append(
             make_change(
@@ -179,9 +190,92 @@ def measure_changes(
                 tiny=tiny,
                 baseline=fit_baseline(baseline, at, local[0], features=features),
                 estimator=estimator,
+                errors=errors,
             )
         )
     return tuple(found)
+
+
+def measure_slope(
+    policy: Policy,
+    step: Line,
+    probe: Rollouts,
+    *,
+    quantity: str | Quantity = "entropy",
+    normalisation: str = "per_token",
+    version: str = "on_policy",
+    baseline: str = "best",
+    reference: nn.Module | None = None,
+    max_sequences: int = 16,
+) -> Estimate:
+    """Grad F . direction alone, without any shifted parameters: cheap enough for a much larger batch.
+
+    See :func:`with_linear_control` for what the larger batch buys; arguments as in :func:`measure_changes`.
+
+    Raises:
+        MeasurementError: the combination is constant by definition, or an unknown name.
+    """
+    bound = (
+        make_quantity(quantity, probe, policy=policy, reference=reference, max_sequences=max_sequences)
+        if isinstance(quantity, str)
+        else quantity
+    )
+    trivial = why_trivial(bound, normalisation, version)
+    if trivial:
+        raise MeasurementError(trivial)
+    table = values_at(policy, probe, [bound], max_sequences=max_sequences).quantity(0)
+    (first,) = derivatives(policy, probe, [bound], step.direction, max_sequences=max_sequences)
+    features = None
+    if baseline in ("best", "ridge") and version == "on_policy":
+        features = hidden_states(policy, probe, max_sequences=max_sequences)
+    at = probe_of(table, probe, normalisation, version)
+    fitted = fit_baseline(baseline, at, first.quantity(0), features=features)
+    found = linear(at.with_baseline(fitted.values), first.quantity(0))
+    unit = f"{unit_of(bound, normalisation)}/lr"
+    return at.estimate(found, unit=unit, method=f"forward-mode derivative, baseline {fitted.kind}")
+
+
+def with_linear_control(point: ChangePoint, slope: Estimate) -> Estimate:
+    """The true change with the linear change as control variate: paired difference + linear change elsewhere.
+
+    In the linear regime true and linear change have nearly the same error on the same samples, so their
+    paired difference has almost none, and the linear change may come from a larger batch. Unbiased (to the
+    order of the ratio's bias) provided that the two batches are independent samples.
+
+    Args:
+        point: measured on the probe batch.
+        slope: of the same series, from :func:`measure_slope` on a batch that shares no samples with it.
+    """
+    return Estimate(
+        value=point.excess.value + point.lr * slope.value,
+        stderr=float(np.hypot(point.excess.stderr, point.lr * slope.stderr)),
+        n=min(point.excess.n, slope.n),
+        unit=point.true.unit,
+        method=f"linear change of {slope.n} prompts + {point.excess.method}",
+        reliable=point.true.reliable and slope.reliable,
+        reason=point.true.reason or slope.reason,
+    )
+
+
+def probe_of(
+    table: TokenTable,
+    rollouts: Rollouts,
+    normalisation: str,
+    version: str,
+    sequence_weights: FloatArray | None = None,
+) -> Probe:
+    """A quantity's table as a probe, with no baseline yet."""
+    mask = response_mask(rollouts)
+    return Probe(
+        table=table,
+        mask=mask,
+        clusters=rollouts.prompt_index,
+        per_token=normalisation == "per_token",
+        on_policy=version == "on_policy",
+        baseline=np.zeros(mask.shape),
+        length_baseline=length_baseline(mask, rollouts.prompt_index),
+        sequence_weights=sequence_weights,
+    )
 
 
 def sweep_of(own: float, lrs: Sequence[float] | None) -> tuple[float, ...]:

@@ -104,6 +104,18 @@ class Probe:
         """The same probe with another b_k."""
         return replace(self, baseline=baseline)
 
+    def select(self, indices: IntArray) -> Probe:
+        """Some sequences, with repeats if asked; fitted baselines stay."""
+        return replace(
+            self,
+            table=self.table.select(indices),
+            mask=self.mask[indices],
+            clusters=self.clusters[indices],
+            baseline=self.baseline[indices],
+            length_baseline=self.length_baseline[indices],
+            sequence_weights=None if self.sequence_weights is None else self.sequence_weights[indices],
+        )
+
     def estimate(self, sampled: Sampled, *, unit: str, method: str) -> Estimate:
         """An estimate with its standard error clustered by prompt; exact expectations have error 0."""
         if self.sequence_weights is not None:

@@ -40,7 +40,7 @@ class TokenTable:
 
     def select(self, indices: IntArray) -> TokenTable:
         """The rows of some sequences, with repeats if asked."""
-        return TokenTable(self.logprobs[indices], self.prefix[:, indices], self.token[:, indices])
+        return TokenTable(self.logprobs[indices], self.prefix[..., indices, :], self.token[..., indices, :])
 
     def quantity(self, index: int) -> TokenTable:
         """The table of one quantity; the leading axis of ``prefix`` and ``token`` is gone."""

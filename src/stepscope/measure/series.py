@@ -10,10 +10,11 @@ import numpy as np
 
 from stepscope.errors import MeasurementError
 from stepscope.measure.baselines import Baseline
-from stepscope.measure.estimators import ESTIMATORS, Probe, linear, value
+from stepscope.measure.estimators import ESTIMATORS, Probe, Sampled, linear, value
 from stepscope.measure.line import TokenTable
 from stepscope.measure.quantities import Quantity, unit_of
 from stepscope.measure.second_order import linear_up_to, measurable_from, round_off_floor, second
+from stepscope.measure.uncertainty import Evidence, Statistic, estimate
 from stepscope.measure.weights import WeightCheck, check_weights, importance_weights, last_weights
 from stepscope.stats import Estimate, LogLogFit, loglog_fit
 
@@ -143,6 +144,7 @@ def make_change(
     tiny: Sequence[float],
     baseline: Baseline,
     estimator: str,
+    errors: str = "delta",
 ) -> Change:
     """Estimate one series from tables; no model is needed.
 
@@ -156,44 +158,59 @@ def make_change(
         tiny: learning rates from which the round-off floor is read.
         baseline: the fitted baseline.
         estimator: of the true change.
+        errors: ``delta``, ``jackknife`` or ``bootstrap``.
     """
     per_token = "per token" if probe.per_token else "per sequence"
     words = f"{per_token}, {'on policy' if probe.on_policy else 'fixed prefixes'}"
-    unit = unit_of(quantity, "per_token" if probe.per_token else "per_seq")
-    at = probe.with_baseline(baseline.values)
-    slope = linear(at, slopes[0])
-    bend = second(at, slopes[0], slopes[1]) if len(slopes) > 1 else None
-    floor = round_off_floor(at, slopes[0], {lr: moved[lr] for lr in tiny})
-    true_of = ESTIMATORS[estimator]
+    level = unit_of(quantity, "per_token" if probe.per_token else "per_seq")
+    evidence = Evidence(probe.with_baseline(baseline.values), tuple(slopes), moved)
+    floor = round_off_floor(evidence.probe, slopes[0], {lr: moved[lr] for lr in tiny})
+
+    def estimated(statistic: Statistic, method: str, unit: str = level) -> Estimate:
+        return estimate(evidence, statistic, errors=errors, unit=unit, method=method)
+
+    def slope(e: Evidence) -> Sampled:
+        return linear(e.probe, e.slopes[0])
+
+    def bend(e: Evidence) -> Sampled:
+        return second(e.probe, e.slopes[0], e.slopes[1])
+
+    def true(e: Evidence, lr: float) -> Sampled:
+        return ESTIMATORS[estimator](e.probe, e.moved[lr])
+
+    def odd(e: Evidence, lr: float) -> Sampled:
+        return true(e, lr).plus(true(e, -lr), -1.0).scaled(0.5)
+
     along = f"forward-mode derivative, {words}, baseline {baseline.kind}"
+    weighted = f"{estimator} importance weights, {words}, baseline {baseline.kind}"
+    curved = len(slopes) > 1
     points = []
     for lr in sweep:
-        true = true_of(at, moved[lr])
-        method = f"{estimator} importance weights, {words}, baseline {baseline.kind}"
-        check = _check(quantity, at, moved[lr])
-        odd = None
-        if -lr in moved:
-            half = true.plus(true_of(at, moved[-lr]), -1.0).scaled(0.5)
-            odd = at.estimate(half, unit=unit, method=f"odd part of {method}")
+        check = _check(evidence.probe, moved[lr])
+        change = estimated(lambda e, lr=lr: true(e, lr), weighted)
+        excess = estimated(lambda e, lr=lr: true(e, lr).plus(slope(e), -lr), f"paired difference, {weighted}")
         points.append(
             ChangePoint(
                 lr=lr,
-                true=_flagged(at.estimate(true, unit=unit, method=method), check, floor),
-                linear=at.estimate(slope.scaled(lr), unit=unit, method=along),
-                second_order=at.estimate(bend.scaled(lr**2 / 2), unit=unit, method=f"second {along}")
-                if bend
+                true=_flagged(change, check, floor),
+                linear=estimated(lambda e, lr=lr: slope(e).scaled(lr), along),
+                second_order=estimated(lambda e, lr=lr: bend(e).scaled(lr**2 / 2), f"second {along}")
+                if curved
                 else None,
-                excess=_flagged(
-                    at.estimate(true.plus(slope, -lr), unit=unit, method=f"paired difference, {method}"),
-                    check,
-                    floor,
-                ),
-                odd=odd,
+                excess=_flagged(excess, check, floor),
+                odd=estimated(
+                    lambda e, lr=lr: true(e, lr).plus(true(e, -lr), -1.0).scaled(0.5),
+                    f"odd part of {weighted}",
+                )
+                if -lr in moved
+                else None,
                 effective_sample_size=check.effective_sample_size,
                 pareto_k=check.pareto_k,
             )
         )
     trusted = [p for p in points if p.true.reliable]
+    along_slope = estimated(slope, along, f"{level}/lr")
+    curvature = estimated(bend, f"second {along}", f"{level}/lr^2") if curved else None
     return Change(
         quantity=quantity.name,
         normalisation="per_token" if probe.per_token else "per_seq",
@@ -203,20 +220,20 @@ def make_change(
         fit=loglog_fit([p.lr for p in trusted], [p.true.value for p in trusted])
         if len(trusted) > 1
         else None,
-        value=at.estimate(value(at), unit=unit, method=words),
-        slope=at.estimate(slope, unit=f"{unit}/lr", method=along),
-        curvature=at.estimate(bend, unit=f"{unit}/lr^2", method=f"second {along}") if bend else None,
+        value=estimated(lambda e: value(e.probe), words),
+        slope=along_slope,
+        curvature=curvature,
         baseline=baseline.kind,
         baseline_stderr=baseline.stderr,
         baseline_explained=baseline.explained,
         estimator=estimator,
         round_off=floor,
-        measurable_from=measurable_from(slope.value, floor),
-        linear_up_to=linear_up_to(slope.value, bend.value) if bend else None,
+        measurable_from=measurable_from(along_slope.value, floor),
+        linear_up_to=linear_up_to(along_slope.value, curvature.value) if curvature else None,
     )
 
 
-def _check(quantity: Quantity, probe: Probe, moved: TokenTable) -> WeightCheck:
+def _check(probe: Probe, moved: TokenTable) -> WeightCheck:
     """Trust in the weights; with fixed prefixes there are none, and all sequences count fully."""
     if not probe.on_policy:
         return WeightCheck(float(len(probe.mask)), float("nan"), len(probe.mask), "")
