@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from stepscope.measure.step import Step, reconstruct_step
 from stepscope.pipeline.console import on_terminal
 from stepscope.policy.checkpoint import load_checkpoint, load_model, read_settings
 from stepscope.policy.objective import advantages
+from stepscope.policy.optimizer_state import OPTIMIZER_FILE, read_optimizer
 from stepscope.policy.rollouts import sample_rollouts, score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector, load
@@ -142,7 +143,13 @@ class Session:
         """Where the step points and its learning rate, as stored."""
         stored = load(self.run.file("direction.safetensors"))
         direction = {n: t.to(self.policy.device) for n, t in stored.items()}
-        return Line(direction, float(read_json(self.run.file("step.json"))["lr"]))
+        figures = read_json(self.run.file("step.json"))
+        return Line(direction, float(figures["lr"]), figures["initial_lr"])
+
+    def initial_lr(self) -> float | None:
+        """The learning rate that the run's schedule started from, where the optimizer says so."""
+        groups = read_optimizer(Path(self.config.checkpoint) / OPTIMIZER_FILE)["param_groups"]
+        return next((float(g["initial_lr"]) for g in groups if g.get("initial_lr")), None)
 
     def sample_update(self) -> Rollouts:
         """Sample the batch that makes the step, or take it from a file.
@@ -225,12 +232,24 @@ class Session:
         return [[text[t] for t in row] for row in rollouts.response_token_ids]
 
 
+@dataclass(frozen=True)
 class Line:
-    """A direction in parameter space and the learning rate of the run."""
+    """A direction in parameter space and the learning rates of the run.
 
-    def __init__(self, direction: ParameterVector, lr: float) -> None:
-        self.direction = direction
-        self.lr = lr
+    Attributes:
+        direction: (params' - params) / lr.
+        own_lr: learning rate of the step to come; 0 at the end of a schedule that decays to 0.
+        initial_lr: what the schedule started from; looked up where ``own_lr`` is 0.
+    """
+
+    direction: ParameterVector
+    own_lr: float
+    initial_lr: float | None
+
+    @property
+    def lr(self) -> float:
+        """The learning rate that a sweep is centred on: the step's own, or the initial one if that is 0."""
+        return self.own_lr or self.initial_lr or 0.0
 
 
 def refuse_overlap(update: Rollouts, probe: Rollouts) -> None:

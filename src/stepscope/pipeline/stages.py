@@ -17,7 +17,7 @@ from stepscope.measure.noise_scale import effect_noise_scale, noise_scale
 from stepscope.measure.quantities import unit_of
 from stepscope.measure.step import step_summary
 from stepscope.pipeline.console import on_terminal
-from stepscope.pipeline.session import Session
+from stepscope.pipeline.session import Line, Session
 from stepscope.policy import vectors
 from stepscope.report import write_report
 from stepscope.results import Rollouts, read_table
@@ -84,7 +84,7 @@ def batch_figures(update: Rollouts, probe: Rollouts) -> Summary:
 def rebuild_step(session: Session) -> Summary:
     """Rebuild the optimizer step and store its direction."""
     step = session.step
-    figures = step_summary(step)
+    figures = step_summary(step) | {"initial_lr": session.initial_lr() if step.lr == 0 else None}
     vectors.save(step.direction, session.run.file("direction.safetensors"))
     runs.write_json(session.run.file("step.json"), figures)
     count = session.update.num_prompts
@@ -127,16 +127,23 @@ def measure_sweep(session: Session) -> Summary:
         if series.version != "on_policy" or not session.line.lr > 0:
             continue
         point = series.at(session.line.lr)
-        tail = (
-            series.normalisation
-            if series is primary or series.quantity == primary.quantity
-            else (f"{series.quantity}_{series.normalisation}")
-        )
-        figures[f"change_linear_{tail}"] = point.linear
-        figures[f"change_true_{tail}"] = point.true
+        kind = "" if series.quantity == primary.quantity else f"{series.quantity}_"
+        figures[f"change_linear_{kind}{series.normalisation}"] = _at_own_lr(session.line, point.linear)
+        figures[f"change_true_{kind}{series.normalisation}"] = _at_own_lr(session.line, point.true)
     if primary.fit is not None:
         figures |= _line_figures(primary.fit, primary.points[0].true.n)
     return figures
+
+
+def _at_own_lr(line: Line, estimate: Estimate) -> Estimate:
+    """The estimate, flagged where the step's own learning rate is 0 and another stands in for it."""
+    if line.own_lr > 0:
+        return estimate
+    reason = (
+        "the checkpoint's own learning rate is 0 (the end of its schedule); this is at the initial one, "
+        f"{line.lr:g}"
+    )
+    return replace(estimate, reliable=False, reason="; ".join(r for r in (estimate.reason, reason) if r))
 
 
 def _line_figures(fit: Any, count: int) -> Summary:
