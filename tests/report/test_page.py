@@ -203,6 +203,16 @@ def test_numbers_of_the_figure_are_those_of_the_artifact(measure_folder: Path) -
     assert true["error_y"]["array"] == pytest.approx([1.96 * p["true"]["stderr"] for p in points], rel=1e-4)
 
 
+def test_a_checkpoint_whose_learning_rate_has_run_out(measure_folder: Path) -> None:
+    change = json.loads((measure_folder / "change.json").read_text())
+    for series in (change, *change["others"]):
+        series["lr"] = 0.0
+    (measure_folder / "change.json").write_text(json.dumps(change))
+    page = Page(write_report(measure_folder))
+    assert "learning rate is 0" in page.source
+    assert not any(f["layout"].get("annotations") for f in page.figures)
+
+
 def test_text_of_a_run_cannot_become_markup(measure_folder: Path) -> None:
     page = Page(write_report(measure_folder))
     assert str(escape(HOSTILE)) in page.source

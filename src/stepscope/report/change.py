@@ -60,8 +60,8 @@ def change_figure(series: Mapping[str, Any], key: str = "change") -> Figure:
             "nticks": 5,
             "zeroline": True,
         },
-        shapes=[_own_lr_line(series["lr"])],
-        annotations=[_own_lr_note(series["lr"])],
+        shapes=_own_lr_lines([series["lr"]]),
+        annotations=[_own_lr_note(series["lr"])] if series["lr"] > 0 else [],
     )
     inside = [abs(r) <= reach for r, _ in pairs if math.isfinite(r)]
     caption = " ".join(
@@ -109,7 +109,7 @@ def overlay_figure(names: tuple[str, str], pair: tuple[Measurement, Measurement]
         traces,
         xaxis=_lr_axis(every, series[0]["lr"]),
         yaxis=_magnitude_axis(low, high, unit),
-        shapes=[_own_lr_line(s["lr"]) for s in series],
+        shapes=_own_lr_lines([s["lr"] for s in series]),
     )
     caption = (
         f"Change of {text.series_label(series[0])} against learning rate. A: {names[0]}; B: {names[1]}; "
@@ -279,9 +279,9 @@ def _lr_axis(points: Sequence[Point], own: float) -> dict[str, Any]:
     }
 
 
-def _own_lr_line(lr: float) -> dict[str, Any]:
-    line = {"color": MUTED, "width": 1.2, "dash": "dot"}
-    return {"type": "line", "x0": lr, "x1": lr, "y0": 0, "y1": 1, "yref": "paper", "line": line}
+def _own_lr_lines(lrs: Sequence[float]) -> list[dict[str, Any]]:
+    line = {"type": "line", "yref": "paper", "line": {"color": MUTED, "width": 1.2, "dash": "dot"}}
+    return [{**line, "x0": lr, "x1": lr, "y0": 0, "y1": 1} for lr in lrs if lr > 0]
 
 
 def _own_lr_note(lr: float) -> dict[str, Any]:

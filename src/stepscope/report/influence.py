@@ -17,7 +17,6 @@ from stepscope.report.load import Measurement, Table
 from stepscope.report.tables import Cell, Column, TableBlock, count_cell, number_cell, text_cell
 from stepscope.stats import Estimate
 
-_SCATTER_POINTS = 1500
 _TOP_TOKENS = 25
 
 
@@ -115,7 +114,7 @@ def concentration(tokens: TokenTable) -> str:
     return sentence + "."
 
 
-def sequence_figure(measurement: Measurement, quantity: str) -> Figure | None:
+def sequence_figure(measurement: Measurement, quantity: str, unit: str) -> Figure | None:
     """Influence of every sequence in ascending order with its error, momentum and decay beside them."""
     table = measurement.influence_sequences
     if table is None or quantity not in table["quantity"]:
@@ -160,7 +159,7 @@ def sequence_figure(measurement: Measurement, quantity: str) -> Figure | None:
     spec = make_spec(
         traces,
         xaxis={"title": {"text": "sequence, in order of influence"}, "zeroline": False},
-        yaxis={"title": {"text": "influence per unit lr"}, "zeroline": True},
+        yaxis={"title": {"text": f"influence, {unit} per unit lr"}, "zeroline": True},
     )
     beside = "; ".join(f"{c} {text.plus_minus(v, e)}" for c, _, v, e in others)
     net = sum(row[2] for row in sequences)
@@ -221,15 +220,15 @@ def share_figure(tokens: TokenTable, quantity: str) -> Figure | None:
     return Figure("influence-share", "Concentration over tokens", caption, spec, height=360, wide=False)
 
 
-def scatter_figure(tokens: TokenTable, quantity: str) -> Figure | None:
-    """Influence of single tokens against probability: the largest and a systematic sample of the rest."""
+def scatter_figure(tokens: TokenTable, quantity: str, unit: str, most: int) -> Figure | None:
+    """Influence of single tokens against probability: the ``most``/2 largest, and one in so many others."""
     if tokens.influence is None:
         return None
     values = np.nan_to_num(tokens.influence)
     order = np.argsort(-np.abs(values))
-    rest = order[_SCATTER_POINTS // 2 :]
-    stride = max(1, math.ceil(len(rest) / (_SCATTER_POINTS // 2)))
-    chosen = np.concatenate([order[: _SCATTER_POINTS // 2], rest[::stride]])
+    rest = order[most // 2 :]
+    stride = max(1, math.ceil(len(rest) / (most // 2)))
+    chosen = np.concatenate([order[: most // 2], rest[::stride]])
     correct = tokens.correct if tokens.correct is not None else np.ones(len(values), dtype=bool)
     traces = []
     for name, verdict, color, symbol in (
@@ -255,9 +254,9 @@ def scatter_figure(tokens: TokenTable, quantity: str) -> Figure | None:
     spec = make_spec(
         traces,
         xaxis={"title": {"text": "probability of the token"}},
-        yaxis={"title": {"text": "influence per unit lr"}, "zeroline": True},
+        yaxis={"title": {"text": f"influence, {unit} per unit lr"}, "zeroline": True},
     )
-    sampled = f"the {_SCATTER_POINTS // 2} largest and one in {stride} of the rest" if stride > 1 else "all"
+    sampled = f"the {most // 2} largest and one in {stride} of the rest" if stride > 1 else "all"
     caption = (
         f"First-order influence of single tokens on the {quantity} against the probability the policy gave "
         f"them; {sampled} of {len(values):,} tokens. Point estimates without error."

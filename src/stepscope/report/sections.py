@@ -19,6 +19,9 @@ _T = TypeVar("_T")
 _TOKENS_ON_PAGE = 9000
 """Tokens shown on one page in all; each costs about a hundred bytes."""
 
+_POINTS_ON_PAGE = 2400
+"""Tokens in the scatter plots of one page in all."""
+
 _HEAT_MAP_SIDE = 160
 """Sequences in a heat map where a page shows one measurement; n take n^2 numbers of six bytes."""
 
@@ -87,7 +90,7 @@ def measurement_panel(measurement: Measurement, key: str, count: int, title: str
         _provenance_section(measurement),
         _change_section(measurement),
         _step_section(measurement),
-        _influence_section(measurement, tokens, quantity, _TOKENS_ON_PAGE // (2 * _INFLUENTIAL * count)),
+        _influence_section(measurement, tokens, quantity, count),
         _kernel_section(measurement, round(_HEAT_MAP_SIDE / math.sqrt(count))),
         _noise_section(measurement),
         _responses_section(measurement, _TOKENS_ON_PAGE // (4 * _SAMPLED_EACH * count)),
@@ -103,7 +106,12 @@ def measurement_panel(measurement: Measurement, key: str, count: int, title: str
 def _sentences(measurement: Measurement, tokens: TokenTable | None) -> list[str]:
     sentences = []
     series = measurement.change
-    if series is not None:
+    if series is not None and not series["lr"] > 0:
+        sentences.append(
+            "The checkpoint's own learning rate is 0, so its next step changes nothing; the sweep shows what the "
+            "step would do at other learning rates."
+        )
+    elif series is not None:
         point = point_at(series, series["lr"])
         if point is not None:
             sentences.append(
@@ -208,13 +216,20 @@ def _step_section(measurement: Measurement) -> Section | None:
 
 
 def _influence_section(
-    measurement: Measurement, tokens: TokenTable | None, quantity: str, max_tokens: int
+    measurement: Measurement, tokens: TokenTable | None, quantity: str, count: int
 ) -> Section | None:
-    figures = [influence.sequence_figure(measurement, quantity)]
+    points = measurement.change["points"] if measurement.change else []
+    unit = points[0]["linear"].unit if points else "change"
+    max_tokens = _TOKENS_ON_PAGE // (2 * _INFLUENTIAL * count)
+    scatter = max(200, _POINTS_ON_PAGE // count)
+    figures = [influence.sequence_figure(measurement, quantity, unit)]
     blocks: list[TableBlock | None] = []
     responses: list[Response] = []
     if tokens is not None:
-        figures += [influence.share_figure(tokens, quantity), influence.scatter_figure(tokens, quantity)]
+        figures += [
+            influence.share_figure(tokens, quantity),
+            influence.scatter_figure(tokens, quantity, unit, scatter),
+        ]
         blocks.append(influence.top_tokens_table(tokens, quantity))
         responses = influential_responses(measurement, tokens, most=_INFLUENTIAL, max_tokens=max_tokens)
     drawn = _present(figures)

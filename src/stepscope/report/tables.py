@@ -32,6 +32,7 @@ class Cell:
         stderr: standard error for the CSV where the column has one.
         anchor: glossary entry that the text links to.
         flag: reason why the number is not reliable; empty when it is.
+        note: small print below the text.
     """
 
     shown: str
@@ -39,6 +40,7 @@ class Cell:
     stderr: float | None = None
     anchor: str = ""
     flag: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def trust_cell(value: Estimate) -> Cell:
     """A cell saying whether the number can be trusted, and if not why."""
     if value.reliable:
         return Cell(shown="reliable", raw="reliable", anchor="def-trust")
-    return Cell(shown=f"unreliable: {value.reason}", raw=f"unreliable: {value.reason}", anchor="def-trust")
+    return Cell(shown="unreliable", raw=f"unreliable: {value.reason}", anchor="def-trust", note=value.reason)
 
 
 _ESTIMATE_COLUMNS = (
