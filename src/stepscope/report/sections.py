@@ -108,8 +108,8 @@ def _sentences(measurement: Measurement, tokens: TokenTable | None) -> list[str]
     series = measurement.change
     if series is not None and not series["lr"] > 0:
         sentences.append(
-            "The checkpoint's own learning rate is 0, so its next step changes nothing; the sweep shows what the "
-            "step would do at other learning rates."
+            "The checkpoint's own learning rate is 0, so its next step changes nothing; the sweep shows what "
+            "the step would do at other learning rates."
         )
     elif series is not None:
         point = point_at(series, series["lr"])
