@@ -179,6 +179,11 @@ def test_stage_without_what_it_needs(checkpoint, out):
     assert "needs what rollouts and step leaves" in line
 
 
+def test_divergence_of_a_full_model_from_nothing(checkpoint, out):
+    line = refused("measure", checkpoint, "--out", out, *SMALL, "--quantity", "kl", out=out)
+    assert "reference=MODEL" in line
+
+
 def test_checkpoint_that_changed_meanwhile(copy, out):
     rollouts_of(copy, out)
     state = torch.load(copy / "optimizer.pt", weights_only=True)

@@ -186,6 +186,19 @@ def test_several_quantities(checkpoint, tmp_path):
     assert "change_true_per_token" in summary
 
 
+def test_divergence_from_a_reference(trained_run, checkpoint, tmp_path):
+    out = tmp_path / "run"
+    start = f"reference={trained_run / 'base'}"
+    stages = ["--stages", "rollouts,step,change,influence"]
+    measure(checkpoint, "--out", out, *QUICK, "--quantity", "kl", start, *stages)
+    change = load_json(out / "change.json")
+    assert change["quantity"] == "kl"
+    assert change["value"]["value"] > 0, "four steps away from the base"
+    table = pq.read_table(out / "influence_sequences.parquet").to_pylist()
+    total = sum(row["influence"] for row in table)
+    assert total * 1e-3 == pytest.approx(change["points"][-1]["linear"]["value"], rel=1e-3)
+
+
 def test_float64(checkpoint, tmp_path):
     out = tmp_path / "run"
     measure(checkpoint, "--out", out, *SETTINGS, "--precision", "float64", "--stages", "rollouts,step,change")

@@ -7,6 +7,7 @@ traceback.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -243,6 +244,12 @@ def check(
         raise ConfigError(f"{target}: not fit to be measured; see the findings above")
 
 
+def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning as the user should see it."""
+    return f"stepscope: warning: {' '.join(str(message).split())}\n"
+
+
 def main() -> None:
     """Entry point of the ``stepscope`` command."""
+    warnings.formatwarning = _one_line
     app()

@@ -107,3 +107,12 @@ def test_one_prompt_is_refused(tiny_policy, draw_update) -> None:
     step = draw_update(tiny_policy, num_prompts=2, group_size=3)
     with pytest.raises(BatchError, match="at least 2"):
         noise_scale(tiny_policy, step.update.select([0, 1, 2]))
+
+
+def test_one_group_with_a_gradient_has_no_resolved_signal() -> None:
+    effect = np.array([1.0, -1.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    found = effect_noise_scale(effect, np.repeat(np.arange(3), 3), unit="nats/token/lr")
+    assert found.signal.value == pytest.approx(0, abs=1e-12)
+    assert not found.prompts.reliable
+    assert "within 2 standard errors of zero" in found.prompts.reason
+    assert np.isnan(found.prompts.value)

@@ -198,6 +198,10 @@ def from_products(K: FloatArray, prompts: IntArray, *, unit: str, method: str) -
     def inside(keep: IntArray) -> float:
         return float(within[keep].mean())
 
+    def quotient(keep: IntArray) -> float:
+        strength = signal(keep)  # exactly 0 where fewer than two groups have a gradient at all
+        return noise(keep) / strength if strength else float("nan")
+
     def estimate(statistic: Callable[[IntArray], float], of: str, in_unit: str) -> Estimate:
         value = statistic(everything)
         without = np.array([statistic(np.delete(everything, b)) for b in everything])
@@ -209,7 +213,7 @@ def from_products(K: FloatArray, prompts: IntArray, *, unit: str, method: str) -
         return Estimate(value, error, count, in_unit, how)
 
     strength, spread = estimate(signal, "signal", unit), estimate(noise, "noise of one group", unit)
-    ratio = estimate(lambda keep: noise(keep) / signal(keep), "noise / signal", "prompts")
+    ratio = estimate(quotient, "noise / signal", "prompts")
     if not strength.value > RESOLVED * strength.stderr:
         ratio = Estimate(
             value=ratio.value if strength.value > 0 else float("nan"),

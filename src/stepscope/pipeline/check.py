@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from stepscope.config import (
     EvalConfig,
@@ -39,7 +40,7 @@ def run_check(target: Path) -> bool:
     table = Table("", "finding", "what to do")
     for finding in findings:
         colour = COLOURS[finding.level]
-        table.add_row(f"[{colour}]{finding.level}[/{colour}]", finding.what, finding.cure)
+        table.add_row(Text(finding.level, style=colour), Text(finding.what), Text(finding.cure))
     Console().print(table)
     return all(finding.level != "fail" for finding in findings)
 
@@ -59,8 +60,8 @@ def _check_config(path: Path) -> bool:
     kind = kind_of_config(path)
     config = load_config(kind, path)
     console = Console()
-    console.print(f"{path}: a valid {kind.__name__}")
+    console.print(Text(f"{path}: a valid {kind.__name__}"))
     if isinstance(config, TrainConfig):
         problems = load_task(config.task, template=config.template).problems("train")
-        console.print(f"task {config.task}: {len(problems)} training problems")
+        console.print(Text(f"task {config.task}: {len(problems)} training problems"))
     return True

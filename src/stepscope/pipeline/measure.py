@@ -40,7 +40,7 @@ def run_measure(config: MeasureConfig, *, resume: bool = False, policy: Policy |
     _refuse_missing(run, wanted, held)
     session = Session(config, run, policy)
     if any(PLANS[stage].needs_policy for stage in wanted if not (held and run.is_done(stage))):
-        _ = session.policy, session.task  # whatever is wrong with them is said before anything is written
+        session.refuse_impossible()
     digest = checkpoint_digest(Path(config.checkpoint)) if session.has_policy else None
     RunFolder.open(
         run.path,

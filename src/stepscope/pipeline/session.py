@@ -112,6 +112,20 @@ class Session:
         )
         return Policy(model, tokenizer, self.policy.settings)
 
+    def refuse_impossible(self) -> None:
+        """Say what is wrong with checkpoint, task or quantities before anything is written.
+
+        Raises:
+            ConfigError: ``kl`` of a full model without a reference.
+        """
+        _ = self.policy, self.task
+        has_base = hasattr(self.policy.model, "disable_adapter")
+        if "kl" in self.config.quantities and self.config.reference is None and not has_base:
+            raise ConfigError(
+                f"{self.config.checkpoint}: kl needs a reference, and a full model has no base beside it; "
+                "give reference=MODEL (the model that the training started from)"
+            )
+
     @cached_property
     def quantities(self) -> list[Quantity]:
         """The quantities asked for, bound to the probe batch."""
