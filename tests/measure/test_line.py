@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from enumerable import ARCHITECTURES, EOS, PROMPTS, enumerable_policy, random_step
 from stepscope.errors import MeasurementError
+from stepscope.measure import nested
 from stepscope.measure.line import derivatives, hidden_states, response_mask, values_at
 from stepscope.measure.nested import SmoothActivations
 from stepscope.measure.quantities import make_quantity
@@ -74,6 +75,16 @@ def test_a_wrong_second_derivative_is_noticed(monkeypatch: pytest.MonkeyPatch) -
         derivatives(
             policy, rollouts, [make_quantity("entropy", rollouts)], random_step(policy).direction, order=2
         )
+
+
+def test_a_missing_rule_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = enumerable_policy("qwen2")
+    rollouts, _ = exact_rollouts(policy, PROMPTS[:1], eos_id=EOS)
+    monkeypatch.delitem(nested._WRITTEN_OUT, F.silu)
+    quantities, direction = [make_quantity("entropy", rollouts)], random_step(policy).direction
+    with pytest.raises(MeasurementError, match=r"order 2 \(.*silu.*without second order"):
+        derivatives(policy, rollouts, quantities, direction, order=2)
+    assert len(derivatives(policy, rollouts, quantities, direction, max_sequences=128)) == 1
 
 
 @pytest.mark.parametrize("function", [F.silu, F.mish, F.glu])
