@@ -17,7 +17,9 @@ from stepscope.errors import MeasurementError
 from stepscope.policy import coverage
 from stepscope.policy.forward import TokenBatch, TokenOutputs, forward, make_batch
 from stepscope.policy.gradients import directional_derivative
+from stepscope.policy.gradient_store import GradientStore
 from stepscope.policy.gram import gram, grams
+from stepscope.policy.layer_gradient import LayerGradient, Whole
 from stepscope.policy.precision import lift_model
 from stepscope.policy.products import group_gradients, per_sequence_dot, per_sequence_dots
 from stepscope.policy.settings import StepSettings
@@ -195,13 +197,15 @@ def test_repeated_sequences_keep_their_rows(tied: Policy) -> None:
     assert float(K[0, 0]) == pytest.approx(float(K[0, 1]), rel=1e-12)
 
 
-def test_float64_products_of_float32_gradients(build_model: Build) -> None:
-    policy = as_policy(build_model("llama"), torch.float32)
-    update = draw(6)
-    J = jacobian(policy, update)
-    plain = error(gram(policy, update, objective), J @ J.T)
-    double = error(gram(policy, update, objective, double=True), J @ J.T)
-    assert double <= plain < 1e-5
+def test_float64_products_of_float32_gradients() -> None:
+    G = torch.randn(5, 40, 30, generator=torch.Generator().manual_seed(0))
+    exact = G.double().flatten(1) @ G.double().flatten(1).T
+    store = GradientStore(5)
+    gradient = LayerGradient("w", (40, 30), (Whole(G),))
+    store.put(gradient, slice(0, 5))
+    for double, low, high in ((True, 0.0, 1e-14), (False, 1e-9, 1e-5)):
+        assert low <= error(store.square({"raw": None}, double=double)["raw"], exact) < high
+        assert low <= error(store.cross(gradient, {"raw": None}, double=double)["raw"], exact) < high
 
 
 def test_wide_vocabulary_stays_in_factors(build_model: Build) -> None:

@@ -29,6 +29,9 @@ class Capture:
         self._coverage = coverage
         self._params = params
         self._shapes = {n: matrix_shape(p.shape) for n, p in params.items()}
+        linear = {n for tap in coverage.taps if tap.kind in ("linear", "conv1d") for _, n in tap.params}
+        other = {n for tap in coverage.taps if tap.kind not in ("linear", "conv1d") for _, n in tap.params}
+        self._tall = {n for n in linear - other if 1 < self._shapes[n][1] < self._shapes[n][0]}
         dtype = next(iter(params.values())).dtype
         self._dtype = torch.promote_types(dtype, torch.float32)
         self._deliver: Deliver = _nowhere
@@ -95,7 +98,10 @@ class Capture:
             self._flush(name)
 
     def _flush(self, name: str) -> None:
-        self._deliver(LayerGradient(name, self._shapes[name], tuple(self._parts.pop(name))))
+        rows, cols = self._shapes[name]
+        tall = name in self._tall
+        shape = (cols, rows) if tall else (rows, cols)
+        self._deliver(LayerGradient(name, shape, tuple(self._parts.pop(name)), transposed=tall))
 
     def _by_sequence(self, x: Tensor, tap: Tap, trailing: int) -> Tensor:
         """X with the sequence as first axis and all token axes merged into the second."""
@@ -133,7 +139,7 @@ class Capture:
                 self._add(name, self._lookup(tap, module, inputs, d))
             else:
                 x = self._by_sequence(inputs.to(self._dtype), tap, 1)
-                self._add(name, _weight_part(tap, module, x, d))
+                self._add(name, _weight_part(tap, module, x, d, name in self._tall))
 
     def _lookup(self, tap: Tap, module: nn.Module, ids: Tensor, d: Tensor) -> Lookup:
         rows = self._by_sequence(ids, tap, 0)
@@ -169,12 +175,12 @@ class Capture:
         return hook
 
 
-def _weight_part(tap: Tap, module: nn.Module, x: Tensor, d: Tensor) -> Part:
+def _weight_part(tap: Tap, module: nn.Module, x: Tensor, d: Tensor, transposed: bool) -> Part:
     match tap.kind:
         case "linear":
-            return Outer(d, x)
+            return Outer(x, d) if transposed else Outer(d, x)
         case "conv1d":
-            return Outer(x, d)
+            return Outer(d, x) if transposed else Outer(x, d)
         case "layer_norm":
             normal = functional.layer_norm(x, _shape(module), eps=_eps(module))
         case "rms_norm":

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stepscope.policy.layer_gradient import LayerGradient, ghost_inner
+from stepscope.policy.layer_gradient import LayerGradient, ghost_inner, orient
 
 CHUNK_BYTES = 32 * 2**20
 ROW_BLOCK = 512
@@ -29,12 +29,13 @@ class GradientStore:
         self._dense: dict[str, Tensor] = {}
         self._factors: dict[str, list[tuple[slice, LayerGradient]]] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
+        self._transposed: dict[str, bool] = {}
 
     def put(self, gradient: LayerGradient, rows: slice) -> None:
         """Keep the gradient of the sequences at ``rows`` of this block."""
         name, (height, width) = gradient.name, gradient.shape
         if name not in self._shapes:
-            self._shapes[name] = gradient.shape
+            self._shapes[name], self._transposed[name] = gradient.shape, gradient.transposed
             if gradient.factor_numel >= height * width:
                 self._dense[name] = self._allocate(name, height * width, gradient)
         if name in self._dense:
@@ -80,19 +81,22 @@ class GradientStore:
         """
         total: dict[str, Tensor] = {}
         for name in self._shapes:
+            flat = {
+                metric: None if w is None else orient(w[name], self._shapes[name], self._transposed[name])
+                for metric, w in metrics.items()
+            }
             ghost = self._ghost(name) if None in metrics.values() else None
             if ghost is not None:
-                for metric, weights in metrics.items():
-                    if weights is None:
-                        _accumulate(total, metric, ghost)
+                for metric in (m for m, w in metrics.items() if w is None):
+                    _accumulate(total, metric, ghost)
             if ghost is not None and all(w is None for w in metrics.values()):
                 continue
             for start, stop, chunk in self._chunks(name, 8 if double else 4):
                 matrix = chunk.double() if double else chunk
-                for metric, weights in metrics.items():
+                for metric, weights in flat.items():
                     if weights is None and ghost is not None:
                         continue
-                    weighted = _weigh(matrix, weights, name, self._shapes[name], start, stop)
+                    weighted = _weigh(matrix, weights, start, stop)
                     _accumulate(total, metric, _symmetric_product(weighted, matrix))
         return total
 
@@ -127,12 +131,13 @@ class GradientStore:
         total: dict[str, Tensor] = {}
         if gradient.name not in self._shapes:
             return total
+        flat = _oriented(gradient, metrics)
         for start, stop, chunk in self._chunks(gradient.name, 8 if double else 4):
             others = gradient.dense(start, stop).flatten(1)
             left = others.double() if double else others
             right = chunk.double() if double else chunk
-            for metric, weights in metrics.items():
-                weighted = _weigh(left, weights, gradient.name, gradient.shape, start, stop)
+            for metric, weights in flat.items():
+                weighted = _weigh(left, weights, start, stop)
                 _accumulate(total, metric, weighted @ right.T)
         return total
 
@@ -143,25 +148,23 @@ def square_norms(
     """(seq,) float64 squared norms h' P h of the gradients of one parameter, for each metric."""
     total: dict[str, Tensor] = {}
     size = len(gradient.dense(0, 1))
+    flat = _oriented(gradient, metrics)
     for start, stop in gradient.row_slices(size, CHUNK_BYTES, 4):
         matrix = gradient.dense(start, stop).flatten(1)
-        for metric, weights in metrics.items():
-            weighted = _weigh(matrix, weights, gradient.name, gradient.shape, start, stop)
+        for metric, weights in flat.items():
+            weighted = _weigh(matrix, weights, start, stop)
             _accumulate(total, metric, torch.linalg.vecdot(weighted, matrix))
     return total
 
 
-def _weigh(
-    matrix: Tensor,
-    weights: Mapping[str, Tensor] | None,
-    name: str,
-    shape: tuple[int, int],
-    start: int,
-    stop: int,
-) -> Tensor:
-    if weights is None:
-        return matrix
-    return matrix * weights[name].reshape(shape)[start:stop].reshape(-1).to(matrix.dtype)
+def _oriented(
+    gradient: LayerGradient, metrics: Mapping[str, Mapping[str, Tensor] | None]
+) -> dict[str, Tensor | None]:
+    return {m: None if w is None else gradient.oriented(w[gradient.name]) for m, w in metrics.items()}
+
+
+def _weigh(matrix: Tensor, weights: Tensor | None, start: int, stop: int) -> Tensor:
+    return matrix if weights is None else matrix * weights[start:stop].reshape(-1).to(matrix.dtype)
 
 
 def _symmetric_product(a: Tensor, b: Tensor) -> Tensor:

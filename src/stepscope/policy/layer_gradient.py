@@ -98,19 +98,38 @@ def matrix_shape(shape: tuple[int, ...] | torch.Size) -> tuple[int, int]:
     return rows, cols
 
 
+def orient(vector: Tensor, shape: tuple[int, int], transposed: bool) -> Tensor:
+    """A tensor of a parameter's shape as (rows, cols) = ``shape`` of its gradient as it is kept."""
+    return vector.reshape(shape[::-1]).T.contiguous() if transposed else vector.reshape(shape)
+
+
+def restore(stack: Tensor, transposed: bool) -> Tensor:
+    """(n, rows, cols) in the form of kept gradients as (n, numbers of the parameter in its own order)."""
+    return (stack.transpose(1, 2) if transposed else stack).flatten(1)
+
+
 @dataclass(frozen=True)
 class LayerGradient:
     """Per-sequence gradient of one parameter; several parts (tied weights, repeated calls) add up.
 
+    A tall matrix is kept transposed (its gradient is made faster that way), so a vector over the parameters
+    must be brought into the same form with :meth:`oriented` before it meets the gradient.
+
     Attributes:
         name: ``named_parameters()`` name.
-        shape: (rows, cols) of the parameter, see :func:`matrix_shape`.
+        shape: (rows, cols) of the gradient as it is kept.
         parts: one per use of the parameter in the forward pass.
+        transposed: whether it is the transpose of the parameter's matrix.
     """
 
     name: str
     shape: tuple[int, int]
     parts: tuple[Part, ...]
+    transposed: bool = False
+
+    def oriented(self, vector: Tensor) -> Tensor:
+        """A tensor of the parameter's shape as (rows, cols) of this gradient."""
+        return orient(vector, self.shape, self.transposed)
 
     @property
     def factor_numel(self) -> int:
@@ -128,12 +147,11 @@ class LayerGradient:
         return total
 
     def dot(self, u: Tensor) -> Tensor:
-        """(seq,) inner product with a vector u of the parameter's shape."""
-        matrix = u.reshape(self.shape)
+        """(seq,) inner product with an oriented u (rows, cols)."""
         first, *others = self.parts
-        total = first.dot(matrix)
+        total = first.dot(u)
         for part in others:
-            total = total + part.dot(matrix)
+            total = total + part.dot(u)
         return total
 
     def row_slices(self, num_sequences: int, bytes_limit: int, itemsize: int) -> list[tuple[int, int]]:

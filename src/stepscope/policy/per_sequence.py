@@ -238,7 +238,8 @@ def _mismatches(policy: Policy, coverage: Coverage, batch: TokenBatch) -> set[st
 
     def consume(gradient: LayerGradient) -> None:
         dtype = torch.promote_types(params[gradient.name].dtype, torch.float32)
-        captured[gradient.name] = gradient.dot(probe(gradient.name, params[gradient.name]).to(dtype))
+        along = probe(gradient.name, params[gradient.name]).to(dtype)
+        captured[gradient.name] = gradient.dot(gradient.oriented(along))
 
     capture = Capture(policy.model, coverage, params)
     with capture.installed():

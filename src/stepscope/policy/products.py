@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stepscope.errors import MeasurementError
 from stepscope.policy.gradients import Objective
-from stepscope.policy.layer_gradient import LayerGradient, matrix_shape
+from stepscope.policy.layer_gradient import LayerGradient, restore
 from stepscope.policy.per_sequence import StreamOptions, by_length, stream
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
@@ -44,12 +44,15 @@ def per_sequence_dot(
         MeasurementError: u lacks a trainable parameter or has one of another shape.
     """
     check_vector(policy, u, "u")
-    direction = {n: t.to(policy.device, compute_dtype(t)) for n, t in u.items()}
+    direction: dict[str, Tensor] = {}
     order = by_length(rollouts)
     total = torch.zeros(len(rollouts), dtype=torch.float64, device=policy.device)
 
     def consume(gradient: LayerGradient, rows: slice) -> None:
-        total[rows] += gradient.dot(direction[gradient.name])
+        name = gradient.name
+        if name not in direction:
+            direction[name] = gradient.oriented(u[name]).to(policy.device, compute_dtype(u[name]))
+        total[rows] += gradient.dot(direction[name])
 
     stream(policy, rollouts, objective, consume, order=order, **options)
     result = np.empty(len(rollouts))
@@ -75,11 +78,14 @@ def per_sequence_dots(
     """
     order = by_length(rollouts)
     count = len(next(iter(directions.values())))
-    stacks = {n: t.reshape(count, *matrix_shape(t.shape[1:])) for n, t in directions.items()}
+    stacks: dict[str, Tensor] = {}
     total = torch.zeros(count, len(rollouts), dtype=torch.float64, device=policy.device)
 
     def consume(gradient: LayerGradient, rows: slice) -> None:
-        stack = stacks[gradient.name]
+        name = gradient.name
+        if name not in stacks:
+            stacks[name] = torch.stack([gradient.oriented(t) for t in directions[name]])
+        stack = stacks[name]
         size = rows.stop - rows.start
         for start, stop in gradient.row_slices(size, CHUNK_BYTES, stack.element_size()):
             total[:, rows] += stack[:, start:stop].flatten(1) @ gradient.dense(start, stop).flatten(1).T
@@ -129,13 +135,16 @@ def weighted_gradients(
     order = by_length(rollouts)
     params = policy.parameters
     share = torch.as_tensor(weights[:, order], device=policy.device)
-    total = {
-        n: torch.zeros(len(weights), *matrix_shape(p.shape), dtype=compute_dtype(p), device=policy.device)
-        for n, p in params.items()
-    }
+    total: dict[str, Tensor] = {}
+    transposed: dict[str, bool] = {}
 
     def consume(gradient: LayerGradient, rows: slice) -> None:
-        target = total[gradient.name]
+        name = gradient.name
+        if name not in total:
+            dtype = compute_dtype(params[name])
+            total[name] = torch.zeros(len(weights), *gradient.shape, dtype=dtype, device=policy.device)
+            transposed[name] = gradient.transposed
+        target = total[name]
         size = rows.stop - rows.start
         own = share[:, rows].to(target.dtype)
         for start, stop in gradient.row_slices(size, CHUNK_BYTES, target.element_size()):
@@ -143,7 +152,12 @@ def weighted_gradients(
             target[:, start:stop] += block.view(len(own), stop - start, -1)
 
     stream(policy, rollouts, objective, consume, order=order, **options)
-    return {n: t.reshape(len(weights), *params[n].shape) for n, t in total.items()}
+    return {
+        n: restore(total[n], transposed[n]).reshape(len(weights), *p.shape)
+        if n in total
+        else torch.zeros(len(weights), *p.shape, dtype=compute_dtype(p), device=policy.device)
+        for n, p in params.items()
+    }
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -106,7 +106,7 @@ def sketches(
 
     def consume(gradient: LayerGradient, rows: slice) -> None:
         roots = {
-            m: w[gradient.name].reshape(-1).to(policy.device, dtype).sqrt()
+            m: gradient.oriented(w[gradient.name]).reshape(-1).to(policy.device, dtype).sqrt()
             for m, w in metrics.items()
             if w is not None
         }
