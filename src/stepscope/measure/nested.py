@@ -43,4 +43,5 @@ class SmoothActivations(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Call the written-out function where there is one."""
-        return _WRITTEN_OUT.get(func, func)(*args, **(kwargs or {}))
+        chosen: Callable[..., Any] = _WRITTEN_OUT.get(func, func)
+        return chosen(*args, **(kwargs or {}))

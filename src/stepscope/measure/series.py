@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -169,14 +170,20 @@ def make_change(
     def estimated(statistic: Statistic, method: str, unit: str = level) -> Estimate:
         return estimate(evidence, statistic, errors=errors, unit=unit, method=method)
 
-    def slope(e: Evidence) -> Sampled:
-        return linear(e.probe, e.slopes[0])
+    def before(e: Evidence) -> Sampled:
+        return value(e.probe)
 
-    def bend(e: Evidence) -> Sampled:
-        return second(e.probe, e.slopes[0], e.slopes[1])
+    def slope(e: Evidence, lr: float = 1.0) -> Sampled:
+        return linear(e.probe, e.slopes[0]).scaled(lr)
+
+    def bend(e: Evidence, factor: float = 1.0) -> Sampled:
+        return second(e.probe, e.slopes[0], e.slopes[1]).scaled(factor)
 
     def true(e: Evidence, lr: float) -> Sampled:
         return ESTIMATORS[estimator](e.probe, e.moved[lr])
+
+    def excess(e: Evidence, lr: float) -> Sampled:
+        return true(e, lr).plus(slope(e), -lr)
 
     def odd(e: Evidence, lr: float) -> Sampled:
         return true(e, lr).plus(true(e, -lr), -1.0).scaled(0.5)
@@ -187,23 +194,17 @@ def make_change(
     points = []
     for lr in sweep:
         check = _check(evidence.probe, moved[lr])
-        change = estimated(lambda e, lr=lr: true(e, lr), weighted)
-        excess = estimated(lambda e, lr=lr: true(e, lr).plus(slope(e), -lr), f"paired difference, {weighted}")
+        apart = estimated(partial(excess, lr=lr), f"paired difference, {weighted}")
         points.append(
             ChangePoint(
                 lr=lr,
-                true=_flagged(change, check, floor),
-                linear=estimated(lambda e, lr=lr: slope(e).scaled(lr), along),
-                second_order=estimated(lambda e, lr=lr: bend(e).scaled(lr**2 / 2), f"second {along}")
+                true=_flagged(estimated(partial(true, lr=lr), weighted), check, floor),
+                linear=estimated(partial(slope, lr=lr), along),
+                second_order=estimated(partial(bend, factor=lr**2 / 2), f"second {along}")
                 if curved
                 else None,
-                excess=_flagged(excess, check, floor),
-                odd=estimated(
-                    lambda e, lr=lr: true(e, lr).plus(true(e, -lr), -1.0).scaled(0.5),
-                    f"odd part of {weighted}",
-                )
-                if -lr in moved
-                else None,
+                excess=_flagged(apart, check, floor),
+                odd=estimated(partial(odd, lr=lr), f"odd part of {weighted}") if -lr in moved else None,
                 effective_sample_size=check.effective_sample_size,
                 pareto_k=check.pareto_k,
             )
@@ -220,7 +221,7 @@ def make_change(
         fit=loglog_fit([p.lr for p in trusted], [p.true.value for p in trusted])
         if len(trusted) > 1
         else None,
-        value=estimated(lambda e: value(e.probe), words),
+        value=estimated(before, words),
         slope=along_slope,
         curvature=curvature,
         baseline=baseline.kind,
