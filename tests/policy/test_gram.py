@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from stepscope.errors import MeasurementError
 from stepscope.policy import coverage
 from stepscope.policy.forward import TokenBatch, TokenOutputs, forward, make_batch
-from stepscope.policy.gradients import directional_derivative
 from stepscope.policy.gradient_store import GradientStore
+from stepscope.policy.gradients import directional_derivative
 from stepscope.policy.gram import gram, grams
 from stepscope.policy.layer_gradient import LayerGradient, Whole
 from stepscope.policy.precision import lift_model
