@@ -69,7 +69,8 @@ class Change:
         version: ``on_policy`` or ``fixed_prefix``.
         lr: the step's own learning rate.
         points: by increasing learning rate.
-        fit: log|true| against log lr over the reliable points; None with fewer than two.
+        fit: log|true| against log lr over the reliable points up to ``linear_up_to`` or the own lr, whichever
+            is larger (all, where ``linear_up_to`` is not known); None with fewer than two.
         value: the quantity before the step.
         slope: grad F . direction.
         curvature: direction' (Hess F) direction; None if not asked for.
@@ -209,9 +210,11 @@ def make_change(
                 pareto_k=check.pareto_k,
             )
         )
-    trusted = [p for p in points if p.true.reliable]
     along_slope = estimated(slope, along, f"{level}/lr")
     curvature = estimated(bend, f"second {along}", f"{level}/lr^2") if curved else None
+    end = linear_up_to(along_slope.value, curvature.value) if curvature else None
+    regime = float("inf") if end is None else max(end, own_lr * (1 + 1e-9))
+    trusted = [p for p in points if p.true.reliable and p.lr <= regime]
     return Change(
         quantity=quantity.name,
         normalisation="per_token" if probe.per_token else "per_seq",
@@ -230,7 +233,7 @@ def make_change(
         estimator=estimator,
         round_off=floor,
         measurable_from=measurable_from(along_slope.value, floor),
-        linear_up_to=linear_up_to(along_slope.value, curvature.value) if curvature else None,
+        linear_up_to=end,
     )
 
 
