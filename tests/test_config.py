@@ -196,6 +196,12 @@ def test_pass_at_k_needs_enough_samples():
     assert "samples_per_prompt = 4" in refused(EvalConfig, None, ["source=c", "samples_per_prompt=4"])
 
 
+def test_a_study_needs_the_change():
+    assert "needs the stages step, change too" in refused(
+        StudyConfig, None, ["checkpoints=[a]", "out=o", "stages=[rollouts]"]
+    )
+
+
 def test_study_settings_become_folder_names():
     assert "folder names" in refused(StudyConfig, None, ["checkpoints=[a]", "out=o", "settings={a/b: {}}"])
 

@@ -186,6 +186,23 @@ def test_several_quantities(checkpoint, tmp_path):
     assert "change_true_per_token" in summary
 
 
+def test_a_sweep_of_one_rate_has_no_slope_and_says_so(checkpoint, tmp_path):
+    out = tmp_path / "run"
+    stages = ["--stages", "rollouts,step,change"]
+    measure(checkpoint, "--out", out, *QUICK, "lrs=[1e-3]", *stages)
+    slope = load_json(out / "summary.json")["linearity_slope"]
+    assert slope["value"] is None
+    assert not slope["reliable"]
+    assert "fewer than two" in slope["reason"]
+
+
+def test_the_folder_may_be_named_in_another_way(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    measure(checkpoint, "--out", "run", *QUICK, "--stages", "rollouts")
+    said = measure(checkpoint, "--out", tmp_path / "run", *QUICK, "--stages", "rollouts")
+    assert "done before" in said
+
+
 def test_divergence_from_a_reference(trained_run, checkpoint, tmp_path):
     out = tmp_path / "run"
     start = f"reference={trained_run / 'base'}"

@@ -145,7 +145,7 @@ class RunFolder:
             config: the resolved configuration, plain values only.
             verb: command that makes the run.
             resume: allow a folder that already holds a run of the same configuration.
-            ignore: top-level keys that may differ on resuming (``stages``).
+            ignore: top-level keys that may differ on resuming (``stages``, ``out``).
             extra: more provenance, for example the checkpoint's digest.
 
         Raises:
@@ -155,8 +155,13 @@ class RunFolder:
         run = cls(path)
         if run.holds_this_run(config, verb=verb, resume=resume, ignore=ignore):
             return run
-        path.mkdir(parents=True, exist_ok=True)
-        write_yaml(path / CONFIG, config)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_yaml(path / CONFIG, config)
+        except OSError as error:
+            raise RunFolderError(
+                f"{path}: cannot be written ({error}); choose another folder with --out"
+            ) from error
         started = {
             "command": " ".join(["stepscope", *sys.argv[1:]]),
             "verb": verb,

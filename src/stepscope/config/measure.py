@@ -245,6 +245,15 @@ class StudyConfig(Section):
     settings: dict[str, dict[str, Any]] = Field(default_factory=_one_setting, min_length=1)
     stages: list[Stage] = Field(default_factory=_change_only, min_length=1)
 
+    @field_validator("stages")
+    @classmethod
+    def _change_is_measured(cls, value: list[Stage]) -> list[Stage]:
+        if missing := [stage for stage in _change_only() if stage not in value]:
+            raise ValueError(
+                f"a study is a table of changes, so it needs the stages {', '.join(missing)} too"
+            )
+        return value
+
     @field_validator("settings")
     @classmethod
     def _plain_names(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

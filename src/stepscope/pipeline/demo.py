@@ -23,7 +23,8 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> Path:
         RunFolderError: the folder holds something else.
     """
     config = demo_config(out, overrides)
-    run = RunFolder.open(out, config.model_dump(mode="json"), verb="demo", resume=True, ignore=())
+    plain = config.model_dump(mode="json", exclude={"train": {"out"}})
+    run = RunFolder.open(out, plain, verb="demo", resume=True)
     if not run.is_done("train"):
         from stepscope.training import train  # TRL takes seconds to import: only where it is needed
 
@@ -38,6 +39,6 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> Path:
     for checkpoint in dict.fromkeys([trained[0], trained[-1]]):
         say(f"measure {checkpoint.name}:")
         target = out / "measure" / checkpoint.name
-        settings = config.measure.model_dump() | {"checkpoint": str(checkpoint), "out": str(target)}
+        settings = config.measure.model_dump() | {"checkpoint": str(checkpoint.resolve()), "out": str(target)}
         run_measure(build_config(MeasureConfig, settings), resume=True)
     return run_report(out)

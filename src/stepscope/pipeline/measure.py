@@ -13,6 +13,9 @@ from stepscope.policy.checkpoint import checkpoint_digest
 from stepscope.policy.state import Policy
 from stepscope.runs import RunFolder
 
+MAY_DIFFER = ("stages", "out")
+"""Keys of the configuration that may change between two calls on one run folder."""
+
 
 def run_measure(config: MeasureConfig, *, resume: bool = False, policy: Policy | None = None) -> Path:
     """Measure what a checkpoint's next step does; leaves the files of DESIGN 5.3.
@@ -35,7 +38,7 @@ def run_measure(config: MeasureConfig, *, resume: bool = False, policy: Policy |
     """
     run = RunFolder(Path(config.out))
     plain = config.model_dump(mode="json")
-    held = run.holds_this_run(plain, verb="measure", resume=resume, ignore=("stages",))
+    held = run.holds_this_run(plain, verb="measure", resume=resume, ignore=MAY_DIFFER)
     wanted = [stage for stage in PLANS if stage in config.stages]
     _refuse_missing(run, wanted, held)
     session = Session(config, run, policy)
@@ -47,7 +50,7 @@ def run_measure(config: MeasureConfig, *, resume: bool = False, policy: Policy |
         plain,
         verb="measure",
         resume=resume,
-        ignore=("stages",),
+        ignore=MAY_DIFFER,
         extra={
             "checkpoint": str(Path(config.checkpoint).resolve()),
             "checkpoint_digest": digest,

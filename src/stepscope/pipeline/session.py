@@ -23,7 +23,7 @@ from stepscope.results import Rollouts
 from stepscope.runs import RunFolder, read_json
 from stepscope.tasks import Task, load_task
 
-SAME_POLICY = 1e-2
+SAME_POLICY = {"float64": 1e-2, "float32": 1e-2, "bfloat16": 0.5}
 """Largest difference of a stored and a recomputed log-prob, in nats, that precision alone may make."""
 
 
@@ -232,7 +232,7 @@ class Session:
             )
         logprobs, entropies = score_rollouts(self.policy, rollouts, max_sequences=self.config.batch_size)
         worst = max(float(np.abs(a - b).max()) for a, b in zip(logprobs, rollouts.logprobs, strict=True))
-        if not worst < SAME_POLICY:
+        if not worst < SAME_POLICY[self.config.precision]:
             raise BatchError(
                 f"{key}: {path} was sampled from another policy (log-probs differ by up to {worst:.2g} "
                 "nats); sample it again from this checkpoint"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from stepscope.policy import vectors
 from stepscope.report import write_report
 from stepscope.results import Rollouts, read_table
 from stepscope.runs import RunFolder
-from stepscope.stats import Estimate, clustered_mean, clustered_ratio
+from stepscope.stats import Estimate, LogLogFit, clustered_mean, clustered_ratio
 
 Summary = dict[str, Estimate]
 
@@ -130,9 +129,7 @@ def measure_sweep(session: Session) -> Summary:
         kind = "" if series.quantity == primary.quantity else f"{series.quantity}_"
         figures[f"change_linear_{kind}{series.normalisation}"] = _at_own_lr(session.line, point.linear)
         figures[f"change_true_{kind}{series.normalisation}"] = _at_own_lr(session.line, point.true)
-    if primary.fit is not None:
-        figures |= _line_figures(primary.fit, primary.points[0].true.n)
-    return figures
+    return figures | _line_figures(primary.fit, primary.points[0].true.n)
 
 
 def _at_own_lr(line: Line, estimate: Estimate) -> Estimate:
@@ -146,11 +143,17 @@ def _at_own_lr(line: Line, estimate: Estimate) -> Estimate:
     return replace(estimate, reliable=False, reason="; ".join(r for r in (estimate.reason, reason) if r))
 
 
-def _line_figures(fit: Any, count: int) -> Summary:
-    how = f"least squares of log|true change| on log lr over {fit.n} reliable learning rates"
+def _line_figures(fit: LogLogFit | None, count: int) -> Summary:
+    """Slope and R^2 of true change against lr; nan, with the reason, where too few rates are reliable."""
+    nan = float("nan")
+    how = "least squares of log|true change| on log lr over the reliable learning rates"
+    if fit is None or fit.n < 2:
+        none = Estimate(nan, nan, count, "1", how, False, "fewer than two learning rates are reliable")
+        return {"linearity_slope": none, "linearity_r2": none}
+    how = f"{how}, {fit.n} of them"
     return {
         "linearity_slope": Estimate(fit.slope, fit.slope_stderr, count, "1", how),
-        "linearity_r2": Estimate(fit.r2, float("nan"), count, "1", how),
+        "linearity_r2": Estimate(fit.r2, nan, count, "1", how),
     }
 
 

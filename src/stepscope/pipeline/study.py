@@ -104,7 +104,8 @@ def run_study(config: StudyConfig) -> Path:
         RunFolderError: the folder holds a study of another configuration.
     """
     cells = study_cells(config)
-    run = RunFolder.open(Path(config.out), config.model_dump(mode="json"), verb="study", resume=True)
+    plain = config.model_dump(mode="json")
+    run = RunFolder.open(Path(config.out), plain, verb="study", resume=True, ignore=("out",))
     folder = run.file("cells")
     folder.mkdir(exist_ok=True)
     loaded: tuple[Any, Policy] | None = None

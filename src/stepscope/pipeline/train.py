@@ -24,10 +24,11 @@ def run_train(config: TrainConfig, *, resume: bool = False) -> Path:
     """
     run = RunFolder(Path(config.out))
     plain = config.model_dump(mode="json")
-    run.holds_this_run(plain, verb="train", resume=resume)
+    run.holds_this_run(plain, verb="train", resume=resume, ignore=("out",))
     from stepscope.training import train  # TRL takes seconds to import: not before the settings are checked
 
-    RunFolder.open(run.path, plain, verb="train", resume=resume, extra={"seeds": {"training": config.seed}})
+    seeds = {"training": config.seed}
+    RunFolder.open(run.path, plain, verb="train", resume=resume, ignore=("out",), extra={"seeds": seeds})
     try:
         with run.stage("train", []):
             last = train(config, run.path, resume=resume)
