@@ -107,6 +107,41 @@ def test_untrustworthy_points_say_why_and_stay_out_of_the_fit(policy: Policy, pr
     assert change.fit.lrs == (1e-4, 1e-3)
 
 
+def test_float64_is_linear_over_six_decades_down_to_round_off(policy: Policy, probe: Rollouts) -> None:
+    lrs = [10.0**power for power in range(-12, -5)]
+    step = replace(random_step(policy), lr=1e-6)
+    change = measure_change(policy, step, probe, lrs=lrs, second_order=True)
+    assert change.fit is not None
+    assert change.fit.lrs == pytest.approx(tuple(lrs))
+    assert change.fit.slope == pytest.approx(1, abs=1e-3)
+    assert change.fit.r2 > 0.999999
+    for point in change.points[:4]:
+        assert point.true.value == pytest.approx(point.linear.value, rel=1e-4)
+    assert change.measurable_from < 1e-13
+
+
+def test_the_fit_stays_in_the_linear_regime(policy: Policy, probe: Rollouts) -> None:
+    step = replace(random_step(policy), lr=1e-5)
+    change = measure_change(policy, step, probe, lrs=[1e-6, 1e-4, 5e-2], second_order=True)
+    assert change.at(5e-2).true.reliable
+    assert change.linear_up_to is not None
+    assert 1e-4 < change.linear_up_to < 5e-2
+    assert change.fit is not None
+    assert change.fit.lrs == (1e-6, 1e-5, 1e-4)
+    beyond = measure_change(policy, replace(step, lr=5e-2), probe, lrs=[1e-4], second_order=True)
+    assert beyond.fit is not None
+    assert beyond.fit.lrs == (1e-4, 5e-2)
+
+
+def test_one_prompt_has_a_value_but_no_error(policy: Policy, probe: Rollouts) -> None:
+    change = measure_change(policy, random_step(policy), probe.select([0, 1]), lrs=[1e-3])
+    point = change.points[0]
+    assert np.isfinite(point.true.value)
+    assert np.isnan(point.true.stderr)
+    assert not point.true.reliable
+    assert "at least two" in point.true.reason
+
+
 def test_the_sweep_holds_the_own_learning_rate() -> None:
     np.testing.assert_allclose(sweep_of(1e-5, None), [1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3])
     assert sweep_of(1e-5, [1e-3, 1e-6]) == (1e-6, 1e-5, 1e-3)
