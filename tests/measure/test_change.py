@@ -13,10 +13,13 @@ from stepscope.errors import MeasurementError
 from stepscope.measure import change as measured
 from stepscope.measure.change import sweep_of
 from stepscope.measure.resample import resample_change
+from stepscope.measure.series import _flagged
 from stepscope.measure.step import reconstruct_step
+from stepscope.measure.weights import WeightCheck
 from stepscope.policy.state import Policy
 from stepscope.reference import exact_change, exact_rollouts, sample_exact
 from stepscope.results import Rollouts
+from stepscope.stats import Estimate
 
 measure_change = partial(measured.measure_change, max_sequences=128)
 measure_changes = partial(measured.measure_changes, max_sequences=128)
@@ -131,6 +134,16 @@ def test_the_fit_stays_in_the_linear_regime(policy: Policy, probe: Rollouts) -> 
     beyond = measure_change(policy, replace(step, lr=5e-2), probe, lrs=[1e-4], second_order=True)
     assert beyond.fit is not None
     assert beyond.fit.lrs == (1e-4, 5e-2)
+
+
+def test_round_off_that_looks_like_a_change_is_flagged() -> None:
+    fine = WeightCheck(10.0, 0.1, 10, "")
+    seen = Estimate(5.0, 0.1, 10, "nats", "")
+    assert _flagged(seen, fine, 0.4).reliable
+    assert _flagged(seen, fine, 1.0, expected=4.0).reliable
+    assert "round-off" in _flagged(seen, fine, 1.0, expected=2.0).reason
+    assert "round-off" in _flagged(seen, fine, 2.0, expected=50.0).reason
+    assert _flagged(seen, fine, 0.4, expected=0.0).reliable
 
 
 def test_one_prompt_has_a_value_but_no_error(policy: Policy, probe: Rollouts) -> None:

@@ -195,11 +195,12 @@ def make_change(
     points = []
     for lr in sweep:
         check = _check(evidence.probe, moved[lr])
+        expected = slope(evidence, lr).value + (bend(evidence, lr**2 / 2).value if curved else 0.0)
         apart = estimated(partial(excess, lr=lr), f"paired difference, {weighted}")
         points.append(
             ChangePoint(
                 lr=lr,
-                true=_flagged(estimated(partial(true, lr=lr), weighted), check, floor),
+                true=_flagged(estimated(partial(true, lr=lr), weighted), check, floor, expected),
                 linear=estimated(partial(slope, lr=lr), along),
                 second_order=estimated(partial(bend, factor=lr**2 / 2), f"second {along}")
                 if curved
@@ -248,9 +249,16 @@ def _check(probe: Probe, moved: TokenTable) -> WeightCheck:
     )
 
 
-def _flagged(estimate: Estimate, check: WeightCheck, floor: float) -> Estimate:
-    """The estimate with the verdict of its weights and of the round-off floor added to its own."""
+def _flagged(estimate: Estimate, check: WeightCheck, floor: float, expected: float | None = None) -> Estimate:
+    """The estimate with the verdict of its weights and of the round-off floor added to its own.
+
+    Round-off can lift a value over its floor by chance, so that a value below ten floors must also be
+    ``expected`` (from the derivatives, which have no such floor) above three.
+    """
     reasons = [r for r in (estimate.reason, check.reason) if r]
-    if abs(estimate.value) < 3 * floor:
+    size = abs(estimate.value)
+    if expected is not None and size < 10 * floor:
+        size = min(size, abs(expected))
+    if size < 3 * floor:
         reasons.append(f"below three times the round-off floor of {floor:.1e}")
     return replace(estimate, reliable=not reasons, reason="; ".join(reasons))
