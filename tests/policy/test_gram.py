@@ -167,6 +167,7 @@ def test_blocks_disk_and_order_give_the_same_numbers(tied: Policy, tmp_path: Pat
         max_sequences=3,
     )
     disk = grams(tied, update, objective, metrics=metrics, directory=tmp_path, max_tokens=20)
+    at_once = grams(tied, update, objective, metrics=metrics, max_sequences=16)
     shuffled = np.random.default_rng(0).permutation(len(update))
     moved = grams(tied, update.select(shuffled), objective, metrics=metrics, max_sequences=4)
     assert (whole.blocks, small.blocks > 2, disk.blocks) == (1, True, 1)
@@ -175,6 +176,7 @@ def test_blocks_disk_and_order_give_the_same_numbers(tied: Policy, tmp_path: Pat
         K = whole.square[metric]
         assert error(small.square[metric], K) < 1e-12
         assert error(disk.square[metric], K) < 1e-12
+        assert error(at_once.square[metric], K) < 1e-12
         assert error(moved.square[metric], K[shuffled][:, shuffled]) < 1e-12
         assert error(small.cross[metric], whole.cross[metric]) < 1e-12
         assert error(small.other_norms[metric], whole.other_norms[metric]) < 1e-12

@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from stepscope.policy.layer_gradient import LayerGradient, ghost_inner, orient
 
 CHUNK_BYTES = 32 * 2**20
+ARENA = 2**23
+"""Numbers taken from numpy at once: it asks for huge pages, so first writes cost several times less."""
 ROW_BLOCK = 512
 """Square products of more sequences than this are computed for one triangle only."""
+
+
+_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 class GradientStore:
@@ -26,6 +32,7 @@ class GradientStore:
     def __init__(self, count: int, *, directory: Path | None = None) -> None:
         self._count = count
         self._directory = directory
+        self._arena = torch.empty(0)
         self._dense: dict[str, Tensor] = {}
         self._factors: dict[str, list[tuple[slice, LayerGradient]]] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
@@ -44,14 +51,23 @@ class GradientStore:
         else:
             self._factors.setdefault(name, []).append((rows, gradient))
 
+    def hold(self, gradient: LayerGradient, rows: slice) -> None:
+        """Keep the gradient in the form it came in, without a copy."""
+        self._shapes[gradient.name], self._transposed[gradient.name] = gradient.shape, gradient.transposed
+        self._factors.setdefault(gradient.name, []).append((rows, gradient))
+
     def _allocate(self, name: str, numel: int, gradient: LayerGradient) -> Tensor:
-        like = gradient.dense(0, 1)
-        if self._directory is None:
-            return torch.zeros(self._count, numel, dtype=like.dtype, device=like.device)
-        path = self._directory / f"{len(self._dense)}.gradients"
-        return torch.from_file(str(path), shared=True, size=self._count * numel, dtype=like.dtype).view(
-            self._count, numel
-        )
+        like, size = gradient.dense(0, 1), self._count * numel
+        if self._directory is not None:
+            path = self._directory / f"{len(self._dense)}.gradients"
+            found = torch.from_file(str(path), shared=True, size=size, dtype=like.dtype)
+        elif like.device.type != "cpu" or size >= ARENA:
+            found = torch.zeros(size, dtype=like.dtype, device=like.device)
+        else:
+            if self._arena.numel() < size or self._arena.dtype != like.dtype:
+                self._arena = torch.from_numpy(np.zeros(ARENA, dtype=_NUMPY[like.dtype]))
+            found, self._arena = self._arena[:size], self._arena[size:]
+        return found.view(self._count, numel)
 
     def _chunks(self, name: str, itemsize: int) -> Iterator[tuple[int, int, Tensor]]:
         """Slices of the parameter's rows and the (seq, numbers) matrix of this block there."""
@@ -63,7 +79,8 @@ class GradientStore:
                 yield start, stop, self._dense[name][:, start * width : stop * width]
             else:
                 pieces = self._factors[name]
-                chunk = torch.cat([g.dense(start, stop).flatten(1) for _, g in pieces])
+                parts = [g.dense(start, stop).flatten(1) for _, g in pieces]
+                chunk = torch.cat(parts) if len(parts) > 1 else parts[0]
                 if len(chunk) != self._count:
                     full = chunk.new_zeros(self._count, chunk.shape[1])
                     full[torch.cat([torch.arange(r.start, r.stop) for r, _ in pieces])] = chunk

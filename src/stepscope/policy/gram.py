@@ -22,7 +22,7 @@ from stepscope.policy.coverage import Coverage
 from stepscope.policy.gradient_store import GradientStore, square_norms
 from stepscope.policy.gradients import Objective
 from stepscope.policy.layer_gradient import LayerGradient, matrix_shape
-from stepscope.policy.per_sequence import StreamOptions, by_length, coverage_of, stream
+from stepscope.policy.per_sequence import StreamOptions, by_length, coverage_of, num_micro_batches, stream
 from stepscope.policy.products import check_vector, compute_dtype
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
@@ -121,6 +121,10 @@ def grams(
             store = GradientStore(
                 block.stop - block.start, directory=None if directory is None else Path(files)
             )
+            alone = len(blocks) == 1 and other is None
+            if alone and num_micro_batches(rollouts, order, **options) == 1:
+                _square_at_once(policy, rollouts, objective, order, metrics, square, double, options)
+                continue
             stream(policy, rollouts, objective, store.put, order=order[block], **options)
             for m, k in store.square(metrics, double=double).items():
                 square[m][block, block] = k
@@ -161,6 +165,27 @@ def grams(
         other_norms=norms if other is not None else {},
         blocks=len(blocks),
     )
+
+
+def _square_at_once(
+    policy: Policy,
+    rollouts: Rollouts,
+    objective: Objective,
+    order: list[int],
+    metrics: Metrics,
+    square: dict[str, Tensor],
+    double: bool,
+    options: StreamOptions,
+) -> None:
+    """All sequences in one micro-batch: each layer's products are added up and its gradients forgotten."""
+
+    def consume(gradient: LayerGradient, rows: slice) -> None:
+        layer = GradientStore(rows.stop)
+        layer.hold(gradient, rows)
+        for m, k in layer.square(metrics, double=double).items():
+            square[m] += k
+
+    stream(policy, rollouts, objective, consume, order=order, **options)
 
 
 def _stream_past(

@@ -120,6 +120,12 @@ def _micro_batches(
         yield slice(start, len(order))
 
 
+def num_micro_batches(rollouts: Rollouts, order: Sequence[int], **options: Unpack[StreamOptions]) -> int:
+    """How many micro-batches :func:`stream` makes of these sequences."""
+    pieces = _micro_batches(rollouts, order, options.get("max_sequences", 16), options.get("max_tokens"))
+    return sum(1 for _ in pieces)
+
+
 def _gather(policy: Policy, rollouts: Rollouts, chosen: Sequence[int]) -> TokenBatch:
     return make_batch(
         [rollouts.prompt_token_ids[i] for i in chosen],
