@@ -307,3 +307,12 @@ def test_report_is_rebuilt_from_the_artifacts_alone(measured, tmp_path):
     assert pages[0] == pages[1]
     assert pages[0].startswith(b"<!doctype html>")
     assert {n: c for n, c in contents(measured).items() if n != "report.html"} == others
+
+
+def test_two_measurements_are_compared(measured, tmp_path):
+    page = tmp_path / "compare.html"
+    result = CliRunner().invoke(cli.app, ["report", str(measured), str(measured), "--out", str(page)])
+    assert result.exit_code == 0, result.output
+    assert "Differences are B minus A" in page.read_text()
+    refused = CliRunner().invoke(cli.app, ["report", str(measured), "--out", str(page)])
+    assert refused.exit_code == 2

@@ -223,11 +223,24 @@ def study(
 
 @app.command()
 @_mendable
-def report(run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]) -> None:
-    """Rebuild report.html from the artifacts of a run; nothing is computed again."""
-    from stepscope.pipeline import run_report
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    other: Annotated[
+        Path | None, typer.Argument(metavar="[OTHER]", help="A second measurement, to compare with.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Page of the comparison.", show_default=False)
+    ] = None,
+) -> None:
+    """Rebuild report.html from the artifacts of a run, or compare two runs; nothing is computed again."""
+    from stepscope.pipeline import run_comparison, run_report
 
-    run_report(run)
+    if other is None:
+        if out is not None:
+            raise ConfigError("--out names the page of a comparison; give two runs, or leave it out")
+        run_report(run)
+    else:
+        run_comparison(run, other, out)
 
 
 @app.command()

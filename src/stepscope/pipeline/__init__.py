@@ -13,14 +13,24 @@ if TYPE_CHECKING:
     from stepscope.pipeline.demo import run_demo
     from stepscope.pipeline.evaluate import run_eval
     from stepscope.pipeline.measure import run_measure
-    from stepscope.pipeline.report import run_report
+    from stepscope.pipeline.report import run_comparison, run_report
     from stepscope.pipeline.study import run_study
     from stepscope.pipeline.train import run_train
 
-__all__ = ["run_check", "run_demo", "run_eval", "run_measure", "run_report", "run_study", "run_train"]
+__all__ = [
+    "run_check",
+    "run_comparison",
+    "run_demo",
+    "run_eval",
+    "run_measure",
+    "run_report",
+    "run_study",
+    "run_train",
+]
 
 _HOME = {
     "run_check": "check",
+    "run_comparison": "report",
     "run_demo": "demo",
     "run_eval": "evaluate",
     "run_measure": "measure",
