@@ -115,14 +115,14 @@ class Capture:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             if not self._recording:
                 return None
-            inputs = args[0].detach()
+            held = [args[0].detach()]
             for _, name in tap.params:
                 self._uses[name] = self._uses.get(name, 0) + 1
             root = None if output.requires_grad else output.detach().requires_grad_()
             watched = output if root is None else root
 
             def arrived(grad: Tensor) -> None:
-                self._report(tap, module, inputs, grad.detach())
+                self._report(tap, module, held.pop(), grad.detach())
 
             watched.register_hook(arrived)  # type: ignore[no-untyped-call]
             return root
