@@ -147,8 +147,8 @@ def _line_figures(fit: LogLogFit | None, count: int) -> Summary:
     """Slope and R^2 of true change against lr; nan, with the reason, where too few rates are reliable."""
     nan = float("nan")
     how = (
-        "least squares of log|true change| on log lr over the reliable learning rates up to the step's own or "
-        "to where second order is a tenth of linear, whichever is larger"
+        "least squares of log|true change| on log lr over the reliable learning rates up to the step's own "
+        "or to where second order is a tenth of linear, whichever is larger"
     )
     if fit is None or fit.n < 2:
         none = Estimate(nan, nan, count, "1", how, False, "fewer than two learning rates are reliable")
