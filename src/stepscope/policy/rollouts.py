@@ -79,7 +79,7 @@ def sample_rollouts(
     _check_request(policy, num_prompts, group_size, require_reward_variance)
     problems = task.problems(split)
     order = np.random.default_rng([seed, 0]).permutation(len(problems))
-    pool = iter([problems[int(i)] for i in order if problems[int(i)].prompt_id not in exclude])
+    pool = (p for p in (problems[int(i)] for i in order) if p.prompt_id not in exclude)
     kept: list[list[_Sequence]] = []
     missing = num_prompts
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
