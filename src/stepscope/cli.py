@@ -265,7 +265,7 @@ def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
 
 def main() -> None:
     """Entry point of the ``stepscope`` command."""
-    # OpenMP's threads spin while they wait: on cores shared with other work that made a step 30 times slower.
+    # OpenMP threads spin while they wait: with the cores shared, a training step took ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.formatwarning = _one_line
     app()
