@@ -14,8 +14,8 @@ from stepscope.policy.layer_gradient import LayerGradient, ghost_inner, orient
 CHUNK_BYTES = 32 * 2**20
 ARENA = 2**23
 """Numbers taken from numpy at once: it asks for huge pages, so first writes cost several times less."""
-ROW_BLOCK = 512
-"""Square products of more sequences than this are computed for one triangle only."""
+ROW_BLOCK = 32
+"""Smallest block of rows in square products; of more rows than this, one triangle of blocks is multiplied."""
 
 
 _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
@@ -24,9 +24,9 @@ _NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 class GradientStore:
     """The gradients of ``count`` sequences, one matrix per parameter.
 
-    A parameter is kept as a dense (seq, rows * cols) matrix or, where that is smaller (a vocabulary-sized
-    matrix against a short text), as the factors it came in. With a directory, dense matrices live in
-    memory-mapped files there.
+    A parameter is kept as a dense (seq, rows * cols) matrix or, where that takes less than half the room (a
+    vocabulary-sized matrix against a short text), as the factors it came in. With a directory, dense matrices
+    live in memory-mapped files there.
     """
 
     def __init__(self, count: int, *, directory: Path | None = None) -> None:
@@ -43,7 +43,7 @@ class GradientStore:
         name, (height, width) = gradient.name, gradient.shape
         if name not in self._shapes:
             self._shapes[name], self._transposed[name] = gradient.shape, gradient.transposed
-            if gradient.factor_numel >= height * width:
+            if 2 * gradient.factor_numel >= height * width:
                 self._dense[name] = self._allocate(name, height * width, gradient)
         if name in self._dense:
             out = self._dense[name][rows].view(rows.stop - rows.start, height, width)
@@ -185,13 +185,14 @@ def _weigh(matrix: Tensor, weights: Tensor | None, start: int, stop: int) -> Ten
 
 
 def _symmetric_product(a: Tensor, b: Tensor) -> Tensor:
-    """A b' known to be symmetric: for many rows only its lower triangle of blocks is multiplied."""
+    """A b' known to be symmetric: only its lower triangle of blocks is multiplied."""
     count = len(a)
-    if count <= ROW_BLOCK:
+    size = max(ROW_BLOCK, count // 32)
+    if count <= size:
         return a @ b.T
     result = a.new_empty(count, count)
-    for start in range(0, count, ROW_BLOCK):
-        stop = min(start + ROW_BLOCK, count)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
         block = a[start:] @ b[start:stop].T
         result[start:, start:stop] = block
         result[start:stop, start:] = block.T

@@ -226,7 +226,8 @@ def _block_size(policy: Policy, rollouts: Rollouts, coverage: Coverage, memory_b
             factors[name] = factors.get(name, 0) + held
     per_sequence = 0
     for name, param in policy.parameters.items():
-        numbers = min(param.numel(), factors.get(name, param.numel()))
+        held = factors.get(name, param.numel())
+        numbers = held if 2 * held < param.numel() else param.numel()
         per_sequence += numbers * torch.empty((), dtype=compute_dtype(param)).element_size()
     fits = memory_bytes // per_sequence
     if fits < 1:
