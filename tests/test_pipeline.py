@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -50,17 +51,17 @@ def measured(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A whole measurement, never changed by a test."""
     out = tmp_path_factory.mktemp("measured") / "run"
     said = measure(checkpoint, *TASK, "--out", out, *SETTINGS)
-    assert [line.split(":")[0] for line in said.splitlines()] == list(PLANS)
+    assert [line.split(":")[0] for line in said.splitlines()] == list(STAGES)
     return out
 
 
 def test_stages_are_those_of_the_configuration():
-    assert tuple(PLANS) == STAGES
+    assert [stage for stage in PLANS if stage != "validation"] == list(STAGES)
 
 
 def test_every_file_of_the_contract_is_there_and_nothing_else(measured):
     expected = {"config.yaml", "provenance.json", "summary.json"}
-    expected |= {file for plan in PLANS.values() for file in plan.files}
+    expected |= {file for stage in STAGES for file in PLANS[stage].files}
     assert {p.name for p in measured.iterdir()} == expected
 
 
@@ -140,7 +141,7 @@ def test_provenance_says_where_it_came_from(measured, checkpoint):
     assert provenance["checkpoint"] == str(checkpoint.resolve())
     assert len(provenance["checkpoint_digest"]) == 64
     assert provenance["seeds"] == {"update": 0, "probe": 1}
-    assert list(provenance["stages"]) == list(PLANS)
+    assert list(provenance["stages"]) == list(STAGES)
     config = yaml.safe_load((measured / "config.yaml").read_text())
     assert build_config(MeasureConfig, config).probe.num_prompts == 24
 
@@ -148,7 +149,7 @@ def test_provenance_says_where_it_came_from(measured, checkpoint):
 def test_stages_alone_give_the_same_files_as_all_at_once(measured, checkpoint, tmp_path):
     """Each stage in a process state of its own: everything it needs comes from the folder."""
     out = tmp_path / "run"
-    for stage in PLANS:
+    for stage in STAGES:
         measure(checkpoint, *TASK, "--out", out, "--stages", stage, *SETTINGS)
     ours, theirs = contents(out), contents(measured)
     for name in ours:
@@ -159,7 +160,7 @@ def test_stages_alone_give_the_same_files_as_all_at_once(measured, checkpoint, t
 def test_finished_stages_are_not_repeated(measured, checkpoint):
     before = contents(measured)
     said = measure(checkpoint, *TASK, "--out", measured, *SETTINGS, "--resume")
-    assert said.count("done before") == len(PLANS)
+    assert said.count("done before") == len(STAGES)
     assert contents(measured) == before
 
 
@@ -172,6 +173,20 @@ def test_a_removed_file_repeats_its_stage_and_what_rests_on_it(checkpoint, tmp_p
     said = measure(checkpoint, "--out", out, *QUICK, *stages)
     assert [("done before" in line) for line in said.splitlines()] == [True, False, False]
     assert (out / "change.json").read_bytes() == change
+
+
+def test_validation_is_added_to_a_finished_measurement(measured, checkpoint, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(measured, out)
+    settings = ["validation.num_subsets=6", "validation.num_single=3"]
+    said = measure(checkpoint, *TASK, "--out", out, *SETTINGS, *settings, "--validate", "--resume")
+    repeated = [line.split(":")[0] for line in said.splitlines() if "done before" not in line]
+    assert repeated == ["validation", "report"]
+    found = load_json(out / "validation.json")
+    assert list(found) == ["zeroed"]
+    assert len(found["zeroed"]["subset_true"]) == 6
+    assert load_json(out / "summary.json")["lds_zeroed"] == found["zeroed"]["lds"]
+    assert "Influence against re-made steps" in (out / "report.html").read_text()
 
 
 def test_several_quantities(checkpoint, tmp_path):

@@ -175,9 +175,13 @@ def measure(
             "--stages",
             metavar="A,B",
             help="Only these stages, on the run that the folder already holds: rollouts, step, change, "
-            "influence, kernel, noise, report.",
+            "influence, validation, kernel, noise, report.",
         ),
     ] = None,
+    validate: Annotated[
+        bool,
+        typer.Option("--validate", help="Also hold influence against steps re-made without some sequences."),
+    ] = False,
     quantity: Annotated[
         str | None,
         typer.Option(
@@ -205,7 +209,10 @@ def measure(
         "precision": precision,
         "device": device,
     }
-    run_measure(load_config(MeasureConfig, config, rest, values), resume=resume or stages is not None)
+    settings = load_config(MeasureConfig, config, rest, values)
+    if validate and "validation" not in settings.stages:
+        settings = settings.model_copy(update={"stages": [*settings.stages, "validation"]})
+    run_measure(settings, resume=resume or stages is not None)
 
 
 @app.command()

@@ -212,6 +212,7 @@ def write_measurement(folder: Path, *, step: int, seed: int) -> Path:
         ),
         folder / "influence_tokens.parquet",
     )
+    write_json(folder / "validation.json", {"zeroed": validation(rng)})
     write_kernel(folder, rng)
     write_json(
         folder / "noise.json",
@@ -264,6 +265,20 @@ def write_measurement(folder: Path, *, step: int, seed: int) -> Path:
         "update:\n  num_prompts: 16\n  group_size: 8\nprobe:\n  num_prompts: 64\n"
     )
     return folder
+
+
+def validation(rng: np.random.Generator) -> dict[str, Any]:
+    correlation = estimate(0.994, 0.003, 24, "correlation", "Spearman, zeroed")
+    predicted = rng.normal(size=24) * 1e-4
+    true = predicted + 1e-6 * rng.normal(size=24)
+    points = {"true": true.tolist(), "predicted": predicted.tolist()}
+    return {
+        "quantity": "entropy",
+        "lr": OWN_LR,
+        "lds": correlation,
+        "leave_one_out": correlation,
+        **{f"{sort}_{name}": values for sort in ("subset", "single") for name, values in points.items()},
+    }
 
 
 def noise_scale(value: float | None, stderr: float | None, *, reason: str = "") -> dict[str, Any]:

@@ -8,9 +8,9 @@ from pydantic import Field, field_validator, model_validator
 
 from stepscope.config.base import Section
 
-Stage = Literal["rollouts", "step", "change", "influence", "kernel", "noise", "report"]
+Stage = Literal["rollouts", "step", "change", "influence", "validation", "kernel", "noise", "report"]
 STAGES: tuple[Stage, ...] = ("rollouts", "step", "change", "influence", "kernel", "noise", "report")
-"""Stages of ``measure`` in their order."""
+"""Stages that ``measure`` runs by default, in their order; ``validation`` is made on request."""
 
 QuantityName = Literal["entropy", "reward", "length", "kl", "logprob"]
 """Quantities of the policy whose change can be measured."""
@@ -28,6 +28,10 @@ def _one_setting() -> dict[str, dict[str, Any]]:
 
 def _one_and_eight() -> list[int]:
     return [1, 8]
+
+
+def _zeroed_only() -> list[Literal["zeroed", "recomputed"]]:
+    return ["zeroed"]
 
 
 def _change_only() -> list[Stage]:
@@ -100,6 +104,24 @@ class LossConfig(Section):
         return {name: value for name, value in self.model_dump().items() if value is not None}
 
 
+class ValidationConfig(Section):
+    """How influence is held against re-made steps (``measure --validate``).
+
+    Attributes:
+        num_subsets: random subsets of the update batch, for the linear datamodelling score.
+        subset_share: share of the sequences that stay in a subset.
+        num_single: sequences left out one at a time.
+        removals: ways of taking sequences out: ``zeroed`` gradients, ``recomputed`` advantages, or both.
+        seed: of subsets and sequences.
+    """
+
+    num_subsets: int = Field(default=64, ge=0)
+    subset_share: float = Field(default=0.5, gt=0, lt=1)
+    num_single: int = Field(default=32, ge=0)
+    removals: list[Literal["zeroed", "recomputed"]] = Field(default_factory=_zeroed_only, min_length=1)
+    seed: int = Field(default=0, ge=0)
+
+
 class MeasureSettings(Section):
     """How a checkpoint is measured.
 
@@ -119,6 +141,7 @@ class MeasureSettings(Section):
         device: torch device, or null for a GPU where there is one.
         loss: loss settings for a checkpoint that does not carry its own.
         resample: times the update batch is topped up to replace prompt groups without reward variance.
+        validation: how influence is held against re-made steps, where the stage ``validation`` is run.
     """
 
     task: str | None = None
@@ -136,6 +159,7 @@ class MeasureSettings(Section):
     device: str | None = None
     loss: LossConfig = LossConfig()
     resample: int = Field(default=0, ge=0)
+    validation: ValidationConfig = ValidationConfig()
 
     @field_validator("lrs")
     @classmethod

@@ -13,7 +13,7 @@ from stepscope.policy.checkpoint import checkpoint_digest
 from stepscope.policy.state import Policy
 from stepscope.runs import RunFolder
 
-MAY_DIFFER = ("stages", "out")
+MAY_DIFFER = ("stages", "out", "validation")
 """Keys of the configuration that may change between two calls on one run folder."""
 
 
@@ -96,9 +96,10 @@ def _refuse_missing(run: RunFolder, wanted: list[Stage], held: bool) -> None:
 
 
 def _resting_on(stage: Stage) -> list[Stage]:
-    """Stages that read what ``stage`` writes, directly or through others."""
+    """Stages that read what ``stage`` writes, directly or through others; the page shows all of them."""
     found: list[Stage] = []
     for later, plan in PLANS.items():
-        if any(need == stage or need in found for need in plan.needs):
+        shows_it = later == "report" and stage != "report"
+        if shows_it or any(need == stage or need in found for need in plan.needs):
             found.append(later)
     return found

@@ -10,6 +10,7 @@ import numpy as np
 
 from stepscope.config import LossConfig, MeasureConfig
 from stepscope.errors import BatchError, ConfigError
+from stepscope.measure.influence import Influence, influence
 from stepscope.measure.quantities import Quantity, make_quantity
 from stepscope.measure.step import Step, reconstruct_step
 from stepscope.pipeline.console import on_terminal
@@ -151,6 +152,24 @@ class Session:
             max_sequences=self.config.batch_size,
             progress=on_terminal(),
         )
+
+    @cached_property
+    def influences(self) -> list[Influence]:
+        """Influence of the update batch on every quantity."""
+        return [
+            influence(
+                self.policy,
+                self.step,
+                self.update,
+                self.probe,
+                quantity=quantity,
+                normalisation=quantity.normalisations[0],
+                baseline=self.config.baseline,
+                max_sequences=self.config.batch_size,
+                progress=on_terminal(),
+            )
+            for quantity in self.quantities
+        ]
 
     @cached_property
     def line(self) -> Line:

@@ -11,10 +11,11 @@ from stepscope import runs
 from stepscope.config import Stage
 from stepscope.measure.change import measure_changes
 from stepscope.measure.fisher import fisher_kernel
-from stepscope.measure.influence import influence, write_influence
+from stepscope.measure.influence import write_influence
 from stepscope.measure.noise_scale import effect_noise_scale, noise_scale
 from stepscope.measure.quantities import unit_of
 from stepscope.measure.step import step_summary
+from stepscope.measure.validation import validate_influence
 from stepscope.pipeline.console import on_terminal
 from stepscope.pipeline.session import Line, Session
 from stepscope.policy import vectors
@@ -162,21 +163,7 @@ def _line_figures(fit: LogLogFit | None, count: int) -> Summary:
 
 def attribute_change(session: Session) -> Summary:
     """Influence of every sequence and token of the update batch on the change of each quantity."""
-    config = session.config
-    found = [
-        influence(
-            session.policy,
-            session.step,
-            session.update,
-            session.probe,
-            quantity=quantity,
-            normalisation=quantity.normalisations[0],
-            baseline=config.baseline,
-            max_sequences=config.batch_size,
-            progress=on_terminal(),
-        )
-        for quantity in session.quantities
-    ]
+    found = session.influences
     write_influence(
         found, session.run.file("influence_sequences.parquet"), session.run.file("influence_tokens.parquet")
     )
@@ -187,6 +174,35 @@ def attribute_change(session: Session) -> Summary:
         "influence_decay": primary.decay,
         "influence_total": primary.total,
     }
+
+
+def validate_shares(session: Session) -> Summary:
+    """Influence on the primary quantity against steps re-made without some of the sequences."""
+    config = session.config
+    found = [
+        validate_influence(
+            session.policy,
+            session.step,
+            session.probe,
+            session.influences[0],
+            quantity=session.quantities[0],
+            removal=removal,
+            lr=session.line.lr,
+            num_subsets=config.validation.num_subsets,
+            subset_share=config.validation.subset_share,
+            num_single=config.validation.num_single,
+            seed=config.validation.seed,
+            max_sequences=config.batch_size,
+            progress=on_terminal(),
+        )
+        for removal in config.validation.removals
+    ]
+    runs.write_json(session.run.file("validation.json"), {v.removal: v.to_dict() for v in found})
+    figures: Summary = {}
+    for validation in found:
+        figures[f"lds_{validation.removal}"] = validation.lds
+        figures[f"leave_one_out_{validation.removal}"] = validation.leave_one_out
+    return figures
 
 
 def couple_sequences(session: Session) -> Summary:
@@ -264,6 +280,7 @@ PLANS: dict[Stage, StagePlan] = {
         ("influence_sequences.parquet", "influence_tokens.parquet"),
         ("rollouts", "step"),
     ),
+    "validation": StagePlan(validate_shares, ("validation.json",), ("rollouts", "step", "influence")),
     "kernel": StagePlan(couple_sequences, ("kernel.json", "kernel.safetensors"), ("rollouts", "step")),
     "noise": StagePlan(weigh_noise, ("noise.json",), ("rollouts", "step")),
     "report": StagePlan(write_page, ("report.html",), ("rollouts",), needs_policy=False),

@@ -54,6 +54,7 @@ class Measurement:
         probe_tokens: columns of ``probe_tokens.parquet``.
         influence_sequences: columns of ``influence_sequences.parquet``.
         influence_tokens: columns of ``influence_tokens.parquet``.
+        validation: content of ``validation.json``, its correlations parsed.
         kernel: content of ``kernel.json``.
         kernel_matrices: the update batch's cosine kernels, from ``kernel.safetensors``.
         noise: content of ``noise.json``.
@@ -72,6 +73,7 @@ class Measurement:
     probe_tokens: Table | None
     influence_sequences: Table | None
     influence_tokens: Table | None
+    validation: Mapping[str, Mapping[str, Any]] | None
     kernel: Mapping[str, Any] | None
     kernel_matrices: Arrays | None
     noise: Mapping[str, Any] | None
@@ -215,6 +217,7 @@ def load_measurement(path: Path) -> Measurement:
         probe_tokens=read_table(path / "probe_tokens.parquet", _TOKEN_COLUMNS),
         influence_sequences=read_table(path / "influence_sequences.parquet", _INFLUENCE_COLUMNS),
         influence_tokens=read_table(path / "influence_tokens.parquet", _TOKEN_INFLUENCE_COLUMNS),
+        validation=_checked_validation(path / "validation.json"),
         kernel=_checked_kernel(path / "kernel.json"),
         kernel_matrices=read_arrays(path / "kernel.safetensors", _SHOWN_MATRICES),
         noise=read_json(path / "noise.json"),
@@ -304,6 +307,19 @@ def _checked_kernel(path: Path) -> dict[str, Any] | None:
         if missing := [key for key in _STRUCTURE_KEYS if key not in report]:
             raise _damaged(path, f"structure.{name} has no {', '.join(missing)}")
     return kernel
+
+
+_VALIDATION_KEYS = ("quantity", "lr", "subset_true", "subset_predicted", "single_true", "single_predicted")
+
+
+def _checked_validation(path: Path) -> dict[str, Any] | None:
+    validation = read_json(path)
+    for removal, found in (validation or {}).items():
+        if missing := [key for key in _VALIDATION_KEYS if key not in found]:
+            raise _damaged(path, f"{removal} has no {', '.join(missing)}")
+        for key in ("lds", "leave_one_out"):
+            found[key] = parse_estimate(found.get(key), f"{path}: {removal}.{key}")
+    return validation
 
 
 def _training_log(path: Path) -> Sequence[Mapping[str, Any]]:

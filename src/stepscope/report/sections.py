@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from stepscope.report import change, influence, kernel, tables, text
+from stepscope.report import change, influence, kernel, tables, text, validation
 from stepscope.report.figures import Figure, step_figures
 from stepscope.report.influence import TokenTable
 from stepscope.report.load import Measurement, point_at
@@ -91,6 +91,7 @@ def measurement_panel(measurement: Measurement, key: str, count: int, title: str
         _change_section(measurement),
         _step_section(measurement),
         _influence_section(measurement, tokens, quantity, count),
+        _validation_section(measurement),
         _kernel_section(measurement, round(_HEAT_MAP_SIDE / math.sqrt(count))),
         _noise_section(measurement),
         _responses_section(measurement, _TOKENS_ON_PAGE // (4 * _SAMPLED_EACH * count)),
@@ -242,6 +243,18 @@ def _influence_section(
         legend=bool(responses),
         responses=responses,
         tables=_present(blocks),
+    )
+
+
+def _validation_section(measurement: Measurement) -> Section | None:
+    figures = validation.validation_figures(measurement)
+    if not figures:
+        return None
+    return Section(
+        "validation",
+        "Influence against re-made steps",
+        facts=validation.validation_facts(measurement),
+        figures=figures,
     )
 
 

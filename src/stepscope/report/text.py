@@ -55,6 +55,7 @@ NORMALISATIONS: Mapping[str, str] = {"per_token": "per token", "per_seq": "per r
 VERSIONS: Mapping[str, str] = {"on_policy": "on-policy", "fixed_prefix": "fixed-prefix"}
 
 
+_VALIDATION_KEY = re.compile(r"(lds|leave_one_out)_(zeroed|recomputed)")
 _CHANGE_KEY = re.compile(r"change_(true|linear)_(?:(\w+)_)?(per_token|per_seq)")
 
 
@@ -62,6 +63,9 @@ def headline_label(key: str) -> Label:
     """The label of a summary figure; an unknown key names itself."""
     if key in HEADLINES:
         return HEADLINES[key]
+    if match := _VALIDATION_KEY.fullmatch(key):
+        score = "Linear datamodelling score" if match[1] == "lds" else "Leave-one-out correlation"
+        return Label(f"{score}, {match[2]}", "def-lds")
     match = _CHANGE_KEY.fullmatch(key)
     if match is None:
         return Label(key.replace("_", " ").capitalize(), "def-estimate")
