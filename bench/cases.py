@@ -79,10 +79,10 @@ class Case:
         out: Any = model(input_ids=ids, use_cache=False, logits_to_keep=self.kept)
         return self.sums_of(out.logits, ids)
 
-    def floor(self, size: int) -> None:
-        """One plain forward and backward over the batch, in micro-batches of ``size``."""
+    def floor(self, size: int, *, count: int | None = None) -> None:
+        """One plain forward and backward over the batch (or its first ones), ``size`` sequences at a time."""
         params = list(self.policy.parameters.values())
-        for start in range(0, self.count, size):
+        for start in range(0, count or self.count, size):
             value = self.logprob_sums(self.model, self.ids[start : start + size]).sum()
             torch.autograd.grad(value, params)
 
