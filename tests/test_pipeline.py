@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -199,6 +200,17 @@ def test_several_quantities(checkpoint, tmp_path):
     summary = load_json(out / "summary.json")
     assert "change_true_reward_per_seq" in summary
     assert "change_true_per_token" in summary
+
+
+def test_kernel_on_disk_and_within_a_small_budget_is_the_kernel(measured, checkpoint, tmp_path):
+    whole = load_file(measured / "kernel.safetensors")
+    for name, setting in (("disk", f"scratch={tmp_path}"), ("memory", "memory=0.001")):
+        out = tmp_path / name
+        measure(checkpoint, *TASK, "--out", out, *SETTINGS, setting, "--stages", "rollouts,step,kernel")
+        for matrix, values in load_file(out / "kernel.safetensors").items():
+            torch.testing.assert_close(
+                values, whole[matrix], rtol=1e-5, atol=1e-6 * float(values.abs().max())
+            )
 
 
 def test_a_sweep_of_one_rate_has_no_slope_and_says_so(checkpoint, tmp_path):

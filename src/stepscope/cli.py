@@ -190,6 +190,10 @@ def measure(
             help="entropy (default), reward, length, kl, logprob; the first is primary.",
         ),
     ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option("--memory", metavar="GIB", help="Budget for gradients that are kept (default 4)."),
+    ] = None,
     precision: Precision = None,
     device: Device = None,
     config: ConfigFile = None,
@@ -206,6 +210,7 @@ def measure(
         "out": out,
         "stages": _split(stages),
         "quantities": _split(quantity),
+        "memory": memory,
         "precision": precision,
         "device": device,
     }

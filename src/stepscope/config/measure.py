@@ -142,6 +142,9 @@ class MeasureSettings(Section):
         loss: loss settings for a checkpoint that does not carry its own.
         resample: times the update batch is topped up to replace prompt groups without reward variance.
         validation: how influence is held against re-made steps, where the stage ``validation`` is run.
+        memory: budget for gradients that are kept, in GiB; activations of a micro-batch come on top.
+        scratch: existing folder to hold the kernel's gradients in, on disk, or null for memory alone.
+        projection: dimension of a random projection for the kernel, or null for the exact kernel.
     """
 
     task: str | None = None
@@ -160,6 +163,9 @@ class MeasureSettings(Section):
     loss: LossConfig = LossConfig()
     resample: int = Field(default=0, ge=0)
     validation: ValidationConfig = ValidationConfig()
+    memory: float = Field(default=4.0, gt=0)
+    scratch: str | None = None
+    projection: int | None = Field(default=None, ge=1)
 
     @field_validator("lrs")
     @classmethod
@@ -183,6 +189,11 @@ class MeasureSettings(Section):
                 "than those that make the step"
             )
         return self
+
+    @property
+    def memory_bytes(self) -> int:
+        """``memory`` in bytes."""
+        return int(self.memory * 2**30)
 
 
 class MeasureConfig(MeasureSettings):

@@ -13,7 +13,7 @@ from stepscope.policy.checkpoint import checkpoint_digest
 from stepscope.policy.state import Policy
 from stepscope.runs import RunFolder
 
-MAY_DIFFER = ("stages", "out", "validation")
+MAY_DIFFER = ("stages", "out", "validation", "memory", "scratch")
 """Keys of the configuration that may change between two calls on one run folder."""
 
 

@@ -117,8 +117,11 @@ class Session:
         """Say what is wrong with checkpoint, task or quantities before anything is written.
 
         Raises:
-            ConfigError: ``kl`` of a full model without a reference.
+            ConfigError: ``kl`` of a full model without a reference, or ``scratch`` is no folder.
         """
+        scratch = self.config.scratch
+        if scratch is not None and not Path(scratch).is_dir():
+            raise ConfigError(f"scratch: {scratch} is no folder; make it, or leave scratch out")
         _ = self.policy, self.task
         has_base = hasattr(self.policy.model, "disable_adapter")
         if "kl" in self.config.quantities and self.config.reference is None and not has_base:
@@ -165,6 +168,7 @@ class Session:
                 quantity=quantity,
                 normalisation=quantity.normalisations[0],
                 baseline=self.config.baseline,
+                memory_bytes=self.config.memory_bytes,
                 max_sequences=self.config.batch_size,
                 progress=on_terminal(),
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -207,12 +208,16 @@ def validate_shares(session: Session) -> Summary:
 
 def couple_sequences(session: Session) -> Summary:
     """Fisher kernel of the update batch with itself and with the probe batch."""
+    config = session.config
     kernel = fisher_kernel(
         session.policy,
         session.update,
         session.probe,
         preconditioner=session.step.preconditioner,
-        max_sequences=session.config.batch_size,
+        projection=config.projection,
+        memory_bytes=config.memory_bytes,
+        directory=None if config.scratch is None else Path(config.scratch),
+        max_sequences=config.batch_size,
         progress=on_terminal(),
     )
     kernel.save(session.run.file("kernel.safetensors"), session.run.file("kernel.json"))
@@ -227,6 +232,7 @@ def weigh_noise(session: Session) -> Summary:
         update,
         preconditioner=session.step.preconditioner,
         token_weights=session.step.token_weights,
+        memory_bytes=session.config.memory_bytes,
         max_sequences=session.config.batch_size,
         progress=on_terminal(),
     )
