@@ -213,6 +213,7 @@ def write_measurement(folder: Path, *, step: int, seed: int) -> Path:
         folder / "influence_tokens.parquet",
     )
     write_json(folder / "validation.json", {"zeroed": validation(rng)})
+    write_criteria(folder, rng, update_tokens["sequence_id"], update_tokens["position"])
     write_kernel(folder, rng)
     write_json(
         folder / "noise.json",
@@ -265,6 +266,46 @@ def write_measurement(folder: Path, *, step: int, seed: int) -> Path:
         "update:\n  num_prompts: 16\n  group_size: 8\nprobe:\n  num_prompts: 64\n"
     )
     return folder
+
+
+def write_criteria(folder: Path, rng: np.random.Generator, ids: list[int], positions: list[int]) -> None:
+    rows, names = [], {"disc_v": "literature", "cov_batch": "literature", "logp": "control"}
+    for truth, preconditioner, version in (
+        ("column", "adamw", "on_policy"),
+        ("column", "sgd", "on_policy"),
+        ("row", "adamw", "fixed_prefix"),
+    ):
+        for name, kind in names.items():
+            figures = {
+                key: estimate(rng.uniform(-1, 1), 0.05, 16, "correlation", "bootstrap over prompts")
+                for key in ("spearman", "kendall", "pearson", "auc", "sign_agreement", "gain_over_control")
+            }
+            control = kind == "control"
+            rows.append(
+                {
+                    "criterion": name,
+                    "level": "token",
+                    "kind": kind,
+                    "target": "signed",
+                    "quantity": "entropy",
+                    "truth": truth,
+                    "preconditioner": preconditioner,
+                    "version": version,
+                    **figures,
+                    "captured": {"0.01": estimate(0.2, 0.01, 16, "share of the total", "top 1 %")},
+                    "best_control": None if control else "logp",
+                    "gain_over_control": None if control else figures["gain_over_control"],
+                }
+            )
+    about = {"formula": "A p (l + H)", "paper": HOSTILE, "equation": "(1)", "sign": "+", "verified": False}
+    write_json(
+        folder / "criteria.json",
+        {"rows": rows, "shares": ["0.01"], "definitions": dict.fromkeys(names, about)},
+    )
+    columns = {name: rng.normal(size=len(ids)) for name in names}
+    pq.write_table(
+        pa.table({"sequence_id": ids, "position": positions, **columns}), folder / "criteria_tokens.parquet"
+    )
 
 
 def validation(rng: np.random.Generator) -> dict[str, Any]:

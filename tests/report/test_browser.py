@@ -65,6 +65,36 @@ def test_the_page_works_in_a_browser(run_folder: Path, browser: Browser) -> None
     browser.evaluate(f"{head}.click()")
     assert browser.evaluate(cells) == sorted(rising, reverse=True)
 
+    # The leaderboard: filters choose the rows, and sorting still works on what they leave.
+    board = "document.querySelector('#table-m0-leaderboard')"
+    rows = f"[...{board}.querySelectorAll('tbody tr')].map(r => r.children[0].dataset.v)"
+    assert sorted(browser.evaluate(rows)) == ["cov_batch", "disc_v", "logp"]
+    choose = "{const s = %s.querySelector('[data-filter=%s]'); s.value = '%s'; s.onchange();}"
+    browser.evaluate(choose % (board, "kind", "literature"))
+    assert sorted(browser.evaluate(rows)) == ["cov_batch", "disc_v"]
+    browser.evaluate(f"{board}.querySelectorAll('th button')[0].click()")
+    assert browser.evaluate(rows) == ["cov_batch", "disc_v"]
+    browser.evaluate(choose % (board, "truth", "row fixed_prefix"))
+    assert sorted(browser.evaluate(rows)) == ["cov_batch", "disc_v"]
+
+    # Tables and responses by what they contain.
+    top = "document.querySelector('#table-m0-top-tokens')"
+    found = f"[...{top}.querySelectorAll('tbody tr')].filter(r => !r.hidden).length"
+    everything = browser.evaluate(found)
+    browser.evaluate(
+        f"{{const i = {top}.querySelector('[data-find]');"
+        f"i.value = {top}.querySelector('td.num').textContent; i.dispatchEvent(new Event('input'));}}"
+    )
+    assert 0 < browser.evaluate(found) < everything
+    verdicts = "new Set([...document.querySelectorAll('#m0-responses .response')].filter(r => !r.hidden)"
+    verdicts += ".map(r => r.dataset.verdict)).size"
+    assert browser.evaluate(verdicts) == 2
+    browser.evaluate(
+        "{const s = document.querySelector('#m0-responses [data-verdicts]'); s.value = 'wrong';"
+        "s.dispatchEvent(new Event('change'));}"
+    )
+    assert browser.evaluate(verdicts) == 1
+
     # CSV: one row per table row, value, error and reason apart, formulas of a run defused.
     csv = browser.evaluate(
         """(async () => { let blob; URL.createObjectURL = b => { blob = b; return 'data:,'; };

@@ -30,6 +30,7 @@ class Page(HTMLParser):
         self.loads: list[str] = []
         self.scripts: list[str] = []
         self.figures: list[dict] = []
+        self.boards: list[dict] = []
         self._script: str | None = None
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
@@ -43,7 +44,7 @@ class Page(HTMLParser):
         if found.get("src") or (tag == "link" and found.get("href")):
             self.loads.append(str(found.get("src") or found["href"]))
         if tag == "script":
-            self._script = found.get("type") or "javascript"
+            self._script = found.get("class") or found.get("type") or "javascript"
 
     def handle_endtag(self, tag: str) -> None:
         if tag == "script":
@@ -52,6 +53,8 @@ class Page(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._script == "application/json":
             self.figures.append(json.loads(data))
+        elif self._script == "rows":
+            self.boards.append(json.loads(data))
         elif self._script is not None:
             self.scripts.append(data)
 
@@ -77,6 +80,7 @@ def test_a_measurement_has_every_section(measure_folder: Path) -> None:
         "validation",
         "kernel",
         "noise",
+        "criteria",
         "responses",
     ]
 
@@ -90,6 +94,7 @@ def test_a_measurement_has_every_section(measure_folder: Path) -> None:
         (["validation.json"], {"validation"}),
         (["kernel.json", "kernel.safetensors"], {"kernel"}),
         (["noise.json"], {"noise"}),
+        (["criteria.json"], {"criteria"}),
         (["provenance.json", "config.yaml"], {"provenance"}),
         (["update.parquet", "probe.parquet"], {"responses"}),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ class TokenTable:
     weight: npt.NDArray[np.float64] | None
     influence: npt.NDArray[np.float64] | None
     correct: npt.NDArray[np.bool_] | None
+    scores: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
 
 
 def join_tokens(
@@ -68,6 +69,22 @@ def join_tokens(
         influence=joined,
         correct=correct,
     )
+
+
+def with_scores(tokens: TokenTable, criteria: Table | None, names: Sequence[str]) -> TokenTable:
+    """The tokens with their scores under some criteria; nan where the file lacks a token."""
+    if criteria is None:
+        return tokens
+    row_of = {
+        pair: row for row, pair in enumerate(zip(criteria["sequence_id"], criteria["position"], strict=True))
+    }
+    rows = [row_of.get(p) for p in zip(tokens.sequence_id.tolist(), tokens.position.tolist(), strict=True)]
+    scores = {
+        name: np.array([math.nan if r is None else float(criteria[name][r]) for r in rows])
+        for name in names
+        if name in criteria
+    }
+    return replace(tokens, scores=scores)
 
 
 def parts(summary: Mapping[str, Estimate], lr: float) -> str:

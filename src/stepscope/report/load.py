@@ -58,6 +58,8 @@ class Measurement:
         kernel: content of ``kernel.json``.
         kernel_matrices: the update batch's cosine kernels, from ``kernel.safetensors``.
         noise: content of ``noise.json``.
+        criteria: content of ``criteria.json``.
+        criteria_tokens: columns of ``criteria_tokens.parquet``.
     """
 
     path: Path
@@ -77,6 +79,8 @@ class Measurement:
     kernel: Mapping[str, Any] | None
     kernel_matrices: Arrays | None
     noise: Mapping[str, Any] | None
+    criteria: Mapping[str, Any] | None
+    criteria_tokens: Table | None
 
     @property
     def title(self) -> str:
@@ -221,6 +225,8 @@ def load_measurement(path: Path) -> Measurement:
         kernel=_checked_kernel(path / "kernel.json"),
         kernel_matrices=read_arrays(path / "kernel.safetensors", _SHOWN_MATRICES),
         noise=read_json(path / "noise.json"),
+        criteria=_checked_criteria(path / "criteria.json"),
+        criteria_tokens=read_table(path / "criteria_tokens.parquet", ("sequence_id", "position")),
     )
 
 
@@ -307,6 +313,15 @@ def _checked_kernel(path: Path) -> dict[str, Any] | None:
         if missing := [key for key in _STRUCTURE_KEYS if key not in report]:
             raise _damaged(path, f"structure.{name} has no {', '.join(missing)}")
     return kernel
+
+
+def _checked_criteria(path: Path) -> dict[str, Any] | None:
+    criteria = read_json(path)
+    if criteria is None:
+        return None
+    if missing := [key for key in ("rows", "shares", "definitions") if key not in criteria]:
+        raise _damaged(path, f"no {', '.join(missing)}")
+    return criteria
 
 
 _VALIDATION_KEYS = ("quantity", "lr", "subset_true", "subset_predicted", "single_true", "single_predicted")

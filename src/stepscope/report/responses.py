@@ -120,4 +120,5 @@ def _span(tokens: TokenTable, i: int, scale: float) -> TokenSpan:
         if math.isfinite(value):
             level = int(np.sign(value)) * min(_LEVELS, round(_LEVELS * math.sqrt(abs(value) / scale)))
         parts.append(f"influence {text.number(value)}")
+    parts += [f"{name} {text.number(float(score[i]))}" for name, score in tokens.scores.items()]
     return TokenSpan(tokens.token[i], level, f"{visible(tokens.token[i])}: " + ", ".join(parts))

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from stepscope.report import change, influence, kernel, tables, text, validation
+from stepscope.report import change, criteria, influence, kernel, tables, text, validation
+from stepscope.report.criteria import Board
 from stepscope.report.figures import Figure, step_figures
 from stepscope.report.influence import TokenTable
 from stepscope.report.load import Measurement, point_at
@@ -25,6 +26,7 @@ _POINTS_ON_PAGE = 2400
 _HEAT_MAP_SIDE = 160
 """Sequences in a heat map where a page shows one measurement; n take n^2 numbers of six bytes."""
 
+_SCORES_ON_HOVER = 3
 _INFLUENTIAL = 8
 _SAMPLED_EACH = 3
 
@@ -42,6 +44,7 @@ class Section:
         legend: whether the colour scale of tokens is explained.
         responses: responses with their tokens.
         tables: tables.
+        board: a table that the reader filters.
         more_title: what unfolds; empty where nothing does.
         more_facts: facts that unfold.
         more_figures: figures that unfold.
@@ -56,6 +59,7 @@ class Section:
     legend: bool = False
     responses: Sequence[Response] = ()
     tables: Sequence[TableBlock] = ()
+    board: Board | None = None
     more_title: str = ""
     more_facts: Sequence[tuple[str, str]] = ()
     more_figures: Sequence[Figure] = ()
@@ -85,6 +89,10 @@ def measurement_panel(measurement: Measurement, key: str, count: int, title: str
     tokens = influence.join_tokens(
         measurement.update, measurement.update_tokens, measurement.influence_tokens, quantity
     )
+    if tokens is not None:
+        tokens = influence.with_scores(
+            tokens, measurement.criteria_tokens, criteria.best_of(measurement, _SCORES_ON_HOVER)
+        )
     sections = (
         _headline_section(measurement),
         _provenance_section(measurement),
@@ -94,6 +102,7 @@ def measurement_panel(measurement: Measurement, key: str, count: int, title: str
         _validation_section(measurement),
         _kernel_section(measurement, round(_HEAT_MAP_SIDE / math.sqrt(count))),
         _noise_section(measurement),
+        _criteria_section(measurement),
         _responses_section(measurement, _TOKENS_ON_PAGE // (4 * _SAMPLED_EACH * count)),
     )
     return Panel(
@@ -274,6 +283,19 @@ def _kernel_section(measurement: Measurement, side: int) -> Section | None:
 def _noise_section(measurement: Measurement) -> Section | None:
     table = tables.noise_table(measurement)
     return None if table is None else Section("noise", "Gradient noise scale", tables=[table])
+
+
+def _criteria_section(measurement: Measurement) -> Section | None:
+    board = criteria.leaderboard(measurement)
+    if board is None:
+        return None
+    return Section(
+        "criteria",
+        "Which cheap criteria find these tokens",
+        intro=criteria.criteria_sentence(measurement),
+        figures=_present([criteria.standings_figure(measurement)]),
+        board=board,
+    )
 
 
 def _responses_section(measurement: Measurement, max_tokens: int) -> Section | None:

@@ -88,7 +88,74 @@
   all("[data-export]").forEach((button) => button.addEventListener("click", () =>
     save(button.closest("figure").querySelector(".canvas"), button.dataset.export)));
 
-  /* ---- tables: sort and CSV ---- */
+  /* ---- boards: tables whose rows the reader chooses ---- */
+  const element = (name, properties = {}, ...children) => {
+    const made = Object.assign(document.createElement(name), properties);
+    made.append(...children);
+    return made;
+  };
+  const shown = (value) => value === null || value === undefined ? "–" : (Math.abs(value) < 1e-3 && value !== 0 ? value.toExponential(1) : value.toFixed(3)).replace("-", "−");
+  const boardCell = (column, value) => {
+    const cell = element("td");
+    if (column.err) {
+      const [number, error] = value || [null, null];
+      cell.className = "num";
+      cell.dataset.v = number === null ? "nan" : number;
+      if (error !== null && error !== undefined) cell.dataset.e = error;
+      cell.textContent = number === null ? "–" : error === null ? shown(number) : shown(number) + "\u00a0±\u00a0" + shown(error);
+    } else if (Array.isArray(value)) {
+      cell.dataset.v = value[0];
+      const name = element("span", { textContent: value[0], tabIndex: 0, className: "named" });
+      name.dataset.tip = value[1];
+      cell.append(name);
+    } else {
+      cell.dataset.v = cell.textContent = value;
+    }
+    return cell;
+  };
+  all(".board").forEach((board) => {
+    const spec = JSON.parse(board.querySelector("script").textContent);
+    const body = board.querySelector("tbody"), head = element("tr");
+    spec.columns.forEach((column) => {
+      const th = element("th", { scope: "col", className: column.err ? "num" : "" }, element("button", { type: "button", textContent: column.name }));
+      th.dataset.label = column.name;
+      if (column.err) th.dataset.err = "";
+      if (column.anchor) {
+        const link = element("a", { className: "def", href: "#" + column.anchor, textContent: "?" });
+        link.setAttribute("aria-label", "Definition: " + column.name);
+        th.append(link);
+      }
+      head.append(th);
+    });
+    board.querySelector("thead").append(head);
+    const size = ([, cells]) => Math.abs((cells[spec.sort] || [0])[0] || 0);
+    const fill = () => {
+      const wanted = selects.map((select) => select.value);
+      all("th", head).forEach((th) => th.removeAttribute("aria-sort"));
+      body.replaceChildren(...spec.rows
+        .filter(([values]) => values.every((value, i) => !wanted[i] || value === wanted[i]))
+        .sort((a, b) => size(b) - size(a))
+        .map(([, cells]) => element("tr", {}, ...cells.map((cell, i) => boardCell(spec.columns[i], cell)))));
+    };
+    const selects = spec.filters.map((filter) => {
+      const select = element("select", { onchange: fill }, ...filter.options.map(([value, label]) => element("option", { value, textContent: label })));
+      select.value = filter.first;
+      select.dataset.filter = filter.key;
+      board.querySelector(".controls").append(element("label", {}, filter.label + " ", select));
+      return select;
+    });
+    fill();
+  });
+  all("[data-find]").forEach((input) => input.addEventListener("input", () => {
+    const wanted = input.value.trim().toLowerCase();
+    all("tbody tr", input.closest(".table")).forEach((row) => { row.hidden = !row.textContent.toLowerCase().includes(wanted); });
+  }));
+  all("[data-verdicts]").forEach((select) => select.addEventListener("change", () =>
+    all("[data-verdict]", select.closest("section")).forEach((response) => {
+      response.hidden = select.value !== "" && response.dataset.verdict !== select.value;
+    })));
+
+  /* ---- tables: sort and CSV of the rows shown ---- */
   const valueOf = (row, column) => row.children[column].dataset.v;
   const compare = (a, b) => {
     const x = Number(a), y = Number(b);
@@ -117,7 +184,7 @@
     const heads = all("th", table);
     const parts = ["", " (standard error)", " (unreliable because)"];
     const lines = [heads.flatMap((th) => "err" in th.dataset ? parts.map((part) => th.dataset.label + part) : [th.dataset.label])];
-    Array.from(table.tBodies[0].rows).forEach((row) => lines.push(heads.flatMap((th, i) => {
+    Array.from(table.tBodies[0].rows).filter((row) => !row.hidden).forEach((row) => lines.push(heads.flatMap((th, i) => {
       const cell = row.children[i];
       return "err" in th.dataset ? [cell.dataset.v, cell.dataset.e || "", cell.dataset.flag || ""] : [cell.dataset.v];
     })));

@@ -1,0 +1,218 @@
+"""The leaderboard of criteria: a table to filter and sort, and a figure of the best against the controls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import plotly.graph_objects as go
+
+from stepscope.report import text
+from stepscope.report.figures import BLUE, MUTED, Z95, Figure, make_spec, rounded
+from stepscope.report.load import Measurement
+
+PRIMARY = {"level": "token", "truth": "column", "preconditioner": "adamw", "version": "on_policy"}
+"""What the page shows first: what a token does to the entropy, through the whole kernel and AdamW."""
+
+_SHOWN = 24
+_CHOICES: Mapping[str, tuple[str, Mapping[str, str]]] = {
+    "level": ("of", {"token": "tokens", "sequence": "sequences"}),
+    "truth": (
+        "truth",
+        {
+            "column on_policy": "what a token does to the entropy, on-policy (column sums)",
+            "column fixed_prefix": "what a token does to the entropy, fixed-prefix (column sums)",
+            "row fixed_prefix": "what happens at its position (row sums)",
+            "diagonal fixed_prefix": "what it does at its own position (diagonal)",
+        },
+    ),
+    "preconditioner": ("step", {"adamw": "AdamW", "sgd": "plain gradient"}),
+    "kind": ("criteria", {"literature": "of the literature", "control": "trivial controls"}),
+}
+
+
+@dataclass(frozen=True)
+class Board:
+    """A table that the script of the page draws, because its rows are many and few are looked at at once.
+
+    Attributes:
+        key: part of its element id.
+        caption: below it.
+        spec: ``filters`` (key, label, options as value and label, value chosen first; an empty value is no
+            filter), ``columns`` (name, anchor, whether numeric, whether with an error) and ``rows``: values
+            of the filters, then cells: a text, a number, or a number and its standard error.
+    """
+
+    key: str
+    caption: str
+    spec: Mapping[str, Any]
+
+
+def leaderboard(measurement: Measurement) -> Board | None:
+    """Every criterion against every truth."""
+    criteria = measurement.criteria
+    if criteria is None or not criteria["rows"]:
+        return None
+    rows = [{**row, "truth": f"{row['truth']} {row['version']}"} for row in criteria["rows"]]
+    first = {**PRIMARY, "truth": f"{PRIMARY['truth']} {PRIMARY['version']}"}
+    filters = []
+    for key, (label, names) in _CHOICES.items():
+        values = [value for value in names if any(row[key] == value for row in rows)]
+        if len(values) > 1:
+            options = [["", "all"]] if key == "kind" else []
+            options += [[value, names[value]] for value in values]
+            chosen = first[key] if first.get(key) in values else options[0][0]
+            filters.append({"key": key, "label": label, "options": options, "first": chosen})
+    shares = criteria["shares"]
+    columns = [
+        {"name": "Criterion", "anchor": "def-criterion"},
+        {"name": "Kind"},
+        {"name": "Spearman", "anchor": "def-leaderboard", "err": True},
+        {"name": "Kendall τ", "err": True},
+        {"name": "Pearson", "err": True},
+        *({"name": f"Captured by top {text.percent(float(s))}", "err": True} for s in shares),
+        {"name": "Sign agreement", "err": True},
+        {"name": "AUC", "err": True},
+        {"name": "Gain over best control", "err": True},
+        {"name": "Best control"},
+    ]
+    return Board(
+        "leaderboard",
+        "Correlation of each criterion with the measured effect of each token (or sequence) on the entropy, "
+        "± one standard error by bootstrap over update prompts. Magnitude criteria (masks, weights, norms) "
+        "are compared with the size of the effect. Captured: share of the total absolute effect on the "
+        "tokens it puts first. Gain: |Spearman| less that of the best trivial control, same resamples.",
+        {
+            "filters": filters,
+            "columns": columns,
+            "rows": [
+                [[row[f["key"]] for f in filters], _cells(row, shares, criteria["definitions"])]
+                for row in rows
+            ],
+            "sort": 2,
+        },
+    )
+
+
+def _cells(row: Mapping[str, Any], shares: Sequence[str], definitions: Mapping[str, Any]) -> list[Any]:
+    name = row["criterion"]
+    about = definitions.get(name, {})
+    source = " ".join(str(about[key]) for key in ("paper", "equation") if about.get(key))
+    note = f"{about.get('formula', '')}" + (f" ({source})" if source else "")
+    if about and not about.get("verified", True):
+        note += "; formula not verified against the paper"
+    return [
+        [name, note],
+        row["kind"] + (", magnitude" if row["target"] == "magnitude" else ""),
+        _pair(row["spearman"]),
+        _pair(row["kendall"]),
+        _pair(row["pearson"]),
+        *(_pair(row["captured"].get(share)) for share in shares),
+        _pair(row["sign_agreement"]),
+        _pair(row["auc"]),
+        _pair(row["gain_over_control"]),
+        row["best_control"] or "",
+    ]
+
+
+def _pair(estimate: Mapping[str, Any] | None) -> list[float | None] | None:
+    """Value and standard error with three digits; None where there is none."""
+    if estimate is None or estimate["value"] is None:
+        return None
+    return rounded([estimate["value"], estimate["stderr"]], 3)
+
+
+def _primary_rows(measurement: Measurement) -> list[Mapping[str, Any]]:
+    rows = (measurement.criteria or {"rows": []})["rows"]
+    return [
+        row
+        for row in rows
+        if all(row[key] == value for key, value in PRIMARY.items()) and _pair(row["spearman"]) is not None
+    ]
+
+
+def best_of(measurement: Measurement, count: int) -> list[str]:
+    """Names of the signed criteria of the literature that follow the measured influence best."""
+    rows = [
+        row for row in _primary_rows(measurement) if row["kind"] == "literature" and row["target"] == "signed"
+    ]
+    rows.sort(key=lambda row: -abs(row["spearman"]["value"]))
+    return [row["criterion"] for row in rows[:count]]
+
+
+def criteria_sentence(measurement: Measurement) -> str:
+    """In words: how well the best criterion and the best control follow the measured influence of tokens."""
+    rows = sorted(_primary_rows(measurement), key=lambda row: -abs(row["spearman"]["value"]))
+    kinds = {kind: next((r for r in rows if r["kind"] == kind), None) for kind in ("literature", "control")}
+    best, control = kinds["literature"], kinds["control"]
+    if best is None or control is None:
+        return ""
+    gain = best["gain_over_control"]
+    verdict = ""
+    if gain is not None and gain["value"] is not None and gain["stderr"] is not None:
+        clear = abs(gain["value"]) > Z95 * gain["stderr"]
+        verdict = (
+            f"; the difference to the best control of its kind is "
+            f"{text.plus_minus(gain['value'], gain['stderr'])}{'' if clear else ', not resolved'}"
+        )
+    reached = {
+        row["kind"]: text.plus_minus(row["spearman"]["value"], row["spearman"]["stderr"] or math.nan)
+        for row in (best, control)
+    }
+    return (
+        f"Of the literature's criteria, {best['criterion']} ranks the tokens' measured influence on the "
+        f"entropy best: Spearman {reached['literature']}. The best trivial control, {control['criterion']}, "
+        f"reaches {reached['control']}{verdict}."
+    )
+
+
+def standings_figure(measurement: Measurement) -> Figure | None:
+    """Rank correlation of the best criteria and controls with the measured influence of tokens."""
+    rows = sorted(_primary_rows(measurement), key=lambda row: -abs(row["spearman"]["value"]))[:_SHOWN]
+    if not rows:
+        return None
+    rows.reverse()
+    traces = []
+    for kind, name, color, symbol in (
+        ("literature", "criterion of the literature", BLUE, "circle"),
+        ("control", "trivial control", MUTED, "diamond"),
+    ):
+        chosen = [row for row in rows if row["kind"] == kind]
+        if chosen:
+            errors = [row["spearman"]["stderr"] or 0.0 for row in chosen]
+            traces.append(
+                go.Scatter(
+                    x=rounded(row["spearman"]["value"] for row in chosen),
+                    y=[row["criterion"] for row in chosen],
+                    error_x={
+                        "type": "data",
+                        "array": rounded(Z95 * e if math.isfinite(e) else 0.0 for e in errors),
+                        "color": color,
+                        "thickness": 1.2,
+                        "width": 3,
+                    },
+                    mode="markers",
+                    name=name,
+                    marker={"size": 7, "color": color, "symbol": symbol},
+                    hovertemplate="%{y}: %{x:.3f}<extra></extra>",
+                )
+            )
+    spec = make_spec(
+        traces,
+        xaxis={"title": {"text": "Spearman correlation with measured influence"}, "zeroline": True},
+        yaxis={
+            "automargin": True,
+            "categoryorder": "array",
+            "categoryarray": [row["criterion"] for row in rows],
+        },
+    )
+    caption = (
+        f"The {len(rows)} criteria that follow the influence of the update batch's tokens on the on-policy "
+        "entropy best, through the whole kernel and AdamW's preconditioner. Magnitude criteria are compared "
+        "with |influence|. Error bars: 95 %, bootstrap over update prompts."
+    )
+    return Figure(
+        "criteria-standings", "Criteria against the truth", caption, spec, height=120 + 20 * len(rows)
+    )
