@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy, random_step
 from stepscope.errors import MeasurementError
@@ -20,6 +21,8 @@ from stepscope.measure.quantities import (
     unit_of,
 )
 from stepscope.policy.gradients import directional_derivative
+from stepscope.policy.models import REFERENCE
+from stepscope.policy.precision import lift_model
 from stepscope.reference import exact_rollouts, sample_exact
 
 
@@ -68,6 +71,42 @@ def test_kl_to_itself_is_zero_and_to_the_base_of_an_adapter_is_not() -> None:
     with torch.no_grad(), policy.model.disable_adapter():
         off = make_quantity("kl", rollouts, policy=policy, reference=policy.model)
     np.testing.assert_allclose(off.base.per_seq, 0, atol=1e-14)
+
+
+@pytest.mark.parametrize("continued", [False, True], ids=["fresh adapter", "continued run"])
+def test_kl_of_an_adapter_is_to_what_the_run_started_from(continued: bool) -> None:
+    """TRL keeps the starting adapter as ``ref``; without one the reference is the base model."""
+    policy = enumerable_policy(lora=True)
+    flags = {n: p.requires_grad for n, p in policy.model.named_parameters()}
+    start: nn.Module = enumerable_policy().model
+    if continued:
+        torch.manual_seed(5)
+        policy.model.add_adapter(REFERENCE, policy.model.peft_config["default"])
+        lift_model(policy.model)
+        for name, parameter in policy.model.named_parameters():
+            if name not in flags:
+                parameter.requires_grad_(False)
+                flags[name] = False
+        start = enumerable_policy(lora=True).model
+        for name, parameter in start.named_parameters():
+            parameter.data.copy_(policy.model.get_parameter(name.replace("default", REFERENCE)))
+    rollouts, probabilities = exact_rollouts(policy, PROMPTS, eos_id=EOS)
+    sample, _ = sample_exact(rollouts, probabilities, num_prompts=8, group_size=1, seed=0)
+    found, expected = (
+        measure_change(
+            policy, random_step(policy), sample, quantity="kl", reference=r, lrs=[1e-3], second_order=True
+        )
+        for r in (None, start)
+    )
+    point, twin = found.points[0], expected.points[0]
+    assert point.true.value == pytest.approx(twin.true.value, rel=1e-9)
+    assert point.linear.value == pytest.approx(twin.linear.value, rel=1e-9)
+    assert point.second_order is not None
+    assert twin.second_order is not None
+    assert point.second_order.value == pytest.approx(twin.second_order.value, rel=1e-9)
+    assert found.value.value == pytest.approx(expected.value.value, rel=1e-12)
+    assert found.value.value > 1e-3
+    assert {n: p.requires_grad for n, p in policy.model.named_parameters()} == flags
 
 
 @pytest.mark.parametrize("normalisation", ["per_token", "per_seq"])

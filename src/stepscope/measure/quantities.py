@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from stepscope.errors import MeasurementError
 from stepscope.policy.forward import TokenBatch, TokenOutputs, batches, forward
 from stepscope.policy.gradients import Objective
+from stepscope.policy.models import reference_adapter
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, IntArray, Rollouts
 
@@ -165,16 +166,22 @@ class LogProb:
 
 @dataclass(frozen=True)
 class Reference:
-    """A frozen policy to compare with: another model, or a PEFT model with its adapter switched off."""
+    """A frozen policy to compare with: another model, or a PEFT model under its reference adapter or none.
+
+    Attributes:
+        model: of the reference.
+        temperature: of its distribution.
+        switch_adapter: whether ``model`` is the adapted policy itself, see ``reference_adapter``.
+    """
 
     model: nn.Module
     temperature: float
-    adapter_off: bool = False
+    switch_adapter: bool = False
 
     def log_distribution(self, batch: TokenBatch) -> Tensor:
         """(seq, tok, vocab) log-probs of every next token, without gradient."""
-        off: Any = self.model.disable_adapter() if self.adapter_off else nullcontext()  # type: ignore[operator]
-        with torch.no_grad(), off:
+        switched = reference_adapter(self.model) if self.switch_adapter else nullcontext()
+        with torch.no_grad(), switched:
             outputs = forward(self.model, batch, temperature=self.temperature, keep_logits=True)
         assert outputs.logits is not None
         return torch.log_softmax(outputs.logits, dim=-1)
@@ -224,7 +231,8 @@ def make_quantity(
         name: ``entropy``, ``reward``, ``length``, ``kl`` or ``logprob``.
         rollouts: the probe batch.
         policy: the policy that sampled it; needed for ``kl`` only.
-        reference: the reference model of ``kl``; without one a PEFT policy is compared with its base model.
+        reference: the reference model of ``kl``; without one a PEFT policy is compared with TRL's frozen copy
+            of the adapter it started from (``ref``), or with its base model where there is none.
         max_sequences: micro-batch size of the pass that ``kl`` needs.
 
     Raises:
@@ -264,7 +272,7 @@ def _reference(policy: Policy, reference: nn.Module | None, temperature: float) 
         raise MeasurementError(
             "kl: the policy is a full model, so it has no base model to compare with; give a reference model"
         )
-    return Reference(policy.model, temperature, adapter_off=True)
+    return Reference(policy.model, temperature, switch_adapter=True)
 
 
 def why_trivial(quantity: Quantity, normalisation: str, version: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from peft import PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -138,21 +139,35 @@ def load_adapter(
 
 @contextmanager
 def reference_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside the block an adapted model is its reference: under the adapter ``ref``, or else under none."""
+    """Inside the block an adapted model is its reference: under the adapter ``ref``, or else under none.
+
+    What is trainable stays so: PEFT changes that with every switch, which no ``torch.func`` transform allows.
+    """
     adapted: Any = model
     if REFERENCE not in adapted.peft_config:
-        with adapted.disable_adapter():
+        with _FixedTrainability(), adapted.disable_adapter():
             yield
         return
     active = adapted.active_adapter
-    trainable = {n: p.requires_grad for n, p in model.named_parameters()}
-    try:
-        adapted.set_adapter(REFERENCE)
-        yield
-    finally:
-        adapted.set_adapter(active)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(trainable[name])
+    with _FixedTrainability():
+        try:
+            adapted.set_adapter(REFERENCE)
+            yield
+        finally:
+            adapted.set_adapter(active)
+
+
+class _FixedTrainability(TorchFunctionMode):
+    """Leaves ``requires_grad`` of every tensor as it is."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return args[0] if func is Tensor.requires_grad_ else func(*args, **(kwargs or {}))
 
 
 def brief(error: BaseException) -> str:
