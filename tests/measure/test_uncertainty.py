@@ -6,6 +6,7 @@ import pytest
 from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy, random_step
 from stepscope.errors import MeasurementError
 from stepscope.measure.change import Change, measure_change
+from stepscope.measure.uncertainty import estimate_ratio
 from stepscope.reference import exact_rollouts, sample_exact
 from stepscope.stats import jackknife_ratio
 
@@ -57,6 +58,31 @@ def test_jackknife_of_the_value_is_the_jackknife_of_a_ratio(series: tuple) -> No
     )
     assert found["jackknife"].value.value == pytest.approx(expected.value, rel=1e-10)
     assert found["jackknife"].value.stderr == pytest.approx(expected.stderr, rel=1e-8)
+
+
+def test_bootstrap_of_the_value_is_the_spread_over_resampled_prompts(series: tuple) -> None:
+    found, probe = series
+    totals, lengths = probe.entropy_per_seq.reshape(60, 2), probe.num_tokens.reshape(60, 2)
+    drawn = np.random.default_rng(0).integers(60, size=(400, 60))
+    draws = [totals[rows].sum() / lengths[rows].sum() for rows in drawn]
+    assert found["bootstrap"].value.stderr == pytest.approx(np.std(draws, ddof=1), rel=1e-10)
+    assert found["bootstrap"].value.value == found["delta"].value.value
+
+
+@pytest.mark.parametrize("errors", ["delta", "jackknife", "bootstrap"])
+def test_a_ratio_of_sums_has_the_error_of_the_value_of_a_series(series: tuple, errors: str) -> None:
+    found, probe = series
+    ratio = estimate_ratio(
+        probe.entropy_per_seq,
+        probe.num_tokens,
+        probe.prompt_index,
+        errors=errors,
+        unit="nats/token",
+        method="ratio of sums",
+    )
+    assert ratio.value == pytest.approx(found[errors].value.value, rel=1e-10)
+    assert ratio.stderr == pytest.approx(found[errors].value.stderr, rel=1e-8)
+    assert errors in ratio.method
 
 
 def test_unknown_kinds_are_refused() -> None:

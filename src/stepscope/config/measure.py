@@ -136,7 +136,10 @@ class MeasureSettings(Section):
         antithetic: also evaluate at -lr, for the odd part of the true change.
         baseline: of the gradient estimator: a rung of the ladder, or ``best`` for the one of least variance.
         estimator: of the true change.
-        reference: model that ``kl`` is taken to (hub id, folder, GGUF file), or null for an adapter's base.
+        errors: standard errors of changes and ratios: ``delta`` method, ``jackknife`` (delete one prompt) or
+            ``bootstrap`` (400 resamples of prompts); the influence always uses the delta method.
+        reference: model that ``kl`` is taken to (hub id, folder, GGUF file), or null for what an adapter
+            started from: its frozen copy ``ref``, or its base.
         batch_size: sequences per forward pass.
         device: torch device, or null for a GPU where there is one.
         loss: loss settings for a checkpoint that does not carry its own.
@@ -157,6 +160,7 @@ class MeasureSettings(Section):
     antithetic: bool = False
     baseline: Literal["best", "none", "current", "position", "ridge"] = "best"
     estimator: Literal["per_decision", "self_normalised", "whole_sequence", "regression"] = "per_decision"
+    errors: Literal["delta", "jackknife", "bootstrap"] = "delta"
     reference: str | None = None
     batch_size: int = Field(default=16, ge=1)
     device: str | None = None

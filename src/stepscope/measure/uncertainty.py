@@ -1,20 +1,23 @@
 """Standard errors of a series: delta method, delete-one-prompt jackknife, or bootstrap over prompts.
 
-All are clustered by probe prompt and conditional on the update batch, that is on the direction of the step;
-repeats with fresh update batches (``stepscope study``) show what the update batch adds.
+The delta method linearises the statistic by its influence values (Liang & Zeger 1986); the jackknife deletes
+one prompt at a time (Quenouille 1956, Tukey 1958); the bootstrap draws whole prompts with replacement (Efron
+1979). All are clustered by probe prompt and conditional on the update batch, that is on the direction of the
+step; repeats with fresh update batches (``stepscope study``) show what the update batch adds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from stepscope.measure.estimators import Probe, Sampled
 from stepscope.measure.line import TokenTable
 from stepscope.results import FloatArray, IntArray
-from stepscope.stats import Estimate, bootstrap
+from stepscope.stats import Estimate, bootstrap, clustered_ratio, jackknife_ratio
 
 ERRORS = ("delta", "jackknife", "bootstrap")
 NUM_RESAMPLES = 400
@@ -39,8 +42,25 @@ class Evidence:
         return Evidence(
             self.probe.select(indices),
             tuple(s.select(indices) for s in self.slopes),
-            {lr: t.select(indices) for lr, t in self.moved.items()},
+            _Selection(self.moved, indices),
         )
+
+
+@dataclass(frozen=True)
+class _Selection(Mapping[float, TokenTable]):
+    """Some sequences of the tables by learning rate, each selected when it is asked for."""
+
+    tables: Mapping[float, TokenTable]
+    indices: IntArray
+
+    def __getitem__(self, lr: float) -> TokenTable:
+        return self.tables[lr].select(self.indices)
+
+    def __iter__(self) -> Iterator[float]:
+        return iter(self.tables)
+
+    def __len__(self) -> int:
+        return len(self.tables)
 
 
 Statistic = Callable[[Evidence], Sampled]
@@ -62,7 +82,9 @@ def estimate(evidence: Evidence, statistic: Statistic, *, errors: str, unit: str
     """
     found = statistic(evidence)
     probe = evidence.probe
-    by_delta = probe.estimate(found, unit=unit, method=f"{method}; {_WORDS[errors]}")
+    by_delta = probe.estimate(
+        found, unit=unit, method=f"{method}; {_KINDS[errors]} error by prompt, given the update batch"
+    )
     if errors == "delta" or probe.sequence_weights is not None or by_delta.n < 2:
         return by_delta
     if errors == "bootstrap":
@@ -79,11 +101,37 @@ def estimate(evidence: Evidence, statistic: Statistic, *, errors: str, unit: str
     return Estimate(value, stderr, count, unit, by_delta.method)
 
 
-_WORDS = {
-    "delta": "delta-method error by prompt, given the update batch",
-    "jackknife": "jackknife error by prompt, given the update batch",
-    "bootstrap": "bootstrap error by prompt, given the update batch",
-}
+def estimate_ratio(
+    numerator: npt.ArrayLike,
+    denominator: npt.ArrayLike,
+    clusters: npt.ArrayLike,
+    *,
+    errors: str,
+    unit: str,
+    method: str,
+) -> Estimate:
+    """A ratio of sums over a batch, with the same choice of standard errors as :func:`estimate`.
+
+    Args:
+        numerator: (seq,) x.
+        denominator: (seq,) y.
+        clusters: (seq,) prompt of each sequence.
+        errors: ``delta``, ``jackknife`` or ``bootstrap``.
+        unit: of the ratio.
+        method: how it was estimated, in words; the kind of error is added.
+    """
+    x, y = np.asarray(numerator, dtype=np.float64), np.asarray(denominator, dtype=np.float64)
+    ratio = jackknife_ratio if errors == "jackknife" else clustered_ratio
+    found = ratio(x, y, clusters, unit=unit, method=f"{method}, {_KINDS[errors]} error clustered by prompt")
+    if errors != "bootstrap" or found.n < 2:
+        return found
+    spread = bootstrap(
+        lambda rows: float(x[rows].sum() / y[rows].sum()), clusters, num_resamples=NUM_RESAMPLES
+    )
+    return replace(found, stderr=spread.stderr)
+
+
+_KINDS = {"delta": "delta-method", "jackknife": "jackknife", "bootstrap": "bootstrap"}
 
 
 def _without_each(evidence: Evidence, statistic: Statistic) -> FloatArray:

@@ -16,6 +16,7 @@ from stepscope.measure.influence import write_influence
 from stepscope.measure.noise_scale import effect_noise_scale, noise_scale
 from stepscope.measure.quantities import unit_of
 from stepscope.measure.step import step_summary
+from stepscope.measure.uncertainty import estimate_ratio
 from stepscope.measure.validation import validate_influence
 from stepscope.pipeline.console import on_terminal
 from stepscope.pipeline.session import Line, Session
@@ -23,7 +24,7 @@ from stepscope.policy import vectors
 from stepscope.report import write_report
 from stepscope.results import Rollouts, read_table
 from stepscope.runs import RunFolder
-from stepscope.stats import Estimate, LogLogFit, clustered_mean, clustered_ratio
+from stepscope.stats import Estimate, LogLogFit, clustered_mean
 
 Summary = dict[str, Estimate]
 
@@ -57,17 +58,21 @@ def sample_batches(session: Session) -> Summary:
             tokens=session.token_texts(rollouts),
             token_weights=token_weights,
         )
-    return batch_figures(update, probe)
+    return batch_figures(update, probe, session.config.errors)
 
 
-def batch_figures(update: Rollouts, probe: Rollouts) -> Summary:
+def batch_figures(update: Rollouts, probe: Rollouts, errors: str) -> Summary:
     """Entropy, reward and length of the policy, from the probe batch; mean reward of the update batch."""
     prompts = probe.prompt_index
     how = "mean over probe responses, error clustered by prompt"
-    ratio = "ratio of sums over probe responses, delta-method error clustered by prompt"
     return {
-        "entropy_per_token": clustered_ratio(
-            probe.entropy_per_seq, probe.num_tokens, prompts, unit="nats/token", method=ratio
+        "entropy_per_token": estimate_ratio(
+            probe.entropy_per_seq,
+            probe.num_tokens,
+            prompts,
+            errors=errors,
+            unit="nats/token",
+            method="ratio of sums over probe responses",
         ),
         "entropy_per_seq": clustered_mean(probe.entropy_per_seq, prompts, unit="nats/sequence", method=how),
         "mean_reward": clustered_mean(probe.rewards, prompts, unit="reward", method=how),
@@ -114,6 +119,7 @@ def measure_sweep(session: Session) -> Summary:
         versions=("on_policy", "fixed_prefix"),
         baseline=config.baseline,
         estimator=config.estimator,
+        errors=config.errors,
         second_order=config.second_order,
         antithetic=config.antithetic,
         max_sequences=config.batch_size,
