@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
+import signal
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from stepscope.config import StudyConfig, build_config
+from stepscope.config import StudyConfig, build_config, load_config
 from stepscope.errors import ConfigError, RunFolderError
-from stepscope.pipeline import run_study
+from stepscope.pipeline import run_report, run_study
 from stepscope.pipeline.study import study_cells
 
 
@@ -61,29 +65,95 @@ def test_settings_reach_their_cells(study, trained_run):
         )
 
 
+SERIES = ["quantity", "normalisation", "version"]
+
+
+def rows_of(table, names: list[str], entry: dict):
+    return table[(table[names] == [entry[n] for n in names]).all(axis=1)]
+
+
 def test_figures_are_those_of_the_table(study):
     table = pq.read_table(study / "study.parquet").to_pandas()
     summary = json.loads((study / "study.json").read_text())
-    assert len(summary["fits"]) == 8
-    for fit in summary["fits"]:
-        rows = table[
-            (table.checkpoint == fit["checkpoint"])
-            & (table.setting == fit["setting"])
-            & (table.repeat == fit["repeat"])
-            & (table.normalisation == "per_token")
-            & (table.version == "on_policy")
-            & table.reliable
-        ]
-        if fit["fit"] is not None:
+    assert summary["spread"] == "conditional on the update batch"
+    assert len(summary["fits"]) == 8 * 4
+    fitted = 0
+    for entry in summary["fits"]:
+        rows = rows_of(table, ["checkpoint", "setting", "repeat", *SERIES], entry)
+        if entry["fit"] is not None:
+            rows = rows[rows.lr.isin(entry["fit"]["lrs"])]
+            assert rows.reliable.all()
             slope = np.polyfit(np.log(rows.lr), np.log(rows.true.abs()), 1)[0]
-            assert fit["fit"]["slope"] == pytest.approx(slope, rel=1e-6)
-    entry = summary["relative_difference"][0]
-    names = ["checkpoint", "setting", "quantity", "normalisation", "version", "lr"]
-    rows = table[(table[names] == [entry[n] for n in names]).all(axis=1)]
-    difference = (rows.linear - rows.true) / rows.true
-    assert entry["repeats"] == len(rows) == 2
-    assert entry["mean"] == pytest.approx(difference.mean())
-    assert entry["sd"] == pytest.approx(difference.std())
+            assert entry["fit"]["slope"] == pytest.approx(slope, rel=1e-6)
+            fitted += 1
+    assert fitted > 8
+    line = summary["lines"][0]
+    own = [e["fit"]["slope"] for e in summary["fits"] if all(e[n] == line[n] for n in [*SERIES, "setting"])]
+    assert line["slope"]["value"] == pytest.approx(np.mean(own[:2]))
+    assert line["slope"]["stderr"] == pytest.approx(np.std(own[:2], ddof=1) / 2**0.5)
+    assert len(summary["changes"]) == 2 * 2 * 4 * 3
+    for entry in summary["changes"]:
+        rows = rows_of(table, ["checkpoint", "setting", *SERIES, "lr"], entry)
+        assert entry["repeats"] == len(rows) == 2
+        for name in ("true", "linear"):
+            assert entry[name]["value"] == pytest.approx(rows[name].mean())
+            assert entry[name]["stderr"] == pytest.approx(rows[name].std() / 2**0.5)
+            assert entry[name]["method"] == "mean over 2 repeats, conditional on the update batch"
+        difference = (rows.linear - rows.true) / rows.true
+        spread = entry["relative_difference"]
+        assert (spread["n"], spread["mean"]) == (2, pytest.approx(difference.mean()))
+        assert spread["sd"] == pytest.approx(difference.std())
+        assert spread["q25"] == pytest.approx(difference.quantile(0.25))
+
+
+ERRORS = {"delta": "delta-method error", "jackknife": "jackknife error", "bootstrap": "bootstrap error"}
+
+
+@pytest.fixture(scope="module")
+def kinds_of_error(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> StudyConfig:
+    """A study of one checkpoint, measured once with each kind of standard error."""
+    config = study_config(
+        trained_run,
+        tmp_path_factory.mktemp("kinds") / "s",
+        checkpoints=[str(trained_run / "checkpoints/step-4")],
+        settings={kind: {"errors": kind, "lrs": [1e-3]} for kind in ERRORS},
+        repeats=1,
+        resample="both",
+    )
+    run_study(config)
+    return config
+
+
+def test_a_lone_measurement_keeps_its_own_error(kinds_of_error):
+    folder = Path(kinds_of_error.out)
+    table = pq.read_table(folder / "study.parquet").to_pandas()
+    summary = json.loads((folder / "study.json").read_text())
+    assert summary["spread"] == "over update batches"
+    for entry in summary["changes"]:
+        (row,) = rows_of(table, ["setting", *SERIES, "lr"], entry).to_dict("records")
+        assert (entry["true"]["value"], entry["true"]["stderr"]) == (row["true"], row["true_stderr"])
+        assert entry["true"]["n"] == row["num_prompts"] == 8
+        assert entry["true"]["method"] == "one measurement, conditional on the update batch"
+        assert entry["relative_difference"]["sd"] is None
+
+
+def test_errors_are_of_the_kind_asked_for(kinds_of_error):
+    folder = Path(kinds_of_error.out)
+    for cell in study_cells(kinds_of_error):
+        change = json.loads((folder / "cells" / cell.key / "change.json").read_text())
+        figures = json.loads((folder / "cells" / cell.key / "summary.json").read_text())
+        method = f"; {ERRORS[cell.config.errors]} by prompt, given the update batch"
+        for series in (change, *change["others"]):
+            assert series["slope"]["method"].endswith(method)
+            assert all(p["true"]["method"].endswith(method) for p in series["points"])
+        assert ERRORS[cell.config.errors] in figures["entropy_per_token"]["method"]
+    table = pq.read_table(folder / "study.parquet").to_pandas()
+    assert set(table.lr) == {1e-3}
+    errors = table.pivot_table("linear_stderr", ["normalisation", "version"], "setting")
+    for kind in ("jackknife", "bootstrap"):
+        assert np.allclose(errors[kind], errors["delta"], rtol=0.5), "eight prompts only"
+        ratio = errors.loc["per_token", "on_policy"]
+        assert ratio[kind] != pytest.approx(ratio["delta"], rel=1e-6)
 
 
 def test_both_batches_are_drawn_anew_when_asked(trained_run, tmp_path):
@@ -116,26 +186,74 @@ def test_resuming_a_finished_study_repeats_no_cell(study, trained_run):
     assert [(study / name).read_bytes() for name in ("study.parquet", "study.json")] == tables
 
 
-def killed(config: StudyConfig, kills: int, seed: int) -> None:
-    """Run a study in processes that are killed after random times, then once to the end."""
+def test_the_page_is_made_from_the_two_files_alone(study, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("study.parquet", "study.json"):
+        shutil.copy(study / name, copy / name)
+    assert run_report(copy) == copy / "study.html"
+    page = (copy / "study.html").read_text()
+    assert (
+        page.replace(str(copy), str(study)).replace("Study copy", "Study s")
+        == (study / "study.html").read_text()
+    )
+
+
+def test_the_configuration_in_the_tree_is_about_the_demo(trained_run, tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/demo").symlink_to(trained_run)
+    monkeypatch.chdir(tmp_path)
+    config = load_config(StudyConfig, Path(__file__).parent.parent / "configs/study.yaml")
+    cells = study_cells(config)
+    assert len(cells) == 2 * 3 * config.repeats
+    assert {(c.setting, c.config.baseline, c.config.estimator) for c in cells} == {
+        ("default", "best", "per_decision"),
+        ("no-baseline", "none", "per_decision"),
+        ("whole-sequence", "best", "whole_sequence"),
+    }
+
+
+def killed_and_resumed(
+    config_of: Callable[[Path], StudyConfig], root: Path, kills: int, seed: int
+) -> list[Path]:
+    """Kill a study at random moments, ``kills`` times while it was at work, and go on each time.
+
+    Attempts live as long as it takes to load a policy and measure up to two cells, so that the kills spread
+    over the study. A study that ends by itself before all kills are spent is followed by another.
+
+    Returns:
+        The finished studies.
+    """
     generator = np.random.default_rng(seed)
-    for _ in range(kills):
-        process = multiprocessing.get_context("fork").Process(target=run_study, args=(config,))
+    begin = time.perf_counter()
+    run_study(config_of(root / "paced"))
+    pace = (time.perf_counter() - begin) / 8
+    folders = [root / "0"]
+    while kills:
+        process = multiprocessing.get_context("fork").Process(
+            target=run_study, args=(config_of(folders[-1]),)
+        )
         process.start()
-        time.sleep(float(generator.uniform(0, 3)))
-        process.kill()
-        process.join()
-    run_study(config)
+        process.join(float(generator.uniform(0, 2.5 * pace)))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+        if process.exitcode == -signal.SIGKILL:
+            kills -= 1
+        else:
+            assert process.exitcode == 0
+            folders.append(root / str(len(folders)))
+    run_study(config_of(folders[-1]))
+    return folders
 
 
 @pytest.mark.parametrize(
     "kills", [3, pytest.param(20, marks=pytest.mark.slow)], ids=["three kills", "twenty kills"]
 )
 def test_killed_and_resumed_gives_the_same_table_bit_for_bit(study, trained_run, tmp_path, kills):
-    out = tmp_path / "s"
-    killed(study_config(trained_run, out), kills, seed=kills)
-    assert (out / "study.parquet").read_bytes() == (study / "study.parquet").read_bytes()
-    assert (out / "study.json").read_bytes() == (study / "study.json").read_bytes()
-    assert sorted(p.name for p in (out / "cells").iterdir()) == sorted(
-        p.name for p in (study / "cells").iterdir()
-    )
+    for out in killed_and_resumed(partial(study_config, trained_run), tmp_path, kills, seed=kills):
+        for name in ("study.parquet", "study.json"):
+            assert (out / name).read_bytes() == (study / name).read_bytes(), f"{name}, {kills} kills"
+        assert sorted(p.name for p in (out / "cells").iterdir()) == sorted(
+            p.name for p in (study / "cells").iterdir()
+        )

@@ -5,16 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from stepscope.pipeline.console import say
-from stepscope.report import write_comparison, write_report
+from stepscope.report import write_comparison, write_report, write_study_report
+from stepscope.report.study_load import STUDY_FIGURES
 
 
 def run_report(run: Path) -> Path:
-    """Rebuild ``report.html`` of a run folder and say where it is.
+    """Rebuild ``report.html`` of a run folder, or ``study.html`` of a study folder, and say where it is.
 
     Raises:
         RunFolderError: the folder holds nothing to report.
     """
-    page = write_report(run)
+    page = write_study_report(run) if (run / STUDY_FIGURES).is_file() else write_report(run)
     say(f"report: {page}")
     return page
 

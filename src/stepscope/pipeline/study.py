@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Sequence
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from stepscope import runs
 from stepscope.config import MeasureConfig, StudyConfig, build_config, set_path
@@ -17,7 +15,9 @@ from stepscope.pipeline.console import say
 from stepscope.pipeline.evaluate import checkpoints_in
 from stepscope.pipeline.measure import run_measure
 from stepscope.pipeline.session import open_policy
+from stepscope.pipeline.study_table import cell_fits, cell_rows, summarise
 from stepscope.policy.state import Policy
+from stepscope.report import write_study_report
 from stepscope.runs import RunFolder
 
 
@@ -92,7 +92,7 @@ def _reseeded(batch: Any, repeat: int) -> Any:
 
 
 def run_study(config: StudyConfig) -> Path:
-    """Measure every cell that is not measured yet, then write ``study.parquet`` and ``study.json``.
+    """Measure every cell that is not measured yet, then write ``study.parquet``, ``study.json`` and the page.
 
     A cell is measured in a hidden folder that is renamed once it is complete, so a killed study neither loses
     nor duplicates one, and resuming gives the same table as an undisturbed run.
@@ -108,10 +108,25 @@ def run_study(config: StudyConfig) -> Path:
     run = RunFolder.open(Path(config.out), plain, verb="study", resume=True, ignore=("out",))
     folder = run.file("cells")
     folder.mkdir(exist_ok=True)
+    _measure_missing(cells, folder)
+    rows = [
+        {**_names(cell), **row} for cell in cells for row in cell_rows(_change_of(cell, folder), cell.config)
+    ]
+    fits = [{**_names(cell), **fit} for cell in cells for fit in cell_fits(_change_of(cell, folder))]
+    runs.write_table(run.file("study.parquet"), {name: [row[name] for row in rows] for name in rows[0]})
+    runs.write_json(run.file("study.json"), summarise(rows, fits, config.resample))
+    say(f"study: {write_study_report(run.path)}")
+    return run.path
+
+
+def _measure_missing(cells: list[Cell], folder: Path) -> None:
+    """Measure what has no folder yet, saying which cell is at work and how long the rest may take."""
+    missing = [cell for cell in cells if not (folder / cell.key).is_dir()]
+    if 0 < len(missing) < len(cells):
+        say(f"study: {len(cells) - len(missing)} of {len(cells)} cells are there already")
     loaded: tuple[Any, Policy] | None = None
-    for number, cell in enumerate(cells, 1):
-        if (folder / cell.key).is_dir():
-            continue
+    begin = time.perf_counter()
+    for number, cell in enumerate(missing):
         partial = Path(cell.config.out)
         if partial.exists():
             shutil.rmtree(partial)
@@ -124,89 +139,25 @@ def run_study(config: StudyConfig) -> Path:
                 loss=cell.config.loss,
             )
             loaded = (wanted, policy)
-        say(f"cell {number}/{len(cells)}: {cell.key}")
+        place = len(cells) - len(missing) + number + 1
+        say(f"cell {place}/{len(cells)}: {cell.key}{_ahead(begin, number, missing)}")
         run_measure(cell.config, policy=loaded[1])
         partial.replace(folder / cell.key)
-    rows = [row for cell in cells for row in cell_rows(cell, folder / cell.key)]
-    runs.write_table(run.file("study.parquet"), {name: [row[name] for row in rows] for name in rows[0]})
-    runs.write_json(run.file("study.json"), summarise(cells, folder, rows))
-    say(f"study: {run.file('study.parquet')}, {run.file('study.json')}")
-    return run.path
 
 
-def cell_rows(cell: Cell, folder: Path) -> list[dict[str, Any]]:
-    """One row per series and learning rate of a finished cell."""
-    change = runs.read_json(folder / "change.json")
-    rows = []
-    for series in [change, *change["others"]]:
-        for point in series["points"]:
-            row: dict[str, Any] = {
-                "checkpoint": str(cell.checkpoint),
-                "setting": cell.setting,
-                "repeat": cell.repeat,
-                "update_seed": cell.config.update.seed,
-                "probe_seed": cell.config.probe.seed,
-                **{name: series[name] for name in ("quantity", "normalisation", "version")},
-                "own_lr": series["lr"],
-                "lr": point["lr"],
-            }
-            for name in ("true", "linear", "second_order"):
-                estimate = point[name] or {"value": None, "stderr": None}
-                row |= {name: _number(estimate["value"]), f"{name}_stderr": _number(estimate["stderr"])}
-            row |= {
-                "reliable": point["true"]["reliable"],
-                "effective_sample_size": _number(point["effective_sample_size"]),
-                "pareto_k": _number(point["pareto_k"]),
-                "relative_difference": _relative(row["linear"], row["true"]),
-            }
-            rows.append(row)
-    return rows
+def _ahead(begin: float, done: int, missing: list[Cell]) -> str:
+    """How long the cells to come may take, from those done since ``begin``."""
+    if not done:
+        return ""
+    seconds = (len(missing) - done) * (time.perf_counter() - begin) / done
+    return f", about {seconds / 60:.0f} min left" if seconds > 90 else f", about {seconds:.0f} s left"
 
 
-def _number(value: float | None) -> float:
-    return float("nan") if value is None else float(value)
+def _names(cell: Cell) -> dict[str, Any]:
+    """The columns that say which cell a row is of."""
+    return {"checkpoint": str(cell.checkpoint), "setting": cell.setting, "repeat": cell.repeat}
 
 
-def _relative(linear: float, true: float) -> float:
-    return (linear - true) / true if true else float("nan")
-
-
-def summarise(cells: Sequence[Cell], folder: Path, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Fit of every run, and distribution of (linear - true)/true over its repeats.
-
-    The spread over repeats is conditional on the update batch where only the probe is drawn anew.
-    """
-    fits = []
-    for cell in cells:
-        change = runs.read_json(folder / cell.key / "change.json")
-        fits.append(
-            {
-                "checkpoint": str(cell.checkpoint),
-                "setting": cell.setting,
-                "repeat": cell.repeat,
-                "quantity": change["quantity"],
-                "fit": change["fit"],
-            }
-        )
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    names = ("checkpoint", "setting", "quantity", "normalisation", "version", "lr")
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
-    differences = []
-    for key, members in groups.items():
-        values = np.array([row["relative_difference"] for row in members])
-        finite = values[np.isfinite(values)]
-        entry = dict(zip(names, key, strict=True)) | {"repeats": len(members), "n": len(finite)}
-        if len(finite):
-            low, quarter, median, three, high = np.quantile(finite, [0.05, 0.25, 0.5, 0.75, 0.95])
-            entry |= {
-                "mean": finite.mean(),
-                "q05": low,
-                "q25": quarter,
-                "median": median,
-                "q75": three,
-                "q95": high,
-            }
-            entry["sd"] = finite.std(ddof=1) if len(finite) > 1 else None
-        differences.append(entry)
-    return {"fits": fits, "relative_difference": differences}
+def _change_of(cell: Cell, folder: Path) -> dict[str, Any]:
+    change: dict[str, Any] = runs.read_json(folder / cell.key / "change.json")
+    return change

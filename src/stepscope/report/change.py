@@ -47,10 +47,12 @@ def change_figure(series: Mapping[str, Any], key: str = "change") -> Figure:
         *_true_trace(points, "true", BLUE, unit),
         _relative_trace(points, pairs),
     ]
+    xaxis = lr_axis(_rates(points, series["lr"]))
+    limits = _limits(series, xaxis["range"])
     spec = make_spec(
         traces,
-        xaxis={**_lr_axis(points, series["lr"]), "anchor": "y2"},
-        yaxis={**_magnitude_axis(low, high, unit), "domain": [0.36, 1]},
+        xaxis={**xaxis, "anchor": "y2"},
+        yaxis={**magnitude_axis(low, high, unit), "domain": [0.36, 1]},
         yaxis2={
             "domain": [0, 0.26],
             "anchor": "x",
@@ -60,8 +62,11 @@ def change_figure(series: Mapping[str, Any], key: str = "change") -> Figure:
             "nticks": 5,
             "zeroline": True,
         },
-        shapes=_own_lr_lines([series["lr"]]),
-        annotations=[_own_lr_note(series["lr"])] if series["lr"] > 0 else [],
+        shapes=[*own_lr_lines([series["lr"]]), *(_limit_line(lr) for _, lr in limits)],
+        annotations=[
+            *([_own_lr_note(series["lr"])] if series["lr"] > 0 else []),
+            *(_limit_note(*limit) for limit in limits),
+        ],
     )
     inside = [abs(r) <= reach for r, _ in pairs if math.isfinite(r)]
     caption = " ".join(
@@ -107,9 +112,9 @@ def overlay_figure(names: tuple[str, str], pair: tuple[Measurement, Measurement]
         traces += _true_trace(points, f"{side} true", color, unit, falls)
     spec = make_spec(
         traces,
-        xaxis=_lr_axis(every, series[0]["lr"]),
-        yaxis=_magnitude_axis(low, high, unit),
-        shapes=_own_lr_lines([s["lr"] for s in series]),
+        xaxis=lr_axis(_rates(every, series[0]["lr"])),
+        yaxis=magnitude_axis(low, high, unit),
+        shapes=own_lr_lines([s["lr"] for s in series]),
     )
     caption = (
         f"Change of {text.series_label(series[0])} against learning rate. A: {names[0]}; B: {names[1]}; "
@@ -117,6 +122,10 @@ def overlay_figure(names: tuple[str, str], pair: tuple[Measurement, Measurement]
         "hollow: flagged unreliable. Error bars and bands: 95 % interval, clustered by prompt."
     )
     return Figure("overlay", "Change curves", caption, spec, height=440)
+
+
+def _rates(points: Sequence[Point], own: float) -> list[float]:
+    return [own, *(p["lr"] for p in points)]
 
 
 def _drawable(points: Sequence[Point], name: str) -> list[Point]:
@@ -257,7 +266,8 @@ def _magnitude_range(points: Sequence[Point]) -> tuple[float, float]:
     return math.log10(min(sizes)) - 0.6, math.log10(max(sizes)) + 0.5
 
 
-def _magnitude_axis(low: float, high: float, unit: str) -> dict[str, Any]:
+def magnitude_axis(low: float, high: float, unit: str) -> dict[str, Any]:
+    """A logarithmic axis of changes from 10^low to 10^high."""
     return {
         "type": "log",
         "title": {"text": f"|change|, {unit}"},
@@ -267,8 +277,9 @@ def _magnitude_axis(low: float, high: float, unit: str) -> dict[str, Any]:
     }
 
 
-def _lr_axis(points: Sequence[Point], own: float) -> dict[str, Any]:
-    lrs = [lr for lr in [own, *(p["lr"] for p in points)] if lr > 0]
+def lr_axis(rates: Sequence[float]) -> dict[str, Any]:
+    """A logarithmic axis that shows the given learning rates; those that are 0 are left out."""
+    lrs = [lr for lr in rates if lr > 0]
     low, high = math.log10(min(lrs)) - 0.25, math.log10(max(lrs)) + 0.25
     return {
         "type": "log",
@@ -279,7 +290,8 @@ def _lr_axis(points: Sequence[Point], own: float) -> dict[str, Any]:
     }
 
 
-def _own_lr_lines(lrs: Sequence[float]) -> list[dict[str, Any]]:
+def own_lr_lines(lrs: Sequence[float]) -> list[dict[str, Any]]:
+    """Dotted vertical lines at learning rates of runs."""
     line = {"type": "line", "yref": "paper", "line": {"color": MUTED, "width": 1.2, "dash": "dot"}}
     return [{**line, "x0": lr, "x1": lr, "y0": 0, "y1": 1} for lr in lrs if lr > 0]
 
@@ -298,6 +310,29 @@ def _own_lr_note(lr: float) -> dict[str, Any]:
     }
 
 
+def _limits(series: Mapping[str, Any], shown: Sequence[float]) -> list[tuple[str, float]]:
+    """Those ends of the range where the change is measurable and linear that lie on the axis."""
+    ends = [(name, series.get(name)) for name in _LIMIT_NOTES]
+    return [(name, lr) for name, lr in ends if lr and shown[0] < math.log10(lr) < shown[1]]
+
+
+def _limit_line(lr: float) -> dict[str, Any]:
+    line = {"color": MUTED, "width": 1.2, "dash": "longdash"}
+    return {"type": "line", "yref": "paper", "line": line, "x0": lr, "x1": lr, "y0": 0, "y1": 1}
+
+
+_LIMIT_NOTES: Mapping[str, Mapping[str, Any]] = {
+    "measurable_from": {"y": 0.95, "xanchor": "left", "xshift": 4},
+    "linear_up_to": {"y": 0.42, "xanchor": "right", "xshift": -4},
+}
+"""Inside the range: high on the left and low on the right, away from the rising curve."""
+
+
+def _limit_note(name: str, lr: float) -> dict[str, Any]:
+    label = f"{name.replace('_', ' ')} {text.lr_text(float(f'{lr:.2g}'))}"
+    return {**_own_lr_note(lr), **_LIMIT_NOTES[name], "text": label}
+
+
 def _fit_sentence(fit: Mapping[str, Any] | None) -> str:
     if fit is None:
         return ""
@@ -313,8 +348,10 @@ def _regime_sentence(series: Mapping[str, Any]) -> str:
     start, end = series.get("measurable_from"), series.get("linear_up_to")
     parts = []
     if start is not None and math.isfinite(start):
-        parts.append(f"the first order is ten times the round-off from lr {text.number(start, 2)}")
+        parts.append(
+            f"measurable from lr {text.number(start, 2)}, where the first order is ten times the round-off"
+        )
     if end is not None and math.isfinite(end):
-        parts.append(f"the second order reaches a tenth of it at lr {text.number(end, 2)}")
+        parts.append(f"linear up to lr {text.number(end, 2)}, where the second order is a tenth of the first")
     joined = "; ".join(parts)
     return f"{joined[:1].upper()}{joined[1:]}." if joined else ""

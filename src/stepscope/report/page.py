@@ -57,7 +57,7 @@ def write_report(run: Path) -> Path:
     """
     loaded = load_run(Path(run))
     count = len(loaded.measurements)
-    page = _render(
+    page = render_page(
         title=_title(loaded),
         lede=_lede(loaded),
         training=_training_section(loaded.training) if loaded.training else None,
@@ -93,7 +93,7 @@ def write_comparison(run_a: Path, run_b: Path, out: Path) -> Path:
         measurement_panel(m, f"m{i}", len(pair), title=f"{'AB'[i]}: {names[i]}") for i, m in enumerate(pair)
     ]
     overlay = overlay_figure(names, pair)
-    page = _render(
+    page = render_page(
         title=f"{names[0]} against {names[1]}",
         lede=f"A: {pair[0].path}. B: {pair[1].path}. Differences are B minus A.",
         comparison=_Block(
@@ -166,7 +166,13 @@ def _prose(sentence: str) -> str:
     return sentence.replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0").replace(" × ", "\u00a0×\u00a0")
 
 
-def _render(**content: Any) -> str:
+def render_page(**content: Any) -> str:
+    """The page of the template ``page.html.j2``, self-contained.
+
+    Args:
+        content: ``title``, ``lede``, ``footer`` and ``measurements`` (panels); optionally ``training``,
+            ``checkpoints`` (a table) and ``comparison``.
+    """
     environment = Environment(
         loader=PackageLoader("stepscope.report", "templates"),
         autoescape=True,
