@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from stepscope.results import Rollouts
     from stepscope.stats import Estimate
     from stepscope.tasks import Task, load_task
+    from stepscope.training.probes import StepProbe
 
     __version__: str
 
@@ -40,6 +41,7 @@ __all__ = [
     "Quantity",
     "Rollouts",
     "Step",
+    "StepProbe",
     "StepSettings",
     "StepscopeError",
     "Task",
@@ -67,6 +69,7 @@ _HOME = {
     "Quantity": "measure.quantities",
     "Rollouts": "results",
     "Step": "measure.step",
+    "StepProbe": "training.probes",
     "StepSettings": "policy.settings",
     "StepscopeError": "errors",
     "Task": "tasks",

@@ -32,6 +32,7 @@ from stepscope.config.train import (
     OptimizerConfig,
     RlConfig,
     SftConfig,
+    StepProbeConfig,
     TinyModelConfig,
     TrainConfig,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "Section",
     "SftConfig",
     "Stage",
+    "StepProbeConfig",
     "StudyConfig",
     "TinyModelConfig",
     "TrainConfig",

@@ -106,6 +106,26 @@ class SftConfig(Section):
     check_prompts: int = Field(default=64, ge=1)
 
 
+class StepProbeConfig(Section):
+    """Probes inside the training: entropy change of a step, predicted before and measured after it.
+
+    Attributes:
+        every: optimizer steps from one probe to the next; steps 1, 1 + every, ... are probed.
+        num_prompts: probe prompts, of the test split, fresh ones every time.
+        noise: also compute the gradient noise scale of the probed step's own batch.
+        top_tokens: tokens with the largest influence on the entropy to record; 0 for none.
+        window: steps in the window of the noise scale across steps.
+        max_sequences: sequences in a forward pass of the probe.
+    """
+
+    every: int = Field(default=20, ge=1)
+    num_prompts: int = Field(default=32, ge=2)
+    noise: bool = True
+    top_tokens: int = Field(default=0, ge=0)
+    window: int = Field(default=64, ge=1)
+    max_sequences: int = Field(default=32, ge=1)
+
+
 class RlConfig(Section):
     """Strictly on-policy reinforcement learning: every batch is sampled, used for one step and dropped.
 
@@ -127,6 +147,7 @@ class RlConfig(Section):
         micro_batch_size: sequences per forward and backward pass on one device.
         gradient_checkpointing: trade time for memory in the backward pass.
         optimizer: AdamW and its schedule.
+        probe: probes inside the training, or null for none; rows go to ``OUT/probes.parquet``.
         report_to: where curves go: any name TRL knows.
     """
 
@@ -146,6 +167,7 @@ class RlConfig(Section):
     micro_batch_size: int = Field(default=128, ge=1)
     gradient_checkpointing: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
+    probe: StepProbeConfig | None = None
     report_to: list[str] = Field(default_factory=lambda: ["tensorboard"])
 
     @model_validator(mode="after")

@@ -143,7 +143,7 @@ def assemble_step(
     limit = policy.settings.max_grad_norm
     clip = min(1.0, limit / (norm + CLIP_EPSILON)) if limit > 0 else 1.0
     lr = next((g.lr for g in state.groups if g.names and g.lr > 0), 0.0)
-    momentum, decay, preconditioner = _components(policy, state, ascent, clip, lr)
+    momentum, decay, preconditioner = adamw_components(policy, state, ascent, clip=clip, lr=lr)
     sequences = vectors.multiply(preconditioner, ascent)
     return Step(
         momentum=momentum,
@@ -277,10 +277,18 @@ def _reference_logprobs(
         return score_rollouts(policy, update, max_sequences=max_sequences)[0]
 
 
-def _components(
-    policy: Policy, state: OptimizerState, ascent: dict[str, Tensor], clip: float, lr: float
+def adamw_components(
+    policy: Policy, state: OptimizerState, ascent: dict[str, Tensor], *, clip: float, lr: float
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Momentum, decay and preconditioner, rounded as ``torch.optim.AdamW`` does."""
+    """Momentum, decay and preconditioner, rounded as ``torch.optim.AdamW`` does.
+
+    Args:
+        policy: its parameters decay.
+        state: AdamW's state before the step.
+        ascent: -grad Loss before clipping.
+        clip: clip coefficient c; 1 where ``ascent`` is clipped already.
+        lr: learning rate that the parts are per unit of.
+    """
     momentum: dict[str, Tensor] = {}
     decay: dict[str, Tensor] = {}
     preconditioner: dict[str, Tensor] = {}

@@ -19,6 +19,7 @@ from stepscope.policy.settings import StepSettings
 from stepscope.results import FloatArray, IntArray
 from stepscope.tasks.problem import Problem, Score, Task
 from stepscope.training.arguments import install_callbacks, shared_arguments
+from stepscope.training.probes import StepProbe
 from stepscope.training.start import adapter, prompt_text
 
 
@@ -247,6 +248,9 @@ def reinforce(
         processing_class=tokenizer,
         peft_config=adapter(config.model.lora),
     )
+    if rl.probe is not None:  # before the trackers, so that they see its figures
+        probe = StepProbe(task, seed=config.seed, file=out / "probes.parquet", **rl.probe.model_dump())
+        trainer.callback_handler.callbacks.insert(0, probe)
     install_callbacks(trainer, logs=out / "tensorboard" if "tensorboard" in rl.report_to else None)
     if trainer.is_world_process_zero() and not (checkpoints / "step-0").exists():
         start = checkpoints / "checkpoint-0"
