@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,12 +24,14 @@ from typing import Any
 
 import pyarrow as pa
 import yaml
+from filelock import FileLock, Timeout
 
 from stepscope import results
 from stepscope.errors import RunFolderError
 
 CONFIG = "config.yaml"
 PROVENANCE = "provenance.json"
+LOCK = ".lock"
 PACKAGES = ("stepscope", "torch", "transformers", "peft", "trl", "numpy", "safetensors", "pyarrow")
 """Packages whose versions are recorded."""
 
@@ -117,6 +120,39 @@ def differing_keys(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = "")
     return found
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep a run folder to this process inside the block.
+
+    The lock ends with the process that holds it, however that ends; what a killed one leaves is void.
+
+    Raises:
+        RunFolderError: another process is at work in the folder, or it cannot be written.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunFolderError(f"{path}: is a file; choose another folder with --out")
+    lock = FileLock(path / LOCK, timeout=0)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise RunFolderError(
+            f"{path}: another process is at work in this folder; wait for it, or choose another folder with "
+            "--out"
+        ) from error
+    except OSError as error:
+        raise RunFolderError(
+            f"{path}: cannot be written ({error}); choose another folder with --out"
+        ) from error
+    try:
+        yield
+    finally:
+        (path / LOCK).unlink(missing_ok=True)
+        lock.release()
+        if not any(path.iterdir()):
+            path.rmdir()
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """One run on disk: ``config.yaml``, ``provenance.json`` and the artifacts of its stages.
@@ -186,7 +222,7 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"{self.path}: is a file; choose another folder with --out")
-        names = {p.name for p in self.path.iterdir()} if self.path.is_dir() else set()
+        names = {p.name for p in self.path.iterdir()} - {LOCK} if self.path.is_dir() else set()
         if all(name in (CONFIG, PROVENANCE) or name.endswith(".partial") for name in names) and not (
             PROVENANCE in names and self.provenance()["stages"]
         ):
@@ -303,9 +339,14 @@ class RunFolder:
         if not self.path.is_dir():
             return
         for partial in self.path.glob("*.partial"):
-            partial.unlink()
+            if partial.is_dir():
+                shutil.rmtree(partial)
+            else:
+                partial.unlink()
         names = {p.name for p in self.path.iterdir()}
-        if names <= {CONFIG, PROVENANCE} and not (PROVENANCE in names and self.provenance()["stages"]):
-            for name in names:
+        kept = names - {LOCK}
+        if kept <= {CONFIG, PROVENANCE} and not (PROVENANCE in kept and self.provenance()["stages"]):
+            for name in kept:
                 (self.path / name).unlink()
-            self.path.rmdir()
+            if LOCK not in names:
+                self.path.rmdir()

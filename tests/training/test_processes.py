@@ -1,23 +1,47 @@
-"""Two processes, as on two GPUs: the batch of a step and its dead groups are shared between them."""
+"""Two processes, as on two GPUs: what they do together is what one process does with the same batch."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from stepscope.config import MeasureConfig, build_config
+from stepscope.measure.step import reconstruct_step
+from stepscope.pipeline import run_measure
+from stepscope.policy import vectors
 from stepscope.policy.checkpoint import load_checkpoint
+from stepscope.policy.rollouts import score_rollouts
+from stepscope.policy.state import Policy
+from stepscope.results import Rollouts, read_table
 
 SCRIPT = """
-import sys
+import json, os, sys
 from pathlib import Path
-from stepscope.config import TrainConfig, load_config
-from stepscope.training import train
-train(load_config(TrainConfig, Path(sys.argv[1])), Path(sys.argv[2]))
+import torch
+from stepscope.config import MeasureConfig, TrainConfig, build_config, load_config
+from stepscope.pipeline import run_measure, run_train
+from stepscope.training.rl import OnPolicyTrainer
+
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+generate = OnPolicyTrainer._generate_and_score_completions
+
+def recorded(self, inputs):
+    output = generate(self, inputs)
+    torch.save(dict(output), folder / f"batch-{self.state.global_step}-{rank}.pt")
+    return output
+
+OnPolicyTrainer._generate_and_score_completions = recorded
+run_train(load_config(TrainConfig, folder / "config.yaml", [], {"out": str(folder / "run")}))
+run_measure(build_config(MeasureConfig, json.loads((folder / "measure.json").read_text())))
 """
 
 CONFIG = """
@@ -34,16 +58,60 @@ rl:
   max_resample: 2
   steps: 2
   save_every: 1
+  probe: {every: 1, num_prompts: 8}
+  optimizer: {lr: 0.001, weight_decay: 0.01, max_grad_norm: 0.1}
 """
 
 
+def batch_of(folder: Path, step: int, policy: Policy) -> Rollouts:
+    """The batch that both processes sampled before ``step``, as one."""
+    rows: list[dict[str, Any]] = []
+    for rank in (0, 1):
+        parts = torch.load(folder / f"batch-{step}-{rank}.pt", weights_only=False)
+        for i, advantage in enumerate(parts["advantages"].tolist()):
+            rows.append(
+                {
+                    "prompt": tuple(parts["prompt_ids"][i][parts["prompt_mask"][i].bool()].tolist()),
+                    "response": tuple(
+                        parts["completion_ids"][i][parts["completion_mask"][i].bool()].tolist()
+                    ),
+                    "advantage": advantage,
+                }
+            )
+    zeros = tuple(np.zeros(len(row["response"])) for row in rows)
+    return Rollouts(
+        prompt_ids=tuple(str(row["prompt"]) for row in rows),
+        prompts=("",) * len(rows),
+        responses=("",) * len(rows),
+        prompt_token_ids=tuple(row["prompt"] for row in rows),
+        response_token_ids=tuple(row["response"] for row in rows),
+        rewards=np.zeros(len(rows)),
+        correct=np.zeros(len(rows), dtype=np.bool_),
+        truncated=np.zeros(len(rows), dtype=np.bool_),
+        logprobs=zeros,
+        entropies=zeros,
+        temperature=policy.settings.temperature,
+        max_response_tokens=policy.settings.max_response_tokens,
+        advantages=np.array([row["advantage"] for row in rows]),
+    )
+
+
 @pytest.mark.slow
-def test_two_processes_share_a_step(tmp_path: Path) -> None:
+def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
     (tmp_path / "config.yaml").write_text(CONFIG)
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-1"
+    settings = {
+        "checkpoint": str(checkpoint),
+        "out": str(tmp_path / "two"),
+        "stages": ["rollouts", "step", "change"],
+        "update": {"num_prompts": 4, "group_size": 4},
+        "probe": {"num_prompts": 8},
+    }
+    (tmp_path / "measure.json").write_text(json.dumps(settings))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*command, str(tmp_path / "script.py"), str(tmp_path / "config.yaml"), str(tmp_path / "run")],
+        [*command, str(tmp_path / "script.py"), str(tmp_path)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -51,8 +119,28 @@ def test_two_processes_share_a_step(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    first, second = (load_checkpoint(tmp_path / "run" / "checkpoints" / f"step-{n}") for n in (1, 2))
-    assert (first.step, second.step) == (1, 2)
-    assert second.settings.prompts_per_step == 3
-    moved = [n for n in first.parameters if not torch.equal(first.parameters[n], second.parameters[n])]
-    assert moved
+
+    policy, after = load_checkpoint(checkpoint), load_checkpoint(checkpoint.with_name("step-2"))
+    assert (policy.step, after.step, after.settings.prompts_per_step) == (1, 2, 3)
+    update = batch_of(tmp_path, 1, policy)
+    assert update.num_prompts == 3
+    logprobs, entropies = score_rollouts(policy, update)
+    update = replace(update, logprobs=logprobs, entropies=entropies)
+    step = reconstruct_step(policy, update)
+    assert step.clip_coefficient < 1
+    moved = {n: (after.parameters[n] - p).detach() for n, p in policy.parameters.items()}
+    expected = vectors.scale(step.direction, step.lr)
+    missed = vectors.norm(vectors.add(moved, vectors.scale(expected, -1.0)))
+    assert missed < 1e-3 * vectors.norm(expected)
+
+    probes = read_table(tmp_path / "run" / "probes.parquet").to_pylist()
+    assert [row["step"] for row in probes] == [1, 2]
+    assert probes[1]["grad_norm"] == pytest.approx(0.1, rel=1e-3)
+    assert not any("token weights give" in row["noise_scale_reason"] for row in probes)
+
+    run_measure(build_config(MeasureConfig, settings | {"out": str(tmp_path / "one")}))
+    two, one = (json.loads((tmp_path / out / "summary.json").read_text()) for out in ("two", "one"))
+    assert one.keys() == two.keys()
+    assert {k: v for k, v in one.items() if "seconds" not in k} == {
+        k: v for k, v in two.items() if "seconds" not in k
+    }

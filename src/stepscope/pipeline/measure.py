@@ -7,6 +7,7 @@ from pathlib import Path
 from stepscope.config import MeasureConfig, Stage
 from stepscope.errors import RunFolderError
 from stepscope.pipeline.console import say
+from stepscope.pipeline.processes import is_main_process
 from stepscope.pipeline.session import Session
 from stepscope.pipeline.stages import PLANS, write_summary
 from stepscope.policy.checkpoint import checkpoint_digest
@@ -21,7 +22,8 @@ def run_measure(config: MeasureConfig, *, resume: bool = False, policy: Policy |
     """Measure what a checkpoint's next step does; leaves the files of DESIGN 5.3.
 
     A finished stage is not repeated; a stage that is repeated (because its files were removed) invalidates
-    those that rest on it. If nothing could be finished, nothing is left behind.
+    those that rest on it. If nothing could be finished, nothing is left behind. Of several processes the
+    first one measures, and the others return at once.
 
     Args:
         config: what to measure, how, and where to.
@@ -37,6 +39,8 @@ def run_measure(config: MeasureConfig, *, resume: bool = False, policy: Policy |
         BatchError: the update batch makes no step, or the batches share prompts.
     """
     run = RunFolder(Path(config.out))
+    if not is_main_process():
+        return run.path
     plain = config.model_dump(mode="json")
     held = run.holds_this_run(plain, verb="measure", resume=resume, ignore=MAY_DIFFER)
     wanted = [stage for stage in PLANS if stage in config.stages]

@@ -6,11 +6,14 @@ from pathlib import Path
 
 from stepscope.config import TrainConfig
 from stepscope.pipeline.console import say
-from stepscope.runs import RunFolder
+from stepscope.pipeline.processes import is_main_process
+from stepscope.runs import RunFolder, locked
 
 
 def run_train(config: TrainConfig, *, resume: bool = False) -> Path:
     """Train, and leave checkpoints under ``OUT/checkpoints/step-N``.
+
+    Under torchrun or accelerate every process trains, and the first one keeps the folder.
 
     Args:
         config: what to train and how.
@@ -20,19 +23,27 @@ def run_train(config: TrainConfig, *, resume: bool = False) -> Path:
         The last checkpoint.
 
     Raises:
-        RunFolderError: the folder already holds a run and ``resume`` is off, or one of another configuration.
+        RunFolderError: the folder already holds a run and ``resume`` is off, or one of another configuration,
+            or another process trains in it.
     """
+    if not is_main_process():
+        from stepscope.training import train
+
+        return train(config, Path(config.out), resume=resume)
     run = RunFolder(Path(config.out))
     plain = config.model_dump(mode="json")
-    run.holds_this_run(plain, verb="train", resume=resume, ignore=("out",))
-    from stepscope.training import train  # TRL takes seconds to import: not before the settings are checked
+    with locked(run.path):
+        run.holds_this_run(plain, verb="train", resume=resume, ignore=("out",))
+        from stepscope.training import (
+            train,
+        )  # TRL takes seconds to import: not before the settings are checked
 
-    seeds = {"training": config.seed}
-    RunFolder.open(run.path, plain, verb="train", resume=resume, ignore=("out",), extra={"seeds": seeds})
-    try:
-        with run.stage("train", []):
-            last = train(config, run.path, resume=resume)
-    finally:
-        run.clean_up()
+        seeds = {"training": config.seed}
+        RunFolder.open(run.path, plain, verb="train", resume=resume, ignore=("out",), extra={"seeds": seeds})
+        try:
+            with run.stage("train", []):
+                last = train(config, run.path, resume=resume)
+        finally:
+            run.clean_up()
     say(f"train: {last}")
     return last

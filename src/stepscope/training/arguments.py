@@ -71,12 +71,16 @@ def shared_arguments(optimizer: OptimizerConfig, *, seed: int, report_to: list[s
     }
 
 
-def install_callbacks(trainer: Any, *, logs: Path | None) -> None:
-    """A quiet progress bar instead of the Trainer's printing; TensorBoard curves to ``logs`` if given."""
+def install_callbacks(trainer: Any, *, logs: Path | None, resumed_from: int = 0) -> None:
+    """A quiet progress bar instead of the Trainer's printing; TensorBoard curves to ``logs`` if given.
+
+    Points behind step ``resumed_from`` that an interrupted training left are taken out of the curves.
+    """
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     added: list[TrainerCallback] = [QuietProgress()]
-    if logs is not None:
-        added.append(TensorBoardCallback(SummaryWriter(log_dir=str(logs))))
+    if logs is not None and trainer.is_world_process_zero():
+        writer = SummaryWriter(log_dir=str(logs), purge_step=resumed_from + 1 if resumed_from else None)
+        added.append(TensorBoardCallback(writer))
     for callback in added:
         trainer.add_callback(callback)

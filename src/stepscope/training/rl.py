@@ -251,7 +251,11 @@ def reinforce(
     if rl.probe is not None:  # before the trackers, so that they see its figures
         probe = StepProbe(task, seed=config.seed, file=out / "probes.parquet", **rl.probe.model_dump())
         trainer.callback_handler.callbacks.insert(0, probe)
-    install_callbacks(trainer, logs=out / "tensorboard" if "tensorboard" in rl.report_to else None)
+    install_callbacks(
+        trainer,
+        logs=out / "tensorboard" if "tensorboard" in rl.report_to else None,
+        resumed_from=0 if resume is None else int(resume.name.removeprefix("step-")),
+    )
     if trainer.is_world_process_zero() and not (checkpoints / "step-0").exists():
         start = checkpoints / "checkpoint-0"
         trainer.save_model(str(start))

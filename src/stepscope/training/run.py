@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -49,8 +50,11 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
         )
     task = load_task(config.task, template=config.template, format_weight=config.format_weight)
     fresh = last is None and not base.exists()
-    PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    processes.wait_for_everyone()
     out.mkdir(parents=True, exist_ok=True)
+    if processes.is_main_process:
+        _remove_unfinished(out / "checkpoints")
     with quiet_libraries():
         if fresh:
             _make_base(config, task, out)
@@ -61,6 +65,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
             model, tokenizer = reload_model(source, dtype=config.model.dtype)
             resumable = last if last is not None and step_of(last) > 0 else None
             reinforce(config, model, tokenizer, task, out, resume=resumable)
+            processes.wait_for_everyone()
             last = last_checkpoint(out)
     if last is None:
         raise RunFolderError(f"{out}: the training left no checkpoint; set rl.save_every to at most rl.steps")
@@ -76,6 +81,12 @@ def last_checkpoint(out: Path) -> Path | None:
 def step_of(checkpoint: Path) -> int:
     """N of ``step-N``."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def _remove_unfinished(checkpoints: Path) -> None:
+    """Remove checkpoints that a killed process was writing; finished ones are called ``step-N``."""
+    for unfinished in checkpoints.glob("checkpoint-*"):
+        shutil.rmtree(unfinished)
 
 
 def _make_base(config: TrainConfig, task: Task, out: Path) -> None:

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from trl import GRPOConfig, GRPOTrainer
+
+import stepscope as ss
+from stepscope.config import TrainConfig
+from stepscope.errors import ConfigError, MeasurementError
+from stepscope.results import read_table
+from stepscope.training import train
+
+EVERY_STEP = {"every": 1, "num_prompts": 16, "top_tokens": 3}
+
+
+def probed(small_config: Callable[..., TrainConfig], probe: dict[str, Any], **rl: Any) -> TrainConfig:
+    """The small training with a probe."""
+    settings = small_config().rl
+    assert settings is not None
+    return small_config(rl=settings.model_dump() | {"probe": probe} | rl)
+
+
+def start_from(run: Path, out: Path) -> Path:
+    """A run folder that has the warm-up of ``run`` behind it."""
+    out.mkdir()
+    shutil.copytree(run / "base", out / "base")
+    return out
+
+
+@pytest.fixture(scope="module")
+def probed_run(
+    small_config: Callable[..., TrainConfig], small_run: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """``small_run`` again, with a probe at every step."""
+    out = start_from(small_run, tmp_path_factory.mktemp("probed") / "run")
+    train(probed(small_config, EVERY_STEP), out, resume=True)
+    return out
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = read_table(run / "probes.parquet").to_pylist()
+    return rows
+
+
+def test_a_probe_does_not_disturb_the_training(small_run: Path, probed_run: Path) -> None:
+    for step in (2, 4):
+        once, again = (run / "checkpoints" / f"step-{step}" for run in (small_run, probed_run))
+        weights, same = (load_file(folder / "model.safetensors") for folder in (once, again))
+        assert all(torch.equal(weights[name], same[name]) for name in weights)
+        states = [torch.load(f / "optimizer.pt", weights_only=True)["state"] for f in (once, again)]
+        assert all(torch.equal(v, states[1][i][k]) for i, e in states[0].items() for k, v in e.items())
+        random = [torch.load(folder / "rng_state.pth", weights_only=False) for folder in (once, again)]
+        assert random[0]["python"] == random[1]["python"]
+        assert np.array_equal(random[0]["numpy"][1], random[1]["numpy"][1])
+        assert torch.equal(random[0]["cpu"], random[1]["cpu"])
+
+
+def test_prediction_and_outcome_agree_within_their_errors(probed_run: Path) -> None:
+    rows = rows_of(probed_run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        parts = row["momentum"] + row["decay"] + row["batch"]
+        assert parts == pytest.approx(row["predicted"], abs=1e-9)
+        assert row["difference"] == pytest.approx(row["realised"] - row["predicted"], abs=1e-9)
+        assert abs(row["difference"]) < 4 * row["difference_stderr"] + 0.1 * abs(row["predicted"])
+        assert row["entropy"] > 0
+    assert rows[0]["momentum"] == 0
+    assert rows[1]["momentum"] != 0
+
+
+def test_a_small_step_does_what_was_predicted(
+    small_config: Callable[..., TrainConfig], small_run: Path, tmp_path: Path
+) -> None:
+    out = start_from(small_run, tmp_path / "run")
+    config = probed(
+        small_config,
+        {"every": 1, "num_prompts": 8},
+        optimizer={"lr": 1e-6, "weight_decay": 0.1, "max_grad_norm": 0.05},
+        steps=3,
+        save_every=3,
+    )
+    train(
+        config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float64"})}),
+        out,
+        resume=True,
+    )
+    rows = rows_of(out)
+    assert len(rows) == 3
+    for row in rows:
+        assert row["realised"] == pytest.approx(row["predicted"], rel=2e-3)
+        assert row["realised_reliable"]
+        assert row["grad_norm"] == pytest.approx(0.05, rel=1e-3)
+
+
+def test_the_batch_of_the_step_is_seen_as_the_loss_sees_it(probed_run: Path) -> None:
+    rows = rows_of(probed_run)
+    assert not any("token weights give" in row["noise_scale_reason"] for row in rows)
+    tokens = read_table(probed_run / "probes_tokens.parquet").to_pylist()
+    assert [row["step"] for row in tokens] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]
+    for first, second in itertools.pairwise(tokens):
+        if first["step"] == second["step"]:
+            assert abs(first["influence"]) >= abs(second["influence"])
+    assert all(row["token_weight"] and row["logprob"] < 0 for row in tokens)
+    assert all(row["token"] in row["response"] for row in tokens)
+
+
+def test_figures_are_in_the_log_of_the_step(probed_run: Path) -> None:
+    state = json.loads((probed_run / "checkpoints/step-4/trainer_state.json").read_text())
+    log = {entry["step"]: entry for entry in state["log_history"] if "reward" in entry}
+    for row in rows_of(probed_run):
+        entry = log[row["step"]]
+        assert entry["probe/predicted"] == row["predicted"]
+        assert entry["probe/realised"] == row["realised"]
+
+
+def test_rows_survive_an_interruption_once_each(
+    small_config: Callable[..., TrainConfig], probed_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(probed_run, out)
+    shutil.rmtree(out / "checkpoints" / "step-4")
+    train(probed(small_config, EVERY_STEP), out, resume=True)
+    again, once = ([row | {"seconds": 0} for row in rows_of(run)] for run in (out, probed_run))
+    assert json.dumps(again) == json.dumps(once)  # nan included
+    tokens = [read_table(run / "probes_tokens.parquet") for run in (out, probed_run)]
+    assert tokens[0].equals(tokens[1])
+
+
+def foreign_trainer(run: Path, out: Path, probe: ss.StepProbe, **arguments: Any) -> GRPOTrainer:
+    """A trainer that knows nothing of stepscope but its callback; bfloat16 autocast is TRL's default."""
+    settings: dict[str, Any] = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 20,
+        "learning_rate": 1e-3,
+        "use_cpu": True,
+        "bf16": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_steps": 10,
+        "disable_tqdm": True,
+    }
+    questions = [{"prompt": f"{a}+{b}="} for a in range(4) for b in range(4)]
+    return GRPOTrainer(
+        model=str(run / "base"),
+        reward_funcs=lambda completions, **_: [float(len(text) % 3) for text in completions],
+        args=GRPOConfig(output_dir=str(out), **(settings | arguments)),
+        train_dataset=Dataset.from_list(questions),
+        callbacks=[probe],
+    )
+
+
+def test_one_line_in_a_trainer_of_somebody_else(small_run: Path, tmp_path: Path) -> None:
+    probe = ss.StepProbe(task="arithmetic:terms=2,digits=1,ops=+", every=2, num_prompts=16)
+    trainer = foreign_trainer(small_run, tmp_path, probe)
+    trainer.train()
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == [1, 3]
+    for row in rows:
+        assert row["round_off"] < 1e-6  # float32, though the training runs under bfloat16 autocast
+        assert abs(row["difference"]) < 4 * row["difference_stderr"] + 0.1 * abs(row["predicted"])
+    logged = [entry for entry in trainer.state.log_history if "probe/realised" in entry]
+    assert [entry["step"] for entry in logged] == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"optim": "sgd"}, MeasurementError, "the optimizer is SGD, expected torch's AdamW"),
+        ({"bf16": False, "fp16": True}, ConfigError, "fp16 scales the gradients"),
+    ],
+)
+def test_runs_that_cannot_be_probed_are_refused(
+    small_run: Path, tmp_path: Path, arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    trainer = foreign_trainer(small_run, tmp_path, ss.StepProbe(task="arithmetic"), **arguments)
+    with pytest.raises(error, match=message):
+        trainer.train()
+
+
+def test_settings_that_mean_nothing_are_refused() -> None:
+    with pytest.raises(ConfigError, match="every is 0, expected at least 1"):
+        ss.StepProbe(task="arithmetic", every=0)
+    with pytest.raises(ConfigError, match="num_prompts is 1"):
+        ss.StepProbe(task="arithmetic", num_prompts=1)

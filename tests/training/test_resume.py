@@ -1,0 +1,179 @@
+"""A training that is killed, wherever it is, ends as if it had not been."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from stepscope.config import TrainConfig, load_config
+from stepscope.errors import RunFolderError
+from stepscope.pipeline import run_train
+from stepscope.results import read_table
+from stepscope.runs import LOCK, RunFolder, locked
+from stepscope.training import train
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from stepscope.config import TrainConfig, load_config
+from stepscope.training import train
+config = load_config(TrainConfig, Path(sys.argv[1]))
+print("ready", flush=True)
+train(config, Path(sys.argv[2]), resume=True)
+"""
+
+
+def start(config: Path, out: Path) -> subprocess.Popen[str]:
+    """A training in a process of its own that has imported everything."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(config), str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    while not path.exists():
+        assert process.poll() is None, f"the training ended without {path}"
+        time.sleep(0.005)
+
+
+def same_state(one: Path, two: Path) -> None:
+    """Weights, moments, schedule and random states of two checkpoints are the same bits."""
+    weights, others = (load_file(folder / "model.safetensors") for folder in (one, two))
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        assert_same(*(torch.load(folder / name, weights_only=False) for folder in (one, two)))
+
+
+def assert_same(one: Any, two: Any) -> None:
+    assert type(one) is type(two)
+    if isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one:
+            assert_same(one[key], two[key])
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(two)
+        for left, right in zip(one, two, strict=True):
+            assert_same(left, right)
+    elif hasattr(one, "tobytes"):
+        assert one.tobytes() == two.tobytes()
+    else:
+        assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
+
+
+def probes_of(run: Path) -> str:
+    """The rows of the probes without their times; text, so that nan equals nan."""
+    return str([row | {"seconds": None} for row in read_table(run / "probes.parquet").to_pylist()])
+
+
+def write_config(config: TrainConfig, folder: Path) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return path
+
+
+def test_a_training_killed_between_two_checkpoints_ends_as_if_it_had_not_been(
+    small_config: Callable[..., TrainConfig], small_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copytree(small_run / "base", out / "base")
+    process = start(write_config(small_config(), tmp_path), out)
+    wait_for(out / "checkpoints" / "step-2", process)
+    time.sleep(random.uniform(0.0, 0.2))
+    kill(process)
+    train(small_config(), out, resume=True)
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-0", "step-2", "step-4"]
+    for name in ("step-2", "step-4"):
+        same_state(*(run / "checkpoints" / name for run in (out, small_run)))
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments_leave_no_trace(
+    small_config: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    settings = small_config().rl
+    assert settings is not None
+    config = small_config(
+        model=small_config().model.model_dump() | {"lora": {"r": 2}},
+        sft={"examples": 20, "batch_size": 10, "check_prompts": 4, "optimizer": {"lr": 0.01}},
+        rl=settings.model_dump()
+        | {"steps": 24, "save_every": 2, "probe": {"every": 3, "num_prompts": 4, "window": 8}},
+    )
+    path = write_config(config, tmp_path)
+    begin = time.perf_counter()
+    undisturbed = start(path, tmp_path / "once")
+    assert undisturbed.wait() == 0
+    seconds = time.perf_counter() - begin
+    moments = random.Random(0)
+    for _ in range(10):
+        process = start(path, tmp_path / "often")
+        time.sleep(moments.uniform(0.02, 0.2) * seconds)
+        kill(process)
+    assert start(path, tmp_path / "often").wait() == 0
+    for step in range(2, 25, 2):
+        once, often = (tmp_path / run / "checkpoints" / f"step-{step}" for run in ("once", "often"))
+        assert_same(*(load_file(folder / "adapter_model.safetensors") for folder in (once, often)))
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            assert_same(*(torch.load(folder / name, weights_only=False) for folder in (once, often)))
+    assert probes_of(tmp_path / "once") == probes_of(tmp_path / "often")
+
+
+def test_two_trainings_do_not_share_a_folder(small_training: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    config = load_config(TrainConfig, small_training, [], {"out": str(out)})
+    with locked(out), pytest.raises(RunFolderError, match="another process is at work in this folder"):
+        run_train(config, resume=True)
+    assert not out.exists()
+
+
+def test_the_lock_of_a_killed_process_is_void(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    hold = f"from pathlib import Path\nfrom stepscope.runs import locked\nwith locked(Path({str(out)!r})):\n"
+    process = subprocess.Popen([sys.executable, "-c", f"{hold}    print('held', flush=True)\n    input()"],
+                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    with pytest.raises(RunFolderError, match="another process is at work"), locked(out):
+        raise AssertionError("two processes hold the folder")
+    kill(process)
+    assert (out / LOCK).exists()
+    with locked(out):
+        assert not RunFolder(out).holds_this_run({}, verb="train", resume=False)
+    assert not out.exists()
+
+
+def test_what_a_killed_process_was_writing_is_removed(
+    small_config: Callable[..., TrainConfig], small_run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(small_run, out)
+    unfinished = out / "checkpoints" / "checkpoint-6"
+    unfinished.mkdir()
+    train(small_config(), out, resume=True)
+    assert not unfinished.exists()
