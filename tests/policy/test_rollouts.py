@@ -84,6 +84,36 @@ def test_tokens_follow_the_policy_itself(policy: Policy, hidden_defaults: bool) 
     assert np.all(np.abs(found - expected) < 4.5 * error + 1e-3)
 
 
+def test_nucleus_leaves_out_the_tail(policy: Policy) -> None:
+    short = replace(policy, settings=replace(SETTINGS, max_response_tokens=1))
+    arguments: dict[str, Any] = {"num_prompts": 1, "group_size": 4000, "seed": 2, "batch_size": 4000}
+    batch = sample_rollouts(short, OneProblem(), top_p=0.6, **arguments)
+    model: Any = policy.model
+    with torch.no_grad():
+        logits = model(torch.tensor([[7, 12, 7, 13]])).logits[0, -1]
+    probs = torch.softmax(logits / 0.8, -1).numpy()
+    order = np.argsort(-probs)
+    kept = order[: int(np.searchsorted(np.cumsum(probs[order]), 0.6)) + 1]
+    expected = np.zeros_like(probs)
+    expected[kept] = probs[kept] / probs[kept].sum()
+    found = np.bincount([ids[0] for ids in batch.response_token_ids], minlength=len(probs)) / 4000
+    assert set(np.flatnonzero(found)) == set(kept)
+    assert np.all(np.abs(found - expected) < 4.5 * np.sqrt(expected * (1 - expected) / 4000) + 1e-3)
+    np.testing.assert_allclose(
+        batch.logprobs[0], np.log(probs[batch.response_token_ids[0][0]]), rtol=1e-4
+    )  # of the whole policy
+
+
+def test_responses_do_not_depend_on_the_batch_size(policy: Policy, letters: Any) -> None:
+    batches = [
+        sample_rollouts(policy, letters, num_prompts=9, group_size=3, seed=7, batch_size=size)
+        for size in (1, 4, 27)
+    ]
+    assert batches[0].response_token_ids == batches[1].response_token_ids == batches[2].response_token_ids
+    for one, all_ in zip(batches[0].logprobs, batches[2].logprobs, strict=True):
+        np.testing.assert_allclose(one, all_, atol=1e-5)
+
+
 @dataclass(frozen=True)
 class OneProblem:
     spec: str = "one"

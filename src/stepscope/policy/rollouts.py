@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +12,13 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from stepscope.errors import BatchError
 from stepscope.policy.forward import base_model, batches, forward
@@ -49,16 +54,21 @@ def sample_rollouts(
     exclude: AbstractSet[str] = frozenset(),
     require_reward_variance: bool = False,
     max_resample: int = 10,
+    top_p: float = 1.0,
     batch_size: int = 64,
     progress: bool = False,
 ) -> Rollouts:
     """Sample ``group_size`` responses to each of ``num_prompts`` prompts and score them.
 
     Prompts are drawn without replacement. Responses come from pi(.|s) = softmax(z(s)/T) itself, at the
-    settings' temperature: no nucleus, no top-k, no penalties, whatever the model's generation config
-    says; each ends with an end-of-sequence token, which counts, or is cut at ``max_response_tokens`` and
-    flagged. Log-probs and entropies are recomputed with :func:`stepscope.policy.forward.forward`. The
-    global random state is left as it was; the same arguments give the same batch on the same machine.
+    settings' temperature: no top-k, no penalties, whatever the model's generation config says; each ends
+    with an end-of-sequence token, which counts, or is cut at ``max_response_tokens`` and flagged. Log-probs
+    and entropies are recomputed with :func:`stepscope.policy.forward.forward`.
+
+    Every token is drawn by inverting the distribution function at a uniform number that belongs to its
+    sequence and position: the responses do not depend on ``batch_size`` (beyond round-off), policies that
+    differ little give responses that differ little, and no global random state is touched. The same arguments
+    give the same batch on the same machine.
 
     Args:
         policy: with a tokenizer.
@@ -70,6 +80,8 @@ def sample_rollouts(
         exclude: prompt ids not to use, for a probe batch those of the update batch.
         require_reward_variance: replace prompt groups whose rewards are all equal by other prompts.
         max_resample: rounds of replacement before giving up.
+        top_p: sample only from the smallest set of tokens that holds this much probability; log-probs and
+            entropies stay those of the whole policy.
         batch_size: sequences generated at a time.
         progress: show a progress bar on standard error.
 
@@ -92,7 +104,8 @@ def sample_rollouts(
                     f"prompts{' with reward variance' if require_reward_variance else ''}; ask for fewer "
                     "prompts or use a larger task"
                 )
-            groups = _sample_groups(policy, task, chosen, group_size, [seed, 1 + attempt], batch_size, bar)
+            generator = np.random.default_rng([seed, 1 + attempt])
+            groups = _sample_groups(policy, task, chosen, group_size, generator, top_p, batch_size, bar)
             kept += [g for g in groups if not require_reward_variance or len({s.reward for s in g}) > 1]
             missing = num_prompts - len(kept)
             if missing == 0:
@@ -167,7 +180,8 @@ def _sample_groups(
     task: Task,
     problems: Sequence[Problem],
     group_size: int,
-    seed: Sequence[int],
+    generator: np.random.Generator,
+    top_p: float,
     batch_size: int,
     bar: Progress,
 ) -> list[list[_Sequence]]:
@@ -177,11 +191,11 @@ def _sample_groups(
     rows = [i for i in range(len(problems)) for _ in range(group_size)]
     advance = _advancing(bar, "sampling", len(rows))
     responses: list[tuple[int, ...]] = []
-    with _seeded(policy.device, seed):
-        for start in range(0, len(rows), batch_size):
-            chunk = rows[start : start + batch_size]
-            responses += _generate(policy, [prompt_ids[i] for i in chunk])
-            advance(len(chunk))
+    for start in range(0, len(rows), batch_size):
+        chunk = rows[start : start + batch_size]
+        uniforms = _uniforms(generator, len(chunk), policy.settings.max_response_tokens)
+        responses += _generate(policy, [prompt_ids[i] for i in chunk], uniforms, top_p)
+        advance(len(chunk))
     ends = set(end_tokens(policy))
     groups: list[list[_Sequence]] = [[] for _ in problems]
     for i, ids in zip(rows, responses, strict=True):
@@ -220,7 +234,29 @@ def _encode(policy: Policy, text: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _generate(policy: Policy, prompts: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+def _uniforms(generator: np.random.Generator, count: int, length: int) -> FloatArray:
+    """(seq, tok) uniform multiples of 2^-52 below 1: their product with a number stays below that number."""
+    return generator.integers(1 << 52, size=(count, length)) / float(1 << 52)
+
+
+class _Draw(LogitsProcessor):
+    """Leaves one token: the first at which the distribution function exceeds the uniform number given."""
+
+    def __init__(self, uniforms: Tensor, width: int) -> None:
+        self.uniforms = uniforms
+        self.width = width
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        below = scores.double().softmax(-1).cumsum(-1)
+        column = input_ids.shape[1] - self.width
+        level = self.uniforms[:, column : column + 1] * below[:, -1:]
+        token = torch.searchsorted(below, level, right=True)
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+def _generate(
+    policy: Policy, prompts: Sequence[tuple[int, ...]], uniforms: FloatArray, top_p: float
+) -> list[tuple[int, ...]]:
     """Responses to some prompts, each cut after its first end-of-sequence token."""
     ends = end_tokens(policy)
     pad = policy.tokenizer.pad_token_id
@@ -234,11 +270,12 @@ def _generate(policy: Policy, prompts: Sequence[tuple[int, ...]]) -> list[tuple[
         attention[row, width - len(ids) :] = 1
     model: Any = base_model(policy.model)
     kept = model.generation_config
+    draws = LogitsProcessorList([TemperatureLogitsWarper(policy.settings.temperature)])
+    if top_p < 1:
+        draws.append(TopPLogitsWarper(top_p))
+    draws.append(_Draw(torch.from_numpy(uniforms).to(policy.device), width))
     model.generation_config = GenerationConfig(
-        do_sample=True,
-        temperature=policy.settings.temperature,
-        top_p=1.0,
-        top_k=0,
+        do_sample=False,
         max_new_tokens=policy.settings.max_response_tokens,
         eos_token_id=ends or None,
         pad_token_id=pad,
@@ -249,6 +286,7 @@ def _generate(policy: Policy, prompts: Sequence[tuple[int, ...]]) -> list[tuple[
             output: Tensor = model.generate(
                 input_ids=input_ids.to(policy.device),
                 attention_mask=attention.to(policy.device),
+                logits_processor=draws,
                 generation_config=model.generation_config,
             )
     finally:
@@ -259,15 +297,6 @@ def _generate(policy: Policy, prompts: Sequence[tuple[int, ...]]) -> list[tuple[
         length = next((k + 1 for k, token in enumerate(row) if token in stops), len(row))
         found.append(tuple(row[:length]))
     return found
-
-
-@contextmanager
-def _seeded(device: torch.device, seed: Sequence[int]) -> Iterator[None]:
-    """Seed the global generators inside the block; their state comes back afterwards."""
-    state = int(np.random.SeedSequence(list(seed)).generate_state(1, np.uint64)[0] >> np.uint64(1))
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(state)
-        yield
 
 
 def _advancing(bar: Progress | None, what: str, total: int) -> Callable[[int], None]:
