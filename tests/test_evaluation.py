@@ -15,13 +15,16 @@ import torch
 from stepscope.errors import MeasurementError, RunFolderError
 from stepscope.evaluation import (
     EvaluationRow,
-    PromptRate,
+    FittingBatch,
+    PromptResult,
+    differences,
     evaluate,
     evaluate_rollouts,
     prompts_path,
     read_eval,
     transitions,
     write_eval,
+    write_responses,
 )
 from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import Policy
@@ -181,7 +184,9 @@ def test_damaged_tables(task: TemplatedTask, tmp_path: Path) -> None:
 
 
 def rated(row: EvaluationRow, *correct: int) -> EvaluationRow:
-    prompts = tuple(PromptRate(f"p/{i}", 4, c) for i, c in enumerate(correct))
+    prompts = tuple(
+        PromptResult(f"p/{i}", 4, c, 4, 0, 40, 10 * c, float(c), 20.0, 20.0) for i, c in enumerate(correct)
+    )
     return dataclasses.replace(row, prompts=prompts)
 
 
@@ -190,11 +195,95 @@ def test_transitions(task: TemplatedTask) -> None:
     moved = transitions(rated(row, 0, 0, 2, 4, 4), rated(row, 0, 3, 4, 0, 4, 1))
     assert moved.counts.tolist() == [[1, 1, 0], [0, 0, 1], [1, 0, 1]]
     assert (moved.gained, moved.lost) == (("p/1",), ("p/3",))
+    change = differences(rated(row, 0, 0, 2, 4, 4), rated(row, 0, 3, 4, 0, 4, 1))["pass_at_1"]
     changes = [0, 0.75, 0.5, -1, 0]
-    assert moved.change.value == pytest.approx(np.mean(changes))
-    assert moved.change.stderr == pytest.approx(np.std(changes, ddof=1) / math.sqrt(5))
+    assert change.value == pytest.approx(np.mean(changes))
+    assert change.stderr == pytest.approx(np.std(changes, ddof=1) / math.sqrt(5))
+    assert change.n == 5
     with pytest.raises(MeasurementError, match="share no prompt"):
         transitions(row, rated(row, 1))
+
+
+def test_paired_differences_match_the_scatter_over_repeats(task: TemplatedTask) -> None:
+    """Two evaluations whose prompts share an effect: the error of the difference is that of the rest."""
+    generator = np.random.default_rng(3)
+    found, unpaired = [], []
+    for seed in range(150):
+        first, second = (stored(task, prompts=12, samples=4, seed=2 * seed + i) for i in (0, 1))
+        shift = np.repeat(3 * generator.random(12), 4)
+        rows = [
+            evaluate_rollouts(
+                dataclasses.replace(
+                    r, entropies=tuple(h + s for h, s in zip(r.entropies, shift, strict=True))
+                ),
+                task,
+                ks=(1, 2),
+            )
+            for r in (first, second)
+        ]
+        found.append(differences(*rows))
+        unpaired.append(math.hypot(*(row.entropy_per_token_stderr for row in rows)))
+        assert found[-1]["pass_at_2"].value == pytest.approx(rows[1].pass_at[2][0] - rows[0].pass_at[2][0])
+    for name in ("entropy_per_token", "mean_length", "surprisal", "format_rate", "truncated_rate"):
+        spread = np.std([f[name].value for f in found], ddof=1)
+        claimed = np.sqrt(np.mean([f[name].stderr ** 2 for f in found]))
+        assert claimed == pytest.approx(spread, rel=0.25), name
+    claimed = np.sqrt(np.mean([f["entropy_per_token"].stderr ** 2 for f in found]))
+    assert claimed < 0.7 * np.mean(unpaired)
+
+
+def test_difference_of_what_does_not_exist_is_flagged(task: TemplatedTask) -> None:
+    rollouts = stored(task)
+    none = dataclasses.replace(rollouts, correct=np.zeros(len(rollouts), dtype=bool))
+    change = differences(evaluate_rollouts(none, task, ks=(1,)), evaluate_rollouts(rollouts, task, ks=(1,)))[
+        "mean_length_correct"
+    ]
+    assert math.isnan(change.value)
+    assert not change.reliable
+
+
+def test_stored_responses_give_the_figures_again(task: TemplatedTask, tmp_path: Path) -> None:
+    rollouts = stored(task)
+    row = evaluate_rollouts(rollouts, task, ks=(1, 4))
+    write_responses(rollouts, task, tmp_path / "r.parquet")
+    table = pq.read_table(tmp_path / "r.parquet").to_pylist()
+    by_prompt: dict[str, list[dict]] = {}
+    for entry in table:
+        by_prompt.setdefault(entry["prompt_id"], []).append(entry)
+    solved = [sum(e["correct"] for e in entries) for entries in by_prompt.values()]
+    chance = [1 - math.comb(5 - c, 4) / math.comb(5, 4) for c in solved]
+    assert row.pass_at[4][0] == pytest.approx(np.mean(chance), abs=1e-12)
+    tokens = sum(e["num_tokens"] for e in table)
+    assert row.entropy_per_token == pytest.approx(sum(e["entropy"] for e in table) / tokens)
+    assert row.surprisal == pytest.approx(-sum(e["logprob"] for e in table) / tokens)
+    assert row.format_rate == pytest.approx(np.mean([e["formatted"] for e in table]))
+
+
+def test_batch_size_halves_until_it_fits() -> None:
+    tried = []
+
+    def work(size: int) -> int:
+        tried.append(size)
+        if size > 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return size
+
+    fitting = FittingBatch(48)
+    assert fitting.run(work) == 3
+    assert fitting.run(work) == 3
+    assert tried == [48, 24, 12, 6, 3, 3]
+
+    def hopeless(size: int) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(MeasurementError, match="out of memory with a single sequence"):
+        FittingBatch(4).run(hopeless)
+
+    def broken(size: int) -> int:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        FittingBatch(4).run(broken)
 
 
 @pytest.fixture(scope="module")
@@ -234,9 +323,15 @@ def test_tiny_policy(policy: Policy, task: TemplatedTask) -> None:
     assert 0 < row.truncated_rate < 1
     assert row.mean_length <= 12
     assert abs(row.surprisal - row.entropy_per_token) < 5 * row.surprisal_stderr
-    assert evaluate(policy, task, **arguments) == row
+    np.testing.assert_equal(
+        dataclasses.asdict(evaluate(policy, task, **arguments)), dataclasses.asdict(row)
+    )  # nan, the length of no correct response, equals itself
     other = evaluate(policy, task, **{**arguments, "seed": 6})
     assert {p.prompt_id for p in other.prompts} != {p.prompt_id for p in row.prompts}
+    halved = evaluate(policy, task, **arguments, batch_size=5)
+    assert halved.prompts[0].num_tokens == row.prompts[0].num_tokens
+    assert halved.pass_at == row.pass_at
+    assert halved.entropy_per_token == pytest.approx(row.entropy_per_token, rel=1e-5)
 
 
 def test_temperature_profile(policy: Policy, task: TemplatedTask) -> None:
@@ -248,6 +343,9 @@ def test_temperature_profile(policy: Policy, task: TemplatedTask) -> None:
     assert [row.temperature for row in rows] == [0.5, 1.0, 2.0]
     assert rows[0].entropy_per_token < rows[1].entropy_per_token < rows[2].entropy_per_token
     assert len({tuple(p.prompt_id for p in row.prompts) for row in rows}) == 1
+    nucleus = evaluate(policy, task, num_prompts=6, samples_per_prompt=4, seed=0, ks=(1,), top_p=0.5)
+    assert nucleus.top_p == 0.5
+    assert nucleus.surprisal < nucleus.entropy_per_token, "likely tokens of the whole policy"
 
 
 def test_eval_table_holds_plain_columns(task: TemplatedTask, tmp_path: Path) -> None:

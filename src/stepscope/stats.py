@@ -118,6 +118,59 @@ def clustered_ratio(
     return Estimate(ratio, stderr, count, unit, method)
 
 
+def ratio_residuals(
+    numerator: npt.ArrayLike, denominator: npt.ArrayLike, clusters: npt.ArrayLike
+) -> FloatArray:
+    """(cluster,) contributions (x_g - R y_g) / sum y of each cluster to the error of R = sum x / sum y.
+
+    They add up to zero; with G clusters, G/(G-1) times the sum of their products with those of another ratio
+    over the same clusters is the covariance of the two (delta method).
+
+    Args:
+        numerator: (seq,) x.
+        denominator: (seq,) y, with a sum other than zero.
+        clusters: (seq,) cluster of each sequence.
+    """
+    x = _cluster_sums(np.asarray(numerator, dtype=np.float64), clusters)
+    y = _cluster_sums(np.asarray(denominator, dtype=np.float64), clusters)
+    total = float(y.sum())
+    return np.asarray((x - float(x.sum()) / total * y) / total, dtype=np.float64)
+
+
+def paired_ratio_difference(
+    before: tuple[npt.ArrayLike, npt.ArrayLike],
+    after: tuple[npt.ArrayLike, npt.ArrayLike],
+    clusters: npt.ArrayLike,
+    *,
+    unit: str,
+    method: str,
+) -> Estimate:
+    """Difference of two ratios of sums over the same clusters, what they have in common cancelled.
+
+    ``stderr^2 = G/(G-1) * sum_g (r_after,g - r_before,g)^2`` with the residuals of :func:`ratio_residuals`.
+
+    Args:
+        before: (seq,) numerator and denominator.
+        after: (seq,) the same at the later point.
+        clusters: (seq,) cluster of each entry, the same for both.
+        unit: of the difference.
+        method: how the numbers were obtained; recorded.
+
+    Returns:
+        After minus before; nan, flagged, where a denominator adds up to zero or there is one cluster.
+    """
+    count = len(np.unique(np.asarray(clusters)))
+    (x0, y0), (x1, y1) = (tuple(np.asarray(v, dtype=np.float64) for v in pair) for pair in (before, after))
+    nan = float("nan")
+    if not y0.sum() or not y1.sum():
+        return Estimate(nan, nan, count, unit, method, reliable=False, reason="nothing to average over")
+    value = float(x1.sum() / y1.sum() - x0.sum() / y0.sum())
+    if count < 2:
+        return _without_error(value, count, unit, method)
+    change = ratio_residuals(x1, y1, clusters) - ratio_residuals(x0, y0, clusters)
+    return Estimate(value, float(np.sqrt(count / (count - 1) * (change**2).sum())), count, unit, method)
+
+
 def jackknife_ratio(
     numerator: npt.ArrayLike,
     denominator: npt.ArrayLike,
