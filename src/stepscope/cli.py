@@ -150,14 +150,15 @@ def evaluate(
     precision: Precision = None,
     device: Device = None,
     config: ConfigFile = None,
+    resume: Resume = False,
 ) -> None:
-    """pass@k, format, length and entropy with their errors, one row per checkpoint."""
+    """pass@k, format, length and entropy with their errors, one row per checkpoint; and a page of curves."""
     from stepscope.config import EvalConfig, load_config
     from stepscope.pipeline import run_eval
 
     source, rest = _first_or_override(source, overrides)
     values = {"source": source, "task": task, "out": out, "precision": precision, "device": device}
-    run_eval(load_config(EvalConfig, config, rest, values))
+    run_eval(load_config(EvalConfig, config, rest, values), resume=resume)
 
 
 @app.command()

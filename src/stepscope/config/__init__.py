@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stepscope.config.base import Section
 from stepscope.config.demo import DemoConfig, demo_config
+from stepscope.config.evaluate import EvalConfig, EvalSettings
 from stepscope.config.loading import (
     apply_overrides,
     build_config,
@@ -16,8 +17,6 @@ from stepscope.config.loading import (
 from stepscope.config.measure import (
     STAGES,
     BatchConfig,
-    EvalConfig,
-    EvalSettings,
     LossConfig,
     MeasureConfig,
     MeasureSettings,

@@ -7,8 +7,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from stepscope.config.base import Section
+from stepscope.config.evaluate import EvalSettings
 from stepscope.config.loading import apply_overrides, build_config, parse_yaml
-from stepscope.config.measure import EvalSettings, MeasureSettings
+from stepscope.config.measure import MeasureSettings
 from stepscope.config.train import TrainConfig
 
 

@@ -1,4 +1,4 @@
-"""Configurations of ``stepscope eval``, ``measure`` and ``study``."""
+"""Configurations of ``stepscope measure`` and ``study``."""
 
 from __future__ import annotations
 
@@ -24,10 +24,6 @@ def _entropy() -> list[QuantityName]:
 
 def _one_setting() -> dict[str, dict[str, Any]]:
     return {"default": {}}
-
-
-def _one_and_eight() -> list[int]:
-    return [1, 8]
 
 
 def _zeroed_only() -> list[Literal["zeroed", "recomputed"]]:
@@ -212,54 +208,6 @@ class MeasureConfig(MeasureSettings):
     checkpoint: str
     out: str
     stages: list[Stage] = Field(default_factory=lambda: list(STAGES), min_length=1)
-
-
-class EvalSettings(Section):
-    """How checkpoints are evaluated.
-
-    Attributes:
-        task: specification of the task, or null for the one the checkpoint was trained on.
-        num_prompts: prompts.
-        samples_per_prompt: responses per prompt.
-        seed: of prompts and sampling.
-        split: split of the task.
-        ks: numbers of samples k for pass@k.
-        precision: floating-point type.
-        batch_size: sequences per forward pass.
-        device: torch device, or null for a GPU where there is one.
-        loss: sampling settings for a checkpoint that does not carry its own.
-    """
-
-    task: str | None = None
-    num_prompts: int = Field(default=128, ge=2)
-    samples_per_prompt: int = Field(default=8, ge=1)
-    seed: int = Field(default=0, ge=0)
-    split: Literal["train", "test"] = "test"
-    ks: list[int] = Field(default_factory=_one_and_eight, min_length=1)
-    precision: Precision = "float32"
-    batch_size: int = Field(default=64, ge=1)
-    device: str | None = None
-    loss: LossConfig = LossConfig()
-
-    @model_validator(mode="after")
-    def _enough_samples(self) -> EvalSettings:
-        if max(self.ks) > self.samples_per_prompt or min(self.ks) < 1:
-            raise ValueError(
-                f"ks must lie between 1 and samples_per_prompt = {self.samples_per_prompt}, got {self.ks}"
-            )
-        return self
-
-
-class EvalConfig(EvalSettings):
-    """Configuration of ``stepscope eval``.
-
-    Attributes:
-        source: a checkpoint, or a run folder whose checkpoints are all evaluated.
-        out: parquet file written, or null for ``eval.parquet`` in the run folder (or in a lone checkpoint).
-    """
-
-    source: str
-    out: str | None = None
 
 
 class StudyConfig(Section):

@@ -6,7 +6,7 @@ Every standard error is clustered by prompt: samples of one prompt are not indep
 from __future__ import annotations
 
 from stepscope.evaluation.compare import Transitions, differences, transitions
-from stepscope.evaluation.figures import at_temperature, evaluate, evaluate_rollouts
+from stepscope.evaluation.figures import evaluate, evaluate_rollouts
 from stepscope.evaluation.fitting import FittingBatch
 from stepscope.evaluation.rows import EvaluationRow, PromptResult
 from stepscope.evaluation.tables import prompts_path, read_eval, write_eval, write_responses
@@ -16,7 +16,6 @@ __all__ = [
     "FittingBatch",
     "PromptResult",
     "Transitions",
-    "at_temperature",
     "differences",
     "evaluate",
     "evaluate_rollouts",

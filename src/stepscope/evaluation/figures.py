@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from stepscope.errors import MeasurementError
 from stepscope.evaluation.rows import EvaluationRow, PromptResult, prompt_ratios
+from stepscope.evaluation.tables import write_responses
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, Rollouts
@@ -29,6 +31,7 @@ def evaluate(
     temperature: float | None = None,
     top_p: float = 1.0,
     batch_size: int = 64,
+    responses: Path | None = None,
     progress: bool = False,
 ) -> EvaluationRow:
     """Sample responses and evaluate them.
@@ -44,6 +47,7 @@ def evaluate(
         temperature: sampling temperature; None means the settings' own.
         top_p: sample only from the smallest set of tokens that holds this much probability.
         batch_size: sequences generated at a time; the figures do not depend on it.
+        responses: parquet file to write the responses to (:func:`write_responses`), or None.
         progress: show a progress bar.
 
     Raises:
@@ -52,7 +56,7 @@ def evaluate(
     """
     _require_samples(ks, samples_per_prompt)
     if temperature is not None:
-        policy = at_temperature(policy, temperature)
+        policy = replace(policy, settings=replace(policy.settings, temperature=temperature))
     rollouts = sample_rollouts(
         policy,
         task,
@@ -64,6 +68,8 @@ def evaluate(
         batch_size=batch_size,
         progress=progress,
     )
+    if responses is not None:
+        write_responses(rollouts, task, responses)
     return evaluate_rollouts(
         rollouts,
         task,
@@ -74,11 +80,6 @@ def evaluate(
         top_p=top_p,
         seed=seed,
     )
-
-
-def at_temperature(policy: Policy, temperature: float) -> Policy:
-    """The same model as another policy: softmax(z/T) at another temperature T."""
-    return replace(policy, settings=replace(policy.settings, temperature=temperature))
 
 
 def evaluate_rollouts(

@@ -33,7 +33,8 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> Path:
     say(f"train: {run.seconds('train'):.1f} s")
     if not run.is_done("eval"):
         with run.stage("eval", ["eval.parquet"], invalidates=["report"]):
-            evaluate_all(EvalConfig(**config.eval.model_dump(), source=str(out)), out / "eval.parquet")
+            evaluation = EvalConfig(**config.eval.model_dump(), source=str(out))
+            evaluate_all(evaluation, out / "eval.parquet", resume=True)
     say(f"eval: {run.seconds('eval'):.1f} s")
     trained = [c for c in checkpoints_in(out) if c.name != "step-0"]
     for checkpoint in dict.fromkeys([trained[0], trained[-1]]):

@@ -2,13 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
 
 from stepscope.config import EvalConfig
 from stepscope.errors import CheckpointError, RunFolderError
-from stepscope.evaluation import evaluate, write_eval
+from stepscope.evaluation import (
+    EvaluationRow,
+    FittingBatch,
+    differences,
+    evaluate,
+    prompts_path,
+    read_eval,
+    transitions,
+    write_eval,
+)
+from stepscope.measure.entropy_law import fit_run
 from stepscope.pipeline.console import on_terminal, say, timed
 from stepscope.pipeline.session import open_policy, open_task
+from stepscope.policy.checkpoint import checkpoint_digest
+from stepscope.policy.state import Policy
+from stepscope.report import write_evaluation
+from stepscope.results import FloatArray
+from stepscope.runs import RunFolder, write_json
+
+LAW_CHECKPOINTS = 4
+"""Fewest checkpoints to which the entropy law is fitted."""
+
+MAY_DIFFER = ("source", "out", "device", "batch_size", "temperatures", "top_ps", "bootstrap")
+"""Keys of the configuration that may change between two calls on one evaluation."""
 
 
 def checkpoints_in(source: Path) -> list[Path]:
@@ -38,52 +67,188 @@ def checkpoints_in(source: Path) -> list[Path]:
     )
 
 
-def run_eval(config: EvalConfig) -> Path:
-    """Evaluate one checkpoint or all of a run; writes one parquet file.
+def run_eval(config: EvalConfig, *, resume: bool = False) -> Path:
+    """Evaluate one checkpoint or all of a run; leaves the table, what belongs to it, and a page.
+
+    Beside ``eval.parquet``: ``eval_prompts.parquet`` (per prompt), ``eval_profiles.parquet`` (other ways of
+    sampling), ``eval_changes.json`` (paired differences between checkpoints), ``entropy_law.json``,
+    ``eval.html``, and ``eval_parts/`` with the finished parts and all responses.
+
+    Args:
+        config: what to evaluate, how, and where to.
+        resume: go on where an earlier call stopped; what it finished is not sampled again, and new
+            checkpoints and profiles are added.
 
     Returns:
-        The file.
+        The table.
 
     Raises:
-        RunFolderError: the file exists already.
+        RunFolderError: the file exists already and ``resume`` is off, or the parts are of another evaluation.
         CheckpointError: there is no checkpoint.
     """
     source = Path(config.source)
     out = Path(config.out) if config.out is not None else source / "eval.parquet"
-    if out.exists():
-        raise RunFolderError(f"{out}: exists already; remove it or choose another file with --out")
-    evaluate_all(config, out)
-    say(f"eval: {out}")
+    if out.exists() and not resume:
+        raise RunFolderError(
+            f"{out}: exists already; remove it, choose another file with --out, or add --resume to evaluate "
+            "only what is missing"
+        )
+    if out.exists() and not _companion(out, "parts").is_dir():
+        raise RunFolderError(f"{out}: no {_companion(out, 'parts').name} beside it to go on from; remove it")
+    evaluate_all(config, out, resume=resume)
+    say(f"eval: {out}, {write_evaluation(out)}")
     return out
 
 
-def evaluate_all(config: EvalConfig, out: Path) -> None:
-    """Evaluate what ``config.source`` stands for and write the table to ``out``.
+def evaluate_all(config: EvalConfig, out: Path, *, resume: bool) -> None:
+    """Evaluate what ``config.source`` stands for and write the table to ``out`` and what belongs to it.
 
     Raises:
+        RunFolderError: see :func:`run_eval`.
         CheckpointError: there is no checkpoint.
     """
-    rows = []
-    for checkpoint in checkpoints_in(Path(config.source)):
-        with timed(f"eval {checkpoint.name}"):
-            policy = open_policy(
-                checkpoint,
-                precision=config.precision,
-                device=config.device,
-                loss=config.loss,
-                require_optimizer=False,
-            )
-            row = evaluate(
-                policy,
-                open_task(config.task, policy),
-                num_prompts=config.num_prompts,
-                samples_per_prompt=config.samples_per_prompt,
-                seed=config.seed,
-                ks=config.ks,
-                split=config.split,
-                batch_size=config.batch_size,
-                progress=on_terminal(),
-            )
-        rows.append(row)
+    checkpoints = checkpoints_in(Path(config.source))
     out.parent.mkdir(parents=True, exist_ok=True)
+    parts = RunFolder.open(
+        _companion(out, "parts"),
+        config.model_dump(mode="json"),
+        verb="eval",
+        resume=resume,
+        ignore=MAY_DIFFER,
+        extra={"source": str(Path(config.source).resolve())},
+    )
+    fitting = _fitting_batch(config)
+    try:
+        found = [_evaluate_checkpoint(config, checkpoint, parts, fitting) for checkpoint in checkpoints]
+    finally:
+        parts.clean_up()
+    rows = [row for row, _ in found]
+    if profiles := [row for _, others in found for row in others]:
+        write_eval(profiles, _companion(out, "profiles.parquet"))
+    pairs = [*pairwise(rows), *([(rows[0], rows[-1])] if len(rows) > 2 else [])]
+    write_json(_companion(out, "changes.json"), [_compared(before, after) for before, after in pairs])
+    if len(rows) >= LAW_CHECKPOINTS:
+        law = fit_run(
+            [row.step for row in rows],
+            *_per_prompt(rows),
+            bootstrap_resamples=config.bootstrap,
+            seed=config.seed,
+        )
+        write_json(law_path(out), law.to_dict())
     write_eval(rows, out)
+
+
+def law_path(out: Path) -> Path:
+    """Where the entropy law of an evaluation is: ``entropy_law.json`` beside ``eval.parquet``."""
+    return out.with_name("entropy_law.json") if out.stem == "eval" else _companion(out, "entropy_law.json")
+
+
+def _companion(out: Path, name: str) -> Path:
+    """``eval_NAME`` for ``eval.parquet``."""
+    return out.with_name(f"{out.stem}_{name}")
+
+
+def _fitting_batch(config: EvalConfig) -> FittingBatch:
+    """Start from all sequences at once on a GPU; a CPU gains nothing beyond 64."""
+    if config.batch_size != "auto":
+        return FittingBatch(config.batch_size)
+    on_gpu = torch.cuda.is_available() if config.device is None else config.device.startswith("cuda")
+    return FittingBatch(min(config.num_prompts * config.samples_per_prompt, 1024 if on_gpu else 64))
+
+
+def _evaluate_checkpoint(
+    config: EvalConfig, checkpoint: Path, parts: RunFolder, fitting: FittingBatch
+) -> tuple[EvaluationRow, list[EvaluationRow]]:
+    """The row of a checkpoint as it is, and those of its profiles; each from its part if that is finished."""
+    digest = checkpoint_digest(checkpoint)
+    loaded = _Loaded(config, checkpoint)
+
+    def part(key: str, temperature: float | None, top_p: float) -> EvaluationRow:
+        file = parts.file(f"{key}.parquet")
+        if not parts.is_done(key):
+            responses = parts.file(f"{key}_responses.parquet")
+            names = [path.name for path in (file, prompts_path(file), responses)]
+            with timed(f"eval {key}"), parts.stage(key, names):
+                row = fitting.run(lambda size: loaded.evaluate(temperature, top_p, size, responses))
+                write_eval([replace(row, checkpoint_digest=digest)], file)
+        (row,) = read_eval(file)
+        if row.checkpoint_digest != digest:
+            raise RunFolderError(
+                f"{parts.path}: {checkpoint} has changed since it was evaluated (digest "
+                f"{row.checkpoint_digest} then, {digest} now); remove {parts.path} to evaluate it again"
+            )
+        return row
+
+    own = part(checkpoint.name, None, 1.0)
+    if not config.temperatures and not config.top_ps:
+        return own, []
+    profiles = []
+    for temperature in config.temperatures or [own.temperature]:
+        for top_p in config.top_ps or [1.0]:
+            if (temperature, top_p) == (own.temperature, 1.0):
+                profiles.append(own)
+            else:
+                key = f"{checkpoint.name}--temperature-{temperature:g}--top_p-{top_p:g}"
+                profiles.append(part(key, temperature, top_p))
+    return own, profiles
+
+
+class _Loaded:
+    """A checkpoint, loaded once something of it is to be sampled."""
+
+    def __init__(self, config: EvalConfig, checkpoint: Path) -> None:
+        self.config = config
+        self.checkpoint = checkpoint
+
+    @cached_property
+    def policy(self) -> Policy:
+        config = self.config
+        return open_policy(
+            self.checkpoint,
+            precision=config.precision,
+            device=config.device,
+            loss=config.loss,
+            require_optimizer=False,
+        )
+
+    def evaluate(
+        self, temperature: float | None, top_p: float, batch_size: int, responses: Path
+    ) -> EvaluationRow:
+        config = self.config
+        return evaluate(
+            self.policy,
+            open_task(config.task, self.policy),
+            num_prompts=config.num_prompts,
+            samples_per_prompt=config.samples_per_prompt,
+            seed=config.seed,
+            ks=config.ks,
+            split=config.split,
+            temperature=temperature,
+            top_p=top_p,
+            batch_size=batch_size,
+            responses=responses,
+            progress=on_terminal(),
+        )
+
+
+def _compared(before: EvaluationRow, after: EvaluationRow) -> dict[str, Any]:
+    """One entry of ``eval_changes.json``."""
+    return {
+        "before": {"step": before.step, "checkpoint": before.checkpoint},
+        "after": {"step": after.step, "checkpoint": after.checkpoint},
+        "transitions": transitions(before, after).to_dict(),
+        "differences": {name: d.to_dict() for name, d in differences(before, after).items()},
+    }
+
+
+def _per_prompt(rows: Sequence[EvaluationRow]) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """(checkpoint, prompt) entropy, tokens and fraction solved, for the entropy law."""
+    entropy, tokens, solved = (
+        np.array([[value(p) for p in row.prompts] for row in rows], dtype=np.float64)
+        for value in (
+            lambda p: p.entropy,
+            lambda p: p.num_tokens,
+            lambda p: p.num_correct / p.num_samples,
+        )
+    )
+    return entropy, tokens, solved

@@ -1,0 +1,70 @@
+"""Configuration of ``stepscope eval``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from stepscope.config.base import Section
+from stepscope.config.measure import LossConfig, Precision
+
+
+def _one_and_eight() -> list[int]:
+    return [1, 8]
+
+
+class EvalSettings(Section):
+    """How checkpoints are evaluated.
+
+    Attributes:
+        task: specification of the task, or null for the one the checkpoint was trained on.
+        num_prompts: prompts.
+        samples_per_prompt: responses per prompt.
+        seed: of prompts and sampling.
+        split: split of the task.
+        ks: numbers of samples k for pass@k; 1 is always among them.
+        temperatures: further sampling temperatures, for profiles; every one with every ``top_ps``.
+        top_ps: nuclei for profiles: only the smallest set of tokens that holds this much probability.
+        bootstrap: resamples of the prompts for intervals of the entropy law; 0 leaves its errors to the
+            delta method.
+        precision: floating-point type.
+        batch_size: sequences per forward pass, or ``auto``: as many as the memory holds (64 on a CPU). The
+            responses do not depend on it.
+        device: torch device, or null for a GPU where there is one.
+        loss: sampling settings for a checkpoint that does not carry its own.
+    """
+
+    task: str | None = None
+    num_prompts: int = Field(default=128, ge=2)
+    samples_per_prompt: int = Field(default=8, ge=1)
+    seed: int = Field(default=0, ge=0)
+    split: Literal["train", "test"] = "test"
+    ks: list[int] = Field(default_factory=_one_and_eight, min_length=1)
+    temperatures: list[Annotated[float, Field(gt=0)]] = Field(default_factory=list)
+    top_ps: list[Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=list)
+    bootstrap: int = Field(default=0, ge=0)
+    precision: Precision = "float32"
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    device: str | None = None
+    loss: LossConfig = LossConfig()
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> EvalSettings:
+        if max(self.ks) > self.samples_per_prompt or min(self.ks) < 1:
+            raise ValueError(
+                f"ks must lie between 1 and samples_per_prompt = {self.samples_per_prompt}, got {self.ks}"
+            )
+        return self
+
+
+class EvalConfig(EvalSettings):
+    """Configuration of ``stepscope eval``.
+
+    Attributes:
+        source: a checkpoint, or a run folder whose checkpoints are all evaluated.
+        out: parquet file written, or null for ``eval.parquet`` in the run folder (or in a lone checkpoint).
+    """
+
+    source: str
+    out: str | None = None
