@@ -151,14 +151,19 @@ def dump_config(config: Section) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section class an annotation allows, looking through unions."""
+def _section_in(annotation: Any, tag: int | str | None = None) -> type[BaseModel] | None:
+    """The section class an annotation allows, looking through unions; of several, the one of that name."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
+        return annotation if tag is None or tag in _tags(annotation) else None
     for part in get_args(annotation):
-        if (found := _section_in(part)) is not None:
+        if (found := _section_in(part, tag)) is not None:
             return found
     return None
+
+
+def _tags(section: type[BaseModel]) -> tuple[Any, ...]:
+    """What ``name`` may be in a section that is told by it from the others of a union."""
+    return get_args(section.model_fields["name"].annotation) if "name" in section.model_fields else ()
 
 
 def _locate(cls: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, type[BaseModel] | None]:
@@ -174,8 +179,9 @@ def _locate(cls: type[BaseModel], loc: Sequence[int | str]) -> tuple[str, type[B
         elif part in section.model_fields:
             names.append(part)
             if not last:
-                section = _section_in(section.model_fields[part].annotation)
-        elif last:
+                annotation = section.model_fields[part].annotation
+                section = _section_in(annotation, loc[depth + 1]) or _section_in(annotation)
+        elif last and part not in _tags(section):
             names.append(part)
     return ".".join(names), section
 
@@ -189,6 +195,10 @@ def _describe(cls: type[BaseModel], item: dict[str, Any]) -> str:
     if kind == "missing":
         return f"{path}: missing, and it has no default"
     message = str(item["msg"]).removeprefix("Value error, ")
+    if kind == "union_tag_not_found":
+        return f"{path}.name: missing, and it has no default"
+    if kind == "union_tag_invalid":
+        return f"{path}.name: expected {item['ctx']['expected_tags']}, got {got['name']!r}"
     if kind == "value_error":
         return f"{path}: {message}" if path else message
     message = re.sub(r"^Input should be (a valid )?", "expected ", message)

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from stepscope.config.base import Section
+from stepscope.config.objectives import CurriculumConfig, EntropyBonusConfig, ObjectiveConfig
 
 
 class TinyModelConfig(Section):
@@ -127,23 +128,28 @@ class StepProbeConfig(Section):
 
 
 class RlConfig(Section):
-    """Strictly on-policy reinforcement learning: every batch is sampled, used for one step and dropped.
+    """Reinforcement learning: every batch is sampled from the policy itself, used and dropped.
 
     Attributes:
         loss_type: TRL's name of the loss.
+        objective: what is changed in the loss, token by token, or null for the loss as it is.
+        curriculum: how prompts are drawn, or null for each once per epoch in random order.
         scale_rewards: how advantages are scaled.
         group_size: responses per prompt.
         prompts_per_step: prompt groups per optimizer step.
         temperature: sampling temperature.
         max_response_tokens: longest response.
         max_prompt_tokens: longest prompt, or null for no limit.
+        num_iterations: optimizer steps on each batch; from the second on they are off-policy and the ratio is
+            clipped. Checkpoints fall between batches, so that the next step of each is on-policy.
         steps: optimizer steps.
         save_every: steps between two checkpoints.
         max_resample: rounds in which groups without reward variance are replaced by groups of other prompts;
             0 keeps every group.
         beta: weight of the KL penalty to the reference policy.
         epsilon_low: lower clip range of the ratio.
-        epsilon_high: upper clip range of the ratio.
+        epsilon_high: upper clip range of the ratio; above ``epsilon_low`` it is DAPO's clip-higher. Neither
+            acts on the first update of a batch.
         micro_batch_size: sequences per forward and backward pass on one device.
         gradient_checkpointing: trade time for memory in the backward pass.
         optimizer: AdamW and its schedule.
@@ -153,11 +159,14 @@ class RlConfig(Section):
 
     loss_type: Literal["grpo", "dr_grpo", "bnpo", "dapo"] = "dr_grpo"
     scale_rewards: Literal["none", "group", "batch"] = "none"
+    objective: ObjectiveConfig | None = None
+    curriculum: CurriculumConfig | None = None
     group_size: int = Field(default=8, ge=2)
     prompts_per_step: int = Field(default=16, ge=1)
     temperature: float = Field(default=1.0, gt=0)
     max_response_tokens: int = Field(default=64, ge=1)
     max_prompt_tokens: int | None = Field(default=None, ge=1)
+    num_iterations: int = Field(default=1, ge=1)
     steps: int = Field(default=40, ge=1)
     save_every: int = Field(default=10, ge=1)
     max_resample: int = Field(default=3, ge=0)
@@ -182,6 +191,33 @@ class RlConfig(Section):
             raise ValueError(
                 f"loss_type bnpo averages over a micro-batch, so its step depends on how the batch is cut; "
                 f"set micro_batch_size to {total}, or use dapo"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _checkpoints_fall_between_batches(self) -> RlConfig:
+        for name, value in (("save_every", self.save_every), ("steps", self.steps)):
+            if value % self.num_iterations:
+                raise ValueError(
+                    f"{name} {value} is no multiple of num_iterations {self.num_iterations}, so a checkpoint "
+                    "would fall amid the updates on a batch; give a multiple"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _objective_acts(self) -> RlConfig:
+        chosen = self.objective
+        if chosen is None or isinstance(chosen, EntropyBonusConfig):
+            return self
+        if chosen.name == "kl_cov" and self.num_iterations == 1:
+            raise ValueError(
+                "objective kl_cov does nothing on the first update of a batch, where the policy is still the "
+                "one that sampled; set num_iterations to at least 2"
+            )
+        if getattr(chosen, "scope", "batch") == "micro_batch" and self.micro_batch_size == 1:
+            raise ValueError(
+                f"objective {chosen.name} compares tokens within a micro-batch, and one sequence has one "
+                "advantage; set micro_batch_size to at least 2, or scope to batch"
             )
         return self
 

@@ -124,7 +124,7 @@ def noise_scale(
             f"noise scale: the update batch has {update.num_prompts} prompt, expected at least 2; "
             "the unit is the prompt group, so sample more prompts"
         )
-    weights = loss_token_weights(update, policy.settings) if token_weights is None else token_weights
+    weights = token_weights or loss_token_weights(update, policy.settings, step=policy.step)
     metrics: dict[str, ParameterVector | None] = {"sgd": None}
     if preconditioner is not None:
         metrics["preconditioned"] = preconditioner

@@ -29,7 +29,7 @@ from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients import Objective, gradient
 from stepscope.policy.models import reference_adapter
 from stepscope.policy.objective import token_weights
-from stepscope.policy.rollouts import score_rollouts
+from stepscope.policy.rollouts import score_discriminators, score_rollouts
 from stepscope.policy.state import OptimizerState, Policy
 from stepscope.results import FloatArray, Rollouts
 
@@ -102,10 +102,19 @@ def reconstruct_step(
     Source: Loshchilov & Hutter 2019 (arXiv:1711.05101), ``torch/optim/adam.py``.
     """
     _optimizer(policy)
+    logprobs, entropies = (
+        score_rollouts(policy, update, max_sequences=max_sequences) if off_policy else (None, None)
+    )
+    form = (policy.settings.objective or {}).get("form")
     weights = token_weights(
         update,
         policy.settings,
-        logprobs=score_rollouts(policy, update, max_sequences=max_sequences)[0] if off_policy else None,
+        logprobs=logprobs,
+        entropies=entropies,
+        discriminators=score_discriminators(policy, update, max_sequences=max_sequences)
+        if form == "vocabulary"
+        else None,
+        step=policy.step,
         ref_logprobs=_reference_logprobs(policy, update, reference, max_sequences),
     )
     drift = _Drift(update)

@@ -224,15 +224,18 @@ def _unit_weights(policy: Policy, step: Step) -> tuple[FloatArray, ...]:
     """
     update = step.update
     assert update.advantages is not None
-    unit = token_weights(replace(update, advantages=np.ones(len(update))), policy.settings)
-    proportional = policy.settings.beta == 0.0 and all(
+    settings = replace(policy.settings, objective=None)
+    unit = token_weights(replace(update, advantages=np.ones(len(update))), settings)
+    proportional = settings == policy.settings and settings.beta == 0.0
+    proportional = proportional and all(
         np.allclose(a * b, w, rtol=1e-6, atol=1e-12)
         for a, b, w in zip(update.advantages, unit, step.token_weights, strict=True)
     )
     if not proportional:
         raise MeasurementError(
             "recomputed advantages: this loss's token weights are not proportional to the advantage (a KL "
-            "penalty, or a batch sampled by another policy); validate with removal='zeroed'"
+            "penalty, an objective that weighs tokens, or a batch sampled by another policy); validate with "
+            "removal='zeroed'"
         )
     return unit
 

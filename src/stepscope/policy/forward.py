@@ -53,12 +53,17 @@ class TokenOutputs:
         entropies: (seq, tok) H_k = -sum_v pi_v log pi_v, nats.
         logits: (seq, tok, vocab) logits / temperature; present on request.
         hidden: (seq, tok, hidden) last hidden state before each response token; present on request.
+        collisions: (seq, tok) sum_v pi_v^2, the chance that two draws agree; present on request.
+        discriminators: (seq, tok) M_k = sum_v pi_v^2 (log pi_v + H_k), the mean over v ~ pi of
+            S_v = pi_v (log pi_v + H_k) = -dH_k/dz_v; present on request.
     """
 
     logprobs: Tensor
     entropies: Tensor
     logits: Tensor | None = None
     hidden: Tensor | None = None
+    collisions: Tensor | None = None
+    discriminators: Tensor | None = None
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -162,6 +167,7 @@ def forward(
     params: Mapping[str, Tensor] | None = None,
     keep_logits: bool = False,
     keep_hidden: bool = False,
+    keep_squares: bool = False,
 ) -> TokenOutputs:
     """Log-probs and entropies of the response tokens of a batch.
 
@@ -176,6 +182,7 @@ def forward(
             the model's own value.
         keep_logits: also return logits / temperature.
         keep_hidden: also return the last hidden states.
+        keep_squares: also return the sums over pi_v^2, ``collisions`` and ``discriminators``.
 
     A model whose parameters are float64 computes in float64 throughout (:func:`true_float64`); logits in
     bfloat16 or float16 are divided and normalised in float32.
@@ -211,12 +218,21 @@ def forward(
     logits = logits / temperature
     distribution = torch.log_softmax(logits, dim=-1)
     logprobs = distribution.gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1)
-    entropies = -(distribution.exp() * distribution).sum(-1)
+    probs = distribution.exp()
+    entropies = -(probs * distribution).sum(-1)
     mask = batch.response_mask
     hidden = out.hidden_states[-1][:, -length - 1 : -1] if keep_hidden else None
+    collisions = discriminators = None
+    if keep_squares:
+        squares = probs.square()
+        collisions = squares.sum(-1)
+        discriminators = ((squares * distribution).sum(-1) + collisions * entropies).masked_fill(~mask, 0.0)
+        collisions = collisions.masked_fill(~mask, 0.0)
     return TokenOutputs(
         logprobs=logprobs.masked_fill(~mask, 0.0),
         entropies=entropies.masked_fill(~mask, 0.0),
         logits=logits if keep_logits else None,
         hidden=hidden,
+        collisions=collisions,
+        discriminators=discriminators,
     )

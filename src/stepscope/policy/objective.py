@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stepscope.errors import BatchError, ConfigError
+from stepscope.errors import BatchError, ConfigError, MeasurementError
 from stepscope.policy.settings import StepSettings
+from stepscope.policy.token_objectives import ENTROPY_BONUS, TokenTable, token_advantages
 from stepscope.results import BoolArray, FloatArray, IntArray, Rollouts
 
 LOSS_TYPES = ("grpo", "dr_grpo", "bnpo", "dapo")
@@ -137,15 +138,23 @@ def token_weights(
     settings: StepSettings,
     *,
     logprobs: Sequence[FloatArray] | None = None,
+    entropies: Sequence[FloatArray] | None = None,
+    discriminators: Sequence[FloatArray] | None = None,
     ref_logprobs: Sequence[FloatArray] | None = None,
+    step: int = 0,
 ) -> tuple[FloatArray, ...]:
     """Token weights w_ik = -dLoss/dl_ik, by differentiating the loss with the log-probs as leaves.
+
+    The advantages are those of the settings' objective, where there is one.
 
     Args:
         rollouts: the update batch, with advantages; its ``logprobs`` are those of the policy that sampled.
         settings: the loss.
         logprobs: log-probs of the policy now, where it is not the one that sampled (off-policy).
+        entropies: its entropies, then needed by an objective.
+        discriminators: sum_v pi_v^2 (log pi_v + H_k) per token, where the objective needs it.
         ref_logprobs: log-probs of the reference policy; needed when ``settings.beta`` is not zero.
+        step: optimizer steps taken so far; it seeds an objective that draws tokens at random.
 
     Returns:
         One (tok,) array per sequence; per unit of log-prob.
@@ -153,6 +162,7 @@ def token_weights(
     Raises:
         BatchError: the batch has no advantages, or all of them are zero and nothing else drives the loss.
         ConfigError: see :func:`policy_loss`.
+        MeasurementError: the loss has an entropy bonus, which token weights cannot say.
     """
     if rollouts.advantages is None:
         raise BatchError(
@@ -166,11 +176,24 @@ def token_weights(
         )
     mask = _mask(rollouts, settings)
     old = _pad(rollouts.logprobs)
-    leaves = (old if logprobs is None else _pad(logprobs)).clone().requires_grad_(True)
+    now = old if logprobs is None else _pad(logprobs)
+    table = TokenTable(
+        logprobs=now,
+        old_logprobs=old,
+        entropies=_pad(rollouts.entropies if entropies is None else entropies),
+        advantages=torch.from_numpy(np.asarray(rollouts.advantages, dtype=np.float64))[:, None].expand_as(
+            old
+        ),
+        mask=mask,
+        epsilon_low=settings.epsilon_low,
+        epsilon_high=settings.epsilon_high,
+        discriminators=None if discriminators is None else _pad(discriminators),
+    )
+    leaves = now.clone().requires_grad_(True)
     loss = policy_loss(
         leaves,
         old,
-        torch.from_numpy(np.asarray(rollouts.advantages, dtype=np.float64)),
+        _advantages_of_the_objective(table, settings, step),
         mask,
         settings,
         None if ref_logprobs is None else _pad(ref_logprobs),
@@ -178,6 +201,24 @@ def token_weights(
     (grad,) = torch.autograd.grad(loss, leaves)
     weights = (-grad).numpy()
     return tuple(weights[i, :n].copy() for i, n in enumerate(rollouts.num_tokens))
+
+
+def _advantages_of_the_objective(table: TokenTable, settings: StepSettings, step: int) -> Tensor:
+    """(seq, tok) advantages. Micro-batches are cut from the batch in random order, as TRL cuts them."""
+    objective = settings.objective
+    if objective is None:
+        return table.advantages
+    if objective["name"] == ENTROPY_BONUS:
+        raise MeasurementError(
+            "the loss has an entropy bonus, which is no function of the log-probs, so its step cannot be "
+            "rebuilt from token weights; measure a checkpoint of a training without it"
+        )
+    order = torch.arange(len(table.mask))
+    if objective["micro_batch_size"] is not None:
+        order = torch.from_numpy(np.random.default_rng([settings.seed, step, 1]).permutation(len(order)))
+    made = torch.empty_like(table.logprobs)
+    made[order] = token_advantages(objective, table.rows(order), seed=settings.seed, step=step)
+    return made
 
 
 def _mask(rollouts: Rollouts, settings: StepSettings) -> Tensor:

@@ -139,19 +139,34 @@ def score_rollouts(
     Returns:
         Log-probs and entropies, each one (tok,) array per sequence.
     """
-    logprobs: dict[int, FloatArray] = {}
-    entropies: dict[int, FloatArray] = {}
+    logprobs, entropies = _score(policy, rollouts, ("logprobs", "entropies"), max_sequences, bar)
+    return logprobs, entropies
+
+
+def score_discriminators(
+    policy: Policy, rollouts: Rollouts, *, max_sequences: int = 16
+) -> tuple[FloatArray, ...]:
+    """sum_v pi_v^2 (log pi_v + H_k) at every response token, one (tok,) array per sequence."""
+    (found,) = _score(policy, rollouts, ("discriminators",), max_sequences, None)
+    return found
+
+
+def _score(
+    policy: Policy, rollouts: Rollouts, names: Sequence[str], max_sequences: int, bar: Progress | None
+) -> list[tuple[FloatArray, ...]]:
+    """Fields of :class:`TokenOutputs` under the policy, each one (tok,) array per sequence."""
+    found: dict[str, dict[int, FloatArray]] = {name: {} for name in names}
     advance = _advancing(bar, "scoring", len(rollouts))
+    squares = "discriminators" in names
     for batch in batches(rollouts, max_sequences=max_sequences, device=policy.device):
         with torch.no_grad():
-            outputs = forward(policy.model, batch, temperature=rollouts.temperature)
+            outputs = forward(policy.model, batch, temperature=rollouts.temperature, keep_squares=squares)
         for row, i in enumerate(batch.seq_index.tolist()):
             mask = batch.response_mask[row]
-            logprobs[i] = outputs.logprobs[row][mask].double().cpu().numpy()
-            entropies[i] = outputs.entropies[row][mask].double().cpu().numpy()
+            for name, rows in found.items():
+                rows[i] = getattr(outputs, name)[row][mask].double().cpu().numpy()
         advance(len(batch))
-    order = range(len(rollouts))
-    return tuple(logprobs[i] for i in order), tuple(entropies[i] for i in order)
+    return [tuple(rows[i] for i in range(len(rollouts))) for rows in found.values()]
 
 
 def end_tokens(policy: Policy) -> list[int]:

@@ -6,11 +6,12 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from stepscope.errors import CheckpointError
+from stepscope.policy.token_objectives import objective_problem
 
 SETTINGS_FILE = "stepscope.json"
 """Name of the settings file inside a checkpoint folder."""
@@ -43,6 +44,9 @@ class StepSettings:
             (TRL's ``use_bias_correction_kl``, on by default there).
         mask_truncated: truncated responses do not enter the loss (TRL's ``mask_truncated_completions``).
         format_weight: part of the reward that keeping the format earns, whatever the answer.
+        objective: what is changed in the loss, as :func:`~stepscope.policy.token_objectives.token_advantages`
+            takes it, or the entropy bonus with its weight in the next step; None for the loss as it is.
+        num_iterations: optimizer steps on each batch; the next step is the first on its batch, so on-policy.
     """
 
     loss_type: str = "dr_grpo"
@@ -63,6 +67,8 @@ class StepSettings:
     bias_correction_kl: bool = True
     mask_truncated: bool = False
     format_weight: float = 0.0
+    objective: dict[str, Any] | None = field(default=None, hash=False)
+    num_iterations: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-ready dictionary, with the version of the format."""
@@ -122,10 +128,13 @@ class StepSettings:
             value = data[name]
             if wanted is float and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)
-            allowed = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+            choices = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+            allowed = [typing.get_origin(choice) or choice for choice in choices]
             if type(value) not in allowed:
                 problems.append(f"{name}: got {value!r}, expected {' or '.join(t.__name__ for t in allowed)}")
             values[name] = value
+        if isinstance(objective := values.get("objective"), dict) and (odd := objective_problem(objective)):
+            problems.append(f"objective: {odd}")
         if problems:
             raise CheckpointError(
                 f"{where}: settings not understood ({'; '.join(problems)}); mend these keys"
