@@ -2,31 +2,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from digits import SHAPE, DigitTask, digit_config, log_of, reinforced
 from safetensors.torch import load_file
 
-from stepscope.config import ModelConfig, RlConfig, TinyModelConfig, TrainConfig
+from stepscope.config import TrainConfig
 from stepscope.errors import ConfigError, RunFolderError
 from stepscope.policy.checkpoint import load_checkpoint
 from stepscope.policy.settings import StepSettings
-from stepscope.tasks.problem import Problem, Score
 from stepscope.training import last_checkpoint, train
-from stepscope.training.rl import prompt_rows, reinforce
-from stepscope.training.start import starting_model
+from stepscope.training.rl import prompt_rows
 from stepscope.training.tiny import build_tokenizer
-
-SHAPE = TinyModelConfig(hidden_size=16, layers=1, heads=2, kv_heads=1, intermediate_size=32)
-
-
-def log_of(checkpoint: Path) -> list[dict[str, Any]]:
-    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "reward" in entry]
 
 
 def test_a_checkpoint_holds_all_that_a_step_needs(small_run: Path) -> None:
@@ -103,55 +94,15 @@ def test_an_adapter_finds_its_base_in_a_run_that_moved(
     assert all("lora_" in name for name in policy.parameters)
 
 
-@dataclass(frozen=True)
-class DigitTask:
-    """Rewards digits; problems numbered below ``num_dead`` reward nothing."""
-
-    num_dead: int
-    size: int = 32
-    spec: str = "digits"
-
-    def problems(self, split: str) -> Sequence[Problem]:
-        return [Problem(f"digits/{split}/{i}", str(i), "") for i in range(self.size)]
-
-    def prompt(self, problem: Problem, tokenizer: Any) -> str:
-        return problem.question + "="
-
-    def score(self, problem: Problem, response: str) -> Score:
-        alive = int(problem.question) >= self.num_dead
-        return Score(alive * sum(c.isdigit() for c in response) / 40, False, self.formatted(response))
-
-    def formatted(self, response: str) -> bool:
-        return bool(response)
-
-    def demonstration(self, problem: Problem) -> str:
-        raise AssertionError("no warm-up here")
-
-
-def reinforced(task: DigitTask, out: Path, **rl: Any) -> list[dict[str, Any]]:
-    config = TrainConfig(
-        model=ModelConfig(tiny=SHAPE),
-        sft=None,
-        rl=RlConfig(
-            group_size=4,
-            prompts_per_step=8,
-            micro_batch_size=16,
-            max_response_tokens=40,
-            steps=2,
-            save_every=2,
-            report_to=[],
-            **rl,
-        ),
-    )
-    model, tokenizer = starting_model(config.model, seed=0)
-    reinforce(config, model, tokenizer, task, out, resume=None)
-    return log_of(out / "checkpoints" / "step-2")
+def logged(task: DigitTask, out: Path, **rl: Any) -> list[dict[str, Any]]:
+    changes = {"prompts_per_step": 8, "micro_batch_size": 16, "max_response_tokens": 40, "optimizer": {}}
+    return log_of(reinforced(digit_config(**changes, **rl), out, task))
 
 
 def test_dead_groups_are_replaced(tmp_path: Path) -> None:
     task = DigitTask(num_dead=16)
-    before = reinforced(task, tmp_path / "kept", max_resample=0)
-    after = reinforced(task, tmp_path / "replaced", max_resample=20)
+    before = logged(task, tmp_path / "kept", max_resample=0)
+    after = logged(task, tmp_path / "replaced", max_resample=20)
     assert all(entry["frac_reward_zero_std"] > 0 for entry in before)
     assert all(entry["frac_reward_zero_std"] == 0 for entry in after)
     assert all(entry["resampled_groups"] >= 1 for entry in after)
@@ -160,7 +111,7 @@ def test_dead_groups_are_replaced(tmp_path: Path) -> None:
 
 
 def test_replacement_stops_at_the_limit(tmp_path: Path) -> None:
-    log = reinforced(DigitTask(num_dead=32), tmp_path, max_resample=3)
+    log = logged(DigitTask(num_dead=32), tmp_path, max_resample=3)
     assert [entry["resampled_groups"] for entry in log] == [24.0, 24.0]
     assert [entry["frac_reward_zero_std"] for entry in log] == [1.0, 1.0]
     assert [entry["grad_norm"] for entry in log] == [0.0, 0.0]
@@ -168,9 +119,9 @@ def test_replacement_stops_at_the_limit(tmp_path: Path) -> None:
 
 def test_long_prompts_are_left_out_and_too_few_prompts_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"rl.prompts_per_step: 8 .* has 5"):
-        reinforced(DigitTask(num_dead=0, size=5), tmp_path)
+        logged(DigitTask(num_dead=0, size=5), tmp_path)
     task, tokenizer = DigitTask(num_dead=0, size=32), build_tokenizer()
     rows = prompt_rows(task, task.problems("train"), tokenizer, longest=2)
     assert rows["index"][:] == list(range(10))
     with pytest.raises(ConfigError, match=r"shorter than every prompt, the shortest has 2 tokens"):
-        reinforced(DigitTask(num_dead=0), tmp_path, max_prompt_tokens=1)
+        logged(DigitTask(num_dead=0), tmp_path, max_prompt_tokens=1)

@@ -1,24 +1,29 @@
-"""Strictly on-policy reinforcement learning with TRL, and the checkpoints it leaves."""
+"""Reinforcement learning with TRL on batches of the policy itself, and the checkpoints it leaves."""
 
 from __future__ import annotations
 
 import json
 import os.path
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
 from datasets import Dataset
+from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
 from stepscope.config import RlConfig, TrainConfig
 from stepscope.errors import ConfigError
 from stepscope.policy.settings import StepSettings
+from stepscope.policy.token_objectives import ENTROPY_BONUS, UNCLIPPED
 from stepscope.results import FloatArray, IntArray
 from stepscope.tasks.problem import Problem, Score, Task
 from stepscope.training.arguments import install_callbacks, shared_arguments
+from stepscope.training.curriculum import BUCKETS, Curriculum
+from stepscope.training.objectives import bonus_arguments, objective_record, shaper_for
 from stepscope.training.probes import StepProbe
 from stepscope.training.start import adapter, prompt_text
 
@@ -50,7 +55,8 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
 
     A group whose rewards are all equal has zero advantages and no gradient. Up to ``max_resample`` times
     such groups are dropped and groups of other prompts sampled in their place; groups that are still dead
-    then stay. Loss, advantages and generation are TRL's own. The logged ``reward``, ``correct``,
+    then stay. Loss, generation and advantages of sequences are TRL's own; an objective of the settings turns
+    these into advantages of tokens before every optimizer step. The logged ``reward``, ``correct``,
     ``formatted`` and lengths are those of the responses as first sampled (an unbiased view of the policy);
     ``reward_kept`` is the reward of the batch the step is made of.
 
@@ -58,21 +64,34 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         settings: written beside every checkpoint as ``stepscope.json``.
         reward: scores completions.
         max_resample: rounds of replacement; 0 keeps every group.
+        curriculum: chooses the prompts, numbered as the rows of the data set; None for each once per epoch.
         kwargs: arguments of ``GRPOTrainer``.
     """
 
     def __init__(
-        self, *, settings: StepSettings, reward: TaskReward, max_resample: int, **kwargs: Any
+        self,
+        *,
+        settings: StepSettings,
+        reward: TaskReward,
+        max_resample: int,
+        curriculum: Curriculum | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(reward_funcs=[reward], **kwargs)
         self.settings = settings
         self.reward = reward
         self.max_resample = max_resample
+        self.curriculum = curriculum
+        self.shaper = shaper_for(settings)
+        self._shaped: list[Tensor] = []
+        self._numbers = {index: i for i, index in enumerate(kwargs["train_dataset"]["index"])}
         self._rows: list[dict[str, Any]] = []
         self._sampled_reward = float("nan")
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Generate, replacing dead groups on the way; report the reward of the responses as first sampled."""
+        if self.curriculum is not None:
+            inputs = self._rows_of_the_curriculum(self.curriculum, len(inputs))
         self._rows = inputs
         self.reward.scores.clear()
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
@@ -80,6 +99,45 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         metrics["reward_kept"].append(metrics["reward"][-1])
         metrics["reward"][-1] = self._sampled_reward
         return output
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        """The next micro-batch, with advantages per token where there is an objective."""
+        inputs: dict[str, Any] = super()._prepare_inputs(generation_batch)
+        if self.shaper is None:
+            return inputs
+        place = self._step % self.args.steps_per_generation
+        if place == 0:
+            self._shaped, changed = self.shaper(
+                self.model,
+                self.accelerator,
+                self._buffered_inputs,
+                first_update=self._step % (self.args.steps_per_generation * self.num_iterations) == 0,
+                step=self.state.global_step,
+            )
+            self._metrics["train"]["objective_changed"].append(changed)
+        return {**inputs, "advantages": self._shaped[place]}
+
+    def _rows_of_the_curriculum(self, curriculum: Curriculum, count: int) -> list[dict[str, Any]]:
+        """This process's rows of a batch that the curriculum chose."""
+        total = count * self.accelerator.num_processes // self.num_generations
+        random = np.random.default_rng([self.args.seed, self.state.global_step, 1])
+        chosen = curriculum.draw(total, random)
+        drawn = np.bincount(curriculum.buckets()[chosen], minlength=len(BUCKETS)) / total
+        for name, share in zip(BUCKETS, drawn, strict=True):
+            self._metrics["train"][f"curriculum_{name}"].append(float(share))
+        first = self.accelerator.process_index * count
+        places = np.repeat(chosen, self.num_generations)[first : first + count]
+        return [self.train_dataset[int(i)] for i in places]
+
+    def _observe(self, places: Sequence[int], completions: list[str]) -> None:
+        """Tell the curriculum which completions at these places of this process are correct."""
+        if self.curriculum is not None:
+            indices = [self._rows[place]["index"] for place in places]
+            results = [
+                (self._numbers[index], self.reward.score(index, completions[place]).correct)
+                for index, place in zip(indices, places, strict=True)
+            ]
+            self.curriculum.observe(gather_object(results))
 
     def _generate(self, prompts: list[str]) -> tuple[Any, ...]:
         """Generate one completion per prompt, then replace dead groups; ``prompts`` is changed in place.
@@ -94,6 +152,7 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
             score = self.reward.score(row["index"], completion)
             self._log_metric("correct", float(score.correct))
             self._log_metric("formatted", float(score.formatted))
+        self._observe(range(len(prompts)), completions)
         random = np.random.default_rng([self.args.seed, self.state.global_step])
         replaced = 0
         for _ in range(self.max_resample):
@@ -108,6 +167,7 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
                 texts = self.processing_class.batch_decode(sampled, skip_special_tokens=True)
                 for place, prompt, response, text in zip(places, ids, sampled, texts, strict=True):
                     prompt_ids[place], completion_ids[place], completions[place] = prompt, response, text
+            self._observe(places, completions)
             replaced += len(fresh)
             rewards = self._group_rewards(prompts, completions, completion_ids)
         self._log_metric("resampled_groups", float(replaced))
@@ -116,8 +176,11 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
     def _unused_rows(self, count: int, random: np.random.Generator) -> list[dict[str, Any]]:
         """At most ``count`` rows whose prompts are not in the batch; the same rows on every process."""
         used = set(gather_object([row["index"] for row in self._rows]))
-        unused = [i for i, index in enumerate(self.train_dataset["index"]) if index not in used]
-        chosen = random.choice(unused, size=min(count, len(unused)), replace=False)
+        if self.curriculum is not None:
+            chosen = self.curriculum.draw(count, random, exclude={self._numbers[index] for index in used})
+        else:
+            unused = [i for index, i in self._numbers.items() if index not in used]
+            chosen = random.choice(unused, size=min(count, len(unused)), replace=False)
         return [self.train_dataset[int(i)] for i in chosen]
 
     def _replace_prompts(self, dead: IntArray, fresh: list[dict[str, Any]], prompts: list[str]) -> list[int]:
@@ -141,11 +204,23 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         """No model card: a run folder is described by its own files."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Write the Trainer's checkpoint and ``stepscope.json``, then give it its name ``step-N``."""
+        """Write the Trainer's checkpoint and what we add to it, then give it its name ``step-N``."""
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            publish(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}", self.settings)
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            if self.curriculum is not None:
+                self.curriculum.save(folder)
+            publish(folder, self.settings_of_the_next_step())
+
+    def settings_of_the_next_step(self) -> StepSettings:
+        """The settings, with the weight that an adaptive entropy bonus will have."""
+        objective = self.settings.objective
+        if objective is None or objective["name"] != ENTROPY_BONUS or not self.use_adaptive_entropy:
+            return self.settings
+        acts = self._last_world_entropy <= self.args.entropy_target
+        coefficient = self.entropy_coef if acts else 0.0
+        return replace(self.settings, objective={**objective, "coefficient": coefficient})
 
 
 def publish(folder: Path, settings: StepSettings) -> Path:
@@ -168,6 +243,7 @@ def publish(folder: Path, settings: StepSettings) -> Path:
 def step_settings(config: TrainConfig) -> StepSettings:
     """The settings of a configuration's reinforcement learning, as its checkpoints record them."""
     rl = config.rl or RlConfig()
+    unclipped = rl.objective is not None and rl.objective.name == "kl_cov"
     return StepSettings(
         loss_type=rl.loss_type,
         scale_rewards=rl.scale_rewards,
@@ -177,13 +253,15 @@ def step_settings(config: TrainConfig) -> StepSettings:
         max_response_tokens=rl.max_response_tokens,
         max_prompt_tokens=rl.max_prompt_tokens,
         max_grad_norm=rl.optimizer.max_grad_norm,
-        epsilon_low=rl.epsilon_low,
-        epsilon_high=rl.epsilon_high,
+        epsilon_low=1.0 if unclipped else rl.epsilon_low,
+        epsilon_high=UNCLIPPED if unclipped else rl.epsilon_high,
         beta=rl.beta,
         task=config.task,
         prompt_template=config.template or "",
         seed=config.seed,
         format_weight=config.format_weight,
+        objective=objective_record(rl),
+        num_iterations=rl.num_iterations,
     )
 
 
@@ -211,9 +289,9 @@ def reinforce(
 ) -> None:
     """Train with TRL's GRPO and leave checkpoints under ``out/checkpoints/step-N``.
 
-    One optimizer step per sampled batch, sampling from the policy itself (no nucleus, no top-k), no
-    dropout. A fresh run also leaves ``step-0``, the policy before the first step, for evaluation: it has no
-    optimizer state.
+    Batches are sampled from the policy itself (no nucleus, no top-k) and used for ``num_iterations``
+    optimizer steps; no dropout. A fresh run also leaves ``step-0``, the policy before the first step, for
+    evaluation: it has no optimizer state.
 
     Args:
         config: the training configuration; its ``rl`` section must be there.
@@ -238,10 +316,16 @@ def reinforce(
         )
     checkpoints = out / "checkpoints"
     settings = step_settings(config)
+    curriculum = None
+    if rl.curriculum is not None:
+        curriculum = Curriculum(rl.curriculum, [problems[i].prompt_id for i in rows["index"]])
+        if resume is not None:
+            curriculum.restore(resume)
     trainer = OnPolicyTrainer(
         settings=settings,
         reward=TaskReward(task, problems),
         max_resample=rl.max_resample,
+        curriculum=curriculum,
         model=model,
         args=grpo_arguments(config, rl, settings, checkpoints),
         train_dataset=rows,
@@ -260,14 +344,14 @@ def reinforce(
         start = checkpoints / "checkpoint-0"
         trainer.save_model(str(start))
         trainer.state.save_to_json(str(start / "trainer_state.json"))
-        publish(start, settings)
+        publish(start, trainer.settings_of_the_next_step())
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
 
 
 def grpo_arguments(
     config: TrainConfig, rl: RlConfig, settings: StepSettings, checkpoints: Path
 ) -> GRPOConfig:
-    """TRL's arguments of a strictly on-policy run: the generated batch is exactly one optimizer step."""
+    """TRL's arguments: every optimizer step is on the whole of a generated batch."""
     total = rl.prompts_per_step * rl.group_size
     shared = shared_arguments(rl.optimizer, seed=config.seed, report_to=rl.report_to)
     processes = GRPOConfig(output_dir=str(checkpoints), **shared).world_size
@@ -284,13 +368,13 @@ def grpo_arguments(
         gradient_accumulation_steps=micro_batches,
         steps_per_generation=micro_batches,
         num_generations=rl.group_size,
-        num_iterations=1,
+        num_iterations=rl.num_iterations,
         loss_type=rl.loss_type,
         scale_rewards=rl.scale_rewards,
         beta=rl.beta,
         use_bias_correction_kl=settings.bias_correction_kl,
-        epsilon=rl.epsilon_low,
-        epsilon_high=rl.epsilon_high,
+        epsilon=settings.epsilon_low,
+        epsilon_high=settings.epsilon_high,
         temperature=rl.temperature,
         top_p=1.0,
         top_k=0,
@@ -300,5 +384,6 @@ def grpo_arguments(
         logging_steps=1,
         save_strategy="steps",
         save_steps=rl.save_every,
+        **bonus_arguments(rl),
         **shared,
     )
