@@ -4,8 +4,8 @@
 
 The warm-up is trained once; from it start ``seeds`` trainings of every objective, and each checkpoint is
 evaluated on the same held-out prompts. ``curves.parquet`` has a row per objective, seed and checkpoint,
-``objectives.html`` the curves, and a table of the last checkpoints goes to standard output. Run again, it goes
-on where it was stopped.
+``objectives.html`` the curves, and a table of the last checkpoints goes to standard output. Run again, it
+goes on where it was stopped.
 
 Intervals are 95 % t-intervals over seeds: they say how far another seed would have led, on these prompts and
 from this warm-up. The clustered error of each evaluation is in the table of curves.

@@ -67,6 +67,13 @@ def test_settings_of_a_grpo_run(tmp_path: Path) -> None:
     assert (settings.epsilon_low, settings.epsilon_high) == (0.1, 0.28)
     assert settings.mask_truncated
     assert not settings.bias_correction_kl
+    assert settings.objective is None
+
+
+def test_trls_entropy_quantile_is_an_objective_of_its_micro_batches(tmp_path: Path) -> None:
+    path = save_args(tmp_path, top_entropy_quantile=0.2, per_device_train_batch_size=8, num_generations=4)
+    record = {"name": "top_entropy", "fraction": 0.2, "micro_batch_size": 8}
+    assert settings_from_training_args(path).objective == record
 
 
 @pytest.mark.parametrize(
@@ -75,7 +82,6 @@ def test_settings_of_a_grpo_run(tmp_path: Path) -> None:
         {"num_iterations": 2},
         {"importance_sampling_level": "sequence"},
         {"delta": 2.0},
-        {"top_entropy_quantile": 0.2},
         {"entropy_coef": 0.01},
         {"top_k": 50},
         {"repetition_penalty": 1.1},

@@ -45,7 +45,7 @@ class DigitTask:
 def log_of(checkpoint: Path) -> list[dict[str, Any]]:
     """The log entries of the optimizer steps that led to a checkpoint."""
     history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-    return [entry for entry in history if "reward" in entry]
+    return [entry for entry in history if "grad_norm" in entry]
 
 
 def digit_config(*, dtype: str = "float32", **rl: Any) -> TrainConfig:

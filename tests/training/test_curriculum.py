@@ -35,8 +35,8 @@ def test_a_bucket_has_its_share_of_the_draws() -> None:
     np.testing.assert_allclose(curriculum.probabilities(), [1 / 8, 1 / 8, 1 / 4, 1 / 4, 1 / 4])
     np.testing.assert_allclose(curriculum.probabilities({4}), [1 / 6, 1 / 6, 1 / 3, 1 / 3, 0])
     random = np.random.default_rng(0)
-    drawn = np.bincount([int(curriculum.draw(1, random)[0]) for _ in range(4000)], minlength=5) / 4000
-    np.testing.assert_allclose(drawn, curriculum.probabilities(), atol=0.03)
+    drawn = np.bincount([int(curriculum.draw(1, random)[0]) for _ in range(1000)], minlength=5) / 1000
+    np.testing.assert_allclose(drawn, curriculum.probabilities(), atol=0.05)
 
 
 def test_draws_are_different_prompts_and_all_there_are() -> None:

@@ -33,7 +33,6 @@ _MEASURABLE: dict[str, Callable[[Any], bool]] = {
     "num_iterations": lambda v: v == 1,
     "importance_sampling_level": lambda v: v == "token",
     "delta": lambda v: v is None,
-    "top_entropy_quantile": lambda v: v == 1.0,
     "entropy_coef": lambda v: v == 0.0,
     "use_adaptive_entropy": lambda v: not v,
     "off_policy_mask_threshold": lambda v: v is None,
@@ -156,9 +155,10 @@ def settings_from_training_args(path: Path) -> StepSettings:
 def _plain_settings(args: Mapping[str, Any]) -> dict[str, Any]:
     scale = args.get("scale_rewards", "group")
     world = getattr(args.get("distributed_state"), "num_processes", 1)
-    sequences = (
-        args.get("per_device_train_batch_size", 1) * args.get("gradient_accumulation_steps", 1) * world
-    )
+    micro_batch = args.get("per_device_train_batch_size", 1) * world
+    sequences = micro_batch * args.get("gradient_accumulation_steps", 1)
+    kept = args.get("top_entropy_quantile", 1.0)
+    objective = {"name": "top_entropy", "fraction": kept, "micro_batch_size": micro_batch}
     low = args.get("epsilon", 0.2)
     high = args.get("epsilon_high")
     return {
@@ -177,4 +177,5 @@ def _plain_settings(args: Mapping[str, Any]) -> dict[str, Any]:
         "seed": args.get("seed", 0),
         "bias_correction_kl": args.get("use_bias_correction_kl", False),
         "mask_truncated": args.get("mask_truncated_completions", False),
+        "objective": objective if kept < 1.0 else None,
     }
