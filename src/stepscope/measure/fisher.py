@@ -232,20 +232,25 @@ def response_logprob(outputs: TokenOutputs, batch: TokenBatch) -> torch.Tensor:
     return outputs.logprobs
 
 
-def split_tokens(rollouts: Rollouts) -> tuple[Rollouts, IntArray]:
-    """Every response token as a response of its own, after its prefix; and (sequence, position) of each.
+def split_tokens(rollouts: Rollouts, chosen: IntArray | None = None) -> tuple[Rollouts, IntArray]:
+    """Response tokens as responses of their own, after their prefixes; and (sequence, position) of each.
+
+    Args:
+        rollouts: the sequences.
+        chosen: which of their tokens, counted over the whole batch; None for all.
 
     Raises:
         BatchError: more than 4096 tokens.
     """
-    total = int(rollouts.num_tokens.sum())
+    total = int(rollouts.num_tokens.sum()) if chosen is None else len(chosen)
     if total > MOST_TOKENS:
         raise BatchError(
-            f"a kernel between tokens of {total} tokens is too large, expected at most {MOST_TOKENS}; "
-            "select fewer sequences"
+            f"{total} tokens one by one are too many, expected at most {MOST_TOKENS}; select fewer sequences"
         )
     owner = np.repeat(np.arange(len(rollouts)), rollouts.num_tokens)
     position = np.concatenate([np.arange(n) for n in rollouts.num_tokens])
+    if chosen is not None:
+        owner, position = owner[chosen], position[chosen]
     whole = rollouts.select(owner)
     pairs = list(zip(whole.prompt_token_ids, whole.response_token_ids, position.tolist(), strict=True))
     single = replace(

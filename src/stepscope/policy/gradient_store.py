@@ -137,6 +137,20 @@ class GradientStore:
                     result[cols, rows] = product.double().cpu().T
         return result
 
+    def paired(
+        self, gradient: LayerGradient, metrics: Mapping[str, Mapping[str, Tensor] | None]
+    ) -> dict[str, Tensor]:
+        """(seq,) float64 inner products h_i' P g_i with other gradients h of the block's own sequences."""
+        total: dict[str, Tensor] = {}
+        if gradient.name not in self._shapes:
+            return total
+        flat = _oriented(gradient, metrics)
+        for start, stop, chunk in self._chunks(gradient.name, 4):
+            others = gradient.dense(start, stop).flatten(1)
+            for metric, weights in flat.items():
+                _accumulate(total, metric, torch.linalg.vecdot(_weigh(others, weights, start, stop), chunk))
+        return total
+
     def cross(
         self,
         gradient: LayerGradient,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stepscope.errors import MeasurementError
+from stepscope.policy.gradient_store import GradientStore
 from stepscope.policy.gradients import Objective
 from stepscope.policy.layer_gradient import LayerGradient, restore
 from stepscope.policy.per_sequence import StreamOptions, by_length, stream
@@ -94,6 +95,59 @@ def per_sequence_dots(
     result = np.empty((count, len(rollouts)))
     result[:, order] = total.cpu().numpy()
     return result
+
+
+def paired_dots(
+    policy: Policy,
+    rollouts: Rollouts,
+    first: Objective,
+    second: Objective,
+    metrics: Mapping[str, ParameterVector | None],
+    *,
+    memory_bytes: int = 2 * 2**30,
+    **options: Unpack[StreamOptions],
+) -> dict[str, FloatArray]:
+    """(seq,) inner products grad first_i . P . grad second_i of two gradients of the same sequence.
+
+    Costs two gradient passes. The first gradients of a micro-batch are held while the second stream past, so
+    a micro-batch has as many sequences as ``memory_bytes`` holds, at most ``max_sequences``.
+
+    Args:
+        policy: its trainable parameters are differentiated.
+        rollouts: the sequences.
+        first: (seq,) or (seq, tok).
+        second: (seq,) or (seq, tok).
+        metrics: name to diagonal P (by parameter name), or None for the identity.
+        memory_bytes: budget for the gradients held.
+        **options: see :class:`stepscope.policy.per_sequence.StreamOptions`.
+
+    Raises:
+        MeasurementError: a metric does not fit the policy.
+    """
+    for name, weights in metrics.items():
+        if weights is not None:
+            check_vector(policy, weights, f"metric {name!r}")
+    order = by_length(rollouts)
+    own = sum(p.numel() * max(4, p.element_size()) for p in policy.parameters.values())
+    size = max(1, min(options.get("max_sequences", 16), memory_bytes // own))
+    found = {m: np.zeros(len(order)) for m in metrics}
+    for start in range(0, len(order), size):
+        block = order[start : start + size]
+        store = GradientStore(len(block))
+
+        def consume(
+            gradient: LayerGradient,
+            rows: slice,
+            store: GradientStore = store,
+            block: list[int] = block,
+        ) -> None:
+            for metric, products in store.paired(gradient, metrics).items():
+                found[metric][block] += products.numpy()
+
+        within: StreamOptions = {**options, "max_sequences": size, "max_tokens": None, "progress": False}
+        stream(policy, rollouts, first, store.put, order=block, **within)
+        stream(policy, rollouts, second, consume, order=block, **within)
+    return found
 
 
 def group_gradients(

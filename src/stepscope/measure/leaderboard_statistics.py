@@ -1,0 +1,267 @@
+"""How well scores rank a truth: correlations, captured shares and agreement, resampled by prompt.
+
+Every statistic is computed for the batch and for resamples of its prompts at once. A resample is a number of
+copies per prompt, so a statistic of it is a weighted statistic of the batch: ranks are cumulative weights in
+an order that is sorted once, and no resample is ever sorted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import kendalltau
+
+from stepscope.results import BoolArray, FloatArray, IntArray
+
+SHARES = (0.0002, 0.01, 0.1)
+"""Shares of the tokens that a criterion may select."""
+
+LARGE = 0.1
+"""Share of the items with the largest |truth| that AUC asks a criterion to find."""
+
+MOST_IN_PAIRS = 1024
+"""Most items whose pairs enter the error of Kendall's tau; more are thinned at random."""
+
+BLOCK = 2_000_000
+"""Most numbers in one (resample, item) array."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Statistics of every score against every truth; the first resample is the batch itself.
+
+    Attributes:
+        spearman: (resample, score, truth) rank correlation.
+        kendall: (resample, score, truth) tau-b; of at most 1024 items in all resamples but the first.
+        pearson: (resample, score, truth).
+        sign_agreement: (resample, score, truth) share of items, among those where neither is zero, whose
+            signs agree; nan for magnitudes.
+        auc: (resample, score, truth) chance that an item of the tenth with the largest |truth| has a larger
+            |score| than one of the others, ties counting half.
+        captured: (share, resample, score, truth) share of the total |truth| on the items selected by
+            |score|; ties at the edge share what is left.
+        best: (share, resample, truth) the same for the best possible selection.
+    """
+
+    spearman: FloatArray
+    kendall: FloatArray
+    pearson: FloatArray
+    sign_agreement: FloatArray
+    auc: FloatArray
+    captured: FloatArray
+    best: FloatArray
+
+
+def resample_counts(clusters: IntArray, num_resamples: int, seed: int) -> FloatArray:
+    """(1 + resample, cluster) copies of each cluster: once each first, then drawn with replacement."""
+    count = int(clusters.max()) + 1
+    generator = np.random.default_rng(seed)
+    drawn = generator.multinomial(count, np.full(count, 1 / count), size=num_resamples)
+    return np.concatenate([np.ones((1, count)), drawn]).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Values in ascending order, ties in groups.
+
+    Attributes:
+        order: (item,) indices that sort the values.
+        starts: (group,) where each group of equal values starts in that order.
+        group: (item,) group of each item.
+    """
+
+    order: IntArray
+    starts: IntArray
+    group: IntArray
+
+    @classmethod
+    def of(cls, values: FloatArray) -> Order:
+        """Sort once."""
+        order = np.argsort(values, kind="stable")
+        new = np.concatenate([[True], np.diff(values[order]) > 0])
+        group = np.empty(len(values), dtype=np.int64)
+        group[order] = np.cumsum(new) - 1
+        return cls(order, np.flatnonzero(new), group)
+
+    def weights(self, weights: FloatArray) -> FloatArray:
+        """(resample, group) total weight of each group, of (resample, item) weights."""
+        return np.asarray(np.add.reduceat(weights[:, self.order], self.starts, axis=1))
+
+    def ranks(self, weights: FloatArray) -> FloatArray:
+        """(resample, item) mid-ranks about their mean: weight below plus half of one's group, less half."""
+        own = self.weights(weights)
+        below = np.cumsum(own, axis=1) - own / 2
+        return np.asarray((below - own.sum(1, keepdims=True) / 2)[:, self.group])
+
+    def selected(self, weights: FloatArray, share: float) -> FloatArray:
+        """(resample, item) part of each item among the ``share`` largest; at least one item is selected."""
+        own = self.weights(weights)
+        wanted = np.maximum(1.0, share * own.sum(1, keepdims=True))
+        above = np.cumsum(own[:, ::-1], axis=1)[:, ::-1] - own
+        taken = np.clip(wanted - above, 0.0, own)
+        return np.asarray(np.divide(taken, own, out=np.zeros_like(own), where=own > 0)[:, self.group])
+
+
+def compare(
+    scores: FloatArray,
+    signed: BoolArray,
+    truths: FloatArray,
+    clusters: IntArray,
+    *,
+    num_resamples: int = 200,
+    seed: int = 0,
+) -> Comparison:
+    """Statistics of scores against truths, for the batch and for resamples of its prompts.
+
+    Args:
+        scores: (score, item).
+        signed: (score,) True: compared with the truth; False: compared with its magnitude.
+        truths: (truth, item).
+        clusters: (item,) prompt of each item.
+        num_resamples: resamples of prompts.
+        seed: of the resamples.
+    """
+    _, index = np.unique(clusters, return_inverse=True)
+    counts = resample_counts(index, num_resamples, seed)
+    shape = (len(counts), len(scores), len(truths))
+    spearman, auc = np.full(shape, np.nan), np.full(shape, np.nan)
+    captured = np.full((len(SHARES), *shape), np.nan)
+    best = np.full((len(SHARES), len(counts), len(truths)), np.nan)
+    sizes = np.abs(truths)
+    orders = [Order.of(x) for x in scores]
+    size_orders = [Order.of(np.abs(x)) if s else o for x, s, o in zip(scores, signed, orders, strict=True)]
+    truth_orders = {True: [Order.of(y) for y in truths], False: [Order.of(y) for y in sizes]}
+    large = [y >= np.quantile(y, 1 - LARGE) for y in sizes]
+    step = max(1, BLOCK // scores.shape[1])
+    for start in range(0, len(counts), step):
+        rows = slice(start, start + step)
+        weights = counts[rows][:, index]
+        total = [weights * y for y in sizes]
+        ranked = {s: [o.ranks(weights) for o in truth_orders[s]] for s in (True, False)}
+        for t, order in enumerate(truth_orders[False]):
+            for q, share in enumerate(SHARES):
+                best[q, rows, t] = _share(order.selected(weights, share), total[t])
+        for c, (own, by_size) in enumerate(zip(orders, size_orders, strict=True)):
+            ranks = own.ranks(weights)
+            size_ranks = ranks if by_size is own else by_size.ranks(weights)
+            selected = [by_size.selected(weights, share) for share in SHARES]
+            for t in range(len(truths)):
+                spearman[rows, c, t] = _correlation(ranks, ranked[bool(signed[c])][t], weights)
+                auc[rows, c, t] = _auc(size_ranks, weights, large[t])
+                for q, part in enumerate(selected):
+                    captured[q, rows, c, t] = _share(part, total[t])
+    pearson, agreement = _moments(scores, signed, truths, index, counts)
+    return Comparison(
+        spearman=spearman,
+        kendall=_kendall(scores, signed, truths, index, counts, seed),
+        pearson=pearson,
+        sign_agreement=agreement,
+        auc=auc,
+        captured=captured,
+        best=best,
+    )
+
+
+def _share(selected: FloatArray, total: FloatArray) -> FloatArray:
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.einsum("ri,ri->r", selected, total) / total.sum(1))
+
+
+def _ratio(numerator: FloatArray, squared: FloatArray) -> FloatArray:
+    """Numerator / sqrt(squared), nan where there is no variance."""
+    found = np.full(numerator.shape, np.nan)
+    np.divide(numerator, np.sqrt(np.maximum(squared, 0.0)), out=found, where=squared > 0)
+    return found
+
+
+def _correlation(x: FloatArray, y: FloatArray, weights: FloatArray) -> FloatArray:
+    """(resample,) weighted correlation of values whose weighted means are zero."""
+    wx = weights * x
+    squares = np.einsum("ri,ri->r", wx, x) * np.einsum("ri,ri,ri->r", weights, y, y)
+    return _ratio(np.einsum("ri,ri->r", wx, y), squares)
+
+
+def _auc(ranks: FloatArray, weights: FloatArray, large: BoolArray) -> FloatArray:
+    """(resample,) area under the curve from mid-ranks about their mean (Mann & Whitney 1947)."""
+    inside = weights[:, large].sum(1)
+    outside = weights.sum(1) - inside
+    excess = np.einsum("ri,ri->r", weights[:, large], ranks[:, large])
+    found = np.full(len(ranks), np.nan)
+    np.divide(excess, inside * outside, out=found, where=inside * outside > 0)
+    return found + 0.5
+
+
+def _moments(
+    scores: FloatArray, signed: BoolArray, truths: FloatArray, index: IntArray, counts: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Pearson correlations and sign agreements, from sums over each prompt."""
+    members = (np.arange(counts.shape[1])[:, None] == index).astype(np.float64)
+    shape = (len(counts), len(scores), len(truths))
+    pearson, agreement = np.full(shape, np.nan), np.full(shape, np.nan)
+    total = (counts @ members.sum(1))[:, None]
+    for c, score in enumerate(scores):
+        y = truths if signed[c] else np.abs(truths)
+        x, y = _standard(score), _standard(y)
+        mean_x = (counts @ members @ x)[:, None] / total
+        mean_y = counts @ (members @ y.T) / total
+        var_x = (counts @ members @ x**2)[:, None] / total - mean_x**2
+        var_y = counts @ (members @ (y**2).T) / total - mean_y**2
+        cov = counts @ (members @ (x * y).T) / total - mean_x * mean_y
+        pearson[:, c] = _ratio(cov, np.where(var_x > 1e-12, var_x, 0.0) * var_y)
+        if signed[c]:
+            known = (score != 0) & (truths != 0)
+            same = known & (np.sign(score) == np.sign(truths))
+            both = counts @ (members @ known.T)
+            np.divide(counts @ (members @ same.T), both, out=agreement[:, c], where=both > 0)
+    return pearson, agreement
+
+
+def _standard(values: FloatArray) -> FloatArray:
+    """Values with mean 0 and variance 1 along the last axis; constants become 0."""
+    centred = values - values.mean(-1, keepdims=True)
+    spread = centred.std(-1, keepdims=True)
+    flat = spread <= 1e-12 * np.abs(values).max(-1, keepdims=True)
+    return np.where(flat, 0.0, centred / np.where(flat, 1.0, spread))
+
+
+def _kendall(
+    scores: FloatArray,
+    signed: BoolArray,
+    truths: FloatArray,
+    index: IntArray,
+    counts: FloatArray,
+    seed: int,
+) -> FloatArray:
+    """Tau-b; resamples from sums of concordant and of untied pairs between each two prompts."""
+    found = np.full((len(counts), len(scores), len(truths)), np.nan)
+    for c, score in enumerate(scores):
+        for t, truth in enumerate(truths):
+            found[0, c, t] = kendalltau(score, truth if signed[c] else np.abs(truth)).statistic
+    if len(counts) == 1:
+        return found
+    kept = np.arange(len(index))
+    if len(kept) > MOST_IN_PAIRS:
+        kept = np.random.default_rng(seed).choice(kept, MOST_IN_PAIRS, replace=False)
+    kept = kept[np.argsort(index[kept], kind="stable")]
+    present, starts = np.unique(index[kept], return_index=True)
+    drawn = counts[1:][:, present]
+
+    def between(pairs: FloatArray) -> FloatArray:
+        """(resample,) sum over pairs of items, weighted with the copies of both."""
+        table = np.add.reduceat(np.add.reduceat(pairs, starts, axis=1), starts, axis=0)
+        return np.asarray(np.einsum("rg,gh,rh->r", drawn, table, drawn, optimize=True))
+
+    pairs = {s: [_signs(y[kept]) for y in (truths if s else np.abs(truths))] for s in (True, False)}
+    untied = {s: [between(np.abs(p)) for p in pairs[s]] for s in (True, False)}
+    for c, score in enumerate(scores):
+        own = _signs(score[kept])
+        spread = between(np.abs(own))
+        for t, other in enumerate(pairs[bool(signed[c])]):
+            found[1:, c, t] = _ratio(between(own * other), spread * untied[bool(signed[c])][t])
+    return found
+
+
+def _signs(values: FloatArray) -> FloatArray:
+    """(item, item) sign of every difference."""
+    return np.sign(values[:, None] - values[None, :])
