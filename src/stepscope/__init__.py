@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from stepscope.errors import StepscopeError
     from stepscope.evaluation import evaluate
     from stepscope.measure.change import Change, ChangePoint, measure_change
+    from stepscope.measure.criteria import Criterion, TokenFacts, known_criteria
     from stepscope.measure.fisher import fisher_kernel
     from stepscope.measure.influence import Influence, influence
+    from stepscope.measure.leaderboard import Leaderboard, rank_criteria
     from stepscope.measure.noise_scale import noise_scale
     from stepscope.measure.quantities import Quantity, make_quantity
     from stepscope.measure.step import Step, reconstruct_step
@@ -34,8 +36,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Change",
     "ChangePoint",
+    "Criterion",
     "Estimate",
     "Influence",
+    "Leaderboard",
     "OptimizerState",
     "Policy",
     "Quantity",
@@ -45,15 +49,18 @@ __all__ = [
     "StepSettings",
     "StepscopeError",
     "Task",
+    "TokenFacts",
     "__version__",
     "evaluate",
     "fisher_kernel",
     "influence",
+    "known_criteria",
     "load_checkpoint",
     "load_task",
     "make_quantity",
     "measure_change",
     "noise_scale",
+    "rank_criteria",
     "reconstruct_step",
     "sample_rollouts",
     "write_report",
@@ -62,8 +69,10 @@ __all__ = [
 _HOME = {
     "Change": "measure.change",
     "ChangePoint": "measure.change",
+    "Criterion": "measure.criteria",
     "Estimate": "stats",
     "Influence": "measure.influence",
+    "Leaderboard": "measure.leaderboard",
     "OptimizerState": "policy.state",
     "Policy": "policy.state",
     "Quantity": "measure.quantities",
@@ -73,14 +82,17 @@ _HOME = {
     "StepSettings": "policy.settings",
     "StepscopeError": "errors",
     "Task": "tasks",
+    "TokenFacts": "measure.criteria",
     "evaluate": "evaluation",
     "fisher_kernel": "measure.fisher",
     "influence": "measure.influence",
+    "known_criteria": "measure.criteria",
     "load_checkpoint": "policy.checkpoint",
     "load_task": "tasks",
     "make_quantity": "measure.quantities",
     "measure_change": "measure.change",
     "noise_scale": "measure.noise_scale",
+    "rank_criteria": "measure.leaderboard",
     "reconstruct_step": "measure.step",
     "sample_rollouts": "policy.rollouts",
     "write_report": "report",

@@ -17,6 +17,7 @@ from stepscope.config.loading import (
 from stepscope.config.measure import (
     STAGES,
     BatchConfig,
+    CriteriaConfig,
     LossConfig,
     MeasureConfig,
     MeasureSettings,
@@ -51,6 +52,7 @@ __all__ = [
     "STAGES",
     "BatchConfig",
     "ClipCovConfig",
+    "CriteriaConfig",
     "CurriculumConfig",
     "DemoConfig",
     "DiscriminatorConfig",

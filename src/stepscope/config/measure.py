@@ -8,8 +8,19 @@ from pydantic import Field, field_validator, model_validator
 
 from stepscope.config.base import Section
 
-Stage = Literal["rollouts", "step", "change", "influence", "validation", "kernel", "noise", "report"]
-STAGES: tuple[Stage, ...] = ("rollouts", "step", "change", "influence", "kernel", "noise", "report")
+Stage = Literal[
+    "rollouts", "step", "change", "influence", "validation", "kernel", "noise", "criteria", "report"
+]
+STAGES: tuple[Stage, ...] = (
+    "rollouts",
+    "step",
+    "change",
+    "influence",
+    "kernel",
+    "noise",
+    "criteria",
+    "report",
+)
 """Stages that ``measure`` runs by default, in their order; ``validation`` is made on request."""
 
 QuantityName = Literal["entropy", "reward", "length", "kl", "logprob"]
@@ -118,6 +129,22 @@ class ValidationConfig(Section):
     seed: int = Field(default=0, ge=0)
 
 
+class CriteriaConfig(Section):
+    """How criteria are ranked against the measured influence.
+
+    Attributes:
+        diagonal_tokens: most tokens whose effect on their own position is computed; each costs two gradients.
+        micro_batch_size: sequences over which criteria of the public code that centre per micro-batch do so.
+        resamples: bootstrap resamples of the update prompts.
+        seed: of the resamples and of the choice of diagonal tokens.
+    """
+
+    diagonal_tokens: int = Field(default=512, ge=3, le=4096)
+    micro_batch_size: int = Field(default=8, ge=1)
+    resamples: int = Field(default=200, ge=20)
+    seed: int = Field(default=0, ge=0)
+
+
 class MeasureSettings(Section):
     """How a checkpoint is measured.
 
@@ -144,6 +171,7 @@ class MeasureSettings(Section):
         memory: budget for gradients that are kept, in GiB; activations of a micro-batch come on top.
         scratch: existing folder to hold the kernel's gradients in, on disk, or null for memory alone.
         projection: dimension of a random projection for the kernel, or null for the exact kernel.
+        criteria: how criteria are ranked.
     """
 
     task: str | None = None
@@ -166,6 +194,7 @@ class MeasureSettings(Section):
     memory: float = Field(default=4.0, gt=0)
     scratch: str | None = None
     projection: int | None = Field(default=None, ge=1)
+    criteria: CriteriaConfig = CriteriaConfig()
 
     @field_validator("lrs")
     @classmethod

@@ -159,6 +159,18 @@ class Leaderboard:
                 return s
         raise MeasurementError(f"criterion {criterion} was not ranked against {truth.name} of {level}s")
 
+    def concentration(self, truth: Truth, *, level: str = "token") -> Mapping[str, Estimate]:
+        """Share of the tokens to the share of the total |truth| on the largest ones.
+
+        Raises:
+            MeasurementError: too few items to rank, so that there is no such figure.
+        """
+        wanted = (level, truth.kind, truth.preconditioner, truth.version)
+        for s in self.summaries:
+            if (s.level, s.truth, s.preconditioner, s.version) == wanted:
+                return s.best_possible
+        raise MeasurementError(f"{truth.name} has fewer than {FEWEST} {level}s to rank; use a larger batch")
+
     def to_dict(self) -> dict[str, Any]:
         """Content of ``criteria.json``."""
         return {

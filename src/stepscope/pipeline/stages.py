@@ -13,7 +13,9 @@ from stepscope.config import Stage
 from stepscope.measure.change import measure_changes
 from stepscope.measure.fisher import fisher_kernel
 from stepscope.measure.influence import write_influence
+from stepscope.measure.leaderboard import rank_criteria
 from stepscope.measure.noise_scale import effect_noise_scale, noise_scale
+from stepscope.measure.properties import property_study
 from stepscope.measure.quantities import unit_of
 from stepscope.measure.step import step_summary
 from stepscope.measure.uncertainty import estimate_ratio
@@ -22,7 +24,7 @@ from stepscope.pipeline.console import on_terminal
 from stepscope.pipeline.session import Line, Session
 from stepscope.policy import vectors
 from stepscope.report import write_report
-from stepscope.results import Rollouts, read_table
+from stepscope.results import FloatArray, Rollouts, read_table
 from stepscope.runs import RunFolder
 from stepscope.stats import Estimate, LogLogFit, clustered_mean
 
@@ -262,6 +264,41 @@ def weigh_noise(session: Session) -> Summary:
     return {"noise_scale": found.noise_scale}
 
 
+def judge_criteria(session: Session) -> Summary:
+    """Leaderboard of the criteria against the measured effects, and what kind of token carries influence."""
+    config = session.config
+    board = rank_criteria(
+        session.policy,
+        session.step,
+        session.probe,
+        baseline=config.baseline,
+        max_diagonal=config.criteria.diagonal_tokens,
+        micro_batch_size=config.criteria.micro_batch_size,
+        num_resamples=config.criteria.resamples,
+        seed=config.criteria.seed,
+        max_sequences=config.batch_size,
+        progress=on_terminal(),
+    )
+    column = board.truth("column", "adamw", "on_policy")
+    studies = property_study(
+        board.facts, column.values, kernel_norm=_kernel_norms(session.run), unit="nats/token/lr"
+    )
+    runs.write_json(
+        session.run.file("criteria.json"),
+        {**board.to_dict(), "properties": [study.to_dict() for study in studies]},
+    )
+    runs.write_table(session.run.file("criteria_tokens.parquet"), board.token_columns())
+    return {f"influence_top_{share}": figure for share, figure in board.concentration(column).items()}
+
+
+def _kernel_norms(run: RunFolder) -> FloatArray | None:
+    """(seq,) sqrt K(i, i) of the update batch in the optimizer's metric, where the kernel is measured."""
+    if not run.is_done("kernel"):
+        return None
+    kernel = vectors.load(run.file("kernel.safetensors"))["update_preconditioned"]
+    return np.asarray(np.sqrt(kernel.diagonal().numpy()), dtype=np.float64)
+
+
 def write_page(session: Session) -> Summary:
     """The page, from what the other stages left."""
     write_report(session.run.path)
@@ -295,6 +332,7 @@ PLANS: dict[Stage, StagePlan] = {
     "validation": StagePlan(validate_shares, ("validation.json",), ("rollouts", "step", "influence")),
     "kernel": StagePlan(couple_sequences, ("kernel.json", "kernel.safetensors"), ("rollouts", "step")),
     "noise": StagePlan(weigh_noise, ("noise.json",), ("rollouts", "step")),
+    "criteria": StagePlan(judge_criteria, ("criteria.json", "criteria_tokens.parquet"), ("rollouts", "step")),
     "report": StagePlan(write_page, ("report.html",), ("rollouts",), needs_policy=False),
 }
 """What each stage does, leaves and needs."""

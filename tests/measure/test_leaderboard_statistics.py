@@ -1,0 +1,130 @@
+"""Statistics of scores against truths: scipy on the batch itself, and on resamples written out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.stats import kendalltau, mannwhitneyu, pearsonr, spearmanr
+
+from stepscope.measure.leaderboard_statistics import LARGE, SHARES, Comparison, compare, resample_counts
+
+NUM, PROMPTS = 60, 6
+
+
+@pytest.fixture(scope="module")
+def case() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Scores (a noisy one, one with ties, a mask), which are signed, truths with ties, and prompts."""
+    rng = np.random.default_rng(0)
+    truths = rng.standard_t(3, (2, NUM))
+    truths[1] = np.round(truths[1])
+    noisy = truths[0] + rng.normal(size=NUM)
+    scores = np.stack([noisy, np.round(noisy), (np.abs(noisy) > 1).astype(float)])
+    return scores, np.array([True, True, False]), truths, rng.permutation(np.arange(NUM) % PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def found(case) -> Comparison:
+    return compare(*case, num_resamples=12, seed=3)
+
+
+def written_out(case, resample: int) -> np.ndarray:
+    """Items of a resample, with repeats."""
+    counts = resample_counts(case[3], 12, 3)[resample].astype(int)
+    return np.repeat(np.arange(NUM), counts[case[3]])
+
+
+@pytest.mark.parametrize("resample", [0, 1, 7, 12])
+def test_correlations_are_those_of_the_resample_written_out(case, found, resample):
+    scores, signed, truths, _ = case
+    items = written_out(case, resample)
+    for c, score in enumerate(scores):
+        for t, truth in enumerate(truths):
+            x, y = score[items], (truth if signed[c] else np.abs(truth))[items]
+            assert found.spearman[resample, c, t] == pytest.approx(spearmanr(x, y).statistic, abs=1e-12)
+            assert found.pearson[resample, c, t] == pytest.approx(pearsonr(x, y).statistic, abs=1e-12)
+            assert found.kendall[resample, c, t] == pytest.approx(kendalltau(x, y).statistic, abs=1e-12)
+
+
+@pytest.mark.parametrize("resample", [0, 5])
+def test_auc_is_the_mann_whitney_statistic(case, found, resample):
+    scores, _, truths, _ = case
+    items = written_out(case, resample)
+    for c, score in enumerate(scores):
+        for t, truth in enumerate(truths):
+            large = (np.abs(truth) >= np.quantile(np.abs(truth), 1 - LARGE))[items]
+            size = np.abs(score[items])
+            u = mannwhitneyu(size[large], size[~large]).statistic
+            assert found.auc[resample, c, t] == pytest.approx(u / large.sum() / (~large).sum(), abs=1e-12)
+
+
+def test_sign_agreement_counts_what_has_a_sign(case, found):
+    scores, _, truths, _ = case
+    known = (scores[1] != 0) & (truths[1] != 0)
+    assert 0 < known.sum() < NUM
+    expected = (np.sign(scores[1]) == np.sign(truths[1]))[known].mean()
+    assert found.sign_agreement[0, 1, 1] == pytest.approx(expected)
+    assert np.isnan(found.sign_agreement[:, 2]).all()
+
+
+def test_captured_shares_by_hand():
+    truth = np.array([[8.0, -4.0, 2.0, -1.0, 1.0] * 2])
+    scores = np.array([[0.0, 3.0, 0.0, 0.0, 0.0] * 2, [-9.0, 1.0, 2.0, 3.0, 4.0] * 2])
+    found = compare(scores, np.array([True, True]), truth, np.arange(10) % 2, num_resamples=0)
+    assert SHARES == (0.0002, 0.01, 0.1)
+    total = 32.0
+    # one of ten items in every case: half of each of the two tied at the edge
+    np.testing.assert_allclose(found.captured[:, 0, 0, 0], 4 / total)
+    np.testing.assert_allclose(found.captured[:, 0, 1, 0], 8 / total)
+    np.testing.assert_allclose(found.best[:, 0, 0], 8 / total)
+
+
+def test_ties_share_what_is_left():
+    truth = np.arange(1.0, 41.0)[None]
+    mask = (np.arange(40) >= 32).astype(float)[None]
+    found = compare(mask, np.array([False]), truth, np.arange(40), num_resamples=0)
+    assert found.captured[2, 0, 0, 0] == pytest.approx(0.5 * truth[0, 32:].sum() / truth.sum())
+
+
+def test_captured_shares_of_a_resample(case, found):
+    scores, _, truths, _ = case
+    items = written_out(case, 4)
+    size, value = np.abs(scores[0])[items], np.abs(truths[0])[items]
+    wanted = 0.1 * len(items)
+    left, share = wanted, 0.0
+    for level in np.unique(size)[::-1]:
+        tied = size == level
+        part = min(1.0, left / tied.sum())
+        share += part * value[tied].sum()
+        left -= part * tied.sum()
+        if left <= 0:
+            break
+    assert found.captured[2, 4, 0, 0] == pytest.approx(share / value.sum(), rel=1e-12)
+
+
+def test_a_constant_score_has_no_correlation():
+    rng = np.random.default_rng(1)
+    found = compare(np.full((1, 30), 0.3), np.array([True]), rng.normal(size=(1, 30)), np.arange(30) % 3)
+    assert np.isnan(found.spearman).all()
+    assert np.isnan(found.pearson).all()
+    assert found.auc[0, 0, 0] == 0.5
+
+
+def test_many_items_are_resampled_in_blocks(monkeypatch, case, found):
+    monkeypatch.setattr("stepscope.measure.leaderboard_statistics.BLOCK", 5 * NUM)
+    again = compare(*case, num_resamples=12, seed=3)
+    np.testing.assert_array_equal(again.spearman, found.spearman)
+    np.testing.assert_array_equal(again.captured, found.captured)
+
+
+def test_errors_cover_the_spread_over_batches():
+    """The bootstrap error of a correlation is about its spread over fresh batches with clustered noise."""
+    rng = np.random.default_rng(2)
+    values, errors = [], []
+    for _ in range(60):
+        shared = np.repeat(rng.normal(size=(2, 25)), 8, axis=1)
+        x = rng.normal(size=200) + shared[0]
+        y = x + rng.normal(size=200) + 2 * shared[1]
+        draws = compare(x[None], np.array([True]), y[None], np.repeat(np.arange(25), 8), num_resamples=60)
+        values.append(draws.spearman[0, 0, 0])
+        errors.append(draws.spearman[1:, 0, 0].std())
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.3)
