@@ -343,3 +343,23 @@ def test_two_measurements_are_compared(measured, tmp_path):
     assert "Differences are B minus A" in page.read_text()
     refused = CliRunner().invoke(cli.app, ["report", str(measured), "--out", str(page)])
     assert refused.exit_code == 2
+
+
+def test_criteria_are_judged_by_the_measured_influence(measured):
+    criteria = load_json(measured / "criteria.json")
+    assert {r["truth"] for r in criteria["rows"]} == {"column", "row", "diagonal"}
+    assert {r["level"] for r in criteria["rows"]} == {"token", "sequence"}
+    assert {r["criterion"] for r in criteria["rows"]} == set(criteria["definitions"])
+    tokens = pq.read_table(measured / "criteria_tokens.parquet")
+    update = pq.read_table(measured / "update_tokens.parquet")
+    for column in ("sequence_id", "position"):
+        assert tokens[column].to_pylist() == update[column].to_pylist()
+    influence = pq.read_table(measured / "influence_tokens.parquet")["influence"].to_numpy()
+    column = tokens["column_adamw_on_policy"].to_numpy()
+    np.testing.assert_allclose(column, influence, atol=1e-4 * np.abs(influence).max())
+    regressions = {(p["level"], p["outcome"]): p for p in criteria["properties"]}
+    assert "kernel_norm" in regressions["sequence", "influence"]["coefficients"]
+    top = load_json(measured / "summary.json")["influence_top_0.1"]
+    size = np.sort(np.abs(column))[::-1]
+    assert 0.1 < top["value"] <= 1
+    assert top["value"] == pytest.approx(size[: int(0.1 * len(size))].sum() / size.sum(), abs=0.05)

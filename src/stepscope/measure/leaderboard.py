@@ -91,9 +91,9 @@ class TruthSummary:
         num_items: tokens (sequences) that are ranked.
         method: how it was computed.
         best_possible: share of the items to the share of the total |truth| on the largest ones.
-        reliability: Spearman-Brown of the rank correlation between the truths from each half of the probe
-            prompts; no criterion can be expected to correlate above its square root. None where no probe
-            batch enters.
+        reliability: rank correlation r between the truths from each half of the probe prompts; by Spearman and
+            Brown a perfect criterion would correlate with this truth at about sqrt(2 r/(1 + r)). None where
+            no probe batch enters.
     """
 
     level: str
@@ -434,7 +434,7 @@ def _reliability(board: _Board, t: int, num_resamples: int, seed: int, count: in
         num_resamples=num_resamples,
         seed=seed,
     ).spearman[:, 0, 0]
-    return _estimate(2 * halves / (1 + halves), count, "correlation")
+    return _estimate(halves, count, "correlation")
 
 
 def _label(share: float) -> str:
