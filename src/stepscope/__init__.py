@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from stepscope.measure.influence import Influence, influence
     from stepscope.measure.leaderboard import Leaderboard, rank_criteria
     from stepscope.measure.noise_scale import noise_scale
+    from stepscope.measure.properties import property_study
     from stepscope.measure.quantities import Quantity, make_quantity
+    from stepscope.measure.restep import drop_rules, resteps
     from stepscope.measure.step import Step, reconstruct_step
     from stepscope.policy.checkpoint import load_checkpoint
     from stepscope.policy.rollouts import sample_rollouts
@@ -51,6 +53,7 @@ __all__ = [
     "Task",
     "TokenFacts",
     "__version__",
+    "drop_rules",
     "evaluate",
     "fisher_kernel",
     "influence",
@@ -60,8 +63,10 @@ __all__ = [
     "make_quantity",
     "measure_change",
     "noise_scale",
+    "property_study",
     "rank_criteria",
     "reconstruct_step",
+    "resteps",
     "sample_rollouts",
     "write_report",
 ]
@@ -83,6 +88,7 @@ _HOME = {
     "StepscopeError": "errors",
     "Task": "tasks",
     "TokenFacts": "measure.criteria",
+    "drop_rules": "measure.restep",
     "evaluate": "evaluation",
     "fisher_kernel": "measure.fisher",
     "influence": "measure.influence",
@@ -92,8 +98,10 @@ _HOME = {
     "make_quantity": "measure.quantities",
     "measure_change": "measure.change",
     "noise_scale": "measure.noise_scale",
+    "property_study": "measure.properties",
     "rank_criteria": "measure.leaderboard",
     "reconstruct_step": "measure.step",
+    "resteps": "measure.restep",
     "sample_rollouts": "policy.rollouts",
     "write_report": "report",
 }

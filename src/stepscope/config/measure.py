@@ -41,6 +41,10 @@ def _zeroed_only() -> list[Literal["zeroed", "recomputed"]]:
     return ["zeroed"]
 
 
+def _two_shares() -> list[float]:
+    return [0.02, 0.1]
+
+
 def _change_only() -> list[Stage]:
     return ["rollouts", "step", "change"]
 
@@ -136,13 +140,23 @@ class CriteriaConfig(Section):
         diagonal_tokens: most tokens whose effect on their own position is computed; each costs two gradients.
         micro_batch_size: sequences over which criteria of the public code that centre per micro-batch do so.
         resamples: bootstrap resamples of the update prompts.
-        seed: of the resamples and of the choice of diagonal tokens.
+        drop_shares: shares of the tokens that rules of the kind "drop these tokens" may drop; each rule and
+            share is a step taken again. An empty list leaves them out.
+        seed: of the resamples, of the choice of diagonal tokens and of the random rule.
     """
 
     diagonal_tokens: int = Field(default=512, ge=3, le=4096)
     micro_batch_size: int = Field(default=8, ge=1)
     resamples: int = Field(default=200, ge=20)
+    drop_shares: list[float] = Field(default_factory=_two_shares)
     seed: int = Field(default=0, ge=0)
+
+    @field_validator("drop_shares")
+    @classmethod
+    def _proper(cls, value: list[float]) -> list[float]:
+        if any(not 0 < share < 1 for share in value):
+            raise ValueError(f"shares of tokens to drop must lie between 0 and 1, got {value}")
+        return value
 
 
 class MeasureSettings(Section):

@@ -91,9 +91,9 @@ class TruthSummary:
         num_items: tokens (sequences) that are ranked.
         method: how it was computed.
         best_possible: share of the items to the share of the total |truth| on the largest ones.
-        reliability: rank correlation r between the truths from each half of the probe prompts; by Spearman and
-            Brown a perfect criterion would correlate with this truth at about sqrt(2 r/(1 + r)). None where
-            no probe batch enters.
+        reliability: rank correlation r between the truths from each half of the probe prompts; by Spearman
+            and Brown a perfect criterion would correlate with this truth at about sqrt(2 r/(1 + r)). None
+            where no probe batch enters.
     """
 
     level: str

@@ -13,10 +13,11 @@ from stepscope.config import Stage
 from stepscope.measure.change import measure_changes
 from stepscope.measure.fisher import fisher_kernel
 from stepscope.measure.influence import write_influence
-from stepscope.measure.leaderboard import rank_criteria
+from stepscope.measure.leaderboard import Leaderboard, rank_criteria
 from stepscope.measure.noise_scale import effect_noise_scale, noise_scale
 from stepscope.measure.properties import property_study
 from stepscope.measure.quantities import unit_of
+from stepscope.measure.restep import Pareto, drop_rules, resteps
 from stepscope.measure.step import step_summary
 from stepscope.measure.uncertainty import estimate_ratio
 from stepscope.measure.validation import validate_influence
@@ -288,7 +289,36 @@ def judge_criteria(session: Session) -> Summary:
         {**board.to_dict(), "properties": [study.to_dict() for study in studies]},
     )
     runs.write_table(session.run.file("criteria_tokens.parquet"), board.token_columns())
+    runs.write_json(session.run.file("pareto.json"), _drop_tokens(session, board).to_dict())
     return {f"influence_top_{share}": figure for share, figure in board.concentration(column).items()}
+
+
+def _drop_tokens(session: Session, board: Leaderboard) -> Pareto:
+    """Steps taken again without the tokens that the exact influence or a criterion would drop."""
+    config = session.config
+    reward = influence(
+        session.policy,
+        session.step,
+        session.update,
+        session.probe,
+        quantity="reward",
+        normalisation="per_seq",
+        baseline=config.baseline,
+        max_groups=2,
+        max_sequences=config.batch_size,
+        progress=on_terminal(),
+    )
+    return resteps(
+        session.policy,
+        session.step,
+        session.probe,
+        drop_rules(board, reward_influence=np.concatenate(reward.tokens), seed=config.criteria.seed),
+        shares=config.criteria.drop_shares,
+        lr=session.line.lr,
+        baseline=config.baseline,
+        max_sequences=config.batch_size,
+        progress=on_terminal(),
+    )
 
 
 def _kernel_norms(run: RunFolder) -> FloatArray | None:
@@ -332,7 +362,9 @@ PLANS: dict[Stage, StagePlan] = {
     "validation": StagePlan(validate_shares, ("validation.json",), ("rollouts", "step", "influence")),
     "kernel": StagePlan(couple_sequences, ("kernel.json", "kernel.safetensors"), ("rollouts", "step")),
     "noise": StagePlan(weigh_noise, ("noise.json",), ("rollouts", "step")),
-    "criteria": StagePlan(judge_criteria, ("criteria.json", "criteria_tokens.parquet"), ("rollouts", "step")),
+    "criteria": StagePlan(
+        judge_criteria, ("criteria.json", "criteria_tokens.parquet", "pareto.json"), ("rollouts", "step")
+    ),
     "report": StagePlan(write_page, ("report.html",), ("rollouts",), needs_policy=False),
 }
 """What each stage does, leaves and needs."""

@@ -1,0 +1,255 @@
+"""What rules of the kind "drop these tokens" buy: the step taken again without them, and measured again.
+
+A rule scores the tokens of the update batch; the tokens with the lowest scores below zero are dropped, that
+is their part of the gradient is left out. The AdamW step is then made anew (clipping, second moment) and its
+true effect on entropy and reward measured on the probe batch. Against the full step, paired on the same
+samples,
+
+    entropy kept     = change of the entropy without the tokens - change with them
+    reward given up  = change of the reward with the tokens - change without them
+
+Errors are over probe prompts, given the update batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+
+from stepscope.errors import MeasurementError
+from stepscope.measure.criteria import Criterion
+from stepscope.measure.estimators import Sampled, per_decision, weights_of
+from stepscope.measure.leaderboard import Leaderboard
+from stepscope.measure.line import values_at
+from stepscope.measure.probe_gradient import BoundQuantity, bind_quantity
+from stepscope.measure.step import Step, assemble_step, weighted_logprobs
+from stepscope.measure.weights import check_weights, last_weights
+from stepscope.policy.gradients import gradient
+from stepscope.policy.state import Policy
+from stepscope.policy.vectors import ParameterVector
+from stepscope.results import BoolArray, FloatArray, Rollouts
+from stepscope.stats import Estimate
+
+CRITERIA = ("disc_v", "cov_batch", "steer_thm", "npg", "top_ent_mask", "neg_A_logp")
+"""Criteria that are tried as rules unless others are named."""
+
+
+@dataclass(frozen=True)
+class Restep:
+    """One re-made step.
+
+    Attributes:
+        rule: what chose the tokens.
+        share: share of the tokens it was allowed to drop.
+        num_dropped: tokens dropped.
+        entropy_change: true change of the entropy per token by the step without them.
+        reward_change: true change of the expected reward by the same.
+        entropy_kept: entropy change less that of the full step.
+        reward_given_up: reward change of the full step less this one's.
+    """
+
+    rule: str
+    share: float
+    num_dropped: int
+    entropy_change: Estimate
+    reward_change: Estimate
+    entropy_kept: Estimate
+    reward_given_up: Estimate
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-ready dictionary."""
+        return {n: v.to_dict() if isinstance(v, Estimate) else v for n, v in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Pareto:
+    """Entropy kept against reward given up, by rule and share of tokens.
+
+    Attributes:
+        lr: learning rate of all steps.
+        full_entropy_change: true change of the entropy per token by the full step.
+        full_reward_change: true change of the expected reward by the full step.
+        points: the re-made steps.
+    """
+
+    lr: float
+    full_entropy_change: Estimate
+    full_reward_change: Estimate
+    points: tuple[Restep, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Content of ``pareto.json``."""
+        return {
+            "lr": self.lr,
+            "full_entropy_change": self.full_entropy_change.to_dict(),
+            "full_reward_change": self.full_reward_change.to_dict(),
+            "points": [point.to_dict() for point in self.points],
+        }
+
+
+def drop_rules(
+    board: Leaderboard,
+    *,
+    reward_influence: FloatArray,
+    criteria: Sequence[str] = CRITERIA,
+    seed: int = 0,
+) -> dict[str, FloatArray]:
+    """Scores of the rules worth comparing, lowest dropped first.
+
+    ``influence`` drops the tokens that lower the entropy most; ``influence_no_reward`` only those among them
+    that do not raise the expected reward; ``random`` any; a signed criterion those it predicts to lower the
+    entropy most, a magnitude criterion those it scores highest.
+
+    Args:
+        board: the leaderboard of the update batch.
+        reward_influence: (tok,) influence of each token on the expected reward.
+        criteria: names of token criteria of the board.
+        seed: of ``random``.
+
+    Raises:
+        MeasurementError: the board has no such token criterion.
+    """
+    exact = board.truth("column", "adamw", "on_policy").values
+    if unknown := sorted(set(criteria) - set(board.scores)):
+        raise MeasurementError(
+            f"no token criterion {unknown[0]} to drop by; choose from {', '.join(sorted(board.scores))}"
+        )
+    targets: dict[str, Criterion] = {c.name: c for c in board.criteria}
+    return {
+        "influence": exact,
+        "influence_no_reward": np.where(reward_influence <= 0, exact, 0.0),
+        "random": -np.random.default_rng(seed).uniform(0.5, 1.0, len(exact)),
+        **{n: board.scores[n] if targets[n].target == "signed" else -board.scores[n] for n in criteria},
+    }
+
+
+def resteps(
+    policy: Policy,
+    step: Step,
+    probe: Rollouts,
+    rules: Mapping[str, FloatArray],
+    *,
+    shares: Sequence[float] = (0.02, 0.1),
+    lr: float | None = None,
+    baseline: str = "best",
+    max_sequences: int = 16,
+    progress: bool = False,
+) -> Pareto:
+    """Take the step again without the tokens that each rule drops, and measure entropy and reward.
+
+    Costs, for each rule and share, one gradient over the sequences that lose a token and one forward pass
+    over the probe batch.
+
+    Args:
+        policy: where the step starts, with AdamW's state; restored bitwise.
+        step: the full step.
+        probe: the probe batch.
+        rules: name to (tok,) scores; the lowest below zero are dropped. See :func:`drop_rules`.
+        shares: of the tokens with a weight; at least one is dropped.
+        lr: learning rate of the steps; the step's own by default.
+        baseline: rung of the baseline ladder.
+        max_sequences: micro-batch size.
+        progress: show a progress bar.
+
+    Raises:
+        MeasurementError: a learning rate of zero, a share outside (0, 1), or scores of another batch.
+    """
+    rate = step.lr if lr is None else lr
+    if not rate > 0:
+        raise MeasurementError("re-steps need a learning rate above 0; the step's own is 0, pass lr=")
+    weights = np.concatenate(step.token_weights)
+    for name, scores in rules.items():
+        if scores.shape != weights.shape:
+            raise MeasurementError(
+                f"rule {name}: {scores.shape} scores for {len(weights)} tokens; score the step's own batch"
+            )
+    if wrong := [share for share in shares if not 0 < share < 1]:
+        raise MeasurementError(f"share of tokens to drop: got {wrong[0]}, expected between 0 and 1")
+    bound = [
+        bind_quantity(
+            policy,
+            probe,
+            name,
+            direction=step.direction,
+            normalisation=normalisation,
+            baseline=baseline,
+            max_sequences=max_sequences,
+        )
+        for name, normalisation in (("entropy", "per_token"), ("reward", "per_seq"))
+    ]
+
+    def measured(direction: ParameterVector) -> tuple[list[Sampled], str]:
+        table = values_at(
+            policy, probe, [b.quantity for b in bound], direction, rate, max_sequences=max_sequences
+        )
+        moved = [table.quantity(i) for i in range(len(bound))]
+        last = last_weights(weights_of(bound[1].probe, moved[1]), probe.num_tokens, token_dependent=True)
+        changes = [per_decision(b.probe, m) for b, m in zip(bound, moved, strict=True)]
+        return changes, check_weights(last).reason
+
+    ascent = gradient(policy, step.update, weighted_logprobs(step.token_weights), max_sequences=max_sequences)
+    full, full_reason = measured(step.direction)
+    points = []
+    jobs = [(name, scores, share) for name, scores in rules.items() for share in shares]
+    for name, scores, share in track(jobs, description="re-made steps", disable=not progress):
+        dropped = _dropped(scores, weights, share)
+        direction = _without(policy, step, ascent, dropped, max_sequences)
+        changes, reason = measured(direction)
+        words = f"per decision at lr {rate:g}, given the update batch"
+        absolute = [_estimate(b, change, words, reason) for b, change in zip(bound, changes, strict=True)]
+        both = "; ".join(dict.fromkeys(r for r in (full_reason, reason) if r))
+        paired = f"{words}, paired with the full step"
+        points.append(
+            Restep(
+                rule=name,
+                share=share,
+                num_dropped=int(dropped.sum()),
+                entropy_change=absolute[0],
+                reward_change=absolute[1],
+                entropy_kept=_estimate(bound[0], changes[0].plus(full[0], -1.0), paired, both),
+                reward_given_up=_estimate(bound[1], full[1].plus(changes[1], -1.0), paired, both),
+            )
+        )
+    whole = [
+        _estimate(b, f, f"per decision at lr {rate:g}, given the update batch", full_reason)
+        for b, f in zip(bound, full, strict=True)
+    ]
+    return Pareto(rate, whole[0], whole[1], tuple(points))
+
+
+def _dropped(scores: FloatArray, weights: FloatArray, share: float) -> BoolArray:
+    """(tok,) True on the lowest scores below zero of tokens with a weight; ties in the batch's order."""
+    eligible = np.flatnonzero((weights != 0) & (scores < 0))
+    most = max(1, int(share * np.count_nonzero(weights)))
+    chosen = eligible[np.argsort(scores[eligible], kind="stable")[:most]]
+    dropped = np.zeros(len(weights), dtype=bool)
+    dropped[chosen] = True
+    return dropped
+
+
+def _without(
+    policy: Policy, step: Step, ascent: ParameterVector, dropped: BoolArray, max_sequences: int
+) -> ParameterVector:
+    """Direction of the step made without some tokens: their gradient is taken off that of the batch."""
+    cuts = np.cumsum(step.update.num_tokens)[:-1]
+    masks = np.split(dropped, cuts)
+    touched = [i for i, mask in enumerate(masks) if mask.any()]
+    kept = tuple(np.where(mask, 0.0, w) for mask, w in zip(masks, step.token_weights, strict=True))
+    rest = {n: t.clone() for n, t in ascent.items()}
+    if touched:
+        gone = [np.where(masks[i], step.token_weights[i], 0.0) for i in touched]
+        part = gradient(
+            policy, step.update.select(touched), weighted_logprobs(gone), max_sequences=max_sequences
+        )
+        rest = {n: t - part[n] for n, t in rest.items()}
+    return assemble_step(policy, step.update, kept, rest).direction
+
+
+def _estimate(bound: BoundQuantity, sampled: Sampled, method: str, reason: str) -> Estimate:
+    found = bound.probe.estimate(sampled, unit=bound.unit, method=method)
+    reasons = "; ".join(r for r in (found.reason, reason) if r)
+    return Estimate(found.value, found.stderr, found.n, found.unit, found.method, not reasons, reasons)

@@ -1,0 +1,96 @@
+"""Steps without some tokens: equal to steps of a batch in which those tokens have no weight."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from stepscope.errors import MeasurementError
+from stepscope.measure.change import measure_change
+from stepscope.measure.leaderboard import rank_criteria
+from stepscope.measure.restep import drop_rules, resteps
+from stepscope.measure.step import assemble_step, weighted_logprobs
+from stepscope.policy.gradients import gradient
+
+
+@pytest.fixture
+def case(tiny_policy, draw_update, draw_rollouts):
+    step = draw_update(tiny_policy, num_prompts=3, group_size=3)
+    return tiny_policy, step, draw_rollouts(tiny_policy, num_prompts=6, group_size=2, seed=9)
+
+
+def test_a_restep_is_the_step_of_the_other_tokens(case):
+    policy, step, probe = case
+    before = {n: p.detach().clone() for n, p in policy.parameters.items()}
+    count = int(step.update.num_tokens.sum())
+    scores = np.where(np.arange(count) % 3 == 0, -1.0 - np.arange(count), 1.0)
+    found = resteps(policy, step, probe, {"mine": scores}, shares=(0.2, 0.9), baseline="none")
+    few, many = found.points
+    assert many.num_dropped == int((scores < 0).sum()), "scores above zero are never dropped"
+    assert few.num_dropped == int(0.2 * count)
+    dropped = np.isin(np.arange(count), np.argsort(scores)[: few.num_dropped])
+    masks = np.split(dropped, np.cumsum(step.update.num_tokens)[:-1])
+    kept = tuple(np.where(m, 0.0, w) for m, w in zip(masks, step.token_weights, strict=True))
+    ascent = gradient(policy, step.update, weighted_logprobs(kept))
+    other = assemble_step(policy, step.update, kept, ascent)
+    for quantity, normalisation, point, full, sign, paired in (
+        ("entropy", "per_token", few.entropy_change, found.full_entropy_change, 1, few.entropy_kept),
+        ("reward", "per_seq", few.reward_change, found.full_reward_change, -1, few.reward_given_up),
+    ):
+        how = {"quantity": quantity, "normalisation": normalisation, "baseline": "none"}
+        without = measure_change(policy, other, probe, lrs=[step.lr], **how).at(step.lr).true
+        with_them = measure_change(policy, step, probe, lrs=[step.lr], **how).at(step.lr).true
+        assert point.value == pytest.approx(without.value, rel=1e-8)
+        assert point.stderr == pytest.approx(without.stderr, rel=1e-8)
+        assert full.value == pytest.approx(with_them.value, rel=1e-8)
+        assert paired.value == pytest.approx(sign * (without.value - with_them.value), rel=1e-6, abs=1e-13)
+        assert paired.n == 6
+    assert all(torch.equal(p, before[n]) for n, p in policy.parameters.items())
+
+
+def test_dropping_what_lowers_the_entropy_keeps_entropy(case):
+    """At a small rate, and with a second moment that one batch hardly moves, influence says what is kept."""
+    policy, step, probe = case
+    state = policy.optimizer
+    slow = replace(
+        state,
+        steps=dict.fromkeys(state.steps, 10_000),
+        exp_avg_sq={n: 1e3 * v for n, v in state.exp_avg_sq.items()},
+    )
+    policy = replace(policy, optimizer=slow, settings=replace(policy.settings, max_grad_norm=0.0))
+    step = assemble_step(
+        policy,
+        step.update,
+        step.token_weights,
+        gradient(policy, step.update, weighted_logprobs(step.token_weights)),
+    )
+    board = rank_criteria(policy, step, probe, baseline="none", num_resamples=20)
+    exact = board.truth("column", "adamw", "on_policy").values
+    rules = drop_rules(board, reward_influence=-exact, criteria=("disc_v", "top_ent_mask"))
+    assert list(rules) == ["influence", "influence_no_reward", "random", "disc_v", "top_ent_mask"]
+    np.testing.assert_array_equal(rules["influence_no_reward"], np.maximum(exact, 0))
+    assert (rules["random"] < 0).all()
+    np.testing.assert_array_equal(rules["top_ent_mask"], -board.scores["top_ent_mask"])
+    found = resteps(policy, step, probe, rules, shares=(0.2,), lr=1e-7, baseline="none")
+    points = {p.rule: p for p in found.points}
+    best = points["influence"]
+    lowest = np.sort(exact[exact < 0])[: best.num_dropped]
+    assert best.entropy_kept.value == pytest.approx(-1e-7 * lowest.sum(), rel=0.02)
+    assert best.entropy_kept.value == max(p.entropy_kept.value for p in found.points)
+    data = found.to_dict()
+    assert [p["rule"] for p in data["points"]] == list(rules)
+    assert set(data["full_entropy_change"]) >= {"value", "stderr", "reason"}
+
+
+def test_refusals(case):
+    policy, step, probe = case
+    scores = np.zeros(int(step.update.num_tokens.sum()))
+    with pytest.raises(MeasurementError, match="learning rate above 0"):
+        resteps(policy, replace(step, lr=0.0), probe, {"mine": scores})
+    with pytest.raises(MeasurementError, match="rule mine"):
+        resteps(policy, step, probe, {"mine": scores[1:]})
+    with pytest.raises(MeasurementError, match="expected between 0 and 1"):
+        resteps(policy, step, probe, {"mine": scores}, shares=(1.5,))
