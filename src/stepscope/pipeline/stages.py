@@ -12,7 +12,7 @@ from stepscope import runs
 from stepscope.config import Stage
 from stepscope.measure.change import measure_changes
 from stepscope.measure.fisher import fisher_kernel
-from stepscope.measure.influence import write_influence
+from stepscope.measure.influence import influence, write_influence
 from stepscope.measure.leaderboard import Leaderboard, rank_criteria
 from stepscope.measure.noise_scale import effect_noise_scale, noise_scale
 from stepscope.measure.properties import property_study
