@@ -16,7 +16,13 @@ from stepscope.errors import MeasurementError
 from stepscope.measure.change import measure_change
 from stepscope.measure.influence import Influence, influence, write_influence
 from stepscope.measure.probe_gradient import bind_quantity, probe_gradient
-from stepscope.measure.step import Step, reconstruct_step, sequence_direction
+from stepscope.measure.step import (
+    Step,
+    assemble_step,
+    reconstruct_step,
+    sequence_direction,
+    step_summary,
+)
 from stepscope.policy import vectors
 from stepscope.policy.gradients import gradient
 from stepscope.policy.objective import advantages
@@ -128,6 +134,27 @@ def test_float32_adds_up(kind: str) -> None:
     change = measure_change(policy, step, probe, lrs=[1e-4], baseline="position")
     assert shares.total.value == pytest.approx(change.slope.value, rel=1e-5)
     assert shares.disagreement < 1e-5
+
+
+def test_an_entropy_bonus_has_a_share_of_its_own() -> None:
+    policy = build_policy()
+    objective = {"name": "entropy_bonus", "coefficient": 0.3, "micro_batch_size": None}
+    policy = replace(policy, settings=replace(policy.settings, objective=objective))
+    step = reconstruct_step(policy, draw(policy, 1, 3, 4))
+    probe = draw(policy, 2, 6, 2)
+    shares = influence(policy, step, step.update, probe, baseline="position")
+    change = measure_change(policy, step, probe, lrs=[1e-4], baseline="position")
+    assert shares.total.value == pytest.approx(change.slope.value, rel=1e-8)
+    assert shares.bonus is not None
+    rest = shares.sequences.sum() + shares.momentum.value + shares.decay.value
+    assert shares.bonus.value == pytest.approx(shares.total.value - rest, rel=1e-8)
+    assert shares.bonus.value > 0
+    assert shares.sequence_columns()["component"][-3:] == ["momentum", "decay", "bonus"]
+    summary = step_summary(step)
+    parts = ("momentum", "decay", "bonus", "sequences")
+    assert sum(summary[f"share_{part}"] for part in parts) == pytest.approx(1.0)
+    with pytest.raises(MeasurementError, match="belongs to no sequence"):
+        assemble_step(policy, step.update, step.token_weights, step.sequences)
 
 
 def test_sequence_is_its_own_part_of_the_step(setting: tuple[Policy, Step, Rollouts]) -> None:

@@ -134,18 +134,23 @@ def as_rollouts(seen: list[dict[str, torch.Tensor]]) -> Rollouts:
         {"name": "clip_cov", "fraction": 0.2, "low": 0.0, "high": 9.0},
         {"name": "discriminator", "threshold": 0.5},
         {"name": "top_entropy"},
+        {"name": "entropy_bonus", "coefficient": 0.1},
     ],
     ids=lambda o: o["name"],
 )
 def test_the_measured_direction_is_the_next_step_that_trl_takes(
     objective: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batch-wise statistics over two micro-batches, the random draw of clip_cov among them."""
+    """Batch-wise statistics over two micro-batches, the random draw of clip_cov among them.
+
+    TRL's bonus is a mean over a micro-batch, so it has the whole step in one.
+    """
+    size = 16 if objective["name"] == "entropy_bonus" else 8
     seen: list[dict[str, torch.Tensor]] = []
     recorded(monkeypatch, seen)
-    config = digit_config(dtype="float64", save_every=1, objective=objective)
+    config = digit_config(dtype="float64", save_every=1, micro_batch_size=size, objective=objective)
     after = reinforced(config, tmp_path, TASK)
-    assert len(seen) == 2
+    assert len(seen) == 16 // size
     policy = load_checkpoint(after.with_name("step-1"), precision="float64")
     assert policy.settings.objective is not None
     assert policy.settings.objective["name"] == objective["name"]
@@ -157,11 +162,14 @@ def test_the_measured_direction_is_the_next_step_that_trl_takes(
     real = {n: (moved[n] - p.detach()) / step.lr for n, p in policy.parameters.items()}
     assert vectors.cosine(step.direction, real) >= 1 - 1e-7
     assert vectors.norm(step.direction) == pytest.approx(vectors.norm(real), rel=1e-5)
+    assert bool(step.bonus) == (objective["name"] == "entropy_bonus")
     without = replace(policy, settings=replace(policy.settings, objective=None))
     assert vectors.cosine(reconstruct_step(without, update).direction, real) < 1 - 1e-4
 
 
-def test_the_entropy_bonus_is_recorded_with_its_next_weight_and_not_measured(tmp_path: Path) -> None:
+def test_a_bonus_over_micro_batches_is_recorded_with_its_weight_and_not_measured(
+    tmp_path: Path,
+) -> None:
     """Entropy is below the target, so that the weight grows by delta after each step."""
     objective = {"name": "entropy_bonus", "coefficient": 0.1, "target": 9.0, "delta": 0.01}
     last = reinforced(digit_config(objective=objective), tmp_path, TASK)
@@ -181,7 +189,7 @@ def test_the_entropy_bonus_is_recorded_with_its_next_weight_and_not_measured(tmp
             }
         ]
     )
-    with pytest.raises(MeasurementError, match="entropy bonus"):
+    with pytest.raises(MeasurementError, match="mean over micro-batches of 8 sequences"):
         reconstruct_step(policy, update)
 
 

@@ -25,6 +25,7 @@ from stepscope.measure.kernel_structure import (
     kernel_structure,
 )
 from stepscope.measure.step import Step, weighted_logprobs
+from stepscope.policy import vectors
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gram import MEMORY_BYTES, Grams, gram, grams
 from stepscope.policy.products import per_sequence_dots
@@ -338,12 +339,14 @@ class LogprobChange:
         momentum: (text,) part of the momentum.
         decay: (text,) part of weight decay.
         sequences: (text, update seq) part of each sequence of the update batch.
+        bonus: (text,) part of an entropy bonus; zero where the loss has none.
     """
 
     total: FloatArray
     momentum: FloatArray
     decay: FloatArray
     sequences: FloatArray
+    bonus: FloatArray
 
 
 def predict_logprobs(
@@ -371,9 +374,10 @@ def predict_logprobs(
     Raises:
         MeasurementError: the parts do not add up to the total.
     """
-    directions = (step.direction, step.momentum, step.decay)
+    none = vectors.zeros_like(step.decay)
+    directions = (step.direction, step.momentum, step.decay, step.bonus or none)
     stacked = {n: torch.stack([d[n] for d in directions]) for n in step.direction}
-    total, momentum, decay = per_sequence_dots(
+    total, momentum, decay, bonus = per_sequence_dots(
         policy, texts, response_logprob, stacked, max_sequences=max_sequences, progress=progress
     )
     parts = gram(
@@ -386,12 +390,12 @@ def predict_logprobs(
         max_sequences=max_sequences,
         progress=progress,
     ).numpy()
-    whole = parts.sum(1) + momentum + decay
-    scale = np.abs(parts).sum(1) + np.abs(momentum) + np.abs(decay)
+    whole = parts.sum(1) + momentum + decay + bonus
+    scale = np.abs(parts).sum(1) + np.abs(momentum) + np.abs(decay) + np.abs(bonus)
     miss = float((np.abs(whole - total) / np.maximum(scale, 1e-300)).max())
     if miss > 1e-2:
         raise MeasurementError(
             f"the parts of the predicted log-prob change differ from the total by {miss:.1e}; "
             "measure with --precision float64"
         )
-    return LogprobChange(total, momentum, decay, parts)
+    return LogprobChange(total, momentum, decay, parts, bonus)

@@ -53,7 +53,8 @@ class Influence:
         tokens: per sequence (tok,) influence of each token; they add up to ``sequences``.
         momentum: effect of the momentum part of the direction.
         decay: effect of weight decay.
-        total: sequences + momentum + decay: the linear change per unit of lr.
+        bonus: effect of an entropy bonus; None where the loss has none.
+        total: sequences + momentum + decay + bonus: the linear change per unit of lr.
         sum_of_sequences: the update batch's own part, with its error.
         disagreement: largest difference between sequence influences by forward and by reverse mode, relative
             to the largest.
@@ -76,16 +77,20 @@ class Influence:
     sum_of_sequences: Estimate
     disagreement: float
     probe_resolved: FloatArray | None = None
+    bonus: Estimate | None = None
 
     def sequence_columns(self) -> dict[str, list[Any]]:
-        """Rows of ``influence_sequences.parquet``: one per sequence, then momentum and decay."""
+        """Rows of ``influence_sequences.parquet``: one per sequence, then momentum, decay and any bonus."""
         count = len(self.sequences)
+        others = {"momentum": self.momentum, "decay": self.decay}
+        if self.bonus is not None:
+            others["bonus"] = self.bonus
         return {
-            "component": ["sequence"] * count + ["momentum", "decay"],
-            "sequence_id": [*range(count), None, None],
-            "quantity": [self.quantity] * (count + 2),
-            "influence": [*self.sequences.tolist(), self.momentum.value, self.decay.value],
-            "stderr": [*self.stderr.tolist(), self.momentum.stderr, self.decay.stderr],
+            "component": ["sequence"] * count + list(others),
+            "sequence_id": [*range(count), *[None] * len(others)],
+            "quantity": [self.quantity] * (count + len(others)),
+            "influence": [*self.sequences.tolist(), *(e.value for e in others.values())],
+            "stderr": [*self.stderr.tolist(), *(e.stderr for e in others.values())],
         }
 
     def token_columns(self) -> dict[str, list[Any]]:
@@ -170,6 +175,8 @@ def influence(
         progress=progress,
     )
     momentum, decay = slope.dots(step.momentum), slope.dots(step.decay)
+    bonus = slope.dots(step.bonus) if step.bonus else None
+    others = momentum + decay if bonus is None else momentum + decay + bonus
     pulled = slope.scaled(step.preconditioner)
     objective = weighted_logprobs(step.token_weights)
     products = per_sequence_dots(
@@ -209,16 +216,17 @@ def influence(
         decay=_estimate(slope, decay, unit, "grad F . decay"),
         total=_estimate(
             slope,
-            own + momentum + decay,
+            own + others,
             unit,
-            "sum over sequences, momentum and decay",
-            value=float(sequences.sum() + (momentum + decay)[:-1].sum() / len(probe)),
+            "sum over sequences, momentum and decay" + ("" if bonus is None else " and entropy bonus"),
+            value=float(sequences.sum() + others[:-1].sum() / len(probe)),
         ),
         sum_of_sequences=_estimate(
             slope, own, unit, "sum over the update batch", value=float(sequences.sum())
         ),
         disagreement=_disagreement(policy, sequences, products[:-1].sum(0) / len(probe)),
         probe_resolved=resolved,
+        bonus=None if bonus is None else _estimate(slope, bonus, unit, "grad F . entropy bonus"),
     )
 
 

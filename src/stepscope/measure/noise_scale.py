@@ -110,7 +110,8 @@ def noise_scale(
         policy: its trainable parameters are differentiated.
         update: sequences with advantages; at least two prompts.
         preconditioner: P, for the noise scale in the optimizer's metric.
-        token_weights: w_ik of the step, where it was rebuilt already; otherwise from the loss.
+        token_weights: w_ik of the step, where it was rebuilt already; otherwise from the loss. An entropy
+            bonus has none, and no part in the noise.
         influences: influences of ``update``, for the noise scale of their quantities.
         memory_bytes: budget for gradients held.
         max_sequences: micro-batch size.

@@ -1,5 +1,7 @@
 """The step AdamW would take from a checkpoint, as a sum: momentum + weight decay + one term per sequence.
 
+An entropy bonus, which belongs to no sequence, is one more term.
+
 With g = grad Loss, clip coefficient c = min(1, max_norm / (|g| + 1e-6)) and AdamW's state (m, v, t =
 steps after this one), per parameter,
 
@@ -14,7 +16,7 @@ where w_ik = -dLoss/dl_ik are the token weights. The parameters after the step a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,7 +30,7 @@ from stepscope.policy import vectors
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients import Objective, gradient
 from stepscope.policy.models import reference_adapter
-from stepscope.policy.objective import token_weights
+from stepscope.policy.objective import bonus_weights, token_weights
 from stepscope.policy.rollouts import score_discriminators, score_rollouts
 from stepscope.policy.state import OptimizerState, Policy
 from stepscope.results import FloatArray, Rollouts
@@ -51,13 +53,14 @@ class Step:
         momentum: what the first moment contributes.
         decay: what weight decay contributes.
         sequences: what the update batch contributes, summed over its sequences.
-        direction: the sum of the three, (params' - params) / lr.
+        direction: the sum of all parts, (params' - params) / lr.
         preconditioner: P, elementwise, from sum_ik w_ik grad l_ik to ``sequences``.
         token_weights: w_ik = -dLoss/dl_ik, one (tok,) array per sequence.
         lr: learning rate of the step.
         grad_norm: |g| before clipping.
         clip_coefficient: c; 1 where nothing was clipped.
         update: the batch that makes the step.
+        bonus: what an entropy bonus contributes; empty where the loss has none.
     """
 
     momentum: dict[str, Tensor]
@@ -70,6 +73,7 @@ class Step:
     grad_norm: float
     clip_coefficient: float
     update: Rollouts
+    bonus: dict[str, Tensor] = field(default_factory=dict)
 
 
 def reconstruct_step(
@@ -96,7 +100,7 @@ def reconstruct_step(
     Raises:
         CheckpointError: no optimizer state, or one that does not fit the parameters.
         BatchError: no reward variance, or a batch that this policy did not sample.
-        MeasurementError: a KL penalty without a reference.
+        MeasurementError: a KL penalty without a reference, or an entropy bonus over micro-batches.
 
     Exact up to round-off; pinned against ``torch.optim.AdamW.step()`` in ``tests/measure/test_step.py``.
     Source: Loshchilov & Hutter 2019 (arXiv:1711.05101), ``torch/optim/adam.py``.
@@ -117,6 +121,7 @@ def reconstruct_step(
         step=policy.step,
         ref_logprobs=_reference_logprobs(policy, update, reference, max_sequences),
     )
+    rewarded = bonus_weights(update, policy.settings)
     drift = _Drift(update)
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
         task = bar.add_task("gradient of the update batch", total=len(update))
@@ -130,11 +135,19 @@ def reconstruct_step(
         ascent = gradient(policy, update, objective, max_sequences=max_sequences)
     if not off_policy:
         drift.check()
-    return assemble_step(policy, update, weights, ascent)
+    bonus: dict[str, Tensor] = {}
+    if rewarded:
+        bonus = gradient(policy, update, weighted_entropies(rewarded), max_sequences=max_sequences)
+    return assemble_step(policy, update, weights, ascent, bonus=bonus)
 
 
 def assemble_step(
-    policy: Policy, update: Rollouts, weights: Sequence[FloatArray], ascent: dict[str, Tensor]
+    policy: Policy,
+    update: Rollouts,
+    weights: Sequence[FloatArray],
+    ascent: dict[str, Tensor],
+    *,
+    bonus: dict[str, Tensor] | None = None,
 ) -> Step:
     """The step that AdamW makes of a gradient: clipping, moments and preconditioner as it would have them.
 
@@ -142,29 +155,39 @@ def assemble_step(
         policy: with AdamW's state.
         update: the batch the gradient is of.
         weights: its token weights w_ik, one (tok,) array per sequence.
-        ascent: sum_ik w_ik grad l_ik, that is -grad Loss.
+        ascent: sum_ik w_ik grad l_ik, that is -grad Loss but for a bonus.
+        bonus: coefficient x gradient of the mean entropy, where the loss has that bonus.
 
     Raises:
         CheckpointError: no optimizer state, or one that does not fit the parameters.
+        MeasurementError: the loss has an entropy bonus and its gradient is not given.
     """
     state = _optimizer(policy)
-    norm = vectors.norm(ascent)
+    if bonus is None and bonus_weights(update, policy.settings):
+        raise MeasurementError(
+            "the loss has an entropy bonus, which belongs to no sequence, so a step without some of them is "
+            "not defined; measure without re-made steps"
+        )
+    whole = vectors.add(ascent, bonus) if bonus else ascent
+    norm = vectors.norm(whole)
     limit = policy.settings.max_grad_norm
     clip = min(1.0, limit / (norm + CLIP_EPSILON)) if limit > 0 else 1.0
     lr = next((g.lr for g in state.groups if g.names and g.lr > 0), 0.0)
-    momentum, decay, preconditioner = adamw_components(policy, state, ascent, clip=clip, lr=lr)
+    momentum, decay, preconditioner = adamw_components(policy, state, whole, clip=clip, lr=lr)
+    rewarded = vectors.multiply(preconditioner, bonus) if bonus else {}
     sequences = vectors.multiply(preconditioner, ascent)
     return Step(
         momentum=momentum,
         decay=decay,
         sequences=sequences,
-        direction=vectors.add(momentum, decay, sequences),
+        direction=vectors.add(momentum, decay, sequences, *([rewarded] if rewarded else [])),
         preconditioner=preconditioner,
         token_weights=tuple(weights),
         lr=lr,
         grad_norm=norm,
         clip_coefficient=clip,
         update=update,
+        bonus=rewarded,
     )
 
 
@@ -185,16 +208,24 @@ def weighted_logprobs(weights: Sequence[FloatArray]) -> Objective:
     Args:
         weights: one (tok,) array per sequence of the batch it will be used on.
     """
+    return lambda outputs, batch: _weigh(weights, outputs.logprobs, batch)
 
-    def objective(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
-        factor = torch.zeros_like(outputs.logprobs)
-        for row, i in enumerate(batch.seq_index.tolist()):
-            factor[row, : len(weights[i])] = torch.as_tensor(
-                weights[i], dtype=factor.dtype, device=factor.device
-            )
-        return factor * outputs.logprobs
 
-    return objective
+def weighted_entropies(weights: Sequence[FloatArray]) -> Objective:
+    """The objective sum_k w_ik H_ik, (seq, tok), of an entropy bonus.
+
+    Args:
+        weights: one (tok,) array per sequence of the batch it will be used on.
+    """
+    return lambda outputs, batch: _weigh(weights, outputs.entropies, batch)
+
+
+def _weigh(weights: Sequence[FloatArray], values: Tensor, batch: TokenBatch) -> Tensor:
+    """(seq, tok) values of a micro-batch times the weights of its sequences."""
+    factor = torch.zeros_like(values)
+    for row, i in enumerate(batch.seq_index.tolist()):
+        factor[row, : len(weights[i])] = torch.as_tensor(weights[i], dtype=factor.dtype, device=factor.device)
+    return factor * values
 
 
 def step_summary(step: Step) -> dict[str, Any]:
@@ -205,6 +236,8 @@ def step_summary(step: Step) -> dict[str, Any]:
     and the direction.
     """
     parts = {"momentum": step.momentum, "decay": step.decay, "sequences": step.sequences}
+    if step.bonus:
+        parts["bonus"] = step.bonus
     total = vectors.norm(step.direction)
     summary: dict[str, Any] = {
         "lr": step.lr,

@@ -105,7 +105,8 @@ def rebuild_step(session: Session) -> Summary:
             unit="share of the step",
             method=f"<{part}, direction>/|direction|^2, exact for this update batch",
         )
-        for part in ("momentum", "decay", "sequences")
+        for part in ("momentum", "decay", "bonus", "sequences")
+        if f"share_{part}" in figures
     }
 
 
@@ -183,7 +184,7 @@ def attribute_change(session: Session) -> Summary:
         "influence_momentum": primary.momentum,
         "influence_decay": primary.decay,
         "influence_total": primary.total,
-    }
+    } | ({} if primary.bonus is None else {"influence_bonus": primary.bonus})
 
 
 def validate_shares(session: Session) -> Summary:

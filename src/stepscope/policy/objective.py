@@ -145,7 +145,8 @@ def token_weights(
 ) -> tuple[FloatArray, ...]:
     """Token weights w_ik = -dLoss/dl_ik, by differentiating the loss with the log-probs as leaves.
 
-    The advantages are those of the settings' objective, where there is one.
+    The advantages are those of the settings' objective, where there is one. An entropy bonus is no function
+    of the log-probs and has no part in the weights: see :func:`bonus_weights`.
 
     Args:
         rollouts: the update batch, with advantages; its ``logprobs`` are those of the policy that sampled.
@@ -162,7 +163,6 @@ def token_weights(
     Raises:
         BatchError: the batch has no advantages, or all of them are zero and nothing else drives the loss.
         ConfigError: see :func:`policy_loss`.
-        MeasurementError: the loss has an entropy bonus, which token weights cannot say.
     """
     if rollouts.advantages is None:
         raise BatchError(
@@ -203,16 +203,33 @@ def token_weights(
     return tuple(weights[i, :n].copy() for i, n in enumerate(rollouts.num_tokens))
 
 
+def bonus_weights(rollouts: Rollouts, settings: StepSettings) -> tuple[FloatArray, ...]:
+    """Weights -dLoss/dH_ik of an entropy bonus: coefficient/N on each of the N tokens in the loss.
+
+    Returns:
+        One (tok,) array per sequence; nothing where the next step has no bonus.
+
+    Raises:
+        MeasurementError: TRL took the mean entropy of each micro-batch, not of the batch.
+    """
+    objective = settings.objective
+    if objective is None or objective["name"] != ENTROPY_BONUS or objective["coefficient"] == 0.0:
+        return ()
+    if objective["micro_batch_size"] is not None:
+        raise MeasurementError(
+            f"the entropy bonus is a mean over micro-batches of {objective['micro_batch_size']} sequences, "
+            "so the step depends on how the batch was cut; train with rl.micro_batch_size the whole batch"
+        )
+    mask = _mask(rollouts, settings).double().numpy()
+    each = objective["coefficient"] / max(mask.sum(), 1.0)
+    return tuple(each * mask[i, :n] for i, n in enumerate(rollouts.num_tokens))
+
+
 def _advantages_of_the_objective(table: TokenTable, settings: StepSettings, step: int) -> Tensor:
     """(seq, tok) advantages. Micro-batches are cut from the batch in random order, as TRL cuts them."""
     objective = settings.objective
-    if objective is None:
+    if objective is None or objective["name"] == ENTROPY_BONUS:
         return table.advantages
-    if objective["name"] == ENTROPY_BONUS:
-        raise MeasurementError(
-            "the loss has an entropy bonus, which is no function of the log-probs, so its step cannot be "
-            "rebuilt from token weights; measure a checkpoint of a training without it"
-        )
     order = torch.arange(len(table.mask))
     if objective["micro_batch_size"] is not None:
         order = torch.from_numpy(np.random.default_rng([settings.seed, step, 1]).permutation(len(order)))

@@ -80,6 +80,7 @@ def error_bars(stderrs: Iterable[float], color: str) -> dict[str, Any]:
 _COMPONENTS = (
     ("momentum", "momentum", BLUE),
     ("decay", "weight decay", PURPLE),
+    ("bonus", "entropy bonus", GREEN),
     ("sequences", "this batch", VERMILLION),
     ("direction", "whole step", INK),
 )

@@ -89,7 +89,9 @@ def with_scores(tokens: TokenTable, criteria: Table | None, names: Sequence[str]
 
 def parts(summary: Mapping[str, Estimate], lr: float) -> str:
     """In words: what the batch's own sequences, momentum and weight decay contribute to the linear change."""
-    names = (("sequences", "the batch's own sequences"), ("momentum", "momentum"), ("decay", "weight decay"))
+    names = [("sequences", "the batch's own sequences"), ("momentum", "momentum"), ("decay", "weight decay")]
+    if "influence_bonus" in summary:
+        names.append(("bonus", "the entropy bonus"))
     found = [(words, summary.get(f"influence_{key}")) for key, words in names]
     shown = [
         f"{text.plus_minus(lr * value.value, lr * value.stderr)} from {words}"
