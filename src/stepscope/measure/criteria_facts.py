@@ -92,7 +92,7 @@ class TokenFacts:
     @property
     def advantage(self) -> FloatArray:
         """(tok,) A of the token's sequence."""
-        return self.advantages[self.sequence]
+        return np.asarray(self.advantages[self.sequence], dtype=np.float64)
 
     @cached_property
     def lengths(self) -> FloatArray:
@@ -101,7 +101,8 @@ class TokenFacts:
 
     def per_sequence(self, values: FloatArray) -> FloatArray:
         """(seq,) sums of (tok,) values over each response."""
-        return np.bincount(self.sequence, weights=values, minlength=len(self.advantages))
+        sums = np.bincount(self.sequence, weights=values, minlength=len(self.advantages))
+        return np.asarray(sums, dtype=np.float64)
 
     def per_prompt(self, values: FloatArray) -> FloatArray:
         """(seq,) mean over each sequence's prompt group of (seq,) values."""

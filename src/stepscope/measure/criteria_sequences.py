@@ -21,7 +21,8 @@ def _mean_entropy(facts: TokenFacts) -> FloatArray:
 
 def _covariance(facts: TokenFacts) -> FloatArray:
     logprob = _mean_logprob(facts)
-    return -(facts.advantages - facts.advantages.mean()) * (logprob - logprob.mean())
+    found = -(facts.advantages - facts.advantages.mean()) * (logprob - logprob.mean())
+    return np.asarray(found, dtype=np.float64)
 
 
 def _group_covariance(facts: TokenFacts) -> FloatArray:

@@ -27,24 +27,29 @@ QAE_QUANTILE, QAE_EPSILON = 0.4, 1e-4
 CHENG_ALPHA, CHENG_KAPPA = 0.4, 2.0
 
 
+def _centred(values: FloatArray) -> FloatArray:
+    return np.asarray(values - values.mean(), dtype=np.float64)
+
+
 def _cov_batch(facts: TokenFacts) -> FloatArray:
-    return -(facts.advantage - facts.advantage.mean()) * (facts.logprob - facts.logprob.mean())
+    return -_centred(facts.advantage) * _centred(facts.logprob)
 
 
 def _cov_micro(facts: TokenFacts) -> FloatArray:
     group = facts.sequence // facts.micro_batch_size
     count = np.maximum(np.bincount(group), 1)
 
-    def centred(values: FloatArray) -> FloatArray:
+    def about_mean(values: FloatArray) -> FloatArray:
         return np.asarray(values - (np.bincount(group, weights=values) / count)[group])
 
-    return -centred(facts.advantage) * centred(facts.logprob)
+    return -about_mean(facts.advantage) * about_mean(facts.logprob)
 
 
 def _clip_cov(facts: TokenFacts) -> FloatArray:
     low, high = CLIP_COV_RANGE
     covariance = -_cov_batch(facts)
-    return ((covariance > low) & (covariance < high) & (facts.clipped == 0)).astype(np.float64)
+    chosen = (covariance > low) & (covariance < high) & (facts.clipped == 0)
+    return np.asarray(chosen, dtype=np.float64)
 
 
 def _kl_cov(facts: TokenFacts) -> FloatArray:
@@ -59,7 +64,7 @@ def _largest(values: FloatArray, share: float) -> FloatArray:
 
 
 def _disc_b(facts: TokenFacts) -> FloatArray:
-    return -facts.advantage * (facts.discriminant - facts.discriminant.mean())
+    return -facts.advantage * _centred(facts.discriminant)
 
 
 def _disc_v(facts: TokenFacts) -> FloatArray:
@@ -67,15 +72,15 @@ def _disc_v(facts: TokenFacts) -> FloatArray:
 
 
 def _clip_b(facts: TokenFacts) -> FloatArray:
-    z = facts.discriminant - facts.discriminant.mean()
-    return ((facts.advantage < 0) & (z < -CLIP_B_DEVIATIONS * z.std())).astype(np.float64)
+    z = _centred(facts.discriminant)
+    return np.asarray((facts.advantage < 0) & (z < -CLIP_B_DEVIATIONS * z.std()), dtype=np.float64)
 
 
 def _clip_v(facts: TokenFacts) -> FloatArray:
     excess = facts.discriminator - facts.discriminant
     chosen = (facts.advantage < 0) & (excess > CLIP_V_DEVIATIONS * excess.std())
     allowed = _largest(np.where(chosen, excess, -np.inf), CLIP_V_SHARE)
-    return allowed * chosen
+    return np.where(chosen, allowed, 0.0)
 
 
 def _steer_thm(facts: TokenFacts) -> FloatArray:

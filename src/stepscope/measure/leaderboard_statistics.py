@@ -20,7 +20,7 @@ SHARES = (0.0002, 0.01, 0.1)
 LARGE = 0.1
 """Share of the items with the largest |truth| that AUC asks a criterion to find."""
 
-MOST_IN_PAIRS = 1024
+MOST_IN_PAIRS = 512
 """Most items whose pairs enter the error of Kendall's tau; more are thinned at random."""
 
 BLOCK = 2_000_000
@@ -33,7 +33,7 @@ class Comparison:
 
     Attributes:
         spearman: (resample, score, truth) rank correlation.
-        kendall: (resample, score, truth) tau-b; of at most 1024 items in all resamples but the first.
+        kendall: (resample, score, truth) tau-b; of at most 512 items in all resamples but the first.
         pearson: (resample, score, truth).
         sign_agreement: (resample, score, truth) share of items, among those where neither is zero, whose
             signs agree; nan for magnitudes.
@@ -84,23 +84,42 @@ class Order:
         group[order] = np.cumsum(new) - 1
         return cls(order, np.flatnonzero(new), group)
 
-    def weights(self, weights: FloatArray) -> FloatArray:
-        """(resample, group) total weight of each group, of (resample, item) weights."""
-        return np.asarray(np.add.reduceat(weights[:, self.order], self.starts, axis=1))
+    def placed(self, weights: FloatArray) -> Placed:
+        """Where each group stands in every resample, for (resample, item) weights."""
+        own = weights[:, self.order]
+        if len(self.starts) < len(self.order):
+            own = np.add.reduceat(own, self.starts, axis=1)
+        return Placed(self.group, own, np.cumsum(own, axis=1))
 
-    def ranks(self, weights: FloatArray) -> FloatArray:
+
+@dataclass(frozen=True)
+class Placed:
+    """An order in every resample.
+
+    Attributes:
+        group: (item,) group of each item.
+        own: (resample, group) weight of each group.
+        through: (resample, group) weight of it and all below.
+    """
+
+    group: IntArray
+    own: FloatArray
+    through: FloatArray
+
+    def ranks(self) -> FloatArray:
         """(resample, item) mid-ranks about their mean: weight below plus half of one's group, less half."""
-        own = self.weights(weights)
-        below = np.cumsum(own, axis=1) - own / 2
-        return np.asarray((below - own.sum(1, keepdims=True) / 2)[:, self.group])
+        return np.asarray((self.through - self.own / 2 - self.through[:, -1:] / 2)[:, self.group])
 
-    def selected(self, weights: FloatArray, share: float) -> FloatArray:
+    def selected(self, share: float) -> FloatArray:
         """(resample, item) part of each item among the ``share`` largest; at least one item is selected."""
-        own = self.weights(weights)
-        wanted = np.maximum(1.0, share * own.sum(1, keepdims=True))
-        above = np.cumsum(own[:, ::-1], axis=1)[:, ::-1] - own
-        taken = np.clip(wanted - above, 0.0, own)
-        return np.asarray(np.divide(taken, own, out=np.zeros_like(own), where=own > 0)[:, self.group])
+        total = self.through[:, -1:]
+        room = np.maximum(1.0, share * total) - (total - self.through)
+        first = int(np.argmax((room > 0).any(0)))
+        own = self.own[:, first:]
+        taken = np.clip(room[:, first:], 0.0, own)
+        part = np.zeros_like(self.own)
+        np.divide(taken, own, out=part[:, first:], where=own > 0)
+        return np.asarray(part[:, self.group])
 
 
 def compare(
@@ -138,14 +157,16 @@ def compare(
         rows = slice(start, start + step)
         weights = counts[rows][:, index]
         total = [weights * y for y in sizes]
-        ranked = {s: [o.ranks(weights) for o in truth_orders[s]] for s in (True, False)}
+        ranked = {s: [o.placed(weights).ranks() for o in truth_orders[s]] for s in (True, False)}
         for t, order in enumerate(truth_orders[False]):
+            largest = order.placed(weights)
             for q, share in enumerate(SHARES):
-                best[q, rows, t] = _share(order.selected(weights, share), total[t])
+                best[q, rows, t] = _share(largest.selected(share), total[t])
         for c, (own, by_size) in enumerate(zip(orders, size_orders, strict=True)):
-            ranks = own.ranks(weights)
-            size_ranks = ranks if by_size is own else by_size.ranks(weights)
-            selected = [by_size.selected(weights, share) for share in SHARES]
+            sizes_placed = by_size.placed(weights)
+            size_ranks = sizes_placed.ranks()
+            ranks = size_ranks if by_size is own else own.placed(weights).ranks()
+            selected = [sizes_placed.selected(share) for share in SHARES]
             for t in range(len(truths)):
                 spearman[rows, c, t] = _correlation(ranks, ranked[bool(signed[c])][t], weights)
                 auc[rows, c, t] = _auc(size_ranks, weights, large[t])
