@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +20,7 @@ from digits import DigitTask, digit_config, log_of, reinforced
 from safetensors.torch import load_file
 from trl import GRPOTrainer
 
+import stepscope
 from stepscope.errors import ConfigError, MeasurementError
 from stepscope.measure.step import reconstruct_step
 from stepscope.policy import vectors
@@ -211,6 +216,33 @@ def test_top_entropy_of_micro_batches_is_trls_own_mask() -> None:
     trainer: Any = SimpleNamespace(accelerator=Accelerator(cpu=True))
     theirs = GRPOTrainer.get_high_entropy_mask(trainer, entropies, mask.long(), 1 - 0.3)
     torch.testing.assert_close(ours, theirs.double())
+
+
+@pytest.mark.slow
+def test_two_processes_share_an_objective_and_a_curriculum(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    paths = [str(here), str(Path(stepscope.__file__).parents[1])]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *(str(here / "two_processes.py"), str(tmp_path)),
+        ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+        | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    first, second = json.loads((tmp_path / "seen.json").read_text())
+    assert len(first) == 2
+    for a, b in zip(first, second, strict=True):
+        assert a["fits"]
+        assert b["fits"]
+        assert a["tokens"] == b["tokens"] == a["own"] + b["own"]
+        assert (a["sum"], a["rates"]) == (b["sum"], b["rates"])
+    assert first[1]["rates"] != first[0]["rates"]
 
 
 def test_checkpoints_record_what_the_next_step_needs(tmp_path: Path) -> None:

@@ -150,7 +150,8 @@ def inspect_checkpoint(path: str | Path, *, precision: str = "float32") -> list[
         findings.append(Finding.from_error(error))
         settings = StepSettings()
     else:
-        findings.append(Finding("ok", f"loss settings: {settings.loss_type}, T = {settings.temperature}"))
+        loss = settings.loss_type + (f" with {settings.objective['name']}" if settings.objective else "")
+        findings.append(Finding("ok", f"loss settings: {loss}, T = {settings.temperature}"))
     try:
         policy = load_checkpoint(path, precision=precision, settings=settings)
     except CheckpointError as error:
