@@ -119,7 +119,7 @@ class StepProbeConfig(Section):
         max_sequences: sequences in a forward pass of the probe.
     """
 
-    every: int = Field(default=20, ge=1)
+    every: int = Field(default=30, ge=1)
     num_prompts: int = Field(default=32, ge=2)
     noise: bool = True
     top_tokens: int = Field(default=0, ge=0)

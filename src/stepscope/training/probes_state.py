@@ -22,18 +22,27 @@ def undisturbed(model: Any) -> Iterator[None]:
 
     Random states (Python, NumPy, torch on CPU and GPU) and the mode of every module come back afterwards.
     The model is in evaluation mode and free of automatic mixed precision: it computes in the type of its
-    weights, because the change of one step is smaller than the rounding of bfloat16.
+    weights, because the change of one step is smaller than the rounding of bfloat16. It is also free of the
+    hooks that gradient checkpointing puts on the embeddings, which forward mode cannot pass.
     """
     modes = [(module, module.training) for module in model.modules()]
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    hooks = [(module, dict(module._forward_hooks)) for module in model.modules() if module._forward_hooks]
     kept = vars(model).get("forward")
     if "_original_forward" in vars(model):  # where accelerate keeps what it wrapped
         model.forward = model._original_forward
+    for module, registered in hooks:
+        for number, hook in registered.items():
+            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
+                del module._forward_hooks[number]
     model.eval()
     try:
         yield
     finally:
+        for module, registered in hooks:
+            module._forward_hooks.clear()
+            module._forward_hooks.update(registered)
         for module, mode in modes:
             module.training = mode
         if kept is not None:
