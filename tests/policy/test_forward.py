@@ -80,6 +80,23 @@ def test_padded_batch_agrees_with_unpadded_sequences(
         assert not outputs.entropies[i, n:].any()
 
 
+def test_sums_of_squares_are_there_on_request(build_model: Callable[..., nn.Module]) -> None:
+    model = lift_model(build_model())
+    batch = make_batch(PROMPTS, RESPONSES)
+    with torch.no_grad():
+        out = forward(model, batch, temperature=0.7, keep_logits=True, keep_squares=True)
+        assert forward(model, batch, temperature=0.7).collisions is None
+    assert out.logits is not None
+    log_pi = torch.log_softmax(out.logits, -1)
+    squares = torch.exp(2 * log_pi)
+    mask = batch.response_mask
+    inner = (squares * (log_pi + out.entropies.unsqueeze(-1))).sum(-1)
+    assert out.collisions is not None
+    assert out.discriminators is not None
+    torch.testing.assert_close(out.collisions, squares.sum(-1) * mask, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(out.discriminators, inner * mask, rtol=1e-12, atol=1e-14)
+
+
 def test_batch_size_order_and_padding_do_not_matter(
     build_model: Callable[..., nn.Module], architecture: str
 ) -> None:

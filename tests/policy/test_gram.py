@@ -21,7 +21,7 @@ from stepscope.policy.gradients import directional_derivative
 from stepscope.policy.gram import gram, grams
 from stepscope.policy.layer_gradient import LayerGradient, Whole
 from stepscope.policy.precision import lift_model
-from stepscope.policy.products import group_gradients, per_sequence_dot, per_sequence_dots
+from stepscope.policy.products import group_gradients, paired_dots, per_sequence_dot, per_sequence_dots
 from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
@@ -208,6 +208,33 @@ def test_float64_products_of_float32_gradients() -> None:
     for double, low, high in ((True, 0.0, 1e-14), (False, 1e-9, 1e-5)):
         assert low <= error(store.square({"raw": None}, double=double)["raw"], exact) < high
         assert low <= error(store.cross(gradient, {"raw": None}, double=double)["raw"], exact) < high
+
+
+@pytest.mark.parametrize("source", ["gpt2", "qwen2", "gemma3"])
+def test_two_gradients_of_the_same_sequence(build_model: Build, source: str) -> None:
+    policy = as_policy(build_model(source))
+    rollouts, P = draw(6), random_vector(policy)
+    whole = gram(
+        policy,
+        rollouts,
+        lambda outputs, batch: outputs.logprobs,
+        preconditioner=P,
+        other=(rollouts, lambda outputs, batch: outputs.entropies),
+    ).diagonal()
+    one = sum(p.numel() for p in policy.parameters.values()) * 8
+    for budget in (2**30, 2 * one):
+        found = paired_dots(
+            policy,
+            rollouts,
+            lambda outputs, batch: outputs.entropies,
+            lambda outputs, batch: outputs.logprobs,
+            {"raw": None, "P": P},
+            memory_bytes=budget,
+        )
+        assert error(torch.from_numpy(found["P"]), whole) < 1e-12
+        assert error(torch.from_numpy(found["raw"]), whole) > 1e-3
+    with pytest.raises(MeasurementError, match="metric 'P' does not fit"):
+        paired_dots(policy, rollouts, objective, objective, {"P": {}})
 
 
 def test_wide_vocabulary_stays_in_factors(build_model: Build) -> None:
