@@ -1,8 +1,9 @@
-"""One small training, shared by the tests that look at what it left."""
+"""Small trainings, shared by the tests that look at what they left."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,3 +59,43 @@ def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "small"
     train(small_config(), out)
     return out
+
+
+def probed_config(probe: dict[str, Any], **rl: Any) -> TrainConfig:
+    """The training of :func:`small_config` with a probe; ``rl`` changes single settings."""
+    settings = small_config().rl
+    assert settings is not None
+    return small_config(rl=settings.model_dump() | {"probe": probe} | rl)
+
+
+def start_from(run: Path, out: Path) -> Path:
+    """A new run folder that has the warm-up of ``run`` behind it."""
+    out.mkdir()
+    shutil.copytree(run / "base", out / "base")
+    return out
+
+
+@pytest.fixture(scope="session")
+def every_step() -> TrainConfig:
+    """The configuration of :func:`small_run` with a probe at every step."""
+    return probed_config({"every": 1, "num_prompts": 8, "top_tokens": 3})
+
+
+@pytest.fixture(scope="session")
+def probed_run(every_step: TrainConfig, small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``small_run`` again, from the same warm-up, with a probe at every step."""
+    from stepscope.training import train
+
+    out = start_from(small_run, tmp_path_factory.mktemp("probed") / "run")
+    train(every_step, out, resume=True)
+    return out
+
+
+@pytest.fixture(name="probed_config", scope="session")
+def _probed_config() -> Callable[..., TrainConfig]:
+    return probed_config
+
+
+@pytest.fixture(name="start_from", scope="session")
+def _start_from() -> Callable[[Path, Path], Path]:
+    return start_from

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,32 +18,6 @@ from stepscope.config import TrainConfig
 from stepscope.errors import ConfigError, MeasurementError
 from stepscope.results import read_table
 from stepscope.training import train
-
-EVERY_STEP = {"every": 1, "num_prompts": 8, "top_tokens": 3}
-
-
-def probed(small_config: Callable[..., TrainConfig], probe: dict[str, Any], **rl: Any) -> TrainConfig:
-    """The small training with a probe."""
-    settings = small_config().rl
-    assert settings is not None
-    return small_config(rl=settings.model_dump() | {"probe": probe} | rl)
-
-
-def start_from(run: Path, out: Path) -> Path:
-    """A run folder that has the warm-up of ``run`` behind it."""
-    out.mkdir()
-    shutil.copytree(run / "base", out / "base")
-    return out
-
-
-@pytest.fixture(scope="module")
-def probed_run(
-    small_config: Callable[..., TrainConfig], small_run: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """``small_run`` again, with a probe at every step."""
-    out = start_from(small_run, tmp_path_factory.mktemp("probed") / "run")
-    train(probed(small_config, EVERY_STEP), out, resume=True)
-    return out
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
@@ -79,21 +52,20 @@ def test_prediction_and_outcome_agree_within_their_errors(probed_run: Path) -> N
 
 
 def test_a_small_step_does_what_was_predicted(
-    small_config: Callable[..., TrainConfig], small_run: Path, tmp_path: Path
+    probed_config: Callable[..., TrainConfig],
+    start_from: Callable[[Path, Path], Path],
+    small_run: Path,
+    tmp_path: Path,
 ) -> None:
     out = start_from(small_run, tmp_path / "run")
-    config = probed(
-        small_config,
+    config = probed_config(
         {"every": 1, "num_prompts": 8},
         optimizer={"lr": 1e-7, "weight_decay": 0.1, "max_grad_norm": 0.05},
         steps=2,
         save_every=2,
     )
-    train(
-        config.model_copy(update={"model": config.model.model_copy(update={"dtype": "float64"})}),
-        out,
-        resume=True,
-    )
+    in_float64 = config.model.model_copy(update={"dtype": "float64"})
+    train(config.model_copy(update={"model": in_float64}), out, resume=True)
     rows = rows_of(out)
     assert len(rows) == 2
     for row in rows:
@@ -121,19 +93,6 @@ def test_figures_are_in_the_log_of_the_step(probed_run: Path) -> None:
         entry = log[row["step"]]
         assert entry["probe/predicted"] == row["predicted"]
         assert entry["probe/realised"] == row["realised"]
-
-
-def test_rows_survive_an_interruption_once_each(
-    small_config: Callable[..., TrainConfig], probed_run: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    shutil.copytree(probed_run, out)
-    shutil.rmtree(out / "checkpoints" / "step-4")
-    train(probed(small_config, EVERY_STEP), out, resume=True)
-    again, once = ([row | {"seconds": 0} for row in rows_of(run)] for run in (out, probed_run))
-    assert json.dumps(again) == json.dumps(once)  # nan included
-    tokens = [read_table(run / "probes_tokens.parquet") for run in (out, probed_run)]
-    assert tokens[0].equals(tokens[1])
 
 
 def foreign_trainer(run: Path, out: Path, probe: ss.StepProbe, **arguments: Any) -> GRPOTrainer:

@@ -87,8 +87,9 @@ def assert_same(one: Any, two: Any) -> None:
 
 
 def probes_of(run: Path) -> str:
-    """The rows of the probes without their times; text, so that nan equals nan."""
-    return str([row | {"seconds": None} for row in read_table(run / "probes.parquet").to_pylist()])
+    """The rows of the probes and their tokens without times; text, so that nan equals nan."""
+    tables = [read_table(run / name) for name in ("probes.parquet", "probes_tokens.parquet")]
+    return str([row | {"seconds": None} for table in tables for row in table.to_pylist()])
 
 
 def write_config(config: TrainConfig, folder: Path) -> Path:
@@ -98,19 +99,22 @@ def write_config(config: TrainConfig, folder: Path) -> Path:
 
 
 def test_a_training_killed_between_two_checkpoints_ends_as_if_it_had_not_been(
-    small_config: Callable[..., TrainConfig], small_run: Path, tmp_path: Path
+    every_step: TrainConfig,
+    start_from: Callable[[Path, Path], Path],
+    small_run: Path,
+    probed_run: Path,
+    tmp_path: Path,
 ) -> None:
-    out = tmp_path / "run"
-    out.mkdir()
-    shutil.copytree(small_run / "base", out / "base")
-    process = start(write_config(small_config(), tmp_path), out)
+    out = start_from(small_run, tmp_path / "run")
+    process = start(write_config(every_step, tmp_path), out)
     wait_for(out / "checkpoints" / "step-2", process)
-    time.sleep(random.uniform(0.0, 0.2))
+    time.sleep(random.uniform(0.0, 0.5))
     kill(process)
-    train(small_config(), out, resume=True)
+    train(every_step, out, resume=True)
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-0", "step-2", "step-4"]
     for name in ("step-2", "step-4"):
-        same_state(*(run / "checkpoints" / name for run in (out, small_run)))
+        same_state(*(run / "checkpoints" / name for run in (out, probed_run)))
+    assert probes_of(out) == probes_of(probed_run)
 
 
 @pytest.mark.slow
@@ -123,7 +127,11 @@ def test_ten_kills_at_random_moments_leave_no_trace(
         model=small_config().model.model_dump() | {"lora": {"r": 2}},
         sft={"examples": 20, "batch_size": 10, "check_prompts": 4, "optimizer": {"lr": 0.01}},
         rl=settings.model_dump()
-        | {"steps": 24, "save_every": 2, "probe": {"every": 3, "num_prompts": 4, "window": 8}},
+        | {
+            "steps": 24,
+            "save_every": 2,
+            "probe": {"every": 3, "num_prompts": 4, "window": 8, "top_tokens": 2},
+        },
     )
     path = write_config(config, tmp_path)
     begin = time.perf_counter()

@@ -37,6 +37,9 @@ from stepscope.tasks import Task, load_task
 from stepscope.training.probes_batch import BatchRecorder, Captured, as_rollouts
 from stepscope.training.probes_state import adamw_of, optimizer_state, successive_products, undisturbed
 
+MIN_PROMPTS = 3
+"""Fewest prompts in a batch whose noise scale has an error."""
+
 SAME_NORM = 0.01
 """Largest relative difference between the gradient in use and that of the captured token weights."""
 
