@@ -239,22 +239,26 @@ def study(
 @_mendable
 def report(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
-    other: Annotated[
-        Path | None, typer.Argument(metavar="[OTHER]", help="A second measurement, to compare with.")
+    others: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[OTHER]...",
+            help="A second measurement, or further evaluated runs, whose entropy laws are compared.",
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Page of the comparison.", show_default=False)
     ] = None,
 ) -> None:
-    """Rebuild report.html from the artifacts of a run, or compare two runs; nothing is computed again."""
+    """Rebuild report.html from the artifacts of a run, or compare runs; nothing is computed again."""
     from stepscope.pipeline import run_comparison, run_report
 
-    if other is None:
+    if not others:
         if out is not None:
             raise ConfigError("--out names the page of a comparison; give two runs, or leave it out")
         run_report(run)
     else:
-        run_comparison(run, other, out)
+        run_comparison(run, others, out)
 
 
 @app.command()

@@ -146,26 +146,28 @@ def evaluate_rollouts(
 
 def _add_up(rollouts: Rollouts, task: Task, samples: int) -> tuple[PromptResult, ...]:
     """Sums over the responses of each prompt, in order of first appearance."""
-    formatted = [task.formatted(text) for text in rollouts.responses]
-    per_response = {
-        "num_correct": rollouts.correct,
-        "num_formatted": np.array(formatted),
-        "num_truncated": rollouts.truncated,
-        "num_tokens": rollouts.num_tokens,
-        "num_tokens_correct": rollouts.num_tokens * rollouts.correct,
-        "reward": rollouts.rewards,
-        "entropy": rollouts.entropy_per_seq,
-        "surprisal": np.array([-float(v.sum()) for v in rollouts.logprobs]),
-    }
-    sums = {
-        name: np.bincount(rollouts.prompt_index, weights=values.astype(np.float64))
-        for name, values in per_response.items()
-    }
+    formatted = np.array([task.formatted(text) for text in rollouts.responses])
+
+    def add(values: npt.ArrayLike) -> FloatArray:
+        sums = np.bincount(rollouts.prompt_index, weights=np.asarray(values, dtype=np.float64))
+        return sums.astype(np.float64)
+
+    correct, well_formed, cut = add(rollouts.correct), add(formatted), add(rollouts.truncated)
+    tokens, tokens_correct = add(rollouts.num_tokens), add(rollouts.num_tokens * rollouts.correct)
+    reward, entropy = add(rollouts.rewards), add(rollouts.entropy_per_seq)
+    surprisal = add([-float(v.sum()) for v in rollouts.logprobs])
     return tuple(
         PromptResult(
             prompt_id=prompt_id,
             num_samples=samples,
-            **{n: int(v[i]) if n.startswith("num_") else float(v[i]) for n, v in sums.items()},
+            num_correct=int(correct[i]),
+            num_formatted=int(well_formed[i]),
+            num_truncated=int(cut[i]),
+            num_tokens=int(tokens[i]),
+            num_tokens_correct=int(tokens_correct[i]),
+            reward=float(reward[i]),
+            entropy=float(entropy[i]),
+            surprisal=float(surprisal[i]),
         )
         for i, prompt_id in enumerate(dict.fromkeys(rollouts.prompt_ids))
     )

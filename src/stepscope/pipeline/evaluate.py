@@ -126,7 +126,8 @@ def evaluate_all(config: EvalConfig, out: Path, *, resume: bool) -> None:
     if profiles := [row for _, others in found for row in others]:
         write_eval(profiles, _companion(out, "profiles.parquet"))
     pairs = [*pairwise(rows), *([(rows[0], rows[-1])] if len(rows) > 2 else [])]
-    write_json(_companion(out, "changes.json"), [_compared(before, after) for before, after in pairs])
+    changes = [_compared(before, after) for before, after in pairs]
+    write_json(_companion(out, "changes.json"), {"changes": changes})
     if len(rows) >= LAW_CHECKPOINTS:
         law = fit_run(
             [row.step for row in rows],
@@ -243,12 +244,7 @@ def _compared(before: EvaluationRow, after: EvaluationRow) -> dict[str, Any]:
 
 def _per_prompt(rows: Sequence[EvaluationRow]) -> tuple[FloatArray, FloatArray, FloatArray]:
     """(checkpoint, prompt) entropy, tokens and fraction solved, for the entropy law."""
-    entropy, tokens, solved = (
-        np.array([[value(p) for p in row.prompts] for row in rows], dtype=np.float64)
-        for value in (
-            lambda p: p.entropy,
-            lambda p: p.num_tokens,
-            lambda p: p.num_correct / p.num_samples,
-        )
-    )
+    entropy = np.array([[p.entropy for p in row.prompts] for row in rows])
+    tokens = np.array([[float(p.num_tokens) for p in row.prompts] for row in rows])
+    solved = np.array([[p.num_correct / p.num_samples for p in row.prompts] for row in rows])
     return entropy, tokens, solved

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from stepscope.errors import RunFolderError
 from stepscope.pipeline.console import say
-from stepscope.report import write_comparison, write_report, write_study_report
+from stepscope.report import write_comparison, write_law_comparison, write_report, write_study_report
 from stepscope.report.study_load import STUDY_FIGURES
 
 
@@ -20,17 +22,24 @@ def run_report(run: Path) -> Path:
     return page
 
 
-def run_comparison(run: Path, other: Path, out: Path | None = None) -> Path:
-    """Write the page that compares two measurements and say where it is.
+def run_comparison(run: Path, others: Sequence[Path], out: Path | None = None) -> Path:
+    """Write the page that compares two measurements, or the entropy laws of runs, and say where it is.
 
     Args:
-        run: measure folder A.
-        other: measure folder B.
-        out: the page; None puts ``compare-NAME.html`` into ``run``, NAME being the name of ``other``.
+        run: measure folder A, or a run folder with ``entropy_law.json``.
+        others: measure folder B, or further such runs.
+        out: the page; None puts ``compare-NAME.html`` into ``run``, NAME being the name of the last other.
 
     Raises:
-        RunFolderError: one of the folders is no finished measurement, or they share no figure.
+        RunFolderError: one of the folders is no finished measurement, or they share no figure; or a run has
+            no entropy law.
     """
-    page = write_comparison(run, other, out or run / f"compare-{other.resolve().name}.html")
+    target = out or run / f"compare-{others[-1].resolve().name}.html"
+    if any((folder / "summary.json").is_file() for folder in (run, *others)):
+        if len(others) > 1:
+            raise RunFolderError(f"{run}: a measurement is compared with one other, got {len(others)}")
+        page = write_comparison(run, others[0], target)
+    else:
+        page = write_law_comparison([run, *others], target)
     say(f"report: {page}")
     return page

@@ -254,7 +254,7 @@ def _uniforms(generator: np.random.Generator, count: int, length: int) -> FloatA
     return generator.integers(1 << 52, size=(count, length)) / float(1 << 52)
 
 
-class _Draw(LogitsProcessor):
+class _Draw(LogitsProcessor):  # type: ignore[misc]
     """Leaves one token: the first at which the distribution function exceeds the uniform number given."""
 
     def __init__(self, uniforms: Tensor, width: int) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +97,17 @@ class Training:
         log: the longest ``log_history`` of the run's checkpoints, one dictionary per logged step.
         evaluations: columns of ``eval.parquet`` in order of step, one table per task, split and way of
             sampling, by what tells them apart (empty where there is one only).
+        profiles: columns of ``eval_profiles.parquet``, or None.
+        changes: content of ``eval_changes.json``: neighbouring checkpoints, then first against last.
+        law: content of ``entropy_law.json``, or None.
     """
 
     log: Sequence[Mapping[str, Any]]
     evaluations: Mapping[str, Table]
     warmup: Sequence[Mapping[str, Any]]
+    profiles: Table | None = None
+    changes: Sequence[Mapping[str, Any]] = ()
+    law: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -245,19 +251,40 @@ def load_run(path: Path) -> Run:
     folders = sorted(
         (p.parent for p in path.glob("measure/*/summary.json")), key=lambda p: (_trailing_number(p), p.name)
     )
-    log = _training_log(path)
-    evaluations = _evaluations(path / "eval.parquet")
-    if not folders and not log and not evaluations:
+    training = replace(
+        load_evaluation(path / "eval.parquet"),
+        log=_training_log(path),
+        warmup=_log_history(path / "warmup/trainer_state.json"),
+    )
+    if not folders and not training.log and not training.evaluations:
         raise RunFolderError(
             f"{path}: nothing to report; expected summary.json (a measurement), or "
             "checkpoints/*/trainer_state.json, eval.parquet or measure/*/summary.json (a training run)"
         )
     return Run(
         path=path,
-        training=Training(
-            log=log, evaluations=evaluations, warmup=_log_history(path / "warmup/trainer_state.json")
-        ),
+        training=training,
         measurements=tuple(load_measurement(folder) for folder in folders),
+    )
+
+
+def load_evaluation(table: Path) -> Training:
+    """Read what ``stepscope eval`` left beside a table, and no training log.
+
+    Raises:
+        RunFolderError: a file is damaged.
+    """
+    law = "entropy_law.json" if table.stem == "eval" else f"{table.stem}_entropy_law.json"
+    changes = (read_json(table.with_name(f"{table.stem}_changes.json")) or {}).get("changes", [])
+    return Training(
+        log=(),
+        evaluations=_evaluations(table),
+        warmup=(),
+        profiles=read_table(
+            table.with_name(f"{table.stem}_profiles.parquet"), ("step", "temperature", "top_p", "pass_at_1")
+        ),
+        changes=changes,
+        law=read_json(table.with_name(law)),
     )
 
 
@@ -349,7 +376,7 @@ def _log_history(file: Path) -> list[dict[str, Any]]:
     return history
 
 
-_EVALUATION_SETTING = ("task", "split", "temperature", "num_prompts", "samples_per_prompt", "seed")
+_EVALUATION_SETTING = ("task", "split", "temperature", "top_p", "num_prompts", "samples_per_prompt", "seed")
 
 
 def _evaluations(path: Path) -> dict[str, Table]:

@@ -23,8 +23,17 @@ from plotly.offline import get_plotlyjs
 from stepscope import runs
 from stepscope.errors import RunFolderError
 from stepscope.report.change import overlay_figure
+from stepscope.report.evaluation import evaluation_figures, evaluation_sentences, evaluation_tables
 from stepscope.report.figures import Figure
-from stepscope.report.load import Measurement, Run, Training, load_measurement, load_run
+from stepscope.report.law import law_figure, law_table
+from stepscope.report.load import (
+    Measurement,
+    Run,
+    Training,
+    load_evaluation,
+    load_measurement,
+    load_run,
+)
 from stepscope.report.sections import measurement_panel
 from stepscope.report.tables import TableBlock, comparison_table, series_table
 from stepscope.report.training import before_after_tables, training_figures, training_sentences
@@ -61,6 +70,7 @@ def write_report(run: Path) -> Path:
         title=_title(loaded),
         lede=_lede(loaded),
         training=_training_section(loaded.training) if loaded.training else None,
+        evaluation=_evaluation_section(loaded.training) if loaded.training else None,
         checkpoints=series_table(loaded.measurements),
         measurements=[measurement_panel(m, f"m{i}", count) for i, m in enumerate(loaded.measurements)],
         footer=_footer(loaded.measurements),
@@ -68,6 +78,63 @@ def write_report(run: Path) -> Path:
     path = loaded.path / "report.html"
     runs.write_text(path, page)
     return path
+
+
+def write_evaluation(table: Path) -> Path:
+    """Write ``eval.html`` beside ``eval.parquet``: curves over the checkpoints, changes, profiles, law.
+
+    Raises:
+        RunFolderError: there is no such table, or a file beside it is damaged.
+    """
+    loaded = load_evaluation(table)
+    if not loaded.evaluations:
+        raise RunFolderError(f"{table}: no such evaluation; run `stepscope eval`")
+    steps = sorted({step for entry in loaded.evaluations.values() for step in entry["step"]})
+    extra = _evaluation_section(loaded)
+    page = _render(
+        title=f"Evaluation of {table.resolve().parent.name}",
+        lede=f"{table}: {len(steps)} evaluated checkpoints.",
+        evaluation=_Block(
+            [*training_sentences(loaded), *(extra.sentences if extra else [])],
+            [*before_after_tables(loaded), *(extra.tables if extra else [])],
+            [*training_figures(loaded), *(extra.figures if extra else [])],
+        ),
+        measurements=[],
+        footer=_footer(()),
+    )
+    path = table.with_suffix(".html")
+    runs.write_text(path, page)
+    return path
+
+
+def write_law_comparison(folders: Sequence[Path], out: Path) -> Path:
+    """Write a page with the entropy laws of several runs in one figure and one table.
+
+    Args:
+        folders: run folders with ``entropy_law.json``.
+        out: the HTML file to write; its folder is made where it is missing.
+
+    Raises:
+        RunFolderError: a run has no entropy law.
+    """
+    laws = {}
+    for name, folder in zip(_short_names(folders), folders, strict=True):
+        law = load_evaluation(folder / "eval.parquet").law
+        if law is None:
+            raise RunFolderError(
+                f"{folder}: no entropy_law.json; run `stepscope eval {folder}` on at least four checkpoints"
+            )
+        laws[name] = law
+    page = _render(
+        title=f"Entropy laws of {len(laws)} runs",
+        lede=", ".join(map(str, folders)),
+        comparison=_Block([], [law_table(laws)], [law_figure(laws)]),
+        measurements=[],
+        footer=_footer(()),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_text(out, page)
+    return out
 
 
 def write_comparison(run_a: Path, run_b: Path, out: Path) -> Path:
@@ -85,7 +152,8 @@ def write_comparison(run_a: Path, run_b: Path, out: Path) -> Path:
         RunFolderError: one of the folders is not a finished measurement, or they share no headline figure.
     """
     pair = (load_measurement(Path(run_a)), load_measurement(Path(run_b)))
-    names = _pair_names(pair)
+    first, second = _short_names([m.path for m in pair])
+    names = (first, second)
     table = comparison_table(names, (pair[0].summary, pair[1].summary))
     if not table.rows:
         raise RunFolderError(f"{run_a} and {run_b}: their summary.json share no figure; nothing to compare")
@@ -113,6 +181,11 @@ def write_comparison(run_a: Path, run_b: Path, out: Path) -> Path:
 def _training_section(training: Training) -> _Block | None:
     figures = training_figures(training)
     return _Block(training_sentences(training), before_after_tables(training), figures) if figures else None
+
+
+def _evaluation_section(training: Training) -> _Block | None:
+    figures = evaluation_figures(training)
+    return _Block(evaluation_sentences(training), evaluation_tables(training), figures) if figures else None
 
 
 def _title(run: Run) -> str:
@@ -146,12 +219,13 @@ def _footer(measurements: Sequence[Measurement]) -> str:
     return f"Made by stepscope{made} from the artifacts of the run; nothing on this page was recomputed."
 
 
-def _pair_names(pair: tuple[Measurement, Measurement]) -> tuple[str, str]:
-    first, second = (m.path.resolve().parts for m in pair)
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """The last parts of the paths, as many as tell them apart."""
+    parts = [path.resolve().parts for path in paths]
     depth = 1
-    while first[-depth:] == second[-depth:] and depth < max(len(first), len(second)):
+    while len({p[-depth:] for p in parts}) < len(parts) and depth < max(map(len, parts)):
         depth += 1
-    return "/".join(first[-depth:]), "/".join(second[-depth:])
+    return ["/".join(p[-depth:]) for p in parts]
 
 
 def _page_json(value: object) -> Markup:
@@ -188,6 +262,7 @@ def render_page(**content: Any) -> str:
     # Style and scripts are ours and plotly's, not data of a run: they go in unescaped.
     defaults: dict[str, Any] = {
         "training": None,
+        "evaluation": None,
         "checkpoints": None,
         "comparison": None,
         "glossary": yaml.safe_load(own("glossary.yaml")),

@@ -20,7 +20,7 @@ from stepscope.report.figures import (
     make_spec,
     rounded,
 )
-from stepscope.report.load import Table, Training
+from stepscope.report.load import Table, Training, parse_estimate
 from stepscope.report.tables import (
     Column,
     TableBlock,
@@ -75,14 +75,16 @@ def training_sentences(training: Training) -> list[str]:
 
 def before_after_tables(training: Training) -> list[TableBlock]:
     """First against last evaluated checkpoint, with the difference and its combined error."""
+    whole = training.changes[-1] if training.changes else None
     return [
-        _before_after(table, setting, number)
+        _before_after(table, setting, number, whole if len(training.evaluations) == 1 else None)
         for number, (setting, table) in enumerate(training.evaluations.items())
         if len(table["step"]) > 1
     ]
 
 
-def _before_after(table: Table, setting: str, number: int) -> TableBlock:
+def _before_after(table: Table, setting: str, number: int, paired: Mapping[str, Any] | None) -> TableBlock:
+    """The table; with ``paired``, the last entry of ``eval_changes.json``, differences come from there."""
     columns = [
         Column("Quantity"),
         Column(f"Before (step {table['step'][0]})", numeric=True, with_error=True),
@@ -109,15 +111,23 @@ def _before_after(table: Table, setting: str, number: int) -> TableBlock:
                     text_cell(name, anchor=anchor),
                     estimate_cell(first),
                     estimate_cell(last),
-                    estimate_cell(difference_of(first, last)),
+                    estimate_cell(
+                        parse_estimate(paired["differences"][column], f"eval_changes.json: {column}")
+                        if paired
+                        else difference_of(first, last)
+                    ),
                     text_cell(unit),
                     intervals_cell(first, last),
                 ]
             )
     caption = (
         f"Held-out problems before and after training{_size(table)}, ± one standard error clustered by "
-        "prompt. The error of the difference treats the two evaluations as independent; where they ask the "
-        "same problems it is overstated."
+        "prompt. "
+    ) + (
+        "The error of the difference is over the same prompts, so what they have in common cancels."
+        if paired
+        else "The error of the difference treats the two evaluations as independent; where they ask the same "
+        "problems it is overstated."
     )
     return TableBlock(f"before-after-{number}", _titled("Before and after", setting), caption, columns, rows)
 
