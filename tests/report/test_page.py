@@ -5,6 +5,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import plotly.graph_objects as go
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -210,6 +211,32 @@ def test_numbers_of_the_figure_are_those_of_the_artifact(measure_folder: Path) -
     assert true["error_y"]["array"] == pytest.approx([1.96 * p["true"]["stderr"] for p in points], rel=1e-4)
 
 
+def test_ends_of_the_range_are_drawn_where_they_lie_on_the_axis(measure_folder: Path) -> None:
+    change = json.loads((measure_folder / "change.json").read_text())
+    change |= {"measurable_from": 3.2e-7, "linear_up_to": 4e-4}
+    for series in change["others"]:
+        series |= {"measurable_from": 1e-12, "linear_up_to": None}
+    (measure_folder / "change.json").write_text(json.dumps(change))
+    page = Page(write_report(measure_folder))
+    rates = [
+        f["layout"]
+        for f in page.figures
+        if f["layout"]["xaxis"].get("title", {}).get("text") == "learning rate"
+    ]
+    primary, *others = rates
+    assert sorted(s["x0"] for s in primary["shapes"]) == [3.2e-7, 1e-4, 4e-4]
+    notes = {a["text"]: a["x"] for a in primary["annotations"]}
+    assert notes == pytest.approx(
+        {
+            "own lr 1e-4": -4,
+            "measurable from 3.2e-7": np.log10(3.2e-7),
+            "linear up to 4e-4": np.log10(4e-4),
+        }
+    )
+    assert others
+    assert all([s["x0"] for s in layout["shapes"]] == [1e-4] for layout in others)
+
+
 def test_a_checkpoint_whose_learning_rate_has_run_out(measure_folder: Path) -> None:
     change = json.loads((measure_folder / "change.json").read_text())
     for series in (change, *change["others"]):
@@ -217,7 +244,8 @@ def test_a_checkpoint_whose_learning_rate_has_run_out(measure_folder: Path) -> N
     (measure_folder / "change.json").write_text(json.dumps(change))
     page = Page(write_report(measure_folder))
     assert "learning rate is 0" in page.source
-    assert not any(f["layout"].get("annotations") for f in page.figures)
+    notes = [note["text"] for f in page.figures for note in f["layout"].get("annotations", [])]
+    assert not [note for note in notes if note.startswith("own lr")]
 
 
 def test_text_of_a_run_cannot_become_markup(measure_folder: Path) -> None:

@@ -56,7 +56,9 @@ def line_figure(
     for number, line in enumerate(lines):
         color, symbol, dash = _LOOKS[number % len(_LOOKS)]
         own = [p for p in points if p["checkpoint"] == line["checkpoint"]]
-        traces += _points_of(own, labels[line["checkpoint"]] + _fit_words(line), color, symbol)
+        traces += _points_of(
+            own, text.plotly_text(labels[line["checkpoint"]]) + _fit_words(line), color, symbol
+        )
         traces += _fit_of(line, color, dash)
     sizes = [abs(p["true"].value) for p in points if _drawable(p)]
     low, high = (math.log10(min(sizes)) - 0.5, math.log10(max(sizes)) + 0.5) if sizes else (-6.0, 0.0)
@@ -161,7 +163,9 @@ def difference_figure(rows: Sequence[Row], labels: Mapping[str, str], spread: st
             values = [
                 r["relative_difference"] for r in rows if (r["lr"], r["checkpoint"]) == (lr, checkpoint)
             ]
-            traces.append(_box(values, labels[checkpoint], _LOOKS[place % len(_LOOKS)][0], suffix))
+            traces.append(
+                _box(values, text.plotly_text(labels[checkpoint]), _LOOKS[place % len(_LOOKS)][0], suffix)
+            )
         layout[f"xaxis{suffix}"] = {"domain": [left, left + wide], "anchor": f"y{suffix}"}
         layout[f"yaxis{suffix}"] = {
             "domain": [max(0.0, top - high), top],

@@ -103,12 +103,16 @@ def _parsed(row: Row, names: Sequence[str], where: str) -> Row:
 
 
 def _labels(paths: Sequence[str]) -> dict[str, str]:
-    """The shortest ends of paths that tell them apart."""
+    """The end of each path, as long as it must be to tell the path from the others."""
     parts = {path: Path(path).parts for path in paths}
-    depth = 1
-    while len({p[-depth:] for p in parts.values()}) < len(parts) and depth < max(map(len, parts.values())):
-        depth += 1
-    return {path: "/".join(p[-depth:]) for path, p in parts.items()}
+
+    def is_own(path: str, depth: int) -> bool:
+        return not any(p != path and parts[p][-depth:] == parts[path][-depth:] for p in parts)
+
+    return {
+        path: "/".join(own[-next((d for d in range(1, len(own)) if is_own(path, d)), len(own)) :])
+        for path, own in parts.items()
+    }
 
 
 def agrees(row: Row, names: Row) -> bool:
