@@ -91,7 +91,7 @@ def write_evaluation(table: Path) -> Path:
         raise RunFolderError(f"{table}: no such evaluation; run `stepscope eval`")
     steps = sorted({step for entry in loaded.evaluations.values() for step in entry["step"]})
     extra = _evaluation_section(loaded)
-    page = _render(
+    page = render_page(
         title=f"Evaluation of {table.resolve().parent.name}",
         lede=f"{table}: {len(steps)} evaluated checkpoints.",
         evaluation=_Block(
@@ -125,7 +125,7 @@ def write_law_comparison(folders: Sequence[Path], out: Path) -> Path:
                 f"{folder}: no entropy_law.json; run `stepscope eval {folder}` on at least four checkpoints"
             )
         laws[name] = law
-    page = _render(
+    page = render_page(
         title=f"Entropy laws of {len(laws)} runs",
         lede=", ".join(map(str, folders)),
         comparison=_Block([], [law_table(laws)], [law_figure(laws)]),
