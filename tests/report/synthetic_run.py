@@ -300,7 +300,38 @@ def write_criteria(folder: Path, rng: np.random.Generator, ids: list[int], posit
     about = {"formula": "A p (l + H)", "paper": HOSTILE, "equation": "(1)", "sign": "+", "verified": False}
     write_json(
         folder / "criteria.json",
-        {"rows": rows, "shares": ["0.01"], "definitions": dict.fromkeys(names, about)},
+        {
+            "rows": rows,
+            "shares": ["0.01"],
+            "definitions": dict.fromkeys(names, about),
+            "properties": [
+                {
+                    "outcome": "influence",
+                    "level": "token",
+                    "coefficients": {"entropy": estimate(1.2, 0.4, 16, "1/lr", "least squares")},
+                    "standardised": {"entropy": estimate(0.3, 0.1, 16, "1", "least squares")},
+                    "left_out": {},
+                    "r2": 0.21,
+                    "num_items": len(ids),
+                }
+            ],
+        },
+    )
+    change = estimate(-1e-4, 1e-5, 16, "nats/token", "per-decision importance weights")
+    points = [
+        {
+            "rule": rule,
+            "share": share,
+            "num_dropped": round(share * len(ids)),
+            "entropy_kept": estimate(share * 1e-3, 1e-5, 16, "nats/token", "paired"),
+            "reward_given_up": estimate(share * 1e-2, 1e-3, 16, "reward", "paired"),
+        }
+        for rule in ("influence", "random")
+        for share in (0.02, 0.1)
+    ]
+    write_json(
+        folder / "pareto.json",
+        {"lr": OWN_LR, "full_entropy_change": change, "full_reward_change": change, "points": points},
     )
     columns = {name: rng.normal(size=len(ids)) for name in names}
     pq.write_table(

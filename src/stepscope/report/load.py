@@ -60,6 +60,7 @@ class Measurement:
         noise: content of ``noise.json``.
         criteria: content of ``criteria.json``.
         criteria_tokens: columns of ``criteria_tokens.parquet``.
+        pareto: content of ``pareto.json``.
     """
 
     path: Path
@@ -81,6 +82,7 @@ class Measurement:
     noise: Mapping[str, Any] | None
     criteria: Mapping[str, Any] | None
     criteria_tokens: Table | None
+    pareto: Mapping[str, Any] | None
 
     @property
     def title(self) -> str:
@@ -233,6 +235,7 @@ def load_measurement(path: Path) -> Measurement:
         noise=read_json(path / "noise.json"),
         criteria=_checked_criteria(path / "criteria.json"),
         criteria_tokens=read_table(path / "criteria_tokens.parquet", ("sequence_id", "position")),
+        pareto=_checked_pareto(path / "pareto.json"),
     )
 
 
@@ -348,7 +351,25 @@ def _checked_criteria(path: Path) -> dict[str, Any] | None:
         return None
     if missing := [key for key in ("rows", "shares", "definitions") if key not in criteria]:
         raise _damaged(path, f"no {', '.join(missing)}")
+    for study in criteria.get("properties", []):
+        for kind in ("coefficients", "standardised"):
+            for name, value in study[kind].items():
+                study[kind][name] = parse_estimate(value, f"{path}: properties.{kind}.{name}")
     return criteria
+
+
+def _checked_pareto(path: Path) -> dict[str, Any] | None:
+    pareto = read_json(path)
+    if pareto is None:
+        return None
+    if missing := [key for key in ("lr", "points") if key not in pareto]:
+        raise _damaged(path, f"no {', '.join(missing)}")
+    for key in ("full_entropy_change", "full_reward_change"):
+        pareto[key] = parse_estimate(pareto.get(key), f"{path}: {key}")
+    for number, point in enumerate(pareto["points"]):
+        for key in ("entropy_kept", "reward_given_up"):
+            point[key] = parse_estimate(point.get(key), f"{path}: points[{number}].{key}")
+    return pareto
 
 
 _VALIDATION_KEYS = ("quantity", "lr", "subset_true", "subset_predicted", "single_true", "single_predicted")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from stepscope.report import change, criteria, influence, kernel, tables, text, validation
+from stepscope.report import change, criteria, influence, kernel, pareto, tables, text, validation
 from stepscope.report.criteria import Board
 from stepscope.report.figures import Figure, step_figures
 from stepscope.report.influence import TokenTable
@@ -289,12 +289,15 @@ def _criteria_section(measurement: Measurement) -> Section | None:
     board = criteria.leaderboard(measurement)
     if board is None:
         return None
+    studies = pareto.properties_tables(measurement)
     return Section(
         "criteria",
         "Which cheap criteria find these tokens",
         intro=criteria.criteria_sentence(measurement),
-        figures=_present([criteria.standings_figure(measurement)]),
+        figures=_present([criteria.standings_figure(measurement), pareto.pareto_figure(measurement)]),
         board=board,
+        more_title="What kind of token carries influence" if studies else "",
+        more_tables=studies,
     )
 
 

@@ -57,6 +57,7 @@ VERSIONS: Mapping[str, str] = {"on_policy": "on-policy", "fixed_prefix": "fixed-
 
 
 _VALIDATION_KEY = re.compile(r"(lds|leave_one_out)_(zeroed|recomputed)")
+_TOP_KEY = re.compile(r"influence_top_(0\.\d+)")
 _CHANGE_KEY = re.compile(r"change_(true|linear)_(?:(\w+)_)?(per_token|per_seq)")
 
 
@@ -67,6 +68,8 @@ def headline_label(key: str) -> Label:
     if match := _VALIDATION_KEY.fullmatch(key):
         score = "Linear datamodelling score" if match[1] == "lds" else "Leave-one-out correlation"
         return Label(f"{score}, {match[2]}", "def-lds")
+    if match := _TOP_KEY.fullmatch(key):
+        return Label(f"Absolute influence on the top {percent(float(match[1]))} of tokens", "def-influence")
     match = _CHANGE_KEY.fullmatch(key)
     if match is None:
         return Label(key.replace("_", " ").capitalize(), "def-estimate")
