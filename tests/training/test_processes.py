@@ -59,7 +59,7 @@ rl:
   steps: 2
   save_every: 1
   probe: {every: 1, num_prompts: 8}
-  optimizer: {lr: 0.001, weight_decay: 0.01, max_grad_norm: 0.1}
+  optimizer: {lr: 0.001, weight_decay: 0.01, max_grad_norm: 0.01}
 """
 
 
@@ -135,7 +135,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
 
     probes = read_table(tmp_path / "run" / "probes.parquet").to_pylist()
     assert [row["step"] for row in probes] == [1, 2]
-    assert probes[1]["grad_norm"] == pytest.approx(0.1, rel=1e-3)
+    assert probes[1]["grad_norm"] == pytest.approx(0.01, rel=1e-3)
     assert not any("token weights give" in row["noise_scale_reason"] for row in probes)
 
     run_measure(build_config(MeasureConfig, settings | {"out": str(tmp_path / "one")}))

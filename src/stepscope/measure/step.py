@@ -191,6 +191,39 @@ def assemble_step(
     )
 
 
+def adamw_components(
+    policy: Policy, state: OptimizerState, ascent: dict[str, Tensor], *, clip: float, lr: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Momentum, decay and preconditioner, rounded as ``torch.optim.AdamW`` does.
+
+    Args:
+        policy: its parameters decay.
+        state: AdamW's state before the step.
+        ascent: -grad Loss before clipping.
+        clip: clip coefficient c; 1 where ``ascent`` is clipped already.
+        lr: learning rate that the parts are per unit of.
+    """
+    momentum: dict[str, Tensor] = {}
+    decay: dict[str, Tensor] = {}
+    preconditioner: dict[str, Tensor] = {}
+    for group in state.groups:
+        beta1, beta2 = group.betas
+        ratio = group.lr / lr if lr > 0 else 1.0
+        for name in group.names:
+            first, second = state.exp_avg[name], state.exp_avg_sq[name]
+            steps = state.steps[name] + 1
+            clipped = clip * ascent[name].to(first.dtype)
+            moment = second.mul(beta2).addcmul_(clipped, clipped, value=1 - beta2)
+            if group.amsgrad:
+                moment = torch.maximum(moment, state.max_exp_avg_sq[name])
+            denominator = (moment.sqrt() / (1 - beta2**steps) ** 0.5).add_(group.eps)
+            scale = ratio / (1 - beta1**steps)
+            momentum[name] = -scale * beta1 * first / denominator
+            decay[name] = -ratio * group.weight_decay * policy.parameters[name].detach().to(first.dtype)
+            preconditioner[name] = scale * (1 - beta1) * clip / denominator
+    return momentum, decay, preconditioner
+
+
 def sequence_direction(policy: Policy, step: Step, index: int) -> dict[str, Tensor]:
     """What sequence ``index`` of the update batch contributes to the direction: P sum_k w_ik grad l_ik.
 
@@ -317,36 +350,3 @@ def _reference_logprobs(
         )
     with reference_adapter(policy.model):
         return score_rollouts(policy, update, max_sequences=max_sequences)[0]
-
-
-def adamw_components(
-    policy: Policy, state: OptimizerState, ascent: dict[str, Tensor], *, clip: float, lr: float
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Momentum, decay and preconditioner, rounded as ``torch.optim.AdamW`` does.
-
-    Args:
-        policy: its parameters decay.
-        state: AdamW's state before the step.
-        ascent: -grad Loss before clipping.
-        clip: clip coefficient c; 1 where ``ascent`` is clipped already.
-        lr: learning rate that the parts are per unit of.
-    """
-    momentum: dict[str, Tensor] = {}
-    decay: dict[str, Tensor] = {}
-    preconditioner: dict[str, Tensor] = {}
-    for group in state.groups:
-        beta1, beta2 = group.betas
-        ratio = group.lr / lr if lr > 0 else 1.0
-        for name in group.names:
-            first, second = state.exp_avg[name], state.exp_avg_sq[name]
-            steps = state.steps[name] + 1
-            clipped = clip * ascent[name].to(first.dtype)
-            moment = second.mul(beta2).addcmul_(clipped, clipped, value=1 - beta2)
-            if group.amsgrad:
-                moment = torch.maximum(moment, state.max_exp_avg_sq[name])
-            denominator = (moment.sqrt() / (1 - beta2**steps) ** 0.5).add_(group.eps)
-            scale = ratio / (1 - beta1**steps)
-            momentum[name] = -scale * beta1 * first / denominator
-            decay[name] = -ratio * group.weight_decay * policy.parameters[name].detach().to(first.dtype)
-            preconditioner[name] = scale * (1 - beta1) * clip / denominator
-    return momentum, decay, preconditioner

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,18 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from stepscope.errors import MeasurementError
+from stepscope.measure.noise_scale import from_products
+from stepscope.measure.step import CLIP_EPSILON, weighted_logprobs
+from stepscope.policy.gram import gram
+from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, Rollouts
+from stepscope.stats import Estimate
+
+MIN_PROMPTS = 3
+"""Fewest prompts in a batch whose noise scale has an error."""
+
+SAME_NORM = 0.01
+"""Largest relative difference between the gradient in use and that of the captured token weights."""
 
 Captured = tuple[tuple[int, ...], tuple[int, ...], FloatArray, FloatArray, FloatArray]
 """One sequence: prompt ids, response ids, log-probs, entropies, token weights."""
@@ -92,6 +104,8 @@ def _rows(micro: _MicroBatch) -> list[Captured]:
     start = int(micro.scored.any(0).int().argmax()) + 1
     for row in range(len(micro.ids)):
         mask = micro.scored[row]
+        if not mask.any():  # taken out of the loss
+            continue
         real = micro.attention[row].clone()
         real[start:] = False
         found.append(
@@ -143,3 +157,37 @@ def as_rollouts(
         max_response_tokens=max_response_tokens,
     )
     return rollouts, weights
+
+
+def products_of_batch(
+    policy: Policy, update: Rollouts, weights: tuple[FloatArray, ...], max_sequences: int
+) -> FloatArray:
+    """(seq, seq) inner products of the sequences' gradients."""
+    found = gram(policy, update, weighted_logprobs(weights), max_sequences=max_sequences)
+    return np.asarray(found.numpy(), dtype=np.float64)
+
+
+def noise_of_batch(products: FloatArray, update: Rollouts, norm: float, limit: float) -> Estimate:
+    """The noise scale of the batch in prompts, flagged where the captured weights do not give its gradient.
+
+    Args:
+        products: (seq, seq) inner products of the sequences' gradients.
+        update: the batch.
+        norm: of the gradient in use.
+        limit: clipping threshold; 0 for none.
+    """
+    if update.num_prompts < 2:
+        reason = "one prompt in the batch, the unit is the prompt group"
+        return Estimate(float("nan"), float("nan"), 1, "prompts", "sgd metric", reliable=False, reason=reason)
+    full = math.sqrt(max(0.0, float(products.sum())))
+    expected = full * min(1.0, limit / (full + CLIP_EPSILON)) if limit > 0 else full
+    found = from_products(
+        products, update.prompt_index, unit="squared gradient norm", method="sgd metric"
+    ).prompts
+    if abs(expected - norm) <= SAME_NORM * max(expected, norm):
+        return found
+    reason = (
+        f"the token weights give a gradient of norm {expected:.3g}, the optimizer gets {norm:.3g}: "
+        "the loss has a part that does not go through the log-probs"
+    )
+    return replace(found, reliable=False, reason=reason)
