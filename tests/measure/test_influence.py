@@ -136,6 +136,22 @@ def test_float32_adds_up(kind: str) -> None:
     assert shares.disagreement < 1e-5
 
 
+@pytest.mark.parametrize("mode", ["forward", "double_backward"])
+def test_sampled_padding_tokens_are_not_trained_but_move_the_quantity(mode: str) -> None:
+    """torch gives the padding embedding no gradient: the step has none, the derivative of the policy does."""
+    policy = build_policy()
+    policy.model.get_input_embeddings().padding_idx = 7
+    update, probe = draw(policy, 1, 3, 4), draw(policy, 2, 6, 2)
+    assert any(7 in ids[:-1] for batch in (update, probe) for ids in batch.response_token_ids)
+    step = reconstruct_step(policy, update)
+    shares = influence(policy, step, update, probe, mode=mode)
+    change = measure_change(policy, step, probe, lrs=[1e-4])
+    scale = np.abs(shares.sequences).sum() + abs(shares.momentum.value) + abs(shares.decay.value)
+    assert shares.disagreement < 1e-10
+    assert shares.total.value == pytest.approx(change.slope.value, abs=1e-10 * scale)
+    assert policy.model.get_input_embeddings().padding_idx == 7
+
+
 def test_an_entropy_bonus_has_a_share_of_its_own() -> None:
     policy = build_policy()
     objective = {"name": "entropy_bonus", "coefficient": 0.3, "micro_batch_size": None}

@@ -29,6 +29,7 @@ from stepscope.measure.quantities import (
     why_trivial,
 )
 from stepscope.measure.step import weighted_logprobs
+from stepscope.policy.differentiation import whole_embeddings
 from stepscope.policy.gradients import Objective, gradient
 from stepscope.policy.products import group_gradients
 from stepscope.policy.state import Policy
@@ -232,13 +233,15 @@ def probe_gradient(
         "keep_logits": bound.quantity.needs_logits,
         "max_sequences": max_sequences,
     }
-    parts = group_gradients(policy, rollouts, bound.objective, groups, progress=progress, **options)
+    with whole_embeddings(policy.model):
+        parts = group_gradients(policy, rollouts, bound.objective, groups, progress=progress, **options)
     slope = {n: torch.zeros_like(t[0]) for n, t in parts.items()}
     probe = bound.probe
     if probe.per_token and probe.on_policy:
         ahead = after(probe.mask.astype(np.float64)) - probe.length_baseline
         weights = _ragged(ahead / len(rollouts), rollouts.num_tokens)
-        slope = gradient(policy, rollouts, weighted_logprobs(weights), max_sequences=max_sequences)
+        with whole_embeddings(policy.model):
+            slope = gradient(policy, rollouts, weighted_logprobs(weights), max_sequences=max_sequences)
     return ProbeGradient(
         bound=bound,
         parts={n: torch.cat([t, slope[n].to(t.dtype).unsqueeze(0)]) for n, t in parts.items()},

@@ -1,15 +1,21 @@
-"""Model code that PyTorch cannot differentiate twice in forward mode, replaced by code that it can.
+"""Where PyTorch's derivatives are not those of the function: LayerNorm twice forward, and padding embeddings.
 
 ``torch.func.jvp`` of ``torch.func.jvp`` through ``torch.nn.functional.layer_norm`` is silently wrong (PyTorch
 2.13): the inner rule treats the saved mean and scale as constants. Written out in elementary operations
 the same function has the right derivatives of every order. ``tests/policy/test_differentiation.py``
 shows both.
+
+``nn.Embedding`` with a ``padding_idx`` has no gradient for that row in reverse mode, but a derivative in
+forward mode. A policy can sample its padding token, so the two differ. A training step moves parameters by
+the reverse-mode gradient, as it is; a quantity of the policy has the derivative of the function. Hence
+:func:`frozen_padding` where a step's gradients are taken in forward mode, and :func:`whole_embeddings` where
+a quantity's gradient is taken in reverse mode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -52,3 +58,40 @@ def layer_norm(
 def twice_differentiable(model: nn.Module) -> AbstractContextManager[Any]:
     """A block in which forward mode can be nested through the model; nothing for one without LayerNorm."""
     return _Elementary() if any(isinstance(m, nn.LayerNorm) for m in model.modules()) else nullcontext()
+
+
+@contextmanager
+def frozen_padding(model: nn.Module) -> Iterator[None]:
+    """A block in which forward mode, too, sees no derivative through the embedding of padding tokens."""
+
+    def freeze(module: nn.Embedding, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return torch.where((inputs[0] == module.padding_idx).unsqueeze(-1), output.detach(), output)
+
+    handles = [module.register_forward_hook(freeze) for module in _padded(model)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def whole_embeddings(model: nn.Module) -> Iterator[None]:
+    """A block in which reverse mode differentiates through the embedding of padding tokens, too."""
+    kept = {module: module.padding_idx for module in _padded(model)}
+    try:
+        for module in kept:
+            module.padding_idx = None
+        yield
+    finally:
+        for module, index in kept.items():
+            module.padding_idx = index
+
+
+def _padded(model: nn.Module) -> list[nn.Embedding]:
+    """Trainable embeddings that leave a row without a gradient."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and module.weight.requires_grad
+    ]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stepscope.policy.differentiation import frozen_padding
 from stepscope.policy.forward import TokenBatch, TokenOutputs, batches, forward
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
@@ -64,7 +65,8 @@ def directional_derivative(
     differentiates the linear map v -> grad(v . objective) . direction in v: about twice as slow, holds a
     graph, and needs no forward-mode rules. ``auto`` takes forward mode and, where the model has an operation
     without a forward-mode rule, says so and takes the other. Attention runs on the mathematical backend, the
-    only one with either rule.
+    only one with either rule. Both are derivatives as a training takes them: none through the embedding of
+    padding tokens.
 
     Args:
         policy: not changed.
@@ -86,7 +88,7 @@ def directional_derivative(
             )
             return objective(outputs, batch)
 
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), frozen_padding(policy.model):
             if mode != "double_backward":
                 try:
                     derivative = _forward_mode(value, params, tangent)
