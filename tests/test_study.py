@@ -6,8 +6,8 @@ import json
 import multiprocessing
 import shutil
 import signal
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -213,47 +213,52 @@ def test_the_configuration_in_the_tree_is_about_the_demo(trained_run, tmp_path, 
     }
 
 
+@dataclass(frozen=True)
+class Kills:
+    """Studies that were killed and resumed to their end; finished cells at each kill."""
+
+    studies: list[Path]
+    finished_cells: list[int]
+
+
 def killed_and_resumed(
-    config_of: Callable[[Path], StudyConfig], root: Path, kills: int, seed: int
-) -> list[Path]:
+    config_of: Callable[[Path], StudyConfig], root: Path, *, kills: int, pace: float, seed: int
+) -> Kills:
     """Kill a study at random moments, ``kills`` times while it was at work, and go on each time.
 
-    Attempts live as long as it takes to load a policy and measure up to two cells, so that the kills spread
-    over the study. A study that ends by itself before all kills are spent is followed by another.
-
-    Returns:
-        The finished studies.
+    Attempts live up to three times the ``pace`` of a cell, so that the kills spread over the study. A study
+    that ends by itself before all kills are spent is followed by another.
     """
     generator = np.random.default_rng(seed)
-    begin = time.perf_counter()
-    run_study(config_of(root / "paced"))
-    pace = (time.perf_counter() - begin) / 8
-    folders = [root / "0"]
-    while kills:
-        process = multiprocessing.get_context("fork").Process(
-            target=run_study, args=(config_of(folders[-1]),)
-        )
+    done = Kills([root / "0"], [])
+    while len(done.finished_cells) < kills:
+        out = done.studies[-1]
+        process = multiprocessing.get_context("fork").Process(target=run_study, args=(config_of(out),))
         process.start()
-        process.join(float(generator.uniform(0, 2.5 * pace)))
+        process.join(float(generator.uniform(0, 3 * pace)))
         if process.exitcode is None:
             process.kill()
             process.join()
         if process.exitcode == -signal.SIGKILL:
-            kills -= 1
+            done.finished_cells.append(len(list(out.glob("cells/[!.]*"))))
         else:
             assert process.exitcode == 0
-            folders.append(root / str(len(folders)))
-    run_study(config_of(folders[-1]))
-    return folders
+            done.studies.append(root / str(len(done.studies)))
+    run_study(config_of(done.studies[-1]))
+    return done
 
 
 @pytest.mark.parametrize(
     "kills", [3, pytest.param(20, marks=pytest.mark.slow)], ids=["three kills", "twenty kills"]
 )
 def test_killed_and_resumed_gives_the_same_table_bit_for_bit(study, trained_run, tmp_path, kills):
-    for out in killed_and_resumed(partial(study_config, trained_run), tmp_path, kills, seed=kills):
+    cells = sorted(p.name for p in (study / "cells").iterdir())
+    seconds = [json.loads((study / f"cells/{c}/provenance.json").read_text())["wall_seconds"] for c in cells]
+    done = killed_and_resumed(
+        partial(study_config, trained_run), tmp_path, kills=kills, pace=float(np.mean(seconds)), seed=kills
+    )
+    for out in done.studies:
         for name in ("study.parquet", "study.json"):
-            assert (out / name).read_bytes() == (study / name).read_bytes(), f"{name}, {kills} kills"
-        assert sorted(p.name for p in (out / "cells").iterdir()) == sorted(
-            p.name for p in (study / "cells").iterdir()
-        )
+            assert (out / name).read_bytes() == (study / name).read_bytes(), f"{name}, seed {kills}"
+        assert sorted(p.name for p in (out / "cells").iterdir()) == cells
+    assert kills < 20 or len(set(done.finished_cells)) > 4, f"not spread: {done.finished_cells}"
