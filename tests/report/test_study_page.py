@@ -104,6 +104,8 @@ def test_numbers_of_the_figures_are_those_of_the_files(study: Path) -> None:
     marks = next(t for f in page.figures for t in f["data"] if t.get("name", "").startswith("step-60: slope"))
     assert marks["y"] == pytest.approx([abs(c["true"]["value"]) for c in changes], rel=1e-4)
     assert marks["error_y"]["array"] == pytest.approx([1.96 * c["true"]["stderr"] for c in changes], rel=1e-4)
+    names = {t["name"] for f in page.figures for t in f["data"] if t["type"] == "box"}
+    assert {"a/step-10", "step-60"} < names
     assert [s.endswith("-open") for s in marks["marker"]["symbol"]] == [lr > 1e-4 for lr in LRS]
     table = pq.read_table(study / "study.parquet").to_pandas()
     rows = table[(table[list(wanted)] == list(wanted.values())).all(axis=1)]

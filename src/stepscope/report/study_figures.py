@@ -33,11 +33,11 @@ _LOOKS = [
 ]
 """Colour, symbol and dash of the checkpoints in turn."""
 
-_COLUMNS = 3
+_COLUMNS = 2
 """Panels beside one another where each learning rate has its own."""
 
-_GAP = 0.1
-_PANEL_HEIGHT = 230
+_GAP, _ROW_GAP = 0.1, 0.3
+_PANEL_HEIGHT = 250
 
 
 def line_figure(
@@ -154,10 +154,10 @@ def difference_figure(rows: Sequence[Row], labels: Mapping[str, str], spread: st
     deep = math.ceil(len(lrs) / _COLUMNS)
     traces: list[Any] = []
     layout: dict[str, Any] = {"annotations": [], "showlegend": False}
-    wide, high = (1 - _GAP * (_COLUMNS - 1)) / _COLUMNS, (1 - 0.22 * (deep - 1) / deep) / deep
+    wide, high = (1 - _GAP * (_COLUMNS - 1)) / _COLUMNS, (1 - _ROW_GAP * (deep - 1) / deep) / deep
     for number, lr in enumerate(lrs):
         left = (number % _COLUMNS) * (wide + _GAP)
-        top = 1 - (number // _COLUMNS) * (high + 0.22 / deep)
+        top = 1 - (number // _COLUMNS) * (high + _ROW_GAP / deep)
         suffix = "" if number == 0 else str(number + 1)
         for place, checkpoint in enumerate(checkpoints):
             values = [

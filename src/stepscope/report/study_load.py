@@ -103,8 +103,10 @@ def _parsed(row: Row, names: Sequence[str], where: str) -> Row:
 
 
 def _labels(paths: Sequence[str]) -> dict[str, str]:
-    """The end of each path, as long as it must be to tell the path from the others."""
-    parts = {path: Path(path).parts for path in paths}
+    """The end of each path, as long as it must be; ``checkpoints`` says nothing and is left out."""
+    whole = {path: Path(path).parts for path in paths}
+    brief = {path: tuple(p for p in own if p != "checkpoints") for path, own in whole.items()}
+    parts = brief if len(set(brief.values())) == len(whole) else whole
 
     def is_own(path: str, depth: int) -> bool:
         return not any(p != path and parts[p][-depth:] == parts[path][-depth:] for p in parts)
