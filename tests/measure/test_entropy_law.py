@@ -61,34 +61,34 @@ def test_without_errors_in_entropy_it_is_weighted_least_squares() -> None:
 def test_intervals_cover_the_truth(shared: float, scatter: float) -> None:
     """Bias below the error of the mean; claimed errors as large as the scatter over repeats; coverage."""
     rng = np.random.default_rng(7)
-    laws = [fit_entropy_law(*points(rng, shared=shared, scatter=scatter)) for _ in range(150)]
+    laws = [fit_entropy_law(*points(rng, shared=shared, scatter=scatter)) for _ in range(60)]
     for name, truth in (("a", A), ("b", B), ("ceiling", B - A)):
         values = np.array([getattr(law, name).value for law in laws])
         errors = np.array([getattr(law, name).stderr for law in laws])
-        assert abs(values.mean() - truth) < 4 * values.std() / np.sqrt(150) + 0.01 * truth, name
-        assert np.sqrt((errors**2).mean()) == pytest.approx(values.std(), rel=0.2), name
-        assert np.mean(np.abs(values - truth) < 1.96 * errors) > 0.88, name
+        assert abs(values.mean() - truth) < 4 * values.std() / np.sqrt(60) + 0.01 * truth, name
+        assert np.sqrt((errors**2).mean()) == pytest.approx(values.std(), rel=0.3), name
+        assert np.mean(np.abs(values - truth) < 1.96 * errors) > 0.85, name
     found = np.mean([law.scatter for law in laws])
-    assert found == pytest.approx(scatter, rel=0.25) if scatter else found < 0.01
+    assert found == pytest.approx(scatter, rel=0.3) if scatter else found < 0.01
     doubted = np.mean([law.p_value < 0.01 for law in laws])
     assert doubted < 0.05 if not scatter else doubted > 0.2
 
 
 def test_errors_of_the_prediction_match_the_scatter_over_repeats() -> None:
     rng = np.random.default_rng(8)
-    H = np.linspace(1.2, 0.1, 30)
-    C = np.diag(np.r_[np.full(30, 0.005**2), np.full(30, 0.01**2)])
+    H = np.linspace(1.2, 0.1, 20)
+    C = np.diag(np.r_[np.full(20, 0.002**2), np.full(20, 0.004**2)])
     laws = []
-    for _ in range(100):
+    for _ in range(40):
         z = rng.multivariate_normal(np.r_[H, B - A * np.exp(H)], C)
-        laws.append(fit_entropy_law(z[:30], z[30:], C))
+        laws.append(fit_entropy_law(z[:20], z[20:], C))
     finals = [law.prediction.final_error for law in laws if law.prediction]
-    assert len(finals) == 100
-    assert all(law.prediction.fitted == 5 and law.prediction.rmse.reliable for law in laws if law.prediction)
+    assert len(finals) == 40
+    assert all(law.prediction.fitted == 3 and law.prediction.rmse.reliable for law in laws if law.prediction)
     spread = np.std([f.value for f in finals])
-    assert np.sqrt(np.mean([f.stderr**2 for f in finals])) == pytest.approx(spread, rel=0.25)
+    assert np.sqrt(np.mean([f.stderr**2 for f in finals])) == pytest.approx(spread, rel=0.35)
     law = laws[0]
-    late = np.array(law.prediction.predicted) - np.array(law.performance[5:])
+    late = np.array(law.prediction.predicted) - np.array(law.performance[3:])
     assert law.prediction.rmse.value == pytest.approx(np.sqrt((late**2).mean()))
 
 
@@ -106,7 +106,7 @@ def run(rng: np.random.Generator, *, checkpoints: int = 7, prompts: int = 96) ->
 
 def test_prompts_that_checkpoints_share() -> None:
     rng = np.random.default_rng(9)
-    laws = [run(rng) for _ in range(60)]
+    laws = [run(rng) for _ in range(30)]
     for name in ("a", "ceiling"):
         values = [getattr(law, name).value for law in laws]
         claimed = np.sqrt(np.mean([getattr(law, name).stderr ** 2 for law in laws]))

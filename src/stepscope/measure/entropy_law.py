@@ -35,8 +35,8 @@ FRACTION = 0.15
 FEWEST = 3
 """Fewest points that a line is fitted to."""
 
-SCAN = 179
-"""Angles of the first scan for the best line, one degree apart."""
+SCAN = 59
+"""Angles of the first scan for the best line, three degrees apart."""
 
 FINEST = 1e-9
 """Spacing of the last scan, in radians."""

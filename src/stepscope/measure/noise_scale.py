@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from stepscope.errors import BatchError
+from stepscope.measure.batch_size import BatchSizes, batch_sizes, loss_scale
 from stepscope.measure.influence import Influence
 from stepscope.measure.step import weighted_logprobs
 from stepscope.policy.gram import MEMORY_BYTES, grams
@@ -73,11 +74,13 @@ class NoiseScales:
         preconditioned: in the metric of the optimizer's P; None without P.
         effects: quantity name to noise scale of the batch's effect on it: how many prompts until the sign and
             size of that effect are resolved.
+        batch_sizes: metric to noise-to-signal at other batch sizes, and the learning rates they admit.
     """
 
     sgd: NoiseScale
     preconditioned: NoiseScale | None
     effects: Mapping[str, NoiseScale]
+    batch_sizes: Mapping[str, BatchSizes]
 
     @property
     def noise_scale(self) -> Estimate:
@@ -90,6 +93,7 @@ class NoiseScales:
         if self.preconditioned is not None:
             found["preconditioned"] = self.preconditioned.to_dict()
         found["effects"] = {name: scale.to_dict() for name, scale in self.effects.items()}
+        found["batch_sizes"] = {name: sizes.to_dict() for name, sizes in self.batch_sizes.items()}
         return found
 
 
@@ -143,6 +147,18 @@ def noise_scale(
         name: from_products(K.numpy(), prompts, unit="squared gradient norm", method=f"{name} metric")
         for name, K in found.items()
     }
+    sizes = {
+        name: batch_sizes(
+            group_products(found[name].numpy(), prompts),
+            noise=scale.noise,
+            noise_scale=scale.prompts,
+            group_size=len(update) / update.num_prompts,
+            run_prompts=policy.settings.prompts_per_step,
+            # a KL penalty needs the reference's log-probs and is a mean over groups for the most part
+            scale=loss_scale(update, policy.settings, weights) if policy.settings.beta == 0 else None,
+        )
+        for name, scale in scales.items()
+    }
     return NoiseScales(
         sgd=scales["sgd"],
         preconditioned=scales.get("preconditioned"),
@@ -150,6 +166,7 @@ def noise_scale(
             f"{i.quantity}_{i.normalisation}": effect_noise_scale(i.sequences, prompts, unit=i.unit)
             for i in influences
         },
+        batch_sizes=sizes,
     )
 
 
@@ -169,6 +186,18 @@ def effect_noise_scale(sequences: FloatArray, prompts: IntArray, *, unit: str) -
     )
 
 
+def group_products(K: FloatArray, prompts: IntArray) -> FloatArray:
+    """(prompt, prompt) inner products of the group gradients g_b, whose mean is the gradient of the batch.
+
+    Args:
+        K: (seq, seq) inner products of c_i, where sum_i c_i is the gradient of the batch.
+        prompts: (seq,) prompt of each sequence, numbered from 0.
+    """
+    count = int(prompts.max()) + 1
+    member = (prompts[:, None] == np.arange(count)[None, :]).astype(np.float64)
+    return np.asarray(count**2 * member.T @ K @ member)
+
+
 def from_products(K: FloatArray, prompts: IntArray, *, unit: str, method: str) -> NoiseScale:
     """Noise scale from the inner products of all sequences' contributions to the batch's gradient.
 
@@ -181,8 +210,7 @@ def from_products(K: FloatArray, prompts: IntArray, *, unit: str, method: str) -
     labels, index = np.unique(prompts, return_inverse=True)
     count = len(labels)
     sizes = np.bincount(index).astype(np.float64)
-    member = (index[:, None] == np.arange(count)[None, :]).astype(np.float64)
-    products = count**2 * member.T @ K @ member
+    products = group_products(K, index)
     own = np.array([float(np.trace(K[np.ix_(index == b, index == b)])) for b in range(count)])
     scatter = count**2 * sizes * own - np.diag(products)
     within = np.divide(scatter, sizes - 1, out=np.full(count, np.nan), where=sizes > 1)

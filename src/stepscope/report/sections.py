@@ -12,6 +12,7 @@ from stepscope.report.criteria import Board
 from stepscope.report.figures import Figure, step_figures
 from stepscope.report.influence import TokenTable
 from stepscope.report.load import Measurement, point_at
+from stepscope.report.noise import batch_size_table, noise_figures
 from stepscope.report.responses import Response, influential_responses, sampled_responses
 from stepscope.report.tables import TableBlock
 
@@ -282,7 +283,15 @@ def _kernel_section(measurement: Measurement, side: int) -> Section | None:
 
 def _noise_section(measurement: Measurement) -> Section | None:
     table = tables.noise_table(measurement)
-    return None if table is None else Section("noise", "Gradient noise scale", tables=[table])
+    if table is None:
+        return None
+    sizes = batch_size_table(measurement)
+    return Section(
+        "noise",
+        "Gradient noise scale",
+        figures=noise_figures(measurement),
+        tables=[table, *([sizes] if sizes else [])],
+    )
 
 
 def _criteria_section(measurement: Measurement) -> Section | None:
