@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,8 @@ def frozen_padding(model: nn.Module) -> Iterator[None]:
     """A block in which forward mode, too, sees no derivative through the embedding of padding tokens."""
 
     def freeze(module: nn.Embedding, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return torch.where((inputs[0] == module.padding_idx).unsqueeze(-1), output.detach(), output)
+        padding = torch.eq(inputs[0], cast(int, module.padding_idx)).unsqueeze(-1)
+        return torch.where(padding, output.detach(), output)
 
     handles = [module.register_forward_hook(freeze) for module in _padded(model)]
     try:

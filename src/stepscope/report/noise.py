@@ -55,8 +55,8 @@ def noise_figures(measurement: Measurement) -> list[Figure]:
         "Variance of the gradient over its squared norm, against batch size (SGD metric). Line: the noise "
         "scale over the batch size. Points: variance between disjoint parts of this update batch, in the "
         f"order of sampling. Log-log slope {text.plus_minus(slope.value, slope.stderr)}; −1 where the noise "
-        "falls like 1/B. Error bars: 95 % interval, jackknife over the batches; the error of the signal is not "
-        "in them."
+        "falls like 1/B. Error bars: 95 % interval, jackknife over the batches; the error of the signal is "
+        "not in them."
     )
     return [Figure("batch-sizes", "Noise to signal and batch size", caption, spec, height=320, wide=False)]
 
