@@ -127,6 +127,7 @@ def test_one_line_in_a_trainer_of_somebody_else(small_run: Path, tmp_path: Path)
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows] == [1, 3]
     for row in rows:
+        assert row["noise_scale_reason"] == "2 prompts in the batch, a noise scale with an error needs 3"
         assert row["round_off"] < 1e-6  # float32, though the training runs under bfloat16 autocast
         assert abs(row["difference"]) < 4 * row["difference_stderr"] + 0.1 * abs(row["predicted"])
     logged = [entry for entry in trainer.state.log_history if "probe/realised" in entry]

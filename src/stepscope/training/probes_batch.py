@@ -176,9 +176,11 @@ def noise_of_batch(products: FloatArray, update: Rollouts, norm: float, limit: f
         norm: of the gradient in use.
         limit: clipping threshold; 0 for none.
     """
-    if update.num_prompts < 2:
-        reason = "one prompt in the batch, the unit is the prompt group"
-        return Estimate(float("nan"), float("nan"), 1, "prompts", "sgd metric", reliable=False, reason=reason)
+    count = update.num_prompts
+    if count < MIN_PROMPTS:
+        nan = float("nan")
+        reason = f"{count} prompts in the batch, a noise scale with an error needs {MIN_PROMPTS}"
+        return Estimate(nan, nan, count, "prompts", "sgd metric", reliable=False, reason=reason)
     full = math.sqrt(max(0.0, float(products.sum())))
     expected = full * min(1.0, limit / (full + CLIP_EPSILON)) if limit > 0 else full
     found = from_products(
