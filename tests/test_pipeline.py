@@ -341,7 +341,9 @@ def test_criteria_are_judged_by_the_measured_influence(measured):
     column = tokens["column_adamw_on_policy"].to_numpy()
     np.testing.assert_allclose(column, influence, atol=1e-4 * np.abs(influence).max())
     regressions = {(p["level"], p["outcome"]): p for p in criteria["properties"]}
-    assert "kernel_norm" in regressions["sequence", "influence"]["coefficients"]
+    pushed = np.count_nonzero(pq.read_table(measured / "update.parquet")["advantage"].to_numpy())
+    assert "entropy" in regressions["token", "influence"]["coefficients"]
+    assert (("sequence", "influence") in regressions) == (pushed > 8)  # as many properties, and a constant
     top = load_json(measured / "summary.json")["influence_top_0.1"]
     size = np.sort(np.abs(column[column != 0]))[::-1]
     whole = int(0.1 * len(size))

@@ -25,6 +25,7 @@ from stepscope.measure.probe_gradient import bind_quantity
 from stepscope.measure.quantities import VERSIONS
 from stepscope.measure.step import Step, weighted_logprobs
 from stepscope.policy import vectors
+from stepscope.policy.differentiation import whole_embeddings
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients import Mode, directional_derivative, gradient
 from stepscope.policy.products import group_gradients, paired_dots
@@ -128,7 +129,13 @@ def token_truths(
     ascent = gradient(policy, step.update, weighted_logprobs(step.token_weights), max_sequences=max_sequences)
     for name, direction in (("sgd", ascent), ("adamw", step.sequences)):
         change = directional_derivative(
-            policy, step.update, _entropies, direction, mode=mode, max_sequences=max_sequences
+            policy,
+            step.update,
+            _entropies,
+            direction,
+            mode=mode,
+            as_trained=False,
+            max_sequences=max_sequences,
         )
         values = np.concatenate([d.double().cpu().numpy() for d in change])
         found.append(
@@ -204,9 +211,10 @@ def _halves(
     )
     prompts = np.random.default_rng(seed).permutation(probe.num_prompts) % 2
     half = prompts[probe.prompt_index]
-    sums = group_gradients(
-        policy, probe, bound.objective, half, max_sequences=max_sequences, progress=progress
-    )
+    with whole_embeddings(policy.model):
+        sums = group_gradients(
+            policy, probe, bound.objective, half, max_sequences=max_sequences, progress=progress
+        )
     sizes = np.bincount(half, minlength=2)
     parts = [{n: t[h] / int(sizes[h]) for n, t in sums.items()} for h in range(2)]
     return parts, sizes / sizes.sum()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stepscope.policy.differentiation import frozen_padding
+from stepscope.policy.differentiation import frozen_padding, whole_embeddings
 from stepscope.policy.forward import TokenBatch, TokenOutputs, batches, forward
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
@@ -55,6 +55,7 @@ def directional_derivative(
     direction: ParameterVector,
     *,
     mode: Mode = "auto",
+    as_trained: bool = True,
     max_sequences: int = 16,
     keep_logits: bool = False,
 ) -> list[Tensor]:
@@ -65,8 +66,7 @@ def directional_derivative(
     differentiates the linear map v -> grad(v . objective) . direction in v: about twice as slow, holds a
     graph, and needs no forward-mode rules. ``auto`` takes forward mode and, where the model has an operation
     without a forward-mode rule, says so and takes the other. Attention runs on the mathematical backend, the
-    only one with either rule. Both are derivatives as a training takes them: none through the embedding of
-    padding tokens.
+    only one with either rule.
 
     Args:
         policy: not changed.
@@ -74,6 +74,8 @@ def directional_derivative(
         objective: (seq,) or (seq, tok).
         direction: by parameter name; parameters it lacks stay put.
         mode: how to differentiate.
+        as_trained: leave out what goes through the embedding of padding tokens, as a training does;
+            otherwise the derivative is that of the function.
         max_sequences: micro-batch size.
         keep_logits: whether the objective needs logits.
     """
@@ -88,7 +90,8 @@ def directional_derivative(
             )
             return objective(outputs, batch)
 
-        with sdpa_kernel(SDPBackend.MATH), frozen_padding(policy.model):
+        embeddings = frozen_padding(policy.model) if as_trained else whole_embeddings(policy.model)
+        with sdpa_kernel(SDPBackend.MATH), embeddings:
             if mode != "double_backward":
                 try:
                     derivative = _forward_mode(value, params, tangent)
