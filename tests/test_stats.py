@@ -153,6 +153,16 @@ def test_pass_at_k_counts_all_subsets(n, k):
         assert float(pass_at_k(n, c, k)) == pytest.approx(want, abs=1e-12)
 
 
+def test_pass_at_k_is_unbiased_in_simulation():
+    """Eight samples of prompts solved with chance p estimate 1 - (1 - p)^k."""
+    generator = np.random.default_rng(4)
+    for p in (0.02, 0.3, 0.6):
+        correct = generator.binomial(8, p, size=40_000)
+        for k in (1, 3, 8):
+            estimates = pass_at_k(8, correct, k)
+            assert abs(estimates.mean() - (1 - (1 - p) ** k)) < 4 * estimates.std() / 200, (p, k)
+
+
 def test_pass_at_k_over_arrays_and_refusals():
     np.testing.assert_allclose(pass_at_k(8, [0, 4, 8], 1), [0, 0.5, 1], atol=1e-12)
     with pytest.raises(ValueError, match="at least 9 samples"):

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from stepscope.report.figures import BLUE, GREEN, PURPLE, VERMILLION, Figure, error_bars, make_spec, rounded
 from stepscope.report.law import law_figure, law_sentences
 from stepscope.report.load import Table, Training, parse_estimate
-from stepscope.report.tables import Column, TableBlock, estimate_cell, text_cell
+from stepscope.report.tables import Column, TableBlock, count_cell, estimate_cell, text_cell
 
 _STEP_AXIS = {"title": {"text": "optimizer step"}}
 _LOOKS = ((BLUE, "circle", "solid"), (VERMILLION, "diamond", "dash"), (GREEN, "square", "dot"))
@@ -96,8 +96,8 @@ def evaluation_tables(training: Training) -> list[TableBlock]:
             label = _NAMES.get(name, name.replace("pass_at_", "pass@"))
             rows.append(
                 [
-                    text_cell(before),
-                    text_cell(after),
+                    count_cell(before),
+                    count_cell(after),
                     text_cell(label),
                     estimate_cell(found),
                     text_cell(found.unit),

@@ -22,7 +22,7 @@ from stepscope.report.figures import (
     rounded,
 )
 from stepscope.report.load import parse_estimate
-from stepscope.report.tables import Column, TableBlock, estimate_cell, number_cell, text_cell
+from stepscope.report.tables import Column, TableBlock, count_cell, estimate_cell, number_cell, text_cell
 from stepscope.stats import Estimate
 
 _LOOKS = (
@@ -123,7 +123,7 @@ def law_table(laws: Mapping[str, Mapping[str, Any]]) -> TableBlock:
                 estimate_cell(parse_estimate(prediction["rmse"], f"{name}: prediction.rmse"))
                 if prediction
                 else number_cell(None),
-                number_cell(len(law["steps"])),
+                count_cell(len(law["steps"])),
             ]
         )
     caption = (
