@@ -35,9 +35,8 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def best_floor(case: Case, rounds: int) -> tuple[int, float]:
+def best_floor(case: Case, sizes: list[int], rounds: int) -> tuple[int, float]:
     """Batch size and time at which the plain pass is fastest."""
-    sizes = [s for s in SIZES if s <= case.count]
     for size in sizes:
         case.floor(size)
     times: dict[int, list[float]] = {size: [] for size in sizes}
@@ -61,8 +60,8 @@ def measure(work: Callable[[], Tensor], floor: Callable[[], None], rounds: int, 
     return ratios
 
 
-def run(case: Case, names: list[str], rounds: int, limit: float) -> dict[str, dict]:
-    size, floor_time = best_floor(case, rounds)
+def run(case: Case, names: list[str], sizes: list[int], rounds: int, limit: float) -> dict[str, dict]:
+    size, floor_time = best_floor(case, sizes, rounds)
     print(
         f"floor: {floor_time:.3f} s at batch size {size} "
         f"({case.count} sequences of {case.ids.shape[1]} tokens)"
@@ -71,7 +70,7 @@ def run(case: Case, names: list[str], rounds: int, limit: float) -> dict[str, di
     found: dict[str, dict] = {}
     for name in names:
         rows: dict[str, dict] = {}
-        for batch in [s for s in SIZES if s <= case.count]:
+        for batch in sizes:
             own = case.fresh()
             try:
                 tasks = METHODS[name](own, batch)
@@ -122,6 +121,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds for the rounds of one figure")
+    parser.add_argument("--sizes", type=int, nargs="*", default=list(SIZES), help="batch sizes to try")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", nargs="*", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--json", type=Path)
@@ -129,7 +129,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     warnings.simplefilter("ignore")
     case = build("large" if arguments.large else "small", full=arguments.full, count=arguments.sequences)
-    found = run(case, arguments.only, arguments.rounds, arguments.limit)
+    sizes = [size for size in arguments.sizes if size <= case.count]
+    found = run(case, arguments.only, sizes, arguments.rounds, arguments.limit)
     print()
     print(table(found))
     if arguments.json:
