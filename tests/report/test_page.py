@@ -18,7 +18,7 @@ from synthetic_run import HOSTILE
 from stepscope.errors import RunFolderError
 from stepscope.report import write_comparison, write_report
 
-LARGEST_PAGE = 6 * 2**20
+LARGEST_PAGE = 6_000_000
 
 
 class Page(HTMLParser):

@@ -13,12 +13,19 @@ from stepscope.report import text
 from stepscope.report.figures import BLUE, MUTED, Z95, Figure, make_spec, rounded
 from stepscope.report.load import Measurement
 
-PRIMARY = {"level": "token", "truth": "column", "preconditioner": "adamw", "version": "on_policy"}
+PRIMARY = {
+    "level": "token",
+    "target": "signed",
+    "truth": "column",
+    "preconditioner": "adamw",
+    "version": "on_policy",
+}
 """What the page shows first: what a token does to the entropy, through the whole kernel and AdamW."""
 
 _SHOWN = 24
 _CHOICES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "level": ("of", {"token": "tokens", "sequence": "sequences"}),
+    "target": ("predicting", {"signed": "effects with their sign", "magnitude": "sizes of effects"}),
     "truth": (
         "truth",
         {
@@ -42,7 +49,8 @@ class Board:
         caption: below it.
         spec: ``filters`` (key, label, options as value and label, value chosen first; an empty value is no
             filter), ``columns`` (name, anchor, whether numeric, whether with an error) and ``rows``: values
-            of the filters, then cells: a text, a number, or a number and its standard error.
+            of the filters, then cells: a text, or a number and its standard error. ``notes`` are shown where
+            the pointer rests on a text of the first column; ``sort`` is the column that orders the rows.
     """
 
     key: str
@@ -87,25 +95,23 @@ def leaderboard(measurement: Measurement) -> Board | None:
         {
             "filters": filters,
             "columns": columns,
-            "rows": [
-                [[row[f["key"]] for f in filters], _cells(row, shares, criteria["definitions"])]
-                for row in rows
-            ],
+            "rows": [[[row[f["key"]] for f in filters], _cells(row, shares)] for row in rows],
+            "notes": {name: _note(about) for name, about in criteria["definitions"].items()},
             "sort": 2,
         },
     )
 
 
-def _cells(row: Mapping[str, Any], shares: Sequence[str], definitions: Mapping[str, Any]) -> list[Any]:
-    name = row["criterion"]
-    about = definitions.get(name, {})
+def _note(about: Mapping[str, Any]) -> str:
     source = " ".join(str(about[key]) for key in ("paper", "equation") if about.get(key))
     note = f"{about.get('formula', '')}" + (f" ({source})" if source else "")
-    if about and not about.get("verified", True):
-        note += "; formula not verified against the paper"
+    return note if about.get("verified", True) else f"{note}; formula not verified against the paper"
+
+
+def _cells(row: Mapping[str, Any], shares: Sequence[str]) -> list[Any]:
     return [
-        [name, note],
-        row["kind"] + (", magnitude" if row["target"] == "magnitude" else ""),
+        row["criterion"],
+        row["kind"],
         _pair(row["spearman"]),
         _pair(row["kendall"]),
         _pair(row["pearson"]),
@@ -135,9 +141,7 @@ def _primary_rows(measurement: Measurement) -> list[Mapping[str, Any]]:
 
 def best_of(measurement: Measurement, count: int) -> list[str]:
     """Names of the signed criteria of the literature that follow the measured influence best."""
-    rows = [
-        row for row in _primary_rows(measurement) if row["kind"] == "literature" and row["target"] == "signed"
-    ]
+    rows = [row for row in _primary_rows(measurement) if row["kind"] == "literature"]
     rows.sort(key=lambda row: -abs(row["spearman"]["value"]))
     return [row["criterion"] for row in rows[:count]]
 
@@ -154,7 +158,7 @@ def criteria_sentence(measurement: Measurement) -> str:
     if gain is not None and gain["value"] is not None and gain["stderr"] is not None:
         clear = abs(gain["value"]) > Z95 * gain["stderr"]
         verdict = (
-            f"; the difference to the best control of its kind is "
+            f"; the difference to the best control is "
             f"{text.plus_minus(gain['value'], gain['stderr'])}{'' if clear else ', not resolved'}"
         )
     reached = {
@@ -210,8 +214,8 @@ def standings_figure(measurement: Measurement) -> Figure | None:
     )
     caption = (
         f"The {len(rows)} criteria that follow the influence of the update batch's tokens on the on-policy "
-        "entropy best, through the whole kernel and AdamW's preconditioner. Magnitude criteria are compared "
-        "with |influence|. Error bars: 95 %, bootstrap over update prompts."
+        "entropy best, sign included, through the whole kernel and AdamW's preconditioner. Error bars: "
+        "95 %, bootstrap over update prompts."
     )
     return Figure(
         "criteria-standings", "Criteria against the truth", caption, spec, height=120 + 20 * len(rows)

@@ -24,7 +24,7 @@ _TOKENS_ON_PAGE = 9000
 _POINTS_ON_PAGE = 2400
 """Tokens in the scatter plots of one page in all."""
 
-_HEAT_MAP_SIDE = 160
+_HEAT_MAP_SIDE = 128
 """Sequences in a heat map where a page shows one measurement; n take n^2 numbers of six bytes."""
 
 _SCORES_ON_HOVER = 3

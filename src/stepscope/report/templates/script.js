@@ -95,7 +95,7 @@
     return made;
   };
   const shown = (value) => value === null || value === undefined ? "–" : (Math.abs(value) < 1e-3 && value !== 0 ? value.toExponential(1) : value.toFixed(3)).replace("-", "−");
-  const boardCell = (column, value) => {
+  const boardCell = (column, value, note) => {
     const cell = element("td");
     if (column.err) {
       const [number, error] = value || [null, null];
@@ -103,10 +103,10 @@
       cell.dataset.v = number === null ? "nan" : number;
       if (error !== null && error !== undefined) cell.dataset.e = error;
       cell.textContent = number === null ? "–" : error === null ? shown(number) : shown(number) + "\u00a0±\u00a0" + shown(error);
-    } else if (Array.isArray(value)) {
-      cell.dataset.v = value[0];
-      const name = element("span", { textContent: value[0], tabIndex: 0, className: "named" });
-      name.dataset.tip = value[1];
+    } else if (note) {
+      cell.dataset.v = value;
+      const name = element("span", { textContent: value, tabIndex: 0, className: "named" });
+      name.dataset.tip = note;
       cell.append(name);
     } else {
       cell.dataset.v = cell.textContent = value;
@@ -135,7 +135,7 @@
       body.replaceChildren(...spec.rows
         .filter(([values]) => values.every((value, i) => !wanted[i] || value === wanted[i]))
         .sort((a, b) => size(b) - size(a))
-        .map(([, cells]) => element("tr", {}, ...cells.map((cell, i) => boardCell(spec.columns[i], cell)))));
+        .map(([, cells]) => element("tr", {}, ...cells.map((cell, i) => boardCell(spec.columns[i], cell, i === 0 ? spec.notes[cell] : "")))));
     };
     const selects = spec.filters.map((filter) => {
       const select = element("select", { onchange: fill }, ...filter.options.map(([value, label]) => element("option", { value, textContent: label })));
