@@ -119,21 +119,15 @@ def test_a_training_killed_between_two_checkpoints_ends_as_if_it_had_not_been(
 
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_leave_no_trace(
-    small_config: Callable[..., TrainConfig], tmp_path: Path
+    probed_config: Callable[..., TrainConfig],
+    start_from: Callable[[Path, Path], Path],
+    small_run: Path,
+    tmp_path: Path,
 ) -> None:
-    settings = small_config().rl
-    assert settings is not None
-    config = small_config(
-        model=small_config().model.model_dump() | {"lora": {"r": 2}},
-        sft={"examples": 20, "batch_size": 10, "check_prompts": 4, "optimizer": {"lr": 0.01}},
-        rl=settings.model_dump()
-        | {
-            "steps": 24,
-            "save_every": 2,
-            "probe": {"every": 3, "num_prompts": 4, "window": 8, "top_tokens": 2},
-        },
-    )
-    path = write_config(config, tmp_path)
+    probe = {"every": 3, "num_prompts": 4, "window": 8, "top_tokens": 2}
+    path = write_config(probed_config(probe, steps=24, save_every=2), tmp_path)
+    for name in ("once", "often"):
+        start_from(small_run, tmp_path / name)
     undisturbed = start(path, tmp_path / "once")
     begin = time.perf_counter()
     assert undisturbed.wait() == 0
@@ -150,10 +144,7 @@ def test_ten_kills_at_random_moments_leave_no_trace(
     assert kills >= 5, "the training was over before it could be killed"
     assert start(path, tmp_path / "often").wait() == 0
     for step in range(2, 25, 2):
-        once, often = (tmp_path / run / "checkpoints" / f"step-{step}" for run in ("once", "often"))
-        assert_same(*(load_file(folder / "adapter_model.safetensors") for folder in (once, often)))
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-            assert_same(*(torch.load(folder / name, weights_only=False) for folder in (once, often)))
+        same_state(*(tmp_path / run / "checkpoints" / f"step-{step}" for run in ("once", "often")))
     assert probes_of(tmp_path / "once") == probes_of(tmp_path / "often")
 
 
