@@ -297,23 +297,26 @@ def judge_criteria(session: Session) -> Summary:
 def _drop_tokens(session: Session, board: Leaderboard) -> Pareto:
     """Steps taken again without the tokens that the exact influence or a criterion would drop."""
     config = session.config
-    reward = influence(
-        session.policy,
-        session.step,
-        session.update,
-        session.probe,
-        quantity="reward",
-        normalisation="per_seq",
-        baseline=config.baseline,
-        max_groups=2,
-        max_sequences=config.batch_size,
-        progress=on_terminal(),
-    )
+    rules = {}
+    if config.criteria.drop_shares:
+        reward = influence(
+            session.policy,
+            session.step,
+            session.update,
+            session.probe,
+            quantity="reward",
+            normalisation="per_seq",
+            baseline=config.baseline,
+            max_groups=2,
+            max_sequences=config.batch_size,
+            progress=on_terminal(),
+        )
+        rules = drop_rules(board, reward_influence=np.concatenate(reward.tokens), seed=config.criteria.seed)
     return resteps(
         session.policy,
         session.step,
         session.probe,
-        drop_rules(board, reward_influence=np.concatenate(reward.tokens), seed=config.criteria.seed),
+        rules,
         shares=config.criteria.drop_shares,
         lr=session.line.lr,
         baseline=config.baseline,
