@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from stepscope.policy.differentiation import Substituted
 
 
 def _silu(x: Tensor, inplace: bool = False) -> Tensor:
@@ -32,16 +33,8 @@ def _glu(x: Tensor, dim: int = -1) -> Tensor:
 _WRITTEN_OUT: dict[Callable[..., Any], Callable[..., Tensor]] = {F.silu: _silu, F.mish: _mish, F.glu: _glu}
 
 
-class SmoothActivations(TorchFunctionMode):
+class SmoothActivations(Substituted):
     """Context in which the functions above are written out."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Call the written-out function where there is one."""
-        chosen: Callable[..., Any] = _WRITTEN_OUT.get(func, func)
-        return chosen(*args, **(kwargs or {}))
+    def __init__(self) -> None:
+        super().__init__(_WRITTEN_OUT)

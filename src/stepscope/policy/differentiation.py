@@ -14,7 +14,7 @@ a quantity's gradient is taken in reverse mode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
@@ -23,8 +23,16 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
-class _Elementary(TorchFunctionMode):
-    """Sends calls of ``layer_norm`` to the version in elementary operations."""
+class Substituted(TorchFunctionMode):
+    """A block in which calls of some torch functions go to others.
+
+    Args:
+        chosen: function to what is called instead.
+    """
+
+    def __init__(self, chosen: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
+        super().__init__()
+        self.chosen = chosen
 
     def __torch_function__(
         self,
@@ -33,9 +41,8 @@ class _Elementary(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is nn.functional.layer_norm:
-            return layer_norm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        """Call the function, or what stands for it."""
+        return self.chosen.get(func, func)(*args, **(kwargs or {}))
 
 
 def layer_norm(
@@ -57,7 +64,9 @@ def layer_norm(
 
 def twice_differentiable(model: nn.Module) -> AbstractContextManager[Any]:
     """A block in which forward mode can be nested through the model; nothing for one without LayerNorm."""
-    return _Elementary() if any(isinstance(m, nn.LayerNorm) for m in model.modules()) else nullcontext()
+    if any(isinstance(m, nn.LayerNorm) for m in model.modules()):
+        return Substituted({nn.functional.layer_norm: layer_norm})
+    return nullcontext()
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from stepscope.errors import CheckpointError
+from stepscope.policy.differentiation import Substituted
 from stepscope.policy.precision import lift_model
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -144,12 +144,13 @@ def reference_adapter(model: nn.Module) -> Iterator[None]:
     What is trainable stays so: PEFT changes that with every switch, which no ``torch.func`` transform allows.
     """
     adapted: Any = model
+    fixed_trainability = Substituted({Tensor.requires_grad_: _unchanged})
     if REFERENCE not in adapted.peft_config:
-        with _FixedTrainability(), adapted.disable_adapter():
+        with fixed_trainability, adapted.disable_adapter():
             yield
         return
     active = adapted.active_adapter
-    with _FixedTrainability():
+    with fixed_trainability:
         try:
             adapted.set_adapter(REFERENCE)
             yield
@@ -157,17 +158,8 @@ def reference_adapter(model: nn.Module) -> Iterator[None]:
             adapted.set_adapter(active)
 
 
-class _FixedTrainability(TorchFunctionMode):
-    """Leaves ``requires_grad`` of every tensor as it is."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        return args[0] if func is Tensor.requires_grad_ else func(*args, **(kwargs or {}))
+def _unchanged(tensor: Tensor, requires_grad: bool = True) -> Tensor:
+    return tensor
 
 
 def brief(error: BaseException) -> str:
