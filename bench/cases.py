@@ -12,8 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from stepscope.policy.forward import TokenBatch, TokenOutputs
-from stepscope.policy.gradients import directional_derivative
+from stepscope.policy.gradients import directional_derivative, response_logprob
 from stepscope.policy.precision import lift_model
 from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import Policy
@@ -30,11 +29,6 @@ SHAPES = {
 }
 RANKS = {"small": 16, "large": 32}
 VOCAB, PROMPT, RESPONSE = 512, 32, 64
-
-
-def response_logprob(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
-    """l_k per token."""
-    return outputs.logprobs
 
 
 @dataclass(frozen=True)

@@ -11,31 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
+from estimators import read, timed
 from stepscope.measure.influence import influence
 from stepscope.measure.line import values_at
 from stepscope.measure.quantities import make_quantity
 from stepscope.measure.step import reconstruct_step, sequence_direction
 from stepscope.policy.checkpoint import load_checkpoint
 from stepscope.results import Rollouts
-
-T = TypeVar("T")
-
-
-def timed(work: Callable[[], T]) -> tuple[T, float]:
-    start = time.perf_counter()
-    result = work()
-    return result, time.perf_counter() - start
-
-
-def read(folder: Path, name: str) -> Rollouts:
-    return Rollouts.from_parquet(folder / f"{name}.parquet", folder / f"{name}_tokens.parquet")
 
 
 def main() -> None:

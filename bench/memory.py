@@ -14,7 +14,8 @@ import time
 
 import torch
 
-from cases import build, response_logprob
+from cases import build
+from stepscope.policy.gradients import response_logprob
 from stepscope.policy.gram import grams
 
 

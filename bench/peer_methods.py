@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from cases import Case, response_logprob
-from stepscope.policy.gradients import directional_derivative
+from cases import Case
+from stepscope.policy.gradients import directional_derivative, response_logprob
 from stepscope.policy.gram import gram
 from stepscope.policy.per_sequence import coverage_of
 from stepscope.policy.products import per_sequence_dot

@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import load_file
 
 from stepscope.errors import BatchError
-from stepscope.measure.fisher import fisher_kernel, predict_logprobs, response_logprob, split_tokens
+from stepscope.measure.fisher import fisher_kernel, predict_logprobs, split_tokens
 from stepscope.measure.kernel_structure import (
     cosine_form,
     effective_rank,
@@ -24,7 +24,7 @@ from stepscope.measure.kernel_structure import (
 )
 from stepscope.measure.step import reconstruct_step
 from stepscope.policy.forward import forward, make_batch
-from stepscope.policy.gradients import directional_derivative
+from stepscope.policy.gradients import directional_derivative, response_logprob
 from stepscope.policy.objective import advantages
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy

@@ -26,7 +26,7 @@ from stepscope.measure.kernel_structure import (
 )
 from stepscope.measure.step import Step, weighted_logprobs
 from stepscope.policy import vectors
-from stepscope.policy.forward import TokenBatch, TokenOutputs
+from stepscope.policy.gradients import response_logprob
 from stepscope.policy.gram import MEMORY_BYTES, Grams, gram, grams
 from stepscope.policy.products import per_sequence_dots
 from stepscope.policy.projection import Sketch, sketches
@@ -226,11 +226,6 @@ def fisher_kernel(
         tokens={m: k.numpy() for m, k in by_token.items()},
         token_index=index,
     )
-
-
-def response_logprob(outputs: TokenOutputs, batch: TokenBatch) -> torch.Tensor:
-    """l_k per token: the objective whose sum over a response is S_i."""
-    return outputs.logprobs
 
 
 def split_tokens(rollouts: Rollouts, chosen: IntArray | None = None) -> tuple[Rollouts, IntArray]:

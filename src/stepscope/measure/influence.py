@@ -25,8 +25,7 @@ from stepscope.errors import MeasurementError
 from stepscope.measure.probe_gradient import ProbeGradient, bind_quantity, probe_gradient
 from stepscope.measure.quantities import Quantity
 from stepscope.measure.step import Step, weighted_logprobs
-from stepscope.policy.forward import TokenBatch, TokenOutputs
-from stepscope.policy.gradients import Mode, directional_derivative
+from stepscope.policy.gradients import Mode, directional_derivative, response_logprob
 from stepscope.policy.gram import gram
 from stepscope.policy.products import per_sequence_dots
 from stepscope.policy.state import Policy
@@ -184,7 +183,9 @@ def influence(
     )
     u = {n: t[:-1].sum(0) / len(probe) for n, t in pulled.items()}
     del pulled
-    derivatives = directional_derivative(policy, update, _logprobs, u, mode=mode, max_sequences=max_sequences)
+    derivatives = directional_derivative(
+        policy, update, response_logprob, u, mode=mode, max_sequences=max_sequences
+    )
     tokens = tuple(w * d.double().cpu().numpy() for w, d in zip(step.token_weights, derivatives, strict=True))
     sequences = np.array([t.sum() for t in tokens])
     unit = f"{bound.unit}/lr"
@@ -228,10 +229,6 @@ def influence(
         probe_resolved=resolved,
         bonus=None if bonus is None else _estimate(slope, bonus, unit, "grad F . entropy bonus"),
     )
-
-
-def _logprobs(outputs: TokenOutputs, batch: TokenBatch) -> torch.Tensor:
-    return outputs.logprobs
 
 
 def _check_update(step: Step, update: Rollouts) -> None:

@@ -20,14 +20,14 @@ import numpy as np
 from torch import Tensor
 
 from stepscope.errors import BatchError
-from stepscope.measure.fisher import response_logprob, split_tokens
+from stepscope.measure.fisher import split_tokens
 from stepscope.measure.probe_gradient import bind_quantity
 from stepscope.measure.quantities import VERSIONS
 from stepscope.measure.step import Step, weighted_logprobs
 from stepscope.policy import vectors
 from stepscope.policy.differentiation import whole_embeddings
 from stepscope.policy.forward import TokenBatch, TokenOutputs
-from stepscope.policy.gradients import Mode, directional_derivative, gradient
+from stepscope.policy.gradients import Mode, directional_derivative, gradient, response_logprob
 from stepscope.policy.products import group_gradients, paired_dots
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector

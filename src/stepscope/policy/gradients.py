@@ -24,6 +24,11 @@ Mode = Literal["auto", "forward", "double_backward"]
 logger = logging.getLogger(__name__)
 
 
+def response_logprob(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
+    """l_k per token: the objective whose sum over a response is S_i."""
+    return outputs.logprobs
+
+
 def gradient(
     policy: Policy,
     rollouts: Rollouts,
