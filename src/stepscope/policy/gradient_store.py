@@ -5,20 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from stepscope.policy.layer_gradient import LayerGradient, ghost_inner, orient
 
 CHUNK_BYTES = 32 * 2**20
-ARENA = 2**23
-"""Numbers taken from numpy at once: it asks for huge pages, so first writes cost several times less."""
 ROW_BLOCK = 32
 """Smallest block of rows in square products; of more rows than this, one triangle of blocks is multiplied."""
-
-
-_NUMPY = {torch.float32: np.float32, torch.float64: np.float64}
 
 
 class GradientStore:
@@ -32,7 +26,6 @@ class GradientStore:
     def __init__(self, count: int, *, directory: Path | None = None) -> None:
         self._count = count
         self._directory = directory
-        self._arena = torch.empty(0)
         self._dense: dict[str, Tensor] = {}
         self._factors: dict[str, list[tuple[slice, LayerGradient]]] = {}
         self._shapes: dict[str, tuple[int, int]] = {}
@@ -61,12 +54,8 @@ class GradientStore:
         if self._directory is not None:
             path = self._directory / f"{len(self._dense)}.gradients"
             found = torch.from_file(str(path), shared=True, size=size, dtype=like.dtype)
-        elif like.device.type != "cpu" or size >= ARENA:
-            found = torch.zeros(size, dtype=like.dtype, device=like.device)
         else:
-            if self._arena.numel() < size or self._arena.dtype != like.dtype:
-                self._arena = torch.from_numpy(np.zeros(ARENA, dtype=_NUMPY[like.dtype]))
-            found, self._arena = self._arena[:size], self._arena[size:]
+            found = torch.zeros(size, dtype=like.dtype, device=like.device)
         return found.view(self._count, numel)
 
     def _chunks(self, name: str, itemsize: int) -> Iterator[tuple[int, int, Tensor]]:
