@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test test-slow check format docs bench smollm2 clean
+.PHONY: help dev demo browser test test-slow check format docs bench smollm2 clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,7 +26,16 @@ dev: $(STAMP) ## install stepscope and its tools into .venv
 demo: $(STAMP) ## the whole story on a tiny policy: train, evaluate, measure, report
 	$(BIN)/stepscope demo --out runs/demo
 
-test: $(STAMP) ## the tests (minutes)
+# Only root installs it unasked: on somebody's own machine the tests of the page are skipped with a word instead.
+browser: ## a browser for the tests of the page (Debian's chromium), where there is none
+	@for name in chromium chromium-browser google-chrome chrome; do command -v $$name > /dev/null && exit 0; done; \
+	if test "$$(id -u)" = 0 && command -v apt-get > /dev/null; then \
+		echo "installing chromium for the tests of the page"; \
+		{ apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y chromium; } > /dev/null || \
+		echo "chromium could not be installed"; \
+	else echo "no browser: the page is not tested in one; install chromium"; fi
+
+test: $(STAMP) browser ## the tests (minutes)
 	$(BIN)/python -m pytest -n 2
 
 test-slow: $(STAMP) smollm2 ## the long checks

@@ -1,7 +1,8 @@
-"""The page in a real browser; skipped, loudly, only where there is none."""
+"""The page in a real browser; skipped, loudly, only where there is none, and never in CI."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,15 +13,15 @@ from stepscope.report import write_report
 
 CHROMIUM = find_chromium()
 pytestmark = pytest.mark.skipif(
-    CHROMIUM is None,
+    CHROMIUM is None and not os.environ.get("CI"),
     reason=f"NO BROWSER: the page is not tested in one. None of {', '.join(NAMES)} is on the PATH; "
-    "install one (Debian: apt-get install chromium)",
+    "run `make browser` as root, or install one (Debian: apt-get install chromium)",
 )
 
 
 @pytest.fixture
 def browser() -> Iterator[Browser]:
-    assert CHROMIUM is not None
+    assert CHROMIUM is not None, "CI has no browser: `make browser` did not install one"
     with open_browser(CHROMIUM) as found:
         yield found
 
