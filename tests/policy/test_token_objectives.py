@@ -203,6 +203,26 @@ def test_discriminator_of_the_vocabulary_says_what_it_lacks() -> None:
         )
 
 
+def test_influence_takes_the_tokens_that_cost_more_entropy_than_their_reward_is_worth() -> None:
+    """Costs -I_H - price I_R: at price 0 they are 3, 1, -2 | 2, 0; at price 1 they are 0, 0.5, -2 | 3, 4."""
+    measured = table(
+        entropy_influence=torch.tensor([[-3.0, -1.0, 2.0], [-2.0, 0.0, -9.0]], dtype=torch.float64),
+        reward_influence=torch.tensor([[3.0, 0.5, 0.0], [-1.0, -4.0, -9.0]], dtype=torch.float64),
+    )
+
+    def found(**changes: float) -> list[list[float]]:
+        usual = {"fraction": 1.0, "price": 0.0, "weight": 0.0, "num_prompts": 2}
+        return shaped("influence", measured, **(usual | changes)).tolist()
+
+    assert found() == [[0, 0, 1], [0, -1, 0]]
+    assert found(fraction=0.4) == [[0, 1, 1], [0, -1, 0]]
+    assert found(fraction=0.1) == [[1, 1, 1], [-1, -1, 0]]
+    assert found(price=1.0) == [[1, 0, 1], [0, -1, 0]]
+    assert found(price=1.0, weight=0.25) == [[1, 0.25, 1], [-0.25, -1, 0]]
+    with pytest.raises(MeasurementError, match="influence on entropy and reward"):
+        shaped("influence", table(), fraction=1.0, price=0.0, weight=0.0, num_prompts=2)
+
+
 def test_records_that_are_not_understood_are_refused() -> None:
     good = {"name": "top_entropy", "micro_batch_size": None, "fraction": 0.2}
     assert objective_problem(good) == ""

@@ -23,6 +23,7 @@ from trl import GRPOTrainer
 import stepscope
 from stepscope.errors import ConfigError, MeasurementError
 from stepscope.measure.step import reconstruct_step
+from stepscope.measure.token_influence import objective_influences
 from stepscope.policy import vectors
 from stepscope.policy.checkpoint import load_checkpoint
 from stepscope.policy.rollouts import score_rollouts
@@ -48,6 +49,14 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "released steer": {"name": "steer", "form": "released"},
     "discriminator": {"name": "discriminator", "threshold": 0.0},
     "discriminator of the batch": {"name": "discriminator", "form": "batch", "threshold": 0.0},
+    "influence": {"name": "influence", "fraction": 0.3, "num_prompts": 4},
+    "influence at a price": {
+        "name": "influence",
+        "fraction": 0.3,
+        "price": 0.5,
+        "weight": 0.5,
+        "num_prompts": 4,
+    },
     "entropy_bonus": {"name": "entropy_bonus", "coefficient": 0.1},
     "adaptive entropy_bonus": {"name": "entropy_bonus", "coefficient": 0.1, "target": 9.0},
 }
@@ -139,6 +148,7 @@ def as_rollouts(seen: list[dict[str, torch.Tensor]]) -> Rollouts:
         {"name": "clip_cov", "fraction": 0.2, "low": 0.0, "high": 9.0},
         {"name": "discriminator", "threshold": 0.5},
         {"name": "top_entropy"},
+        {"name": "influence", "fraction": 0.2, "num_prompts": 4},
         {"name": "entropy_bonus", "coefficient": 0.1},
     ],
     ids=lambda o: o["name"],
@@ -162,7 +172,7 @@ def test_the_measured_direction_is_the_next_step_that_trl_takes(
     update = as_rollouts(seen)
     logprobs, entropies = score_rollouts(policy, update)
     update = replace(update, logprobs=logprobs, entropies=entropies)
-    step = reconstruct_step(policy, update)
+    step = reconstruct_step(policy, update, influences=objective_influences(policy, update, TASK))
     moved = load_file(after / "model.safetensors")
     real = {n: (moved[n] - p.detach()) / step.lr for n, p in policy.parameters.items()}
     assert vectors.cosine(step.direction, real) >= 1 - 1e-7

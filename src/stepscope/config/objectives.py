@@ -122,6 +122,28 @@ class DiscriminatorConfig(Section):
     scope: Scope = "batch"
 
 
+class InfluenceConfig(Section):
+    """Measured influence: tokens that cost too much entropy for the reward they buy leave the loss.
+
+    Before every optimizer step the influence of each token of the batch on entropy and expected reward is
+    measured on a fresh probe batch, with AdamW's own preconditioner. That costs several times the step.
+
+    Attributes:
+        name: ``influence``.
+        fraction: largest share of the tokens that are chosen.
+        price: nats per token of entropy that a token may cost for a reward of 1 it buys; 0 chooses those
+            that lower entropy most, whatever they buy.
+        weight: what the chosen tokens' advantages are multiplied by; 0 takes the tokens out of the loss.
+        num_prompts: prompts of the probe batch, of the training split, with one response each.
+    """
+
+    name: Literal["influence"]
+    fraction: float = Field(default=0.02, gt=0, le=1)
+    price: float = Field(default=0.0, ge=0)
+    weight: float = Field(default=0.0, ge=0, lt=1)
+    num_prompts: int = Field(default=64, ge=2)
+
+
 class EntropyBonusConfig(Section):
     """Entropy bonus: the loss less ``coefficient`` times the mean entropy over tokens (TRL's own term).
 
@@ -154,6 +176,7 @@ ObjectiveConfig = Annotated[
     | ReweightingConfig
     | SteerConfig
     | DiscriminatorConfig
+    | InfluenceConfig
     | EntropyBonusConfig,
     Field(discriminator="name"),
 ]

@@ -214,6 +214,11 @@ class RlConfig(Section):
                 "objective kl_cov does nothing on the first update of a batch, where the policy is still the "
                 "one that sampled; set num_iterations to at least 2"
             )
+        if chosen.name == "influence" and self.beta > 0:
+            raise ValueError(
+                "objective influence measures the step of the policy loss alone, and beta adds a KL penalty; "
+                "set beta to 0"
+            )
         if getattr(chosen, "scope", "batch") == "micro_batch" and self.micro_batch_size == 1:
             raise ValueError(
                 f"objective {chosen.name} compares tokens within a micro-batch, and one sequence has one "

@@ -81,6 +81,7 @@ def reconstruct_step(
     update: Rollouts,
     *,
     reference: Policy | None = None,
+    influences: tuple[Sequence[FloatArray], Sequence[FloatArray]] | None = None,
     off_policy: bool = False,
     max_sequences: int = 16,
     progress: bool = False,
@@ -93,6 +94,7 @@ def reconstruct_step(
         reference: the policy of the KL penalty, needed when ``settings.beta`` is not zero and the policy
             is no PEFT adapter (an adapter's reference is the model without it, or under TRL's adapter
             ``ref``).
+        influences: what the objective ``influence`` looks at, from ``token_influence.objective_influences``.
         off_policy: the batch was sampled by another policy, whose log-probs it carries; they enter the ratio.
         max_sequences: most sequences in one micro-batch.
         progress: show a progress bar on standard error.
@@ -100,7 +102,8 @@ def reconstruct_step(
     Raises:
         CheckpointError: no optimizer state, or one that does not fit the parameters.
         BatchError: no reward variance, or a batch that this policy did not sample.
-        MeasurementError: a KL penalty without a reference, or an entropy bonus over micro-batches.
+        MeasurementError: a KL penalty without a reference, an entropy bonus over micro-batches, or the
+            objective ``influence`` without its influences.
 
     Exact up to round-off; pinned against ``torch.optim.AdamW.step()`` in ``tests/measure/test_step.py``.
     Source: Loshchilov & Hutter 2019 (arXiv:1711.05101), ``torch/optim/adam.py``.
@@ -118,6 +121,7 @@ def reconstruct_step(
         discriminators=score_discriminators(policy, update, max_sequences=max_sequences)
         if form == "vocabulary"
         else None,
+        influences=influences,
         step=policy.step,
         ref_logprobs=_reference_logprobs(policy, update, reference, max_sequences),
     )

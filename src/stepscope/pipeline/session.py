@@ -13,6 +13,7 @@ from stepscope.errors import BatchError, ConfigError
 from stepscope.measure.influence import Influence, influence
 from stepscope.measure.quantities import Quantity, make_quantity
 from stepscope.measure.step import Step, reconstruct_step
+from stepscope.measure.token_influence import objective_influences
 from stepscope.pipeline.console import on_terminal
 from stepscope.policy.checkpoint import load_checkpoint, load_model, read_settings
 from stepscope.policy.objective import advantages
@@ -152,6 +153,9 @@ class Session:
             self.policy,
             self.update,
             reference=self.reference,
+            influences=objective_influences(
+                self.policy, self.update, self.task, max_sequences=self.config.batch_size
+            ),
             max_sequences=self.config.batch_size,
             progress=on_terminal(),
         )

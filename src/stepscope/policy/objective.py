@@ -140,6 +140,7 @@ def token_weights(
     logprobs: Sequence[FloatArray] | None = None,
     entropies: Sequence[FloatArray] | None = None,
     discriminators: Sequence[FloatArray] | None = None,
+    influences: tuple[Sequence[FloatArray], Sequence[FloatArray]] | None = None,
     ref_logprobs: Sequence[FloatArray] | None = None,
     step: int = 0,
 ) -> tuple[FloatArray, ...]:
@@ -154,6 +155,7 @@ def token_weights(
         logprobs: log-probs of the policy now, where it is not the one that sampled (off-policy).
         entropies: its entropies, then needed by an objective.
         discriminators: sum_v pi_v^2 (log pi_v + H_k) per token, where the objective needs it.
+        influences: of every token on entropy and on reward, where the objective needs them.
         ref_logprobs: log-probs of the reference policy; needed when ``settings.beta`` is not zero.
         step: optimizer steps taken so far; it seeds an objective that draws tokens at random.
 
@@ -188,6 +190,8 @@ def token_weights(
         epsilon_low=settings.epsilon_low,
         epsilon_high=settings.epsilon_high,
         discriminators=None if discriminators is None else _pad(discriminators),
+        entropy_influence=None if influences is None else _pad(influences[0]),
+        reward_influence=None if influences is None else _pad(influences[1]),
     )
     leaves = now.clone().requires_grad_(True)
     loss = policy_loss(

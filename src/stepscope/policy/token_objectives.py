@@ -24,6 +24,9 @@ from stepscope.errors import ConfigError, MeasurementError
 ENTROPY_BONUS = "entropy_bonus"
 """Objective that adds coefficient x mean entropy to what is maximised: no function of the log-probs."""
 
+INFLUENCE = "influence"
+"""Objective that looks at measured influences."""
+
 UNCLIPPED = 1e9
 """Upper clip range that no ratio reaches."""
 
@@ -44,6 +47,9 @@ class TokenTable:
         epsilon_low: lower clip range of the ratio.
         epsilon_high: upper clip range of the ratio.
         discriminators: (seq, tok) sum_v pi_v^2 (log pi_v + H_k), where the objective needs it.
+        entropy_influence: (seq, tok) what the token adds to the change of the entropy by the step that the
+            loss would take as it is, nats per unit of lr, where the objective needs it.
+        reward_influence: (seq, tok) the same for the expected reward.
     """
 
     logprobs: Tensor
@@ -54,6 +60,8 @@ class TokenTable:
     epsilon_low: float
     epsilon_high: float
     discriminators: Tensor | None = None
+    entropy_influence: Tensor | None = None
+    reward_influence: Tensor | None = None
 
     @property
     def ratio(self) -> Tensor:
@@ -184,6 +192,37 @@ def discriminator(
     return table.advantages.masked_fill(dropped, 0.0)
 
 
+def influence(
+    table: TokenTable,
+    random: np.random.Generator,
+    *,
+    fraction: float,
+    price: float,
+    weight: float,
+    num_prompts: int,
+) -> Tensor:
+    """A, and weight A on the tokens that were measured to cost the most entropy for the reward they buy.
+
+    With I_H and I_R the token's influence on entropy and expected reward, candidates have I_H < 0 and
+    -I_H > price I_R; the int(fraction N) of largest -I_H - price I_R among them are weighted. Price 0 takes
+    those that lower entropy most, whatever they buy; ``num_prompts`` was the size of the probe batch.
+
+    Raises:
+        MeasurementError: the table has no influences.
+
+    Source: DESIGN 3.4 to 3.7; no published method. The first-order condition of reward + entropy/price.
+    """
+    if table.entropy_influence is None or table.reward_influence is None:
+        raise MeasurementError(
+            "influence: the objective needs every token's influence on entropy and reward, got none; pass "
+            "those of measure.token_influence"
+        )
+    cost = -table.entropy_influence - price * table.reward_influence
+    candidates = table.mask & (table.entropy_influence < 0) & (cost > 0)
+    chosen = _largest(cost, candidates, int(fraction * int(table.mask.sum())))
+    return torch.where(chosen, weight * table.advantages, table.advantages)
+
+
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "clip_cov": clip_cov,
     "kl_cov": kl_cov,
@@ -191,6 +230,7 @@ OBJECTIVES: dict[str, Callable[..., Tensor]] = {
     "reweighting": reweighting,
     "steer": steer,
     "discriminator": discriminator,
+    INFLUENCE: influence,
 }
 """Objectives by the name under which a checkpoint records them, with their parameters."""
 

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from stepscope.config import EntropyBonusConfig, RlConfig
 from stepscope.policy.forward import TokenBatch, TokenOutputs, forward
 from stepscope.policy.settings import StepSettings
-from stepscope.policy.token_objectives import ENTROPY_BONUS, OBJECTIVES, TokenTable, token_advantages
+from stepscope.policy.token_objectives import (
+    ENTROPY_BONUS,
+    INFLUENCE,
+    OBJECTIVES,
+    TokenTable,
+    token_advantages,
+)
+from stepscope.tasks import Task
+from stepscope.training.influence import InfluenceMeter
 
 
 def objective_record(rl: RlConfig) -> dict[str, Any] | None:
@@ -56,10 +64,12 @@ class AdvantageShaper:
 
     Args:
         settings: their objective is one of :data:`OBJECTIVES`.
+        meter: measures influences for the objective that looks at them.
     """
 
-    def __init__(self, settings: StepSettings) -> None:
+    def __init__(self, settings: StepSettings, meter: InfluenceMeter | None = None) -> None:
         self.settings = settings
+        self.meter = meter
         self._old: Tensor | None = None
 
     def __call__(
@@ -68,6 +78,7 @@ class AdvantageShaper:
         accelerator: Accelerator,
         micro_batches: Sequence[Mapping[str, Any]],
         *,
+        optimizer: Any,
         first_update: bool,
         step: int,
     ) -> tuple[list[Tensor], float]:
@@ -75,6 +86,7 @@ class AdvantageShaper:
 
         Args:
             model: the policy.
+            optimizer: about to take the step.
             accelerator: gathers from all processes.
             micro_batches: TRL's inputs of the step, in their order.
             first_update: the batch was just sampled.
@@ -107,6 +119,8 @@ class AdvantageShaper:
         table = TokenTable(
             **everything, epsilon_low=self.settings.epsilon_low, epsilon_high=self.settings.epsilon_high
         )
+        if self.meter is not None:
+            table = self.meter(model, optimizer, accelerator, micro_batches, table, step=step)
         made = token_advantages(objective, table, seed=self.settings.seed, step=step)
         changed = (made != table.advantages)[table.mask].double().mean()
         start = accelerator.process_index * len(now)
@@ -137,7 +151,10 @@ class AdvantageShaper:
             )
 
 
-def shaper_for(settings: StepSettings) -> AdvantageShaper | None:
+def shaper_for(settings: StepSettings, task: Task, tokenizer: Any) -> AdvantageShaper | None:
     """What makes the advantages of these settings; None where the loss takes them as they are."""
     objective = settings.objective
-    return AdvantageShaper(settings) if objective is not None and objective["name"] in OBJECTIVES else None
+    if objective is None or objective["name"] not in OBJECTIVES:
+        return None
+    measured = objective["name"] == INFLUENCE
+    return AdvantageShaper(settings, InfluenceMeter(settings, task, tokenizer) if measured else None)

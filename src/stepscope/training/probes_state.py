@@ -73,18 +73,26 @@ def adamw_of(optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> OptimizerState:
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, model: nn.Module, *, after_backward: bool = True
+) -> OptimizerState:
     """AdamW's state before the step it is about to take, by parameter name.
 
-    Parameters without gradient are left out: the optimizer does not touch them. Before the first step the
-    moments are zero.
+    Before the first step the moments are zero.
+
+    Args:
+        optimizer: without wrappers.
+        model: its named parameters are the optimizer's.
+        after_backward: gradients are there; parameters that have none are left out, since the optimizer does
+            not touch them.
     """
     names = {id(p): n for n, p in model.named_parameters()}
     saved = optimizer.state_dict()
     entries = dict(saved["state"])
     groups = []
     for group, live in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-        numbers = [(i, p) for i, p in zip(group["params"], live["params"], strict=True) if p.grad is not None]
+        every = zip(group["params"], live["params"], strict=True)
+        numbers = [(i, p) for i, p in every if p.grad is not None or not after_backward]
         for number, parameter in numbers:
             if number not in entries:
                 entries[number] = _fresh(parameter, amsgrad=bool(group.get("amsgrad")))

@@ -82,7 +82,7 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         self.reward = reward
         self.max_resample = max_resample
         self.curriculum = curriculum
-        self.shaper = shaper_for(settings)
+        self.shaper = shaper_for(settings, reward.task, self.processing_class)
         self._shaped: list[Tensor] = []
         self._numbers = {index: i for i, index in enumerate(kwargs["train_dataset"]["index"])}
         self._rows: list[dict[str, Any]] = []
@@ -111,6 +111,7 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
                 self.model,
                 self.accelerator,
                 self._buffered_inputs,
+                optimizer=self.optimizer,
                 first_update=self._step % (self.args.steps_per_generation * self.num_iterations) == 0,
                 step=self.state.global_step,
             )

@@ -1,0 +1,101 @@
+"""Influence of every token on entropy and on reward before the step is taken, for an objective to act on.
+
+Training calls it before each optimizer step, and the reconstruction of a step from a checkpoint calls it
+again: the same probe batch, hence the same tokens chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from stepscope.measure.probe_gradient import bind_quantity, probe_gradient
+from stepscope.measure.step import assemble_step, weighted_logprobs
+from stepscope.policy import vectors
+from stepscope.policy.gradients import directional_derivative, gradient, response_logprob
+from stepscope.policy.objective import token_weights
+from stepscope.policy.rollouts import sample_rollouts
+from stepscope.policy.state import Policy
+from stepscope.policy.token_objectives import INFLUENCE
+from stepscope.results import FloatArray, Rollouts
+from stepscope.tasks import Task
+
+BASELINE = "position"
+"""Rung of the baseline ladder: needs no further pass over the probe batch."""
+
+QUANTITIES = (("entropy", "per_token"), ("reward", "per_seq"))
+
+
+def token_influences(
+    policy: Policy,
+    update: Rollouts,
+    weights: Sequence[FloatArray],
+    task: Task,
+    *,
+    num_prompts: int,
+    max_sequences: int = 16,
+) -> tuple[tuple[FloatArray, ...], tuple[FloatArray, ...]]:
+    """Influence of each token of a batch on entropy per token and expected reward, on policy, per unit of lr.
+
+    w_ik (u . grad l_ik) with u = P grad F, where P is AdamW's preconditioner in the step that the weights
+    make, and grad F is estimated on one fresh response to each of ``num_prompts`` prompts of the training
+    split. Costs a gradient of the batch, sampling, up to three gradients of the probe batch, and two
+    forward-mode passes over the batch.
+
+    Args:
+        policy: with AdamW's state; its settings' seed and its step number seed the probe batch.
+        update: the batch that makes the step.
+        weights: w_ik = -dLoss/dl_ik of the loss as it is, one (tok,) array per sequence.
+        task: where probe prompts and rewards come from.
+        num_prompts: of the probe batch.
+        max_sequences: micro-batch size.
+
+    Returns:
+        Influences on entropy (nats per token) and on reward, each one (tok,) array per sequence.
+    """
+    seed = int(np.random.SeedSequence([policy.settings.seed, policy.step, 2]).generate_state(1)[0])
+    probe = sample_rollouts(policy, task, num_prompts=num_prompts, group_size=1, seed=seed)
+    ascent = gradient(policy, update, weighted_logprobs(weights), max_sequences=max_sequences)
+    step = assemble_step(policy, update, weights, ascent)
+    found = []
+    for name, normalisation in QUANTITIES:
+        bound = bind_quantity(
+            policy,
+            probe,
+            name,
+            direction=step.direction,
+            normalisation=normalisation,
+            baseline=BASELINE,
+            max_sequences=max_sequences,
+        )
+        slope = probe_gradient(policy, probe, bound, max_groups=1, max_sequences=max_sequences)
+        u = vectors.multiply(step.preconditioner, slope.mean())
+        along = directional_derivative(policy, update, response_logprob, u, max_sequences=max_sequences)
+        found.append(tuple(w * d.double().cpu().numpy() for w, d in zip(weights, along, strict=True)))
+    return found[0], found[1]
+
+
+def objective_influences(
+    policy: Policy, update: Rollouts, task: Task, *, max_sequences: int = 16
+) -> tuple[tuple[FloatArray, ...], tuple[FloatArray, ...]] | None:
+    """What the objective ``influence`` looked at before this checkpoint's next step; None for all others.
+
+    Args:
+        policy: with AdamW's state.
+        update: the batch that makes the step, sampled by the policy.
+        task: of the training.
+        max_sequences: micro-batch size.
+    """
+    objective = policy.settings.objective
+    if objective is None or objective["name"] != INFLUENCE:
+        return None
+    return token_influences(
+        policy,
+        update,
+        token_weights(update, replace(policy.settings, objective=None)),
+        task,
+        num_prompts=objective["num_prompts"],
+        max_sequences=max_sequences,
+    )
