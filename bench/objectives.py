@@ -50,7 +50,7 @@ FIGURES = {"entropy_per_token": "entropy (nats/token)", "pass_at_1": "pass@1"}
 
 
 def train_and_evaluate(
-    name: str, seed: int, base: Path, out: Path, prompts: int, changes: Sequence[str]
+    name: str, seed: int, base: Path, out: Path, size: tuple[int, int], changes: Sequence[str]
 ) -> pa.Table:
     """The evaluation of one training, whatever of it is still to be done."""
     run = out / name / f"seed-{seed}"
@@ -58,7 +58,7 @@ def train_and_evaluate(
     if not table.exists():
         start = [f"model.source={base}", "sft=null", f"seed={seed}", f"out={run}"]
         run_train(load_config(TrainConfig, CONFIG, [*OBJECTIVES[name], *changes, *start]), resume=True)
-        evaluation = {"source": str(run), "num_prompts": prompts, "samples_per_prompt": 8}
+        evaluation = {"source": str(run), "num_prompts": size[0], "samples_per_prompt": size[1]}
         run_eval(build_config(EvalConfig, evaluation))
     return read_table(table)
 
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--prompts", type=int, default=128, help="held-out prompts of an evaluation")
+    parser.add_argument("--samples", type=int, default=8, help="responses to each of them")
     parser.add_argument("changes", nargs="*", help="section.field=value of every training, after `--`")
     given = parser.parse_args()
     warmup = given.out / "warmup"
@@ -127,7 +128,8 @@ def main() -> None:
     tables = []
     for seed in given.seeds:
         for name in given.only:
-            found = train_and_evaluate(name, seed, warmup / "base", given.out, given.prompts, given.changes)
+            size = (given.prompts, given.samples)
+            found = train_and_evaluate(name, seed, warmup / "base", given.out, size, given.changes)
             marks = {"objective": [name] * len(found), "seed": [seed] * len(found)}
             kept = [c for f in FIGURES for c in (f, f"{f}_stderr")]
             columns = {c: found.column(c) for c in ("step", *kept)}
