@@ -4,8 +4,9 @@
 
 The warm-up is trained once; from it start ``seeds`` trainings of every objective, and each checkpoint is
 evaluated on the same held-out prompts. ``curves.parquet`` has a row per objective, seed and checkpoint,
-``objectives.html`` the curves, and a table of the last checkpoints goes to standard output. Run again, it
-goes on where it was stopped.
+``objectives.html`` the curves, and a table of the last checkpoints goes to standard output; with probes in
+the trainings (``-- "rl.probe={every: 6}"``) also what they predicted of each step against what it did. Run
+again, it goes on where it was stopped.
 
 Intervals are 95 % t-intervals over seeds: they say how far another seed would have led, on these prompts and
 from this warm-up. The clustered error of each evaluation is in the table of curves.
@@ -22,7 +23,7 @@ import plotly.graph_objects as go
 import pyarrow as pa
 import pyarrow.parquet as pq
 from plotly.subplots import make_subplots
-from scipy.stats import t
+from scipy.stats import linregress, t
 
 from stepscope.config import EvalConfig, TrainConfig, build_config, load_config
 from stepscope.pipeline import run_eval, run_train
@@ -112,6 +113,26 @@ def last_checkpoints(table: pa.Table) -> str:
     return "\n".join(lines)
 
 
+def predicted_and_realised(out: Path) -> str:
+    """Markdown table: the probed steps of every objective, realised against predicted entropy change."""
+    lines = ["| objective | probed steps | correlation | slope | intercept | rms difference / rms change |"]
+    lines.append("|---|---|---|---|---|---|")
+    pooled: list[FloatArray] = []
+    for name in [*OBJECTIVES, "all"]:
+        tables = [read_table(path) for path in sorted(out.glob(f"{name}/seed-*/probes.parquet"))]
+        own = [np.array([t.column("predicted").to_numpy(), t.column("realised").to_numpy()]) for t in tables]
+        pooled += own
+        if not (chosen := pooled if name == "all" else own):
+            continue
+        predicted, realised = np.concatenate(chosen, axis=1)
+        fit = linregress(predicted, realised)
+        off = np.sqrt(((realised - predicted) ** 2).mean() / (realised**2).mean())
+        slope = f"{fit.slope:.3f} ± {fit.stderr:.3f}"
+        cells = [str(len(predicted)), f"{fit.rvalue:.4f}", slope, f"{fit.intercept:.1e}", f"{off:.3f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -138,6 +159,8 @@ def main() -> None:
             write_table(everything, given.out / "curves.parquet")
             draw(everything, given.out / "objectives.html")
     print(last_checkpoints(pq.read_table(given.out / "curves.parquet")))
+    if any(given.out.glob("*/seed-*/probes.parquet")):
+        print(predicted_and_realised(given.out))
 
 
 if __name__ == "__main__":
