@@ -59,8 +59,9 @@ def train_and_evaluate(
     if not table.exists():
         start = [f"model.source={base}", "sft=null", f"seed={seed}", f"out={run}"]
         run_train(load_config(TrainConfig, CONFIG, [*OBJECTIVES[name], *changes, *start]), resume=True)
-        evaluation = {"source": str(run), "num_prompts": size[0], "samples_per_prompt": size[1]}
-        run_eval(build_config(EvalConfig, evaluation))
+        prompts, samples = size
+        evaluation = {"num_prompts": prompts, "samples_per_prompt": samples, "ks": [1, samples]}
+        run_eval(build_config(EvalConfig, {"source": str(run), **evaluation}))
     return read_table(table)
 
 

@@ -34,7 +34,7 @@ from stepscope.policy.vectors import ParameterVector
 from stepscope.results import BoolArray, FloatArray, Rollouts
 from stepscope.stats import Estimate
 
-CRITERIA = ("disc_v", "cov_batch", "steer_thm", "npg", "top_ent_mask", "neg_A_logp")
+CRITERIA = ("disc_v", "cov_batch", "steer_thm", "npg", "top_ent_mask", "neg_A_missing")
 """Criteria that are tried as rules unless others are named."""
 
 
