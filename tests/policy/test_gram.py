@@ -17,7 +17,7 @@ from stepscope.errors import MeasurementError
 from stepscope.policy import coverage
 from stepscope.policy.forward import TokenBatch, TokenOutputs, forward, make_batch
 from stepscope.policy.gradient_store import GradientStore
-from stepscope.policy.gradients import directional_derivative
+from stepscope.policy.gradients import directional_derivative, gradient
 from stepscope.policy.gram import gram, grams
 from stepscope.policy.layer_gradient import LayerGradient, Whole
 from stepscope.policy.precision import lift_model
@@ -351,6 +351,25 @@ def test_double_backward_equals_forward_mode(build_model: Build, architecture: s
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     sums = torch.stack([d.sum() for d in forward_mode])
     assert error(sums, torch.from_numpy(per_sequence_dot(policy, update, objective, u))) < 1e-11
+
+
+@pytest.mark.parametrize("mode", ["forward", "double_backward"])
+def test_sampled_padding_tokens_count_as_asked(build_model: Build, mode: str) -> None:
+    """Whole gradients, per-sequence gradients and token derivatives leave out the same, or nothing."""
+    policy = as_policy(build_model("llama"))
+    policy.model.get_input_embeddings().padding_idx = 7
+    rollouts, u = draw(6), random_vector(policy)
+    assert any(7 in ids[:-1] for ids in rollouts.response_token_ids)
+    found = {}
+    for as_trained in (True, False):
+        along = directional_derivative(policy, rollouts, objective, u, mode=mode, as_trained=as_trained)
+        found[as_trained] = torch.stack([d.sum() for d in along])
+        dots = per_sequence_dot(policy, rollouts, objective, u, as_trained=as_trained)
+        assert error(torch.from_numpy(dots), found[as_trained]) < 1e-11
+        whole = flat(gradient(policy, rollouts, objective, as_trained=as_trained))
+        assert float(whole @ flat(u)) == pytest.approx(float(found[as_trained].sum()), rel=1e-11)
+    assert error(found[True], found[False]) > 1e-3
+    assert policy.model.get_input_embeddings().padding_idx == 7
 
 
 class NoForwardMode(torch.autograd.Function):

@@ -25,7 +25,6 @@ from stepscope.measure.probe_gradient import bind_quantity
 from stepscope.measure.quantities import VERSIONS
 from stepscope.measure.step import Step, weighted_logprobs
 from stepscope.policy import vectors
-from stepscope.policy.differentiation import whole_embeddings
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients import Mode, directional_derivative, gradient, response_logprob
 from stepscope.policy.products import group_gradients, paired_dots
@@ -211,10 +210,15 @@ def _halves(
     )
     prompts = np.random.default_rng(seed).permutation(probe.num_prompts) % 2
     half = prompts[probe.prompt_index]
-    with whole_embeddings(policy.model):
-        sums = group_gradients(
-            policy, probe, bound.objective, half, max_sequences=max_sequences, progress=progress
-        )
+    sums = group_gradients(
+        policy,
+        probe,
+        bound.objective,
+        half,
+        as_trained=False,
+        max_sequences=max_sequences,
+        progress=progress,
+    )
     sizes = np.bincount(half, minlength=2)
     parts = [{n: t[h] / int(sizes[h]) for n, t in sums.items()} for h in range(2)]
     return parts, sizes / sizes.sum()

@@ -29,7 +29,6 @@ from stepscope.measure.quantities import (
     why_trivial,
 )
 from stepscope.measure.step import weighted_logprobs
-from stepscope.policy.differentiation import whole_embeddings
 from stepscope.policy.gradients import Objective, gradient
 from stepscope.policy.products import group_gradients
 from stepscope.policy.state import Policy
@@ -229,19 +228,24 @@ def probe_gradient(
     params = policy.parameters
     per_group = sum(p.numel() * max(4, p.element_size()) for p in params.values())
     groups = _grouping(rollouts.prompt_index, min(max_groups, max(1, memory_bytes // per_group - 2)))
-    options: dict[str, Any] = {
-        "keep_logits": bound.quantity.needs_logits,
-        "max_sequences": max_sequences,
-    }
-    with whole_embeddings(policy.model):
-        parts = group_gradients(policy, rollouts, bound.objective, groups, progress=progress, **options)
+    parts = group_gradients(
+        policy,
+        rollouts,
+        bound.objective,
+        groups,
+        as_trained=False,
+        keep_logits=bound.quantity.needs_logits,
+        max_sequences=max_sequences,
+        progress=progress,
+    )
     slope = {n: torch.zeros_like(t[0]) for n, t in parts.items()}
     probe = bound.probe
     if probe.per_token and probe.on_policy:
         ahead = after(probe.mask.astype(np.float64)) - probe.length_baseline
         weights = _ragged(ahead / len(rollouts), rollouts.num_tokens)
-        with whole_embeddings(policy.model):
-            slope = gradient(policy, rollouts, weighted_logprobs(weights), max_sequences=max_sequences)
+        slope = gradient(
+            policy, rollouts, weighted_logprobs(weights), as_trained=False, max_sequences=max_sequences
+        )
     return ProbeGradient(
         bound=bound,
         parts={n: torch.cat([t, slope[n].to(t.dtype).unsqueeze(0)]) for n, t in parts.items()},

@@ -7,9 +7,9 @@ shows both.
 
 ``nn.Embedding`` with a ``padding_idx`` has no gradient for that row in reverse mode, but a derivative in
 forward mode. A policy can sample its padding token, so the two differ. A training step moves parameters by
-the reverse-mode gradient, as it is; a quantity of the policy has the derivative of the function. Hence
-:func:`frozen_padding` where a step's gradients are taken in forward mode, and :func:`whole_embeddings` where
-a quantity's gradient is taken in reverse mode.
+the reverse-mode gradient, as it is; a quantity of the policy has the derivative of the function. Whatever
+takes derivatives asks which of the two is meant (``as_trained``): :func:`frozen_padding` gives the former in
+forward mode, :func:`whole_embeddings` the latter in reverse mode.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -34,22 +35,33 @@ def gradient(
     rollouts: Rollouts,
     objective: Objective,
     *,
+    as_trained: bool = True,
     max_sequences: int = 16,
     keep_logits: bool = False,
 ) -> dict[str, Tensor]:
     """Gradient of the objective summed over all sequences (and tokens): one forward and one backward.
 
     Parameters the objective does not depend on get a zero gradient.
+
+    Args:
+        policy: its trainable parameters are differentiated.
+        rollouts: the sequences.
+        objective: (seq,) or (seq, tok).
+        as_trained: leave out what goes through the embedding of padding tokens, as a training does;
+            otherwise the gradient is that of the function.
+        max_sequences: micro-batch size.
+        keep_logits: whether the objective needs logits.
     """
     params = policy.parameters
     total = {n: torch.zeros_like(p) for n, p in params.items()}
-    for batch in batches(rollouts, max_sequences=max_sequences, device=policy.device):
-        outputs = forward(policy.model, batch, temperature=rollouts.temperature, keep_logits=keep_logits)
-        value = objective(outputs, batch).sum()
-        grads = torch.autograd.grad(value, list(params.values()), allow_unused=True)
-        for name, grad in zip(params, grads, strict=True):
-            if grad is not None:
-                total[name] += grad
+    with nullcontext() if as_trained else whole_embeddings(policy.model):
+        for batch in batches(rollouts, max_sequences=max_sequences, device=policy.device):
+            outputs = forward(policy.model, batch, temperature=rollouts.temperature, keep_logits=keep_logits)
+            value = objective(outputs, batch).sum()
+            grads = torch.autograd.grad(value, list(params.values()), allow_unused=True)
+            for name, grad in zip(params, grads, strict=True):
+                if grad is not None:
+                    total[name] += grad
     return total
 
 

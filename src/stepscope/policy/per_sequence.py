@@ -8,6 +8,7 @@ is made here; whoever consumes the stream decides what to keep.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import TypedDict, Unpack
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from stepscope.policy.capture import Capture
 from stepscope.policy.coverage import Coverage, NotSeparableError, classify, known, settle
+from stepscope.policy.differentiation import whole_embeddings
 from stepscope.policy.forward import TokenBatch, TokenOutputs, forward, make_batch
 from stepscope.policy.gradients import Objective
 from stepscope.policy.layer_gradient import LayerGradient, Whole, matrix_shape
@@ -27,15 +29,18 @@ Consume = Callable[[LayerGradient, slice], None]
 
 
 class StreamOptions(TypedDict, total=False):
-    """How a stream of gradients is cut into micro-batches.
+    """How a stream of gradients is taken, and cut into micro-batches.
 
     Attributes:
+        as_trained: leave out what goes through the embedding of padding tokens, as a training does; otherwise
+            the gradients are those of the function. True unless given.
         max_sequences: most sequences in a micro-batch; 16 unless given.
         max_tokens: most padded tokens in a micro-batch; no limit unless given.
         keep_logits: whether the objective needs logits.
         progress: show a progress bar.
     """
 
+    as_trained: bool
     max_sequences: int
     max_tokens: int | None
     keep_logits: bool
@@ -86,7 +91,9 @@ def stream(
     pieces = list(
         _micro_batches(rollouts, chosen, options.get("max_sequences", 16), options.get("max_tokens"))
     )
-    with capture.installed():
+    # a capture freezes the parameters, and frozen embeddings are passed over: so in this order
+    embeddings = nullcontext() if options.get("as_trained", True) else whole_embeddings(policy.model)
+    with embeddings, capture.installed():
         for piece in track(pieces, description="gradients", disable=not options.get("progress", False)):
             batch = _gather(policy, rollouts, chosen[piece])
             _differentiate(
