@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ _TOP_TOKENS = 25
 
 @dataclass(frozen=True)
 class TokenTable:
-    """The update batch's tokens joined with their influence; arrays over tokens, in order of the file."""
+    """A batch's tokens joined with what is known of them; arrays over tokens, in order of the file."""
 
     sequence_id: npt.NDArray[np.int64]
     position: npt.NDArray[np.int64]
@@ -32,59 +33,56 @@ class TokenTable:
     weight: npt.NDArray[np.float64] | None
     influence: npt.NDArray[np.float64] | None
     correct: npt.NDArray[np.bool_] | None
-    scores: Mapping[str, npt.NDArray[np.float64]] = field(default_factory=dict)
+    scores: Mapping[str, npt.NDArray[np.float64]]
 
 
 def join_tokens(
-    sequences: Table | None, tokens: Table | None, influence: Table | None, quantity: str
+    sequences: Table | None,
+    tokens: Table | None,
+    influence: Table | None,
+    quantity: str,
+    criteria: Table | None = None,
+    names: Sequence[str] = (),
 ) -> TokenTable | None:
-    """Tokens with their influence on ``quantity`` (nan where the file lacks one), and verdicts."""
+    """Tokens with their influence on ``quantity``, their scores under some criteria, and verdicts.
+
+    Influence and scores are nan where their file lacks the token.
+    """
     if tokens is None:
         return None
     ids = np.array(tokens["sequence_id"], dtype=np.int64)
-    positions = np.array(tokens["position"], dtype=np.int64)
-    joined = None
-    if influence is not None and quantity in influence["quantity"]:
-        known = {
-            (s, p): float(v)
-            for s, p, q, v in zip(
-                *(influence[k] for k in ("sequence_id", "position", "quantity", "influence")), strict=True
-            )
-            if q == quantity
-        }
-        joined = np.array(
-            [known.get(pair, math.nan) for pair in zip(ids.tolist(), positions.tolist(), strict=True)]
-        )
     correct = None
     if sequences is not None and "correct" in sequences:
         verdicts = dict(zip(sequences["sequence_id"], sequences["correct"], strict=True))
         correct = np.array([bool(verdicts.get(i, False)) for i in ids.tolist()])
+    chosen = None
+    if influence is not None and quantity in influence["quantity"]:
+        own = [q == quantity for q in influence["quantity"]]
+        chosen = {name: list(compress(column, own)) for name, column in influence.items()}
     return TokenTable(
         sequence_id=ids,
-        position=positions,
+        position=np.array(tokens["position"], dtype=np.int64),
         token=[str(t) for t in tokens["token"]],
         logprob=np.array(tokens["logprob"], dtype=np.float64),
         entropy=np.array(tokens["entropy"], dtype=np.float64),
         weight=np.array(tokens["token_weight"], dtype=np.float64) if "token_weight" in tokens else None,
-        influence=joined,
+        influence=_at(tokens, chosen, ["influence"]).get("influence"),
         correct=correct,
+        scores=_at(tokens, criteria, names),
     )
 
 
-def with_scores(tokens: TokenTable, criteria: Table | None, names: Sequence[str]) -> TokenTable:
-    """The tokens with their scores under some criteria; nan where the file lacks a token."""
-    if criteria is None:
-        return tokens
-    row_of = {
-        pair: row for row, pair in enumerate(zip(criteria["sequence_id"], criteria["position"], strict=True))
-    }
-    rows = [row_of.get(p) for p in zip(tokens.sequence_id.tolist(), tokens.position.tolist(), strict=True)]
-    scores = {
-        name: np.array([math.nan if r is None else float(criteria[name][r]) for r in rows])
+def _at(tokens: Table, table: Table | None, names: Sequence[str]) -> dict[str, npt.NDArray[np.float64]]:
+    """Columns of another table of tokens, in the order of ``tokens``; nan where it lacks a token."""
+    if table is None:
+        return {}
+    row_of = {pair: row for row, pair in enumerate(zip(table["sequence_id"], table["position"], strict=True))}
+    rows = [row_of.get(pair) for pair in zip(tokens["sequence_id"], tokens["position"], strict=True)]
+    return {
+        name: np.array([math.nan if r is None else float(table[name][r]) for r in rows])
         for name in names
-        if name in criteria
+        if name in table
     }
-    return replace(tokens, scores=scores)
 
 
 def parts(summary: Mapping[str, Estimate], lr: float) -> str:

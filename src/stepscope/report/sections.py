@@ -88,12 +88,13 @@ def measurement_panel(measurement: Measurement, key: str, count: int, title: str
     """
     quantity = str(measurement.change["quantity"]) if measurement.change else "entropy"
     tokens = influence.join_tokens(
-        measurement.update, measurement.update_tokens, measurement.influence_tokens, quantity
+        measurement.update,
+        measurement.update_tokens,
+        measurement.influence_tokens,
+        quantity,
+        measurement.criteria_tokens,
+        criteria.best_of(measurement, _SCORES_ON_HOVER),
     )
-    if tokens is not None:
-        tokens = influence.with_scores(
-            tokens, measurement.criteria_tokens, criteria.best_of(measurement, _SCORES_ON_HOVER)
-        )
     sections = (
         _headline_section(measurement),
         _provenance_section(measurement),
