@@ -8,13 +8,21 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from stepscope.report.figures import BLUE, GREEN, PURPLE, VERMILLION, Figure, error_bars, make_spec, rounded
+from stepscope.report.figures import (
+    BLUE,
+    LOOKS,
+    PURPLE,
+    VERMILLION,
+    Figure,
+    error_bars,
+    make_spec,
+    rounded,
+)
 from stepscope.report.law import law_figure, law_sentences
 from stepscope.report.load import Table, Training, parse_estimate
 from stepscope.report.tables import Column, TableBlock, count_cell, estimate_cell, text_cell
 
 _STEP_AXIS = {"title": {"text": "optimizer step"}}
-_LOOKS = ((BLUE, "circle", "solid"), (VERMILLION, "diamond", "dash"), (GREEN, "square", "dot"))
 _CURVES = (
     (
         "eval-length",
@@ -115,7 +123,7 @@ def _curves_figure(
 ) -> Figure:
     traces = [
         _curve(table["step"], table[column], table[f"{column}_stderr"], name, look, "step %{x}")
-        for (column, name), look in zip(curves, _LOOKS, strict=False)
+        for (column, name), look in zip(curves, LOOKS, strict=False)
     ]
     spec = make_spec(
         traces, xaxis=_STEP_AXIS, yaxis={"title": {"text": unit}, "rangemode": "tozero"}, showlegend=True
@@ -209,7 +217,7 @@ def _profile_figures(profiles: Table | None) -> list[Figure]:
                 look,
                 f"{axis} %{{x}}",
             )
-            for (column, name), look in zip(curves, _LOOKS, strict=False)
+            for (column, name), look in zip(curves, LOOKS, strict=False)
         ]
         spec = make_spec(
             traces,

@@ -2,8 +2,7 @@
 
 Colours are names of CSS variables (``var(--blue)``): the script of the page resolves them when it draws, so
 one figure serves light, dark and export. The palette behind them is Okabe and Ito's, and no distinction
-rests on
-colour alone. Error bars are 95 % intervals (1.96 standard errors) in every figure.
+rests on colour alone. Error bars are 95 % intervals (1.96 standard errors) in every figure.
 """
 
 from __future__ import annotations
@@ -23,6 +22,16 @@ Z95 = 1.96
 
 BLUE, VERMILLION, GREEN, PURPLE = "var(--blue)", "var(--vermillion)", "var(--green)", "var(--purple)"
 INK, MUTED, PAPER = "var(--ink)", "var(--muted)", "var(--paper)"
+
+LOOKS = (
+    (BLUE, "circle", "solid"),
+    (VERMILLION, "diamond", "dash"),
+    (GREEN, "square", "dot"),
+    (PURPLE, "triangle-up", "dashdot"),
+    (INK, "x", "longdash"),
+    (MUTED, "star", "longdashdot"),
+)
+"""Colour, mark and dash of the first curves of a figure: no two have any of them in common."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,13 @@ def make_spec(traces: Sequence[Any], **layout: Any) -> dict[str, Any]:
     spec: dict[str, Any] = figure.to_plotly_json()
     spec["layout"].pop("template", None)
     return spec
+
+
+def look(number: int) -> tuple[str, str, str]:
+    """Colour, mark and dash of curve ``number``; beyond the first ones a colour comes with another mark."""
+    turn, place = divmod(number, len(LOOKS))
+    _, symbol, dash = LOOKS[(place + turn) % len(LOOKS)]
+    return LOOKS[place][0], symbol, dash
 
 
 def soft(color: str) -> str:

@@ -12,7 +12,17 @@ import plotly.graph_objects as go
 
 from stepscope.errors import RunFolderError
 from stepscope.report import text
-from stepscope.report.figures import BLUE, INK, MUTED, PAPER, VERMILLION, Figure, make_spec, rounded
+from stepscope.report.figures import (
+    BLUE,
+    INK,
+    LOOKS,
+    MUTED,
+    PAPER,
+    VERMILLION,
+    Figure,
+    make_spec,
+    rounded,
+)
 from stepscope.report.load import Measurement, parse_estimate
 from stepscope.report.tables import Column, TableBlock, count_cell, estimate_cell, text_cell, trust_cell
 from stepscope.stats import Estimate
@@ -174,12 +184,9 @@ def _separators(at: int, end: int) -> tuple[dict[str, Any], dict[str, Any]]:
     return {**line, **along, **across}, {**line, **turned}
 
 
-_LOOKS = ((BLUE, "circle", "solid"), (VERMILLION, "diamond", "dash"))
-
-
 def _spectrum_figure(forms: Mapping[str, Mapping[str, Any]]) -> Figure:
     traces = []
-    for (metric, report), (color, symbol, _) in zip(forms.items(), _LOOKS, strict=False):
+    for (metric, report), (color, symbol, _) in zip(forms.items(), LOOKS, strict=False):
         values = [v for v in report["spectrum"] if v > 0]
         traces.append(
             go.Scatter(
@@ -223,7 +230,7 @@ def _spectrum_figure(forms: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 def _prefix_figure(forms: Mapping[str, Mapping[str, Any]]) -> Figure:
     traces = []
-    for (metric, report), (color, symbol, dash) in zip(forms.items(), _LOOKS, strict=False):
+    for (metric, report), (color, symbol, dash) in zip(forms.items(), LOOKS, strict=False):
         bins = report["shared_prefix"]
         traces.append(
             go.Scatter(

@@ -10,28 +10,10 @@ import numpy as np
 import plotly.graph_objects as go
 
 from stepscope.report import text
-from stepscope.report.figures import (
-    BLUE,
-    GREEN,
-    INK,
-    PURPLE,
-    VERMILLION,
-    Figure,
-    error_bars,
-    make_spec,
-    rounded,
-)
+from stepscope.report.figures import Figure, error_bars, look, make_spec, rounded
 from stepscope.report.load import parse_estimate
 from stepscope.report.tables import Column, TableBlock, count_cell, estimate_cell, number_cell, text_cell
 from stepscope.stats import Estimate
-
-_LOOKS = (
-    (BLUE, "circle", "solid"),
-    (VERMILLION, "diamond", "dash"),
-    (GREEN, "square", "dot"),
-    (PURPLE, "cross", "dashdot"),
-    (INK, "x", "longdash"),
-)
 
 
 def law_figure(laws: Mapping[str, Mapping[str, Any]]) -> Figure:
@@ -42,7 +24,7 @@ def law_figure(laws: Mapping[str, Mapping[str, Any]]) -> Figure:
     """
     traces = []
     for number, (name, law) in enumerate(laws.items()):
-        color, symbol, dash = _LOOKS[number % len(_LOOKS)]
+        color, symbol, dash = look(number)
         a, b = (_estimate(law, key) for key in ("a", "b"))
         H = np.linspace(0.0, 1.05 * max(law["entropy"]), 60)
         traces += [

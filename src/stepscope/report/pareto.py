@@ -8,30 +8,10 @@ from typing import Any
 import plotly.graph_objects as go
 
 from stepscope.report import text
-from stepscope.report.figures import (
-    BLUE,
-    GREEN,
-    INK,
-    MUTED,
-    PURPLE,
-    VERMILLION,
-    Figure,
-    error_bars,
-    make_spec,
-    rounded,
-)
+from stepscope.report.figures import Figure, error_bars, look, make_spec, rounded
 from stepscope.report.load import Measurement
 from stepscope.report.tables import Column, TableBlock, estimate_cell, text_cell
 from stepscope.stats import Estimate
-
-_MARKS = (
-    (BLUE, "circle"),
-    (GREEN, "square"),
-    (MUTED, "x"),
-    (VERMILLION, "diamond"),
-    (PURPLE, "triangle-up"),
-    (INK, "star"),
-)
 
 
 def pareto_figure(measurement: Measurement) -> Figure | None:
@@ -43,7 +23,7 @@ def pareto_figure(measurement: Measurement) -> Figure | None:
     rules = list(dict.fromkeys(point["rule"] for point in pareto["points"]))
     for number, rule in enumerate(rules):
         points = [point for point in pareto["points"] if point["rule"] == rule]
-        color, symbol = _MARKS[number % len(_MARKS)]
+        color, symbol, dash = look(number)
         traces.append(
             go.Scatter(
                 x=rounded(p["reward_given_up"].value for p in points),
@@ -52,12 +32,8 @@ def pareto_figure(measurement: Measurement) -> Figure | None:
                 error_y=error_bars((p["entropy_kept"].stderr for p in points), color),
                 mode="lines+markers",
                 name=rule.replace("_", " "),
-                line={"color": color, "width": 1, "dash": "solid" if number < len(_MARKS) else "dot"},
-                marker={
-                    "size": 7,
-                    "color": color,
-                    "symbol": f"{symbol}{'' if number < len(_MARKS) else '-open'}",
-                },
+                line={"color": color, "width": 1, "dash": dash},
+                marker={"size": 7, "color": color, "symbol": symbol},
                 customdata=[_point_text(p) for p in points],
                 hovertemplate=f"{rule}, %{{customdata}}<extra></extra>",
             )

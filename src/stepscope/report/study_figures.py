@@ -5,33 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import product
 from typing import Any
 
 import plotly.graph_objects as go
 
 from stepscope.report import text
 from stepscope.report.change import lr_axis, magnitude_axis, own_lr_lines
-from stepscope.report.figures import (
-    BLUE,
-    GREEN,
-    INK,
-    PURPLE,
-    VERMILLION,
-    Figure,
-    error_bars,
-    make_spec,
-    rounded,
-)
+from stepscope.report.figures import Figure, error_bars, look, make_spec, rounded
 from stepscope.report.study_load import Row
-
-_LOOKS = [
-    (color, *look)
-    for look, color in product(
-        (("circle", "solid"), ("diamond", "dash"), ("square", "dot")), (BLUE, VERMILLION, GREEN, PURPLE, INK)
-    )
-]
-"""Colour, symbol and dash of the checkpoints in turn."""
 
 _COLUMNS = 2
 """Panels beside one another where each learning rate has its own."""
@@ -54,7 +35,7 @@ def line_figure(
     """
     traces: list[Any] = []
     for number, line in enumerate(lines):
-        color, symbol, dash = _LOOKS[number % len(_LOOKS)]
+        color, symbol, dash = look(number)
         own = [p for p in points if p["checkpoint"] == line["checkpoint"]]
         traces += _points_of(
             own, text.plotly_text(labels[line["checkpoint"]]) + _fit_words(line), color, symbol
@@ -163,9 +144,7 @@ def difference_figure(rows: Sequence[Row], labels: Mapping[str, str], spread: st
             values = [
                 r["relative_difference"] for r in rows if (r["lr"], r["checkpoint"]) == (lr, checkpoint)
             ]
-            traces.append(
-                _box(values, text.plotly_text(labels[checkpoint]), _LOOKS[place % len(_LOOKS)][0], suffix)
-            )
+            traces.append(_box(values, text.plotly_text(labels[checkpoint]), look(place)[0], suffix))
         layout[f"xaxis{suffix}"] = {"domain": [left, left + wide], "anchor": f"y{suffix}"}
         layout[f"yaxis{suffix}"] = {
             "domain": [max(0.0, top - high), top],

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from stepscope.report import text
 from stepscope.report.figures import (
     BLUE,
-    GREEN,
+    LOOKS,
     PURPLE,
     VERMILLION,
     Figure,
@@ -36,7 +36,6 @@ _LOGGED = (
     ("entropy", "Entropy of the policy on each training batch", VERMILLION, "nats/token"),
     ("completions/mean_length", "Mean response length of each training batch", PURPLE, "tokens"),
 )
-_LOOKS = ((BLUE, "circle", "solid"), (VERMILLION, "diamond", "dash"), (GREEN, "square", "dot"))
 _STEP_AXIS = {"title": {"text": "optimizer step"}}
 
 
@@ -171,8 +170,7 @@ def _evaluated_curve(table: Table, column: str, name: str, look: tuple[str, str,
 def _pass_figure(table: Table, setting: str, key: str) -> Figure:
     ks = _ks(table)
     traces = [
-        _evaluated_curve(table, f"pass_at_{k}", f"pass@{k}", look)
-        for k, look in zip(ks, _LOOKS, strict=False)
+        _evaluated_curve(table, f"pass_at_{k}", f"pass@{k}", look) for k, look in zip(ks, LOOKS, strict=False)
     ]
     spec = make_spec(
         traces, xaxis=_STEP_AXIS, yaxis={"title": {"text": "fraction of problems"}, "range": [0, 1.02]}
@@ -203,7 +201,7 @@ def _entropy_figure(table: Table, setting: str, key: str) -> Figure:
 def _warmup_figure(log: Sequence[Mapping[str, Any]]) -> Figure | None:
     traces = []
     for (key, name), (color, symbol, dash) in zip(
-        (("accuracy", "correct"), ("format_rate", "well-formed")), _LOOKS, strict=False
+        (("accuracy", "correct"), ("format_rate", "well-formed")), LOOKS, strict=False
     ):
         rows = [row for row in log if isinstance(row.get(key), int | float) and "step" in row]
         if rows:
@@ -235,7 +233,7 @@ def _warmup_figure(log: Sequence[Mapping[str, Any]]) -> Figure | None:
 def _ks(table: Table) -> list[int]:
     """The k of every pass@k that comes with an error, at most three: smallest, ..., largest."""
     found = sorted(int(m.group(1)) for name in table if (m := re.fullmatch(r"pass_at_(\d+)_stderr", name)))
-    return found if len(found) <= len(_LOOKS) else [*found[:2], found[-1]]
+    return found if len(found) <= 3 else [*found[:2], found[-1]]
 
 
 def _entry(table: Table, column: str, unit: str, row: int) -> Estimate:
