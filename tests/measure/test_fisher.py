@@ -114,11 +114,13 @@ def test_preconditioner_enters_once(tiny_policy: Policy) -> None:
     np.testing.assert_allclose(kernel[:, 1], slope, rtol=1e-5)
 
 
-def test_predicted_logprob_change(tiny_policy: Policy) -> None:
+@pytest.mark.parametrize("padding", [0, 3], ids=["padding unused", "padding sampled"])
+def test_predicted_logprob_change(tiny_policy: Policy, padding: int) -> None:
+    tiny_policy.model.get_input_embeddings().padding_idx = padding
     update, texts = draw(tiny_policy, 1, 3, 3), draw(tiny_policy, 5, 4, 1)
     step = reconstruct_step(tiny_policy, update)
     found = predict_logprobs(tiny_policy, step, texts)
-    along = directional_derivative(tiny_policy, texts, response_logprob, step.direction)
+    along = directional_derivative(tiny_policy, texts, response_logprob, step.direction, as_trained=False)
     np.testing.assert_allclose(found.total, [float(d.sum()) for d in along], rtol=1e-9)
     parts = found.sequences.sum(1) + found.momentum + found.decay
     np.testing.assert_allclose(parts, found.total, rtol=1e-8)

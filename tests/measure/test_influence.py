@@ -144,11 +144,13 @@ def test_sampled_padding_tokens_are_not_trained_but_move_the_quantity(mode: str)
     update, probe = draw(policy, 1, 3, 4), draw(policy, 2, 6, 2)
     assert any(7 in ids[:-1] for batch in (update, probe) for ids in batch.response_token_ids)
     step = reconstruct_step(policy, update)
-    shares = influence(policy, step, update, probe, mode=mode)
+    shares = influence(policy, step, update, probe, mode=mode, probe_resolved=True)
     change = measure_change(policy, step, probe, lrs=[1e-4])
     scale = np.abs(shares.sequences).sum() + abs(shares.momentum.value) + abs(shares.decay.value)
     assert shares.disagreement < 1e-10
     assert shares.total.value == pytest.approx(change.slope.value, abs=1e-10 * scale)
+    assert shares.probe_resolved is not None
+    np.testing.assert_allclose(shares.probe_resolved.mean(0), shares.sequences, rtol=1e-9)
     assert policy.model.get_input_embeddings().padding_idx == 7
 
 

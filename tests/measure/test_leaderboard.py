@@ -16,6 +16,7 @@ from stepscope.measure.influence import influence
 from stepscope.measure.leaderboard import Leaderboard, rank_criteria
 from stepscope.measure.leaderboard_truths import Truth, token_truths
 from stepscope.measure.step import reconstruct_step
+from stepscope.policy.differentiation import whole_embeddings
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
@@ -101,14 +102,22 @@ def jacobians(policy: Policy, rollouts) -> tuple[Tensor, Tensor]:
     return torch.stack(rows[0]), torch.stack(rows[1])
 
 
-def test_truths_are_sums_of_the_explicit_matrix(case):
-    policy, step, probe = case
+@pytest.mark.parametrize("padding", [0, 9], ids=["padding unused", "padding sampled"])
+def test_truths_are_sums_of_the_explicit_matrix(tiny_policy, draw_update, draw_rollouts, padding):
+    """Tokens push as trained, not through the padding embedding; entropies move through it all the same."""
+    policy = tiny_policy
+    policy.model.get_input_embeddings().padding_idx = padding
+    step = draw_update(policy, num_prompts=2, group_size=3)
+    probe = draw_rollouts(policy, num_prompts=4, group_size=2, seed=9)
+    for batch in (step.update, probe):
+        assert any(padding in ids[:-1] for ids in batch.response_token_ids) == (padding > 0)
     truths = by_name(token_truths(policy, step, probe, baseline="none"))
     assert set(truths) == {
         f"column_{p}_{v}" for p in ("sgd", "adamw") for v in ("on_policy", "fixed_prefix")
     } | {f"{k}_{p}" for k in ("row", "diagonal") for p in ("sgd", "adamw")}
-    logprobs, entropies = jacobians(policy, step.update)
-    probe_entropies = jacobians(policy, probe)[1]
+    logprobs = jacobians(policy, step.update)[0]
+    with whole_embeddings(policy.model):
+        entropies, probe_entropies = (jacobians(policy, batch)[1] for batch in (step.update, probe))
     weights = torch.from_numpy(np.concatenate(step.token_weights))
     flat = torch.cat([step.preconditioner[n].reshape(-1) for n in policy.parameters])
     for name, metric in (("sgd", torch.ones_like(flat)), ("adamw", flat)):

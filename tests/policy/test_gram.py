@@ -368,6 +368,15 @@ def test_sampled_padding_tokens_count_as_asked(build_model: Build, mode: str) ->
         assert error(torch.from_numpy(dots), found[as_trained]) < 1e-11
         whole = flat(gradient(policy, rollouts, objective, as_trained=as_trained))
         assert float(whole @ flat(u)) == pytest.approx(float(found[as_trained].sum()), rel=1e-11)
+        own = [
+            flat(gradient(policy, single, objective))
+            @ flat(gradient(policy, single, objective, as_trained=as_trained))
+            for single in (rollouts.select([i]) for i in range(len(rollouts)))
+        ]
+        pairs = paired_dots(
+            policy, rollouts, objective, objective, {"raw": None}, second_as_trained=as_trained
+        )
+        assert error(torch.from_numpy(pairs["raw"]), torch.stack(own)) < 1e-11
     assert error(found[True], found[False]) > 1e-3
     assert policy.model.get_input_embeddings().padding_idx == 7
 

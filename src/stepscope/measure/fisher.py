@@ -373,7 +373,13 @@ def predict_logprobs(
     directions = (step.direction, step.momentum, step.decay, step.bonus or none)
     stacked = {n: torch.stack([d[n] for d in directions]) for n in step.direction}
     total, momentum, decay, bonus = per_sequence_dots(
-        policy, texts, response_logprob, stacked, max_sequences=max_sequences, progress=progress
+        policy,
+        texts,
+        response_logprob,
+        stacked,
+        as_trained=False,
+        max_sequences=max_sequences,
+        progress=progress,
     )
     parts = gram(
         policy,
@@ -381,6 +387,7 @@ def predict_logprobs(
         weighted_logprobs(step.token_weights),
         preconditioner=step.preconditioner,
         other=(texts, response_logprob),
+        other_as_trained=False,
         memory_bytes=memory_bytes,
         max_sequences=max_sequences,
         progress=progress,

@@ -197,6 +197,7 @@ def influence(
             objective,
             preconditioner=step.preconditioner,
             other=(probe, bound.objective),
+            other_as_trained=False,
             memory_bytes=memory_bytes,
             max_sequences=max_sequences,
             keep_logits=bound.quantity.needs_logits,

@@ -159,6 +159,7 @@ def token_truths(
         response_logprob,
         _entropies,
         metrics,
+        second_as_trained=False,
         max_sequences=max_sequences,
         progress=progress,
     )

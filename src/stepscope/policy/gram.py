@@ -57,6 +57,7 @@ def gram(
     *,
     preconditioner: ParameterVector | None = None,
     other: tuple[Rollouts, Objective] | None = None,
+    other_as_trained: bool = True,
     memory_bytes: int = MEMORY_BYTES,
     directory: Path | None = None,
     double: bool = False,
@@ -69,6 +70,7 @@ def gram(
         objective,
         metrics={"metric": preconditioner},
         other=other,
+        other_as_trained=other_as_trained,
         memory_bytes=memory_bytes,
         directory=directory,
         double=double,
@@ -84,6 +86,7 @@ def grams(
     *,
     metrics: Metrics,
     other: tuple[Rollouts, Objective] | None = None,
+    other_as_trained: bool = True,
     memory_bytes: int = MEMORY_BYTES,
     directory: Path | None = None,
     double: bool = False,
@@ -97,6 +100,7 @@ def grams(
         objective: of ``rollouts``; (seq,) or (seq, tok).
         metrics: name to diagonal P (by parameter name), or None for the identity.
         other: further sequences e and their objective, for the rectangular kernel.
+        other_as_trained: the option ``as_trained`` of the gradients of ``other``.
         memory_bytes: budget for the gradients held (activations of a micro-batch come on top).
         directory: hold all gradients in files there instead (removed afterwards).
         double: multiply in float64 where gradients are float32; sums over parameters are in float64 anyway.
@@ -139,6 +143,7 @@ def grams(
                     square[m][block, later] = k.T
             if other is not None:
                 lengths = by_length(other[0])
+                theirs: StreamOptions = {**options, "as_trained": other_as_trained}
                 beside = {
                     m: torch.zeros(num_other, block.stop - block.start, dtype=torch.float64) for m in metrics
                 }
@@ -152,7 +157,7 @@ def grams(
                     beside,
                     found if b == 0 else None,
                     double,
-                    options,
+                    theirs,
                 )
                 for m, k in beside.items():
                     cross[m][lengths, block] = k

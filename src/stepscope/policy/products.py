@@ -104,6 +104,7 @@ def paired_dots(
     second: Objective,
     metrics: Mapping[str, ParameterVector | None],
     *,
+    second_as_trained: bool = True,
     memory_bytes: int = 2 * 2**30,
     **options: Unpack[StreamOptions],
 ) -> dict[str, FloatArray]:
@@ -118,6 +119,7 @@ def paired_dots(
         first: (seq,) or (seq, tok).
         second: (seq,) or (seq, tok).
         metrics: name to diagonal P (by parameter name), or None for the identity.
+        second_as_trained: the option ``as_trained`` of the gradients of ``second``.
         memory_bytes: budget for the gradients held.
         **options: see :class:`stepscope.policy.per_sequence.StreamOptions`.
 
@@ -146,6 +148,7 @@ def paired_dots(
 
         within: StreamOptions = {**options, "max_sequences": size, "max_tokens": None, "progress": False}
         stream(policy, rollouts, first, store.put, order=block, **within)
+        within["as_trained"] = second_as_trained
         stream(policy, rollouts, second, consume, order=block, **within)
     return found
 
