@@ -42,8 +42,8 @@ OBJECTIVES = {
     "top_entropy": ["rl.objective={name: top_entropy}"],
     "reweighting": ["rl.objective={name: reweighting}"],
     "discriminator": ["rl.objective={name: discriminator}"],
-    "influence": ["rl.objective={name: influence, fraction: 0.02}"],
-    "influence_priced": ["rl.objective={name: influence, fraction: 0.02, price: 0.2}"],
+    "influence": ["rl.objective={name: influence, fraction: 0.002}"],
+    "influence_priced": ["rl.objective={name: influence, fraction: 0.02, price: 1.0}"],
 }
 """Changes to the shared configuration, by name."""
 

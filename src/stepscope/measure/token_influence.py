@@ -35,6 +35,7 @@ def token_influences(
     task: Task,
     *,
     num_prompts: int,
+    with_reward: bool = True,
     max_sequences: int = 16,
 ) -> tuple[tuple[FloatArray, ...], tuple[FloatArray, ...]]:
     """Influence of each token of a batch on entropy per token and expected reward, on policy, per unit of lr.
@@ -50,6 +51,7 @@ def token_influences(
         weights: w_ik = -dLoss/dl_ik of the loss as it is, one (tok,) array per sequence.
         task: where probe prompts and rewards come from.
         num_prompts: of the probe batch.
+        with_reward: whether the influence on reward is wanted; zeros without, and a third of the time saved.
         max_sequences: micro-batch size.
 
     Returns:
@@ -59,8 +61,8 @@ def token_influences(
     probe = sample_rollouts(policy, task, num_prompts=num_prompts, group_size=1, seed=seed)
     ascent = gradient(policy, update, weighted_logprobs(weights), max_sequences=max_sequences)
     step = assemble_step(policy, update, weights, ascent)
-    found = []
-    for name, normalisation in QUANTITIES:
+    found = [tuple(np.zeros(n) for n in update.num_tokens)] * len(QUANTITIES)
+    for i, (name, normalisation) in enumerate(QUANTITIES[: 1 + with_reward]):
         bound = bind_quantity(
             policy,
             probe,
@@ -73,7 +75,7 @@ def token_influences(
         slope = probe_gradient(policy, probe, bound, max_groups=1, max_sequences=max_sequences)
         u = vectors.multiply(step.preconditioner, slope.mean())
         along = directional_derivative(policy, update, response_logprob, u, max_sequences=max_sequences)
-        found.append(tuple(w * d.double().cpu().numpy() for w, d in zip(weights, along, strict=True)))
+        found[i] = tuple(w * d.double().cpu().numpy() for w, d in zip(weights, along, strict=True))
     return found[0], found[1]
 
 
@@ -97,5 +99,6 @@ def objective_influences(
         token_weights(update, replace(policy.settings, objective=None)),
         task,
         num_prompts=objective["num_prompts"],
+        with_reward=objective["price"] > 0,
         max_sequences=max_sequences,
     )

@@ -35,7 +35,7 @@ class InfluenceMeter:
 
     def __init__(self, settings: StepSettings, task: Task, tokenizer: Any) -> None:
         self.settings = replace(settings, objective=None)
-        self.num_prompts = int((settings.objective or {})["num_prompts"])
+        self.objective = settings.objective or {}
         self.task = task
         self.tokenizer = tokenizer
 
@@ -93,7 +93,13 @@ class InfluenceMeter:
                 state = optimizer_state(adamw_of(optimizer), model, after_backward=False)
                 policy = Policy(model, self.tokenizer, settings, optimizer=state, step=step)
                 found = token_influences(
-                    policy, update, weights, self.task, num_prompts=self.num_prompts, max_sequences=32
+                    policy,
+                    update,
+                    weights,
+                    self.task,
+                    num_prompts=self.objective["num_prompts"],
+                    with_reward=self.objective["price"] > 0,
+                    max_sequences=32,
                 )
             for into, values in zip((entropy, reward), found, strict=True):
                 for i, row in zip(kept, values, strict=True):
