@@ -12,6 +12,7 @@ import yaml
 from stepscope.config import STAGES
 from stepscope.errors import RunFolderError
 from stepscope.pipeline import run_demo
+from stepscope.runs import locked
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,14 @@ def test_a_part_that_is_missing_is_made_again(demo, overrides):
     assert (demo / "eval.parquet").read_bytes() == table
     assert (demo / "measure" / "step-4" / "noise.json").is_file()
     assert weights.stat().st_mtime_ns == before
+
+
+def test_two_demos_do_not_share_a_folder(demo, overrides, monkeypatch):
+    with locked(demo):
+        with pytest.raises(RunFolderError, match="another process is at work in this folder"):
+            run_demo(demo, overrides)
+        monkeypatch.setenv("RANK", "1")
+        assert run_demo(demo, overrides) == demo / "report.html"
 
 
 def test_another_demo_in_the_folder_is_refused(demo, overrides):

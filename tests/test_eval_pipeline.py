@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from stepscope import cli
 from stepscope.evaluation import read_eval
-from stepscope.runs import read_json
+from stepscope.runs import locked, read_json
 
 SETTINGS = ["num_prompts=6", "samples_per_prompt=4", "ks=[1,4]"]
 
@@ -116,6 +116,17 @@ def test_finished_evaluation_gives_the_same_bits_and_samples_nothing(
     }
     run_eval(trained_run, "--out", out, *SETTINGS, "--resume")
     assert "another configuration: num_prompts" in run_eval(*arguments, "num_prompts=7", code=2)
+
+
+def test_two_evaluations_do_not_share_a_table(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [trained_run, "--out", tmp_path / "eval.parquet", *SETTINGS]
+    with locked(tmp_path / "eval_parts"):
+        assert "another process is at work" in run_eval(*arguments, code=2)
+        monkeypatch.setenv("RANK", "1")
+        run_eval(*arguments)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_changed_checkpoint_is_not_taken_for_the_old_one(trained_run: Path, tmp_path: Path) -> None:

@@ -17,12 +17,15 @@ from typer.testing import CliRunner
 
 from stepscope import cli
 from stepscope.config import STAGES, MeasureConfig, build_config
+from stepscope.errors import RunFolderError
 from stepscope.measure.step import reconstruct_step
+from stepscope.pipeline import run_measure
 from stepscope.pipeline.evaluate import checkpoints_in
 from stepscope.pipeline.stages import PLANS
 from stepscope.policy.checkpoint import load_checkpoint
 from stepscope.policy.vectors import dot, norm
 from stepscope.results import Rollouts
+from stepscope.runs import LOCK, locked
 from stepscope.stats import Estimate
 
 TASK = ["--task", "arithmetic:terms=2,digits=2,ops=+"]
@@ -163,6 +166,25 @@ def test_finished_stages_are_not_repeated(measured, checkpoint):
     said = measure(checkpoint, *TASK, "--out", measured, *SETTINGS, "--resume")
     assert said.count("done before") == len(STAGES)
     assert contents(measured) == before
+
+
+def test_two_measurements_do_not_share_a_folder(checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    config = build_config(MeasureConfig, {"checkpoint": str(checkpoint), "out": str(out)})
+    with locked(out):
+        with pytest.raises(RunFolderError, match="another process is at work in this folder"):
+            run_measure(config)
+        monkeypatch.setenv("RANK", "1")
+        assert run_measure(config) == out
+    assert not out.exists()
+
+
+def test_the_lock_of_a_killed_measurement_is_void(measured, checkpoint, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(measured, out)
+    (out / LOCK).touch()
+    assert measure(checkpoint, *TASK, "--out", out, *SETTINGS, "--resume").count("done before") == len(STAGES)
+    assert contents(out) == contents(measured)
 
 
 def test_a_removed_file_repeats_its_stage_and_what_rests_on_it(checkpoint, tmp_path):

@@ -19,6 +19,7 @@ from stepscope.config import StudyConfig, build_config, load_config
 from stepscope.errors import ConfigError, RunFolderError
 from stepscope.pipeline import run_report, run_study
 from stepscope.pipeline.study import study_cells
+from stepscope.runs import locked
 
 
 def study_config(trained_run: Path, out: Path, **changes) -> StudyConfig:
@@ -176,6 +177,16 @@ def test_wrong_settings_are_refused_before_anything_is_written(trained_run, tmp_
 def test_another_study_in_the_folder_is_refused(study, trained_run):
     with pytest.raises(RunFolderError, match=r"repeats \(2 there, 3 here\)"):
         run_study(study_config(trained_run, study, repeats=3))
+
+
+def test_two_studies_do_not_share_a_folder(trained_run, tmp_path, monkeypatch):
+    out = tmp_path / "s"
+    with locked(out):
+        with pytest.raises(RunFolderError, match="another process is at work in this folder"):
+            run_study(study_config(trained_run, out))
+        monkeypatch.setenv("RANK", "1")
+        assert run_study(study_config(trained_run, out)) == out
+    assert not out.exists()
 
 
 def test_resuming_a_finished_study_repeats_no_cell(study, trained_run):

@@ -26,12 +26,13 @@ from stepscope.evaluation import (
 )
 from stepscope.measure.entropy_law import fit_run
 from stepscope.pipeline.console import on_terminal, say, timed
+from stepscope.pipeline.processes import is_main_process
 from stepscope.pipeline.session import open_policy, open_task
 from stepscope.policy.checkpoint import checkpoint_digest
 from stepscope.policy.state import Policy
 from stepscope.report import write_evaluation
 from stepscope.results import FloatArray
-from stepscope.runs import RunFolder, write_json
+from stepscope.runs import RunFolder, locked, write_json
 
 LAW_CHECKPOINTS = 4
 """Fewest checkpoints to which the entropy law is fitted."""
@@ -72,7 +73,8 @@ def run_eval(config: EvalConfig, *, resume: bool = False) -> Path:
 
     Beside ``eval.parquet``: ``eval_prompts.parquet`` (per prompt), ``eval_profiles.parquet`` (other ways of
     sampling), ``eval_changes.json`` (paired differences between checkpoints), ``entropy_law.json``,
-    ``eval.html``, and ``eval_parts/`` with the finished parts and all responses.
+    ``eval.html``, and ``eval_parts/`` with the finished parts and all responses. Of several processes the
+    first one evaluates, and the others return at once.
 
     Args:
         config: what to evaluate, how, and where to.
@@ -83,11 +85,14 @@ def run_eval(config: EvalConfig, *, resume: bool = False) -> Path:
         The table.
 
     Raises:
-        RunFolderError: the file exists already and ``resume`` is off, or the parts are of another evaluation.
+        RunFolderError: the file exists already and ``resume`` is off, the parts are of another evaluation, or
+            another process is at work on them.
         CheckpointError: there is no checkpoint.
     """
     source = Path(config.source)
     out = Path(config.out) if config.out is not None else source / "eval.parquet"
+    if not is_main_process():
+        return out
     if out.exists() and not resume:
         raise RunFolderError(
             f"{out}: exists already; remove it, choose another file with --out, or add --resume to evaluate "
@@ -108,22 +113,29 @@ def evaluate_all(config: EvalConfig, out: Path, *, resume: bool) -> None:
         CheckpointError: there is no checkpoint.
     """
     checkpoints = checkpoints_in(Path(config.source))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    parts = RunFolder.open(
-        _companion(out, "parts"),
-        config.model_dump(mode="json"),
-        verb="eval",
-        resume=resume,
-        ignore=MAY_DIFFER,
-        extra={"source": str(Path(config.source).resolve())},
-    )
-    fitting = _fitting_batch(config)
-    try:
-        found = [_evaluate_checkpoint(config, checkpoint, parts, fitting) for checkpoint in checkpoints]
-    finally:
-        parts.clean_up()
-    rows = [row for row, _ in found]
-    if profiles := [row for _, others in found for row in others]:
+    folder = _companion(out, "parts")
+    with locked(folder):
+        parts = RunFolder.open(
+            folder,
+            config.model_dump(mode="json"),
+            verb="eval",
+            resume=resume,
+            ignore=MAY_DIFFER,
+            extra={"source": str(Path(config.source).resolve())},
+        )
+        fitting = _fitting_batch(config)
+        try:
+            found = [_evaluate_checkpoint(config, checkpoint, parts, fitting) for checkpoint in checkpoints]
+        finally:
+            parts.clean_up()
+        _write_tables(config, out, [row for row, _ in found], [row for _, others in found for row in others])
+
+
+def _write_tables(
+    config: EvalConfig, out: Path, rows: list[EvaluationRow], profiles: list[EvaluationRow]
+) -> None:
+    """Everything but the parts and the page; the table itself comes last."""
+    if profiles:
         write_eval(profiles, _companion(out, "profiles.parquet"))
     pairs = [*pairwise(rows), *([(rows[0], rows[-1])] if len(rows) > 2 else [])]
     changes = [_compared(before, after) for before, after in pairs]

@@ -12,7 +12,7 @@ from stepscope.pipeline.session import Session
 from stepscope.pipeline.stages import PLANS, write_summary
 from stepscope.policy.checkpoint import checkpoint_digest
 from stepscope.policy.state import Policy
-from stepscope.runs import RunFolder
+from stepscope.runs import RunFolder, locked
 
 MAY_DIFFER = ("stages", "out", "validation", "memory", "scratch")
 """Keys of the configuration that may change between two calls on one run folder."""
@@ -34,13 +34,20 @@ def run_measure(config: MeasureConfig, *, resume: bool = False, policy: Policy |
         The run folder.
 
     Raises:
-        RunFolderError: the folder holds another run, or a stage lacks what an earlier one leaves.
+        RunFolderError: the folder holds another run, another process is at work in it, or a stage lacks what
+            an earlier one leaves.
         CheckpointError: the checkpoint cannot be loaded or has no optimizer state.
         BatchError: the update batch makes no step, or the batches share prompts.
     """
     run = RunFolder(Path(config.out))
     if not is_main_process():
         return run.path
+    with locked(run.path):
+        _measure(config, run, resume, policy)
+    return run.path
+
+
+def _measure(config: MeasureConfig, run: RunFolder, resume: bool, policy: Policy | None) -> None:
     plain = config.model_dump(mode="json")
     held = run.holds_this_run(plain, verb="measure", resume=resume, ignore=MAY_DIFFER)
     wanted = [stage for stage in PLANS if stage in config.stages]
@@ -71,7 +78,6 @@ def run_measure(config: MeasureConfig, *, resume: bool = False, policy: Policy |
             _run_stage(session, stage)
     finally:
         run.clean_up()
-    return run.path
 
 
 def _run_stage(session: Session, stage: Stage) -> None:

@@ -14,11 +14,12 @@ from stepscope.config import MeasureConfig, StudyConfig, build_config, set_path
 from stepscope.pipeline.console import say
 from stepscope.pipeline.evaluate import checkpoints_in
 from stepscope.pipeline.measure import run_measure
+from stepscope.pipeline.processes import is_main_process
 from stepscope.pipeline.session import open_policy
 from stepscope.pipeline.study_table import cell_fits, cell_rows, summarise
 from stepscope.policy.state import Policy
 from stepscope.report import write_study_report
-from stepscope.runs import RunFolder
+from stepscope.runs import RunFolder, locked
 
 
 @dataclass(frozen=True)
@@ -95,28 +96,38 @@ def run_study(config: StudyConfig) -> Path:
     """Measure every cell that is not measured yet, then write ``study.parquet``, ``study.json`` and the page.
 
     A cell is measured in a hidden folder that is renamed once it is complete, so a killed study neither loses
-    nor duplicates one, and resuming gives the same table as an undisturbed run.
+    nor duplicates one, and resuming gives the same table as an undisturbed run. Of several processes the
+    first one measures, and the others return at once.
 
     Returns:
         The study folder.
 
     Raises:
-        RunFolderError: the folder holds a study of another configuration.
+        RunFolderError: the folder holds a study of another configuration, or another process is at work in
+            it.
     """
     cells = study_cells(config)
+    out = Path(config.out)
+    if not is_main_process():
+        return out
     plain = config.model_dump(mode="json")
-    run = RunFolder.open(Path(config.out), plain, verb="study", resume=True, ignore=("out",))
-    folder = run.file("cells")
-    folder.mkdir(exist_ok=True)
-    _measure_missing(cells, folder)
+    with locked(out):
+        run = RunFolder.open(out, plain, verb="study", resume=True, ignore=("out",))
+        folder = run.file("cells")
+        folder.mkdir(exist_ok=True)
+        _measure_missing(cells, folder)
+        _write_tables(config, cells, run, folder)
+        say(f"study: {write_study_report(out)}")
+    return out
+
+
+def _write_tables(config: StudyConfig, cells: list[Cell], run: RunFolder, folder: Path) -> None:
     rows = [
         {**_names(cell), **row} for cell in cells for row in cell_rows(_change_of(cell, folder), cell.config)
     ]
     fits = [{**_names(cell), **fit} for cell in cells for fit in cell_fits(_change_of(cell, folder))]
     runs.write_table(run.file("study.parquet"), {name: [row[name] for row in rows] for name in rows[0]})
     runs.write_json(run.file("study.json"), summarise(rows, fits, config.resample))
-    say(f"study: {write_study_report(run.path)}")
-    return run.path
 
 
 def _measure_missing(cells: list[Cell], folder: Path) -> None:
