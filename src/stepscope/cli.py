@@ -176,7 +176,7 @@ def measure(
             "--stages",
             metavar="A,B",
             help="Only these stages, on the run that the folder already holds: rollouts, step, change, "
-            "influence, validation, kernel, noise, report.",
+            "influence, validation, kernel, noise, criteria, report.",
         ),
     ] = None,
     validate: Annotated[
@@ -238,7 +238,9 @@ def study(
 @app.command()
 @_mendable
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run folder, folder of a measurement, or study folder.")
+    ],
     others: Annotated[
         list[Path] | None,
         typer.Argument(
@@ -250,7 +252,11 @@ def report(
         Path | None, typer.Option("--out", metavar="FILE", help="Page of the comparison.", show_default=False)
     ] = None,
 ) -> None:
-    """Rebuild report.html from the artifacts of a run, or compare runs; nothing is computed again."""
+    """Rebuild a page from its artifacts, or compare runs; nothing is computed again.
+
+    A run or a measurement gets report.html, a study study.html. With further folders the page compares two
+    measurements, or the entropy laws of evaluated runs: compare-OTHER.html in RUN, or FILE.
+    """
     from stepscope.pipeline import run_comparison, run_report
 
     if not others:
