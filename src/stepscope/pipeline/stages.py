@@ -299,6 +299,7 @@ def _drop_tokens(session: Session, board: Leaderboard) -> Pareto:
     config = session.config
     rules = {}
     if config.criteria.drop_shares:
+        # of a response; the stage influence measures the reward per token
         reward = influence(
             session.policy,
             session.step,
