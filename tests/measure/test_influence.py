@@ -262,6 +262,20 @@ def test_memory_decides_the_number_of_groups(setting: tuple[Policy, Step, Rollou
     assert np.isnan(one.errors(one.dots(step.momentum)[:, None])).all()
 
 
+def test_groups_of_ones_own_and_no_errors(setting: tuple[Policy, Step, Rollouts]) -> None:
+    policy, step, probe = setting
+    bound = bind_quantity(policy, probe, "entropy", direction=step.direction, baseline="none")
+    whole = probe_gradient(policy, probe, bound)
+    odd = probe.prompt_index % 2
+    parts = probe_gradient(policy, probe, bound, groups=odd, errors=False)
+    assert parts.num_groups == 2
+    by_prompt = whole.dots(step.momentum)[:-1]
+    halves = [by_prompt[0::2].sum(), by_prompt[1::2].sum()]
+    np.testing.assert_allclose(parts.dots(step.momentum)[:-1], halves, rtol=1e-9)
+    assert np.isnan(parts.errors(parts.dots(step.momentum)[:, None])).all()
+    assert np.isfinite(whole.errors(whole.dots(step.momentum)[:, None])).all()
+
+
 def test_tables(setting: tuple[Policy, Step, Rollouts], tmp_path) -> None:
     policy, step, probe = setting
     entropy = influence(policy, step, step.update, probe, baseline="none")

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from stepscope.errors import BatchError
 from stepscope.measure.fisher import split_tokens
-from stepscope.measure.probe_gradient import bind_quantity
+from stepscope.measure.probe_gradient import bind_quantity, probe_gradient
 from stepscope.measure.quantities import VERSIONS
 from stepscope.measure.step import Step, weighted_logprobs
 from stepscope.policy import vectors
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients import Mode, directional_derivative, gradient, response_logprob
-from stepscope.policy.products import group_gradients, paired_dots
+from stepscope.policy.products import paired_dots
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import FloatArray, IntArray, Rollouts
@@ -211,17 +211,11 @@ def _halves(
     )
     prompts = np.random.default_rng(seed).permutation(probe.num_prompts) % 2
     half = prompts[probe.prompt_index]
-    sums = group_gradients(
-        policy,
-        probe,
-        bound.objective,
-        half,
-        as_trained=False,
-        max_sequences=max_sequences,
-        progress=progress,
+    slope = probe_gradient(
+        policy, probe, bound, groups=half, errors=False, max_sequences=max_sequences, progress=progress
     )
     sizes = np.bincount(half, minlength=2)
-    parts = [{n: t[h] / int(sizes[h]) for n, t in sums.items()} for h in range(2)]
+    parts = [{n: t[h] / int(sizes[h]) for n, t in slope.parts.items()} for h in range(2)]
     return parts, sizes / sizes.sum()
 
 

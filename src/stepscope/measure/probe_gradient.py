@@ -7,6 +7,7 @@ adds the terms for the mean length and for Fbar, exactly as ``measure.estimators
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -146,7 +147,8 @@ class ProbeGradient:
     Attributes:
         bound: the quantity.
         parts: name to (group + 1, ...parameter shape): sums of the surrogate's gradient over each group's
-            sequences, and last the gradient of the mean length (zero where it does not enter).
+            sequences, and last the gradient of the mean length (zero where it does not enter, nan where
+            errors were not asked for).
         groups: (seq,) group of each probe sequence.
         by_prompt: whether each group is one prompt.
     """
@@ -208,26 +210,32 @@ def probe_gradient(
     rollouts: Rollouts,
     bound: BoundQuantity,
     *,
+    groups: IntArray | None = None,
+    errors: bool = True,
     max_groups: int = 64,
     memory_bytes: int = 2 * 2**30,
     max_sequences: int = 16,
     progress: bool = False,
 ) -> ProbeGradient:
-    """Differentiate a quantity on its probe batch: one pass, and a second for the mean length per token.
+    """Differentiate a quantity on its probe batch: one pass, and one for the errors of what is per token.
 
     Args:
         policy: its trainable parameters are differentiated.
         rollouts: the probe batch.
         bound: the quantity, from :func:`bind_quantity`.
-        max_groups: most groups of prompts kept apart for the errors; with more prompts, whole prompts are
-            pooled at random.
-        memory_bytes: most memory for the parts; fewer groups if they do not fit.
+        groups: (seq,) groups of whole prompts, 0, 1, ..., to be kept apart; by default prompts, or random
+            pools of them.
+        errors: whether errors are wanted; for a quantity per token and on policy they take the pass for the
+            gradient of the mean length.
+        max_groups: most groups of prompts kept apart by default; with more prompts, whole prompts are pooled
+            at random.
+        memory_bytes: most memory for the parts; fewer groups by default if they do not fit.
         max_sequences: micro-batch size.
         progress: show a progress bar.
     """
-    params = policy.parameters
-    per_group = sum(p.numel() * max(4, p.element_size()) for p in params.values())
-    groups = _grouping(rollouts.prompt_index, min(max_groups, max(1, memory_bytes // per_group - 2)))
+    if groups is None:
+        per_group = sum(p.numel() * max(4, p.element_size()) for p in policy.parameters.values())
+        groups = _grouping(rollouts.prompt_index, min(max_groups, max(1, memory_bytes // per_group - 2)))
     parts = group_gradients(
         policy,
         rollouts,
@@ -238,9 +246,9 @@ def probe_gradient(
         max_sequences=max_sequences,
         progress=progress,
     )
-    slope = {n: torch.zeros_like(t[0]) for n, t in parts.items()}
     probe = bound.probe
-    if probe.per_token and probe.on_policy:
+    slope = {n: torch.full_like(t[0], 0.0 if errors else math.nan) for n, t in parts.items()}
+    if errors and probe.per_token and probe.on_policy:
         ahead = after(probe.mask.astype(np.float64)) - probe.length_baseline
         weights = _ragged(ahead / len(rollouts), rollouts.num_tokens)
         slope = gradient(

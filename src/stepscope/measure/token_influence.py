@@ -42,8 +42,8 @@ def token_influences(
 
     w_ik (u . grad l_ik) with u = P grad F, where P is AdamW's preconditioner in the step that the weights
     make, and grad F is estimated on one fresh response to each of ``num_prompts`` prompts of the training
-    split. Costs a gradient of the batch, sampling, up to three gradients of the probe batch, and two
-    forward-mode passes over the batch.
+    split. Costs a gradient of the batch, sampling, two gradients of the probe batch, and two forward-mode
+    passes over the batch.
 
     Args:
         policy: with AdamW's state; its settings' seed and its step number seed the probe batch.
@@ -72,7 +72,7 @@ def token_influences(
             baseline=BASELINE,
             max_sequences=max_sequences,
         )
-        slope = probe_gradient(policy, probe, bound, max_groups=1, max_sequences=max_sequences)
+        slope = probe_gradient(policy, probe, bound, max_groups=1, errors=False, max_sequences=max_sequences)
         u = vectors.multiply(step.preconditioner, slope.mean())
         along = directional_derivative(policy, update, response_logprob, u, max_sequences=max_sequences)
         found[i] = tuple(w * d.double().cpu().numpy() for w, d in zip(weights, along, strict=True))
