@@ -25,11 +25,11 @@ CHECKPOINTS = ["runs/a/checkpoints/step-10", f"runs/b/{HOSTILE.replace('/', '')}
 SETTINGS = ["default", "no-baseline"]
 
 
-def study_rows(repeats: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def study_rows(repeats: int, checkpoints: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows and fits of a study whose first order is off by 100 lr, one percent at the own learning rate."""
     rng = np.random.default_rng(0)
     rows, fits = [], []
-    for checkpoint in CHECKPOINTS:
+    for checkpoint in checkpoints:
         for setting in SETTINGS:
             for repeat in range(repeats):
                 for version in ("on_policy", "fixed_prefix"):
@@ -65,8 +65,10 @@ def study_rows(repeats: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]
     return rows, fits
 
 
-def write_study(folder: Path, *, repeats: int = 5, resample: Any = "probe") -> Path:
-    rows, fits = study_rows(repeats)
+def write_study(
+    folder: Path, *, repeats: int = 5, resample: Any = "probe", checkpoints: list[str] = CHECKPOINTS
+) -> Path:
+    rows, fits = study_rows(repeats, checkpoints)
     folder.mkdir(parents=True)
     runs.write_table(folder / "study.parquet", {name: [row[name] for row in rows] for name in rows[0]})
     runs.write_json(folder / "study.json", summarise(rows, fits, resample))

@@ -264,7 +264,7 @@ class StudyConfig(Section):
             spread is conditional on it; ``both`` draws the update batch anew too.
         measure: how each checkpoint is measured.
         settings: named changes to ``measure``, for example ``{long: {probe.num_prompts: 1024}}``.
-        stages: stages of each measurement.
+        stages: stages of each measurement; with ``criteria`` the leaderboards of all are gathered into one.
     """
 
     checkpoints: list[str] = Field(min_length=1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from stepscope.pipeline.evaluate import checkpoints_in
 from stepscope.pipeline.measure import run_measure
 from stepscope.pipeline.processes import is_main_process
 from stepscope.pipeline.session import open_policy
-from stepscope.pipeline.study_table import cell_fits, cell_rows, summarise
+from stepscope.pipeline.study_leaderboard import standing_rows, summarise_standings
+from stepscope.pipeline.study_table import Row, cell_fits, cell_rows, summarise
 from stepscope.policy.state import Policy
 from stepscope.report import write_study_report
 from stepscope.runs import RunFolder, locked
@@ -95,6 +97,9 @@ def _reseeded(batch: Any, repeat: int) -> Any:
 def run_study(config: StudyConfig) -> Path:
     """Measure every cell that is not measured yet, then write ``study.parquet``, ``study.json`` and the page.
 
+    Where the cells have the stage ``criteria``, their leaderboards are gathered into ``leaderboard.parquet``
+    and under ``leaderboard`` of ``study.json``.
+
     A cell is measured in a hidden folder that is renamed once it is complete, so a killed study neither loses
     nor duplicates one, and resuming gives the same table as an undisturbed run. Of several processes the
     first one measures, and the others return at once.
@@ -126,8 +131,17 @@ def _write_tables(config: StudyConfig, cells: list[Cell], run: RunFolder, folder
         {**_names(cell), **row} for cell in cells for row in cell_rows(_change_of(cell, folder), cell.config)
     ]
     fits = [{**_names(cell), **fit} for cell in cells for fit in cell_fits(_change_of(cell, folder))]
-    runs.write_table(run.file("study.parquet"), {name: [row[name] for row in rows] for name in rows[0]})
-    runs.write_json(run.file("study.json"), summarise(rows, fits, config.resample))
+    _write_rows(run.file("study.parquet"), rows)
+    summary = summarise(rows, fits, config.resample)
+    boards = [(cell, _board_of(cell, folder)) for cell in cells if "criteria" in cell.config.stages]
+    standings = [
+        {**_names(cell), **row} for cell, board in boards for row in standing_rows(board, cell.config)
+    ]
+    if standings:
+        _write_rows(run.file("leaderboard.parquet"), standings)
+        definitions = {name: about for _, board in boards for name, about in board["definitions"].items()}
+        summary["leaderboard"] = summarise_standings(standings, definitions, config.resample)
+    runs.write_json(run.file("study.json"), summary)
 
 
 def _measure_missing(cells: list[Cell], folder: Path) -> None:
@@ -172,3 +186,12 @@ def _names(cell: Cell) -> dict[str, Any]:
 def _change_of(cell: Cell, folder: Path) -> dict[str, Any]:
     change: dict[str, Any] = runs.read_json(folder / cell.key / "change.json")
     return change
+
+
+def _board_of(cell: Cell, folder: Path) -> dict[str, Any]:
+    board: dict[str, Any] = runs.read_json(folder / cell.key / "criteria.json")
+    return board
+
+
+def _write_rows(path: Path, rows: Sequence[Row]) -> None:
+    runs.write_table(path, {name: [row[name] for row in rows] for name in rows[0]})

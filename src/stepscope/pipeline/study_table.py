@@ -74,8 +74,8 @@ def summarise(rows: Sequence[Row], fits: Sequence[Row], resample: Literal["probe
         the distribution of (linear - true)/true: mean, standard deviation, quantiles.
     """
     spread = SPREAD[resample]
-    runs = _grouped(fits, ("checkpoint", "setting", *SERIES))
-    points = _grouped(rows, ("checkpoint", "setting", *SERIES, "lr"))
+    runs = grouped(fits, ("checkpoint", "setting", *SERIES))
+    points = grouped(rows, ("checkpoint", "setting", *SERIES, "lr"))
     return {
         "resample": resample,
         "spread": spread,
@@ -85,7 +85,7 @@ def summarise(rows: Sequence[Row], fits: Sequence[Row], resample: Literal["probe
     }
 
 
-def _grouped(rows: Sequence[Row], names: Sequence[str]) -> list[tuple[Row, list[Row]]]:
+def grouped(rows: Sequence[Row], names: Sequence[str]) -> list[tuple[Row, list[Row]]]:
     """Rows that agree in ``names``, in order of first appearance."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -103,7 +103,7 @@ def _line(members: Sequence[Row], spread: str) -> Row:
     r2 = [fit["r2"] for fit in found if fit["r2"] is not None]
     lone = Estimate(slopes[0], _number(found[0]["slope_stderr"]), 1, "1", "scatter about the line of one fit")
     return line | {
-        "slope": (_mean(slopes, "1", spread) if len(found) > 1 else lone).to_dict(),
+        "slope": (mean_over_repeats(slopes, "1", spread) if len(found) > 1 else lone).to_dict(),
         "intercept": float(np.mean([fit["intercept"] for fit in found])),
         "r2": min(r2) if r2 else None,
         "lrs": sorted({lr for fit in found for lr in fit["lrs"]}),
@@ -120,7 +120,7 @@ def _point(members: Sequence[Row], spread: str) -> Row:
         first = members[0]
         if len(members) > 1:
             values = np.array([m[name] for m in members])
-            estimate = _mean(values, first["unit"], spread, flag)
+            estimate = mean_over_repeats(values, first["unit"], spread, flag)
         else:
             estimate = Estimate(
                 first[name],
@@ -136,7 +136,7 @@ def _point(members: Sequence[Row], spread: str) -> Row:
     return point | {"relative_difference": _distribution(values[np.isfinite(values)])}
 
 
-def _mean(values: FloatArray, unit: str, spread: str, reason: str = "") -> Estimate:
+def mean_over_repeats(values: FloatArray, unit: str, spread: str, reason: str = "") -> Estimate:
     """Mean over repeats with its standard error, from the spread of the repeats."""
     count = len(values)
     stderr = float(values.std(ddof=1)) / math.sqrt(count)

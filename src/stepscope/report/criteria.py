@@ -23,6 +23,14 @@ PRIMARY = {
 """What the page shows first: what a token does to the entropy, through the whole kernel and AdamW."""
 
 _SHOWN = 24
+
+BOARD_CAPTION = (
+    "Correlation of each criterion with the measured effect of each token (or sequence) on the entropy. "
+    "Magnitude criteria (masks, weights, norms) are compared with the size of the effect. Captured: share of "
+    "the total absolute effect on the tokens it puts first."
+)
+"""What the columns of a leaderboard are."""
+
 _CHOICES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "level": ("of", {"token": "tokens", "sequence": "sequences"}),
     "target": ("predicting", {"signed": "effects with their sign", "magnitude": "sizes of effects"}),
@@ -38,6 +46,12 @@ _CHOICES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "preconditioner": ("step", {"adamw": "AdamW", "sgd": "plain gradient"}),
     "kind": ("criteria", {"literature": "of the literature", "control": "trivial controls"}),
 }
+
+
+def truth_words(row: Mapping[str, Any]) -> str:
+    """The truth that a standing is about, and the step it belongs to, in words."""
+    what = _CHOICES["truth"][1][f"{row['truth']} {row['version']}"]
+    return f"{what}, step by {_CHOICES['preconditioner'][1][row['preconditioner']]}"
 
 
 @dataclass(frozen=True)
@@ -63,20 +77,46 @@ def leaderboard(measurement: Measurement) -> Board | None:
     criteria = measurement.criteria
     if criteria is None or not criteria["rows"]:
         return None
-    rows = [{**row, "truth": f"{row['truth']} {row['version']}"} for row in criteria["rows"]]
+    return make_board(
+        criteria["rows"],
+        criteria["shares"],
+        criteria["definitions"],
+        f"{BOARD_CAPTION} ± is one standard error, by bootstrap over update prompts. Gain: Spearman less "
+        "|Spearman| of the best trivial control, same resamples.",
+    )
+
+
+def make_board(
+    rows: Sequence[Mapping[str, Any]],
+    shares: Sequence[str],
+    definitions: Mapping[str, Any],
+    caption: str,
+    checkpoints: Mapping[str, str] | None = None,
+) -> Board:
+    """A table of standings with a filter for each thing that tells them apart.
+
+    Args:
+        rows: standings, as in ``criteria.json``; those of a study name their ``checkpoint`` and ``repeats``.
+        shares: keys of ``captured``.
+        definitions: of the criteria by name.
+        caption: below the table.
+        checkpoints: names of the checkpoints of a study by path, or None for one measurement.
+    """
+    placed = [{**row, "truth": f"{row['truth']} {row['version']}"} for row in rows]
     first = {**PRIMARY, "truth": f"{PRIMARY['truth']} {PRIMARY['version']}"}
+    choices = {"checkpoint": ("checkpoint", checkpoints), **_CHOICES} if checkpoints else _CHOICES
     filters = []
-    for key, (label, names) in _CHOICES.items():
-        values = [value for value in names if any(row[key] == value for row in rows)]
+    for key, (label, names) in choices.items():
+        values = [value for value in names if any(row[key] == value for row in placed)]
         if len(values) > 1:
-            options = [["", "all"]] if key == "kind" else []
+            options: list[list[str]] = [] if key in first else [["", "all"]]
             options += [[value, names[value]] for value in values]
             chosen = first[key] if first.get(key) in values else options[0][0]
             filters.append({"key": key, "label": label, "options": options, "first": chosen})
-    shares = criteria["shares"]
     columns = [
         {"name": "Criterion", "anchor": "def-criterion"},
         {"name": "Kind"},
+        *([{"name": "Checkpoint"}, {"name": "Repeats", "anchor": "def-n"}] if checkpoints else []),
         {"name": "Spearman", "anchor": "def-leaderboard", "err": True},
         {"name": "Kendall τ", "err": True},
         {"name": "Pearson", "err": True},
@@ -88,16 +128,13 @@ def leaderboard(measurement: Measurement) -> Board | None:
     ]
     return Board(
         "leaderboard",
-        "Correlation of each criterion with the measured effect of each token (or sequence) on the entropy, "
-        "± one standard error by bootstrap over update prompts. Magnitude criteria (masks, weights, norms) "
-        "are compared with the size of the effect. Captured: share of the total absolute effect on the "
-        "tokens it puts first. Gain: |Spearman| less that of the best trivial control, same resamples.",
+        caption,
         {
             "filters": filters,
             "columns": columns,
-            "rows": [[[row[f["key"]] for f in filters], _cells(row, shares)] for row in rows],
-            "notes": {name: _note(about) for name, about in criteria["definitions"].items()},
-            "sort": 2,
+            "rows": [[[row[f["key"]] for f in filters], _cells(row, shares, checkpoints)] for row in placed],
+            "notes": {name: _note(about) for name, about in definitions.items()},
+            "sort": next(i for i, column in enumerate(columns) if column["name"] == "Spearman"),
         },
     )
 
@@ -108,10 +145,11 @@ def _note(about: Mapping[str, Any]) -> str:
     return note if about.get("verified", True) else f"{note}; formula not verified against the paper"
 
 
-def _cells(row: Mapping[str, Any], shares: Sequence[str]) -> list[Any]:
+def _cells(row: Mapping[str, Any], shares: Sequence[str], checkpoints: Mapping[str, str] | None) -> list[Any]:
     return [
         row["criterion"],
         row["kind"],
+        *([checkpoints[row["checkpoint"]], row["repeats"]] if checkpoints else []),
         _pair(row["spearman"]),
         _pair(row["kendall"]),
         _pair(row["pearson"]),

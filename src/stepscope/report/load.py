@@ -252,7 +252,7 @@ def load_run(path: Path) -> Run:
     if (path / "summary.json").is_file():
         return Run(path=path, training=None, measurements=(load_measurement(path),))
     folders = sorted(
-        (p.parent for p in path.glob("measure/*/summary.json")), key=lambda p: (_trailing_number(p), p.name)
+        (p.parent for p in path.glob("measure/*/summary.json")), key=lambda p: (trailing_number(p), p.name)
     )
     training = replace(
         load_evaluation(path / "eval.parquet"),
@@ -427,7 +427,8 @@ def _read_yaml(path: Path) -> dict[str, Any] | None:
     return value
 
 
-def _trailing_number(path: Path) -> int:
+def trailing_number(path: Path) -> int:
+    """The step that the name of a folder ends in, for example that of ``step-10``; -1 where there is none."""
     match = re.search(r"(\d+)$", path.name)
     return int(match.group(1)) if match else -1
 

@@ -10,6 +10,7 @@ from stepscope.report import text
 from stepscope.report.page import render_page
 from stepscope.report.sections import Panel, Section
 from stepscope.report.study_figures import difference_figure, line_figure
+from stepscope.report.study_leaderboard import standings_figures, standings_sentence, study_board
 from stepscope.report.study_load import STUDY_FIGURES, STUDY_TABLE, Row, Study, agrees, at_own_lr, load_study
 from stepscope.report.study_tables import cells_table, changes_table, lines_table
 
@@ -83,8 +84,28 @@ def _panel(study: Study, setting: str, key: str) -> Panel:
                 more_figures=boxes[1:],
                 more_tables=[changes_table(study, setting)],
             ),
+            *_criteria_sections(study, setting),
         ],
     )
+
+
+def _criteria_sections(study: Study, setting: str) -> list[Section]:
+    """The leaderboard where the measurements have one; the primary truth is drawn, the others unfold."""
+    board = study_board(study, setting)
+    if board is None:
+        return []
+    figures = standings_figures(study, setting)
+    return [
+        Section(
+            "criteria",
+            "Which cheap criteria find the tokens",
+            intro=standings_sentence(study, setting),
+            figures=figures[:1],
+            board=board,
+            more_title="Other truths" if len(figures) > 1 else "",
+            more_figures=figures[1:],
+        )
+    ]
 
 
 def _more_title(figures: Sequence[object]) -> str:

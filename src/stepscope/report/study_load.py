@@ -25,6 +25,11 @@ _KEYS = {
     "lines": ("checkpoint", "setting", *_SERIES, "slope", "intercept", "r2", "lrs", "fits", "repeats"),
     "changes": ("checkpoint", "setting", *_SERIES, "lr", "own_lr", "true", "linear", "relative_difference"),
 }
+_STANDING_KEYS = (
+    *("checkpoint", "setting", "level", "truth", "preconditioner", "version", "criterion", "kind", "target"),
+    *("repeats", "spearman", "kendall", "pearson", "captured", "sign_agreement", "auc", "gain_over_control"),
+    "best_controls",
+)
 
 Row = Mapping[str, Any]
 
@@ -36,20 +41,25 @@ class Study:
     Attributes:
         path: the folder.
         rows: of ``study.parquet``: one per cell, series and learning rate.
+        resample: which batches each repeat draws anew.
         spread: what the spread over repeats means.
         fits: one per cell and series.
         lines: fits of the repeats together, one per checkpoint, setting and series.
         changes: changes of the repeats together, one per checkpoint, setting, series and learning rate.
         labels: short names of the checkpoints by path.
+        leaderboard: criteria over the repeats (``shares``, ``rows``, ``definitions``), or None where the
+            cells have no stage ``criteria``.
     """
 
     path: Path
     rows: Sequence[Row]
+    resample: str
     spread: str
     fits: Sequence[Row]
     lines: Sequence[Row]
     changes: Sequence[Row]
     labels: Mapping[str, str]
+    leaderboard: Mapping[str, Any] | None
 
     def distinct(self, name: str) -> list[Any]:
         """The values of a column, in order of first appearance."""
@@ -75,23 +85,41 @@ def load_study(folder: Path) -> Study:
         raise RunFolderError(f"{folder}: no {name}, so this is not a finished study; run `stepscope study`")
     rows = _rows_of(table)
     where = folder / STUDY_FIGURES
-    for part, keys in (("spread", ()), *_KEYS.items()):
+    for part, keys in (("resample", ()), ("spread", ()), *_KEYS.items()):
         missing = (
             [part] if part not in summary else [k for row in summary[part] for k in keys if k not in row]
         )
         if missing:
-            raise RunFolderError(
-                f"{where}: no {missing[0]}; run `stepscope study` again, it only writes the table"
-            )
+            raise _incomplete(where, missing[0])
     return Study(
         path=folder,
         rows=rows,
+        resample=str(summary["resample"]),
         spread=str(summary["spread"]),
         fits=summary["fits"],
         lines=[_parsed(row, ("slope",), f"{where}: lines") for row in summary["lines"]],
         changes=[_parsed(row, ("true", "linear"), f"{where}: changes") for row in summary["changes"]],
         labels=_labels([str(row["checkpoint"]) for row in rows]),
+        leaderboard=_checked_leaderboard(summary.get("leaderboard"), where),
     )
+
+
+def _checked_leaderboard(board: Mapping[str, Any] | None, where: Path) -> Mapping[str, Any] | None:
+    if board is None:
+        return None
+    missing = [key for key in ("shares", "rows", "definitions") if key not in board]
+    missing += [key for row in board.get("rows", []) for key in _STANDING_KEYS if key not in row]
+    if missing:
+        raise _incomplete(where, f"{missing[0]} in leaderboard")
+    for row in board["rows"]:
+        for name in ("spearman", "gain_over_control"):
+            if row[name] is not None:
+                parse_estimate(row[name], f"{where}: leaderboard.{row['criterion']}.{name}")
+    return board
+
+
+def _incomplete(where: Path, what: str) -> RunFolderError:
+    return RunFolderError(f"{where}: no {what}; run `stepscope study` again, it only writes the table")
 
 
 def _rows_of(table: Table) -> list[Row]:
