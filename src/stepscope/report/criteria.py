@@ -105,7 +105,7 @@ def make_board(
     placed = [{**row, "truth": f"{row['truth']} {row['version']}"} for row in rows]
     first = {**PRIMARY, "truth": f"{PRIMARY['truth']} {PRIMARY['version']}"}
     choices = {"checkpoint": ("checkpoint", checkpoints), **_CHOICES} if checkpoints else _CHOICES
-    filters = []
+    filters: list[dict[str, Any]] = []
     for key, (label, names) in choices.items():
         values = [value for value in names if any(row[key] == value for row in placed)]
         if len(values) > 1:
@@ -113,7 +113,7 @@ def make_board(
             options += [[value, names[value]] for value in values]
             chosen = first[key] if first.get(key) in values else options[0][0]
             filters.append({"key": key, "label": label, "options": options, "first": chosen})
-    columns = [
+    columns: list[dict[str, Any]] = [
         {"name": "Criterion", "anchor": "def-criterion"},
         {"name": "Kind"},
         *([{"name": "Checkpoint"}, {"name": "Repeats", "anchor": "def-n"}] if checkpoints else []),

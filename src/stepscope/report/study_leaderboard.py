@@ -121,7 +121,7 @@ def _leaders(rows: Sequence[Row], kind: str, count: int) -> dict[str, dict[str, 
 
     def size(name: str) -> float:
         values = [row["spearman"].value for row in found[name].values()]
-        return abs(sum(values) / len(values))
+        return abs(float(sum(values)) / len(values))
 
     return {name: found[name] for name in sorted(found, key=size, reverse=True)[:count]}
 
