@@ -27,6 +27,7 @@ from scipy.stats import linregress, t
 
 from stepscope.config import EvalConfig, TrainConfig, build_config, load_config
 from stepscope.pipeline import run_eval, run_train
+from stepscope.report.figures import look
 from stepscope.results import FloatArray, read_table, write_table
 
 CONFIG = Path(__file__).parents[1] / "configs" / "objectives.yaml"
@@ -83,18 +84,20 @@ def draw(table: pa.Table, path: Path) -> None:
     """Both figures against the step, and one against the other."""
     titles = [*FIGURES.values(), "pass@1 against entropy"]
     page = make_subplots(rows=1, cols=3, subplot_titles=titles)
-    colours = [f"hsl({360 * i / len(OBJECTIVES):.0f}, 70%, 45%)" for i in range(len(OBJECTIVES))]
-    for name, colour in zip(OBJECTIVES, colours, strict=True):
+    for number, name in enumerate(OBJECTIVES):
+        colour = f"hsl({360 * number / len(OBJECTIVES):.0f}, 70%, 45%)"
+        _, symbol, dash = look(number)
+        style = {"line_color": colour, "line_dash": dash, "marker_symbol": symbol, "mode": "lines+markers"}
         curves = {figure: curve(table, name, figure) for figure in FIGURES}
         for column, points in enumerate(curves.values(), 1):
             if points:
                 steps, means, halves = zip(*points, strict=True)
                 bars = {"type": "data", "array": np.nan_to_num(halves)}
                 trace = go.Scatter(x=steps, y=means, error_y=bars, name=name, legendgroup=name)
-                page.add_trace(trace.update(line_color=colour, showlegend=column == 1), row=1, col=column)
+                page.add_trace(trace.update(**style, showlegend=column == 1), row=1, col=column)
         entropies, solved = ([mean for _, mean, _ in points] for points in curves.values())
         trace = go.Scatter(x=entropies, y=solved, name=name, legendgroup=name, showlegend=False)
-        page.add_trace(trace.update(line_color=colour, mode="lines+markers"), row=1, col=3)
+        page.add_trace(trace.update(**style), row=1, col=3)
     page.update_xaxes(title_text="optimizer step", col=1).update_xaxes(title_text="optimizer step", col=2)
     page.update_xaxes(title_text=FIGURES["entropy_per_token"], col=3)
     page.update_layout(title="Objectives from one warm-up: mean and 95 % t-interval over seeds", height=620)
