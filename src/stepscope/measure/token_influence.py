@@ -11,6 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from stepscope.errors import MeasurementError
+from stepscope.measure.live import BASELINE
 from stepscope.measure.probe_gradient import bind_quantity, probe_gradient
 from stepscope.measure.step import assemble_step, weighted_logprobs
 from stepscope.policy import vectors
@@ -22,47 +24,52 @@ from stepscope.policy.token_objectives import INFLUENCE
 from stepscope.results import FloatArray, Rollouts
 from stepscope.tasks import Task
 
-BASELINE = "position"
-"""Rung of the baseline ladder: needs no further pass over the probe batch."""
-
 QUANTITIES = (("entropy", "per_token"), ("reward", "per_seq"))
 
 
 def token_influences(
     policy: Policy,
     update: Rollouts,
-    weights: Sequence[FloatArray],
     task: Task,
     *,
-    num_prompts: int,
-    with_reward: bool = True,
+    logprobs: Sequence[FloatArray] | None = None,
     max_sequences: int = 16,
 ) -> tuple[tuple[FloatArray, ...], tuple[FloatArray, ...]]:
     """Influence of each token of a batch on entropy per token and expected reward, on policy, per unit of lr.
 
-    w_ik (u . grad l_ik) with u = P grad F, where P is AdamW's preconditioner in the step that the weights
-    make, and grad F is estimated on one fresh response to each of ``num_prompts`` prompts of the training
-    split. Costs a gradient of the batch, sampling, two gradients of the probe batch, and two forward-mode
-    passes over the batch.
+    w_ik (u . grad l_ik) with u = P grad F, where w are the token weights of the loss without the objective, P
+    is AdamW's preconditioner in the step that they make, and grad F is estimated on one fresh response to
+    each of the objective's ``num_prompts`` prompts of the training split. Costs a gradient of the batch,
+    sampling, two gradients of the probe batch, and two forward-mode passes over the batch; a third less where
+    the objective's price is 0, since the reward is left out then.
 
     Args:
-        policy: with AdamW's state; its settings' seed and its step number seed the probe batch.
+        policy: with AdamW's state; its settings have the objective ``influence``, and their seed and its
+            step number seed the probe batch.
         update: the batch that makes the step.
-        weights: w_ik = -dLoss/dl_ik of the loss as it is, one (tok,) array per sequence.
         task: where probe prompts and rewards come from.
-        num_prompts: of the probe batch.
-        with_reward: whether the influence on reward is wanted; zeros without, and a third of the time saved.
+        logprobs: log-probs of the policy now, where it is not the one that sampled.
         max_sequences: micro-batch size.
 
     Returns:
-        Influences on entropy (nats per token) and on reward, each one (tok,) array per sequence.
+        Influences on entropy (nats per token) and on reward (zeros at price 0), each one (tok,) array per
+        sequence.
+
+    Raises:
+        MeasurementError: the settings have another objective.
     """
+    objective = policy.settings.objective
+    if objective is None or objective["name"] != INFLUENCE:
+        raise MeasurementError(
+            f"token influences belong to the objective {INFLUENCE!r}, got {objective}; use measure.influence"
+        )
+    weights = token_weights(update, replace(policy.settings, objective=None), logprobs=logprobs)
     seed = int(np.random.SeedSequence([policy.settings.seed, policy.step, 2]).generate_state(1)[0])
-    probe = sample_rollouts(policy, task, num_prompts=num_prompts, group_size=1, seed=seed)
+    probe = sample_rollouts(policy, task, num_prompts=objective["num_prompts"], group_size=1, seed=seed)
     ascent = gradient(policy, update, weighted_logprobs(weights), max_sequences=max_sequences)
     step = assemble_step(policy, update, weights, ascent)
     found = [tuple(np.zeros(n) for n in update.num_tokens)] * len(QUANTITIES)
-    for i, (name, normalisation) in enumerate(QUANTITIES[: 1 + with_reward]):
+    for i, (name, normalisation) in enumerate(QUANTITIES[: 1 + (objective["price"] > 0)]):
         bound = bind_quantity(
             policy,
             probe,
@@ -93,12 +100,4 @@ def objective_influences(
     objective = policy.settings.objective
     if objective is None or objective["name"] != INFLUENCE:
         return None
-    return token_influences(
-        policy,
-        update,
-        token_weights(update, replace(policy.settings, objective=None)),
-        task,
-        num_prompts=objective["num_prompts"],
-        with_reward=objective["price"] > 0,
-        max_sequences=max_sequences,
-    )
+    return token_influences(policy, update, task, max_sequences=max_sequences)

@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from stepscope.measure.token_influence import token_influences
-from stepscope.policy.objective import token_weights
 from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import Policy
 from stepscope.policy.token_objectives import TokenTable
@@ -28,14 +27,13 @@ class InfluenceMeter:
     With several processes every one measures the whole batch, on the same probe batch.
 
     Args:
-        settings: of the run; their objective says how many probe prompts are used.
+        settings: of the run, with the objective ``influence``.
         task: where probe prompts and rewards come from.
         tokenizer: of the policy.
     """
 
     def __init__(self, settings: StepSettings, task: Task, tokenizer: Any) -> None:
-        self.settings = replace(settings, objective=None)
-        self.objective = settings.objective or {}
+        self.settings = settings
         self.task = task
         self.tokenizer = tokenizer
 
@@ -79,28 +77,18 @@ class InfluenceMeter:
                 )
                 for i in kept
             ]
-            settings = self.settings
             update, own = as_rollouts(
                 captured,
                 self.tokenizer,
-                temperature=settings.temperature,
-                max_response_tokens=settings.max_response_tokens,
+                temperature=self.settings.temperature,
+                max_response_tokens=self.settings.max_response_tokens,
             )
             update = replace(update, advantages=np.array([values[0] for values in own]))
             now = [_row(table.logprobs, table.mask, i) for i in kept]
-            weights = token_weights(update, settings, logprobs=now)
             with undisturbed(model):
                 state = optimizer_state(adamw_of(optimizer), model, after_backward=False)
-                policy = Policy(model, self.tokenizer, settings, optimizer=state, step=step)
-                found = token_influences(
-                    policy,
-                    update,
-                    weights,
-                    self.task,
-                    num_prompts=self.objective["num_prompts"],
-                    with_reward=self.objective["price"] > 0,
-                    max_sequences=32,
-                )
+                policy = Policy(model, self.tokenizer, self.settings, optimizer=state, step=step)
+                found = token_influences(policy, update, self.task, logprobs=now, max_sequences=32)
             for into, values in zip((entropy, reward), found, strict=True):
                 for i, row in zip(kept, values, strict=True):
                     into[i, table.mask[i]] = torch.from_numpy(row).to(into)
