@@ -12,30 +12,13 @@ from scipy.special import stdtrit
 
 from stepscope.report import text
 from stepscope.report.criteria import BOARD_CAPTION, PRIMARY, Board, make_board, truth_words
-from stepscope.report.figures import (
-    BLUE,
-    GREEN,
-    INK,
-    MUTED,
-    PURPLE,
-    VERMILLION,
-    Figure,
-    error_bars,
-    make_spec,
-    rounded,
-)
+from stepscope.report.figures import LOOKS, MUTED, Figure, error_bars, make_spec, rounded
 from stepscope.report.load import trailing_number
 from stepscope.report.study_load import Row, Study, agrees
 from stepscope.stats import Estimate
 
 _LOOKS: Mapping[str, Sequence[tuple[str, str, str]]] = {
-    "literature": (
-        (BLUE, "circle", "solid"),
-        (VERMILLION, "diamond", "dash"),
-        (GREEN, "square", "dot"),
-        (PURPLE, "triangle-up", "dashdot"),
-        (INK, "cross", "longdash"),
-    ),
+    "literature": LOOKS[:5],
     "control": ((MUTED, "circle-open", "solid"), (MUTED, "diamond-open", "dash")),
 }
 """Colour, symbol and dash of the leading criteria of each kind; as many are shown."""
