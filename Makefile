@@ -5,6 +5,10 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 UV      := $(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt
 export HF_HUB_OFFLINE ?= 1
+# uv insists on a cache folder, and makes a temporary one where the home folder takes none.
+ifneq ($(shell cache="$${UV_CACHE_DIR:-$${XDG_CACHE_HOME:-$$HOME/.cache}}"; mkdir -p "$$cache" 2> /dev/null && test -w "$$cache" && echo yes),yes)
+export UV_NO_CACHE := 1
+endif
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help

@@ -21,6 +21,7 @@ import re
 import resource
 import signal
 import sys
+import tempfile
 import types
 from typing import Any
 
@@ -194,6 +195,15 @@ def refuse(event: str, arguments: tuple[Any, ...]) -> None:
         raise PermissionError(f"{event} is not allowed in the helper process")
 
 
+def settle_matplotlib() -> None:
+    """Let matplotlib choose its folder while one can be made; reasoning-gym imports it and never plots."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MPLCONFIGDIR"] = folder
+        matplotlib = importlib.import_module("matplotlib")
+        matplotlib.get_configdir()
+        matplotlib.get_cachedir()
+
+
 def main() -> None:
     """Serve until standard input ends."""
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
@@ -206,6 +216,7 @@ def main() -> None:
     os.dup2(2, 1)
     sys.stdout = sys.stderr
     ctypes.pythonapi.Py_IsInitialized()  # loaded now: sympy imports ctypes, the hook refuses it any library
+    settle_matplotlib()
     sys.addaudithook(refuse)
     for line in sys.stdin:
         question = json.loads(line)
