@@ -7,24 +7,32 @@ With direction = momentum + decay + sum_i P c_i, c_i = sum_k w_ik grad l_ik, and
 The last sum runs over the tokens of the update batch: token (i, k) has influence w_ik (u . grad l_ik), and
 the derivatives u . grad l_ik of all tokens come from one forward-mode pass in direction u. (P is symmetric,
 so it may stand with grad F.) All values are per unit of the learning rate.
+
+That holds P and the clip coefficient ``fixed``, although both depend on the batch: it splits the change of
+the step as it is. Through the ``optimizer``, u is grad F times the step's total derivative instead
+(:mod:`stepscope.measure.step_derivative`): a token's influence is then the derivative of the change with
+respect to that token's weight, the answer to "what if it counted a little less?". The first adds up to the
+linear change, the second does not; for a gradient that is clipped its sum over the batch is about 0, since
+scaling the batch moves nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stepscope import runs
 from stepscope.errors import MeasurementError
 from stepscope.measure.probe_gradient import ProbeGradient, bind_quantity, probe_gradient
 from stepscope.measure.quantities import Quantity
 from stepscope.measure.step import Step, weighted_logprobs
+from stepscope.measure.step_derivative import THROUGHS, Through, step_derivative
 from stepscope.policy.gradients import Mode, directional_derivative, response_logprob
 from stepscope.policy.gram import gram
 from stepscope.policy.products import per_sequence_dots
@@ -35,6 +43,34 @@ from stepscope.stats import Estimate
 DISAGREEMENT_LIMIT = {torch.float64: 1e-8, torch.float32: 1e-2}
 """Largest difference between the two ways to a sequence's influence, relative to the largest influence."""
 
+YOUNG = 20
+"""Steps of AdamW before which a batch makes much of the second moment that divides it."""
+
+NEGLECTED_LIMIT = 0.2
+"""Share of the tokens' influence that may go through what is held fixed; above it the sum is unreliable."""
+
+
+_SUMS = {
+    "fixed": "sum over the update batch, preconditioner and clip coefficient fixed",
+    "optimizer": "sum over the update batch, through preconditioner and clip coefficient",
+}
+
+
+class InfluenceOptions(TypedDict, total=False):
+    """What :func:`influence` hands on to :func:`influences`, by name."""
+
+    quantity: str | Quantity
+    normalisation: str
+    version: str
+    baseline: str
+    reference: nn.Module | None
+    probe_resolved: bool
+    mode: Mode
+    max_groups: int
+    memory_bytes: int
+    max_sequences: int
+    progress: bool
+
 
 @dataclass(frozen=True)
 class Influence:
@@ -42,6 +78,7 @@ class Influence:
 
     Attributes:
         quantity: its name.
+        through: ``fixed`` or ``optimizer``: whether preconditioner and clip coefficient are held.
         normalisation: ``per_token`` or ``per_seq``.
         version: ``on_policy`` or ``fixed_prefix``.
         baseline: rung of the baseline ladder in use.
@@ -53,8 +90,9 @@ class Influence:
         momentum: effect of the momentum part of the direction.
         decay: effect of weight decay.
         bonus: effect of an entropy bonus; None where the loss has none.
-        total: sequences + momentum + decay + bonus: the linear change per unit of lr.
-        sum_of_sequences: the update batch's own part, with its error.
+        total: the linear change per unit of lr: fixed sequences + momentum + decay + bonus.
+        sum_of_sequences: sum of ``sequences``, with its error: the update batch's own part of the change
+            (fixed), or the derivative with respect to the weight of the whole batch (optimizer).
         disagreement: largest difference between sequence influences by forward and by reverse mode, relative
             to the largest.
         probe_resolved: (probe sequence, update sequence) effect of each update sequence through each probe
@@ -62,6 +100,7 @@ class Influence:
     """
 
     quantity: str
+    through: Through
     normalisation: str
     version: str
     baseline: str
@@ -79,15 +118,18 @@ class Influence:
     bonus: Estimate | None = None
 
     def sequence_columns(self) -> dict[str, list[Any]]:
-        """Rows of ``influence_sequences.parquet``: one per sequence, then momentum, decay and any bonus."""
+        """Rows of ``influence_sequences.parquet``: one per sequence, then the other parts of the change."""
         count = len(self.sequences)
-        others = {"momentum": self.momentum, "decay": self.decay}
-        if self.bonus is not None:
-            others["bonus"] = self.bonus
+        others: dict[str, Estimate] = {}
+        if self.through == "fixed":
+            others = {"momentum": self.momentum, "decay": self.decay}
+            if self.bonus is not None:
+                others["bonus"] = self.bonus
         return {
             "component": ["sequence"] * count + list(others),
             "sequence_id": [*range(count), *[None] * len(others)],
             "quantity": [self.quantity] * (count + len(others)),
+            "through": [self.through] * (count + len(others)),
             "influence": [*self.sequences.tolist(), *(e.value for e in others.values())],
             "stderr": [*self.stderr.tolist(), *(e.stderr for e in others.values())],
         }
@@ -99,6 +141,7 @@ class Influence:
             "sequence_id": np.repeat(np.arange(len(lengths)), lengths).tolist(),
             "position": np.concatenate([np.arange(n) for n in lengths]).tolist(),
             "quantity": [self.quantity] * sum(lengths),
+            "through": [self.through] * sum(lengths),
             "influence": np.concatenate(self.tokens).tolist(),
         }
 
@@ -109,17 +152,8 @@ def influence(
     update: Rollouts,
     probe: Rollouts,
     *,
-    quantity: str | Quantity = "entropy",
-    normalisation: str = "per_token",
-    version: str = "on_policy",
-    baseline: str = "best",
-    reference: nn.Module | None = None,
-    probe_resolved: bool = False,
-    mode: Mode = "auto",
-    max_groups: int = 64,
-    memory_bytes: int = 2 * 2**30,
-    max_sequences: int = 16,
-    progress: bool = False,
+    through: Through = "fixed",
+    **options: Unpack[InfluenceOptions],
 ) -> Influence:
     """The first-order effect of every sequence and token of an update on a quantity.
 
@@ -132,26 +166,72 @@ def influence(
         step: the step, from ``reconstruct_step`` on ``update``.
         update: the batch that makes the step.
         probe: samples of the policy that are not in the update batch.
+        through: ``fixed`` splits the change of the step, with preconditioner and clip coefficient as they
+            are; ``optimizer`` differentiates through both, which says what a change of the batch would do.
+        **options: as :func:`influences` takes them: quantity, normalisation, version, baseline and the rest.
+
+    Returns:
+        Influences per unit of lr. Tokens add up to sequences exactly; ``fixed`` sequences, momentum and
+        decay add up to the linear change of ``measure_change`` to round-off.
+
+    Raises:
+        MeasurementError: the step is not of this update batch, an unknown ``through``, or forward and
+            reverse mode disagree.
+    """
+    return influences(policy, step, update, probe, throughs=(through,), **options)[0]
+
+
+def influences(
+    policy: Policy,
+    step: Step,
+    update: Rollouts,
+    probe: Rollouts,
+    *,
+    throughs: Sequence[Through] = THROUGHS,
+    quantity: str | Quantity = "entropy",
+    normalisation: str = "per_token",
+    version: str = "on_policy",
+    baseline: str = "best",
+    reference: nn.Module | None = None,
+    probe_resolved: bool = False,
+    mode: Mode = "auto",
+    max_groups: int = 64,
+    memory_bytes: int = 2 * 2**30,
+    max_sequences: int = 16,
+    progress: bool = False,
+) -> tuple[Influence, ...]:
+    """:func:`influence` for several ``throughs`` from the same passes over the probe batch.
+
+    Each beyond the first costs one forward-mode pass over the update batch. Where both are asked for, the sum
+    of the fixed one is flagged where much goes through what it holds.
+
+    Args:
+        policy: where the step starts; not changed.
+        step: the step, from ``reconstruct_step`` on ``update``.
+        update: the batch that makes the step.
+        probe: samples of the policy that are not in the update batch.
+        throughs: ``fixed``, ``optimizer``, or both.
         quantity: a name, or a quantity bound to ``probe``.
         normalisation: ``per_token`` or ``per_seq``.
         version: ``on_policy`` (prefixes move too) or ``fixed_prefix``.
         baseline: rung of the baseline ladder or ``best``, as in ``measure_change``.
         reference: reference model of ``kl``.
-        probe_resolved: also compute the effect through every single probe sequence, which holds the update's
-            gradients in ``memory_bytes``.
+        probe_resolved: also compute the fixed effect through every single probe sequence, which holds the
+            update's gradients in ``memory_bytes``.
         mode: how token derivatives are taken, see ``directional_derivative``.
         max_groups: most groups of probe prompts kept apart for the standard errors.
         memory_bytes: budget for what is kept in parameter space.
         max_sequences: micro-batch size.
         progress: show progress bars.
 
-    Returns:
-        Influences per unit of lr. Tokens add up to sequences exactly; sequences, momentum and decay add up to
-        the linear change of ``measure_change`` to round-off.
-
     Raises:
-        MeasurementError: the step is not of this update batch, or forward and reverse mode disagree.
+        MeasurementError: as :func:`influence`.
     """
+    for through in throughs:
+        if through not in THROUGHS:
+            raise MeasurementError(
+                f"through: got {through!r}, expected one of {', '.join(THROUGHS)}; use one of these"
+            )
     _check_update(step, update)
     bound = bind_quantity(
         policy,
@@ -169,26 +249,23 @@ def influence(
         probe,
         bound,
         max_groups=max_groups,
-        memory_bytes=memory_bytes // 2,
+        memory_bytes=memory_bytes // (1 + len(throughs)),
         max_sequences=max_sequences,
         progress=progress,
     )
     momentum, decay = slope.dots(step.momentum), slope.dots(step.decay)
     bonus = slope.dots(step.bonus) if step.bonus else None
     others = momentum + decay if bonus is None else momentum + decay + bonus
-    pulled = slope.scaled(step.preconditioner)
+    linear = slope.dots(step.direction)
+    rows = slope.num_groups + 1
+    pulled: dict[str, Tensor] = {}
+    for through in throughs:
+        own = step_derivative(policy, step, through).pulled(slope.parts)
+        pulled = {n: torch.cat([pulled[n], t]) for n, t in own.items()} if pulled else own
     objective = weighted_logprobs(step.token_weights)
     products = per_sequence_dots(
         policy, update, objective, pulled, max_sequences=max_sequences, progress=progress
     )
-    u = {n: t[:-1].sum(0) / len(probe) for n, t in pulled.items()}
-    del pulled
-    derivatives = directional_derivative(
-        policy, update, response_logprob, u, mode=mode, max_sequences=max_sequences
-    )
-    tokens = tuple(w * d.double().cpu().numpy() for w, d in zip(step.token_weights, derivatives, strict=True))
-    sequences = np.array([t.sum() for t in tokens])
-    unit = f"{bound.unit}/lr"
     resolved = None
     if probe_resolved:
         resolved = gram(
@@ -203,33 +280,84 @@ def influence(
             keep_logits=bound.quantity.needs_logits,
             progress=progress,
         ).numpy()
-    own = products.sum(1)
-    return Influence(
-        quantity=bound.quantity.name,
-        normalisation=normalisation,
-        version=version,
-        baseline=bound.baseline,
-        lr=step.lr,
-        unit=unit,
-        sequences=sequences,
-        stderr=slope.errors(products),
-        tokens=tokens,
-        momentum=_estimate(slope, momentum, unit, "grad F . momentum"),
-        decay=_estimate(slope, decay, unit, "grad F . decay"),
-        total=_estimate(
-            slope,
-            own + others,
-            unit,
-            "sum over sequences, momentum and decay" + ("" if bonus is None else " and entropy bonus"),
-            value=float(sequences.sum() + others[:-1].sum() / len(probe)),
-        ),
-        sum_of_sequences=_estimate(
-            slope, own, unit, "sum over the update batch", value=float(sequences.sum())
-        ),
-        disagreement=_disagreement(policy, sequences, products[:-1].sum(0) / len(probe)),
-        probe_resolved=resolved,
-        bonus=None if bonus is None else _estimate(slope, bonus, unit, "grad F . entropy bonus"),
-    )
+    unit = f"{bound.unit}/lr"
+    parts = "sequences, momentum and decay" + ("" if bonus is None else " and entropy bonus")
+    found = []
+    for i, through in enumerate(throughs):
+        part = slice(i * rows, (i + 1) * rows)
+        u = {n: t[part][:-1].sum(0) / len(probe) for n, t in pulled.items()}
+        derivatives = directional_derivative(
+            policy, update, response_logprob, u, mode=mode, max_sequences=max_sequences
+        )
+        tokens = tuple(
+            w * d.double().cpu().numpy() for w, d in zip(step.token_weights, derivatives, strict=True)
+        )
+        sequences = np.array([t.sum() for t in tokens])
+        own_products = products[part]
+        whole = None  # of what does not add up, the linear change itself
+        if through == "fixed":
+            whole = float(sequences.sum() + others[:-1].sum() / len(probe))
+        found.append(
+            Influence(
+                quantity=bound.quantity.name,
+                through=through,
+                normalisation=normalisation,
+                version=version,
+                baseline=bound.baseline,
+                lr=step.lr,
+                unit=unit,
+                sequences=sequences,
+                stderr=slope.errors(own_products),
+                tokens=tokens,
+                momentum=_estimate(slope, momentum, unit, "grad F . momentum"),
+                decay=_estimate(slope, decay, unit, "grad F . decay"),
+                total=_estimate(slope, linear, unit, f"sum over {parts}", value=whole),
+                sum_of_sequences=_estimate(
+                    slope, own_products.sum(1), unit, _SUMS[through], value=float(sequences.sum())
+                ),
+                disagreement=_disagreement(policy, sequences, own_products[:-1].sum(0) / len(probe)),
+                probe_resolved=resolved if through == "fixed" else None,
+                bonus=None if bonus is None else _estimate(slope, bonus, unit, "grad F . entropy bonus"),
+            )
+        )
+    by_name = {f.through: f for f in found}
+    if len(by_name) < len(THROUGHS):
+        return tuple(found)
+    doubt = fixed_doubt(policy, step, by_name["fixed"], by_name["optimizer"])
+    return tuple(_doubted(f, doubt) if f.through == "fixed" else f for f in found)
+
+
+def neglected_share(fixed: Influence, optimizer: Influence) -> float:
+    """Sum over tokens of |optimizer - fixed| over the sum of |fixed|: what the fixed influence leaves out."""
+    one, other = np.concatenate(fixed.tokens), np.concatenate(optimizer.tokens)
+    whole = float(np.abs(one).sum())
+    return float(np.abs(other - one).sum()) / whole if whole > 0 else float("nan")
+
+
+def fixed_doubt(policy: Policy, step: Step, fixed: Influence, optimizer: Influence) -> str:
+    """Why the fixed influence is not what a change of the batch would do; empty where it nearly is."""
+    assert policy.optimizer is not None
+    reasons = []
+    share = neglected_share(fixed, optimizer)
+    if step.clip_coefficient < 1:
+        reasons.append(f"the gradient is clipped (c = {step.clip_coefficient:.2g})")
+    age = max(policy.optimizer.steps.values()) + 1
+    if age < YOUNG:
+        reasons.append(f"AdamW is at step {age}, so the batch makes much of its own second moment")
+    if not share <= NEGLECTED_LIMIT:
+        reasons.append(f"{share:.0%} of the tokens' influence goes through what is held fixed")
+    if not reasons:
+        return ""
+    held = "preconditioner and clip coefficient are held fixed"
+    return f"{held}, and {', and '.join(reasons)}: see through=optimizer"
+
+
+def _doubted(found: Influence, doubt: str) -> Influence:
+    if not doubt:
+        return found
+    own = found.sum_of_sequences
+    reason = "; ".join(r for r in (own.reason, doubt) if r)
+    return replace(found, sum_of_sequences=replace(own, reliable=False, reason=reason))
 
 
 def _check_update(step: Step, update: Rollouts) -> None:

@@ -5,17 +5,19 @@ An entropy bonus, which belongs to no sequence, is one more term.
 With g = grad Loss, clip coefficient c = min(1, max_norm / (|g| + 1e-6)) and AdamW's state (m, v, t =
 steps after this one), per parameter,
 
-    v' = b2 v + (1 - b2) (c g)^2          D = sqrt(v') / sqrt(1 - b2^t) + eps        (AMSGrad: v' =
-    max(v', vmax)) P  = (1 - b1) c / ((1 - b1^t) D)
-    direction = - b1 m / ((1 - b1^t) D)  [momentum]  - wd params  [decay]  + P sum_ik w_ik grad l_ik
-    [sequences]
+    v' = b2 v + (1 - b2) (c g)^2        (AMSGrad: v' = max(v', vmax))
+    D  = sqrt(v') / sqrt(1 - b2^t) + eps
+    P  = (1 - b1) c / ((1 - b1^t) D)
+    direction = - b1 m / ((1 - b1^t) D)     [momentum]
+                - wd params                 [decay]
+                + P sum_ik w_ik grad l_ik   [sequences]
 
 where w_ik = -dLoss/dl_ik are the token weights. The parameters after the step are params + lr * direction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +34,7 @@ from stepscope.policy.gradients import Objective, gradient
 from stepscope.policy.models import reference_adapter
 from stepscope.policy.objective import bonus_weights, token_weights
 from stepscope.policy.rollouts import score_discriminators, score_rollouts
-from stepscope.policy.state import OptimizerState, Policy
+from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
 from stepscope.results import FloatArray, Rollouts
 
 CLIP_EPSILON = 1e-6
@@ -55,6 +57,7 @@ class Step:
         sequences: what the update batch contributes, summed over its sequences.
         direction: the sum of all parts, (params' - params) / lr.
         preconditioner: P, elementwise, from sum_ik w_ik grad l_ik to ``sequences``.
+        ascent: -grad Loss before clipping: sum_ik w_ik grad l_ik, and the bonus's gradient.
         token_weights: w_ik = -dLoss/dl_ik, one (tok,) array per sequence.
         lr: learning rate of the step.
         grad_norm: |g| before clipping.
@@ -68,6 +71,7 @@ class Step:
     sequences: dict[str, Tensor]
     direction: dict[str, Tensor]
     preconditioner: dict[str, Tensor]
+    ascent: dict[str, Tensor]
     token_weights: tuple[FloatArray, ...]
     lr: float
     grad_norm: float
@@ -186,6 +190,7 @@ def assemble_step(
         sequences=sequences,
         direction=vectors.add(momentum, decay, sequences, *([rewarded] if rewarded else [])),
         preconditioner=preconditioner,
+        ascent=whole,
         token_weights=tuple(weights),
         lr=lr,
         grad_norm=norm,
@@ -195,10 +200,78 @@ def assemble_step(
     )
 
 
+@dataclass(frozen=True)
+class AdamWTerms:
+    """What AdamW makes of one parameter's gradient, rounded as ``torch.optim.AdamW`` does.
+
+    Attributes:
+        name: of the parameter.
+        group: its hyperparameters.
+        ratio: the group's learning rate over the one that a direction is per unit of.
+        correction: 1 - b1^t.
+        first: m, the first moment before the step.
+        clipped: -c g.
+        root: sqrt(v') of the second moment after the step.
+        root_scale: sqrt(1 - b2^t).
+        fresh: where this step's gradient has part in ``root``: everywhere but where AMSGrad's maximum is
+            older.
+    """
+
+    name: str
+    group: ParameterGroup
+    ratio: float
+    correction: float
+    first: Tensor
+    clipped: Tensor
+    root: Tensor
+    root_scale: float
+    fresh: Tensor | None
+
+    @property
+    def denominator(self) -> Tensor:
+        """D."""
+        return (self.root / self.root_scale).add_(self.group.eps)
+
+
+def adamw_terms(
+    state: OptimizerState, ascent: dict[str, Tensor], *, clip: float, lr: float
+) -> Iterator[AdamWTerms]:
+    """The terms of AdamW's update, parameter by parameter.
+
+    Args:
+        state: AdamW's state before the step.
+        ascent: -grad Loss before clipping.
+        clip: clip coefficient c; 1 where ``ascent`` is clipped already.
+        lr: learning rate that the direction is per unit of.
+    """
+    for group in state.groups:
+        beta1, beta2 = group.betas
+        for name in group.names:
+            first, second = state.exp_avg[name], state.exp_avg_sq[name]
+            steps = state.steps[name] + 1
+            clipped = clip * ascent[name].to(first.dtype)
+            moment = second.mul(beta2).addcmul_(clipped, clipped, value=1 - beta2)
+            fresh = None
+            if group.amsgrad:
+                fresh = moment > state.max_exp_avg_sq[name]
+                moment = torch.maximum(moment, state.max_exp_avg_sq[name])
+            yield AdamWTerms(
+                name=name,
+                group=group,
+                ratio=group.lr / lr if lr > 0 else 1.0,
+                correction=1 - beta1**steps,
+                first=first,
+                clipped=clipped,
+                root=moment.sqrt(),
+                root_scale=(1 - beta2**steps) ** 0.5,
+                fresh=fresh,
+            )
+
+
 def adamw_components(
     policy: Policy, state: OptimizerState, ascent: dict[str, Tensor], *, clip: float, lr: float
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Momentum, decay and preconditioner, rounded as ``torch.optim.AdamW`` does.
+    """Momentum, decay and preconditioner.
 
     Args:
         policy: its parameters decay.
@@ -210,21 +283,13 @@ def adamw_components(
     momentum: dict[str, Tensor] = {}
     decay: dict[str, Tensor] = {}
     preconditioner: dict[str, Tensor] = {}
-    for group in state.groups:
-        beta1, beta2 = group.betas
-        ratio = group.lr / lr if lr > 0 else 1.0
-        for name in group.names:
-            first, second = state.exp_avg[name], state.exp_avg_sq[name]
-            steps = state.steps[name] + 1
-            clipped = clip * ascent[name].to(first.dtype)
-            moment = second.mul(beta2).addcmul_(clipped, clipped, value=1 - beta2)
-            if group.amsgrad:
-                moment = torch.maximum(moment, state.max_exp_avg_sq[name])
-            denominator = (moment.sqrt() / (1 - beta2**steps) ** 0.5).add_(group.eps)
-            scale = ratio / (1 - beta1**steps)
-            momentum[name] = -scale * beta1 * first / denominator
-            decay[name] = -ratio * group.weight_decay * policy.parameters[name].detach().to(first.dtype)
-            preconditioner[name] = scale * (1 - beta1) * clip / denominator
+    for terms in adamw_terms(state, ascent, clip=clip, lr=lr):
+        name, beta1, denominator = terms.name, terms.group.betas[0], terms.denominator
+        scale = terms.ratio / terms.correction
+        momentum[name] = -scale * beta1 * terms.first / denominator
+        parameter = policy.parameters[name].detach().to(terms.first.dtype)
+        decay[name] = -terms.ratio * terms.group.weight_decay * parameter
+        preconditioner[name] = scale * (1 - beta1) * clip / denominator
     return momentum, decay, preconditioner
 
 

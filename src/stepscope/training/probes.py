@@ -307,6 +307,7 @@ class StepProbe(TrainerCallback, ExportableState):  # type: ignore[misc]
                     sequences=batch,
                     direction=vectors.add(momentum, decay, batch),
                     preconditioner=preconditioner,
+                    ascent=vectors.scale(ascent, 1 / scale),
                     token_weights=tuple(scale * w for w in weights),
                     lr=lr,
                     grad_norm=norm / scale,
