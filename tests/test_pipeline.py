@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -206,7 +207,9 @@ def test_validation_is_added_to_a_finished_measurement(measured, checkpoint, tmp
     repeated = [line.split(":")[0] for line in said.splitlines() if "done before" not in line]
     assert repeated == ["validation", "report"]
     found = load_json(out / "validation.json")
-    assert list(found) == ["zeroed"]
+    assert list(found) == ["zeroed", "zeroed_optimizer"]
+    assert found["zeroed"]["subset_true"] == found["zeroed_optimizer"]["subset_true"]
+    assert found["zeroed"]["subset_predicted"] != found["zeroed_optimizer"]["subset_predicted"]
     assert len(found["zeroed"]["subset_true"]) == 6
     assert load_json(out / "summary.json")["lds_zeroed"] == found["zeroed"]["lds"]
     assert "Influence against re-made steps" in (out / "report.html").read_text()
@@ -261,7 +264,7 @@ def test_divergence_from_a_reference(trained_run, checkpoint, tmp_path):
     assert change["quantity"] == "kl"
     assert change["value"]["value"] > 0, "four steps away from the base"
     table = pq.read_table(out / "influence_sequences.parquet").to_pylist()
-    total = sum(row["influence"] for row in table)
+    total = sum(row["influence"] for row in table if row["through"] == "fixed")
     assert total * 1e-3 == pytest.approx(change["points"][-1]["linear"]["value"], rel=1e-3)
 
 
@@ -359,7 +362,8 @@ def test_criteria_are_judged_by_the_measured_influence(measured):
     update = pq.read_table(measured / "update_tokens.parquet")
     for column in ("sequence_id", "position"):
         assert tokens[column].to_pylist() == update[column].to_pylist()
-    influence = pq.read_table(measured / "influence_tokens.parquet")["influence"].to_numpy()
+    table = pq.read_table(measured / "influence_tokens.parquet")
+    influence = table.filter(pc.equal(table["through"], "fixed"))["influence"].to_numpy()
     column = tokens["column_adamw_on_policy"].to_numpy()
     np.testing.assert_allclose(column, influence, atol=1e-4 * np.abs(influence).max())
     regressions = {(p["level"], p["outcome"]): p for p in criteria["properties"]}

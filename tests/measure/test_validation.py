@@ -30,7 +30,7 @@ def test_zeroed_is_the_step_with_that_advantage_at_zero(case) -> None:
     policy, step, probe, found = case
     checked = validate_influence(policy, step, probe, found, num_subsets=3, num_single=2)
     full = measure_change(policy, step, probe, lrs=[step.lr], **HOW).at(step.lr).true.value
-    for index, truth in zip(checked.single_index, checked.single_true, strict=True):
+    for index, truth in zip(checked.single_index, checked.single.true, strict=True):
         weights = step.update.advantages.copy()
         weights[index] = 0.0
         other = reconstruct_step(policy, replace(step.update, advantages=weights))
@@ -44,7 +44,7 @@ def test_recomputed_uses_the_advantages_of_those_who_stay(case) -> None:
         policy, step, probe, found, removal="recomputed", num_subsets=2, num_single=1
     )
     update = step.update
-    for kept, truth in zip(checked.subsets, checked.subset_true, strict=True):
+    for kept, truth in zip(checked.subsets, checked.half.true, strict=True):
         weights = np.zeros(len(update))
         weights[kept] = advantages(update.rewards[kept], update.prompt_index[kept], "none")
         other = reconstruct_step(policy, replace(update, advantages=weights))

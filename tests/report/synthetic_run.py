@@ -195,6 +195,7 @@ def write_measurement(folder: Path, *, step: int, seed: int) -> Path:
                 "component": ["sequence"] * len(sums) + ["momentum", "decay"],
                 "sequence_id": pa.array(ids, type=pa.int64()),
                 "quantity": ["entropy"] * len(ids),
+                "through": ["fixed"] * len(ids),
                 "influence": [*sums.tolist(), -18.0, 0.04],
                 "stderr": [*(np.abs(sums) * 0.2 + 0.02).tolist(), 2.5, 0.01],
             }
@@ -207,6 +208,7 @@ def write_measurement(folder: Path, *, step: int, seed: int) -> Path:
                 "sequence_id": update_tokens["sequence_id"],
                 "position": update_tokens["position"],
                 "quantity": ["entropy"] * len(token_influence),
+                "through": ["optimizer"] * len(token_influence),
                 "influence": token_influence.tolist(),
             }
         ),
@@ -346,6 +348,8 @@ def validation(rng: np.random.Generator) -> dict[str, Any]:
     points = {"true": true.tolist(), "predicted": predicted.tolist()}
     return {
         "quantity": "entropy",
+        "removal": "zeroed",
+        "through": "fixed",
         "lr": OWN_LR,
         "lds": correlation,
         "leave_one_out": correlation,

@@ -327,25 +327,39 @@ def influences(
     return tuple(_doubted(f, doubt) if f.through == "fixed" else f for f in found)
 
 
-def neglected_share(fixed: Influence, optimizer: Influence) -> float:
-    """Sum over tokens of |optimizer - fixed| over the sum of |fixed|: what the fixed influence leaves out."""
+def neglected_share(fixed: Influence, optimizer: Influence) -> Estimate:
+    """Sum over tokens of |optimizer - fixed| / |fixed|: what goes through preconditioner and clipping.
+
+    No error: for this update and this probe batch. Above 0.2, for a clipped gradient and in AdamW's first
+    steps it is flagged: the fixed influence then splits the change of the step, and no longer says what a
+    change of the batch would do.
+    """
     one, other = np.concatenate(fixed.tokens), np.concatenate(optimizer.tokens)
     whole = float(np.abs(one).sum())
-    return float(np.abs(other - one).sum()) / whole if whole > 0 else float("nan")
+    share = float(np.abs(other - one).sum()) / whole if whole > 0 else float("nan")
+    return Estimate(
+        share,
+        float("nan"),
+        fixed.sum_of_sequences.n,
+        "share of |influence|",
+        "sum over tokens of |influence through the optimizer - fixed influence| / sum of |fixed influence|",
+        reliable=share <= NEGLECTED_LIMIT,
+        reason="" if share <= NEGLECTED_LIMIT else f"more than {NEGLECTED_LIMIT:.0%}",
+    )
 
 
 def fixed_doubt(policy: Policy, step: Step, fixed: Influence, optimizer: Influence) -> str:
     """Why the fixed influence is not what a change of the batch would do; empty where it nearly is."""
     assert policy.optimizer is not None
     reasons = []
-    share = neglected_share(fixed, optimizer)
     if step.clip_coefficient < 1:
         reasons.append(f"the gradient is clipped (c = {step.clip_coefficient:.2g})")
     age = max(policy.optimizer.steps.values()) + 1
     if age < YOUNG:
         reasons.append(f"AdamW is at step {age}, so the batch makes much of its own second moment")
-    if not share <= NEGLECTED_LIMIT:
-        reasons.append(f"{share:.0%} of the tokens' influence goes through what is held fixed")
+    share = neglected_share(fixed, optimizer)
+    if not share.reliable:
+        reasons.append(f"{share.value:.0%} of the tokens' influence goes through what is held fixed")
     if not reasons:
         return ""
     held = "preconditioner and clip coefficient are held fixed"

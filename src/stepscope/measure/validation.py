@@ -1,6 +1,8 @@
-"""Ground truth for influence: take sequences out of the update, redo the AdamW step, measure again.
+"""Ground truth for influence: change the weights of sequences, redo the AdamW step, measure again.
 
-Two ways of taking a sequence out, which are not the same counterfactual:
+Three counterfactuals, from little to much: the weight of one sequence changes a little (``reweighted``, a
+derivative), one sequence is left out, and a random half is left out. Two ways of leaving out, which are not
+the same either:
 
 - ``zeroed``: its gradient is gone, everything else as it was (what influence claims to predict);
 - ``recomputed``: the advantages of its group are those of the remaining responses (what training without it
@@ -13,6 +15,7 @@ change (Park et al. 2023, arXiv:2303.14186).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,6 +30,7 @@ from stepscope.measure.line import values_at
 from stepscope.measure.probe_gradient import BoundQuantity, bind_quantity
 from stepscope.measure.quantities import Quantity
 from stepscope.measure.step import Step, assemble_step, weighted_logprobs
+from stepscope.measure.step_derivative import Through
 from stepscope.policy.objective import advantages, token_weights
 from stepscope.policy.products import weighted_gradients
 from stepscope.policy.state import Policy
@@ -36,6 +40,67 @@ from stepscope.stats import Estimate, bootstrap
 Removal = Literal["zeroed", "recomputed"]
 REMOVALS: tuple[Removal, ...] = ("zeroed", "recomputed")
 
+REWEIGHTING = 1e-3
+"""Relative change of a sequence's weight on either side, for the derivative with respect to it."""
+
+
+@dataclass(frozen=True)
+class Remade:
+    """True changes of a quantity under steps made again with other weights of the sequences.
+
+    Attributes:
+        quantity: name of the quantity.
+        removal: how sequences were taken out.
+        lr: learning rate of the re-made steps.
+        subsets: (subset, seq) True where the sequence stayed.
+        subset_true: (subset,) change under the step re-made from the sequences that stayed.
+        single_index: (single,) sequences left out, or reweighted, one at a time.
+        single_true: (single,) change under the full step minus that without the sequence.
+        reweighted_true: (single,) derivative of the change with respect to the sequence's relative weight;
+            none where advantages are recomputed.
+    """
+
+    quantity: str
+    removal: Removal
+    lr: float
+    subsets: BoolArray
+    subset_true: FloatArray
+    single_index: tuple[int, ...]
+    single_true: FloatArray
+    reweighted_true: FloatArray
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How predictions agree with true changes.
+
+    Attributes:
+        pearson: Pearson correlation.
+        spearman: Spearman correlation.
+        slope: sum predicted x true / sum predicted^2: 1 where predictions have the right size.
+        error: |true - predicted| / |true|, Euclidean norms.
+        predicted: (case,) predictions.
+        true: (case,) true changes.
+    """
+
+    pearson: Estimate
+    spearman: Estimate
+    slope: float
+    error: float
+    predicted: FloatArray
+    true: FloatArray
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-ready dictionary."""
+        return {
+            "pearson": self.pearson.to_dict(),
+            "spearman": self.spearman.to_dict(),
+            "slope": self.slope if np.isfinite(self.slope) else None,
+            "error": self.error if np.isfinite(self.error) else None,
+            "predicted": self.predicted.tolist(),
+            "true": self.true.tolist(),
+        }
+
 
 @dataclass(frozen=True)
 class Validation:
@@ -44,49 +109,55 @@ class Validation:
     Attributes:
         quantity: name of the quantity.
         removal: how sequences were taken out.
+        through: of the influence: ``fixed`` or ``optimizer``.
         lr: learning rate of the re-made steps.
-        lds: Spearman correlation over random subsets of predicted and true change.
-        lds_pearson: Pearson correlation over the same.
-        leave_one_out: Pearson correlation over single sequences of predicted and true effect.
-        leave_one_out_spearman: Spearman correlation over the same.
         subsets: (subset, seq) True where the sequence stayed.
-        subset_true: (subset,) true change of the quantity under the re-made step.
-        subset_predicted: (subset,) lr * (influence of the sequences that stayed + momentum + decay).
         single_index: (single,) sequences left out one at a time.
-        single_true: (single,) true change of the full step minus that without the sequence.
-        single_predicted: (single,) lr * influence of the sequence.
+        half: over subsets, the change against lr (linear change - influence of what was left out).
+        single: over single sequences, the change that goes with it against lr times its influence.
+        reweighted: over single sequences, the derivative with respect to its weight against the same.
     """
 
     quantity: str
-    removal: str
+    removal: Removal
+    through: Through
     lr: float
-    lds: Estimate
-    lds_pearson: Estimate
-    leave_one_out: Estimate
-    leave_one_out_spearman: Estimate
     subsets: BoolArray
-    subset_true: FloatArray
-    subset_predicted: FloatArray
     single_index: tuple[int, ...]
-    single_true: FloatArray
-    single_predicted: FloatArray
+    half: Agreement
+    single: Agreement
+    reweighted: Agreement
+
+    @property
+    def lds(self) -> Estimate:
+        """Spearman correlation over random subsets: the linear datamodelling score."""
+        return self.half.spearman
+
+    @property
+    def leave_one_out(self) -> Estimate:
+        """Pearson correlation over single sequences left out."""
+        return self.single.pearson
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-ready dictionary; subsets as lists of the sequences that stayed."""
         return {
             "quantity": self.quantity,
             "removal": self.removal,
+            "through": self.through,
             "lr": self.lr,
-            "lds": self.lds.to_dict(),
-            "lds_pearson": self.lds_pearson.to_dict(),
-            "leave_one_out": self.leave_one_out.to_dict(),
-            "leave_one_out_spearman": self.leave_one_out_spearman.to_dict(),
+            "lds": self.half.spearman.to_dict(),
+            "lds_pearson": self.half.pearson.to_dict(),
+            "leave_one_out": self.single.pearson.to_dict(),
+            "leave_one_out_spearman": self.single.spearman.to_dict(),
             "subsets": [np.flatnonzero(row).tolist() for row in self.subsets],
-            "subset_true": self.subset_true.tolist(),
-            "subset_predicted": self.subset_predicted.tolist(),
+            "subset_true": self.half.true.tolist(),
+            "subset_predicted": self.half.predicted.tolist(),
             "single_index": list(self.single_index),
-            "single_true": self.single_true.tolist(),
-            "single_predicted": self.single_predicted.tolist(),
+            "single_true": self.single.true.tolist(),
+            "single_predicted": self.single.predicted.tolist(),
+            "half": self.half.to_dict(),
+            "single": self.single.to_dict(),
+            "reweighted": self.reweighted.to_dict(),
         }
 
 
@@ -106,17 +177,58 @@ def validate_influence(
     max_sequences: int = 16,
     progress: bool = False,
 ) -> Validation:
-    """Compare influences with true changes of steps re-made without some of the sequences.
+    """Compare influences with true changes of steps re-made with other weights of the sequences.
+
+    :func:`remake_steps` and :func:`compare` in one, for one influence.
+
+    Raises:
+        MeasurementError: as :func:`remake_steps`.
+    """
+    remade = remake_steps(
+        policy,
+        step,
+        probe,
+        found,
+        quantity=quantity,
+        removal=removal,
+        lr=lr,
+        num_subsets=num_subsets,
+        subset_share=subset_share,
+        num_single=num_single,
+        seed=seed,
+        max_sequences=max_sequences,
+        progress=progress,
+    )
+    return compare(remade, found)
+
+
+def remake_steps(
+    policy: Policy,
+    step: Step,
+    probe: Rollouts,
+    found: Influence,
+    *,
+    quantity: str | Quantity | None = None,
+    removal: Removal = "zeroed",
+    lr: float | None = None,
+    num_subsets: int = 64,
+    subset_share: float = 0.5,
+    num_single: int = 32,
+    seed: int = 0,
+    max_sequences: int = 16,
+    progress: bool = False,
+) -> Remade:
+    """Make a step again with other weights of its sequences, and measure each.
 
     Costs one forward and backward pass over the update batch for all re-made gradients together, and one
-    forward pass over the probe batch for each subset and each sequence left out. Use float64: in float32 the
-    effect of one sequence drowns in round-off.
+    forward pass over the probe batch for each subset and each sequence left out, two for each reweighted. Use
+    float64: in float32 the effect of one sequence drowns in round-off.
 
     Args:
         policy: where the step starts, with AdamW's state; restored bitwise.
         step: the full step.
-        probe: the probe batch of ``found``.
-        found: influences of ``step.update``.
+        probe: the batch on which changes are measured.
+        found: what says of which quantity: its name, normalisation, version and baseline.
         quantity: as it was given to ``influence``; by default the quantity of that name.
         removal: ``zeroed`` or ``recomputed``.
         lr: learning rate of the steps; the step's own by default.
@@ -156,27 +268,60 @@ def validate_influence(
     without = np.ones((len(singles), count), dtype=bool)
     without[np.arange(len(singles)), singles] = False
     masks = np.concatenate([np.ones((1, count), dtype=bool), subsets, without])
-    truth = _true_changes(policy, step, probe, bound, masks, removal, rate, max_sequences, progress)
-    base = found.momentum.value + found.decay.value
-    predicted = rate * (masks @ found.sequences + base)
-    chosen = slice(1, 1 + num_subsets)
-    single_true, single_predicted = truth[0] - truth[1 + num_subsets :], rate * found.sequences[singles]
-    words = f"{removal}, {num_subsets} subsets of {kept} of {count} sequences"
-    one = f"{removal}, {len(singles)} of {count} sequences left out one at a time"
-    return Validation(
+    if removal == "zeroed":
+        per_unit, shares = step.token_weights, masks.astype(np.float64)
+        little = np.ones((len(singles), count))
+        little[np.arange(len(singles)), singles] = 0.0
+        shares = np.concatenate([shares, 1 + REWEIGHTING * (1 - little), 1 - REWEIGHTING * (1 - little)])
+    else:
+        per_unit, shares = _unit_weights(policy, step), _advantages_within(policy, step.update, masks)
+    truth = _true_changes(policy, step, probe, bound, per_unit, shares, rate, max_sequences, progress)
+    whole, halves, alone, more, less = np.split(
+        truth, np.cumsum([1, num_subsets, len(singles), len(singles)])
+    )
+    if removal == "recomputed":
+        more = less = np.empty(0)
+    return Remade(
         quantity=found.quantity,
         removal=removal,
         lr=rate,
-        lds=_correlation(predicted[chosen], truth[chosen], words, rank=True),
-        lds_pearson=_correlation(predicted[chosen], truth[chosen], words, rank=False),
-        leave_one_out=_correlation(single_predicted, single_true, one, rank=False),
-        leave_one_out_spearman=_correlation(single_predicted, single_true, one, rank=True),
         subsets=subsets,
-        subset_true=truth[chosen],
-        subset_predicted=predicted[chosen],
+        subset_true=halves,
         single_index=tuple(int(i) for i in singles),
-        single_true=single_true,
-        single_predicted=single_predicted,
+        single_true=whole[0] - alone,
+        reweighted_true=(more - less) / (2 * REWEIGHTING),
+    )
+
+
+def compare(remade: Remade, found: Influence) -> Validation:
+    """Hold influences against the true changes of re-made steps.
+
+    Args:
+        remade: true changes, from :func:`remake_steps` on the same batches.
+        found: influences on the same quantity.
+    """
+    lr, removal, count = remade.lr, remade.removal, len(found.sequences)
+    singles = list(remade.single_index)
+    kept = int(remade.subsets[0].sum()) if len(remade.subsets) else 0
+    half = lr * (found.total.value - ~remade.subsets @ found.sequences)
+    single = lr * found.sequences[singles]
+    one = f"{len(singles)} of {count} sequences"
+    return Validation(
+        quantity=found.quantity,
+        removal=removal,
+        through=found.through,
+        lr=lr,
+        subsets=remade.subsets,
+        single_index=remade.single_index,
+        half=_agreement(
+            half,
+            remade.subset_true,
+            f"{removal}, {len(remade.subsets)} subsets of {kept} of {count} sequences",
+        ),
+        single=_agreement(single, remade.single_true, f"{removal}, {one} left out one at a time"),
+        reweighted=_agreement(
+            single[: len(remade.reweighted_true)], remade.reweighted_true, f"{one} reweighted one at a time"
+        ),
     )
 
 
@@ -185,17 +330,13 @@ def _true_changes(
     step: Step,
     probe: Rollouts,
     bound: BoundQuantity,
-    masks: BoolArray,
-    removal: Removal,
+    per_unit: Sequence[FloatArray],
+    shares: FloatArray,
     lr: float,
     max_sequences: int,
     progress: bool,
 ) -> FloatArray:
-    """(mask,) true change of the quantity under the step re-made from the sequences of each mask."""
-    if removal == "zeroed":
-        per_unit, shares = step.token_weights, masks.astype(np.float64)
-    else:
-        per_unit, shares = _unit_weights(policy, step), _advantages_within(policy, step.update, masks)
+    """(case,) true change of the quantity under the step re-made with each (case, seq) row of shares."""
     sums = weighted_gradients(
         policy,
         step.update,
@@ -204,8 +345,8 @@ def _true_changes(
         max_sequences=max_sequences,
         progress=progress,
     )
-    changes = np.empty(len(masks))
-    for row in track(range(len(masks)), description="re-made steps", disable=not progress):
+    changes = np.empty(len(shares))
+    for row in track(range(len(shares)), description="re-made steps", disable=not progress):
         remade = assemble_step(
             policy, step.update, step.token_weights, {n: t[row].to(policy.dtype) for n, t in sums.items()}
         )
@@ -248,6 +389,19 @@ def _advantages_within(policy: Policy, update: Rollouts, masks: BoolArray) -> Fl
             update.rewards[mask], update.prompt_index[mask], policy.settings.scale_rewards
         )
     return found
+
+
+def _agreement(predicted: FloatArray, true: FloatArray, words: str) -> Agreement:
+    size, missed = float(np.linalg.norm(true)), float(np.linalg.norm(true - predicted))
+    square = float(predicted @ predicted)
+    return Agreement(
+        pearson=_correlation(predicted, true, words, rank=False),
+        spearman=_correlation(predicted, true, words, rank=True),
+        slope=float(predicted @ true) / square if square > 0 else float("nan"),
+        error=missed / size if size > 0 else float("nan"),
+        predicted=predicted,
+        true=true,
+    )
 
 
 def _correlation(predicted: FloatArray, true: FloatArray, words: str, *, rank: bool) -> Estimate:

@@ -10,7 +10,7 @@ import numpy as np
 
 from stepscope.config import LossConfig, MeasureConfig
 from stepscope.errors import BatchError, ConfigError
-from stepscope.measure.influence import Influence, influence
+from stepscope.measure.influence import Influence, influences
 from stepscope.measure.quantities import Quantity, make_quantity
 from stepscope.measure.step import Step, reconstruct_step
 from stepscope.measure.token_influence import objective_influences
@@ -161,10 +161,10 @@ class Session:
         )
 
     @cached_property
-    def influences(self) -> list[Influence]:
-        """Influence of the update batch on every quantity."""
+    def influences(self) -> list[tuple[Influence, ...]]:
+        """Influence of the update batch on every quantity, fixed and through the optimizer."""
         return [
-            influence(
+            influences(
                 self.policy,
                 self.step,
                 self.update,

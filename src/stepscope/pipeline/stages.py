@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from stepscope import runs
 from stepscope.config import Stage
 from stepscope.measure.change import measure_changes
 from stepscope.measure.fisher import fisher_kernel
-from stepscope.measure.influence import influence, write_influence
+from stepscope.measure.influence import influence, neglected_share, write_influence
 from stepscope.measure.leaderboard import Leaderboard, rank_criteria
 from stepscope.measure.noise_scale import effect_noise_scale, noise_scale
 from stepscope.measure.properties import property_study
@@ -20,7 +21,7 @@ from stepscope.measure.quantities import unit_of
 from stepscope.measure.restep import Pareto, drop_rules, resteps
 from stepscope.measure.step import step_summary
 from stepscope.measure.uncertainty import estimate_ratio
-from stepscope.measure.validation import validate_influence
+from stepscope.measure.validation import compare, remake_steps
 from stepscope.pipeline.console import on_terminal
 from stepscope.pipeline.session import Line, Session
 from stepscope.policy import vectors
@@ -176,26 +177,33 @@ def attribute_change(session: Session) -> Summary:
     """Influence of every sequence and token of the update batch on the change of each quantity."""
     found = session.influences
     write_influence(
-        found, session.run.file("influence_sequences.parquet"), session.run.file("influence_tokens.parquet")
+        [way for ways in found for way in ways],
+        session.run.file("influence_sequences.parquet"),
+        session.run.file("influence_tokens.parquet"),
     )
-    primary = found[0]
+    fixed, optimizer = found[0]
     return {
-        "influence_sequences": primary.sum_of_sequences,
-        "influence_momentum": primary.momentum,
-        "influence_decay": primary.decay,
-        "influence_total": primary.total,
-    } | ({} if primary.bonus is None else {"influence_bonus": primary.bonus})
+        "influence_sequences": fixed.sum_of_sequences,
+        "influence_sequences_optimizer": optimizer.sum_of_sequences,
+        "influence_neglected": neglected_share(fixed, optimizer),
+        "influence_momentum": fixed.momentum,
+        "influence_decay": fixed.decay,
+        "influence_total": fixed.total,
+    } | ({} if fixed.bonus is None else {"influence_bonus": fixed.bonus})
 
 
 def validate_shares(session: Session) -> Summary:
-    """Influence on the primary quantity against steps re-made without some of the sequences."""
+    """Influence on the primary quantity, both ways, against steps re-made with other weights."""
     config = session.config
-    found = [
-        validate_influence(
+    ways = session.influences[0]
+    artifact: dict[str, Any] = {}
+    figures: Summary = {}
+    for removal in config.validation.removals:
+        remade = remake_steps(
             session.policy,
             session.step,
             session.probe,
-            session.influences[0],
+            ways[0],
             quantity=session.quantities[0],
             removal=removal,
             lr=session.line.lr,
@@ -206,13 +214,13 @@ def validate_shares(session: Session) -> Summary:
             max_sequences=config.batch_size,
             progress=on_terminal(),
         )
-        for removal in config.validation.removals
-    ]
-    runs.write_json(session.run.file("validation.json"), {v.removal: v.to_dict() for v in found})
-    figures: Summary = {}
-    for validation in found:
-        figures[f"lds_{validation.removal}"] = validation.lds
-        figures[f"leave_one_out_{validation.removal}"] = validation.leave_one_out
+        for way in ways:
+            checked = compare(remade, way)
+            name = removal if way.through == "fixed" else f"{removal}_{way.through}"
+            artifact[name] = checked.to_dict()
+            figures[f"lds_{name}"] = checked.lds
+            figures[f"leave_one_out_{name}"] = checked.leave_one_out
+    runs.write_json(session.run.file("validation.json"), artifact)
     return figures
 
 
@@ -256,7 +264,8 @@ def weigh_noise(session: Session) -> Summary:
                     [
                         row["influence"]
                         for row in table
-                        if row["component"] == "sequence" and row["quantity"] == quantity.name
+                        if (row["component"], row["quantity"], row["through"])
+                        == ("sequence", quantity.name, "fixed")
                     ]
                 ),
                 update.prompt_index,

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,13 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 _SEQUENCE_COLUMNS = ("sequence_id", "prompt_id", "prompt", "response", "reward", "num_tokens", "truncated")
 _TOKEN_COLUMNS = ("sequence_id", "position", "token", "logprob", "entropy")
-_INFLUENCE_COLUMNS = ("component", "sequence_id", "quantity", "influence", "stderr")
+_INFLUENCE_COLUMNS = ("component", "sequence_id", "quantity", "through", "influence", "stderr")
+
+RANKED_BY = "optimizer"
+"""The influence that ranks tokens on the page: it predicts best what leaving something out does."""
+
 _SHOWN_MATRICES = re.compile(r"update_\w+_cosine")
-_TOKEN_INFLUENCE_COLUMNS = ("sequence_id", "position", "quantity", "influence")
+_TOKEN_INFLUENCE_COLUMNS = ("sequence_id", "position", "quantity", "through", "influence")
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,9 @@ class Measurement:
         probe: columns of ``probe.parquet``.
         update_tokens: columns of ``update_tokens.parquet``.
         probe_tokens: columns of ``probe_tokens.parquet``.
-        influence_sequences: columns of ``influence_sequences.parquet``.
-        influence_tokens: columns of ``influence_tokens.parquet``.
+        influence_sequences: columns of ``influence_sequences.parquet``, of the influence that adds up
+            (fixed).
+        influence_tokens: columns of ``influence_tokens.parquet``, of the one that ranks (:data:`RANKED_BY`).
         validation: content of ``validation.json``, its correlations parsed.
         kernel: content of ``kernel.json``.
         kernel_matrices: the update batch's cosine kernels, from ``kernel.safetensors``.
@@ -227,8 +233,12 @@ def load_measurement(path: Path) -> Measurement:
         probe=read_table(path / "probe.parquet", _SEQUENCE_COLUMNS),
         update_tokens=read_table(path / "update_tokens.parquet", _TOKEN_COLUMNS),
         probe_tokens=read_table(path / "probe_tokens.parquet", _TOKEN_COLUMNS),
-        influence_sequences=read_table(path / "influence_sequences.parquet", _INFLUENCE_COLUMNS),
-        influence_tokens=read_table(path / "influence_tokens.parquet", _TOKEN_INFLUENCE_COLUMNS),
+        influence_sequences=_through(
+            read_table(path / "influence_sequences.parquet", _INFLUENCE_COLUMNS), "fixed"
+        ),
+        influence_tokens=_through(
+            read_table(path / "influence_tokens.parquet", _TOKEN_INFLUENCE_COLUMNS), RANKED_BY
+        ),
         validation=_checked_validation(path / "validation.json"),
         kernel=_checked_kernel(path / "kernel.json"),
         kernel_matrices=read_arrays(path / "kernel.safetensors", _SHOWN_MATRICES),
@@ -372,7 +382,16 @@ def _checked_pareto(path: Path) -> dict[str, Any] | None:
     return pareto
 
 
-_VALIDATION_KEYS = ("quantity", "lr", "subset_true", "subset_predicted", "single_true", "single_predicted")
+_VALIDATION_KEYS = (
+    "quantity",
+    "removal",
+    "through",
+    "lr",
+    "subset_true",
+    "subset_predicted",
+    "single_true",
+    "single_predicted",
+)
 
 
 def _checked_validation(path: Path) -> dict[str, Any] | None:
@@ -383,6 +402,14 @@ def _checked_validation(path: Path) -> dict[str, Any] | None:
         for key in ("lds", "leave_one_out"):
             found[key] = parse_estimate(found.get(key), f"{path}: {removal}.{key}")
     return validation
+
+
+def _through(table: Table | None, through: str) -> Table | None:
+    """The rows of one way in which influence is taken."""
+    if table is None:
+        return None
+    own = [way == through for way in table["through"]]
+    return {name: list(compress(column, own)) for name, column in table.items()}
 
 
 def _training_log(path: Path) -> Sequence[Mapping[str, Any]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -34,11 +35,18 @@ _REMOVALS = {
 }
 
 
+_THROUGH = {"fixed": "preconditioner and clipping fixed", "optimizer": "through the optimizer"}
+
+
+def _label(found: Mapping[str, Any]) -> str:
+    return f"{found['removal']}, {_THROUGH[found['through']]}"
+
+
 def validation_facts(measurement: Measurement) -> list[tuple[str, str]]:
     """The correlations, one for each way of leaving out and each kind of set."""
     return [
-        (f"{name}, {removal}", text.plus_minus(found[key].value, found[key].stderr))
-        for removal, found in (measurement.validation or {}).items()
+        (f"{name}, {_label(found)}", text.plus_minus(found[key].value, found[key].stderr))
+        for found in (measurement.validation or {}).values()
         for *_, key, name in _SORTS
     ]
 
@@ -46,17 +54,17 @@ def validation_facts(measurement: Measurement) -> list[tuple[str, str]]:
 def validation_figures(measurement: Measurement) -> list[Figure]:
     """Predicted against true change: of steps from random subsets, and of one sequence less."""
     figures = []
-    for removal, found in (measurement.validation or {}).items():
+    for key, found in (measurement.validation or {}).items():
         for sort, name, color, symbol, *_ in _SORTS:
             predicted, true = found[f"{sort}_predicted"], found[f"{sort}_true"]
             if predicted:
                 figures.append(
                     Figure(
-                        f"validation-{sort}-{removal}",
-                        f"{name.capitalize()}, {removal}",
+                        f"validation-{sort}-{key}",
+                        f"{name.capitalize()}, {_label(found)}",
                         f"Change of the {found['quantity']} at lr {text.number(found['lr'])}: the step "
-                        f"is made again ({_REMOVALS[removal]}) and measured on the same probe samples; "
-                        "predicted is lr times the sum of influences. The grey line is equality. "
+                        f"is made again ({_REMOVALS[found['removal']]}) and measured on the same probe "
+                        "samples; predicted is lr times the sum of influences. The grey line is equality. "
                         f"{len(true)} points.",
                         _scatter(predicted, true, name, color, symbol),
                         height=340,
