@@ -14,11 +14,16 @@ import plotly.graph_objects as go
 
 from stepscope.report import text
 from stepscope.report.figures import BLUE, INK, VERMILLION, Figure, error_bars, make_spec, rounded
-from stepscope.report.load import Measurement, Table
+from stepscope.report.load import RANKED_BY, Measurement, Table
 from stepscope.report.tables import Cell, Column, TableBlock, count_cell, number_cell, text_cell
 from stepscope.stats import Estimate
 
 _TOP_TOKENS = 25
+
+WAYS = {"fixed": "preconditioner and clipping fixed", "optimizer": "through the optimizer"}
+"""The two ways in which influence is taken, in words."""
+
+RANKING = WAYS[RANKED_BY]
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,21 @@ def parts(summary: Mapping[str, Estimate], lr: float) -> str:
     if len(shown) < len(found):
         return ""
     return f"To first order and in the same unit, {', '.join(shown[:-1])} and {shown[-1]}."
+
+
+def ways(summary: Mapping[str, Estimate]) -> list[tuple[str, str]]:
+    """The influence of the whole batch either way, and what the fixed one neglects."""
+    found = []
+    for key, words in (
+        ("influence_sequences", f"the whole batch, {WAYS['fixed']}"),
+        ("influence_sequences_optimizer", f"the whole batch, {WAYS['optimizer']}"),
+        ("influence_neglected", "share of the tokens' influence that goes through what is fixed"),
+    ):
+        if key in summary:
+            figure = summary[key]
+            shown = text.plus_minus(figure.value, figure.stderr)
+            found.append((words, f"{shown} ({figure.reason})" if figure.reason else shown))
+    return found
 
 
 def concentration(tokens: TokenTable) -> str:
@@ -182,8 +202,8 @@ def sequence_figure(measurement: Measurement, quantity: str, unit: str) -> Figur
     net = sum(row[2] for row in sequences)
     caption = (
         f"First-order influence of each of the {len(sequences)} sequences of the update batch on the "
-        f"{quantity} (per token, on-policy), per unit of learning rate. Error bars: 95 % interval, "
-        "clustered over probe prompts. "
+        f"{quantity} (per token, on-policy), per unit of learning rate, {WAYS['fixed']}. Error bars: 95 % "
+        "interval, clustered over probe prompts. "
         f"Sum over sequences {text.number(net)}" + (f"; for comparison {beside}." if beside else ".")
     )
     return Figure("influence-sequences", "Influence of every sequence", caption, spec, height=360)
@@ -229,10 +249,10 @@ def share_figure(tokens: TokenTable, quantity: str) -> Figure | None:
         yaxis={"title": {"text": "cumulative share"}, "tickformat": ".0%", "zeroline": True},
     )
     caption = (
-        f"How concentrated the influence on the {quantity} is, over {len(values):,} tokens. Solid: share of "
-        "the summed |influence|. Dashed: share of the batch's net influence; it can pass 100 % because "
-        f"tokens of opposite sign cancel (the net is {text.percent(abs(net) / total)} of the summed "
-        "|influence|). Point estimates: the artifacts hold no error per token."
+        f"How concentrated the influence on the {quantity}, {RANKING}, is over {len(values):,} tokens. "
+        "Solid: share of the summed |influence|. Dashed: share of the batch's net influence; it can pass "
+        f"100 % because tokens of opposite sign cancel (the net is {text.percent(abs(net) / total)} of the "
+        "summed |influence|). Point estimates: the artifacts hold no error per token."
     )
     return Figure("influence-share", "Concentration over tokens", caption, spec, height=360, wide=False)
 
@@ -275,8 +295,8 @@ def scatter_figure(tokens: TokenTable, quantity: str, unit: str, most: int) -> F
     )
     sampled = f"the {most // 2} largest and one in {stride} of the rest" if stride > 1 else "all"
     caption = (
-        f"First-order influence of single tokens on the {quantity} against the probability the policy gave "
-        f"them; {sampled} of {len(values):,} tokens. Point estimates without error."
+        f"First-order influence of single tokens on the {quantity}, {RANKING}, against the probability the "
+        f"policy gave them; {sampled} of {len(values):,} tokens. Point estimates without error."
     )
     return Figure(
         "influence-tokens", "Influence and probability of tokens", caption, spec, height=360, wide=False
@@ -317,7 +337,8 @@ def top_tokens_table(tokens: TokenTable, quantity: str) -> TableBlock | None:
             ]
         )
     caption = (
-        f"The {len(rows)} tokens with the largest absolute influence on the {quantity}, of {len(values):,}."
+        f"The {len(rows)} tokens with the largest absolute influence on the {quantity}, {RANKING}, of "
+        f"{len(values):,}."
     )
     return TableBlock("top-tokens", "Most influential tokens", caption, columns, rows)
 

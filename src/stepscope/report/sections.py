@@ -250,6 +250,7 @@ def _influence_section(
     return Section(
         "influence",
         "Which sequences and tokens did it",
+        facts=influence.ways(measurement.summary),
         figures=drawn,
         legend=bool(responses),
         responses=responses,

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from stepscope.report import text
 from stepscope.report.figures import BLUE, MUTED, VERMILLION, Figure, make_spec, rounded
+from stepscope.report.influence import WAYS
 from stepscope.report.load import Measurement
 
 _SORTS = (
@@ -35,11 +36,8 @@ _REMOVALS = {
 }
 
 
-_THROUGH = {"fixed": "preconditioner and clipping fixed", "optimizer": "through the optimizer"}
-
-
 def _label(found: Mapping[str, Any]) -> str:
-    return f"{found['removal']}, {_THROUGH[found['through']]}"
+    return f"{found['removal']}, {WAYS[found['through']]}"
 
 
 def validation_facts(measurement: Measurement) -> list[tuple[str, str]]:
