@@ -3,7 +3,7 @@ VENV    ?= .venv
 PYTHON  ?= python3
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
-UV      := $(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt
+UV      := $(BIN)/uv pip install --system-certs --python $(BIN)/python --constraint constraints.txt
 export HF_HUB_OFFLINE ?= 1
 # uv insists on a cache folder, and makes a temporary one where the home folder takes none.
 ifneq ($(shell cache="$${UV_CACHE_DIR:-$${XDG_CACHE_HOME:-$$HOME/.cache}}"; mkdir -p "$$cache" 2> /dev/null && test -w "$$cache" && echo yes),yes)
@@ -17,6 +17,7 @@ export TOKENIZERS_PARALLELISM ?= false
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
+# uv trusts the certificates the system trusts, as pip does.
 # torch goes first and through pip: pip finds a build that lies on the machine, uv does not look there.
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
