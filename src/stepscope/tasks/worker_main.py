@@ -1,57 +1,26 @@
-"""The helper process of :mod:`stepscope.tasks.worker`; run as a script, imports nothing of stepscope.
+"""The helper process of :mod:`stepscope.tasks.worker`: its operations.
 
-Reads one JSON question per line from standard input; writes an empty line when all it needs for that question
-is loaded, and then the answer as one line of JSON. A question that makes it crash or hang costs the process,
-not the trainer. Some scorers of reasoning-gym evaluate the answer as Python, so from the start the process
-may not start programs, write files or open connections.
+Questions are ``equal`` (math-verify), and for reasoning-gym ``describe``, ``item`` and ``score``. How they
+are asked and answered, and what keeps an answer from doing harm, is in :mod:`stepscope.tasks.forking`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
 import hashlib
 import importlib
 import json
-import logging
-import os
 import random
 import re
-import resource
 import signal
-import sys
-import tempfile
 import types
+from pathlib import Path
 from typing import Any
 
-MEMORY_LIMIT = 6 << 30
-ERROR_LOG_LIMIT = 1 << 20
-WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-FORBIDDEN = (
-    "ctypes.",
-    "os.chmod",
-    "os.chown",
-    "os.exec",
-    "os.fork",
-    "os.kill",
-    "os.link",
-    "os.mkdir",
-    "os.posix_spawn",
-    "os.remove",
-    "os.rename",
-    "os.rmdir",
-    "os.spawn",
-    "os.symlink",
-    "os.system",
-    "os.truncate",
-    "pty.spawn",
-    "shutil.",
-    "socket.connect",
-    "socket.sendto",
-    "subprocess.Popen",
-    "webbrowser.open",
-)
+from stepscope.tasks.forking import Operations, Server
+from stepscope.tasks.guards import EVALUATING, EXPRESSIONS, read_literals_only, require_expression
+
 SOFT_LIMIT = 2
 """Seconds given to each step of math-verify, and to a scorer, before it is interrupted from within."""
 
@@ -92,14 +61,17 @@ def equal(reference: str, answer: str) -> bool:
 
 @functools.cache
 def load_math_verify() -> None:
-    """Import it and build its grammar."""
-    equal("1", "$x$")
+    """Import it, build its grammar, and let it meet the usual notation: children inherit what it caches."""
+    equal("$\\frac{1}{2}x^{2}+\\sqrt{3}$", "$\\frac{3}{4}(x-1)$")
+    equal("$(1, 2]$", "\\boxed{2\\pi}")
+    equal("1/2", "0.5")
 
 
 @functools.cache
 def registry() -> dict[str, Any]:
     """All reasoning-gym tasks: name to (dataset class, configuration class)."""
     registered: dict[str, Any] = importlib.import_module("reasoning_gym.factory").DATASETS
+    read_literals_only()
     return registered
 
 
@@ -155,6 +127,8 @@ def score(name: str, config: str, seed: int, index: int, answer: str) -> float:
     """The task's own scorer; text that it cannot read earns nothing."""
     signal.alarm(SOFT_LIMIT)
     try:
+        if name in EXPRESSIONS:
+            require_expression(answer)
         return float(dataset(name, config, seed).score_answer(answer, entry(name, config, seed, index)))
     except (TimeoutError, *BAD_ANSWER):
         return 0.0
@@ -172,7 +146,7 @@ def prepare(op: str, question: dict[str, Any]) -> None:
     if op == "equal":
         load_math_verify()
     elif op == "score":
-        entry(**{k: question[k] for k in ("name", "config", "seed", "index")})
+        entry(question["name"], question["config"], question["seed"], question["index"])
     else:
         registry()
 
@@ -188,43 +162,19 @@ def answer_to(op: str, question: dict[str, Any]) -> dict[str, Any]:
     return describe(**question)
 
 
-def refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    """Audit hook: no program is started, no file written or removed, no connection opened from here."""
-    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING
-    if writes or event.startswith(FORBIDDEN):
-        raise PermissionError(f"{event} is not allowed in the helper process")
-
-
-def settle_matplotlib() -> None:
-    """Let matplotlib choose its folder while one can be made; reasoning-gym imports it and never plots."""
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["MPLCONFIGDIR"] = folder
-        matplotlib = importlib.import_module("matplotlib")
-        matplotlib.get_configdir()
-        matplotlib.get_cachedir()
+def loaded() -> object:
+    """How much has been loaded and generated so far."""
+    return tuple(cached.cache_info().misses for cached in (load_math_verify, registry, dataset, entry))
 
 
 def main() -> None:
-    """Serve until standard input ends."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (ERROR_LOG_LIMIT, ERROR_LOG_LIMIT))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Serve until standard input ends; the working directory is the helper's own."""
     signal.signal(signal.SIGALRM, out_of_time)
-    logging.disable(logging.CRITICAL)
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    sys.stdout = sys.stderr
-    ctypes.pythonapi.Py_IsInitialized()  # loaded now: sympy imports ctypes, the hook refuses it any library
-    settle_matplotlib()
-    sys.addaudithook(refuse)
-    for line in sys.stdin:
-        question = json.loads(line)
-        op = question.pop("op")
-        prepare(op, question)
-        replies.write("\n")
-        replies.write(json.dumps(answer_to(op, question)) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+    operations = Operations(
+        prepare=prepare,
+        answer=answer_to,
+        reads_answer=lambda op: op in ("equal", "score"),
+        evaluates=lambda arguments: arguments.get("name") in EVALUATING,
+        loaded=loaded,
+    )
+    Server(operations, Path.cwd()).serve()
