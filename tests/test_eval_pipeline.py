@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 from stepscope import cli
 from stepscope.evaluation import read_eval
+from stepscope.policy.settings import SETTINGS_FILE
 from stepscope.runs import locked, read_json
 
 SETTINGS = ["num_prompts=6", "samples_per_prompt=4", "ks=[1,4]"]
@@ -164,3 +166,15 @@ def test_entropy_law_of_a_run_and_of_several(trained_run: Path, tmp_path: Path) 
     refused = CliRunner().invoke(cli.app, arguments)
     assert refused.exit_code == 2
     assert "no entropy_law.json" in refused.output + refused.stderr
+
+
+def test_a_task_that_evaluates_answers_is_run_only_for_who_names_it(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "step-4"
+    shutil.copytree(checkpoint, folder)
+    settings = read_json(folder / SETTINGS_FILE)
+    (folder / SETTINGS_FILE).write_text(json.dumps({**settings, "task": "rg:polynomial_multiplication"}))
+    few = ["--out", tmp_path / "eval.parquet", "num_prompts=2", "samples_per_prompt=2", "ks=[1]"]
+    refused = run_eval(folder, *few, code=2)
+    assert "name the task yourself: --task rg:polynomial_multiplication" in refused
+    run_eval(folder, *few, "--task", "rg:polynomial_multiplication")
+    assert read_eval(tmp_path / "eval.parquet")[0].task == "rg:polynomial_multiplication"

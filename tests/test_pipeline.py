@@ -28,6 +28,7 @@ from stepscope.policy.vectors import dot, norm
 from stepscope.results import Rollouts
 from stepscope.runs import LOCK, locked
 from stepscope.stats import Estimate
+from stepscope.tasks.worker import shared_worker
 
 TASK = ["--task", "arithmetic:terms=2,digits=2,ops=+"]
 SETTINGS = [
@@ -326,6 +327,10 @@ def test_check_says_what_was_found(checkpoint, small_training):
     result = CliRunner().invoke(cli.app, ["check", str(checkpoint)])
     assert result.exit_code == 0, result.output
     assert "AdamW" in result.output
+    isolation = (
+        "answers cannot be isolated" if shared_worker().isolation() else "answers are scored in a process"
+    )
+    assert isolation in " ".join(result.output.split())
     result = CliRunner().invoke(cli.app, ["check", str(small_training)])
     assert result.exit_code == 0, result.output
     assert "valid TrainConfig" in result.output

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# The scorers are tested on systems without Landlock too; what isolates them has test_jail.py.
+os.environ.setdefault("STEPSCOPE_UNISOLATED", "1")
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k"
 

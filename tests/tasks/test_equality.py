@@ -137,7 +137,7 @@ def test_a_killed_worker_starts_again() -> None:
 
 
 def test_the_worker_runs_no_code_of_an_answer(tmp_path: Path) -> None:
-    """The scorer of countdown evaluates its answer as Python; without the audit hook this makes the file."""
+    """The scorer of countdown evaluates an answer that is arithmetic; evaluated, these make a file."""
     worker = Worker()
     item = {"name": "countdown", "config": "{}", "seed": 0, "index": 0}
     for number, code in enumerate(

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 
 from stepscope.errors import TaskError
 from stepscope.tasks import load_task
+from stepscope.tasks.guards import EVALUATING, evaluates, require_expression
 from stepscope.tasks.worker import Worker, shared_worker
 
 SPECS = [
@@ -92,6 +98,102 @@ def test_bad_spec(spec: str, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+UNSOUND = {
+    "coin_flip": "0",
+    "complex_arithmetic": "nan",
+    "game_of_life_halting": "banana",
+    "puzzle24": "1*2*3*4",
+}
+
+
+@pytest.mark.parametrize("name", UNSOUND)
+def test_a_scorer_that_rewards_nonsense_is_refused(name: str) -> None:
+    with pytest.raises(TaskError, match=r"accept_unsound=true") as caught:
+        load_task(f"rg:{name}")
+    assert repr(UNSOUND[name]) in str(caught.value)
+    task = load_task(f"rg:{name}:accept_unsound=true")
+    problem = task.problems("train")[0]
+    assert problem.prompt_id == f"rg:{name}/train/0"
+    assert task.score(problem, task.demonstration(problem)).correct
+    with pytest.raises(TaskError, match="accept_unsound must be true or false, got 1"):
+        load_task(f"rg:{name}:accept_unsound=1")
+
+
+@pytest.mark.parametrize(
+    ("text", "arithmetic"),
+    [
+        ("(1 + 2.5)*3 - 4/-x**2", True),
+        ("sqrt(x) + log(2*x, 10) + C", True),
+        ("x.__class__", False),
+        ("__import__", False),
+        ("eval('1')", False),
+        ("(lambda: 1)()", False),
+        ("sin(x, evaluate=False)", False),
+        ("[1, 2][0]", False),
+        ("'a'*9", False),
+        ("True", False),
+        ("1 if x else 2", False),
+        ("f'{1}'", False),
+        ("x := 1", False),
+        ("sin(*x)", False),
+    ],
+)
+def test_only_arithmetic_is_evaluated(text: str, arithmetic: bool) -> None:
+    if arithmetic:
+        require_expression(text)
+    else:
+        with pytest.raises(SyntaxError):
+            require_expression(text)
+
+
+def test_literals_are_read_as_before() -> None:
+    """``spiral_matrix`` gives a tenth for the right list written as Python."""
+    task = load_task("rg:spiral_matrix")
+    problem = task.problems("train")[0]
+    numbers = problem.answer.split()
+    for answer, reward in [
+        (problem.answer, 1.0),
+        (json.dumps([int(n) for n in numbers]), 0.1),
+        (f"[int(n) for n in {problem.answer!r}.split()]", 0.0),
+    ]:
+        assert task.score(problem, f"<think></think><answer>{answer}</answer>").reward == reward
+
+
+def test_which_specifications_evaluate_answers() -> None:
+    assert len(EVALUATING) == 9
+    assert evaluates("rg:puzzle24")
+    assert evaluates("rg:n_queens:n=5")
+    assert not any(evaluates(spec) for spec in ("rg:chain_sum", "gsm8k", "arithmetic", "jsonl:puzzle24"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="takes Landlock away from a process")
+def test_without_isolation_scorers_that_evaluate_are_refused() -> None:
+    code = """
+import errno, sys, warnings
+from seccompy import Filter
+blind = Filter()
+blind.errno("landlock_create_ruleset", errno.ENOSYS)
+blind.load()
+from stepscope.errors import TaskError
+from stepscope.tasks import load_task
+with warnings.catch_warnings(record=True) as caught:
+    load_task("rg:chain_sum")
+print(*(w.message for w in caught))
+try:
+    task = load_task("rg:countdown")
+    print(task.score(task.problems("train")[0], "<think></think><answer>1</answer>").reward)
+except TaskError as error:
+    print(error)
+"""
+    for allowed, expected in [("0", "cannot be isolated here"), ("1", "0.05")]:
+        environment = {**os.environ, "STEPSCOPE_UNISOLATED": allowed}
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+        assert found.returncode == 0, found.stderr
+        warned, verdict = found.stdout.splitlines()
+        assert "answers are not isolated on this system: its kernel offers no Landlock" in warned
+        assert expected in verdict
+
+
 @pytest.mark.slow
 def test_every_task_of_reasoning_gym() -> None:
     reply = shared_worker().ask({"op": "describe", "name": "", "config": "{}"}, time_limit=120)
@@ -99,7 +201,7 @@ def test_every_task_of_reasoning_gym() -> None:
     without = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
     assert len(reply["names"]) > 100
     for name in set(reply["names"]) - {"composite"}:
-        task = load_task(f"rg:{name}")
+        task = load_task(f"rg:{name}" + (":accept_unsound=true" if name in UNSOUND else ""))
         for split in ("train", "test"):
             for problem in task.problems(split)[:3]:
                 if name not in without:

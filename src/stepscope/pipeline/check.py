@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +20,7 @@ from stepscope.config import (
 )
 from stepscope.errors import CheckpointError
 from stepscope.tasks import load_task
+from stepscope.tasks.worker import shared_worker
 
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
@@ -35,8 +37,9 @@ def run_check(target: Path) -> bool:
     if target.is_file():
         return _check_config(target)
     from stepscope.policy.checkpoint import inspect_checkpoint
+    from stepscope.policy.examination import Finding
 
-    findings = inspect_checkpoint(target)
+    findings = [*inspect_checkpoint(target), Finding(*_isolation())]
     table = Table("", "finding", "what to do")
     for finding in findings:
         colour = COLOURS[finding.level]
@@ -64,4 +67,15 @@ def _check_config(path: Path) -> bool:
     if isinstance(config, TrainConfig):
         problems = load_task(config.task, template=config.template).problems("train")
         console.print(Text(f"task {config.task}: {len(problems)} training problems"))
+    level, what, _ = _isolation()
+    console.print(Text(f"{level}: {what}"))
     return True
+
+
+def _isolation() -> tuple[Literal["ok", "warn"], str, str]:
+    """Whether this system keeps answers from doing harm: level, what was found, what to do."""
+    missing = shared_worker().isolation()
+    if not missing:
+        return "ok", "answers are scored in a process that the kernel isolates (Landlock, seccomp)", ""
+    what = f"answers cannot be isolated: {missing}; tasks whose scorer evaluates answers are refused"
+    return "warn", what, "use Linux 5.13 or newer, with Landlock and seccomp allowed in the container"

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from stepscope.config import LossConfig, MeasureConfig
-from stepscope.errors import BatchError, ConfigError
+from stepscope.errors import BatchError, ConfigError, TaskError
 from stepscope.measure.influence import Influence, influences
 from stepscope.measure.quantities import Quantity, make_quantity
 from stepscope.measure.step import Step, reconstruct_step
@@ -24,6 +24,7 @@ from stepscope.policy.vectors import ParameterVector, load
 from stepscope.results import Rollouts
 from stepscope.runs import RunFolder, read_json
 from stepscope.tasks import Task, load_task
+from stepscope.tasks.guards import evaluates
 
 SAME_POLICY = {"float64": 1e-2, "float32": 1e-2, "bfloat16": 0.5}
 """Largest difference of a stored and a recomputed log-prob, in nats, that precision alone may make."""
@@ -49,12 +50,18 @@ def open_task(spec: str | None, policy: Policy) -> Task:
 
     Raises:
         ConfigError: neither is known.
-        TaskError: the task is unknown or its data cannot be read.
+        TaskError: the task is unknown or its data cannot be read, or only the checkpoint names it and its
+            scorer evaluates answers.
     """
     chosen = spec or policy.settings.task
     if not chosen:
         raise ConfigError(
             f"{policy.path}: the checkpoint does not say what task it was trained on; give --task TASK"
+        )
+    if not spec and evaluates(chosen):
+        raise TaskError(
+            f"{policy.path}: the checkpoint names the task {chosen!r}, whose scorer evaluates answers as "
+            f"code; if you trust the checkpoint, name the task yourself: --task {chosen}"
         )
     settings = policy.settings
     return load_task(chosen, template=settings.prompt_template or None, format_weight=settings.format_weight)

@@ -31,6 +31,9 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 REFERENCE = "ref"
 """Name of TRL's frozen copy of the starting adapter, and of its subfolder."""
 
+NO_CODE = {"trust_remote_code": False}
+"""For every ``from_pretrained`` of transformers: left unset, it asks on the terminal whether to run code."""
+
 _LOADING = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
 
 
@@ -51,15 +54,20 @@ def load_model(
     with _quiet():
         try:
             loaded, report = AutoModelForCausalLM.from_pretrained(
-                **source, dtype=dtype, use_safetensors=True, output_loading_info=True
+                **source, **NO_CODE, dtype=dtype, use_safetensors=True, output_loading_info=True
             )
-            tokenizer = AutoTokenizer.from_pretrained(**source)
+            tokenizer = AutoTokenizer.from_pretrained(**source, **NO_CODE)
         except ImportError as error:
             raise CheckpointError(
                 f"{model}: reading it needs a package that is not installed ({brief(error)}); install "
                 "it, for GGUF files: pip install 'stepscope[gguf]'"
             ) from error
         except _LOADING as error:
+            if "trust_remote_code" in str(error):
+                raise CheckpointError(
+                    f"{model}: it needs Python code of its own, and stepscope runs none that a checkpoint "
+                    "brings; use a model whose architecture transformers has"
+                ) from None
             raise CheckpointError(
                 f"{model}: the model cannot be loaded ({brief(error)}); check the name, or copy the "
                 "files again"
@@ -86,7 +94,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     try:
         with _quiet():
-            return AutoTokenizer.from_pretrained(str(folder))
+            return AutoTokenizer.from_pretrained(str(folder), **NO_CODE)
     except _LOADING as error:
         raise CheckpointError(
             f"{folder}: the tokenizer cannot be loaded ({brief(error)}); copy its files again"

@@ -57,6 +57,18 @@ def require_known(options: Mapping[str, Any], known: Iterable[str], spec: str) -
         raise TaskError(f"task {spec!r}: unknown option {', '.join(wrong)}; options are {', '.join(names)}")
 
 
+def take_flag(options: dict[str, Any], key: str, spec: str) -> bool:
+    """Remove an option that is true or false, false where it is not given, and return it.
+
+    Raises:
+        TaskError: it is neither.
+    """
+    value = options.pop(key, False)
+    if not isinstance(value, bool):
+        raise TaskError(f"task {spec!r}: {key} must be true or false, got {value!r}")
+    return value
+
+
 def take_count(options: dict[str, Any], key: str, default: int, spec: str, *, least: int = 1) -> int:
     """Remove an integer option and return it.
 

@@ -1,19 +1,21 @@
 """Any task of reasoning-gym with its own scorer (Stojanovski et al. 2025): generated, verifiable, offline.
 
 Generation and scoring both run in the helper process: the scorers evaluate text, and some generators depend
-on Python's hash seed.
+on Python's hash seed. A task whose scorer gives full marks to nonsense is refused when it is loaded.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
 from stepscope.errors import TaskError
-from stepscope.tasks.options import format_options, parse_options, take_count
+from stepscope.tasks.guards import EVALUATING
+from stepscope.tasks.options import format_options, parse_options, take_count, take_flag
 from stepscope.tasks.problem import Problem, Worked, require_split
 from stepscope.tasks.worker import shared_worker
 
@@ -21,6 +23,15 @@ MAX_CHARACTERS = 20_000
 MAX_PROBLEMS = 10_000
 ITEM_LIMIT = 120.0
 SCORE_LIMIT = 6.0
+
+NONSENSE = ("banana", "nan", "1*2*3*4", "((((")
+"""Right nowhere: a word, a number that is none, a term of other numbers than asked for, open brackets."""
+
+PROBED = 4
+"""Problems whose scorer is tried with them."""
+
+UNISOLATED = "STEPSCOPE_UNISOLATED"
+"""Environment variable that allows, set to 1, scorers that evaluate answers where nothing isolates them."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,8 @@ class ReasoningGym:
         """Read ``NAME`` or ``NAME:size=500,test_size=100,seed=0,min_terms=2``.
 
         Raises:
-            TaskError: no such dataset, no such option, or the dataset refuses a value.
+            TaskError: no such dataset, no such option, or the dataset refuses a value; its scorer evaluates
+                answers and this system cannot isolate it; its scorer rewards nonsense.
         """
         spec = f"rg:{text}"
         name, _, options_text = text.partition(":")
@@ -59,6 +71,7 @@ class ReasoningGym:
         train = take_count(options, "size", cls.train_size, spec)
         test = take_count(options, "test_size", cls.test_size, spec)
         seed = take_count(options, "seed", cls.seed, spec, least=0)
+        accepted = take_flag(options, "accept_unsound", spec)
         if max(train, test) > MAX_PROBLEMS:
             raise TaskError(f"task {spec!r}: at most {MAX_PROBLEMS} problems a split, got {max(train, test)}")
         reply = _ask(
@@ -75,11 +88,15 @@ class ReasoningGym:
             wrong = ", ".join(sorted(set(options) - set(reply["options"])))
             raise TaskError(
                 f"task {spec!r}: {name} has no option {wrong}; options are {', '.join(reply['options'])}, "
-                "and size, test_size, seed"
+                "and size, test_size, seed, accept_unsound"
             )
         if "refused" in reply:
             raise TaskError(f"task {spec!r}: {name} refuses these options ({reply['refused']})")
-        return cls(name, options, seed, train, test)
+        _require_isolation(name, spec)
+        source = cls(name, options, seed, train, test)
+        if not accepted:
+            source._require_sound(spec)
+        return source
 
     @property
     def prefix(self) -> str:
@@ -115,10 +132,7 @@ class ReasoningGym:
         """The score of the task's own scorer, partial credit included; 0 if it fails or takes too long."""
         if len(answer) > MAX_CHARACTERS:
             return 0.0
-        item = self._item(problem.metadata["index"])
-        question = {"op": "score", "seed": problem.metadata["seed"], "answer": answer, **item}
-        reply = shared_worker().ask(question, time_limit=SCORE_LIMIT)
-        return 0.0 if reply is None else float(reply["value"])
+        return self._verdict(problem, answer) or 0.0
 
     def worked(self, problem: Problem) -> Worked:
         """The reference answer after an empty thought: reasoning-gym gives no solutions.
@@ -133,6 +147,35 @@ class ReasoningGym:
         if self.grade(problem, problem.answer.strip()) < 1:
             raise TaskError(f"{problem.prompt_id}: the scorer of {self.name} refuses the reference answer")
         return Worked("", problem.answer.strip())
+
+    def _verdict(self, problem: Problem, answer: str) -> float | None:
+        """The scorer's word; None if it failed, took too long, or said what is no score."""
+        item = self._item(problem.metadata["index"])
+        question = {"op": "score", "seed": problem.metadata["seed"], "answer": answer, **item}
+        reply = shared_worker().ask(question, time_limit=SCORE_LIMIT)
+        return None if reply is None else float(reply["value"])
+
+    def _require_sound(self, spec: str) -> None:
+        """Try the scorer with nonsense, and with 0 where the reference is another number.
+
+        Raises:
+            TaskError: it gives full marks, or no verdict on anything.
+        """
+        verdicts = []
+        for problem in self.problems("train")[:PROBED]:
+            for answer in (*NONSENSE, *(["0"] if _is_far_from_zero(problem.answer) else [])):
+                verdicts.append(self._verdict(problem, answer))
+                if (verdicts[-1] or 0.0) >= 1 and answer != problem.answer:
+                    raise TaskError(
+                        f"task {spec!r}: the scorer of {self.name} takes {answer!r} for a correct answer to "
+                        f"{problem.prompt_id} (reference {problem.answer[:40]!r}), and training would learn "
+                        "that; choose another task, or give the option accept_unsound=true"
+                    )
+        if all(verdict is None for verdict in verdicts):
+            raise TaskError(
+                f"task {spec!r}: the scorer of {self.name} gives no verdict on anything it was tried with "
+                "in the helper process; choose another task"
+            )
 
     def _item(self, index: int) -> dict[str, Any]:
         return {"name": self.name, "config": json.dumps(self.config), "index": index}
@@ -155,6 +198,22 @@ class _Generated(Sequence[Problem]):
         if isinstance(index, slice):
             return [self.source.problem(self.split, i) for i in range(self.size)[index]]
         return self.source.problem(self.split, range(self.size)[index])
+
+
+def _require_isolation(name: str, spec: str) -> None:
+    missing = shared_worker().isolation() if name in EVALUATING else ""
+    if missing and os.environ.get(UNISOLATED) != "1":
+        raise TaskError(
+            f"task {spec!r}: the scorer of {name} evaluates answers as code and cannot be isolated here "
+            f"({missing}); choose another task, or set {UNISOLATED}=1 in the environment to run it anyway"
+        )
+
+
+def _is_far_from_zero(text: str) -> bool:
+    try:
+        return abs(float(text)) > 0.01
+    except ValueError:
+        return False
 
 
 def _ask(question: dict[str, Any], limit: float, where: str) -> dict[str, Any]:

@@ -147,7 +147,11 @@ class Worker:
             raise TaskError(f"the helper process that scores answers does not start ({log})")
         self._isolation = hello["isolation"]
         if self._isolation:
-            _warn_once(self._isolation)
+            warnings.warn(
+                f"answers are not isolated on this system: {self._isolation}; scorers that evaluate answers "
+                "are refused",
+                stacklevel=2,
+            )
         return process
 
     def _error_log(self) -> str:
@@ -229,14 +233,6 @@ def _environment(private: str) -> dict[str, str]:
     own = dict.fromkeys(("HOME", "TMPDIR", "MPLCONFIGDIR"), private)
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return {"PATH": os.defpath, "LC_ALL": "C.UTF-8", "PYTHONHASHSEED": "0", **kept, **own, **threads}
-
-
-@functools.cache
-def _warn_once(reason: str) -> None:
-    warnings.warn(
-        f"answers are not isolated on this system, {reason}; scorers that evaluate answers are refused",
-        stacklevel=2,
-    )
 
 
 @functools.cache
