@@ -1,64 +1,148 @@
 from __future__ import annotations
 
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
 
+from made_tokenizers import CHAT, byte_level
 from stepscope.errors import TaskError
-from stepscope.tasks.templates import load_template
+from stepscope.tasks import prompts
+from stepscope.tasks.load import asked_through, load_task
+from stepscope.tasks.prompts import Chat, encode_prompt, render_chat
+from stepscope.tasks.templates import Template, load_template
 
-CHAT = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+OPENING = CHAT.replace("<|assistant|>", "<|assistant|><think>\n")
+STRICT = (
+    "{% if messages[0].role != 'system' %}{{ raise_exception('System message first') }}{% endif %}" + CHAT
 )
+MUTE = CHAT.replace("messages %}", "messages if m.role != 'system' %}")
+SWITCH = CHAT.replace(
+    "<|assistant|>",
+    "<|assistant|>{% if thinking is defined and not thinking %}<think>\n\n</think>\n\n{% endif %}",
+)
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 
 
-def tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
-    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>")))
-    made.chat_template = chat_template
-    return made
+def text(template: Template, question: str, chat: str | None) -> str:
+    return encode_prompt(template.ask(question, byte_level(chat=chat)), byte_level(chat=chat)).text
 
 
 def test_short_is_the_question_and_an_equals_sign() -> None:
     template = load_template("short")
-    assert template.render("1+2", tokenizer(CHAT)) == "1+2="
+    assert text(template, "1+2", CHAT) == "1+2="
     assert template.lay_out("1+2=3", "3") == "<think>1+2=3</think><answer>3</answer>"
 
 
 def test_r1_without_a_chat_template_is_the_published_text() -> None:
-    prompt = load_template("r1").render("Why {question}?", tokenizer(None))
+    prompt = text(load_template("r1"), "Why {question}?", None)
     assert prompt.startswith("A conversation between User and Assistant.")
     assert prompt.endswith("User: Why {question}? Assistant:")
-    assert prompt == load_template("r1-text").render("Why {question}?", tokenizer(CHAT))
+    assert prompt == text(load_template("r1-text"), "Why {question}?", CHAT)
 
 
 def test_r1_uses_the_chat_template() -> None:
-    prompt = load_template("r1").render("Why?", tokenizer(CHAT))
+    prompt = text(load_template("r1"), "Why?", CHAT)
     assert prompt.startswith("<|user|>Why?\n")
     assert prompt.endswith("<|end|><|assistant|>")
     assert "<answer>" in prompt
 
 
-def test_think_of_the_chat_template_is_left_to_the_response() -> None:
-    opening = CHAT.replace("<|assistant|>", "<|assistant|><think>\n")
-    assert load_template("r1").render("Why?", tokenizer(opening)).endswith("<|assistant|>")
-    asked = load_template("chat:{question} Think.\n<think>")
-    assert asked.opens_think
-    for chat in (opening, CHAT):
-        assert asked.render("Why?", tokenizer(chat)) == "<|user|>Why? Think.<|end|><|assistant|><think>"
+@pytest.mark.parametrize(
+    ("chat", "options", "opening"),
+    [
+        (CHAT, {}, ""),
+        (OPENING, {}, "<think>\n"),
+        (CHAT, {"prefill": "<think>\n"}, "<think>\n"),
+        (SWITCH, {}, ""),
+        (SWITCH, {"chat_template_kwargs": {"thinking": False}}, "<think>\n\n</think>\n\n"),
+    ],
+)
+def test_a_response_goes_on_from_the_think_block_of_the_prompt(chat, options, opening) -> None:
+    tokenizer = byte_level(chat=chat)
+    task = load_task("arithmetic", template="chat:{question}", **options)
+    problem = task.problems("train")[0]
+    bound = asked_through(task, tokenizer)
+    asked = encode_prompt(bound.prompt(problem, tokenizer), tokenizer)
+    assert asked.text == "<|user|>3+8+5<|end|><|assistant|>" + opening
+    whole = "<think>3+8=11;11+5=16</think>\n<answer>16</answer>"
+    response = whole.removeprefix(opening.rstrip()) if "</think>" not in opening else "<answer>16</answer>"
+    score = bound.score(problem, response)
+    assert score.correct
+    assert score.formatted
+    shown = bound.demonstration(problem)
+    assert bound.score(problem, shown).formatted
+    assert (opening + shown).count("<think>") == 1
+    assert bound.formatted("<think>a</think><answer>1</answer>") is (opening == "")
+
+
+def test_think_at_the_end_of_a_message_is_a_prefill() -> None:
+    prompt = text(load_template("chat:{question} Think.\n<think>\n"), "Why?", CHAT)
+    assert prompt == "<|user|>Why? Think.<|end|><|assistant|><think>\n"
+
+
+def test_a_prefill_gives_the_ids_of_a_template_that_has_it() -> None:
+    asked = load_template("chat:{question}", prefill="<think>\n").ask("Why?", byte_level(chat=CHAT))
+    built_in = load_template("chat:{question}").ask("Why?", byte_level(chat=OPENING))
+    ids = encode_prompt(asked, byte_level(chat=CHAT)).token_ids
+    assert ids == encode_prompt(built_in, byte_level(chat=OPENING)).token_ids
+
+
+def test_a_second_think_block_is_refused() -> None:
+    with pytest.raises(TaskError, match=r"ends the prompt with <think> itself; leave"):
+        text(load_template("chat:{question}", prefill="<think>"), "Why?", OPENING)
 
 
 def test_own_text_stands_as_it_is() -> None:
     template = load_template("Q: {question}\nA: <think>\n")
-    assert template.render("1+2", tokenizer(CHAT)) == "Q: 1+2\nA: <think>\n"
-    assert template.opens_think
-    assert template.lay_out("so", "3") == "\nso\n</think>\n<answer>3</answer>"
+    assert text(template, "1+2", CHAT) == "Q: 1+2\nA: <think>\n"
+    assert template.opening() == "<think>\n"
+    assert template.lay_out("so", "3", template.opening()) == "so\n</think>\n<answer>3</answer>"
+    assert text(load_template("{question}", prefill=" So"), "1+2", None) == "1+2 So"
+
+
+def test_system_prompts() -> None:
+    asked = load_template("chat:{question}", system_prompt="Be brief.")
+    assert text(asked, "Why?", STRICT) == "<|system|>Be brief.<|end|><|user|>Why?<|end|><|assistant|>"
+    with pytest.raises(
+        TaskError, match=r"fails on messages of the roles user: TemplateError: System message"
+    ):
+        text(load_template("chat:{question}"), "Why?", STRICT)
+    with pytest.raises(TaskError, match=r"no place for a system message.*ahead of \{question\}"):
+        text(asked, "Why?", MUTE)
+    with pytest.raises(TaskError, match=r"system_prompt needs a chat template"):
+        text(load_template("short", system_prompt="Be brief."), "1+2", CHAT)
+
+
+@pytest.mark.parametrize(
+    ("chat", "words"),
+    [
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ messages.x.y }}", "UndefinedError"),
+        ("{% for", "TemplateSyntaxError"),
+        ("{{ range(10 ** 9) | list }}", "OverflowError"),
+        ("{{ messages[0].content.__class__.__mro__ }}", "SecurityError"),
+        ("{{ 'a' + 1 }}", "TypeError"),
+    ],
+)
+def test_a_faulty_chat_template_is_one_line(chat, words) -> None:
+    with pytest.raises(TaskError, match=words) as caught:
+        text(load_template("chat:{question}"), "Why?", chat)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_chat_template_that_does_not_end_is_stopped(monkeypatch) -> None:
+    monkeypatch.setattr(prompts, "RENDERING_SECONDS", 0.2)
+    with pytest.raises(TaskError, match=r"more than 0.2 s for one prompt"):
+        text(load_template("chat:{question}"), "Why?", ENDLESS)
+
+
+def test_arguments_that_are_no_variables_of_the_template_are_refused() -> None:
+    chat = Chat([{"role": "user", "content": "Why?"}], {"add_generation_prompt": False, "tools": []})
+    with pytest.raises(TaskError, match=r"add_generation_prompt, tools cannot be set"):
+        render_chat(chat, byte_level(chat=CHAT))
 
 
 def test_chat_without_a_chat_template_is_refused() -> None:
     with pytest.raises(TaskError, match="no chat template"):
-        load_template("chat:{question}").render("Why?", tokenizer(None))
+        text(load_template("chat:{question}"), "Why?", None)
 
 
 def test_unknown_name_is_refused() -> None:

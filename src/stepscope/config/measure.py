@@ -106,6 +106,9 @@ class LossConfig(Section):
     beta: float | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)
     prompt_template: str | None = None
+    system_prompt: str | None = None
+    prefill: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     format_weight: float | None = Field(default=None, ge=0, le=1)
     bias_correction_kl: bool | None = None
     mask_truncated: bool | None = None

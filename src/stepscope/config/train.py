@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -234,6 +234,9 @@ class TrainConfig(Section):
         model: which model, and its adapter.
         task: specification of the task, for example ``arithmetic`` or ``gsm8k:DIR``.
         template: prompt template: a name, a text with ``{question}``, or null for the default.
+        system_prompt: system message of the chat template, or null for none.
+        prefill: text that the response's turn begins with, at the end of the prompt, or null for none.
+        chat_template_kwargs: variables of the chat template, for example ``{enable_thinking: false}``.
         format_weight: reward of a response that keeps the format, beside 1 for a correct answer. Above 0 it
             gives groups a spread of rewards where hardly any answer is correct.
         seed: seed of initialisation, data order and sampling.
@@ -245,6 +248,9 @@ class TrainConfig(Section):
     model: ModelConfig = ModelConfig()
     task: str = "arithmetic"
     template: str | None = None
+    system_prompt: str | None = None
+    prefill: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     format_weight: float = Field(default=0.0, ge=0, le=1)
     seed: int = 0
     out: str = "runs/train"

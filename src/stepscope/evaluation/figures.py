@@ -17,6 +17,7 @@ from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, Rollouts
 from stepscope.stats import clustered_ratio
 from stepscope.tasks import Task
+from stepscope.tasks.load import asked_through
 
 
 def evaluate(
@@ -55,6 +56,7 @@ def evaluate(
         BatchError: the split has fewer prompts.
     """
     _require_samples(ks, samples_per_prompt)
+    task = asked_through(task, policy.tokenizer)
     if temperature is not None:
         policy = replace(policy, settings=replace(policy.settings, temperature=temperature))
     rollouts = sample_rollouts(

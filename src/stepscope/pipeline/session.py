@@ -18,13 +18,14 @@ from stepscope.pipeline.console import on_terminal
 from stepscope.policy.checkpoint import load_checkpoint, load_model, read_settings
 from stepscope.policy.objective import advantages
 from stepscope.policy.optimizer_state import OPTIMIZER_FILE, read_optimizer
-from stepscope.policy.rollouts import sample_rollouts, score_rollouts
+from stepscope.policy.rollouts import response_text, sample_rollouts, score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector, load
 from stepscope.results import Rollouts
 from stepscope.runs import RunFolder, read_json
 from stepscope.tasks import Task, load_task
 from stepscope.tasks.guards import evaluates
+from stepscope.tasks.load import asked_through
 
 SAME_POLICY = {"float64": 1e-2, "float32": 1e-2, "bfloat16": 0.5}
 """Largest difference of a stored and a recomputed log-prob, in nats, that precision alone may make."""
@@ -64,7 +65,15 @@ def open_task(spec: str | None, policy: Policy) -> Task:
             f"code; if you trust the checkpoint, name the task yourself: --task {chosen}"
         )
     settings = policy.settings
-    return load_task(chosen, template=settings.prompt_template or None, format_weight=settings.format_weight)
+    task = load_task(
+        chosen,
+        template=settings.prompt_template or None,
+        format_weight=settings.format_weight,
+        system_prompt=settings.system_prompt,
+        prefill=settings.prefill,
+        chat_template_kwargs=settings.chat_template_kwargs,
+    )
+    return asked_through(task, policy.tokenizer)
 
 
 class Session:
@@ -274,10 +283,9 @@ class Session:
         return replace(rollouts, logprobs=logprobs, entropies=entropies)
 
     def token_texts(self, rollouts: Rollouts) -> list[list[str]]:
-        """Decoded text of every response token."""
-        distinct = sorted({t for row in rollouts.response_token_ids for t in row})
-        text = {t: str(self.policy.tokenizer.decode([t])) for t in distinct}
-        return [[text[t] for t in row] for row in rollouts.response_token_ids]
+        """Text of every response token; those of a response join up to it."""
+        read = response_text(self.policy)
+        return [read.by_token(row) for row in rollouts.response_token_ids]
 
 
 @dataclass(frozen=True)

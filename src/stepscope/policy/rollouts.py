@@ -25,8 +25,11 @@ from stepscope.policy.forward import base_model, batches, forward
 from stepscope.policy.objective import advantages
 from stepscope.policy.precision import matching_precision
 from stepscope.policy.state import Policy
+from stepscope.policy.texts import ResponseText
 from stepscope.results import FloatArray, Rollouts
+from stepscope.tasks.load import asked_through
 from stepscope.tasks.problem import Problem, Task
+from stepscope.tasks.prompts import Prompt, encode_prompt
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ def sample_rollouts(
         BatchError: too few prompts, a prompt too long for the model, or no reward variance after all rounds.
     """
     _check_request(policy, num_prompts, group_size, require_reward_variance)
+    task = asked_through(task, policy.tokenizer)
     problems = task.problems(split)
     order = np.random.default_rng([seed, 0]).permutation(len(problems))
     pool = (p for p in (problems[int(i)] for i in order) if p.prompt_id not in exclude)
@@ -178,6 +182,11 @@ def end_tokens(policy: Policy) -> list[int]:
     return others if own is None or own in others else [own, *others]
 
 
+def response_text(policy: Policy) -> ResponseText:
+    """Reads the responses of a policy."""
+    return ResponseText(policy.tokenizer, end_tokens(policy))
+
+
 def _check_request(policy: Policy, num_prompts: int, group_size: int, variance: bool) -> None:
     if policy.tokenizer is None:
         raise BatchError("this policy has no tokenizer, so nothing can be sampled; load it from a checkpoint")
@@ -201,26 +210,26 @@ def _sample_groups(
     bar: Progress,
 ) -> list[list[_Sequence]]:
     """``group_size`` scored responses to each problem."""
-    prompts = [task.prompt(problem, policy.tokenizer) for problem in problems]
-    prompt_ids = [_encode(policy, text) for text in prompts]
+    prompts = [_prompt(policy, task, problem) for problem in problems]
     rows = [i for i in range(len(problems)) for _ in range(group_size)]
     advance = _advancing(bar, "sampling", len(rows))
     responses: list[tuple[int, ...]] = []
     for start in range(0, len(rows), batch_size):
         chunk = rows[start : start + batch_size]
         uniforms = _uniforms(generator, len(chunk), policy.settings.max_response_tokens)
-        responses += _generate(policy, [prompt_ids[i] for i in chunk], uniforms, top_p)
+        responses += _generate(policy, [prompts[i].token_ids for i in chunk], uniforms, top_p)
         advance(len(chunk))
     ends = set(end_tokens(policy))
+    read = response_text(policy)
     groups: list[list[_Sequence]] = [[] for _ in problems]
     for i, ids in zip(rows, responses, strict=True):
-        text = policy.tokenizer.decode(list(ids), skip_special_tokens=True)
+        text = read.whole(ids)
         score = task.score(problems[i], text)
         groups[i].append(
             _Sequence(
                 prompt_id=problems[i].prompt_id,
-                prompt=prompts[i],
-                prompt_token_ids=prompt_ids[i],
+                prompt=prompts[i].text,
+                prompt_token_ids=prompts[i].token_ids,
                 response=text,
                 response_token_ids=ids,
                 truncated=ids[-1] not in ends,
@@ -231,22 +240,18 @@ def _sample_groups(
     return groups
 
 
-def _encode(policy: Policy, text: str) -> tuple[int, ...]:
-    """Token ids of a prompt; special tokens are added unless the text brings its own."""
-    start = policy.tokenizer.bos_token
-    ids = policy.tokenizer(text, add_special_tokens=not (start and text.startswith(start)))["input_ids"]
+def _prompt(policy: Policy, task: Task, problem: Problem) -> Prompt:
+    """The prompt of a problem, its end where it is longer than allowed; refused where it does not fit."""
+    prompt = encode_prompt(task.prompt(problem, policy.tokenizer), policy.tokenizer)
     limit = policy.settings.max_prompt_tokens
-    if limit is not None:
-        ids = ids[-limit:]
-    if not ids:
-        raise BatchError(f"prompt {text!r} has no tokens; mend the task's prompt")
+    ids = prompt.token_ids if limit is None else prompt.token_ids[-limit:]
     room = getattr(getattr(base_model(policy.model), "config", None), "max_position_embeddings", None)
     if room is not None and len(ids) + policy.settings.max_response_tokens > room:
         raise BatchError(
             f"a prompt of {len(ids)} tokens and a response of {policy.settings.max_response_tokens} do "
             f"not fit the model's {room} positions; lower max_response_tokens or set max_prompt_tokens"
         )
-    return tuple(ids)
+    return replace(prompt, token_ids=ids)
 
 
 def _uniforms(generator: np.random.Generator, count: int, length: int) -> FloatArray:

@@ -46,6 +46,9 @@ class StepSettings:
         format_weight: part of the reward that keeping the format earns, whatever the answer.
         objective: what is changed in the loss, as :func:`~stepscope.policy.token_objectives.token_advantages`
             takes it, or the entropy bonus with its weight in the next step; None for the loss as it is.
+        system_prompt: system message of the chat template; empty for none.
+        prefill: text that the response's turn begins with, at the end of the prompt.
+        chat_template_kwargs: variables of the chat template (TRL's ``chat_template_kwargs``), or None.
         num_iterations: optimizer steps on each batch; the next step is the first on its batch, so on-policy.
     """
 
@@ -68,6 +71,9 @@ class StepSettings:
     mask_truncated: bool = False
     format_weight: float = 0.0
     objective: dict[str, Any] | None = field(default=None, hash=False)
+    system_prompt: str = ""
+    prefill: str = ""
+    chat_template_kwargs: dict[str, Any] | None = field(default=None, hash=False)
     num_iterations: int = 1
 
     def to_dict(self) -> dict[str, Any]:

@@ -175,6 +175,7 @@ def _plain_settings(args: Mapping[str, Any]) -> dict[str, Any]:
         "beta": args.get("beta", 0.0),
         "top_p": args.get("top_p", 1.0),
         "seed": args.get("seed", 0),
+        "chat_template_kwargs": args.get("chat_template_kwargs"),
         "bias_correction_kl": args.get("use_bias_correction_kl", False),
         "mask_truncated": args.get("mask_truncated_completions", False),
         "objective": objective if kept < 1.0 else None,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from stepscope.errors import TaskError
 from stepscope.tasks.arithmetic import Arithmetic
 from stepscope.tasks.gsm8k import Gsm8k
 from stepscope.tasks.jsonl import JsonLines
-from stepscope.tasks.problem import Problem, Score, Source
+from stepscope.tasks.problem import Problem, Score, Source, Task
+from stepscope.tasks.prompts import Chat
 from stepscope.tasks.reasoning import ReasoningGym
 from stepscope.tasks.response import read_response
 from stepscope.tasks.templates import R1, SHORT, Template, load_template
@@ -34,31 +35,34 @@ class TemplatedTask:
         source: problems and their grader.
         template: from question to prompt.
         format_weight: added to the reward of a well-formed response.
+        opening: think block that the prompt ends with, where the response begins; it depends on the chat
+            template, see :func:`asked_through`.
     """
 
     spec: str
     source: Source
     template: Template
     format_weight: float = 0.0
+    opening: str = ""
 
     def problems(self, split: str) -> Sequence[Problem]:
         """All problems of ``train`` or ``test``, in a fixed order."""
         return self.source.problems(split)
 
-    def prompt(self, problem: Problem, tokenizer: Any) -> str:
-        """The text given to the tokenizer; see :meth:`Template.render`."""
-        return self.template.render(problem.question, tokenizer)
+    def prompt(self, problem: Problem, tokenizer: Any) -> str | Chat:
+        """What is asked, as a text or in messages; see :meth:`Template.ask`."""
+        return self.template.ask(problem.question, tokenizer)
 
     def score(self, problem: Problem, response: str) -> Score:
         """Score of a decoded response."""
-        reading = read_response(response, opens_think=self.template.opens_think)
+        reading = read_response(self.opening + response)
         credit = 0.0 if reading.answer is None else self.source.grade(problem, reading.answer)
         reward = credit + self.format_weight * reading.formatted
         return Score(reward=reward, correct=credit >= 1, formatted=reading.formatted)
 
     def formatted(self, response: str) -> bool:
         """Whether a response is one think block, then one answer block, and nothing around them."""
-        return read_response(response, opens_think=self.template.opens_think).formatted
+        return read_response(self.opening + response).formatted
 
     def demonstration(self, problem: Problem) -> str:
         """A full worked response with its tags.
@@ -67,10 +71,31 @@ class TemplatedTask:
             TaskError: the task has no worked solution.
         """
         worked = self.source.worked(problem)
-        return self.template.lay_out(worked.thought, worked.answer)
+        return self.template.lay_out(worked.thought, worked.answer, self.opening)
 
 
-def load_task(spec: str, *, template: str | None = None, format_weight: float = 0.0) -> TemplatedTask:
+def asked_through(task: Task, tokenizer: Any) -> Task:
+    """The task as a tokenizer asks it: a think block that the prompt opens goes on in the response.
+
+    Tasks of the user's own are returned as they are.
+
+    Raises:
+        TaskError: the tokenizer's chat template does not render the prompt.
+    """
+    if not isinstance(task, TemplatedTask):
+        return task
+    return replace(task, opening=task.template.opening(tokenizer))
+
+
+def load_task(
+    spec: str,
+    *,
+    template: str | None = None,
+    format_weight: float = 0.0,
+    system_prompt: str = "",
+    prefill: str = "",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> TemplatedTask:
     """Load a task.
 
     Args:
@@ -80,6 +105,9 @@ def load_task(spec: str, *, template: str | None = None, format_weight: float = 
             ``short`` for ``arithmetic`` and ``r1`` for the rest.
         format_weight: added to the reward of a well-formed response. 0 by default: the reward is correctness
             alone, as the supervised warm-up has already taught the format.
+        system_prompt: system message of the chat template, see :func:`load_template`.
+        prefill: what the response's turn begins with, at the end of the prompt.
+        chat_template_kwargs: variables of the chat template.
 
     Raises:
         TaskError: unknown task, option or template, or its data cannot be read.
@@ -89,8 +117,13 @@ def load_task(spec: str, *, template: str | None = None, format_weight: float = 
         close = difflib.get_close_matches(name, FORMS, n=1)
         hint = f"; did you mean {FORMS[close[0]]!r}?" if close else ""
         raise TaskError(f"unknown task {spec!r}: available are {', '.join(FORMS.values())}{hint}")
-    chosen = load_template(template) if template else SHORT if name == "arithmetic" else R1
-    return TemplatedTask(spec, _source(name, rest), chosen, format_weight)
+    chosen = load_template(
+        template or (SHORT if name == "arithmetic" else R1).name,
+        system_prompt=system_prompt,
+        prefill=prefill,
+        chat_template_kwargs=chat_template_kwargs,
+    )
+    return TemplatedTask(spec, _source(name, rest), chosen, format_weight, chosen.opening())
 
 
 def _source(name: str, rest: str) -> Source:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from stepscope.errors import TaskError
+from stepscope.tasks.prompts import Chat
 
 SPLITS = ("train", "test")
 
@@ -79,11 +80,11 @@ class Task(Protocol):
     def problems(self, split: str) -> Sequence[Problem]:
         """All problems of ``train`` or ``test``, in a fixed order."""
 
-    def prompt(self, problem: Problem, tokenizer: Any) -> str:
-        """The text given to the tokenizer, through its chat template where the task's template says so."""
+    def prompt(self, problem: Problem, tokenizer: Any) -> str | Chat:
+        """What is asked: a text, or messages for the tokenizer's chat template."""
 
     def score(self, problem: Problem, response: str) -> Score:
-        """Score of a decoded response (special tokens removed)."""
+        """Score of a response: its text without the tokens that end or pad it."""
 
     def formatted(self, response: str) -> bool:
         """Whether a response keeps the format; the same verdict as in :meth:`score`."""

@@ -6,14 +6,20 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stepscope.errors import TaskError
+from stepscope.tasks.prompts import Chat, render_chat
 from stepscope.tasks.response import ANSWER, END_ANSWER, END_THINK, THINK
 
 FIELD = "{question}"
 CHAT = "chat:"
+
+_LONGEST_OPENING = 200
+_OPENING = re.compile(rf"{THINK}\s*(?:{END_THINK}\s*)?\Z")
 
 _R1 = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. The "
@@ -37,45 +43,68 @@ class Template:
         name: ``short``, ``r1``, ``r1-text``, or the text it was made from.
         text: prompt with ``{question}``, used as it stands; None where only the message exists.
         message: user message with ``{question}``, for the tokenizer's chat template; None means never.
-        opens_think: the prompt ends with ``<think>`` and the response begins inside the block.
         compact: demonstrations without line breaks.
+        system: system message before the user's; empty for none.
+        prefill: what the response's turn begins with, at the end of the prompt.
+        variables: further variables of the chat template.
     """
 
     name: str
     text: str | None
     message: str | None = None
-    opens_think: bool = False
     compact: bool = False
+    system: str = ""
+    prefill: str = ""
+    variables: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
-    def render(self, question: str, tokenizer: Any) -> str:
-        """The prompt.
-
-        A tokenizer with a chat template uses it where the template has a message. A ``<think>`` that the chat
-        template itself puts at the end of its prompt is left to the response, unless ``opens_think`` asks for
-        it: what a response has to contain then does not depend on the tokenizer.
+    def ask(self, question: str, tokenizer: Any) -> str | Chat:
+        """The prompt: messages where the template has one and the tokenizer a chat template, else a text.
 
         Raises:
-            TaskError: only a message exists and the tokenizer has no chat template.
+            TaskError: only a message exists and the tokenizer has no chat template, or there is a system
+                prompt and no chat template to put it in.
         """
         if self.message is not None and getattr(tokenizer, "chat_template", None):
-            content = self.message.replace(FIELD, question)
-            prompt: str = tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-            )
-            if prompt.rstrip().endswith(THINK):
-                prompt = prompt.rstrip().removesuffix(THINK)
-            return prompt + THINK if self.opens_think else prompt
+            messages = [{"role": "system", "content": self.system}] if self.system else []
+            messages.append({"role": "user", "content": self.message.replace(FIELD, question)})
+            return Chat(messages, self.variables, self.prefill)
         if self.text is None:
             raise TaskError(
                 f"template {self.name!r}: the tokenizer has no chat template; give one without {CHAT!r}"
             )
-        return self.text.replace(FIELD, question)
+        if self.system:
+            raise TaskError(
+                f"template {self.name!r}: system_prompt needs a chat template, and this prompt is a text; "
+                f"give a template that starts with {CHAT!r}, or write the system prompt into the text"
+            )
+        return self.text.replace(FIELD, question) + self.prefill
 
-    def lay_out(self, thought: str, answer: str) -> str:
-        """The response of a demonstration: think block, answer block, tags included."""
+    def opening(self, tokenizer: Any = None) -> str:
+        """The think block that the prompt ends with, opened or closed already; mostly empty.
+
+        It is the chat template's (``<think>`` and a line break; an empty block where thinking is switched
+        off), this template's own, or the prefill's. A response goes on from there. Without a tokenizer
+        nothing is known of the chat template.
+
+        Raises:
+            TaskError: as :func:`~stepscope.tasks.prompts.encode_prompt`.
+        """
+        if tokenizer is None:
+            text = (self.text or "") + self.prefill
+        else:
+            asked = self.ask("1 + 1", tokenizer)
+            text = asked if isinstance(asked, str) else render_chat(asked, tokenizer)
+        found = _OPENING.search(text[-_LONGEST_OPENING:])
+        return "" if found is None else found[0]
+
+    def lay_out(self, thought: str, answer: str, opening: str = "") -> str:
+        """The response of a demonstration: think block, answer block, tags included, less the opening."""
         around, between = ("", "") if self.compact else ("\n", "\n")
-        opening = "" if self.opens_think else THINK
-        return f"{opening}{around}{thought}{around}{END_THINK}{between}{ANSWER}{answer}{END_ANSWER}"
+        answered = f"{ANSWER}{answer}{END_ANSWER}"
+        if END_THINK in opening:
+            return answered
+        start = THINK + around if not opening else "" if opening[-1].isspace() else around
+        return f"{start}{thought}{around}{END_THINK}{between}{answered}"
 
 
 SHORT = Template("short", f"{FIELD}=", compact=True)
@@ -84,18 +113,37 @@ R1_TEXT = Template("r1-text", _R1)
 _NAMED = {t.name: t for t in (SHORT, R1, R1_TEXT)}
 
 
-def load_template(template: str) -> Template:
+def load_template(
+    template: str,
+    *,
+    system_prompt: str = "",
+    prefill: str = "",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Template:
     """A template by name or from its text.
 
     Args:
         template: ``short`` (``{question}=``), ``r1`` (through the tokenizer's chat template if it has one,
             else the text of DeepSeek-R1-Zero), ``r1-text`` (that text always), any text with ``{question}``
             (used as it stands), or ``chat:`` and a text with ``{question}`` (the user message of the chat
-            template). A text that ends with ``<think>`` opens the think block for the response.
+            template). A ``<think>`` at the end of that message is a prefill.
+        system_prompt: system message of the chat template; empty for none.
+        prefill: text that the response's turn begins with, for example ``<think>`` and a line break.
+        chat_template_kwargs: further variables of the chat template, for example ``enable_thinking``.
 
     Raises:
         TaskError: no such name, and no ``{question}`` in the text.
     """
+    chosen = _named(template)
+    return replace(
+        chosen,
+        system=system_prompt,
+        prefill=chosen.prefill + prefill,
+        variables=dict(chat_template_kwargs or {}),
+    )
+
+
+def _named(template: str) -> Template:
     if template in _NAMED:
         return _NAMED[template]
     if FIELD not in template:
@@ -105,9 +153,11 @@ def load_template(template: str) -> Template:
             f"unknown prompt template {template[:60]!r}: give one of {', '.join(_NAMED)}, or a text with "
             f"{FIELD}{hint}"
         )
-    opens = template.rstrip().endswith(THINK)
     if not template.startswith(CHAT):
-        return Template(template, template, opens_think=opens)
-    message = template.removeprefix(CHAT).rstrip()
-    message = message.removesuffix(THINK).rstrip() if opens else message
-    return Template(template, None, message=message, opens_think=opens)
+        return Template(template, template)
+    message = template.removeprefix(CHAT)
+    prefill = ""
+    if message.rstrip().endswith(THINK):
+        cut = message.rindex(THINK)
+        message, prefill = message[:cut].rstrip(), message[cut:]
+    return Template(template, None, message=message, prefill=prefill)

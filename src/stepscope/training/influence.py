@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from stepscope.measure.token_influence import token_influences
+from stepscope.policy.rollouts import response_text
 from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import Policy
 from stepscope.policy.token_objectives import TokenTable
@@ -80,6 +81,7 @@ class InfluenceMeter:
             update, own = as_rollouts(
                 captured,
                 self.tokenizer,
+                response_text(Policy(model, self.tokenizer, self.settings)),
                 temperature=self.settings.temperature,
                 max_response_tokens=self.settings.max_response_tokens,
             )

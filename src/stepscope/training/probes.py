@@ -24,7 +24,7 @@ from stepscope.measure.live import BASELINE, Prediction, predict_change, realise
 from stepscope.measure.noise_window import window_noise_scale
 from stepscope.measure.step import Step, adamw_components
 from stepscope.policy import vectors
-from stepscope.policy.rollouts import sample_rollouts
+from stepscope.policy.rollouts import response_text, sample_rollouts
 from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
@@ -293,6 +293,7 @@ class StepProbe(TrainerCallback, ExportableState):  # type: ignore[misc]
             update, weights = as_rollouts(
                 captured,
                 policy.tokenizer,
+                response_text(policy),
                 temperature=policy.settings.temperature,
                 max_response_tokens=policy.settings.max_response_tokens,
             )
@@ -328,12 +329,14 @@ class StepProbe(TrainerCallback, ExportableState):  # type: ignore[misc]
         chosen = np.argsort(-np.abs(values), kind="stable")[: self.top_tokens]
         places = [(int(rows[i]), int(columns[i])) for i in chosen]
         ids = [step.update.response_token_ids[i][k] for i, k in places]
+        read = response_text(policy)
+        texts = {i: read.by_token(step.update.response_token_ids[i]) for i in {i for i, _ in places}}
         return {
             "prompt": [step.update.prompts[i] for i, _ in places],
             "response": [step.update.responses[i] for i, _ in places],
             "position": [k for _, k in places],
             "token_id": ids,
-            "token": [policy.tokenizer.decode([token]) for token in ids],
+            "token": [texts[i][k] for i, k in places],
             "influence": values[chosen].tolist(),
             "token_weight": [float(step.token_weights[i][k]) for i, k in places],
             "logprob": [float(step.update.logprobs[i][k]) for i, k in places],

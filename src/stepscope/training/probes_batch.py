@@ -16,6 +16,7 @@ from stepscope.measure.noise_scale import from_products
 from stepscope.measure.step import CLIP_EPSILON, weighted_logprobs
 from stepscope.policy.gram import gram
 from stepscope.policy.state import Policy
+from stepscope.policy.texts import ResponseText
 from stepscope.results import FloatArray, Rollouts
 from stepscope.stats import Estimate
 
@@ -125,11 +126,16 @@ def _numbers(values: Tensor) -> FloatArray:
 
 
 def as_rollouts(
-    captured: list[Captured], tokenizer: Any, *, temperature: float, max_response_tokens: int
+    captured: list[Captured],
+    tokenizer: Any,
+    read: ResponseText,
+    *,
+    temperature: float,
+    max_response_tokens: int,
 ) -> tuple[Rollouts, tuple[FloatArray, ...]]:
     """The captured sequences as an update batch, and its token weights; rewards are not known.
 
-    Equal prompts form a group.
+    Responses are as ``read`` reads them. Equal prompts form a group.
 
     Raises:
         MeasurementError: nothing was captured, so the loss does not use the log-probs of TRL's model output.
@@ -145,7 +151,7 @@ def as_rollouts(
     rollouts = Rollouts(
         prompt_ids=tuple(" ".join(map(str, ids)) for ids in prompts),
         prompts=tuple(texts),
-        responses=tuple(tokenizer.batch_decode([list(ids) for ids in responses])),
+        responses=tuple(read.whole(ids) for ids in responses),
         prompt_token_ids=prompts,
         response_token_ids=responses,
         rewards=np.full(count, np.nan),

@@ -18,14 +18,17 @@ from trl import GRPOConfig, GRPOTrainer
 from stepscope.config import RlConfig, TrainConfig
 from stepscope.errors import ConfigError
 from stepscope.policy.settings import StepSettings
+from stepscope.policy.texts import ResponseText
 from stepscope.policy.token_objectives import ENTROPY_BONUS, UNCLIPPED
 from stepscope.results import FloatArray, IntArray
+from stepscope.tasks.load import asked_through
 from stepscope.tasks.problem import Problem, Score, Task
+from stepscope.tasks.prompts import encode_prompt
 from stepscope.training.arguments import install_callbacks, shared_arguments
 from stepscope.training.curriculum import BUCKETS, Curriculum
 from stepscope.training.objectives import bonus_arguments, objective_record, shaper_for
 from stepscope.training.probes import StepProbe
-from stepscope.training.start import adapter, prompt_text
+from stepscope.training.start import adapter
 
 
 class TaskReward:
@@ -84,7 +87,9 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         self.curriculum = curriculum
         self.shaper = shaper_for(settings, reward.task, self.processing_class)
         self._shaped: list[Tensor] = []
-        self._numbers = {index: i for i, index in enumerate(kwargs["train_dataset"]["index"])}
+        rows = kwargs["train_dataset"]
+        self._prompt_token_ids = dict(zip(rows["prompt"], rows["prompt_token_ids"], strict=True))
+        self._numbers = {index: i for i, index in enumerate(rows["index"])}
         self._rows: list[dict[str, Any]] = []
         self._sampled_reward = float("nan")
 
@@ -140,13 +145,20 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
             ]
             self.curriculum.observe(gather_object(results))
 
+    def _tokenize_prompts(self, prompts: list[str]) -> tuple[list[list[int]], None, dict[str, Any]]:
+        """The ids that sampling and measuring use; rendered text is not tokenized a second time."""
+        return [list(self._prompt_token_ids[prompt]) for prompt in prompts], None, {}
+
     def _generate(self, prompts: list[str]) -> tuple[Any, ...]:
         """Generate one completion per prompt, then replace dead groups; ``prompts`` is changed in place.
 
-        TRL scores ``self._rows`` afterwards, so these are changed in place too. Only lengths, ``correct`` and
+        TRL scores ``self._rows`` afterwards, so these are changed in place too. Completions are read as
+        evaluation reads them, with the tags that the tokenizer calls special. Only lengths, ``correct`` and
         ``formatted`` of the first completions are logged.
         """
-        prompt_ids, completion_ids, tool_mask, completions, *rest = super()._generate(prompts)
+        prompt_ids, completion_ids, tool_mask, _, *rest = super()._generate(prompts)
+        read = ResponseText(self.processing_class, self.eos_token_ids)
+        completions = [read.whole(ids) for ids in completion_ids]
         rewards = self._group_rewards(prompts, completions, completion_ids)
         self._sampled_reward = float(rewards.mean())
         for row, completion in zip(self._rows, completions, strict=True):
@@ -165,9 +177,9 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
             if places:
                 ids, _, _ = self._tokenize_prompts([prompts[place] for place in places])
                 sampled, _ = self._generate_single_turn(ids, None, {}, self.num_generations)
-                texts = self.processing_class.batch_decode(sampled, skip_special_tokens=True)
-                for place, prompt, response, text in zip(places, ids, sampled, texts, strict=True):
-                    prompt_ids[place], completion_ids[place], completions[place] = prompt, response, text
+                for place, prompt, response in zip(places, ids, sampled, strict=True):
+                    prompt_ids[place], completion_ids[place] = prompt, response
+                    completions[place] = read.whole(response)
             self._observe(places, completions)
             replaced += len(fresh)
             rewards = self._group_rewards(prompts, completions, completion_ids)
@@ -259,6 +271,9 @@ def step_settings(config: TrainConfig) -> StepSettings:
         beta=rl.beta,
         task=config.task,
         prompt_template=config.template or "",
+        system_prompt=config.system_prompt or "",
+        prefill=config.prefill or "",
+        chat_template_kwargs=config.chat_template_kwargs,
         seed=config.seed,
         format_weight=config.format_weight,
         objective=objective_record(rl),
@@ -267,22 +282,29 @@ def step_settings(config: TrainConfig) -> StepSettings:
 
 
 def prompt_rows(task: Task, problems: Sequence[Problem], tokenizer: Any, *, longest: int | None) -> Dataset:
-    """A row per problem: prompt text and problem index; prompts over ``longest`` tokens are left out.
+    """A row per problem: prompt, its token ids, problem index; prompts over ``longest`` tokens are left out.
 
     Raises:
         ConfigError: no prompt is short enough.
+        TaskError: a prompt cannot be rendered.
     """
-    prompts = [prompt_text(task, problem, tokenizer) for problem in problems]
+    prompts = [encode_prompt(task.prompt(problem, tokenizer), tokenizer) for problem in problems]
     kept = list(range(len(prompts)))
     if longest is not None:
-        lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
+        lengths = [len(prompt.token_ids) for prompt in prompts]
         kept = [i for i in kept if lengths[i] <= longest]
         if not kept:
             raise ConfigError(
                 f"rl.max_prompt_tokens: {longest} is shorter than every prompt, the shortest has "
                 f"{min(lengths)} tokens; raise it"
             )
-    return Dataset.from_dict({"prompt": [prompts[i] for i in kept], "index": kept})
+    return Dataset.from_dict(
+        {
+            "prompt": [prompts[i].text for i in kept],
+            "prompt_token_ids": [list(prompts[i].token_ids) for i in kept],
+            "index": kept,
+        }
+    )
 
 
 def reinforce(
@@ -308,6 +330,7 @@ def reinforce(
     rl = config.rl
     if rl is None:
         raise ConfigError("rl: the section is missing; add it to train with reinforcement learning")
+    task = asked_through(task, tokenizer)
     problems = task.problems("train")
     rows = prompt_rows(task, problems, tokenizer, longest=rl.max_prompt_tokens)
     if len(rows) < rl.prompts_per_step:

@@ -48,7 +48,14 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
         raise RunFolderError(
             f"{out}: already holds a training; choose another folder, or continue this one with --resume"
         )
-    task = load_task(config.task, template=config.template, format_weight=config.format_weight)
+    task = load_task(
+        config.task,
+        template=config.template,
+        format_weight=config.format_weight,
+        system_prompt=config.system_prompt or "",
+        prefill=config.prefill or "",
+        chat_template_kwargs=config.chat_template_kwargs,
+    )
     fresh = last is None and not base.exists()
     processes = PartialState(cpu=not torch.cuda.is_available())
     processes.wait_for_everyone()

@@ -18,9 +18,11 @@ from stepscope.errors import ConfigError
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import Policy
+from stepscope.tasks.load import asked_through
 from stepscope.tasks.problem import Problem, Task
+from stepscope.tasks.prompts import encode_prompt
 from stepscope.training.arguments import install_callbacks, shared_arguments
-from stepscope.training.start import adapter, prompt_text
+from stepscope.training.start import adapter
 
 
 def demonstration_rows(task: Task, problems: Sequence[Problem], tokenizer: Any) -> Dataset:
@@ -32,9 +34,10 @@ def demonstration_rows(task: Task, problems: Sequence[Problem], tokenizer: Any) 
     Raises:
         TaskError: the task has no demonstrations.
     """
+    task = asked_through(task, tokenizer)
     rows: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for problem in problems:
-        prompt = tokenizer(prompt_text(task, problem, tokenizer))["input_ids"]
+        prompt = encode_prompt(task.prompt(problem, tokenizer), tokenizer).token_ids
         completion = tokenizer(task.demonstration(problem), add_special_tokens=False)["input_ids"]
         completion = [*completion, tokenizer.eos_token_id]
         rows["input_ids"].append([*prompt, *completion])
@@ -131,6 +134,7 @@ def warm_up(
             f"training problems of {config.task}; lower sft.examples"
         )
     used = [train[i] for i in range(sft.examples)]
+    task = asked_through(task, tokenizer)
     check = HeldOutCheck(
         policy=Policy(model=model, tokenizer=tokenizer, settings=settings),
         task=task,

@@ -15,7 +15,6 @@ from torch import nn
 from stepscope.config import LoraConfig, ModelConfig
 from stepscope.errors import ConfigError
 from stepscope.policy.checkpoint import load_model
-from stepscope.tasks.problem import Problem, Task
 from stepscope.training.tiny import build_tiny
 
 PACKAGE = "package:"
@@ -52,7 +51,8 @@ def starting_model(config: ModelConfig, *, seed: int) -> tuple[nn.Module, Any]:
         seed: seed of the weights where the model is built in code.
 
     Raises:
-        ConfigError: the source names a package or file that is not there.
+        ConfigError: the source names a package or file that is not there, or the tokenizer has no
+            end-of-sequence token.
         CheckpointError: the model cannot be loaded.
     """
     if config.source == "tiny":
@@ -62,8 +62,18 @@ def starting_model(config: ModelConfig, *, seed: int) -> tuple[nn.Module, Any]:
 
 
 def reload_model(source: str, *, dtype: str) -> tuple[nn.Module, Any]:
-    """Model and left-padding tokenizer of a hub id, folder or GGUF file; padding defaults to the EOS."""
+    """Model and left-padding tokenizer of a hub id, folder or GGUF file; padding defaults to the EOS.
+
+    Raises:
+        ConfigError: the tokenizer has no end-of-sequence token.
+        CheckpointError: the model cannot be loaded.
+    """
     model, tokenizer = load_model(source, dtype=getattr(torch, dtype), device="cpu")
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"model.source: the tokenizer of {source} has no end-of-sequence token, so no response would "
+            "ever end; set eos_token in its tokenizer_config.json, or take another model"
+        )
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -97,12 +107,3 @@ def save_base(model: Any, tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(partial)
         partial.replace(folder)
     state.wait_for_everyone()
-
-
-def prompt_text(task: Task, problem: Problem, tokenizer: Any) -> str:
-    """The prompt for TRL: without the beginning-of-sequence token that the tokenizer adds itself."""
-    text = task.prompt(problem, tokenizer)
-    start = tokenizer.bos_token
-    if start and text.startswith(start) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
-        return text.removeprefix(start)
-    return text

@@ -1,0 +1,174 @@
+"""From what is asked to the token ids of a prompt: one way for training, evaluation, measurement and probes.
+
+A text is tokenized once, with what the tokenizer puts before it. Messages become the ids of the tokenizer's
+own ``apply_chat_template(tokenize=True)``, as in TRL, and are never tokenized as text a second time.
+"""
+
+from __future__ import annotations
+
+import inspect
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import jinja2
+
+from stepscope.errors import TaskError
+from stepscope.tasks.response import THINK
+
+RENDERING_SECONDS = 10.0
+"""Longest time a chat template may take for one prompt."""
+
+_FAULTS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a chat template, which is somebody else's program, may raise."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A prompt in messages, for the tokenizer's chat template.
+
+    Attributes:
+        messages: each with ``role`` and ``content``, as Transformers and TRL take them.
+        variables: further variables of the template, TRL's ``chat_template_kwargs``: ``enable_thinking`` and
+            the like.
+        prefill: text that the assistant's turn begins with, after what the template itself puts there.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    prefill: str = ""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as the policy gets it: its token ids, and the text they stand for."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+def encode_prompt(asked: str | Chat, tokenizer: Any) -> Prompt:
+    """Text and token ids of a prompt.
+
+    A text is tokenized with the special tokens that the tokenizer puts before it (a BOS, unless the text
+    brings its own), without those it puts after it: a prompt that ends with an EOS has ended. Messages give
+    the ids of ``apply_chat_template(tokenize=True, add_generation_prompt=True)``; with a prefill those of the
+    rendered text with the prefill at its end, as if the template had put it there.
+
+    Raises:
+        TaskError: the template refuses the messages, fails, takes too long or leaves out the system message;
+            or there is no template, or no token.
+    """
+    if isinstance(asked, str):
+        prompt = Prompt(asked, _plain_ids(asked, tokenizer))
+    else:
+        text = render_chat(asked, tokenizer)
+        if asked.prefill:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids = _apply_template(asked, tokenizer, tokenize=True)["input_ids"]
+        prompt = Prompt(text, tuple(ids))
+    if not prompt.token_ids:
+        raise TaskError(f"prompt {prompt.text[:60]!r} has no tokens; mend the task's prompt")
+    return prompt
+
+
+def render_chat(chat: Chat, tokenizer: Any) -> str:
+    """The text of a prompt in messages, prefill included.
+
+    Raises:
+        TaskError: as :func:`encode_prompt`.
+    """
+    text: str = _apply_template(chat, tokenizer, tokenize=False)
+    for message in chat.messages:
+        content = message.get("content")
+        if message.get("role") == "system" and isinstance(content, str) and content.strip() not in text:
+            raise TaskError(
+                "the tokenizer's chat template has no place for a system message and leaves it out; write "
+                "the system prompt into the prompt template instead, ahead of {question}"
+            )
+    if text.rstrip().endswith(THINK) and chat.prefill.lstrip().startswith(THINK):
+        raise TaskError(
+            f"the chat template ends the prompt with {THINK} itself; leave {THINK} out of prefill and of the "
+            "end of the prompt template"
+        )
+    return text + chat.prefill
+
+
+def _apply_template(chat: Chat, tokenizer: Any, *, tokenize: bool) -> Any:
+    """``apply_chat_template`` within the time limit, its faults as a :class:`TaskError`."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise TaskError("the tokenizer has no chat template for a prompt in messages; give a prompt as text")
+    own = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"documents", "kwargs"}
+    if odd := sorted(own & set(chat.variables)):
+        raise TaskError(
+            f"chat_template_kwargs: {', '.join(odd)} cannot be set; give variables of the template"
+        )
+    late = TaskError(
+        f"the tokenizer's chat template takes more than {RENDERING_SECONDS:g} s for one prompt; mend "
+        "chat_template.jinja, or give a prompt template without 'chat:'"
+    )
+    try:
+        with _time_limit(RENDERING_SECONDS, late):
+            return tokenizer.apply_chat_template(
+                [dict(message) for message in chat.messages],
+                add_generation_prompt=True,
+                tokenize=tokenize,
+                **chat.variables,
+            )
+    except _FAULTS as error:
+        roles = ", ".join(str(message.get("role")) for message in chat.messages)
+        words = " ".join(str(error).split())[:160]
+        raise TaskError(
+            f"the tokenizer's chat template fails on messages of the roles {roles}: {type(error).__name__}: "
+            f"{words}; give system_prompt if it wants a system message (or leave it out if it takes none), "
+            "chat_template_kwargs if it wants a variable, or a prompt template without 'chat:'"
+        ) from error
+
+
+def _plain_ids(text: str, tokenizer: Any) -> tuple[int, ...]:
+    """Ids of a text with what the tokenizer adds before it, without what it adds after it."""
+    whole: list[int] = list(tokenizer(text)["input_ids"])
+    body: list[int] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    starts = range(len(whole) - len(body) + 1)
+    start = next((i for i in starts if whole[i : i + len(body)] == body), None)
+    if start is None:
+        raise TaskError(
+            f"the tokenizer ({type(tokenizer).__name__}) gives {text[:40]!r} other tokens when it adds its "
+            "special tokens, so that what it adds cannot be told; use its fast version"
+        )
+    before = whole[:start]
+    if before and before[-1:] == body[:1] == [tokenizer.bos_token_id]:
+        before = before[:-1]
+    return (*before, *body)
+
+
+@contextmanager
+def _time_limit(seconds: float, late: TaskError) -> Iterator[None]:
+    """Raise ``late`` once the block has taken this long; only the main thread can be interrupted."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise late
+
+    handler = signal.signal(signal.SIGALRM, stop)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)

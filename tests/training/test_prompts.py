@@ -1,0 +1,176 @@
+"""Prompts are TRL's: on a real GRPO step, and in a training of our own against its measurement."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from datasets import Dataset
+from digits import digit_config, log_of
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl import GRPOConfig, GRPOTrainer
+
+from made_tokenizers import BOS, CHAT, EOS, TAGS, byte_level
+from stepscope.errors import ConfigError
+from stepscope.evaluation import evaluate
+from stepscope.pipeline.session import open_task
+from stepscope.policy.checkpoint import load_checkpoint
+from stepscope.policy.rollouts import sample_rollouts
+from stepscope.tasks import load_task
+from stepscope.tasks.prompts import Chat, encode_prompt
+from stepscope.training import train
+from stepscope.training.rl import OnPolicyTrainer, reinforce
+from stepscope.training.sft import demonstration_rows
+from stepscope.training.start import reload_model
+
+QUESTIONS = ("3+8=", "11 and 5?", "so, the sum", "naïve 😀")
+ADDS_BOS, ADDS_BOTH = f"{BOS} $A", f"{BOS} $A {EOS}"
+RENDERS_BOS = (
+    "{{ bos_token }}" + CHAT + "{% if thinking is defined and not thinking %}<think>\n\n</think>{% endif %}"
+)
+
+
+def model_of(tokenizer: Any) -> LlamaForCausalLM:
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=128,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def trained_on(tokenizer: Any, prompts: list[Any], out: Path, **arguments: Any) -> set[tuple[int, ...]]:
+    """The prompt ids of a GRPO step that TRL takes on these prompts."""
+    trainer = GRPOTrainer(
+        model=model_of(tokenizer),
+        processing_class=tokenizer,
+        reward_funcs=lambda completions, **_: [float(i) for i in range(len(completions))],
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in prompts]),
+        args=GRPOConfig(
+            output_dir=str(out),
+            per_device_train_batch_size=2 * len(prompts),
+            num_generations=2,
+            max_completion_length=2,
+            max_steps=1,
+            save_strategy="no",
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            **arguments,
+        ),
+    )
+    trainer.train()
+    (batch,) = trainer._buffered_inputs
+    masks = batch["prompt_mask"].bool()
+    return {tuple(ids[mask].tolist()) for ids, mask in zip(batch["prompt_ids"], masks, strict=True)}
+
+
+@pytest.mark.parametrize(
+    ("adds", "chat", "variables"),
+    [
+        (ADDS_BOS, None, {}),
+        (ADDS_BOTH, None, {}),
+        (ADDS_BOS, RENDERS_BOS, {}),
+        (ADDS_BOTH, RENDERS_BOS, {"thinking": False}),
+    ],
+)
+def test_ids_are_those_of_a_real_step(adds, chat, variables, tmp_path) -> None:
+    tokenizer = byte_level(adds=adds, chat=chat)
+    if chat:
+        system = {"role": "system", "content": "Be brief."}
+        prompts: list[Any] = [[system, {"role": "user", "content": q}] for q in QUESTIONS]
+        asked = [Chat(messages, variables) for messages in prompts]
+    else:
+        prompts = asked = list(QUESTIONS)
+    theirs = trained_on(tokenizer, prompts, tmp_path, chat_template_kwargs=variables or None)
+    ours = {encode_prompt(prompt, tokenizer).token_ids for prompt in asked}
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert all(ids.count(bos) == 1 and ids[0] == bos and eos not in ids for ids in ours)
+    if chat is None and adds == ADDS_BOTH:
+        assert {(*ids, eos) for ids in ours} == theirs, "but for the end that TRL puts after a prompt"
+    else:
+        assert ours == theirs
+
+
+def test_a_text_that_brings_its_bos_gets_no_second() -> None:
+    tokenizer = byte_level(adds=ADDS_BOTH)
+    assert encode_prompt(BOS + "hi", tokenizer).token_ids == encode_prompt("hi", tokenizer).token_ids
+
+
+def test_training_asks_what_measuring_asks(tmp_path, monkeypatch) -> None:
+    """A template that renders a BOS, a tokenizer that adds BOS and EOS, a prefill: the same ids."""
+    tokenizer = byte_level(adds=ADDS_BOTH, chat=RENDERS_BOS)
+    seen: set[tuple[int, ...]] = set()
+    generate = OnPolicyTrainer._generate_single_turn
+
+    def watched(self: Any, prompt_ids: list[list[int]], *rest: Any) -> Any:
+        seen.update(map(tuple, prompt_ids))
+        return generate(self, prompt_ids, *rest)
+
+    monkeypatch.setattr(OnPolicyTrainer, "_generate_single_turn", watched)
+    options = {"template": "chat:{question}", "system_prompt": "Be brief.", "prefill": "<think>\n"}
+    config = digit_config(steps=1, save_every=1).model_copy(update=options)
+    task = load_task("arithmetic:terms=2,digits=1,ops=+,train=4", **options)
+    reinforce(config, model_of(tokenizer), tokenizer, task, tmp_path, resume=None)
+    policy = load_checkpoint(tmp_path / "checkpoints" / "step-1")
+    assert policy.settings.prefill == "<think>\n"
+    assert policy.settings.system_prompt == "Be brief."
+    rollouts = sample_rollouts(policy, open_task(task.spec, policy), num_prompts=4, group_size=1, seed=0)
+    assert set(rollouts.prompt_token_ids) == seen
+    assert len(seen) == 4
+    (row, *_) = demonstration_rows(task, task.problems("train")[:1], tokenizer)
+    (start, *_) = [i for i, label in enumerate(row["labels"]) if label != -100]
+    assert tuple(row["input_ids"][:start]) in seen
+    assert tokenizer.decode(row["input_ids"][:start]).endswith("<|assistant|><think>\n")
+
+
+def test_tags_that_are_special_tokens_change_nothing(small_run, small_config, start_from, tmp_path) -> None:
+    """One policy with its tags as ordinary and as special tokens: the same verdicts and training."""
+    base = start_from(small_run, tmp_path / "run") / "base"
+    special = AutoTokenizer.from_pretrained(base)
+    special.add_special_tokens({"additional_special_tokens": list(TAGS)})
+    special.save_pretrained(base)
+    found = []
+    for folder, tokenizer in ((small_run, None), (tmp_path / "run", special)):
+        policy = load_checkpoint(small_run / "checkpoints" / "step-4")
+        policy = policy if tokenizer is None else replace(policy, tokenizer=tokenizer)
+        task = open_task(None, policy)
+        found.append(evaluate(policy, task, num_prompts=8, samples_per_prompt=16, ks=[1], seed=0))
+        rollouts = sample_rollouts(policy, task, num_prompts=8, group_size=4, seed=0)
+        assert any("<answer>" in text for text in rollouts.responses)
+        if tokenizer is not None:
+            last = train(small_config(), folder, resume=True)
+            assert [e["reward"] for e in log_of(last)] == [
+                e["reward"] for e in log_of(small_run / "checkpoints" / "step-4")
+            ]
+    ordinary, as_special = found
+    assert ordinary.pass_at[1][0] == as_special.pass_at[1][0] > 0
+    assert ordinary.format_rate == as_special.format_rate > 0
+
+
+def test_a_tokenizer_without_an_end_is_refused_in_training_and_measured(
+    small_run, start_from, tmp_path
+) -> None:
+    base = start_from(small_run, tmp_path / "run") / "base"
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    (base / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
+    with pytest.raises(
+        ConfigError, match=r"no end-of-sequence token, so no response would ever end; set eos_token"
+    ):
+        reload_model(str(base), dtype="float32")
+    policy = load_checkpoint(small_run / "checkpoints" / "step-4")
+    policy.model.generation_config.eos_token_id = None
+    endless = replace(policy, tokenizer=AutoTokenizer.from_pretrained(base))
+    rollouts = sample_rollouts(endless, open_task(None, policy), num_prompts=4, group_size=2, seed=0)
+    assert rollouts.truncated.all()
+    assert set(rollouts.num_tokens.tolist()) == {policy.settings.max_response_tokens}
