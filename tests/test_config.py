@@ -94,7 +94,7 @@ def test_choices_are_listed():
 
 
 def test_types_are_strict():
-    for wrong in ("update.seed='1'", "update.num_prompts=true", "second_order=1", "lrs=1e-5", "device=3"):
+    for wrong in ("update.seed='1'", "update.num_prompts=true", "second_order=1", "lrs=1e-5"):
         key = wrong.partition("=")[0]
         assert f"{key}: expected" in refused(MeasureConfig, None, ["checkpoint=c", "out=o", wrong])
 
@@ -129,6 +129,38 @@ def test_nested_optional_section_reports_clean_paths():
     )
     assert "model.lora.targets: expected" in message
     assert "LoraConfig" not in message
+
+
+TEXTS = [
+    "{question}", "[1]", "*", "&a", "!x", "# 1", "- a", "a: b", "5", "1e-3", "true", "no", "%", "@x", "`x`",
+    "it's", "a #b", "2024-05-17", "Q: {question}\nA:", "null x", "=", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_field_of_text_takes_the_text_as_it_is(text):
+    changed = measure(f"loss.prompt_template={text}", f"out=runs/{text}", f"update.file={text}")
+    assert changed.loss.prompt_template == changed.update.file == (text or None)
+    assert changed.out == f"runs/{text}"
+    trained = load_config(TrainConfig, None, [f"template={text}", f"task=jsonl:{text}"])
+    assert (trained.template, trained.task) == (text or None, f"jsonl:{text}")
+
+
+def test_quotes_and_null_are_read_as_yaml():
+    changed = measure('loss.prefill="<think>\\n"', "loss.prompt_template='{question}'", "task=null")
+    assert changed.loss.prefill == "<think>\n"
+    assert changed.loss.prompt_template == "{question}"
+    assert changed.task is None
+    changed = measure("loss.chat_template_kwargs={enable_thinking: false}", "lrs=[1e-6, 2]")
+    assert changed.loss.chat_template_kwargs == {"enable_thinking": False}
+    assert changed.lrs == [1e-6, 2.0]
+
+
+def test_a_text_that_yaml_reads_as_something_else_is_to_be_quoted(tmp_path):
+    file = tmp_path / "train.yaml"
+    file.write_text("template: {question}\n")
+    message = refused(TrainConfig, file)
+    assert "template: expected string, got a section; put the text in quotes" in message
 
 
 @pytest.mark.parametrize("override", ["steps", "rl..steps=3", "=3", "rl.steps-x=1"])

@@ -39,4 +39,4 @@ def demo_config(out: Path, overrides: Sequence[str] = ()) -> DemoConfig:
         for name in ("demo.yaml", "demo_measure.yaml")
     )
     data = {"train": {**training, "out": str(out)}, **measuring}
-    return build_config(DemoConfig, apply_overrides(data, overrides), "demo")
+    return build_config(DemoConfig, apply_overrides(DemoConfig, data, overrides), "demo")

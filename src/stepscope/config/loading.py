@@ -69,8 +69,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A copy of ``data`` with each ``section.field=value`` set; values are read as YAML.
+def apply_overrides(
+    cls: type[BaseModel], data: Mapping[str, Any], overrides: Sequence[str]
+) -> dict[str, Any]:
+    """A copy of ``data`` with each ``section.field=value`` set.
+
+    The value of a field that holds a text is that text as it stands (``{question}``, ``*``, ``# 1``), unless
+    it is in quotes or ``null``; these and all other values are read as YAML.
+
+    Args:
+        cls: the configuration, which says what its fields hold.
+        data: what is changed.
+        overrides: each later one wins.
 
     Raises:
         ConfigError: an override is not of that form, or goes through a value that is no section.
@@ -82,8 +92,26 @@ def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
             raise ConfigError(
                 f"{text!r} is not an override; write section.field=value, for example rl.steps=20"
             )
-        set_path(result, path, parse_yaml(value, text))
+        literal = _holds_text(cls, path) and not _QUOTED_OR_NULL.fullmatch(value)
+        set_path(result, path, value if literal else parse_yaml(value, text))
     return result
+
+
+_QUOTED_OR_NULL = re.compile(r"""\s*(".*"|'.*'|null|Null|NULL|~)?\s*""", re.DOTALL)
+
+
+def _holds_text(cls: type[BaseModel], path: str) -> bool:
+    """Whether the field at a dotted path is a free text, or that or null."""
+    *sections, last = path.split(".")
+    section: type[BaseModel] | None = cls
+    for name in sections:
+        if section is None or name not in section.model_fields:
+            return False
+        section = _section_in(section.model_fields[name].annotation)
+    if section is None or last not in section.model_fields:
+        return False
+    annotation = section.model_fields[last].annotation
+    return annotation is str or set(get_args(annotation)) == {str, type(None)}
 
 
 def set_path(data: dict[str, Any], path: str, value: Any) -> None:
@@ -143,7 +171,7 @@ def load_config(
     for dotted, value in (values or {}).items():
         if value is not None:
             set_path(data, dotted, value)
-    return build_config(cls, apply_overrides(data, overrides), str(path or "command line"))
+    return build_config(cls, apply_overrides(cls, data, overrides), str(path or "command line"))
 
 
 def dump_config(config: Section) -> str:
@@ -205,7 +233,8 @@ def _describe(cls: type[BaseModel], item: dict[str, Any]) -> str:
     if isinstance(got, BaseModel):
         return f"{path}: {message}"
     shown = "a section" if isinstance(got, Mapping) else repr(got)
-    return f"{path}: {message}, got {shown}"
+    quotes = "; put the text in quotes" if kind == "string_type" else ""
+    return f"{path}: {message}, got {shown}{quotes}"
 
 
 def _suggest(cls: type[BaseModel], section: type[BaseModel] | None, path: str) -> str:
