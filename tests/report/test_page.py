@@ -17,6 +17,7 @@ from synthetic_run import HOSTILE
 
 from stepscope.errors import RunFolderError
 from stepscope.report import write_comparison, write_report
+from stepscope.report.influence import join_tokens
 
 LARGEST_PAGE = 6_000_000
 
@@ -281,3 +282,17 @@ def test_comparison_gives_differences_with_combined_errors(run_folder: Path, tmp
 def test_comparison_needs_measurements(run_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"no summary\.json"):
         write_comparison(run_folder, run_folder / "measure/step-40", tmp_path / "c.html")
+
+
+def test_tokens_without_a_text_are_named() -> None:
+    """The end of a response, and the first bytes of a character that a later token completes."""
+    tokens = {
+        "sequence_id": [0, 0, 0, 1],
+        "position": [0, 1, 2, 0],
+        "token": ["", "😀", "", ""],
+        "logprob": [0.0] * 4,
+        "entropy": [0.0] * 4,
+    }
+    table = join_tokens(None, tokens, None, "")
+    assert table is not None
+    assert table.token == ["⟨part⟩", "😀", "⟨end⟩", "⟨end⟩"]

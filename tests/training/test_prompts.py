@@ -12,12 +12,15 @@ from datasets import Dataset
 from digits import digit_config, log_of
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
+from typer.testing import CliRunner
 
 from made_tokenizers import BOS, CHAT, EOS, TAGS, byte_level
-from stepscope.errors import ConfigError
+from stepscope import cli
+from stepscope.errors import CheckpointError, ConfigError
 from stepscope.evaluation import evaluate
+from stepscope.pipeline.logged_prompts import prompt_conflict
 from stepscope.pipeline.session import open_task
-from stepscope.policy.checkpoint import load_checkpoint
+from stepscope.policy.checkpoint import load_checkpoint, read_settings
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.tasks import load_task
 from stepscope.tasks.prompts import Chat, encode_prompt
@@ -62,11 +65,10 @@ def trained_on(tokenizer: Any, prompts: list[Any], out: Path, **arguments: Any) 
             num_generations=2,
             max_completion_length=2,
             max_steps=1,
-            save_strategy="no",
             report_to=[],
             use_cpu=True,
             disable_tqdm=True,
-            **arguments,
+            **{"save_strategy": "no"} | arguments,
         ),
     )
     trainer.train()
@@ -174,3 +176,51 @@ def test_a_tokenizer_without_an_end_is_refused_in_training_and_measured(
     rollouts = sample_rollouts(endless, open_task(None, policy), num_prompts=4, group_size=2, seed=0)
     assert rollouts.truncated.all()
     assert set(rollouts.num_tokens.tolist()) == {policy.settings.max_response_tokens}
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+LOGS = {
+    "text": (
+        None,
+        lambda question: f"Q: {question}\nA:",
+        {"prompt_template": "Q: {question}\nA:"},
+        """'loss.prompt_template="Q: {question}\\nA:"'""",
+    ),
+    "messages": (
+        RENDERS_BOS,
+        lambda question: [SYSTEM, {"role": "user", "content": f"Solve {question}"}],
+        {"prompt_template": "chat:Solve {question}", "system_prompt": "Be brief."},
+        "'loss.prompt_template=chat:Solve {question}' 'loss.system_prompt=Be brief.'",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LOGS)
+def test_a_measurement_that_asks_otherwise_than_the_log_of_the_run_is_refused(kind, tmp_path) -> None:
+    chat, ask, settings, cure = LOGS[kind]
+    task = "arithmetic:terms=2,digits=1,ops=+,train=6"
+    prompts = [ask(problem.question) for problem in load_task(task).problems("train")]
+    tokenizer = byte_level(adds=ADDS_BOS, chat=chat)
+    variables = {"thinking": False} if chat else None
+    kept = {"log_completions": True, "logging_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trained_on(tokenizer, prompts, tmp_path, chat_template_kwargs=variables, **kept)
+    checkpoint = tmp_path / "checkpoint-1"
+    assert list((tmp_path / "completions").glob("*.parquet"))
+    command = ["measure", str(checkpoint), "--task", task, "--out", str(tmp_path / "m")]
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 2
+    assert not (tmp_path / "m").exists()
+    message = " ".join(result.stderr.split())
+    assert "6 of 6 logged prompts differ so" in message
+    assert cure in message
+
+    def conflict(spec: str, **loss: Any) -> str | None:
+        policy = load_checkpoint(checkpoint, settings=read_settings(checkpoint, overrides=loss))
+        return prompt_conflict(policy, open_task(spec, policy))
+
+    assert conflict(task, **settings) is None
+    assert conflict("arithmetic:terms=4,digits=3,train=6") is None, "nothing is claimed of another task"
+    (log,) = (tmp_path / "completions").iterdir()
+    log.write_bytes(log.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=r"log of prompts cannot be read"):
+        conflict(task)

@@ -26,6 +26,7 @@ from stepscope.evaluation import (
 )
 from stepscope.measure.entropy_law import fit_run
 from stepscope.pipeline.console import on_terminal, say, timed
+from stepscope.pipeline.logged_prompts import prompt_conflict
 from stepscope.pipeline.processes import is_main_process
 from stepscope.pipeline.session import open_policy, open_task
 from stepscope.policy.checkpoint import checkpoint_digest
@@ -33,6 +34,7 @@ from stepscope.policy.state import Policy
 from stepscope.report import write_evaluation
 from stepscope.results import FloatArray
 from stepscope.runs import RunFolder, locked, write_json
+from stepscope.tasks import TemplatedTask
 
 LAW_CHECKPOINTS = 4
 """Fewest checkpoints to which the entropy law is fitted."""
@@ -224,13 +226,20 @@ class _Loaded:
             require_optimizer=False,
         )
 
+    @cached_property
+    def task(self) -> TemplatedTask:
+        task = open_task(self.config.task, self.policy)
+        if conflict := prompt_conflict(self.policy, task):
+            say(f"warning: {conflict}")
+        return task
+
     def evaluate(
         self, temperature: float | None, top_p: float, batch_size: int, responses: Path
     ) -> EvaluationRow:
         config = self.config
         return evaluate(
             self.policy,
-            open_task(config.task, self.policy),
+            self.task,
             num_prompts=config.num_prompts,
             samples_per_prompt=config.samples_per_prompt,
             seed=config.seed,

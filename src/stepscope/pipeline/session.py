@@ -15,6 +15,7 @@ from stepscope.measure.quantities import Quantity, make_quantity
 from stepscope.measure.step import Step, reconstruct_step
 from stepscope.measure.token_influence import objective_influences
 from stepscope.pipeline.console import on_terminal
+from stepscope.pipeline.logged_prompts import prompt_conflict
 from stepscope.policy.checkpoint import load_checkpoint, load_model, read_settings
 from stepscope.policy.objective import advantages
 from stepscope.policy.optimizer_state import OPTIMIZER_FILE, read_optimizer
@@ -23,9 +24,8 @@ from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector, load
 from stepscope.results import Rollouts
 from stepscope.runs import RunFolder, read_json
-from stepscope.tasks import Task, load_task
+from stepscope.tasks import TemplatedTask, load_task
 from stepscope.tasks.guards import evaluates
-from stepscope.tasks.load import asked_through
 
 SAME_POLICY = {"float64": 1e-2, "float32": 1e-2, "bfloat16": 0.5}
 """Largest difference of a stored and a recomputed log-prob, in nats, that precision alone may make."""
@@ -46,7 +46,7 @@ def open_policy(
     )
 
 
-def open_task(spec: str | None, policy: Policy) -> Task:
+def open_task(spec: str | None, policy: Policy) -> TemplatedTask:
     """The task asked for, or that of the training, with the prompt template and the reward of the run.
 
     Raises:
@@ -73,7 +73,7 @@ def open_task(spec: str | None, policy: Policy) -> Task:
         prefill=settings.prefill,
         chat_template_kwargs=settings.chat_template_kwargs,
     )
-    return asked_through(task, policy.tokenizer)
+    return task.through(policy.tokenizer)
 
 
 class Session:
@@ -101,7 +101,7 @@ class Session:
         )
 
     @cached_property
-    def task(self) -> Task:
+    def task(self) -> TemplatedTask:
         """The task prompts come from."""
         return open_task(self.config.task, self.policy)
 
@@ -134,12 +134,14 @@ class Session:
         """Say what is wrong with checkpoint, task or quantities before anything is written.
 
         Raises:
-            ConfigError: ``kl`` of a full model without a reference, or ``scratch`` is no folder.
+            ConfigError: ``kl`` of a full model without a reference, ``scratch`` is no folder, or the run has
+                logged prompts that ask otherwise.
         """
         scratch = self.config.scratch
         if scratch is not None and not Path(scratch).is_dir():
             raise ConfigError(f"scratch: {scratch} is no folder; make it, or leave scratch out")
-        _ = self.policy, self.task
+        if conflict := prompt_conflict(self.policy, self.task):
+            raise ConfigError(conflict)
         has_base = hasattr(self.policy.model, "disable_adapter")
         if "kl" in self.config.quantities and self.config.reference is None and not has_base:
             raise ConfigError(

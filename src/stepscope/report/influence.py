@@ -25,6 +25,9 @@ WAYS = {"fixed": "preconditioner and clipping fixed", "optimizer": "through the 
 
 RANKING = WAYS[RANKED_BY]
 
+END_MARK, PART_MARK = "⟨end⟩", "⟨part⟩"
+"""Shown for tokens without a text of their own: the end of a response, bytes of a character still to come."""
+
 
 @dataclass(frozen=True)
 class TokenTable:
@@ -67,7 +70,7 @@ def join_tokens(
     return TokenTable(
         sequence_id=ids,
         position=np.array(tokens["position"], dtype=np.int64),
-        token=[str(t) for t in tokens["token"]],
+        token=_named(tokens),
         logprob=np.array(tokens["logprob"], dtype=np.float64),
         entropy=np.array(tokens["entropy"], dtype=np.float64),
         weight=np.array(tokens["token_weight"], dtype=np.float64) if "token_weight" in tokens else None,
@@ -75,6 +78,19 @@ def join_tokens(
         correct=correct,
         scores=_at(tokens, criteria, names),
     )
+
+
+def _named(tokens: Table) -> list[str]:
+    """Texts of tokens; in place of an empty one what the token is: the end, or part of a later character."""
+    last: dict[int, int] = {}
+    for sequence, position in zip(tokens["sequence_id"], tokens["position"], strict=True):
+        last[sequence] = max(position, last.get(sequence, 0))
+    return [
+        str(token) or (END_MARK if position == last[sequence] else PART_MARK)
+        for token, sequence, position in zip(
+            tokens["token"], tokens["sequence_id"], tokens["position"], strict=True
+        )
+    ]
 
 
 def _at(tokens: Table, table: Table | None, names: Sequence[str]) -> dict[str, npt.NDArray[np.float64]]:
@@ -345,4 +361,4 @@ def top_tokens_table(tokens: TokenTable, quantity: str) -> TableBlock | None:
 
 def visible(token: str) -> str:
     """A token with its white space made visible."""
-    return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣") or "∅"
+    return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")

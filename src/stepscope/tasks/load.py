@@ -45,6 +45,10 @@ class TemplatedTask:
     format_weight: float = 0.0
     opening: str = ""
 
+    def through(self, tokenizer: Any) -> TemplatedTask:
+        """The task with the opening that its prompts have with this tokenizer."""
+        return replace(self, opening=self.template.opening(tokenizer))
+
     def problems(self, split: str) -> Sequence[Problem]:
         """All problems of ``train`` or ``test``, in a fixed order."""
         return self.source.problems(split)
@@ -82,9 +86,7 @@ def asked_through(task: Task, tokenizer: Any) -> Task:
     Raises:
         TaskError: the tokenizer's chat template does not render the prompt.
     """
-    if not isinstance(task, TemplatedTask):
-        return task
-    return replace(task, opening=task.template.opening(tokenizer))
+    return task.through(tokenizer) if isinstance(task, TemplatedTask) else task
 
 
 def load_task(
