@@ -20,7 +20,7 @@ from stepscope.errors import CheckpointError, ConfigError
 from stepscope.evaluation import evaluate
 from stepscope.pipeline.logged_prompts import prompt_conflict
 from stepscope.pipeline.session import open_task
-from stepscope.policy.checkpoint import load_checkpoint, read_settings
+from stepscope.policy.checkpoint import inspect_checkpoint, load_checkpoint, read_settings
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.tasks import load_task
 from stepscope.tasks.prompts import Chat, encode_prompt
@@ -193,6 +193,14 @@ LOGS = {
         "'loss.prompt_template=chat:Solve {question}' 'loss.system_prompt=Be brief.'",
     ),
 }
+
+
+@pytest.mark.parametrize("adds", [ADDS_BOS, ADDS_BOTH])
+def test_a_run_whose_tokenizer_ends_every_text_is_told_of(adds, tmp_path) -> None:
+    tokenizer = byte_level(adds=adds)
+    trained_on(tokenizer, list(QUESTIONS), tmp_path, save_strategy="steps", save_steps=1)
+    warned = [f.what for f in inspect_checkpoint(tmp_path / "checkpoint-1") if f.level == "warn"]
+    assert any("after every text" in what for what in warned) is (adds == ADDS_BOTH)
 
 
 @pytest.mark.parametrize("kind", LOGS)

@@ -14,9 +14,10 @@ from stepscope.measure.influence import Influence, influences
 from stepscope.measure.quantities import Quantity, make_quantity
 from stepscope.measure.step import Step, reconstruct_step
 from stepscope.measure.token_influence import objective_influences
-from stepscope.pipeline.console import on_terminal
+from stepscope.pipeline.console import on_terminal, say
 from stepscope.pipeline.logged_prompts import prompt_conflict
 from stepscope.policy.checkpoint import load_checkpoint, load_model, read_settings
+from stepscope.policy.examination import ended_prompts
 from stepscope.policy.objective import advantages
 from stepscope.policy.optimizer_state import OPTIMIZER_FILE, read_optimizer
 from stepscope.policy.rollouts import response_text, sample_rollouts, score_rollouts
@@ -142,6 +143,8 @@ class Session:
             raise ConfigError(f"scratch: {scratch} is no folder; make it, or leave scratch out")
         if conflict := prompt_conflict(self.policy, self.task):
             raise ConfigError(conflict)
+        if (ended := ended_prompts(self.policy)) is not None:
+            say(f"warning: {ended.what}; {ended.cure}")
         has_base = hasattr(self.policy.model, "disable_adapter")
         if "kl" in self.config.quantities and self.config.reference is None and not has_base:
             raise ConfigError(

@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stepscope.errors import StepscopeError
 from stepscope.policy.forward import base_model, forward, make_batch
 from stepscope.policy.rollouts import end_tokens
+from stepscope.policy.settings import SETTINGS_FILE
 from stepscope.policy.state import Policy
+from stepscope.tasks.prompts import tokens_after
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Largest difference of log-probs, in nats, that round-off may make between two ways to batch."""
@@ -98,6 +100,8 @@ def _sampling(policy: Policy) -> list[Finding]:
                 "train with top_p = 1 if the two shall be comparable",
             )
         )
+    if (ended := ended_prompts(policy)) is not None:
+        found.append(ended)
     if not end_tokens(policy):
         found.append(
             Finding(
@@ -108,6 +112,19 @@ def _sampling(policy: Policy) -> list[Finding]:
             )
         )
     return found
+
+
+def ended_prompts(policy: Policy) -> Finding | None:
+    """A warning where a foreign run's plain prompts were asked with an end-of-sequence token behind them."""
+    foreign = policy.path is not None and not (policy.path / SETTINGS_FILE).is_file()
+    if not foreign or policy.tokenizer is None or not tokens_after(policy.tokenizer):
+        return None
+    return Finding(
+        "warn",
+        "the tokenizer puts an end-of-sequence token after every text: TRL trains on plain prompts (not on "
+        "messages) with that end, and measurements ask them without it",
+        "train with add_eos_token set to false in tokenizer_config.json",
+    )
 
 
 def _dropout(model: nn.Module) -> Finding:

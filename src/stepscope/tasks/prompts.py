@@ -138,10 +138,23 @@ def _apply_template(chat: Chat, tokenizer: Any, *, tokenize: bool) -> Any:
         ) from error
 
 
+def tokens_after(tokenizer: Any) -> tuple[int, ...]:
+    """Ids that the tokenizer puts after every text, an EOS mostly; none of them is in a prompt here."""
+    return _parts("1", tokenizer)[2]
+
+
 def _plain_ids(text: str, tokenizer: Any) -> tuple[int, ...]:
     """Ids of a text with what the tokenizer adds before it, without what it adds after it."""
-    whole: list[int] = list(tokenizer(text)["input_ids"])
-    body: list[int] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    before, body, _ = _parts(text, tokenizer)
+    if before and before[-1:] == body[:1] == (tokenizer.bos_token_id,):
+        before = before[:-1]
+    return before + body
+
+
+def _parts(text: str, tokenizer: Any) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """What the tokenizer adds before a text, the ids of the text itself, and what it adds after it."""
+    whole = tuple(tokenizer(text)["input_ids"])
+    body = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
     starts = range(len(whole) - len(body) + 1)
     start = next((i for i in starts if whole[i : i + len(body)] == body), None)
     if start is None:
@@ -149,10 +162,7 @@ def _plain_ids(text: str, tokenizer: Any) -> tuple[int, ...]:
             f"the tokenizer ({type(tokenizer).__name__}) gives {text[:40]!r} other tokens when it adds its "
             "special tokens, so that what it adds cannot be told; use its fast version"
         )
-    before = whole[:start]
-    if before and before[-1:] == body[:1] == [tokenizer.bos_token_id]:
-        before = before[:-1]
-    return (*before, *body)
+    return whole[:start], body, whole[start + len(body) :]
 
 
 @contextmanager
