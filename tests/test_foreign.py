@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -80,6 +81,13 @@ def test_measure(foreign, name, tmp_path):
     assert summary["share_momentum"]["value"] != 0
     assert summary["share_sequences"]["value"] > 0
     assert (tmp_path / "m" / "report.html").is_file()
+    for batch in ("update", "probe"):
+        responses = pq.read_table(tmp_path / "m" / f"{batch}.parquet")["response"].to_pylist()
+        tokens = pq.read_table(tmp_path / "m" / f"{batch}_tokens.parquet").to_pydict()
+        joined = [""] * len(responses)
+        for sequence, token in zip(tokens["sequence_id"], tokens["token"], strict=True):
+            joined[sequence] += token
+        assert joined == responses
 
 
 def test_measure_at_the_end_of_the_schedule(foreign, tmp_path):

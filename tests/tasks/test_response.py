@@ -42,11 +42,6 @@ def test_reading(text: str, answer: str | None, formatted: bool) -> None:
     assert (reading.answer, reading.formatted) == (answer, formatted)
 
 
-def test_prompt_that_opens_the_think_block() -> None:
-    assert read_response("1</think><answer>2</answer>", opens_think=True).formatted
-    assert not read_response(GOOD, opens_think=True).formatted
-
-
 @given(st.lists(st.sampled_from(TAGS), max_size=12).map("".join))
 def test_formatted_means_the_grammar(text: str) -> None:
     """Compared with a recursive-descent reading that shares no code with the tested one."""

@@ -20,14 +20,8 @@ class Reading:
     formatted: bool
 
 
-def read_response(text: str, *, opens_think: bool = False) -> Reading:
-    """Read a response.
-
-    Args:
-        text: the decoded response.
-        opens_think: the prompt ends with ``<think>``, so that the response begins inside the block.
-    """
-    whole = THINK + text if opens_think else text
+def read_response(whole: str) -> Reading:
+    """Read a response, from the beginning of its think block on, which may be in the prompt."""
     start, stop = whole.find(ANSWER), whole.find(END_ANSWER)
     one_answer = whole.count(ANSWER) == 1 and whole.count(END_ANSWER) == 1 and start < stop
     if not one_answer:
