@@ -40,13 +40,13 @@ def test_texts_of_any_tokens_join_up(tokenizer) -> None:
         ids = random.integers(len(tokenizer), size=length).tolist()
         texts = read.by_token(ids)
         assert "".join(texts) == read.whole(ids)
-        heard = [
-            i
-            for i in ids
-            if i not in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
-        ]
-        slow = read._by_prefixes(heard, read.whole(ids))
-        assert "".join(slow) == read.whole(ids)
+
+
+@pytest.mark.parametrize("text", TEXTS[:3])
+def test_the_quick_way_and_the_exact_way_agree(tokenizer, text) -> None:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    read = ResponseText(tokenizer, ())
+    assert read.by_token(ids) == read._in_windows(ids) == read._by_prefixes(ids, read.whole(ids))
 
 
 def test_words_keep_their_spaces_and_characters_stay_whole() -> None:

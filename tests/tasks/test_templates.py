@@ -106,7 +106,7 @@ def test_system_prompts() -> None:
     ):
         text(load_template("chat:{question}"), "Why?", STRICT)
     with pytest.raises(TaskError, match=r"no place for a system message.*ahead of \{question\}"):
-        text(asked, "Why?", MUTE)
+        asked.opening(byte_level(chat=MUTE))
     with pytest.raises(TaskError, match=r"system_prompt needs a chat template"):
         text(load_template("short", system_prompt="Be brief."), "1+2", CHAT)
 

@@ -214,6 +214,7 @@ def test_a_measurement_that_asks_otherwise_than_the_log_of_the_run_is_refused(ki
     trained_on(tokenizer, prompts, tmp_path, chat_template_kwargs=variables, **kept)
     checkpoint = tmp_path / "checkpoint-1"
     assert list((tmp_path / "completions").glob("*.parquet"))
+    assert read_settings(checkpoint).chat_template_kwargs == variables
     command = ["measure", str(checkpoint), "--task", task, "--out", str(tmp_path / "m")]
     result = CliRunner().invoke(cli.app, command)
     assert result.exit_code == 2

@@ -27,6 +27,7 @@ class ResponseText:
         tags = {tokenizer.convert_tokens_to_ids(tag) for tag in (THINK, END_THINK, ANSWER, END_ANSWER)}
         tags.discard(tokenizer.unk_token_id)
         self._tokenizer = tokenizer
+        self._alone: dict[int, str] = {}
         self._silent = frozenset(around & set(tokenizer.all_special_ids) - tags)
 
     def whole(self, ids: Sequence[int]) -> str:
@@ -41,8 +42,12 @@ class ResponseText:
         """
         heard = [token for token in ids if token not in self._silent]
         whole = self._decode(heard)
-        found = self._in_windows(heard)
-        if "".join(found) != whole:  # what a token says depends on more than its neighbours
+        for token in set(heard) - self._alone.keys():
+            self._alone[token] = self._decode([token])
+        found = [self._alone[token] for token in heard]
+        if "".join(found) != whole:  # what a token says depends on its neighbours
+            found = self._in_windows(heard)
+        if "".join(found) != whole:  # and on more than these
             found = self._by_prefixes(heard, whole)
         texts = iter(found)
         return ["" if token in self._silent else next(texts) for token in ids]
@@ -50,14 +55,16 @@ class ResponseText:
     def _in_windows(self, ids: list[int]) -> list[str]:
         """What each token adds to the whole characters just before it; linear in the number of tokens."""
         found = []
-        start = read = 0
+        start = read = told = 0
         for k in range(1, len(ids) + 1):
-            before, now = self._decode(ids[start:read]), self._decode(ids[start:k])
-            if k < len(ids) and (now.endswith(_UNFINISHED) or len(now) <= len(before)):
-                found.append("")
-            else:
-                found.append(now[len(before) :])
+            now = self._decode(ids[start:k])
+            unfinished = k < len(ids) and now.endswith(_UNFINISHED)
+            settled = now.rstrip(_UNFINISHED) if unfinished else now
+            found.append(settled[told:])
+            told = max(told, len(settled))
+            if found[-1] and not unfinished:
                 start, read = read, k
+                told = len(self._decode(ids[start:read]))
         return found
 
     def _by_prefixes(self, ids: list[int], whole: str) -> list[str]:

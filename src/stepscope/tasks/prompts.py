@@ -68,8 +68,8 @@ def encode_prompt(asked: str | Chat, tokenizer: Any) -> Prompt:
     rendered text with the prefill at its end, as if the template had put it there.
 
     Raises:
-        TaskError: the template refuses the messages, fails, takes too long or leaves out the system message;
-            or there is no template, or no token.
+        TaskError: the template refuses the messages, fails, or takes too long; or there is no template, or no
+            token.
     """
     if isinstance(asked, str):
         prompt = Prompt(asked, _plain_ids(asked, tokenizer))
@@ -92,13 +92,6 @@ def render_chat(chat: Chat, tokenizer: Any) -> str:
         TaskError: as :func:`encode_prompt`.
     """
     text: str = _apply_template(chat, tokenizer, tokenize=False)
-    for message in chat.messages:
-        content = message.get("content")
-        if message.get("role") == "system" and isinstance(content, str) and content.strip() not in text:
-            raise TaskError(
-                "the tokenizer's chat template has no place for a system message and leaves it out; write "
-                "the system prompt into the prompt template instead, ahead of {question}"
-            )
     if text.rstrip().endswith(THINK) and chat.prefill.lstrip().startswith(THINK):
         raise TaskError(
             f"the chat template ends the prompt with {THINK} itself; leave {THINK} out of prefill and of the "
@@ -181,4 +174,4 @@ def _time_limit(seconds: float, late: TaskError) -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, *timer)
-        signal.signal(signal.SIGALRM, handler)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL if handler is None else handler)

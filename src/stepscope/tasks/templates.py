@@ -87,13 +87,19 @@ class Template:
         nothing is known of the chat template.
 
         Raises:
-            TaskError: as :func:`~stepscope.tasks.prompts.encode_prompt`.
+            TaskError: as :func:`~stepscope.tasks.prompts.encode_prompt`, or the chat template leaves the
+                system message out.
         """
         if tokenizer is None:
             text = (self.text or "") + self.prefill
         else:
             asked = self.ask("1 + 1", tokenizer)
             text = asked if isinstance(asked, str) else render_chat(asked, tokenizer)
+            if self.system.strip() not in text:
+                raise TaskError(
+                    "the tokenizer's chat template has no place for a system message and leaves it out; "
+                    f"write the system prompt into the prompt template instead, ahead of {FIELD}"
+                )
         found = _OPENING.search(text[-_LONGEST_OPENING:])
         return "" if found is None else found[0]
 
