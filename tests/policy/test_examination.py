@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from made_tokenizers import CHAT, byte_level
 from stepscope.errors import CheckpointError
 from stepscope.policy import forward as forward_module
-from stepscope.policy.examination import Finding, computed_types, examine
+from stepscope.policy.examination import Finding, _asking, computed_types, examine
 from stepscope.policy.precision import lift_model
 from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import Policy
@@ -78,6 +79,22 @@ def test_dropout_and_missing_end_token_are_warnings(
 def test_tied_and_separate_embeddings(build_model: Callable[..., nn.Module], tokenizer: Any) -> None:
     assert "input and output embeddings are one tied parameter" in levels(policy_of(build_model(), tokenizer))
     assert "input and output embeddings are separate" in levels(policy_of(build_model("llama"), tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("settings", "chat", "level", "words"),
+    [
+        ({"prompt_template": "Q: {question}"}, None, "ok", "problems are asked as 'Q: {question}'"),
+        ({"task": "arithmetic"}, CHAT, "ok", "problems are asked as '{question}='"),
+        ({"prompt_template": "chat:{question}"}, CHAT, "ok", "'<|user|>{question}<|end|><|assistant|>'"),
+        ({}, "{{ raise_exception('no') }}", "warn", "chat template fails on messages of the roles user"),
+        ({"prompt_template": "chat:{question}"}, None, "warn", "the tokenizer has no chat template"),
+    ],
+)
+def test_how_problems_are_asked(build_model, settings, chat, level, words) -> None:
+    policy = Policy(build_model(), byte_level(chat=chat), StepSettings(**settings))
+    (found,) = [finding for finding in _asking(policy) if words in finding.what]
+    assert found.level == level
 
 
 def test_an_error_becomes_a_finding_with_its_cure() -> None:

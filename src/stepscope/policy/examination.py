@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepscope.errors import StepscopeError
+from stepscope.errors import StepscopeError, TaskError
 from stepscope.policy.forward import base_model, forward, make_batch
 from stepscope.policy.rollouts import end_tokens
 from stepscope.policy.settings import SETTINGS_FILE
 from stepscope.policy.state import Policy
-from stepscope.tasks.prompts import tokens_after
+from stepscope.tasks.load import default_template
+from stepscope.tasks.prompts import encode_prompt, tokens_after
+from stepscope.tasks.templates import FIELD, load_template
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Largest difference of log-probs, in nats, that round-off may make between two ways to batch."""
@@ -47,6 +49,7 @@ def examine(policy: Policy) -> list[Finding]:
     return [
         *_optimizer(policy),
         *_sampling(policy),
+        *_asking(policy),
         _dropout(policy.model),
         _types(policy),
         _tied(policy.model),
@@ -112,6 +115,28 @@ def _sampling(policy: Policy) -> list[Finding]:
             )
         )
     return found
+
+
+def _asking(policy: Policy) -> list[Finding]:
+    """How problems are asked, or why they cannot be."""
+    settings, tokenizer = policy.settings, policy.tokenizer
+    if tokenizer is None:
+        return []
+    try:
+        template = load_template(
+            settings.prompt_template or default_template(settings.task),
+            system_prompt=settings.system_prompt,
+            prefill=settings.prefill,
+            chat_template_kwargs=settings.chat_template_kwargs,
+        )
+        template.opening(tokenizer)
+        text = encode_prompt(template.ask(FIELD, tokenizer), tokenizer).text
+    except TaskError as error:
+        return [replace(Finding.from_error(error), level="warn")]
+    shown = text if len(text) <= 120 else f"{text[:60]} ... {text[-50:]}"
+    known = settings.prompt_template or settings.task
+    cure = "" if known else "give loss.prompt_template if the run asked otherwise"
+    return [Finding("ok", f"problems are asked as {shown!r}", cure)]
 
 
 def ended_prompts(policy: Policy) -> Finding | None:

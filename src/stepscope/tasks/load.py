@@ -89,6 +89,11 @@ def asked_through(task: Task, tokenizer: Any) -> Task:
     return task.through(tokenizer) if isinstance(task, TemplatedTask) else task
 
 
+def default_template(spec: str) -> str:
+    """Name of the template that a task is asked through where none is chosen."""
+    return (SHORT if spec.partition(":")[0] == "arithmetic" else R1).name
+
+
 def load_task(
     spec: str,
     *,
@@ -120,7 +125,7 @@ def load_task(
         hint = f"; did you mean {FORMS[close[0]]!r}?" if close else ""
         raise TaskError(f"unknown task {spec!r}: available are {', '.join(FORMS.values())}{hint}")
     chosen = load_template(
-        template or (SHORT if name == "arithmetic" else R1).name,
+        template or default_template(spec),
         system_prompt=system_prompt,
         prefill=prefill,
         chat_template_kwargs=chat_template_kwargs,
