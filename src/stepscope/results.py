@@ -5,6 +5,7 @@ Axes are named ``prompt, seq, tok, vocab, lr``. Ragged token data are tuples wit
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,13 +25,23 @@ BoolArray = npt.NDArray[np.bool_]
 _T = TypeVar("_T")
 
 
+def same_text(text: str) -> str:
+    """What two texts have in common that ask the same: NFC, one kind of line end, no white space around.
+
+    Nothing else is evened out: case, inner white space and compatibility forms (``x²``) can be what is asked.
+    """
+    return unicodedata.normalize("NFC", text.replace("\r\n", "\n")).strip()
+
+
 @dataclass(frozen=True)
 class Rollouts:
     """A batch of sampled responses, one entry per sequence on every field.
 
     Attributes:
-        prompt_ids: global id of the prompt, for example ``arithmetic/train/12``; equal ids form a group.
-        prompts: the prompt as given to the tokenizer.
+        prompt_ids: global id of the prompt, for example ``arithmetic/train/12``; equal ids form a group
+            whose responses share a baseline.
+        prompts: the prompt as given to the tokenizer: equal texts are the same prompt, whatever their ids. An
+            empty one is not known, and its id stands for it.
         responses: the decoded response.
         prompt_token_ids: token ids of the prompt, no padding.
         response_token_ids: token ids of the response, no padding; the end-of-sequence token counts.
@@ -98,15 +109,27 @@ class Rollouts:
         return np.array([len(ids) for ids in self.response_token_ids], dtype=np.int64)
 
     @cached_property
+    def prompt_keys(self) -> tuple[str, ...]:
+        """What each sequence's prompt is, see :func:`same_text`; its id where the text is not known."""
+        return tuple(same_text(text) or own for text, own in zip(self.prompts, self.prompt_ids, strict=True))
+
+    @cached_property
     def prompt_index(self) -> IntArray:
-        """(seq,) cluster number of each sequence's prompt, numbered in order of first appearance."""
-        numbers: dict[str, int] = {}
-        return np.array([numbers.setdefault(p, len(numbers)) for p in self.prompt_ids], dtype=np.int64)
+        """(seq,) cluster of each sequence: the number of its prompt, in order of first appearance.
+
+        Responses to copies of a prompt are no more independent than responses to one.
+        """
+        return _numbered(self.prompt_keys)
+
+    @cached_property
+    def group_index(self) -> IntArray:
+        """(seq,) number of each sequence's group; copies of a prompt that were asked twice are two groups."""
+        return _numbered(self.prompt_ids)
 
     @property
     def num_prompts(self) -> int:
         """Number of distinct prompts."""
-        return len(set(self.prompt_ids))
+        return len(set(self.prompt_keys))
 
     @cached_property
     def entropy_per_seq(self) -> FloatArray:
@@ -244,6 +267,11 @@ class Rollouts:
             max_response_tokens=int(settings[b"stepscope.max_response_tokens"]),
             advantages=None if advantages[0] is None else np.array(advantages, dtype=np.float64),
         )
+
+
+def _numbered(names: Sequence[str]) -> IntArray:
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
 
 
 def _floats(table: pa.Table, column: str) -> FloatArray:
