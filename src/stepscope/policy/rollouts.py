@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,7 +25,7 @@ from stepscope.policy.forward import base_model, batches, forward
 from stepscope.policy.objective import advantages
 from stepscope.policy.precision import matching_precision
 from stepscope.policy.state import Policy
-from stepscope.results import FloatArray, Rollouts
+from stepscope.results import FloatArray, Rollouts, same_text
 from stepscope.tasks.problem import Problem, Task
 
 
@@ -34,6 +34,7 @@ class _Sequence:
     """One sampled response and its score."""
 
     prompt_id: str
+    question: str
     prompt: str
     prompt_token_ids: tuple[int, ...]
     response: str
@@ -60,10 +61,12 @@ def sample_rollouts(
 ) -> Rollouts:
     """Sample ``group_size`` responses to each of ``num_prompts`` prompts and score them.
 
-    Prompts are drawn without replacement. Responses come from pi(.|s) = softmax(z(s)/T) itself, at the
-    settings' temperature: no top-k, no penalties, whatever the model's generation config says; each ends
-    with an end-of-sequence token, which counts, or is cut at ``max_response_tokens`` and flagged. Log-probs
-    and entropies are recomputed with :func:`stepscope.policy.forward.forward`.
+    Prompts are drawn without replacement, by their text: of several problems with the same question the first
+    that comes is asked, so a question is as likely to be asked as the split has copies of it. Responses come
+    from pi(.|s) = softmax(z(s)/T) itself, at the settings' temperature: no top-k, no penalties, whatever the
+    model's generation config says; each ends with an end-of-sequence token, which counts, or is cut at
+    ``max_response_tokens`` and flagged. Log-probs and entropies are recomputed with
+    :func:`stepscope.policy.forward.forward`.
 
     Every token is drawn by inverting the distribution function at a uniform number that belongs to its
     sequence and position: the responses do not depend on ``batch_size`` (beyond round-off), policies that
@@ -77,7 +80,7 @@ def sample_rollouts(
         group_size: responses per prompt; advantages are filled in when it is more than 1.
         seed: of prompts and responses.
         split: ``train`` or ``test``.
-        exclude: prompt ids not to use, for a probe batch those of the update batch.
+        exclude: questions, whole prompts or prompt ids not to use; for a probe batch ``update.asked``.
         require_reward_variance: replace prompt groups whose rewards are all equal by other prompts.
         max_resample: rounds of replacement before giving up.
         top_p: sample only from the smallest set of tokens that holds this much probability; log-probs and
@@ -91,7 +94,7 @@ def sample_rollouts(
     _check_request(policy, num_prompts, group_size, require_reward_variance)
     problems = task.problems(split)
     order = np.random.default_rng([seed, 0]).permutation(len(problems))
-    pool = (p for p in (problems[int(i)] for i in order) if p.prompt_id not in exclude)
+    pool = _different(task, (problems[int(i)] for i in order), policy.tokenizer, exclude)
     kept: list[list[_Sequence]] = []
     missing = num_prompts
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
@@ -99,8 +102,8 @@ def sample_rollouts(
             chosen = [problem for _, problem in zip(range(missing), pool, strict=False)]
             if len(chosen) < missing:
                 raise BatchError(
-                    f"{split} split: {len(problems)} problems less {len(exclude)} excluded are not "
-                    f"enough for {num_prompts} "
+                    f"{split} split: {len(problems)} problems, less copies and those that are excluded, are "
+                    f"not enough for {num_prompts} different "
                     f"prompts{' with reward variance' if require_reward_variance else ''}; ask for fewer "
                     "prompts or use a larger task"
                 )
@@ -121,7 +124,7 @@ def sample_rollouts(
     rollouts = replace(rollouts, logprobs=logprobs, entropies=entropies)
     if group_size == 1:
         return rollouts
-    scaled = advantages(rollouts.rewards, rollouts.prompt_index, policy.settings.scale_rewards)
+    scaled = advantages(rollouts.rewards, rollouts.group_index, policy.settings.scale_rewards)
     return replace(rollouts, advantages=scaled)
 
 
@@ -190,6 +193,18 @@ def _check_request(policy: Policy, num_prompts: int, group_size: int, variance: 
         raise BatchError("a group of one response has no reward variance; use group_size of at least 2")
 
 
+def _different(
+    task: Task, problems: Iterable[Problem], tokenizer: Any, exclude: AbstractSet[str]
+) -> Iterator[Problem]:
+    """The problems that are not excluded, each prompt once."""
+    taken = {*exclude, *map(same_text, exclude)}
+    for problem in problems:
+        own = {problem.prompt_id, same_text(problem.question), same_text(task.prompt(problem, tokenizer))}
+        if taken.isdisjoint(own):
+            taken |= own
+            yield problem
+
+
 def _sample_groups(
     policy: Policy,
     task: Task,
@@ -219,6 +234,7 @@ def _sample_groups(
         groups[i].append(
             _Sequence(
                 prompt_id=problems[i].prompt_id,
+                question=problems[i].question,
                 prompt=prompts[i],
                 prompt_token_ids=prompt_ids[i],
                 response=text,
@@ -335,6 +351,7 @@ def _assemble(policy: Policy, sequences: Sequence[_Sequence]) -> Rollouts:
         truncated=np.array([s.truncated for s in sequences], dtype=np.bool_),
         logprobs=empty,
         entropies=empty,
+        questions=tuple(s.question for s in sequences),
         temperature=policy.settings.temperature,
         max_response_tokens=policy.settings.max_response_tokens,
     )
