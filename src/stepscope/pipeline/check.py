@@ -65,8 +65,10 @@ def _check_config(path: Path) -> bool:
     console = Console()
     console.print(Text(f"{path}: a valid {kind.__name__}"))
     if isinstance(config, TrainConfig):
-        problems = load_task(config.task, template=config.template).problems("train")
-        console.print(Text(f"task {config.task}: {len(problems)} training problems"))
+        task = load_task(config.task, template=config.template)
+        console.print(Text(f"task {config.task}: {len(task.problems('train'))} training problems"))
+        if task.overlap:
+            console.print(Text(f"warn: {task.overlap}", style=COLOURS["warn"]))
     level, what, _ = _isolation()
     console.print(Text(f"{level}: {what}"))
     return True

@@ -15,6 +15,7 @@ from stepscope.measure.quantities import Quantity, make_quantity
 from stepscope.measure.step import Step, reconstruct_step
 from stepscope.measure.token_influence import objective_influences
 from stepscope.pipeline.console import on_terminal
+from stepscope.pipeline.data import say_what_is_shared
 from stepscope.policy.checkpoint import load_checkpoint, load_model, read_settings
 from stepscope.policy.objective import advantages
 from stepscope.policy.optimizer_state import OPTIMIZER_FILE, read_optimizer
@@ -23,7 +24,7 @@ from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector, load
 from stepscope.results import Rollouts
 from stepscope.runs import RunFolder, read_json
-from stepscope.tasks import Task, load_task
+from stepscope.tasks import TemplatedTask, load_task
 from stepscope.tasks.guards import evaluates
 
 SAME_POLICY = {"float64": 1e-2, "float32": 1e-2, "bfloat16": 0.5}
@@ -45,7 +46,7 @@ def open_policy(
     )
 
 
-def open_task(spec: str | None, policy: Policy) -> Task:
+def open_task(spec: str | None, policy: Policy) -> TemplatedTask:
     """The task asked for, or that of the training, with the prompt template and the reward of the run.
 
     Raises:
@@ -92,9 +93,11 @@ class Session:
         )
 
     @cached_property
-    def task(self) -> Task:
+    def task(self) -> TemplatedTask:
         """The task prompts come from."""
-        return open_task(self.config.task, self.policy)
+        task = open_task(self.config.task, self.policy)
+        say_what_is_shared(task, self.policy.settings)
+        return task
 
     @cached_property
     def update(self) -> Rollouts:
@@ -209,7 +212,7 @@ class Session:
         if wanted.file is not None:
             update = self._from_file(Path(wanted.file), "update.file")
             if update.advantages is None:
-                scaled = advantages(update.rewards, update.prompt_index, self.policy.settings.scale_rewards)
+                scaled = advantages(update.rewards, update.group_index, self.policy.settings.scale_rewards)
                 update = replace(update, advantages=scaled)
         else:
             update = sample_rollouts(
@@ -249,7 +252,7 @@ class Session:
                 group_size=wanted.group_size,
                 seed=wanted.seed,
                 split=wanted.split,
-                exclude=frozenset(update.prompt_ids),
+                exclude=update.asked,
                 batch_size=self.config.batch_size,
                 progress=on_terminal(),
             )
@@ -301,14 +304,14 @@ class Line:
 
 
 def refuse_overlap(update: Rollouts, probe: Rollouts) -> None:
-    """Raise if a prompt is in both batches: noise they share would bias the product of two estimates.
+    """Raise if a prompt is in both batches: noise that they share would bias the product of two estimates.
 
     Raises:
         BatchError: naming shared prompts.
     """
-    shared = sorted(set(update.prompt_ids) & set(probe.prompt_ids))
+    shared = update.asked & probe.asked
     if shared:
         raise BatchError(
-            f"update and probe batch share {len(shared)} prompt(s), {shared[0]} among them; the change must "
-            "be measured on other samples than those that make the step: use another split, seed or file"
+            f"update and probe batch share prompts ({min(shared)[:60]!r} among them); the change "
+            "must be measured on other samples than those that make the step: use another split, seed or file"
         )

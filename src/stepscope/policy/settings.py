@@ -47,6 +47,7 @@ class StepSettings:
         objective: what is changed in the loss, as :func:`~stepscope.policy.token_objectives.token_advantages`
             takes it, or the entropy bonus with its weight in the next step; None for the loss as it is.
         num_iterations: optimizer steps on each batch; the next step is the first on its batch, so on-policy.
+        task_digest: state of the task's data in the training, as the task has it; empty if unknown.
     """
 
     loss_type: str = "dr_grpo"
@@ -69,6 +70,7 @@ class StepSettings:
     format_weight: float = 0.0
     objective: dict[str, Any] | None = field(default=None, hash=False)
     num_iterations: int = 1
+    task_digest: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-ready dictionary, with the version of the format."""
