@@ -140,12 +140,11 @@ def sample_exact(
         ]
     )
     picked = rollouts.select(rows)
-    draws = [f"#{i // group_size}" for i in range(len(rows))]
-    own = {
-        name: tuple(text + draw for text, draw in zip(getattr(picked, name), draws, strict=True))
-        for name in ("prompt_ids", "prompts")
-    }
-    return replace(picked, **own), rows
+
+    def own(names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(f"{name}#{i // group_size}" for i, name in enumerate(names))
+
+    return replace(picked, prompt_ids=own(picked.prompt_ids), prompts=own(picked.prompts)), rows
 
 
 def exact_value(

@@ -58,7 +58,7 @@ class JsonLines(Stored):
 
 
 def _problem(name: str, split: str, number: int, row: Row) -> Problem:
-    thought, answer = row.worked("solution")
+    thought, answer = row.parted("solution", row.optional_text("solution") or "")
     metadata = {"where": row.where, "solution": thought} | ({} if answer is None else {"shown": answer})
     return Problem(f"jsonl:{name}/{split}/{number}", row.text("prompt"), row.answer("answer"), metadata)
 

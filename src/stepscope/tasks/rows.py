@@ -101,15 +101,6 @@ class Row:
             raise self.refuse(f"{name} has tags inside ({shown(text)}); give the bare answer")
         return text
 
-    def worked(self, name: str) -> tuple[str, str | None]:
-        """The thought of a demonstration, and the answer where the text is a whole response with tags.
-
-        Raises:
-            TaskError: the field is no text, or has tags that do not make one think and one answer block.
-        """
-        text = self.optional_text(name) or ""
-        return self.parted(name, text)
-
     def parted(self, name: str, text: str) -> tuple[str, str | None]:
         """Thought and answer of a text that may be a whole response.
 
@@ -218,7 +209,7 @@ def shown(value: Any) -> str:
         return str(value)[:40]
     if isinstance(value, str):
         return ascii(value[:40]) + ("..." if len(value) > 40 else "")
-    return {dict: "an object", list: "a list"}.get(type(value), f"a {type(value).__name__}")
+    return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
 def _no_constant(name: str) -> Any:
