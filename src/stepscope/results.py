@@ -280,7 +280,7 @@ class Rollouts:
             temperature=float(settings[b"stepscope.temperature"]),
             max_response_tokens=int(settings[b"stepscope.max_response_tokens"]),
             advantages=None if advantages[0] is None else np.array(advantages, dtype=np.float64),
-            questions=None if questions[0] is None else tuple(questions),
+            questions=None if None in questions else tuple(questions),
         )
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stepscope.errors import TaskError
-from stepscope.tasks import Problem, TemplatedTask, load_task
+from stepscope.tasks import Problem, TemplatedTask, load_task, rows
 
 
 def test_split_by_hash_is_stable_and_disjoint(jsonl_file: Path) -> None:
@@ -158,8 +159,8 @@ def test_digest_is_of_the_content(tmp_path: Path) -> None:
 
 def test_splits_that_share_questions_say_so(tmp_path: Path) -> None:
     path = tmp_path / "own.jsonl"
-    rows = [("cafe\u0301", "train"), ("caf\u00e9 ", "test"), ("x", "train"), ("X", "test")]
-    path.write_text("\n".join(json.dumps({"prompt": p, "answer": 1, "split": s}) for p, s in rows))
+    texts = [("cafe\u0301", "train"), ("caf\u00e9 ", "test"), ("x", "train"), ("X", "test")]
+    path.write_text("\n".join(json.dumps({"prompt": p, "answer": 1, "split": s}) for p, s in texts))
     task = load_task(f"jsonl:{path}")
     assert task.shared == {"caf\u00e9"}
     assert "1 question(s) of the test split are asked in the training split" in task.overlap
@@ -196,6 +197,27 @@ def test_any_file_is_read_or_refused_in_one_line(tmp_path: Path, content: bytes)
         assert problem.answer.strip()
 
 
-def test_missing_file() -> None:
-    with pytest.raises(TaskError, match="no such file"):
-        load_task("jsonl:/nowhere.jsonl")
+@pytest.mark.parametrize("path", ["/nowhere.jsonl", "a\0b", "x" * 5000, "/dev/zero"])
+def test_missing_file(path: str) -> None:
+    for name in ("jsonl", "gsm8k"):
+        with pytest.raises(TaskError, match=r"no (such )?file"):
+            load_task(f"{name}:{path}")
+
+
+def test_a_folder_of_pipes_does_not_hang(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        os.mkfifo(tmp_path / f"{split}.jsonl")
+    with pytest.raises(TaskError, match=r"train.jsonl: no such file"):
+        load_task(f"jsonl:{tmp_path}")
+
+
+def test_files_and_lines_without_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "own.jsonl"
+    with path.open("wb") as file:
+        file.truncate(rows.MAX_FILE_BYTES + 1)
+    with pytest.raises(TaskError, match=r"own.jsonl: 1073741825 bytes, expected at most 1073741824"):
+        load_task(f"jsonl:{path}")
+    path.write_text('\n{"prompt": "a", "answer": 1}')
+    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 20)
+    with pytest.raises(TaskError, match=r"own.jsonl line 2: longer than 20 bytes"):
+        load_task(f"jsonl:{path}")

@@ -11,7 +11,7 @@ from typing import Any
 from stepscope.errors import TaskError
 from stepscope.tasks.equality import equal
 from stepscope.tasks.problem import SPLITS, Problem
-from stepscope.tasks.rows import Row, read_rows, row_has, shown
+from stepscope.tasks.rows import Row, kind_of, read_rows, row_has, shown
 from stepscope.tasks.stored import Stored
 
 HUB_ID = "openai/gsm8k"
@@ -31,7 +31,7 @@ class Gsm8k(Stored):
         Raises:
             TaskError: a file is missing or damaged.
         """
-        missing = [s for s in SPLITS if not (folder / f"{s}.jsonl").is_file()]
+        missing = [s for s in SPLITS if kind_of(folder / f"{s}.jsonl") != "file"]
         if missing:
             raise TaskError(
                 f"task 'gsm8k:{folder}': no file {folder / missing[0]}.jsonl; give a folder with train.jsonl "

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepscope.errors import TaskError
+from stepscope.results import same_text
 from stepscope.tasks.equality import equal
 from stepscope.tasks.problem import SPLITS, Problem
-from stepscope.tasks.rows import Row, read_rows, shown
+from stepscope.tasks.rows import Row, kind_of, read_rows, shown
 from stepscope.tasks.stored import Stored
 
 _FIELDS = ("prompt", "answer")
@@ -34,11 +35,12 @@ class JsonLines(Stored):
                 at all.
         """
         rows: dict[str, list[Problem]] = {split: [] for split in SPLITS}
-        if path.is_dir():
+        kind = kind_of(path)
+        if kind == "folder":
             for split in SPLITS:
                 for number, row in read_rows(path / f"{split}.jsonl", _FIELDS):
                     rows[split].append(_problem(path.name, split, number, row))
-        elif path.is_file():
+        elif kind == "file":
             for number, row in read_rows(path, _FIELDS):
                 split = _split(row)
                 rows[split].append(_problem(path.stem, split, number, row))
@@ -65,7 +67,7 @@ def _problem(name: str, split: str, number: int, row: Row) -> Problem:
 
 def _split(row: Row) -> str:
     if "split" not in row.fields:
-        digest = hashlib.blake2b(row.text("prompt").encode(), digest_size=1)
+        digest = hashlib.blake2b(same_text(row.text("prompt")).encode(), digest_size=1)
         return "test" if digest.digest()[0] < 32 else "train"
     split = row.fields["split"]
     if split not in SPLITS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +122,15 @@ class Row:
         return thought.strip(), answer.strip() or None
 
 
+def kind_of(path: Path) -> str:
+    """``file``, ``folder``, or empty for all else: nothing there, no path at all, a pipe that never ends."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return ""
+    return "file" if stat.S_ISREG(mode) else "folder" if stat.S_ISDIR(mode) else ""
+
+
 def read_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, Row]]:
     """Rows of a JSON-lines file with the number of their line, counted from 0; empty lines are passed over.
 
@@ -130,6 +140,8 @@ def read_rows(path: Path, fields: Sequence[str]) -> Iterator[tuple[int, Row]]:
         TaskError: the file cannot be read or is too large, a line is no JSON object, or one of ``fields`` is
             missing.
     """
+    if kind_of(path) != "file":
+        raise TaskError(f"cannot read {path}: no such file")
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
