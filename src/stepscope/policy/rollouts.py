@@ -80,7 +80,7 @@ def sample_rollouts(
         group_size: responses per prompt; advantages are filled in when it is more than 1.
         seed: of prompts and responses.
         split: ``train`` or ``test``.
-        exclude: questions, whole prompts or prompt ids not to use; for a probe batch ``update.asked``.
+        exclude: questions or prompt ids not to use; for a probe batch ``update.asked``.
         require_reward_variance: replace prompt groups whose rewards are all equal by other prompts.
         max_resample: rounds of replacement before giving up.
         top_p: sample only from the smallest set of tokens that holds this much probability; log-probs and
@@ -94,7 +94,7 @@ def sample_rollouts(
     _check_request(policy, num_prompts, group_size, require_reward_variance)
     problems = task.problems(split)
     order = np.random.default_rng([seed, 0]).permutation(len(problems))
-    pool = _different(task, (problems[int(i)] for i in order), policy.tokenizer, exclude)
+    pool = _different((problems[int(i)] for i in order), exclude)
     kept: list[list[_Sequence]] = []
     missing = num_prompts
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
@@ -193,13 +193,11 @@ def _check_request(policy: Policy, num_prompts: int, group_size: int, variance: 
         raise BatchError("a group of one response has no reward variance; use group_size of at least 2")
 
 
-def _different(
-    task: Task, problems: Iterable[Problem], tokenizer: Any, exclude: AbstractSet[str]
-) -> Iterator[Problem]:
-    """The problems that are not excluded, each prompt once."""
+def _different(problems: Iterable[Problem], exclude: AbstractSet[str]) -> Iterator[Problem]:
+    """The problems that are not excluded, each question once."""
     taken = {*exclude, *map(same_text, exclude)}
     for problem in problems:
-        own = {problem.prompt_id, same_text(problem.question), same_text(task.prompt(problem, tokenizer))}
+        own = {problem.prompt_id, same_text(problem.question)}
         if taken.isdisjoint(own):
             taken |= own
             yield problem
