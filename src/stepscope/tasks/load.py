@@ -112,6 +112,8 @@ def load_task(spec: str, *, template: str | None = None, format_weight: float = 
     Raises:
         TaskError: unknown task, option or template, or its data cannot be read.
     """
+    if not spec.isprintable():
+        raise TaskError(f"task {ascii(spec)[:60]}: holds characters that cannot be printed; rename the file")
     name, _, rest = spec.partition(":")
     if name not in FORMS or (name in ("rg", "jsonl") and not rest):
         close = difflib.get_close_matches(name, FORMS, n=1)
