@@ -140,7 +140,7 @@ def test_probe_and_update_sharing_samples(checkpoint, out, tmp_path):
         *SMALL[-2:],
         out=out,
     )
-    assert "share 4 prompt(s)" in line
+    assert "update and probe batch share prompts" in line
     same = refused(
         "measure", checkpoint, "--out", out, f"update.file={update}", f"probe.file={update}", out=out
     )

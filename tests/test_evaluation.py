@@ -76,6 +76,20 @@ def groups(rollouts: Rollouts) -> list[list[int]]:
     ]
 
 
+def test_copies_of_a_prompt_are_one(task: TemplatedTask) -> None:
+    """Ten responses to a prompt, or five to each of two copies of it: the same figures and errors."""
+    rollouts = stored(task, samples=10)
+    copies = tuple(f"{name}#{i % 2}" for i, name in enumerate(rollouts.prompt_ids))
+    once = evaluate_rollouts(rollouts, task)
+    twice = evaluate_rollouts(dataclasses.replace(rollouts, prompt_ids=copies), task)
+    named = tuple(
+        dataclasses.replace(p, prompt_id=q.prompt_id)
+        for p, q in zip(once.prompts, twice.prompts, strict=True)
+    )
+    assert dataclasses.replace(once, prompts=named) == twice
+    assert (twice.num_prompts, twice.samples_per_prompt) == (7, 10)
+
+
 def test_brute_force_count(task: TemplatedTask) -> None:
     """Every figure, counted one response at a time, pass@k over all subsets of size k."""
     rollouts = stored(task)

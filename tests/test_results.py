@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from stepscope.errors import BatchError, RunFolderError
-from stepscope.results import Rollouts
+from stepscope.results import FloatArray, Rollouts
+from stepscope.stats import clustered_mean
 
 
 def make_rollouts(seed: int = 0, advantages: bool = True) -> Rollouts:
@@ -42,6 +43,51 @@ def assert_same(a: Rollouts, b: Rollouts) -> None:
             assert left.tobytes() == right.tobytes()
         else:
             assert left == right, field.name
+
+
+def asked(texts: list[str], rewards: FloatArray) -> Rollouts:
+    """One response to each row of a file that asks these texts: every row has an id of its own."""
+    count = len(texts)
+    return Rollouts(
+        prompt_ids=tuple(f"jsonl:own/test/{i}" for i in range(count)),
+        prompts=tuple(texts),
+        responses=("",) * count,
+        prompt_token_ids=((1,),) * count,
+        response_token_ids=((2,),) * count,
+        rewards=rewards,
+        correct=rewards > 0,
+        truncated=np.zeros(count, dtype=np.bool_),
+        logprobs=(np.zeros(1),) * count,
+        entropies=(np.zeros(1),) * count,
+        temperature=1.0,
+        max_response_tokens=1,
+    )
+
+
+def test_a_prompt_is_its_text_and_a_group_its_id():
+    rollouts = asked(["a", "b", "a \r\n", "", "", "A", "caf\u00e9", "cafe\u0301"], np.zeros(8))
+    assert rollouts.prompt_index.tolist() == [0, 1, 0, 2, 3, 4, 5, 5]
+    assert rollouts.group_index.tolist() == list(range(8))
+    assert rollouts.num_prompts == 6
+
+
+def test_copies_of_a_prompt_share_a_cluster():
+    """The standard error is that of the means over copies, and its intervals hold what they promise."""
+    generator = np.random.default_rng(0)
+    texts = [f"{i // 4}" for i in range(120)]
+    covered = {"prompt": 0, "group": 0}
+    for _ in range(400):
+        rates = generator.beta(0.7, 0.7, size=30)
+        rewards = (generator.random(120) < np.repeat(rates, 4)).astype(np.float64)
+        rollouts = asked(texts, rewards)
+        found = clustered_mean(rewards, rollouts.prompt_index, unit="reward", method="")
+        by_text = rewards.reshape(30, 4).mean(1)
+        assert found.stderr == pytest.approx(by_text.std(ddof=1) / np.sqrt(30), rel=1e-9)
+        wrong = clustered_mean(rewards, rollouts.group_index, unit="reward", method="")
+        for name, estimate in (("prompt", found), ("group", wrong)):
+            covered[name] += abs(estimate.value - 0.5) < 1.96 * estimate.stderr
+    assert 0.92 < covered["prompt"] / 400 < 0.98
+    assert covered["group"] / 400 < 0.85
 
 
 @pytest.mark.parametrize("advantages", [True, False])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -128,8 +128,8 @@ def sample_exact(
         The sample, and (seq,) which row of the enumeration each sequence is.
     """
     generator = np.random.default_rng(seed)
-    index = rollouts.prompt_index
-    members = [np.flatnonzero(index == p) for p in range(rollouts.num_prompts)]
+    index = rollouts.group_index
+    members = [np.flatnonzero(index == p) for p in range(int(index.max()) + 1)]
     drawn = generator.integers(len(members), size=num_prompts)
     rows = np.concatenate(
         [
@@ -140,10 +140,11 @@ def sample_exact(
         ]
     )
     picked = rollouts.select(rows)
-    names = tuple(f"{name}#{i // group_size}" for i, name in enumerate(picked.prompt_ids))
-    return Rollouts(
-        **{**{n: getattr(picked, n) for n in picked.__dataclass_fields__}, "prompt_ids": names}
-    ), rows
+
+    def own(names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(f"{name}#{i // group_size}" for i, name in enumerate(names))
+
+    return replace(picked, prompt_ids=own(picked.prompt_ids), prompts=own(picked.prompts)), rows
 
 
 def exact_value(
@@ -179,7 +180,7 @@ def exact_value(
         else:
             kept = [rollouts.logprobs[i].sum() for i in batch.seq_index.tolist()]
             log_probability = torch.tensor(kept, dtype=total.dtype, device=total.device)
-        probability = log_probability.exp() / rollouts.num_prompts
+        probability = log_probability.exp() / (rollouts.group_index.max() + 1)
         mask = batch.response_mask.to(total.dtype)
         log_pi = outputs.logits.log_softmax(-1)
         if quantity == "entropy":

@@ -5,6 +5,7 @@ Axes are named ``prompt, seq, tok, vocab, lr``. Ragged token data are tuples wit
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -24,13 +25,22 @@ BoolArray = npt.NDArray[np.bool_]
 _T = TypeVar("_T")
 
 
+def same_text(text: str) -> str:
+    """What two texts have in common that ask the same: NFC, one kind of line end, no white space around.
+
+    Nothing else is evened out: case, inner white space and compatibility forms (``x²``) can be what is asked.
+    """
+    return unicodedata.normalize("NFC", text.replace("\r\n", "\n")).strip()
+
+
 @dataclass(frozen=True)
 class Rollouts:
     """A batch of sampled responses, one entry per sequence on every field.
 
     Attributes:
-        prompt_ids: global id of the prompt, for example ``arithmetic/train/12``; equal ids form a group.
-        prompts: the prompt as given to the tokenizer.
+        prompt_ids: global id of the prompt, for example ``arithmetic/train/12``; equal ids form a group
+            whose responses share a baseline.
+        prompts: the prompt as given to the tokenizer; empty where it is not known.
         responses: the decoded response.
         prompt_token_ids: token ids of the prompt, no padding.
         response_token_ids: token ids of the response, no padding; the end-of-sequence token counts.
@@ -43,6 +53,8 @@ class Rollouts:
         temperature: sampling temperature; the policy is the softmax of logits / temperature.
         max_response_tokens: L, the longest response allowed.
         advantages: (seq,) or None where the batch makes no step.
+        questions: what was asked, as the task has it, or None where that is not known. Equal questions are
+            one prompt, whatever their ids; without questions equal ``prompts`` are, without these equal ids.
     """
 
     prompt_ids: tuple[str, ...]
@@ -58,6 +70,7 @@ class Rollouts:
     temperature: float
     max_response_tokens: int
     advantages: FloatArray | None = None
+    questions: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse fields of different length."""
@@ -81,6 +94,10 @@ class Rollouts:
             raise BatchError(
                 f"rollouts: {len(self.advantages)} advantages for {len(self.prompt_ids)} sequences"
             )
+        if self.questions is not None and len(self.questions) != len(self.prompt_ids):
+            raise BatchError(
+                f"rollouts: {len(self.questions)} questions for {len(self.prompt_ids)} sequences"
+            )
         for name in ("logprobs", "entropies"):
             for i, (values, ids) in enumerate(zip(getattr(self, name), self.response_token_ids, strict=True)):
                 if len(values) != len(ids):
@@ -98,15 +115,33 @@ class Rollouts:
         return np.array([len(ids) for ids in self.response_token_ids], dtype=np.int64)
 
     @cached_property
+    def prompt_keys(self) -> tuple[str, ...]:
+        """What each sequence's prompt is: its question, else its text, else its id; see :func:`same_text`."""
+        texts = self.prompts if self.questions is None else self.questions
+        return tuple(same_text(text) or own for text, own in zip(texts, self.prompt_ids, strict=True))
+
+    @cached_property
+    def asked(self) -> frozenset[str]:
+        """All that the batch's prompts go by: ids, prompts and questions, so that others can avoid them."""
+        return frozenset({*self.prompt_ids, *map(same_text, self.prompts), *self.prompt_keys} - {""})
+
+    @cached_property
     def prompt_index(self) -> IntArray:
-        """(seq,) cluster number of each sequence's prompt, numbered in order of first appearance."""
-        numbers: dict[str, int] = {}
-        return np.array([numbers.setdefault(p, len(numbers)) for p in self.prompt_ids], dtype=np.int64)
+        """(seq,) cluster of each sequence: the number of its prompt, in order of first appearance.
+
+        Responses to copies of a prompt are no more independent than responses to one.
+        """
+        return _numbered(self.prompt_keys)
+
+    @cached_property
+    def group_index(self) -> IntArray:
+        """(seq,) number of each sequence's group; copies of a prompt that were asked twice are two groups."""
+        return _numbered(self.prompt_ids)
 
     @property
     def num_prompts(self) -> int:
         """Number of distinct prompts."""
-        return len(set(self.prompt_ids))
+        return len(set(self.prompt_keys))
 
     @cached_property
     def entropy_per_seq(self) -> FloatArray:
@@ -133,6 +168,7 @@ class Rollouts:
             logprobs=pick(self.logprobs),
             entropies=pick(self.entropies),
             advantages=None if self.advantages is None else self.advantages[idx],
+            questions=None if self.questions is None else pick(self.questions),
         )
 
     def to_parquet(
@@ -164,6 +200,7 @@ class Rollouts:
         sequences: dict[str, Any] = {
             "sequence_id": pa.array(range(count), pa.int64()),
             "prompt_id": list(self.prompt_ids),
+            "question": pa.array(self.questions or [None] * count, pa.string()),
             "prompt": list(self.prompts),
             "response": list(self.responses),
             "prompt_token_ids": pa.array([list(r) for r in self.prompt_token_ids], pa.list_(pa.int64())),
@@ -228,7 +265,7 @@ class Rollouts:
                 f"{int(lengths.sum())}; the two files belong to different batches"
             )
         cuts = np.cumsum(lengths)[:-1]
-        advantages = rows["advantage"]
+        advantages, questions = rows["advantage"], rows.get("question", [None])
         return cls(
             prompt_ids=tuple(rows["prompt_id"]),
             prompts=tuple(rows["prompt"]),
@@ -243,7 +280,13 @@ class Rollouts:
             temperature=float(settings[b"stepscope.temperature"]),
             max_response_tokens=int(settings[b"stepscope.max_response_tokens"]),
             advantages=None if advantages[0] is None else np.array(advantages, dtype=np.float64),
+            questions=None if None in questions else tuple(questions),
         )
+
+
+def _numbered(names: Sequence[str]) -> IntArray:
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
 
 
 def _floats(table: pa.Table, column: str) -> FloatArray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from stepscope.policy.precision import lift_model
 from stepscope.policy.rollouts import sample_rollouts, score_rollouts
 from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import Policy
+from stepscope.tasks import load_task
 from stepscope.tasks.problem import Problem, Score
 
 SETTINGS = StepSettings(temperature=0.8, max_response_tokens=7, scale_rewards="group")
@@ -141,10 +143,33 @@ def test_excluded_prompts_are_not_used(policy: Policy, letters: Any) -> None:
     )
     assert not set(update.prompt_ids) & set(probe.prompt_ids)
     assert len(set(probe.prompt_ids)) == 16
-    with pytest.raises(BatchError, match="32 problems less 16 excluded are not enough for 17 prompts"):
+    with pytest.raises(
+        BatchError,
+        match="32 problems, less copies and those that are excluded, are not enough for 17 different prompts",
+    ):
         sample_rollouts(
             policy, letters, num_prompts=17, group_size=1, seed=0, exclude=frozenset(update.prompt_ids)
         )
+
+
+def test_a_prompt_is_its_text(policy: Policy, tmp_path: Path) -> None:
+    """Twelve rows, six texts: none is drawn twice, and excluding one excludes its copies."""
+    path = tmp_path / "own.jsonl"
+    texts = [f"{i % 6}+{i % 6}" + ("" if i < 6 else " \\r\\n") for i in range(12)]
+    path.write_text("\n".join(f'{{"prompt": "{t}", "answer": 1, "split": "train"}}' for t in texts))
+    task = load_task(f"jsonl:{path}", template="short")
+    batch = sample_rollouts(policy, task, num_prompts=6, group_size=2, seed=0)
+    assert sorted(set(batch.prompt_keys)) == [f"{i}+{i}" for i in range(6)]
+    assert batch.num_prompts == 6
+    with pytest.raises(
+        BatchError, match="12 problems, less copies and those that are excluded, are not enough for 7"
+    ):
+        sample_rollouts(policy, task, num_prompts=7, group_size=1, seed=0)
+    for excluded in ("2+2", "2+2 \r\n"):
+        rest = sample_rollouts(
+            policy, task, num_prompts=5, group_size=1, seed=1, exclude=frozenset({excluded})
+        )
+        assert sorted(rest.prompt_keys) == ["0+0", "1+1", "3+3", "4+4", "5+5"]
 
 
 def test_groups_without_variance_are_replaced(policy: Policy, letters: Any) -> None:
@@ -162,7 +187,7 @@ def test_groups_without_variance_are_replaced(policy: Policy, letters: Any) -> N
 @dataclass(frozen=True)
 class Hopeless(OneProblem):
     def problems(self, split: str) -> list[Problem]:
-        return [Problem(f"hopeless/{i}", "5+5=", "10") for i in range(50)]
+        return [Problem(f"hopeless/{i}", f"5+5+{i}=", "10") for i in range(50)]
 
     def score(self, problem: Problem, response: str) -> Score:
         return Score(0.0, False, False)

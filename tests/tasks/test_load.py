@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stepscope.errors import TaskError
 from stepscope.tasks import load_task
@@ -15,6 +17,28 @@ def test_unknown_task_names_the_nearest() -> None:
     ) as caught:
         load_task("aritmetic")
     assert "\n" not in str(caught.value)
+
+
+NAMES = st.sampled_from(["arithmetic:", "jsonl:", "gsm8k:/nowhere", "rg", ""])
+OPTIONS = st.lists(
+    st.sampled_from(
+        ["terms", "digits", "ops", "train", "=", ",", "-", "+", "3", "1e999", "NaN", "[", "9" * 30]
+    )
+    | st.text(max_size=3),
+    max_size=12,
+).map("".join)
+
+
+@given(NAMES, OPTIONS)
+@settings(max_examples=300, deadline=None)
+def test_any_specification_is_a_task_or_one_line(name: str, options: str) -> None:
+    refused = ""
+    try:
+        load_task(name + options)
+    except TaskError as error:
+        refused = str(error)
+    assert refused.isprintable()
+    assert refused or name == "arithmetic:"
 
 
 def test_unknown_split() -> None:

@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 
 from stepscope.errors import TaskError
-from stepscope.tasks import load_task
+from stepscope.tasks import load_task, reasoning
 from stepscope.tasks.guards import EVALUATING, evaluates, require_expression
 from stepscope.tasks.worker import Worker, shared_worker
 
@@ -43,6 +44,16 @@ def test_ids_and_splits() -> None:
     assert larger.problems("train")[29] == train[29]
     with pytest.raises(IndexError):
         train[30]
+
+
+def test_a_generator_that_does_not_end_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reasoning, "ITEM_LIMIT", 5.0)
+    with pytest.raises(TaskError, match=r"train/0: reasoning-gym failed or took more than 5 s to generate"):
+        load_task("rg:chain_sum:max_digits=1000000000").problems("train")[0]
+
+
+def test_the_version_of_the_generators_is_the_digest() -> None:
+    assert load_task("rg:chain_sum").digest == f"reasoning-gym {version('reasoning-gym')}"
 
 
 def test_partial_credit_is_the_reward() -> None:
@@ -89,6 +100,10 @@ def test_a_task_without_reference_answers_has_no_demonstration() -> None:
         ("rg:chain_sum:min_term=2", "no option min_term; options are min_terms"),
         ("rg:chain_sum:min_terms=-2", "refuses these options"),
         ("rg:chain_sum:size=99999", "at most 10000"),
+        ("rg:chain_sum:max_digits=99999999999", "max_digits must be a number between"),
+        ("rg:chain_sum:min_terms=NaN", "min_terms must be a number between"),
+        ("rg:chain_sum:min_terms=" + "[" * 1_000, "refuses these options"),
+        ("rg:chain_sum:min_terms=" + "1" * 5_000, "5010 characters of options, expected at most 2000"),
         ("rg", "unknown task 'rg': available are"),
     ],
 )

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,9 @@ from stepscope.config import TrainConfig
 from stepscope.errors import ConfigError, RunFolderError
 from stepscope.policy.checkpoint import load_checkpoint
 from stepscope.policy.settings import StepSettings
+from stepscope.tasks import Problem
 from stepscope.training import last_checkpoint, train
-from stepscope.training.rl import prompt_rows
+from stepscope.training.rl import OnPolicyTrainer, prompt_rows
 from stepscope.training.tiny import build_tokenizer
 
 
@@ -108,6 +109,37 @@ def test_dead_groups_are_replaced(tmp_path: Path) -> None:
     assert all(entry["resampled_groups"] >= 1 for entry in after)
     assert after[0]["reward"] == before[0]["reward"]
     assert after[0]["reward_kept"] > after[0]["reward"]
+
+
+class Copies(DigitTask):
+    """Every question twice, under two ids."""
+
+    def problems(self, split: str) -> Sequence[Problem]:
+        return [Problem(f"copies/{i}", str(i // 2), "") for i in range(self.size)]
+
+
+@pytest.mark.parametrize("curriculum", [None, {}])
+def test_dead_groups_are_replaced_by_other_texts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, curriculum: dict[str, Any] | None
+) -> None:
+    draw, rounds = OnPolicyTrainer._unused_rows, []
+
+    def watched(trainer: OnPolicyTrainer, *args: Any) -> list[dict[str, Any]]:
+        fresh = draw(trainer, *args)
+        rounds.append((prompts_of(trainer._rows), prompts_of(fresh)))
+        return fresh
+
+    def prompts_of(rows: list[dict[str, Any]]) -> list[str]:
+        return [row["prompt"] for row in rows]
+
+    monkeypatch.setattr(OnPolicyTrainer, "_unused_rows", watched)
+    logged(Copies(num_dead=32), tmp_path, max_resample=2, curriculum=curriculum)
+    assert len(rounds) == 4
+    for used, fresh in rounds:
+        assert fresh
+        assert len(set(fresh)) == len(fresh)
+        assert not set(fresh) & set(used)
+        assert curriculum is None or len(set(used)) == 8
 
 
 def test_replacement_stops_at_the_limit(tmp_path: Path) -> None:

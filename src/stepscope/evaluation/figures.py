@@ -115,7 +115,7 @@ def evaluate_rollouts(
     if counts.min() != counts.max():
         raise MeasurementError(
             f"evaluation: between {counts.min()} and {counts.max()} responses per prompt, expected the same "
-            "number for all; sample them with one group size"
+            "number for all; sample them with one group size, and copies of a prompt once"
         )
     samples = int(counts[0])
     _require_samples(ks, samples)
@@ -147,7 +147,7 @@ def evaluate_rollouts(
 
 
 def _add_up(rollouts: Rollouts, task: Task, samples: int) -> tuple[PromptResult, ...]:
-    """Sums over the responses of each prompt, in order of first appearance."""
+    """Sums over the responses of each prompt, in order of first appearance; copies are one prompt."""
     formatted = np.array([task.formatted(text) for text in rollouts.responses])
 
     def add(values: npt.ArrayLike) -> FloatArray:
@@ -157,6 +157,9 @@ def _add_up(rollouts: Rollouts, task: Task, samples: int) -> tuple[PromptResult,
     correct, well_formed, cut = add(rollouts.correct), add(formatted), add(rollouts.truncated)
     tokens, tokens_correct = add(rollouts.num_tokens), add(rollouts.num_tokens * rollouts.correct)
     reward, entropy = add(rollouts.rewards), add(rollouts.entropy_per_seq)
+    first: dict[str, str] = {}
+    for key, prompt_id in zip(rollouts.prompt_keys, rollouts.prompt_ids, strict=True):
+        first.setdefault(key, prompt_id)
     surprisal = add([-float(v.sum()) for v in rollouts.logprobs])
     return tuple(
         PromptResult(
@@ -171,7 +174,7 @@ def _add_up(rollouts: Rollouts, task: Task, samples: int) -> tuple[PromptResult,
             entropy=float(entropy[i]),
             surprisal=float(surprisal[i]),
         )
-        for i, prompt_id in enumerate(dict.fromkeys(rollouts.prompt_ids))
+        for i, prompt_id in enumerate(first.values())
     )
 
 

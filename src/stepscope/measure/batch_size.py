@@ -130,7 +130,7 @@ def loss_scale(update: Rollouts, settings: StepSettings, token_weights: Sequence
         there = np.concatenate([token_weights[int(i)] for i in members])
         if not there.any():
             return 1.0
-        own = advantages(part.rewards, part.prompt_index, settings.scale_rewards)
+        own = advantages(part.rewards, part.group_index, settings.scale_rewards)
         here = np.concatenate(loss_token_weights(replace(part, advantages=own), settings))
         return float(here @ there / (there @ there)) * len(groups) / update.num_prompts
 

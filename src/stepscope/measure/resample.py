@@ -60,9 +60,11 @@ def resample_change(
             before_influence * (-total / len(before_batch)),
         ]
     )
-    paired = set(before_batch.prompt_ids) == set(after_batch.prompt_ids)
+    paired = set(before_batch.prompt_keys) == set(after_batch.prompt_keys)
     tags = ("", "") if paired else ("after ", "before ")
-    clusters = [tags[0] + p for p in after_batch.prompt_ids] + [tags[1] + p for p in before_batch.prompt_ids]
+    clusters = [tags[0] + p for p in after_batch.prompt_keys] + [
+        tags[1] + p for p in before_batch.prompt_keys
+    ]
     bound = make_quantity(quantity, before_batch, policy=policy, reference=reference)
     spread = clustered_mean(
         influence,

@@ -386,7 +386,7 @@ def _advantages_within(policy: Policy, update: Rollouts, masks: BoolArray) -> Fl
     found = np.zeros(masks.shape)
     for row, mask in enumerate(masks):
         found[row, mask] = advantages(
-            update.rewards[mask], update.prompt_index[mask], policy.settings.scale_rewards
+            update.rewards[mask], update.group_index[mask], policy.settings.scale_rewards
         )
     return found
 

@@ -22,6 +22,7 @@ from stepscope.errors import CheckpointError
 from stepscope.tasks import load_task
 from stepscope.tasks.worker import shared_worker
 
+_SPLITS = {"train": "training", "test": "test"}
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
@@ -64,9 +65,12 @@ def _check_config(path: Path) -> bool:
     config = load_config(kind, path)
     console = Console()
     console.print(Text(f"{path}: a valid {kind.__name__}"))
-    if isinstance(config, TrainConfig):
-        problems = load_task(config.task, template=config.template).problems("train")
-        console.print(Text(f"task {config.task}: {len(problems)} training problems"))
+    if isinstance(config, TrainConfig | EvalConfig | MeasureConfig) and config.task:
+        task = load_task(config.task, template=config.template if isinstance(config, TrainConfig) else None)
+        counts = [f"{len(task.problems(split))} {name} problems" for split, name in _SPLITS.items()]
+        console.print(Text(f"task {config.task}: {' and '.join(counts)}"))
+        if task.overlap:
+            console.print(Text(f"warn: {task.overlap}", style=COLOURS["warn"]))
     level, what, _ = _isolation()
     console.print(Text(f"{level}: {what}"))
     return True

@@ -26,10 +26,11 @@ from stepscope.evaluation import (
 )
 from stepscope.measure.entropy_law import fit_run
 from stepscope.pipeline.console import on_terminal, say, timed
+from stepscope.pipeline.data import hold_data, say_what_is_shared, tasks_of
 from stepscope.pipeline.logged_prompts import prompt_conflict
 from stepscope.pipeline.processes import is_main_process
 from stepscope.pipeline.session import open_policy, open_task
-from stepscope.policy.checkpoint import checkpoint_digest
+from stepscope.policy.checkpoint import checkpoint_digest, read_settings
 from stepscope.policy.state import Policy
 from stepscope.report import write_evaluation
 from stepscope.results import FloatArray
@@ -113,6 +114,7 @@ def evaluate_all(config: EvalConfig, out: Path, *, resume: bool) -> None:
     Raises:
         RunFolderError: see :func:`run_eval`.
         CheckpointError: there is no checkpoint.
+        TaskError: a task's data are not those the evaluation began with.
     """
     checkpoints = checkpoints_in(Path(config.source))
     folder = _companion(out, "parts")
@@ -125,6 +127,7 @@ def evaluate_all(config: EvalConfig, out: Path, *, resume: bool) -> None:
             ignore=MAY_DIFFER,
             extra={"source": str(Path(config.source).resolve())},
         )
+        hold_data(parts, _tasks(config, checkpoints))
         fitting = _fitting_batch(config)
         try:
             found = [_evaluate_checkpoint(config, checkpoint, parts, fitting) for checkpoint in checkpoints]
@@ -151,6 +154,15 @@ def _write_tables(
         )
         write_json(law_path(out), law.to_dict())
     write_eval(rows, out)
+
+
+def _tasks(config: EvalConfig, checkpoints: Sequence[Path]) -> list[TemplatedTask]:
+    """The tasks to be asked: the one of the configuration, or those of the trainings."""
+    known = [] if config.task else [read_settings(c, overrides=config.loss.given()) for c in checkpoints]
+    tasks = tasks_of([config.task or "", *(settings.task for settings in known)])
+    for task in tasks:
+        say_what_is_shared(task, next((s for s in known if s.task == task.spec), None))
+    return tasks
 
 
 def law_path(out: Path) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from stepscope.config import MeasureConfig, Stage
 from stepscope.errors import RunFolderError
 from stepscope.pipeline.console import say
+from stepscope.pipeline.data import hold_data
 from stepscope.pipeline.processes import is_main_process
 from stepscope.pipeline.session import Session
 from stepscope.pipeline.stages import PLANS, write_summary
@@ -38,6 +39,7 @@ def run_measure(config: MeasureConfig, *, resume: bool = False, policy: Policy |
             an earlier one leaves.
         CheckpointError: the checkpoint cannot be loaded or has no optimizer state.
         BatchError: the update batch makes no step, or the batches share prompts.
+        TaskError: the task's data are not those the run began with.
     """
     run = RunFolder(Path(config.out))
     if not is_main_process():
@@ -73,6 +75,8 @@ def _measure(config: MeasureConfig, run: RunFolder, resume: bool, policy: Policy
             f"{run.path}: the checkpoint has changed since this run was started (digest {before} then, "
             f"{digest} now); choose another folder with --out"
         )
+    if session.has_policy:
+        hold_data(run, [session.task])
     try:
         for stage in wanted:
             _run_stage(session, stage)

@@ -15,6 +15,7 @@ from stepscope.measure.quantities import Quantity, make_quantity
 from stepscope.measure.step import Step, reconstruct_step
 from stepscope.measure.token_influence import objective_influences
 from stepscope.pipeline.console import on_terminal, say
+from stepscope.pipeline.data import say_what_is_shared
 from stepscope.pipeline.logged_prompts import prompt_conflict
 from stepscope.policy.checkpoint import load_checkpoint, load_model, read_settings
 from stepscope.policy.examination import ended_prompts
@@ -104,7 +105,9 @@ class Session:
     @cached_property
     def task(self) -> TemplatedTask:
         """The task prompts come from."""
-        return open_task(self.config.task, self.policy)
+        task = open_task(self.config.task, self.policy)
+        say_what_is_shared(task, self.policy.settings)
+        return task
 
     @cached_property
     def update(self) -> Rollouts:
@@ -223,7 +226,7 @@ class Session:
         if wanted.file is not None:
             update = self._from_file(Path(wanted.file), "update.file")
             if update.advantages is None:
-                scaled = advantages(update.rewards, update.prompt_index, self.policy.settings.scale_rewards)
+                scaled = advantages(update.rewards, update.group_index, self.policy.settings.scale_rewards)
                 update = replace(update, advantages=scaled)
         else:
             update = sample_rollouts(
@@ -263,7 +266,7 @@ class Session:
                 group_size=wanted.group_size,
                 seed=wanted.seed,
                 split=wanted.split,
-                exclude=frozenset(update.prompt_ids),
+                exclude=update.asked,
                 batch_size=self.config.batch_size,
                 progress=on_terminal(),
             )
@@ -314,14 +317,14 @@ class Line:
 
 
 def refuse_overlap(update: Rollouts, probe: Rollouts) -> None:
-    """Raise if a prompt is in both batches: noise they share would bias the product of two estimates.
+    """Raise if a prompt is in both batches: noise that they share would bias the product of two estimates.
 
     Raises:
         BatchError: naming shared prompts.
     """
-    shared = sorted(set(update.prompt_ids) & set(probe.prompt_ids))
+    shared = update.asked & probe.asked
     if shared:
         raise BatchError(
-            f"update and probe batch share {len(shared)} prompt(s), {shared[0]} among them; the change must "
-            "be measured on other samples than those that make the step: use another split, seed or file"
+            f"update and probe batch share prompts ({min(shared)[:60]!r} among them); the change "
+            "must be measured on other samples than those that make the step: use another split, seed or file"
         )

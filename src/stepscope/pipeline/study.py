@@ -13,15 +13,18 @@ from typing import Any
 from stepscope import runs
 from stepscope.config import MeasureConfig, StudyConfig, build_config, set_path
 from stepscope.pipeline.console import say
+from stepscope.pipeline.data import hold_data, tasks_of
 from stepscope.pipeline.evaluate import checkpoints_in
 from stepscope.pipeline.measure import run_measure
 from stepscope.pipeline.processes import is_main_process
 from stepscope.pipeline.session import open_policy
 from stepscope.pipeline.study_leaderboard import standing_rows, summarise_standings
 from stepscope.pipeline.study_table import Row, cell_fits, cell_rows, summarise
+from stepscope.policy.checkpoint import read_settings
 from stepscope.policy.state import Policy
 from stepscope.report import write_study_report
 from stepscope.runs import RunFolder, locked
+from stepscope.tasks import TemplatedTask
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ def run_study(config: StudyConfig) -> Path:
     Raises:
         RunFolderError: the folder holds a study of another configuration, or another process is at work in
             it.
+        TaskError: a task's data are not those the study began with.
     """
     cells = study_cells(config)
     out = Path(config.out)
@@ -118,12 +122,21 @@ def run_study(config: StudyConfig) -> Path:
     plain = config.model_dump(mode="json")
     with locked(out):
         run = RunFolder.open(out, plain, verb="study", resume=True, ignore=("out",))
+        hold_data(run, _tasks(cells))
         folder = run.file("cells")
         folder.mkdir(exist_ok=True)
         _measure_missing(cells, folder)
         _write_tables(config, cells, run, folder)
         say(f"study: {write_study_report(out)}")
     return out
+
+
+def _tasks(cells: Sequence[Cell]) -> list[TemplatedTask]:
+    """The tasks of the measurements, named there or by the checkpoints."""
+    return tasks_of(
+        cell.config.task or read_settings(cell.checkpoint, overrides=cell.config.loss.given()).task
+        for cell in cells
+    )
 
 
 def _write_tables(config: StudyConfig, cells: list[Cell], run: RunFolder, folder: Path) -> None:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from stepscope.config import TrainConfig
 from stepscope.pipeline.console import say
+from stepscope.pipeline.data import hold_data, say_what_is_shared
 from stepscope.pipeline.processes import is_main_process
 from stepscope.runs import RunFolder, locked
+from stepscope.tasks import load_task
 
 
 def run_train(config: TrainConfig, *, resume: bool = False) -> Path:
@@ -25,6 +27,7 @@ def run_train(config: TrainConfig, *, resume: bool = False) -> Path:
     Raises:
         RunFolderError: the folder already holds a run and ``resume`` is off, or one of another configuration,
             or another process trains in it.
+        TaskError: the task's data cannot be read, or are not those the run began with.
     """
     if not is_main_process():
         from stepscope.training import train
@@ -38,8 +41,11 @@ def run_train(config: TrainConfig, *, resume: bool = False) -> Path:
             train,
         )  # TRL takes seconds to import: not before the settings are checked
 
+        task = load_task(config.task, template=config.template)
         seeds = {"training": config.seed}
         RunFolder.open(run.path, plain, verb="train", resume=resume, ignore=("out",), extra={"seeds": seeds})
+        hold_data(run, [task])
+        say_what_is_shared(task)
         try:
             with run.stage("train", []):
                 last = train(config, run.path, resume=resume)

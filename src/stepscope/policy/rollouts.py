@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,7 +26,7 @@ from stepscope.policy.objective import advantages
 from stepscope.policy.precision import matching_precision
 from stepscope.policy.state import Policy
 from stepscope.policy.texts import ResponseText
-from stepscope.results import FloatArray, Rollouts
+from stepscope.results import FloatArray, Rollouts, same_text
 from stepscope.tasks.load import asked_through
 from stepscope.tasks.problem import Problem, Task
 from stepscope.tasks.prompts import Prompt, encode_prompt
@@ -37,6 +37,7 @@ class _Sequence:
     """One sampled response and its score."""
 
     prompt_id: str
+    question: str
     prompt: str
     prompt_token_ids: tuple[int, ...]
     response: str
@@ -63,10 +64,12 @@ def sample_rollouts(
 ) -> Rollouts:
     """Sample ``group_size`` responses to each of ``num_prompts`` prompts and score them.
 
-    Prompts are drawn without replacement. Responses come from pi(.|s) = softmax(z(s)/T) itself, at the
-    settings' temperature: no top-k, no penalties, whatever the model's generation config says; each ends
-    with an end-of-sequence token, which counts, or is cut at ``max_response_tokens`` and flagged. Log-probs
-    and entropies are recomputed with :func:`stepscope.policy.forward.forward`.
+    Prompts are drawn without replacement, by their text: of several problems with the same question the first
+    that comes is asked, so a question is as likely to be asked as the split has copies of it. Responses come
+    from pi(.|s) = softmax(z(s)/T) itself, at the settings' temperature: no top-k, no penalties, whatever the
+    model's generation config says; each ends with an end-of-sequence token, which counts, or is cut at
+    ``max_response_tokens`` and flagged. Log-probs and entropies are recomputed with
+    :func:`stepscope.policy.forward.forward`.
 
     Every token is drawn by inverting the distribution function at a uniform number that belongs to its
     sequence and position: the responses do not depend on ``batch_size`` (beyond round-off), policies that
@@ -80,7 +83,7 @@ def sample_rollouts(
         group_size: responses per prompt; advantages are filled in when it is more than 1.
         seed: of prompts and responses.
         split: ``train`` or ``test``.
-        exclude: prompt ids not to use, for a probe batch those of the update batch.
+        exclude: questions or prompt ids not to use; for a probe batch ``update.asked``.
         require_reward_variance: replace prompt groups whose rewards are all equal by other prompts.
         max_resample: rounds of replacement before giving up.
         top_p: sample only from the smallest set of tokens that holds this much probability; log-probs and
@@ -95,7 +98,7 @@ def sample_rollouts(
     task = asked_through(task, policy.tokenizer)
     problems = task.problems(split)
     order = np.random.default_rng([seed, 0]).permutation(len(problems))
-    pool = (p for p in (problems[int(i)] for i in order) if p.prompt_id not in exclude)
+    pool = _different((problems[int(i)] for i in order), exclude)
     kept: list[list[_Sequence]] = []
     missing = num_prompts
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
@@ -103,8 +106,8 @@ def sample_rollouts(
             chosen = [problem for _, problem in zip(range(missing), pool, strict=False)]
             if len(chosen) < missing:
                 raise BatchError(
-                    f"{split} split: {len(problems)} problems less {len(exclude)} excluded are not "
-                    f"enough for {num_prompts} "
+                    f"{split} split: {len(problems)} problems, less copies and those that are excluded, are "
+                    f"not enough for {num_prompts} different "
                     f"prompts{' with reward variance' if require_reward_variance else ''}; ask for fewer "
                     "prompts or use a larger task"
                 )
@@ -125,7 +128,7 @@ def sample_rollouts(
     rollouts = replace(rollouts, logprobs=logprobs, entropies=entropies)
     if group_size == 1:
         return rollouts
-    scaled = advantages(rollouts.rewards, rollouts.prompt_index, policy.settings.scale_rewards)
+    scaled = advantages(rollouts.rewards, rollouts.group_index, policy.settings.scale_rewards)
     return replace(rollouts, advantages=scaled)
 
 
@@ -199,6 +202,16 @@ def _check_request(policy: Policy, num_prompts: int, group_size: int, variance: 
         raise BatchError("a group of one response has no reward variance; use group_size of at least 2")
 
 
+def _different(problems: Iterable[Problem], exclude: AbstractSet[str]) -> Iterator[Problem]:
+    """The problems that are not excluded, each question once."""
+    taken = {*exclude, *map(same_text, exclude)}
+    for problem in problems:
+        own = {problem.prompt_id, same_text(problem.question)}
+        if taken.isdisjoint(own):
+            taken |= own
+            yield problem
+
+
 def _sample_groups(
     policy: Policy,
     task: Task,
@@ -228,6 +241,7 @@ def _sample_groups(
         groups[i].append(
             _Sequence(
                 prompt_id=problems[i].prompt_id,
+                question=problems[i].question,
                 prompt=prompts[i].text,
                 prompt_token_ids=prompts[i].token_ids,
                 response=text,
@@ -340,6 +354,7 @@ def _assemble(policy: Policy, sequences: Sequence[_Sequence]) -> Rollouts:
         truncated=np.array([s.truncated for s in sequences], dtype=np.bool_),
         logprobs=empty,
         entropies=empty,
+        questions=tuple(s.question for s in sequences),
         temperature=policy.settings.temperature,
         max_response_tokens=policy.settings.max_response_tokens,
     )

@@ -50,6 +50,7 @@ class StepSettings:
         prefill: text that the response's turn begins with, at the end of the prompt.
         chat_template_kwargs: variables of the chat template (TRL's ``chat_template_kwargs``), or None.
         num_iterations: optimizer steps on each batch; the next step is the first on its batch, so on-policy.
+        task_digest: state of the task's data in the training, as the task has it; empty if unknown.
     """
 
     loss_type: str = "dr_grpo"
@@ -75,6 +76,7 @@ class StepSettings:
     prefill: str = ""
     chat_template_kwargs: dict[str, Any] | None = field(default=None, hash=False)
     num_iterations: int = 1
+    task_digest: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-ready dictionary, with the version of the format."""

@@ -19,6 +19,8 @@ from stepscope.tasks.options import format_options, parse_options, require_known
 from stepscope.tasks.problem import Problem, Worked, require_split
 
 _MISSES = 500
+MAX_PROBLEMS = 1_000_000
+"""Most problems of a split: they are made at once."""
 _INTEGER = re.compile(r"-?[0-9]{1,15}", re.ASCII)
 _RANGE = re.compile(r"([0-9]+)-([0-9]+)", re.ASCII)
 
@@ -76,8 +78,8 @@ class Arithmetic:
         spec = f"arithmetic:{text}" if text else "arithmetic"
         options = parse_options(text, spec)
         require_known(options, ("terms", "digits", "ops", "train", "test"), spec)
-        train = take_count(options, "train", cls.train_size, spec)
-        test = take_count(options, "test", cls.test_size, spec)
+        train = take_count(options, "train", cls.train_size, spec, most=MAX_PROBLEMS)
+        test = take_count(options, "test", cls.test_size, spec, most=MAX_PROBLEMS)
         default = Dial()
         ops = options.get("ops", default.ops)
         if ops not in ("+", "+-"):
@@ -85,6 +87,16 @@ class Arithmetic:
         terms = _read_range(options, "terms", default.terms, spec, least=2, most=20)
         digits = _read_range(options, "digits", default.digits, spec, least=1, most=9)
         return cls(Dial(terms, digits, ops), train, test)
+
+    @property
+    def digest(self) -> str:
+        """Empty: the specification says all."""
+        return ""
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """None: a question's hash decides its split."""
+        return frozenset()
 
     def problems(self, split: str) -> Sequence[Problem]:
         """Distinct sums; the hash of a question decides its split, so the splits cannot overlap."""

@@ -49,6 +49,26 @@ class TemplatedTask:
         """The task with the opening that its prompts have with this tokenizer."""
         return replace(self, opening=self.template.opening(tokenizer))
 
+    @property
+    def digest(self) -> str:
+        """What tells one state of the task's data apart from another; see :class:`Source`."""
+        return self.source.digest
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Questions that both splits ask; see :class:`Source`."""
+        return self.source.shared
+
+    @property
+    def overlap(self) -> str:
+        """What to know about questions that both splits ask; empty where there are none."""
+        if not self.shared:
+            return ""
+        return (
+            f"task {self.spec}: {len(self.shared)} question(s) of the test split are asked in the training "
+            f"split, too ({min(self.shared)[:40]!r}); what is evaluated on them is not held out"
+        )
+
     def problems(self, split: str) -> Sequence[Problem]:
         """All problems of ``train`` or ``test``, in a fixed order."""
         return self.source.problems(split)
@@ -72,10 +92,18 @@ class TemplatedTask:
         """A full worked response with its tags.
 
         Raises:
-            TaskError: the task has no worked solution.
+            TaskError: the task has no worked solution, or its own scoring does not take it for correct.
         """
         worked = self.source.worked(problem)
-        return self.template.lay_out(worked.thought, worked.answer, self.opening)
+        text = self.template.lay_out(worked.thought, worked.answer, self.opening)
+        score = self.score(problem, text)
+        if not (score.correct and score.formatted):
+            raise TaskError(
+                f"{problem.metadata.get('where', problem.prompt_id)}: its demonstration does not score as "
+                f"correct and well-formed (the answer shown is {worked.answer[:40]!r}, the reference "
+                f"{problem.answer[:40]!r}); mend solution and answer, or leave it out"
+            )
+        return text
 
 
 def asked_through(task: Task, tokenizer: Any) -> Task:
@@ -119,6 +147,8 @@ def load_task(
     Raises:
         TaskError: unknown task, option or template, or its data cannot be read.
     """
+    if not spec.isprintable():
+        raise TaskError(f"task {ascii(spec)[:60]}: holds characters that cannot be printed; rename the file")
     name, _, rest = spec.partition(":")
     if name not in FORMS or (name in ("rg", "jsonl") and not rest):
         close = difflib.get_close_matches(name, FORMS, n=1)
@@ -131,6 +161,14 @@ def load_task(
         chat_template_kwargs=chat_template_kwargs,
     )
     return TemplatedTask(spec, _source(name, rest), chosen, format_weight, chosen.opening())
+
+
+def changed_data(where: str, spec: str, before: str, now: str) -> TaskError:
+    """The error that refuses to go on with other data than something was made with."""
+    return TaskError(
+        f"{where}: the data of task {spec} have changed since then (digest {before[:40]} then, "
+        f"{now[:40]} now); put back the data of then, or start afresh in another folder (--out)"
+    )
 
 
 def _source(name: str, rest: str) -> Source:

@@ -18,7 +18,8 @@ class Problem:
 
     Attributes:
         prompt_id: global id, for example ``arithmetic/train/12``; it never changes.
-        question: the bare question; a template turns it into a prompt.
+        question: the bare question; a template turns it into a prompt. Problems with the same question are
+            one prompt, whatever their ids.
         answer: the reference answer as text; empty where only a scorer exists.
         metadata: what the source needs to grade or to demonstrate.
     """
@@ -55,6 +56,14 @@ class Worked:
 
 class Source(Protocol):
     """Where problems come from and how an answer to one is graded."""
+
+    @property
+    def digest(self) -> str:
+        """What tells one state of the data apart from another; empty where the specification says it all."""
+
+    @property
+    def shared(self) -> frozenset[str]:
+        """Questions that both splits ask, as :func:`stepscope.results.same_text` has them."""
 
     def problems(self, split: str) -> Sequence[Problem]:
         """All problems of ``train`` or ``test``, in a fixed order."""
@@ -93,7 +102,7 @@ class Task(Protocol):
         """A full worked response with its tags; it scores as correct and formatted.
 
         Raises:
-            TaskError: the task has no worked solution.
+            TaskError: the task has no worked solution, or one that the task itself does not take.
         """
 
 

@@ -29,7 +29,7 @@ from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 from stepscope.stats import Estimate
-from stepscope.tasks import Task, load_task
+from stepscope.tasks import Task, TemplatedTask, load_task
 from stepscope.training.probes_batch import (
     BatchRecorder,
     Captured,
@@ -279,6 +279,7 @@ class StepProbe(TrainerCallback, ExportableState):  # type: ignore[misc]
             group_size=1,
             seed=int(np.random.SeedSequence([self.seed, policy.step]).generate_state(1)[0]),
             split=self.split,
+            exclude=self.task.shared if isinstance(self.task, TemplatedTask) else frozenset(),
         )
         prediction = predict_change(
             policy,

@@ -20,8 +20,8 @@ from stepscope.errors import ConfigError
 from stepscope.policy.settings import StepSettings
 from stepscope.policy.texts import ResponseText
 from stepscope.policy.token_objectives import ENTROPY_BONUS, UNCLIPPED
-from stepscope.results import FloatArray, IntArray
-from stepscope.tasks.load import asked_through
+from stepscope.results import FloatArray, IntArray, same_text
+from stepscope.tasks.load import TemplatedTask, asked_through
 from stepscope.tasks.problem import Problem, Score, Task
 from stepscope.tasks.prompts import encode_prompt
 from stepscope.training.arguments import install_callbacks, shared_arguments
@@ -90,6 +90,7 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         rows = kwargs["train_dataset"]
         self._prompt_token_ids = dict(zip(rows["prompt"], rows["prompt_token_ids"], strict=True))
         self._numbers = {index: i for i, index in enumerate(rows["index"])}
+        self._questions = [same_text(reward.problems[index].question) for index in self._numbers]
         self._rows: list[dict[str, Any]] = []
         self._sampled_reward = float("nan")
 
@@ -187,12 +188,15 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         return prompt_ids, completion_ids, tool_mask, completions, *rest
 
     def _unused_rows(self, count: int, random: np.random.Generator) -> list[dict[str, Any]]:
-        """At most ``count`` rows whose prompts are not in the batch; the same rows on every process."""
-        used = set(gather_object([row["index"] for row in self._rows]))
+        """At most ``count`` rows of prompts that are not in the batch; the same rows on every process."""
+        used = {
+            self._questions[self._numbers[i]] for i in gather_object([row["index"] for row in self._rows])
+        }
         if self.curriculum is not None:
-            chosen = self.curriculum.draw(count, random, exclude={self._numbers[index] for index in used})
+            exclude = {i for i, question in enumerate(self._questions) if question in used}
+            chosen = self.curriculum.draw(count, random, exclude=exclude)
         else:
-            unused = [i for index, i in self._numbers.items() if index not in used]
+            unused = list({q: i for i, q in enumerate(self._questions) if q not in used}.values())
             chosen = random.choice(unused, size=min(count, len(unused)), replace=False)
         return [self.train_dataset[int(i)] for i in chosen]
 
@@ -281,8 +285,12 @@ def step_settings(config: TrainConfig) -> StepSettings:
     )
 
 
-def prompt_rows(task: Task, problems: Sequence[Problem], tokenizer: Any, *, longest: int | None) -> Dataset:
+def prompt_rows(
+    task: Task, problems: Sequence[Problem], tokenizer: Any, *, longest: int | None, distinct: bool = False
+) -> Dataset:
     """A row per problem: prompt, its token ids, problem index; prompts over ``longest`` tokens are left out.
+
+    With ``distinct`` the copies of a prompt are left out, too.
 
     Raises:
         ConfigError: no prompt is short enough.
@@ -298,6 +306,8 @@ def prompt_rows(task: Task, problems: Sequence[Problem], tokenizer: Any, *, long
                 f"rl.max_prompt_tokens: {longest} is shorter than every prompt, the shortest has "
                 f"{min(lengths)} tokens; raise it"
             )
+    if distinct:
+        kept = sorted({same_text(problems[i].question): i for i in reversed(kept)}.values())
     return Dataset.from_dict(
         {
             "prompt": [prompts[i].text for i in kept],
@@ -332,14 +342,17 @@ def reinforce(
         raise ConfigError("rl: the section is missing; add it to train with reinforcement learning")
     task = asked_through(task, tokenizer)
     problems = task.problems("train")
-    rows = prompt_rows(task, problems, tokenizer, longest=rl.max_prompt_tokens)
+    rows = prompt_rows(
+        task, problems, tokenizer, longest=rl.max_prompt_tokens, distinct=rl.curriculum is not None
+    )
     if len(rows) < rl.prompts_per_step:
         raise ConfigError(
             f"rl.prompts_per_step: {rl.prompts_per_step} prompts asked for, {config.task} has {len(rows)}; "
             "lower it"
         )
     checkpoints = out / "checkpoints"
-    settings = step_settings(config)
+    digest = task.digest if isinstance(task, TemplatedTask) else ""
+    settings = replace(step_settings(config), task_digest=digest)
     curriculum = None
     if rl.curriculum is not None:
         curriculum = Curriculum(rl.curriculum, [problems[i].prompt_id for i in rows["index"]])

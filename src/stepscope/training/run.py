@@ -10,7 +10,8 @@ from accelerate import PartialState
 
 from stepscope.config import TrainConfig
 from stepscope.errors import RunFolderError
-from stepscope.tasks.load import load_task
+from stepscope.policy.settings import StepSettings
+from stepscope.tasks.load import TemplatedTask, changed_data, load_task
 from stepscope.tasks.problem import Task
 from stepscope.training.arguments import quiet_libraries
 from stepscope.training.rl import reinforce, step_settings
@@ -56,6 +57,8 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
         prefill=config.prefill or "",
         chat_template_kwargs=config.chat_template_kwargs,
     )
+    if last is not None:
+        _refuse_other_data(last, task)
     fresh = last is None and not base.exists()
     processes = PartialState(cpu=not torch.cuda.is_available())
     processes.wait_for_everyone()
@@ -88,6 +91,17 @@ def last_checkpoint(out: Path) -> Path | None:
 def step_of(checkpoint: Path) -> int:
     """N of ``step-N``."""
     return int(checkpoint.name.removeprefix("step-"))
+
+
+def _refuse_other_data(last: Path, task: TemplatedTask) -> None:
+    """A training goes on with the data that it began with.
+
+    Raises:
+        TaskError: the checkpoint was made with another state of the data.
+    """
+    before = StepSettings.load(last).task_digest
+    if before and before != task.digest:
+        raise changed_data(str(last), task.spec, before, task.digest)
 
 
 def _remove_unfinished(checkpoints: Path) -> None:

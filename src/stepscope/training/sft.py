@@ -52,7 +52,7 @@ class HeldOutCheck(TrainerCallback):  # type: ignore[misc]
     Attributes:
         policy: what is being trained, in place.
         task: asks and scores.
-        trained_on: prompt ids of the demonstrations.
+        trained_on: questions of the demonstrations.
         num_prompts: held-out prompts per check, the same at every check.
         every: optimizer steps between two checks.
         format_threshold: share of responses that must keep the format.
@@ -138,7 +138,7 @@ def warm_up(
     check = HeldOutCheck(
         policy=Policy(model=model, tokenizer=tokenizer, settings=settings),
         task=task,
-        trained_on=frozenset(p.prompt_id for p in used),
+        trained_on=frozenset(p.question for p in used),
         num_prompts=sft.check_prompts,
         every=sft.check_every,
         format_threshold=sft.format_threshold,
