@@ -356,9 +356,9 @@ def reinforce(
         processing_class=tokenizer,
         peft_config=adapter(config.model.lora),
     )
-    if rl.probe is not None:  # before the trackers, so that they see its figures
+    if rl.probe is not None:
         probe = StepProbe(task, seed=config.seed, file=out / "probes.parquet", **rl.probe.model_dump())
-        trainer.callback_handler.callbacks.insert(0, probe)
+        trainer.add_callback(probe)
     install_callbacks(
         trainer,
         logs=out / "tensorboard" if "tensorboard" in rl.report_to else None,
