@@ -17,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from stepscope.config import RlConfig, TrainConfig
 from stepscope.errors import ConfigError
+from stepscope.policy.manifest import write_manifest
 from stepscope.policy.settings import StepSettings
 from stepscope.policy.texts import ResponseText
 from stepscope.policy.token_objectives import ENTROPY_BONUS, UNCLIPPED
@@ -237,7 +238,7 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
 
 
 def publish(folder: Path, settings: StepSettings) -> Path:
-    """Add the settings to a finished checkpoint ``.../checkpoint-N`` and rename it ``.../step-N``.
+    """Add settings and manifest to a finished checkpoint ``.../checkpoint-N`` and rename it ``.../step-N``.
 
     An adapter whose base lies in the same run folder names it relative to itself, so that the run folder
     can move.
@@ -250,6 +251,7 @@ def publish(folder: Path, settings: StepSettings) -> Path:
         if base.is_dir() and run in base.resolve().parents:
             content["base_model_name_or_path"] = os.path.relpath(base.resolve(), folder.resolve())
             adapter_config.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    write_manifest(folder)
     return folder.replace(folder.with_name(folder.name.replace("checkpoint-", "step-")))
 
 

@@ -13,6 +13,7 @@ from stepscope.errors import RunFolderError
 from stepscope.tasks.load import load_task
 from stepscope.tasks.problem import Task
 from stepscope.training.arguments import quiet_libraries
+from stepscope.training.integrity import set_damaged_aside, step_of, trained_checkpoints
 from stepscope.training.rl import reinforce, step_settings
 from stepscope.training.sft import warm_up
 from stepscope.training.start import reload_model, resolve_source, save_base, starting_model
@@ -31,7 +32,8 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
     Args:
         config: what to train and how.
         out: run folder.
-        resume: continue from the last checkpoint (or from ``OUT/base``) of an interrupted run.
+        resume: continue from the last sound checkpoint (or from ``OUT/base``) of an interrupted run; damaged
+            ones behind it are renamed.
 
     Returns:
         The last checkpoint, or ``OUT/base`` where there is no reinforcement learning.
@@ -40,11 +42,10 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
         ConfigError: the settings contradict each other or the data.
         RunFolderError: the folder already holds a training and ``resume`` is off.
         TaskError: the task is unknown or has no demonstrations.
-        CheckpointError: the model cannot be loaded.
+        CheckpointError: the model cannot be loaded, or no checkpoint of the interrupted run is sound.
     """
     base = out / "base"
-    last = last_checkpoint(out)
-    if not resume and (base.exists() or last is not None):
+    if not resume and (base.exists() or last_checkpoint(out) is not None):
         raise RunFolderError(
             f"{out}: already holds a training; choose another folder, or continue this one with --resume"
         )
@@ -56,12 +57,15 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
         prefill=config.prefill or "",
         chat_template_kwargs=config.chat_template_kwargs,
     )
-    fresh = last is None and not base.exists()
     processes = PartialState(cpu=not torch.cuda.is_available())
     processes.wait_for_everyone()
     out.mkdir(parents=True, exist_ok=True)
     if processes.is_main_process:
         _remove_unfinished(out / "checkpoints")
+        set_damaged_aside(out, processes=processes.num_processes)
+    processes.wait_for_everyone()
+    last = last_checkpoint(out)
+    fresh = last is None and not base.exists()
     with quiet_libraries():
         if fresh:
             _make_base(config, task, out)
@@ -81,13 +85,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
 
 def last_checkpoint(out: Path) -> Path | None:
     """The checkpoint ``OUT/checkpoints/step-N`` with the largest N, or None."""
-    found = [p for p in (out / "checkpoints").glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
-    return max(found, key=step_of, default=None)
-
-
-def step_of(checkpoint: Path) -> int:
-    """N of ``step-N``."""
-    return int(checkpoint.name.removeprefix("step-"))
+    return next(reversed(trained_checkpoints(out)), None)
 
 
 def _remove_unfinished(checkpoints: Path) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from stepscope.config import LoraConfig, ModelConfig
 from stepscope.errors import ConfigError
 from stepscope.policy.checkpoint import load_model
+from stepscope.policy.manifest import write_manifest
 from stepscope.training.tiny import build_tiny
 
 PACKAGE = "package:"
@@ -105,5 +106,6 @@ def save_base(model: Any, tokenizer: Any, folder: Path) -> None:
             shutil.rmtree(partial)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        write_manifest(partial)
         partial.replace(folder)
     state.wait_for_everyone()

@@ -1,0 +1,50 @@
+"""Digests of a checkpoint's files, written beside them: damage is noticed before anything uses it."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from stepscope.errors import RunFolderError
+from stepscope.runs import read_json, write_json
+
+MANIFEST = "manifest.json"
+"""Name to SHA-256 of every other file of the folder."""
+
+
+def write_manifest(folder: Path) -> None:
+    """Record all files of a folder; the last thing that is written into it."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MANIFEST)
+    digests = {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+    write_json(folder / MANIFEST, {"sha256": digests})
+
+
+def damage(folder: Path) -> str:
+    """What is missing or changed since the manifest was written; empty where nothing is.
+
+    Files that the manifest does not list are no damage. A folder without a manifest has to be asked for
+    (:func:`has_manifest`) and counts as damaged here.
+    """
+    try:
+        content = read_json(folder / MANIFEST)
+        recorded = dict(content["sha256"])
+    except (RunFolderError, KeyError, TypeError, ValueError):
+        return f"{MANIFEST} cannot be read"
+    for name, digest in recorded.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if sha256(path) != digest:
+            return f"{name} is not what was written"
+    return ""
+
+
+def has_manifest(folder: Path) -> bool:
+    """Whether there is anything to verify the folder by."""
+    return (folder / MANIFEST).exists()
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
