@@ -166,7 +166,7 @@ class TrainerSource:
         for rows in self._shuffled(seed, count):
             ids, _, _ = self.trainer._tokenize_prompts([row["prompt"] for row in rows])
             for prompt, row in zip(map(tuple, ids), rows, strict=True):
-                if prompt not in used and len(chosen) < count:
+                if prompt and prompt not in used and len(chosen) < count:
                     chosen.setdefault(prompt, row)
             if len(chosen) == count:
                 break

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from errno import EDQUOT, EFBIG, ENOSPC, EROFS
 from pathlib import Path
 
 import torch
@@ -14,6 +17,7 @@ from stepscope.tasks.load import load_task
 from stepscope.tasks.problem import Task
 from stepscope.training.arguments import quiet_libraries
 from stepscope.training.integrity import set_damaged_aside, step_of, trained_checkpoints
+from stepscope.training.preflight import require_fit, require_trackers
 from stepscope.training.rl import reinforce, step_settings
 from stepscope.training.sft import warm_up
 from stepscope.training.start import reload_model, resolve_source, save_base, starting_model
@@ -40,8 +44,9 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
 
     Raises:
         ConfigError: the settings contradict each other or the data.
-        RunFolderError: the folder already holds a training and ``resume`` is off.
+        RunFolderError: the folder already holds a training and ``resume`` is off, or cannot be written.
         TaskError: the task is unknown or has no demonstrations.
+        TrainingError: the training diverged.
         CheckpointError: the model cannot be loaded, or no checkpoint of the interrupted run is sound.
     """
     base = out / "base"
@@ -57,6 +62,8 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
         prefill=config.prefill or "",
         chat_template_kwargs=config.chat_template_kwargs,
     )
+    if config.rl is not None:
+        require_trackers(config.rl.report_to)
     processes = PartialState(cpu=not torch.cuda.is_available())
     processes.wait_for_everyone()
     out.mkdir(parents=True, exist_ok=True)
@@ -66,7 +73,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
     processes.wait_for_everyone()
     last = last_checkpoint(out)
     fresh = last is None and not base.exists()
-    with quiet_libraries():
+    with quiet_libraries(), _faults_of_the_disk(out):
         if fresh:
             _make_base(config, task, out)
         if config.rl is None:
@@ -74,6 +81,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
         if last is None or step_of(last) < config.rl.steps:
             source = str(base) if base.exists() else resolve_source(config.model.source)
             model, tokenizer = reload_model(source, dtype=config.model.dtype)
+            require_fit(config, model, tokenizer, task)
             resumable = last if last is not None and step_of(last) > 0 else None
             reinforce(config, model, tokenizer, task, out, resume=resumable)
             processes.wait_for_everyone()
@@ -88,6 +96,22 @@ def last_checkpoint(out: Path) -> Path | None:
     return next(reversed(trained_checkpoints(out)), None)
 
 
+@contextmanager
+def _faults_of_the_disk(out: Path) -> Iterator[None]:
+    """Inside the block a full disk, or a run folder that is gone or barred, is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename
+        inside = isinstance(name, str) and out.resolve() in Path(name).resolve().parents
+        if not inside and error.errno not in (ENOSPC, EDQUOT, EFBIG, EROFS):
+            raise
+        raise RunFolderError(
+            f"{out}: cannot be written ({error}); free space on the disk or mend the folder, then go on with "
+            "--resume"
+        ) from error
+
+
 def _remove_unfinished(checkpoints: Path) -> None:
     """Remove checkpoints that a killed process was writing; finished ones are called ``step-N``."""
     for unfinished in checkpoints.glob("checkpoint-*"):
@@ -100,6 +124,7 @@ def _make_base(config: TrainConfig, task: Task, out: Path) -> None:
     if config.sft is None and has_folder:
         return
     model, tokenizer = starting_model(config.model, seed=config.seed)
+    require_fit(config, model, tokenizer, task)
     if config.sft is not None:
         model = warm_up(config, model, tokenizer, task, step_settings(config), out / "warmup")
     save_base(model, tokenizer, out / "base")
