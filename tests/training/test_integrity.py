@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from stepscope.config import TrainConfig
 from stepscope.errors import CheckpointError
+from stepscope.policy.checkpoint import load_checkpoint
 from stepscope.policy.manifest import MANIFEST, damage, sha256
 from stepscope.training import train
 from stepscope.training.integrity import set_damaged_aside
@@ -87,6 +88,19 @@ def test_without_a_sound_checkpoint_nothing_is_trained(
     with pytest.raises(CheckpointError, match=expected):
         train(small_config(), run, resume=True)
     assert last.is_dir()
+
+
+def test_what_is_measured_is_what_was_trained(last: Path) -> None:
+    (last / "optimizer.pt").unlink()
+    (last / "config.json").write_text((last / "config.json").read_text() + "\n")
+    assert load_checkpoint(last, require_optimizer=False).step == 4
+    flip(last / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"step-4: model.safetensors is not what was written, says manif"
+    ):
+        load_checkpoint(last, require_optimizer=False)
+    (last / MANIFEST).unlink()
+    assert load_checkpoint(last, require_optimizer=False).step == 4
 
 
 def test_a_damaged_base_is_refused(small_config: Callable[..., TrainConfig], run: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from stepscope.errors import CheckpointError
 from stepscope.policy.devices import usable_device
 from stepscope.policy.examination import Finding, examine
+from stepscope.policy.manifest import MANIFEST, altered
 from stepscope.policy.models import ADAPTER_CONFIG, brief, load_adapter, load_model, load_tokenizer
 from stepscope.policy.optimizer_state import OPTIMIZER_FILE, match_optimizer, read_optimizer
 from stepscope.policy.settings import SETTINGS_FILE, StepSettings
@@ -70,6 +71,11 @@ def load_checkpoint(
     if precision not in PRECISIONS:
         raise CheckpointError(
             f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}; use one of these"
+        )
+    if fault := altered(folder, "*.safetensors", OPTIMIZER_FILE):
+        raise CheckpointError(
+            f"{folder}: {fault}, says {MANIFEST}; copy the checkpoint again, or delete {MANIFEST} if the "
+            "change was made on purpose"
         )
     dtype = PRECISIONS[precision]
     settings = read_settings(folder) if settings is None else settings

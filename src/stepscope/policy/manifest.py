@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from fnmatch import fnmatch
 from pathlib import Path
 
 from stepscope.errors import RunFolderError
@@ -25,18 +26,28 @@ def damage(folder: Path) -> str:
     Files that the manifest does not list are no damage. A folder without a manifest has to be asked for
     (:func:`has_manifest`) and counts as damaged here.
     """
-    try:
-        content = read_json(folder / MANIFEST)
-        recorded = dict(content["sha256"])
-    except (RunFolderError, KeyError, TypeError, ValueError):
+    recorded = _recorded(folder)
+    if recorded is None:
         return f"{MANIFEST} cannot be read"
-    for name, digest in recorded.items():
+    missing = (f"{name} is missing" for name in recorded if not (folder / name).is_file())
+    return next(missing, "") or altered(folder, "*")
+
+
+def altered(folder: Path, *patterns: str) -> str:
+    """Which file of these names is there and not what was written; empty where none is known to be."""
+    for name, digest in (_recorded(folder) or {}).items():
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if sha256(path) != digest:
+        if any(fnmatch(name, p) for p in patterns) and path.is_file() and sha256(path) != digest:
             return f"{name} is not what was written"
     return ""
+
+
+def _recorded(folder: Path) -> dict[str, str] | None:
+    """Name to digest; None where there is no manifest that can be read."""
+    try:
+        return {str(name): str(digest) for name, digest in read_json(folder / MANIFEST)["sha256"].items()}
+    except (RunFolderError, AttributeError, KeyError, TypeError):
+        return None
 
 
 def has_manifest(folder: Path) -> bool:
