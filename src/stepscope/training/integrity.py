@@ -52,8 +52,8 @@ def set_damaged_aside(out: Path, *, processes: int) -> None:
     base = out / "base"
     if base.is_dir() and has_manifest(base) and (fault := damage(base)):
         raise CheckpointError(
-            f"{base}: {fault}; every checkpoint rests on it, so restore it from a copy, or train again into "
-            "another folder"
+            f"{base}: {fault}, says {MANIFEST}; every checkpoint rests on it: restore it from a copy, delete "
+            f"{base / MANIFEST} if the change was made on purpose, or train into another folder"
         )
     damaged: list[tuple[Path, str]] = []
     sound = None
