@@ -190,6 +190,9 @@ def test_checkpoint_that_changed_meanwhile(copy, out):
     state["param_groups"][0]["lr"] *= 2
     torch.save(state, copy / "optimizer.pt")
     line = refused("measure", copy, "--out", out, *SMALL[:3], "--stages", "rollouts,step", out=out)
+    assert "optimizer.pt is not what was written" in line
+    (copy / "manifest.json").unlink()
+    line = refused("measure", copy, "--out", out, *SMALL[:3], "--stages", "rollouts,step", out=out)
     assert "has changed since" in line
 
 

@@ -27,6 +27,10 @@ class CheckpointError(StepscopeError):
     """A checkpoint is missing, incomplete, damaged, or does not fit its own optimizer state."""
 
 
+class TrainingError(StepscopeError):
+    """A training cannot go on from where it is."""
+
+
 class BatchError(StepscopeError):
     """An update or probe batch cannot carry the measurement asked of it."""
 

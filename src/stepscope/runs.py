@@ -149,7 +149,7 @@ def locked(path: Path) -> Iterator[None]:
     finally:
         (path / LOCK).unlink(missing_ok=True)
         lock.release()
-        if not any(path.iterdir()):
+        if path.is_dir() and not any(path.iterdir()):
             path.rmdir()
 
 

@@ -144,3 +144,39 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     assert {k: v for k, v in one.items() if "seconds" not in k} == {
         k: v for k, v in two.items() if "seconds" not in k
     }
+
+
+PROBED = """
+import sys
+from pathlib import Path
+from test_probes_source import make_trainer, plain_rows
+import stepscope as ss
+
+run, out = map(Path, sys.argv[1:])
+probe = ss.StepProbe(every=2, num_prompts=8)
+sizes = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 10}
+make_trainer(run / "base", out, probe, rows=plain_rows(), **sizes).train()
+"""
+
+
+@pytest.mark.slow
+def test_a_probe_in_two_processes_that_log_rarely(small_run: Path, tmp_path: Path) -> None:
+    """Every process logs the steps that are probed, or their collectives would not meet."""
+    (tmp_path / "script.py").write_text(PROBED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    threads = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "script.py"), str(small_run), str(tmp_path / "out")],
+        env={**os.environ, **threads, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = read_table(tmp_path / "out" / "probes.parquet").to_pylist()
+    assert [row["step"] for row in rows] == [1, 3]
+    for row in rows:
+        assert row["prompts"] == "train_dataset without the prompts of the batch"
+        assert row["reward_reason"] == "the responses are not graded"
+        assert row["entropy_logged"] == pytest.approx(row["entropy"], rel=0.4)

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from stepscope.errors import CheckpointError
+from stepscope.policy.devices import usable_device
 from stepscope.policy.examination import Finding, examine
+from stepscope.policy.manifest import MANIFEST, altered
 from stepscope.policy.models import ADAPTER_CONFIG, brief, load_adapter, load_model, load_tokenizer
 from stepscope.policy.optimizer_state import OPTIMIZER_FILE, match_optimizer, read_optimizer
 from stepscope.policy.settings import SETTINGS_FILE, StepSettings
@@ -59,14 +61,21 @@ def load_checkpoint(
         require_optimizer: False loads a checkpoint without ``optimizer.pt`` too, for evaluation.
 
     Raises:
+        ConfigError: the device is not there.
         CheckpointError: something is missing, damaged, or of another model. A missing optimizer state is
         never
             replaced by a fresh one.
     """
+    device = usable_device(device)
     folder = _folder(Path(path).expanduser())
     if precision not in PRECISIONS:
         raise CheckpointError(
             f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}; use one of these"
+        )
+    if fault := altered(folder, "*.safetensors", OPTIMIZER_FILE):
+        raise CheckpointError(
+            f"{folder}: {fault}, says {MANIFEST}; copy the checkpoint again, or delete {MANIFEST} if the "
+            "change was made on purpose"
         )
     dtype = PRECISIONS[precision]
     settings = read_settings(folder) if settings is None else settings

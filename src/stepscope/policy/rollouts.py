@@ -132,6 +132,50 @@ def sample_rollouts(
     return replace(rollouts, advantages=scaled)
 
 
+def sample_responses(
+    policy: Policy, prompts: Sequence[tuple[int, ...]], *, seed: int, batch_size: int = 64
+) -> Rollouts:
+    """One response to each of some prompts given as token ids, sampled as by :func:`sample_rollouts`.
+
+    Args:
+        policy: with a tokenizer.
+        prompts: all different; each is its own ``prompt_id``.
+        seed: of the responses.
+        batch_size: sequences generated at a time.
+
+    Returns:
+        The batch; rewards are nan, because nobody graded it.
+
+    Raises:
+        BatchError: a prompt is too long for the model.
+    """
+    for ids in prompts:
+        _require_room(policy, len(ids))
+    uniforms = _uniforms(np.random.default_rng([seed, 1]), len(prompts), policy.settings.max_response_tokens)
+    responses: list[tuple[int, ...]] = []
+    for start in range(0, len(prompts), batch_size):
+        rows = slice(start, start + batch_size)
+        responses += _generate(policy, prompts[rows], uniforms[rows], 1.0)
+    ends = set(end_tokens(policy))
+    read = response_text(policy)
+    sampled = [
+        _Sequence(
+            prompt_id=" ".join(map(str, ids)),
+            prompt=policy.tokenizer.decode(list(ids)),
+            prompt_token_ids=ids,
+            response=read.whole(response),
+            response_token_ids=response,
+            truncated=response[-1] not in ends,
+            reward=float("nan"),
+            correct=False,
+        )
+        for ids, response in zip(prompts, responses, strict=True)
+    ]
+    rollouts = _assemble(policy, sampled)
+    logprobs, entropies = score_rollouts(policy, rollouts, max_sequences=batch_size)
+    return replace(rollouts, logprobs=logprobs, entropies=entropies)
+
+
 def score_rollouts(
     policy: Policy, rollouts: Rollouts, *, max_sequences: int = 16, bar: Progress | None = None
 ) -> tuple[tuple[FloatArray, ...], tuple[FloatArray, ...]]:
@@ -259,13 +303,18 @@ def _prompt(policy: Policy, task: Task, problem: Problem) -> Prompt:
     prompt = encode_prompt(task.prompt(problem, policy.tokenizer), policy.tokenizer)
     limit = policy.settings.max_prompt_tokens
     ids = prompt.token_ids if limit is None else prompt.token_ids[-limit:]
+    _require_room(policy, len(ids))
+    return replace(prompt, token_ids=ids)
+
+
+def _require_room(policy: Policy, count: int) -> None:
+    """Refuse a prompt of so many tokens that the longest response has no room after it."""
     room = getattr(getattr(base_model(policy.model), "config", None), "max_position_embeddings", None)
-    if room is not None and len(ids) + policy.settings.max_response_tokens > room:
+    if room is not None and count + policy.settings.max_response_tokens > room:
         raise BatchError(
-            f"a prompt of {len(ids)} tokens and a response of {policy.settings.max_response_tokens} do "
+            f"a prompt of {count} tokens and a response of {policy.settings.max_response_tokens} do "
             f"not fit the model's {room} positions; lower max_response_tokens or set max_prompt_tokens"
         )
-    return replace(prompt, token_ids=ids)
 
 
 def _uniforms(generator: np.random.Generator, count: int, length: int) -> FloatArray:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.tensorboard import SummaryWriter
+from torch.nn.utils import get_total_norm
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from stepscope.config import OptimizerConfig
+from stepscope.errors import TrainingError
 
 
 @contextmanager
@@ -42,6 +44,33 @@ class QuietProgress(ProgressCallback):  # type: ignore[misc]
         if self.training_bar is not None:
             figures = {k: f"{logs[k]:.3g}" for k in self.shown if logs.get(k) is not None}
             self.training_bar.set_postfix(figures)
+
+
+@dataclass
+class DivergenceWatch(TrainerCallback):  # type: ignore[misc]
+    """Ends a training whose gradient is not finite, before the optimizer takes it into weights and moments.
+
+    Attributes:
+        section: of the configuration.
+    """
+
+    section: str
+
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any
+    ) -> None:
+        """Look at the gradient of the step to come."""
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if gradients and not bool(get_total_norm(gradients).isfinite()):
+            raise diverged(self.section, state.global_step + 1, "the gradient is not finite")
+
+
+def diverged(section: str, step: int, fault: str) -> TrainingError:
+    """The error of a training that has left all bounds at a step."""
+    return TrainingError(
+        f"{section}: the training diverged at step {step}: {fault}; the checkpoints so far are kept; train "
+        f"into another folder with a lower {section}.optimizer.lr or max_grad_norm, or with some warmup_steps"
+    )
 
 
 def shared_arguments(optimizer: OptimizerConfig, *, seed: int, report_to: list[str]) -> dict[str, Any]:
@@ -71,15 +100,21 @@ def shared_arguments(optimizer: OptimizerConfig, *, seed: int, report_to: list[s
     }
 
 
-def install_callbacks(trainer: Any, *, logs: Path | None, resumed_from: int = 0) -> None:
-    """A quiet progress bar instead of the Trainer's printing; TensorBoard curves to ``logs`` if given.
+def install_callbacks(trainer: Any, *, section: str, logs: Path | None, resumed_from: int = 0) -> None:
+    """A quiet progress bar instead of the Trainer's printing; an eye on the gradient; TensorBoard curves.
+
+    The curves go to ``logs`` if given, and errors name the ``section`` of the configuration.
 
     Points behind step ``resumed_from`` that an interrupted training left are taken out of the curves.
     """
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    added: list[TrainerCallback] = [QuietProgress()]
+    added: list[TrainerCallback] = [QuietProgress(), DivergenceWatch(section)]
     if logs is not None and trainer.is_world_process_zero():
+        from torch.utils.tensorboard import (
+            SummaryWriter,
+        )  # a package that who names no tracker can do without
+
         writer = SummaryWriter(log_dir=str(logs), purge_step=resumed_from + 1 if resumed_from else None)
         added.append(TensorBoardCallback(writer))
     for callback in added:

@@ -2,58 +2,45 @@
 
 :class:`StepProbe` is a callback for any GRPO run of TRL:
 
-    GRPOTrainer(..., callbacks=[stepscope.StepProbe(task="gsm8k", every=20)])
+    GRPOTrainer(..., callbacks=[stepscope.StepProbe(every=20)])
 """
 
 from __future__ import annotations
 
 import math
+import re
 import time
+import traceback
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
+from accelerate.utils import gather_object
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerCallback
-from transformers.trainer_callback import ExportableState
 
-from stepscope.errors import ConfigError, MeasurementError
-from stepscope.measure.influence import influence
-from stepscope.measure.live import BASELINE, Prediction, predict_change, realised_change
+from stepscope.errors import ConfigError, MeasurementError, StepscopeError
+from stepscope.measure.live import realised_change
 from stepscope.measure.noise_window import window_noise_scale
-from stepscope.measure.step import Step, adamw_components
-from stepscope.policy import vectors
-from stepscope.policy.rollouts import response_text, sample_rollouts
 from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import Policy
-from stepscope.results import Rollouts
 from stepscope.stats import Estimate
-from stepscope.tasks import Task, TemplatedTask, load_task
-from stepscope.training.probes_batch import (
-    BatchRecorder,
-    Captured,
-    as_rollouts,
-    noise_of_batch,
-    products_of_batch,
-)
+from stepscope.tasks import Task, load_task
+from stepscope.training.probes_batch import BatchRecorder, Captured
+from stepscope.training.probes_predict import Pending, predict
+from stepscope.training.probes_source import Source, TaskSource, TrainerSource, trainer_of
 from stepscope.training.probes_state import adamw_of, optimizer_state, successive_products, undisturbed
-from stepscope.training.probes_table import append, forget, tokens_path
+from stepscope.training.probes_table import append, columns_of, doubt, forget, tokens_path
 
-
-@dataclass
-class _Pending:
-    """A probe between the two sides of a step."""
-
-    prediction: Prediction
-    figures: dict[str, Estimate]
-    tokens: dict[str, list[Any]]
-    grad_norm: float
-    seconds: float
+NAME = "probe"
+"""Name of the only probe of a trainer, or of its first."""
 
 
 @dataclass(eq=False)
-class StepProbe(TrainerCallback, ExportableState):  # type: ignore[misc]
+class StepProbe(TrainerCallback):  # type: ignore[misc]
     """Predicts what a step does to the entropy, lets the optimizer act, and measures what it did.
 
     Every ``every`` steps, beginning with the first: once the gradient is complete (and clipped) and before
@@ -63,10 +50,16 @@ class StepProbe(TrainerCallback, ExportableState):  # type: ignore[misc]
     noise scale comes from this step's own batch (``noise``), and at every step from the gradients of
     successive steps (``measure.noise_window``).
 
+    Without a ``task`` the probe asks what the training asks: rows of the trainer's ``eval_dataset``, or else
+    of its ``train_dataset`` outside the batch under way, through the trainer's own chat template and
+    tokenization, graded by its own reward functions. An entropy far from the one that the trainer logs is
+    warned of, in the log and in the row (``warning``): then the probe asks something else.
+
     The training is not disturbed: random states, modes and gradients are left as they were, so that weights,
-    optimizer and samples of a run are bitwise those without the probe. Figures appear as ``probe/...`` in the
-    log of the step. Trackers that stand before the probe among the trainer's callbacks do not see them; to
-    put it first use ``trainer.callback_handler.callbacks.insert(0, probe)``. All rows are in ``file``.
+    optimizer and samples of a run are bitwise those without the probe. A probe that cannot work, from the
+    start or from some step on, warns once and is off; the training goes on. Figures appear as ``probe/...``
+    in the log of the step: the probe puts itself before the other callbacks, so that trackers show them. All
+    rows are in ``file``.
 
     Cost of one probe: sampling ``num_prompts`` responses, two to three forward-mode passes and five forward
     passes over them; with ``noise`` a forward and backward pass over the update batch. With several processes
@@ -75,7 +68,8 @@ class StepProbe(TrainerCallback, ExportableState):  # type: ignore[misc]
     steps of CPU time, hence the default cadence.
 
     Attributes:
-        task: where probe prompts come from: a task, or its specification (``gsm8k``, ``jsonl:FILE``, ...).
+        task: where probe prompts come from: None for the trainer itself, or a task, or its specification
+            (``gsm8k``, ``jsonl:FILE``, ...), whose prompt template must be that of the training.
         every: optimizer steps from one probe to the next; the steps probed are 1, 1 + every, ...: those
             taken from a checkpoint that is saved every ``every`` steps.
         num_prompts: probe prompts, fresh ones for every probe, with one response each.
@@ -87,15 +81,19 @@ class StepProbe(TrainerCallback, ExportableState):  # type: ignore[misc]
             about as much as the rest of the probe and the update's forward and backward pass.
         window: steps in the window of the noise scale across steps.
         max_sequences: sequences in a forward pass of the probe.
-        file: parquet table with a row per probe; None for ``probes.parquet`` in the trainer's ``output_dir``.
-            Tokens go to a file of the same name with ``_tokens`` added.
+        rewards: without a task, grade the probe's responses with the trainer's reward functions. Switch it
+            off for functions that cost money, or that remember what they have graded.
+        file: parquet table with a row per probe; None for ``probes.parquet`` in the trainer's ``output_dir``,
+            ``probes-NAME.parquet`` for a probe of another name. Tokens go to a file of the same name with
+            ``_tokens`` added.
+        name: tells the probes of one trainer apart, in file names, tags (``probe/NAME/...``) and
+            checkpoints; None for ``probe``, or after the first for the kind of the task.
 
     Raises:
-        ConfigError: the trainer is not a GRPO trainer or trains in float16, or the task has too few prompts.
-        MeasurementError: the optimizer is not AdamW, or its state is sharded.
+        ConfigError: settings that mean nothing.
     """
 
-    task: str | Task
+    task: str | Task | None = None
     every: int = 30
     num_prompts: int = 32
     split: str = "test"
@@ -105,11 +103,18 @@ class StepProbe(TrainerCallback, ExportableState):  # type: ignore[misc]
     top_tokens: int = 0
     window: int = 64
     max_sequences: int = 32
+    rewards: bool = True
     file: Path | str | None = None
+    name: str | None = None
+    _name: str = field(default=NAME, init=False)
+    _off: bool = field(default=True, init=False)
+    _due: bool = field(default=False, init=False)
+    _warned: bool = field(default=False, init=False)
+    _source: Source | None = field(default=None, init=False)
     _products: list[tuple[float, float]] = field(default_factory=list, init=False)
     _recorder: BatchRecorder | None = field(default=None, init=False)
-    _pending: _Pending | None = field(default=None, init=False)
-    _figures: dict[str, float] = field(default_factory=dict, init=False)
+    _pending: Pending | None = field(default=None, init=False)
+    _row: tuple[dict[str, Any], dict[str, Estimate]] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """Refuse settings that mean nothing."""
@@ -118,49 +123,43 @@ class StepProbe(TrainerCallback, ExportableState):  # type: ignore[misc]
                 raise ConfigError(f"StepProbe: {name} is {getattr(self, name)}, expected at least 1")
         if self.num_prompts < 2:
             raise ConfigError("StepProbe: num_prompts is 1, expected at least 2, or there are no errors")
-
-    def state(self) -> dict[str, Any]:
-        """What goes into the checkpoint: the window of the noise scale across steps."""
-        names = ("every", "num_prompts", "split", "seed", "template", "noise", "top_tokens", "window")
-        spec = self.task if isinstance(self.task, str) else self.task.spec
-        file = None if self.file is None else str(self.file)
-        arguments = {name: getattr(self, name) for name in names}
-        return {
-            "args": {"task": spec, "file": file, "max_sequences": self.max_sequences, **arguments},
-            "attributes": {"_products": [list(pair) for pair in self._products]},
-        }
+        if self.name is not None and not re.fullmatch(r"[\w-]+", self.name):
+            raise ConfigError(f"StepProbe: name is {self.name!r}, expected letters, digits, _ and - alone")
+        if self.task is None and self.template is not None:
+            raise ConfigError("StepProbe: template is for a task, and there is none; leave it out")
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **kwargs: Any
     ) -> None:
-        """Check that this run can be probed; take up what the checkpoint it goes on from has."""
-        if not hasattr(args, "max_completion_length"):
-            raise ConfigError(
-                f"StepProbe: the trainer has {type(args).__name__}, expected TRL's GRPOConfig; a probe needs "
-                "a policy that samples responses"
-            )
-        if args.fp16:
-            raise ConfigError("StepProbe: fp16 scales the gradients; train in bf16 or float32")
-        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-            raise MeasurementError("StepProbe: the model is sharded by FSDP; use plain data parallelism")
-        adamw_of(optimizer)
-        self.task = load_task(self.task, template=self.template) if isinstance(self.task, str) else self.task
-        available = len(self.task.problems(self.split))
-        if available < self.num_prompts:
-            raise ConfigError(
-                f"StepProbe: num_prompts is {self.num_prompts}, the {self.split} split of {self.task.spec} "
-                f"has {available}; lower it"
-            )
-        stored = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        products = stored["attributes"]["_products"] if state.global_step else []
-        self._products = [(float(a), float(b)) for a, b in products]
-        if state.is_world_process_zero:
-            for path in (self._path(args), tokens_path(self._path(args))):
-                forget(path, state.global_step)
+        """Find out whether this run can be probed; take up what the checkpoint it goes on from has."""
+        self._off, self._warned, self._due, self._row = False, False, False, None
+        with _Guest(self, state):
+            trainer = trainer_of(self)
+            probes = self._step_to_the_front(trainer.callback_handler.callbacks)
+            self._name = names_of(probes)[probes.index(self)]
+            _require_probable(args, model, optimizer)
+            self._source = self._source_of(trainer)
+            earlier = probes[: probes.index(self)]
+            path = self._path(args)
+            if any(path.resolve() == other._path(args).resolve() for other in earlier):
+                raise ConfigError(
+                    f"{path} is the table of another probe; give each a file or a name of its own"
+                )
+            stored = state.stateful_callbacks.get(self._key, {}) if state.global_step else {}
+            self._products = [(float(a), float(b)) for a, b in stored.get("products", [])]
+            if state.is_world_process_zero:
+                for table in (path, tokens_path(path)):
+                    forget(table, state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
         """Watch the loss of a step that is probed."""
-        if self._is_due(state) and (self.noise or self.top_tokens):
+        self._write(args, state, float("nan"))
+        self._due = False
+        if state.global_step % self.every:
+            return
+        self._off = any(gather_object([self._off]))  # what failed on one process is off on all
+        self._due = not self._off
+        if self._due and (self.noise or self.top_tokens):
             self._recorder = BatchRecorder(model)
 
     def on_pre_optimizer_step(
@@ -175,182 +174,237 @@ class StepProbe(TrainerCallback, ExportableState):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """Predict what the step will do."""
-        inner = adamw_of(optimizer)
-        pair = successive_products(inner)
-        if pair is not None:
-            self._products = [*self._products, pair][-self.window :]
-        if not self._is_due(state):
+        if self._off:
             return
-        begin = time.perf_counter()
-        captured: list[Captured] = []
-        if self._recorder is not None:
-            self._recorder.stop()
-            captured = self._recorder.gather()
-            self._recorder = None
-        if not state.is_world_process_zero or not any(group["lr"] > 0 for group in inner.param_groups):
-            return
-        with undisturbed(model):
-            policy = Policy(
-                model=model,
-                tokenizer=processing_class,
-                settings=_settings(args),
-                optimizer=optimizer_state(inner, model),
-                step=state.global_step,
-            )
-            self._pending = self._predict(policy, captured, args)
-        self._pending.seconds = time.perf_counter() - begin
+        with _Guest(self, state):
+            inner = adamw_of(optimizer)
+            pair = successive_products(inner)
+            if pair is not None:
+                self._products = [*self._products, pair][-self.window :]
+            state.stateful_callbacks[self._key] = {"products": [list(pair) for pair in self._products]}
+            if not self._due:
+                return
+            assert self._source is not None
+            begin = time.perf_counter()
+            captured: list[Captured] = []
+            if self._recorder is not None:
+                self._recorder.stop()
+                captured, self._recorder = self._recorder.gather(), None
+            used = self._source.used()
+            if not state.is_world_process_zero or not any(group["lr"] > 0 for group in inner.param_groups):
+                return
+            with undisturbed(model):
+                policy = Policy(
+                    model=model,
+                    tokenizer=processing_class,
+                    settings=_settings(args),
+                    optimizer=optimizer_state(inner, model),
+                    step=state.global_step,
+                )
+                seed = int(np.random.SeedSequence([self.seed, policy.step]).generate_state(1)[0])
+                self._pending = predict(
+                    policy,
+                    self._source.sample(policy, self.num_prompts, seed=seed, used=used),
+                    captured,
+                    args,
+                    noise=self.noise,
+                    top_tokens=self.top_tokens,
+                    max_sequences=self.max_sequences,
+                )
+            self._pending.seconds = time.perf_counter() - begin
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, *, model: Any, processing_class: Any, **kwargs: Any
     ) -> Any:
-        """Measure what the step did; write it down and have it logged."""
+        """Measure what the step did, and have it logged."""
+        if self._due:
+            control.should_log = True  # on every process: logging gathers the loss from all
         pending, self._pending = self._pending, None
         if pending is None:
             return control
-        begin = time.perf_counter()
-        with undisturbed(model):
-            policy = Policy(model=model, tokenizer=processing_class, settings=_settings(args))
-            change = realised_change(policy, pending.prediction, max_sequences=self.max_sequences)
-        point = change.points[0]
-        figures = {
-            "entropy": change.value,
-            "predicted": point.linear,
-            **pending.prediction.parts,
-            "realised": point.true,
-            "difference": point.excess,
-            **pending.figures,
-            "noise_across_steps": self._noise_across_steps(args),
-        }
-        seconds = pending.seconds + time.perf_counter() - begin
-        row: dict[str, Any] = {"step": state.global_step, "lr": pending.prediction.lr}
-        for name, estimate in figures.items():
-            row |= {
-                name: estimate.value,
-                f"{name}_stderr": estimate.stderr,
-                f"{name}_reliable": estimate.reliable,
-                f"{name}_reason": estimate.reason,
+        with _Guest(self, state):
+            begin = time.perf_counter()
+            with undisturbed(model):
+                policy = Policy(model=model, tokenizer=processing_class, settings=_settings(args))
+                change = realised_change(policy, pending.prediction, max_sequences=self.max_sequences)
+            point = change.points[0]
+            figures = {
+                "entropy": change.value,
+                "predicted": point.linear,
+                **pending.prediction.parts,
+                "realised": point.true,
+                "difference": point.excess,
+                **pending.figures,
+                "noise_across_steps": window_noise_scale(
+                    np.array(self._products, dtype=np.float64).reshape(-1, 2),
+                    prompts_per_step=_prompts_per_step(args),
+                    block=round(1 / (1 - args.adam_beta1)),
+                ),
             }
-        row |= {
-            "effective_sample_size": point.effective_sample_size,
-            "pareto_k": point.pareto_k,
-            "round_off": change.round_off,
-            "grad_norm": pending.grad_norm,
-            "seconds": seconds,
-        }
-        append(self._path(args), {name: [value] for name, value in row.items()})
-        if pending.tokens:
-            count = len(pending.tokens["position"])
-            columns = {"step": [state.global_step] * count, **pending.tokens}
-            append(tokens_path(self._path(args)), columns)
-        values = {name: estimate.value for name, estimate in figures.items()} | {"seconds": seconds}
-        self._figures = {f"probe/{name}": value for name, value in values.items() if math.isfinite(value)}
-        control.should_log = True
+            if pending.tokens:
+                count = len(pending.tokens["position"])
+                columns = {"step": [state.global_step] * count, **pending.tokens}
+                append(tokens_path(self._path(args)), columns)
+            row = {"step": state.global_step, "lr": pending.prediction.lr, **columns_of(figures)}
+            row |= {
+                "effective_sample_size": point.effective_sample_size,
+                "pareto_k": point.pareto_k,
+                "round_off": change.round_off,
+                "grad_norm": pending.grad_norm,
+                "seconds": pending.seconds + time.perf_counter() - begin,
+            }
+            self._row = row, figures
         return control
 
     def on_log(
         self, args: Any, state: Any, control: Any, *, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Add the figures of the step to its log entry and to what later callbacks show."""
-        if logs is not None and self._figures:
-            logs.update(self._figures)
-            state.log_history[-1].update(self._figures)
-            self._figures = {}
+        if logs is None or "loss" not in logs or self._row is None:  # somebody else's entry
+            return
+        row, figures = self._row
+        entropy = logs.get("entropy")
+        self._write(args, state, float("nan") if entropy is None else float(entropy))
+        values = {name: estimate.value for name, estimate in figures.items()} | {"seconds": row["seconds"]}
+        prefix = NAME if self._name == NAME else f"{NAME}/{self._name}"
+        shown = {f"{prefix}/{name}": value for name, value in values.items() if math.isfinite(value)}
+        logs.update(shown)
+        state.log_history[-1].update(shown)
 
-    def _is_due(self, state: Any) -> bool:
-        """Whether the step to come is probed."""
-        return int(state.global_step) % self.every == 0
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write what was not logged; let go of the trainer."""
+        self._write(args, state, float("nan"))
+        self._source = None
+
+    @property
+    def _key(self) -> str:
+        """Where the state stands in a checkpoint's ``trainer_state.json``."""
+        return f"{type(self).__name__}:{self._name}"
 
     def _path(self, args: Any) -> Path:
-        return Path(args.output_dir) / "probes.parquet" if self.file is None else Path(self.file)
+        if self.file is not None:
+            return Path(self.file)
+        return Path(args.output_dir) / (
+            "probes.parquet" if self._name == NAME else f"probes-{self._name}.parquet"
+        )
 
-    def _predict(self, policy: Policy, captured: list[Captured], args: Any) -> _Pending:
-        assert policy.optimizer is not None
-        assert not isinstance(self.task, str)
-        state = policy.optimizer
-        lr = next(g.lr for g in state.groups if g.names and g.lr > 0)
-        used = {name for group in state.groups for name in group.names}
-        ascent = {n: -p.grad for n, p in policy.parameters.items() if n in used and p.grad is not None}
-        momentum, decay, preconditioner = adamw_components(policy, state, ascent, clip=1.0, lr=lr)
-        batch = vectors.multiply(preconditioner, ascent)
-        probe = sample_rollouts(
-            policy,
-            self.task,
-            num_prompts=self.num_prompts,
-            group_size=1,
-            seed=int(np.random.SeedSequence([self.seed, policy.step]).generate_state(1)[0]),
-            split=self.split,
-            exclude=self.task.shared if isinstance(self.task, TemplatedTask) else frozenset(),
-        )
-        prediction = predict_change(
-            policy,
-            {"momentum": momentum, "decay": decay, "batch": batch},
-            probe,
-            lr=lr,
-            max_sequences=self.max_sequences,
-        )
-        norm = vectors.norm(ascent)
-        pending = _Pending(prediction, {}, {}, norm, 0.0)
-        if self.noise or self.top_tokens:
-            update, weights = as_rollouts(
-                captured,
-                policy.tokenizer,
-                response_text(policy),
-                temperature=policy.settings.temperature,
-                max_response_tokens=policy.settings.max_response_tokens,
+    def _step_to_the_front(self, callbacks: list[Any]) -> list[StepProbe]:
+        """Stand before all callbacks but earlier probes; all probes in their order.
+
+        The list may be changed while it is walked: whoever is at this place afterwards has been called.
+        """
+        probes = [c for c in callbacks if isinstance(c, StepProbe)]
+        callbacks.remove(self)
+        callbacks.insert(probes.index(self), self)
+        return probes
+
+    def _source_of(self, trainer: Any) -> Source:
+        """Where this run's probe prompts come from."""
+        if self.task is None:
+            own = TrainerSource(trainer, self.rewards)
+            own.check(self.num_prompts)
+            return own
+        task = load_task(self.task, template=self.template) if isinstance(self.task, str) else self.task
+        available = len(task.problems(self.split))
+        if available < self.num_prompts:
+            raise ConfigError(
+                f"num_prompts is {self.num_prompts}, the {self.split} split of {task.spec} has {available}; "
+                "lower it"
             )
-            products = products_of_batch(policy, update, weights, args.per_device_train_batch_size)
-            if self.noise:
-                pending.figures["noise_scale"] = noise_of_batch(products, update, norm, args.max_grad_norm)
-            if self.top_tokens and norm > 0:
-                scale = norm / math.sqrt(products.sum())
-                step = Step(
-                    momentum=momentum,
-                    decay=decay,
-                    sequences=batch,
-                    direction=vectors.add(momentum, decay, batch),
-                    preconditioner=preconditioner,
-                    ascent=vectors.scale(ascent, 1 / scale),
-                    token_weights=tuple(scale * w for w in weights),
-                    lr=lr,
-                    grad_norm=norm / scale,
-                    clip_coefficient=scale,
-                    update=update,
-                )
-                pending.tokens = self._strongest_tokens(policy, step, probe)
-        return pending
+        return TaskSource(task, self.split)
 
-    def _strongest_tokens(self, policy: Policy, step: Step, probe: Rollouts) -> dict[str, list[Any]]:
-        """The tokens of the update batch with the largest influence on the probe's entropy."""
-        shares = influence(
-            policy, step, step.update, probe, baseline=BASELINE, max_sequences=self.max_sequences
-        )
-        rows = np.repeat(np.arange(len(step.update)), step.update.num_tokens)
-        columns = np.concatenate([np.arange(n) for n in step.update.num_tokens])
-        values = step.lr * np.concatenate(shares.tokens)
-        chosen = np.argsort(-np.abs(values), kind="stable")[: self.top_tokens]
-        places = [(int(rows[i]), int(columns[i])) for i in chosen]
-        ids = [step.update.response_token_ids[i][k] for i, k in places]
-        read = response_text(policy)
-        texts = {i: read.by_token(step.update.response_token_ids[i]) for i in {i for i, _ in places}}
-        return {
-            "prompt": [step.update.prompts[i] for i, _ in places],
-            "response": [step.update.responses[i] for i, _ in places],
-            "position": [k for _, k in places],
-            "token_id": ids,
-            "token": [texts[i][k] for i, k in places],
-            "influence": values[chosen].tolist(),
-            "token_weight": [float(step.token_weights[i][k]) for i, k in places],
-            "logprob": [float(step.update.logprobs[i][k]) for i, k in places],
-            "entropy": [float(step.update.entropies[i][k]) for i, k in places],
-        }
+    def _write(self, args: Any, state: Any, logged: float) -> None:
+        """Add the row of the last probe to the table; warn where it does not fit what the trainer logs."""
+        if self._row is None:
+            return
+        (row, figures), self._row = self._row, None
+        with _Guest(self, state):
+            assert self._source is not None
+            prompts = self._source.name
+            warning = doubt(figures["entropy"], logged, prompts_per_step=_prompts_per_step(args))
+            if warning:
+                warning = f"{warning}: its prompts ({prompts}) {self._source.doubtful}"
+            row |= {"entropy_logged": logged, "prompts": prompts, "warning": warning}
+            append(self._path(args), {name: [value] for name, value in row.items()})
+            if warning and not self._warned:
+                self._warned = True
+                warnings.warn(f"StepProbe {self._name}, step {row['step']}: {warning}", stacklevel=2)
 
-    def _noise_across_steps(self, args: Any) -> Estimate:
-        sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return window_noise_scale(
-            np.array(self._products, dtype=np.float64).reshape(-1, 2),
-            prompts_per_step=sequences / args.num_generations,
-            block=round(1 / (1 - args.adam_beta1)),
+    def _give_up(self, error: BaseException, step: int) -> None:
+        """Be off from here on, and say so."""
+        self._off, self._pending, self._row = True, None, None
+        if self._recorder is not None:
+            self._recorder.stop()
+            self._recorder = None
+        place = ""
+        if not isinstance(error, StepscopeError):
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}: "
+        reason = " ".join(str(error).split()).removeprefix("StepProbe: ")
+        warnings.warn(
+            f"StepProbe {self._name}: off from step {step + 1} on, and the training goes on without it: "
+            f"{place}{reason}",
+            stacklevel=3,
         )
+
+
+class _Guest:
+    """What goes wrong inside the block ends the probe and not the training it is a guest of.
+
+    Model, tokenizer, data and reward functions are somebody else's, so that it may be any exception.
+    """
+
+    def __init__(self, probe: StepProbe, state: Any) -> None:
+        self.probe, self.step = probe, int(state.global_step)
+
+    def __enter__(self) -> None:
+        """Nothing to prepare."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        """Give up on an exception; interrupts pass."""
+        if not isinstance(error, Exception):
+            return False
+        self.probe._give_up(error, self.step)
+        return True
+
+
+def names_of(probes: list[StepProbe]) -> list[str]:
+    """Names of a trainer's probes: their own, ``probe``, or the kind of task; numbered where equal."""
+    names: list[str] = []
+    for probe in probes:
+        spec = (
+            probe.task
+            if isinstance(probe.task, str)
+            else "trainer"
+            if probe.task is None
+            else probe.task.spec
+        )
+        kind = re.sub(r"[^\w-]", "-", spec.split(":")[0])
+        wanted = probe.name or (kind if names else NAME)
+        numbered = (wanted if number == 1 else f"{wanted}-{number}" for number in range(1, len(probes) + 2))
+        names.append(next(name for name in numbered if name not in names))
+    return names
+
+
+def _require_probable(args: Any, model: Any, optimizer: Any) -> None:
+    """Refuse a run whose steps cannot be read."""
+    if not hasattr(args, "max_completion_length"):
+        raise ConfigError(
+            f"the trainer has {type(args).__name__}, expected TRL's GRPOConfig; a probe needs a policy that "
+            "samples responses"
+        )
+    if args.fp16:
+        raise ConfigError("fp16 scales the gradients; train in bf16 or float32")
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise MeasurementError("the model is sharded by FSDP; use plain data parallelism")
+    adamw_of(optimizer)
+
+
+def _prompts_per_step(args: Any) -> float:
+    sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return float(sequences / args.num_generations)
 
 
 def _settings(args: Any) -> StepSettings:

@@ -66,7 +66,7 @@ def adamw_of(optimizer: Any) -> torch.optim.Optimizer:
     )
     if type(inner).__name__ != "AdamW" or not isinstance(inner, torch.optim.AdamW) or sharded:
         raise MeasurementError(
-            f"StepProbe: the optimizer is {'sharded ' if sharded else ''}{type(inner).__name__}, expected "
+            f"the optimizer is {'sharded ' if sharded else ''}{type(inner).__name__}, expected "
             "torch's AdamW with its whole state on every process; set optim='adamw_torch' and train on one "
             "device or with plain data parallelism (no FSDP, no DeepSpeed)"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,48 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stepscope.results import read_table, write_table
+from stepscope.stats import Estimate
+
+DOUBT_ERRORS = 4.0
+"""Standard errors between the probe's entropy and the logged one from which the two are held to differ ..."""
+
+DOUBT_RATIO = 1.5
+"""... and the ratio from which the difference is doubted: other prompts of the same kind, replaced groups
+and updates on an older batch make tens of percent; a wrong template makes multiples."""
+
+
+def columns_of(figures: Mapping[str, Estimate]) -> dict[str, Any]:
+    """Four columns for every estimate: value, error, verdict, reason."""
+    row: dict[str, Any] = {}
+    for name, estimate in figures.items():
+        row |= {
+            name: estimate.value,
+            f"{name}_stderr": estimate.stderr,
+            f"{name}_reliable": estimate.reliable,
+            f"{name}_reason": estimate.reason,
+        }
+    return row
+
+
+def doubt(entropy: Estimate, logged: float, *, prompts_per_step: float) -> str:
+    """How the probe's entropy differs from the training's own; empty where it does not, beyond its error.
+
+    The logged entropy is an average over ``prompts_per_step`` prompts; its error is taken to be that of as
+    many of the probe's.
+
+    Args:
+        entropy: the probe's, nats per token.
+        logged: what the trainer logs for the step; nan where it logs none.
+        prompts_per_step: prompts behind it.
+    """
+    error = entropy.stderr * math.sqrt(1 + entropy.n / prompts_per_step)
+    low, high = sorted((entropy.value, logged))
+    if not high - low > DOUBT_ERRORS * error or not high > DOUBT_RATIO * low:
+        return ""
+    return (
+        f"the probe's entropy is {entropy.value:.3g} +- {entropy.stderr:.2g} nats per token, the trainer "
+        f"logs {logged:.3g}"
+    )
 
 
 def tokens_path(path: Path) -> Path:

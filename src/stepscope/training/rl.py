@@ -17,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from stepscope.config import RlConfig, TrainConfig
 from stepscope.errors import ConfigError
+from stepscope.policy.manifest import write_manifest
 from stepscope.policy.settings import StepSettings
 from stepscope.policy.texts import ResponseText
 from stepscope.policy.token_objectives import ENTROPY_BONUS, UNCLIPPED
@@ -24,11 +25,11 @@ from stepscope.results import FloatArray, IntArray, same_text
 from stepscope.tasks.load import TemplatedTask, asked_through
 from stepscope.tasks.problem import Problem, Score, Task
 from stepscope.tasks.prompts import encode_prompt
-from stepscope.training.arguments import install_callbacks, shared_arguments
+from stepscope.training.arguments import diverged, install_callbacks, shared_arguments
 from stepscope.training.curriculum import BUCKETS, Curriculum
 from stepscope.training.objectives import bonus_arguments, objective_record, shaper_for
 from stepscope.training.probes import StepProbe
-from stepscope.training.start import adapter
+from stepscope.training.start import adapter, writing
 
 
 class TaskReward:
@@ -217,18 +218,29 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         groups: FloatArray = rewards[:, 0].double().cpu().numpy().reshape(-1, self.num_generations)
         return groups
 
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """Sample as TRL does; a policy without probabilities has diverged."""
+        try:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        except RuntimeError as error:
+            if "probability tensor contains" not in str(error):
+                raise
+            fault = "the policy's probabilities are not finite"
+            raise diverged("rl", self.state.global_step + 1, fault) from error
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """No model card: a run folder is described by its own files."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Write the Trainer's checkpoint and what we add to it, then give it its name ``step-N``."""
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            if self.curriculum is not None:
-                self.curriculum.save(folder)
-            publish(folder, self.settings_of_the_next_step())
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        with writing(folder):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                if self.curriculum is not None:
+                    self.curriculum.save(folder)
+                publish(folder, self.settings_of_the_next_step())
 
     def settings_of_the_next_step(self) -> StepSettings:
         """The settings, with the weight that an adaptive entropy bonus will have."""
@@ -241,7 +253,7 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
 
 
 def publish(folder: Path, settings: StepSettings) -> Path:
-    """Add the settings to a finished checkpoint ``.../checkpoint-N`` and rename it ``.../step-N``.
+    """Add settings and manifest to a finished checkpoint ``.../checkpoint-N`` and rename it ``.../step-N``.
 
     An adapter whose base lies in the same run folder names it relative to itself, so that the run folder
     can move.
@@ -254,6 +266,7 @@ def publish(folder: Path, settings: StepSettings) -> Path:
         if base.is_dir() and run in base.resolve().parents:
             content["base_model_name_or_path"] = os.path.relpath(base.resolve(), folder.resolve())
             adapter_config.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    write_manifest(folder)
     return folder.replace(folder.with_name(folder.name.replace("checkpoint-", "step-")))
 
 
@@ -336,6 +349,8 @@ def reinforce(
 
     Raises:
         ConfigError: the batch does not fit the number of processes, or there are too few prompts.
+        TrainingError: the training diverged.
+        RunFolderError: a checkpoint cannot be written.
     """
     rl = config.rl
     if rl is None:
@@ -349,6 +364,11 @@ def reinforce(
         raise ConfigError(
             f"rl.prompts_per_step: {rl.prompts_per_step} prompts asked for, {config.task} has {len(rows)}; "
             "lower it"
+        )
+    if rl.probe is not None and rl.probe.num_prompts > (held_out := len(task.problems("test"))):
+        raise ConfigError(
+            f"rl.probe.num_prompts: {rl.probe.num_prompts} prompts asked for, the test split of "
+            f"{config.task} has {held_out}; lower it"
         )
     checkpoints = out / "checkpoints"
     digest = task.digest if isinstance(task, TemplatedTask) else ""
@@ -369,19 +389,21 @@ def reinforce(
         processing_class=tokenizer,
         peft_config=adapter(config.model.lora),
     )
-    if rl.probe is not None:  # before the trackers, so that they see its figures
+    if rl.probe is not None:
         probe = StepProbe(task, seed=config.seed, file=out / "probes.parquet", **rl.probe.model_dump())
-        trainer.callback_handler.callbacks.insert(0, probe)
+        trainer.add_callback(probe)
     install_callbacks(
         trainer,
+        section="rl",
         logs=out / "tensorboard" if "tensorboard" in rl.report_to else None,
         resumed_from=0 if resume is None else int(resume.name.removeprefix("step-")),
     )
     if trainer.is_world_process_zero() and not (checkpoints / "step-0").exists():
         start = checkpoints / "checkpoint-0"
-        trainer.save_model(str(start))
-        trainer.state.save_to_json(str(start / "trainer_state.json"))
-        publish(start, trainer.settings_of_the_next_step())
+        with writing(start):
+            trainer.save_model(str(start))
+            trainer.state.save_to_json(str(start / "trainer_state.json"))
+            publish(start, trainer.settings_of_the_next_step())
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from errno import EDQUOT, EFBIG, ENOSPC, EROFS
 from pathlib import Path
 
 import torch
@@ -14,6 +17,8 @@ from stepscope.policy.settings import StepSettings
 from stepscope.tasks.load import TemplatedTask, changed_data, load_task
 from stepscope.tasks.problem import Task
 from stepscope.training.arguments import quiet_libraries
+from stepscope.training.integrity import set_damaged_aside, step_of, trained_checkpoints
+from stepscope.training.preflight import require_fit, require_trackers
 from stepscope.training.rl import reinforce, step_settings
 from stepscope.training.sft import warm_up
 from stepscope.training.start import reload_model, resolve_source, save_base, starting_model
@@ -32,20 +37,21 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
     Args:
         config: what to train and how.
         out: run folder.
-        resume: continue from the last checkpoint (or from ``OUT/base``) of an interrupted run.
+        resume: continue from the last sound checkpoint (or from ``OUT/base``) of an interrupted run; damaged
+            ones behind it are renamed.
 
     Returns:
         The last checkpoint, or ``OUT/base`` where there is no reinforcement learning.
 
     Raises:
         ConfigError: the settings contradict each other or the data.
-        RunFolderError: the folder already holds a training and ``resume`` is off.
+        RunFolderError: the folder already holds a training and ``resume`` is off, or cannot be written.
         TaskError: the task is unknown or has no demonstrations.
-        CheckpointError: the model cannot be loaded.
+        TrainingError: the training diverged.
+        CheckpointError: the model cannot be loaded, or no checkpoint of the interrupted run is sound.
     """
     base = out / "base"
-    last = last_checkpoint(out)
-    if not resume and (base.exists() or last is not None):
+    if not resume and (base.exists() or last_checkpoint(out) is not None):
         raise RunFolderError(
             f"{out}: already holds a training; choose another folder, or continue this one with --resume"
         )
@@ -57,15 +63,20 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
         prefill=config.prefill or "",
         chat_template_kwargs=config.chat_template_kwargs,
     )
-    if last is not None:
-        _refuse_other_data(last, task)
-    fresh = last is None and not base.exists()
+    if config.rl is not None:
+        require_trackers(config.rl.report_to)
     processes = PartialState(cpu=not torch.cuda.is_available())
     processes.wait_for_everyone()
     out.mkdir(parents=True, exist_ok=True)
     if processes.is_main_process:
         _remove_unfinished(out / "checkpoints")
-    with quiet_libraries():
+        set_damaged_aside(out, processes=processes.num_processes)
+    processes.wait_for_everyone()
+    last = last_checkpoint(out)
+    if last is not None:
+        _refuse_other_data(last, task)
+    fresh = last is None and not base.exists()
+    with quiet_libraries(), _faults_of_the_disk(out):
         if fresh:
             _make_base(config, task, out)
         if config.rl is None:
@@ -73,6 +84,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
         if last is None or step_of(last) < config.rl.steps:
             source = str(base) if base.exists() else resolve_source(config.model.source)
             model, tokenizer = reload_model(source, dtype=config.model.dtype)
+            require_fit(config, model, tokenizer, task)
             resumable = last if last is not None and step_of(last) > 0 else None
             reinforce(config, model, tokenizer, task, out, resume=resumable)
             processes.wait_for_everyone()
@@ -84,13 +96,23 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
 
 def last_checkpoint(out: Path) -> Path | None:
     """The checkpoint ``OUT/checkpoints/step-N`` with the largest N, or None."""
-    found = [p for p in (out / "checkpoints").glob("step-*") if p.is_dir() and p.name[5:].isdigit()]
-    return max(found, key=step_of, default=None)
+    return next(reversed(trained_checkpoints(out)), None)
 
 
-def step_of(checkpoint: Path) -> int:
-    """N of ``step-N``."""
-    return int(checkpoint.name.removeprefix("step-"))
+@contextmanager
+def _faults_of_the_disk(out: Path) -> Iterator[None]:
+    """Inside the block a full disk, or a run folder that is gone or barred, is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        name = error.filename
+        inside = isinstance(name, str) and out.resolve() in Path(name).resolve().parents
+        if not inside and error.errno not in (ENOSPC, EDQUOT, EFBIG, EROFS):
+            raise
+        raise RunFolderError(
+            f"{out}: cannot be written ({error}); free space on the disk or mend the folder, then go on with "
+            "--resume"
+        ) from error
 
 
 def _refuse_other_data(last: Path, task: TemplatedTask) -> None:
@@ -116,6 +138,7 @@ def _make_base(config: TrainConfig, task: Task, out: Path) -> None:
     if config.sft is None and has_folder:
         return
     model, tokenizer = starting_model(config.model, seed=config.seed)
+    require_fit(config, model, tokenizer, task)
     if config.sft is not None:
         model = warm_up(config, model, tokenizer, task, step_settings(config), out / "warmup")
     save_base(model, tokenizer, out / "base")

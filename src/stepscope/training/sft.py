@@ -22,6 +22,7 @@ from stepscope.tasks.load import asked_through
 from stepscope.tasks.problem import Problem, Task
 from stepscope.tasks.prompts import encode_prompt
 from stepscope.training.arguments import install_callbacks, shared_arguments
+from stepscope.training.preflight import require_room
 from stepscope.training.start import adapter
 
 
@@ -121,8 +122,9 @@ def warm_up(
         The warmed-up model, without adapter.
 
     Raises:
-        ConfigError: the demonstrations leave too few held-out prompts.
+        ConfigError: the demonstrations leave too few held-out prompts, or one is too long for the model.
         TaskError: the task has no demonstrations.
+        TrainingError: the training diverged.
     """
     sft = config.sft
     if sft is None:
@@ -145,6 +147,8 @@ def warm_up(
         accuracy_threshold=sft.accuracy_threshold,
         seed=config.seed,
     )
+    rows = demonstration_rows(task, used, tokenizer)
+    require_room(rows["input_ids"], model, "sft: prompts with their demonstrations")
     trainer = SFTTrainer(
         model=model,
         args=TrlSftConfig(
@@ -157,13 +161,13 @@ def warm_up(
             save_strategy="no",
             **shared_arguments(sft.optimizer, seed=config.seed, report_to=[]),
         ),
-        train_dataset=demonstration_rows(task, used, tokenizer),
+        train_dataset=rows,
         processing_class=tokenizer,
         peft_config=adapter(config.model.lora),
         callbacks=[check],
     )
     check.trainer = trainer
-    install_callbacks(trainer, logs=None)
+    install_callbacks(trainer, section="sft", logs=None)
     trainer.train()
     if trainer.is_world_process_zero():
         trainer.state.save_to_json(str(out / "trainer_state.json"))

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
 from accelerate import PartialState
+from safetensors import SafetensorError
 from torch import nn
 
 from stepscope.config import LoraConfig, ModelConfig
-from stepscope.errors import ConfigError
+from stepscope.errors import ConfigError, RunFolderError
 from stepscope.policy.checkpoint import load_model
+from stepscope.policy.manifest import write_manifest
 from stepscope.training.tiny import build_tiny
 
 PACKAGE = "package:"
@@ -103,7 +107,26 @@ def save_base(model: Any, tokenizer: Any, folder: Path) -> None:
         partial = folder.with_name(folder.name + ".partial")
         if partial.exists():
             shutil.rmtree(partial)
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        partial.replace(folder)
+        with writing(folder):
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            write_manifest(partial)
+            partial.replace(folder)
     state.wait_for_everyone()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Inside the block files are written, and whatever goes wrong is that they cannot be.
+
+    Raises:
+        RunFolderError: the disk is full, the folder is gone, or it may not be written.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch's and safetensors' writers
+        reason = " ".join(str(error).split())
+        raise RunFolderError(
+            f"{path}: cannot be written ({reason}); free space on the disk or mend the folder, then go on "
+            "with --resume"
+        ) from error
