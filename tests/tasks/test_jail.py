@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from stepscope.errors import TaskError
 from stepscope.tasks.worker import Worker
 
 PROGRAM = """
@@ -44,6 +45,7 @@ Server(
         answer=answer,
         reads_answer=lambda op: True,
         evaluates=lambda arguments: arguments.get("alone", True),
+        trial=lambda op: None,
         loaded=lambda: 0,
     ),
     Path.cwd(),
@@ -259,11 +261,20 @@ def wait_for(condition: Callable[[], Any]) -> Any:
     return found
 
 
+def test_children_that_cannot_score_are_noticed() -> None:
+    """Otherwise every answer would count as wrong."""
+    worker = Worker("from stepscope.tasks import worker_main as w; w.answer_to = lambda *_: 1 / 0; w.main()")
+    with pytest.raises(TaskError, match=r"cannot prepare equal .*a child gives no right verdict"):
+        worker.ask({"op": "equal", "reference": "18", "answer": "9*2"}, time_limit=60)
+    worker.close()
+
+
 def test_lower_limits_stay() -> None:
     """Under ``ulimit -v`` the hard limit is below what the helper asks for."""
     code = """
 import resource
 resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+from stepscope.errors import TaskError
 from stepscope.tasks.worker import Worker
 worker = Worker()
 assert worker.ask({"op": "equal", "reference": "18", "answer": "9*2"}, time_limit=60) == {"value": True}
