@@ -7,12 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from stepscope.errors import TaskError
 from stepscope.tasks.worker import Worker
 
 PROGRAM = """
@@ -42,6 +45,7 @@ Server(
         answer=answer,
         reads_answer=lambda op: True,
         evaluates=lambda arguments: arguments.get("alone", True),
+        trial=lambda op: None,
         loaded=lambda: 0,
     ),
     Path.cwd(),
@@ -209,23 +213,60 @@ def test_a_kept_child_in_a_bad_state_is_replaced(hostile: Worker) -> None:
     assert hostile.ask({"op": "reward", **kept}, time_limit=20) == {"value": 0.0}
 
 
-def test_a_child_ends_with_its_helper() -> None:
+def test_a_killed_helper_takes_its_child_along_and_is_started_again() -> None:
+    """Asked once more, the question meets a new helper; killed over it again, there is no verdict."""
     worker = Worker(f"exec({PROGRAM!r})")
-    code = "import time; time.sleep(60)"
-    assert worker.ask({"op": "run", "code": code}, time_limit=0.2) is None
+    replies: list[object] = []
+    question = {"op": "run", "code": "while True: pass"}
+    asking = threading.Thread(target=lambda: replies.append(worker.ask(question, time_limit=120)))
+    worker.isolation()
+    asking.start()
+    helpers = set()
+    for _ in range(2):
+        helper, child = wait_for(lambda: child_at_work(worker, helpers))
+        os.kill(helper, signal.SIGKILL)
+        wait_for(lambda child=child: not is_running(child))
+        helpers.add(helper)
+    asking.join()
+    assert replies == [None]
     assert worker.ask({"op": "reward"}, time_limit=20) == {"value": 0.0}
-    process = worker._process
-    assert process is not None
-    started = process.pid
-    os.kill(started, signal.SIGKILL)
-    process.wait()
-    assert worker.ask({"op": "reward"}, time_limit=20) == {"value": 0.0}
-    assert worker._process is not None
-    assert worker._process.pid != started
     private = Path(worker._private)
     assert private.is_dir()
     worker.close()
     assert not private.exists()
+
+
+def child_at_work(worker: Worker, ended: set[int]) -> tuple[int, int] | None:
+    """The process ids of the helper, if it is a new one, and of the child it is waiting for."""
+    process = worker._process
+    if process is None or process.pid in ended:
+        return None
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    seen = children.read_text() if children.exists() else ""
+    time.sleep(0.5)  # one that is there for a moment tries the filter at the start
+    lasting = bool(seen) and children.exists() and children.read_text() == seen
+    return (process.pid, int(seen.split()[0])) if lasting else None
+
+
+def is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and ") Z " not in status.read_text()
+
+
+def wait_for(condition: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 30
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def test_children_that_cannot_score_are_noticed() -> None:
+    """Otherwise every answer would count as wrong."""
+    worker = Worker("from stepscope.tasks import worker_main as w; w.answer_to = lambda *_: 1 / 0; w.main()")
+    with pytest.raises(TaskError, match=r"cannot prepare equal .*a child gives no right verdict"):
+        worker.ask({"op": "equal", "reference": "18", "answer": "9*2"}, time_limit=60)
+    worker.close()
 
 
 def test_lower_limits_stay() -> None:
@@ -233,6 +274,7 @@ def test_lower_limits_stay() -> None:
     code = """
 import resource
 resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
+from stepscope.errors import TaskError
 from stepscope.tasks.worker import Worker
 worker = Worker()
 assert worker.ask({"op": "equal", "reference": "18", "answer": "9*2"}, time_limit=60) == {"value": True}

@@ -27,6 +27,7 @@ BATCH = 1000
 """Answers a child reads before the next one takes its place; one where the scorer may evaluate the answer."""
 
 MAX_REPLY = 4096
+TRIAL_LIMIT = 60.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Operations:
         answer: answers a question, ``value`` being the verdict where there is one.
         reads_answer: whether a question holds untrusted text, so that a child has to answer it.
         evaluates: whether the scorer may evaluate that text.
+        trial: a question for a child whose verdict is true, if the operation has one: were something refused
+            that scoring needs, every answer would count as wrong.
         loaded: changes whenever ``prepare`` loaded or generated anything a child would not have.
     """
 
@@ -45,6 +48,7 @@ class Operations:
     answer: Callable[[str, dict[str, Any]], dict[str, Any]]
     reads_answer: Callable[[str], bool]
     evaluates: Callable[[dict[str, Any]], bool]
+    trial: Callable[[str], dict[str, Any] | None]
     loaded: Callable[[], object]
 
 
@@ -166,6 +170,7 @@ class Server:
             if self._operations.loaded() != before:
                 gc.collect()
                 gc.freeze()  # children share these pages as long as nobody counts references in them
+                self._try(op)
             self._reply({"number": number})
             if self._operations.reads_answer(op):
                 reply = self._from_child(line, number, arguments, time.monotonic() + asked["limit"])
@@ -173,6 +178,15 @@ class Server:
                 reply = self._operations.answer(op, arguments)
             self._reply({"number": number, "reply": reply})
         self._end_child()
+
+    def _try(self, op: str) -> None:
+        """Raises RuntimeError if children cannot do what they are for."""
+        question = self._operations.trial(op)
+        if question is None:
+            return
+        line = json.dumps({"number": 0, "question": question}) + "\n"
+        if self._from_child(line, 0, split(question)[1], time.monotonic() + TRIAL_LIMIT) != {"value": True}:
+            raise RuntimeError(f"a child gives no right verdict on {question}")
 
     def _from_child(
         self, line: str, number: int, arguments: dict[str, Any], deadline: float

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import importlib.util
 import os
 import platform
 import resource
@@ -26,6 +27,8 @@ LIMITS = {
 }
 SYSTEM = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", "/nix/store")
 SYSTEM_FILES = ("/dev/urandom", "/etc/ld.so.cache", "/etc/localtime")
+
+PACKAGES = ("antlr4", "latex2sympy2_extended", "math_verify", "mpmath", "numpy", "reasoning_gym", "sympy")
 
 COMPUTING = """
 brk mmap munmap mremap mprotect madvise
@@ -96,6 +99,9 @@ def readable_folders() -> Iterator[str]:
     """Where Python, the installed packages and stepscope itself lie."""
     yield from (sys.prefix, sys.base_prefix, sys.exec_prefix, *SYSTEM, str(Path(__file__).parents[2]))
     yield from (path for path in sys.path if Path(path).name in ("site-packages", "dist-packages"))
+    for package in PACKAGES:  # wherever else they were put: PYTHONPATH, an editable installation
+        spec = importlib.util.find_spec(package)
+        yield from (spec.submodule_search_locations or ()) if spec else ()
     yield from filter(None, os.environ.get("LD_LIBRARY_PATH", "").split(":"))
 
 

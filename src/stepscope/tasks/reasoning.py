@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -162,7 +163,14 @@ class ReasoningGym:
         item = self._item(problem.metadata["index"])
         question = {"op": "score", "seed": problem.metadata["seed"], "answer": answer, **item}
         reply = shared_worker().ask(question, time_limit=SCORE_LIMIT)
-        return None if reply is None else float(reply["value"])
+        if reply is None:
+            warnings.warn(
+                f"rg:{self.name}: the scorer gave no verdict on an answer (it failed, took more than "
+                f"{SCORE_LIMIT:.0f} s, or its reward is not from 0 to 1); such an answer counts as wrong",
+                stacklevel=2,
+            )
+            return None
+        return float(reply["value"])
 
     def _require_sound(self, spec: str) -> None:
         """Try the scorer with nonsense, and with 0 where the reference is another number.

@@ -175,6 +175,7 @@ def main() -> None:
         answer=answer_to,
         reads_answer=lambda op: op in ("equal", "score"),
         evaluates=lambda arguments: arguments.get("name") in EVALUATING,
+        trial={"equal": {"op": "equal", "reference": "1/2", "answer": r"$\frac{1}{2}$"}}.get,
         loaded=loaded,
     )
     Server(operations, Path.cwd()).serve()
