@@ -158,10 +158,12 @@ def sample_responses(
         responses += _generate(policy, prompts[rows], uniforms[rows], 1.0)
     ends = set(end_tokens(policy))
     read = response_text(policy)
+    texts = [policy.tokenizer.decode(list(ids)) for ids in prompts]
     sampled = [
         _Sequence(
             prompt_id=" ".join(map(str, ids)),
-            prompt=policy.tokenizer.decode(list(ids)),
+            question=text,
+            prompt=text,
             prompt_token_ids=ids,
             response=read.whole(response),
             response_token_ids=response,
@@ -169,7 +171,7 @@ def sample_responses(
             reward=float("nan"),
             correct=False,
         )
-        for ids, response in zip(prompts, responses, strict=True)
+        for ids, text, response in zip(prompts, texts, responses, strict=True)
     ]
     rollouts = _assemble(policy, sampled)
     logprobs, entropies = score_rollouts(policy, rollouts, max_sequences=batch_size)
