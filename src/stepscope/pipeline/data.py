@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from stepscope.pipeline.console import say
-from stepscope.policy.settings import StepSettings
 from stepscope.runs import PROVENANCE, RunFolder, write_json
 from stepscope.tasks import TemplatedTask, load_task
 from stepscope.tasks.load import changed_data
@@ -33,14 +32,20 @@ def hold_data(run: RunFolder, tasks: Iterable[TemplatedTask]) -> None:
         write_json(run.path / PROVENANCE, provenance | {KEY: before | now})
 
 
-def say_what_is_shared(task: TemplatedTask, trained: StepSettings | None = None) -> None:
-    """Warn of test questions that are training questions, and of data that are not those of the training."""
+def say_what_is_shared(task: TemplatedTask, trained: Mapping[str, str]) -> None:
+    """Warn of test questions that are training questions, and of data that are not those of the training.
+
+    Args:
+        task: to be asked.
+        trained: tasks of trainings to the digests of their data then.
+    """
     if task.overlap:
         say(f"warning: {task.overlap}")
-    if trained is not None and trained.task == task.spec and trained.task_digest not in ("", task.digest):
+    then = trained.get(task.spec, "")
+    if then not in ("", task.digest):
         say(
             f"warning: the data of task {task.spec} have changed since the training (digest "
-            f"{trained.task_digest[:40]} then, {task.digest[:40]} now)"
+            f"{then[:40]} then, {task.digest[:40]} now)"
         )
 
 

@@ -161,7 +161,7 @@ def _tasks(config: EvalConfig, checkpoints: Sequence[Path]) -> list[TemplatedTas
     known = [] if config.task else [read_settings(c, overrides=config.loss.given()) for c in checkpoints]
     tasks = tasks_of([config.task or "", *(settings.task for settings in known)])
     for task in tasks:
-        say_what_is_shared(task, next((s for s in known if s.task == task.spec), None))
+        say_what_is_shared(task, {settings.task: settings.task_digest for settings in known})
     return tasks
 
 

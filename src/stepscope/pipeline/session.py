@@ -106,7 +106,7 @@ class Session:
     def task(self) -> TemplatedTask:
         """The task prompts come from."""
         task = open_task(self.config.task, self.policy)
-        say_what_is_shared(task, self.policy.settings)
+        say_what_is_shared(task, {self.policy.settings.task: self.policy.settings.task_digest})
         return task
 
     @cached_property

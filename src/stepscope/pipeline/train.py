@@ -45,7 +45,7 @@ def run_train(config: TrainConfig, *, resume: bool = False) -> Path:
         seeds = {"training": config.seed}
         RunFolder.open(run.path, plain, verb="train", resume=resume, ignore=("out",), extra={"seeds": seeds})
         hold_data(run, [task])
-        say_what_is_shared(task)
+        say_what_is_shared(task, {})
         try:
             with run.stage("train", []):
                 last = train(config, run.path, resume=resume)
