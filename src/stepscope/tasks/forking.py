@@ -84,15 +84,12 @@ class Child:
             reply += chunk
         return reply
 
-    def end(self) -> bool:
-        """Kill it; whether somebody else had done so before (the kernel, out of memory)."""
-        ended, status = os.waitpid(self.pid, os.WNOHANG)
-        if not ended:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+    def end(self) -> None:
+        """Kill it."""
+        os.kill(self.pid, signal.SIGKILL)  # it is ours until waited for, even if it has ended
+        os.waitpid(self.pid, 0)
         os.close(self._questions)
         os.close(self._replies)
-        return bool(ended) and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
 
 
 def _live(
@@ -193,18 +190,16 @@ class Server:
     ) -> dict[str, Any] | None:
         """A verdict, or None if the child died over the question or had no verdict within the time.
 
-        A death is asked about once more where the question need not be its cause: earlier ones may have left
-        the child in a bad state, or the kernel ended it.
+        A death is asked about once more, of a new child: the question need not be its cause, earlier ones may
+        have left the child in a bad state, or the kernel ended it for want of memory.
         """
         alone = self._operations.evaluates(arguments)
         for _ in range(2):
             child = self._child_for(line, alone)
             said = verdict(child.ask(line, deadline), number)
-            if said is not None and not alone:
-                return said
-            experienced = child.served > 1
-            killed = self._end_child()
-            if said is not None or time.monotonic() >= deadline or not (experienced or killed):
+            if alone or said is None:
+                self._end_child()
+            if said is not None or time.monotonic() >= deadline:
                 return said
         return None
 
@@ -215,9 +210,10 @@ class Server:
             child = self._child = Child(self._operations, self._system_calls, line)
         return child
 
-    def _end_child(self) -> bool:
+    def _end_child(self) -> None:
         child, self._child = self._child, None
-        return child is not None and child.end()
+        if child is not None:
+            child.end()
 
     def _reply(self, reply: dict[str, Any]) -> None:
         self._replies.write(json.dumps(reply) + "\n")
