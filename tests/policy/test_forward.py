@@ -11,9 +11,11 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepscope.errors import BatchError, MeasurementError
-from stepscope.policy.forward import TokenOutputs, batches, forward, make_batch
+from stepscope.measure.nested import SmoothActivations
+from stepscope.policy.forward import TokenBatch, TokenOutputs, batches, forward, make_batch
 from stepscope.policy.precision import lift_model, true_float64
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.settings import StepSettings
@@ -202,3 +204,119 @@ def test_empty_prompt_or_response_is_refused() -> None:
         make_batch([(1,), (2,)], [(1,), ()])
     with pytest.raises(BatchError, match="sequence 0 has an empty prompt"):
         make_batch([()], [(1,)])
+
+
+KEPT = 17
+"""Tokens that the masked models below do not exclude; responses use none of the others."""
+
+
+def masked(model: nn.Module, fill: float) -> nn.Module:
+    """The model with the logits of all tokens from KEPT on set to ``fill``, as for a padded vocabulary."""
+
+    def exclude(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return torch.cat([output[..., :KEPT], torch.full_like(output[..., KEPT:], fill)], -1)
+
+    model.get_submodule("lm_head").register_forward_hook(exclude)
+    return model
+
+
+def possible_batch() -> TokenBatch:
+    rows = [tuple(t % KEPT for t in row) for row in RESPONSES]
+    return make_batch(PROMPTS, rows)
+
+
+def of_kept(outputs: TokenOutputs) -> tuple[Tensor, ...]:
+    """The same functions of the logits of the kept tokens alone, by torch's own distribution."""
+    assert outputs.logits is not None
+    kept = torch.distributions.Categorical(logits=outputs.logits[..., :KEPT])
+    p = kept.probs
+    squares = p.square()
+    entropies = kept.entropy()
+    return entropies, squares.sum(-1), (squares * (p.log() + entropies.unsqueeze(-1))).sum(-1)
+
+
+@pytest.mark.parametrize(
+    ("fill", "temperature", "double"),
+    [
+        (-torch.inf, 0.7, True),
+        (-torch.inf, 1.0, False),
+        (torch.finfo(torch.float32).min, 1.0, False),
+        (torch.finfo(torch.float32).min, 0.7, False),
+        (torch.finfo(torch.bfloat16).min, 1.3, False),
+        (torch.finfo(torch.float64).min, 0.7, True),
+    ],
+)
+def test_excluded_tokens_add_nothing_in_any_order_and_mode(
+    build_model: Callable[..., nn.Module], fill: float, temperature: float, double: bool
+) -> None:
+    model = lift_model(build_model()) if double else build_model()
+    close: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12} if double else {"rtol": 1e-3, "atol": 2e-5}
+    masked(model, fill)
+    batch = possible_batch()
+    mask = batch.response_mask
+    options: dict[str, Any] = {"temperature": temperature, "keep_logits": True, "keep_squares": True}
+    parameters = dict(model.named_parameters())
+    generator = torch.Generator().manual_seed(1)
+    tangent = {n: torch.randn(p.shape, generator=generator).to(p.dtype) for n, p in parameters.items()}
+
+    def own(out: TokenOutputs) -> tuple[Tensor, ...]:
+        assert out.collisions is not None
+        assert out.discriminators is not None
+        return out.entropies, out.collisions, out.discriminators
+
+    def at(lr: Tensor, read: Callable[[TokenOutputs], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        moved = {n: p.detach() + lr * tangent[n] for n, p in parameters.items()}
+        out = forward(model, batch, params=moved, **options)
+        return (*(t * mask for t in read(out)), out.logprobs)
+
+    zero = torch.zeros((), dtype=next(model.parameters()).dtype)
+    one = torch.ones_like(zero)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), SmoothActivations():
+        for read in (at, lambda e, r: torch.func.jvp(lambda x: at(x, r), (e,), (one,))[1]):
+            values, slopes = torch.func.jvp(lambda e: read(e, own), (zero,), (one,))  # noqa: B023
+            expected = torch.func.jvp(lambda e: read(e, of_kept), (zero,), (one,))  # noqa: B023
+            for found, right in zip((*values, *slopes), (*expected[0], *expected[1]), strict=True):
+                assert bool(found.isfinite().all())
+                size = float(right.abs().max())
+                torch.testing.assert_close(found / size, right / size, **close)
+    gradients = []
+    for read in (own, of_kept):
+        out = forward(model, batch, **options)
+        total = out.logprobs.sum() + sum(((t * mask).sum() for t in read(out)), torch.zeros(()))
+        gradients.append(torch.autograd.grad(total, list(parameters.values())))
+    for found, right in zip(*gradients, strict=True):
+        assert bool(found.isfinite().all())
+        torch.testing.assert_close(found, right, **close)
+
+
+def test_uniform_over_the_possible_tokens(build_model: Callable[..., nn.Module]) -> None:
+    model = masked(lift_model(build_model()), -torch.inf)
+    with torch.no_grad():
+        out = forward(model, possible_batch(), temperature=1e15, keep_squares=True)
+    mask = possible_batch().response_mask
+    assert out.collisions is not None
+    assert out.discriminators is not None
+    assert out.entropies[mask].tolist() == pytest.approx([float(np.log(KEPT))] * int(mask.sum()), rel=1e-12)
+    assert out.logprobs[mask].tolist() == pytest.approx([-float(np.log(KEPT))] * int(mask.sum()), rel=1e-12)
+    assert out.collisions[mask].tolist() == pytest.approx([1 / KEPT] * int(mask.sum()), rel=1e-12)
+    assert out.discriminators[mask].abs().max() < 1e-14
+
+
+def test_a_response_token_that_the_policy_excludes_is_named(build_model: Callable[..., nn.Module]) -> None:
+    model = masked(build_model(), -torch.inf)
+    with pytest.raises(MeasurementError, match=r"sequence 1, response token 2 \(id 17\): .* probability 0"):
+        forward(model, make_batch(PROMPTS, RESPONSES), temperature=1.0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_named(build_model: Callable[..., nn.Module], value: float) -> None:
+    model = build_model()
+
+    def spoil(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        output = output.clone()
+        output[4, -3, 7] = value
+        return output
+
+    model.get_submodule("lm_head").register_forward_hook(spoil)
+    with pytest.raises(MeasurementError, match=r"sequence 4, response token 3 \(id 7\): .* not finite"):
+        forward(model, make_batch(PROMPTS, RESPONSES), temperature=1.0)

@@ -36,6 +36,9 @@ NORMALISATIONS: tuple[Normalisation, ...] = ("per_token", "per_seq")
 VERSIONS: tuple[Version, ...] = ("on_policy", "fixed_prefix")
 QUANTITIES = ("entropy", "reward", "length", "kl", "logprob")
 
+INFINITE_KL = 1e6
+"""Nats at one position that no finite logits reach; a token excluded by the reference alone exceeds it."""
+
 
 @dataclass(frozen=True)
 class QuantityValues:
@@ -214,7 +217,15 @@ def _kl(outputs: TokenOutputs, batch: TokenBatch, reference: Reference) -> Tenso
     log_pi = torch.log_softmax(outputs.logits, dim=-1)
     log_ref = reference.log_distribution(batch).to(log_pi.dtype)
     divergence = (log_pi.exp() * (log_pi - log_ref)).sum(-1)
-    return divergence.masked_fill(~batch.response_mask, 0.0)
+    divergence = divergence.masked_fill(~batch.response_mask, 0.0)
+    if not bool((divergence < INFINITE_KL).all()):
+        row, column = (~(divergence < INFINITE_KL)).nonzero()[0].tolist()
+        raise MeasurementError(
+            f"kl: infinite before response token {column} of sequence {int(batch.seq_index[row])}, where the "
+            "policy gives probability to a token that the reference excludes; take a reference with the same "
+            "vocabulary, or measure without kl"
+        )
+    return divergence
 
 
 def make_quantity(

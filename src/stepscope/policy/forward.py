@@ -7,6 +7,7 @@ every row and logits of prompt positions are never made.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,8 +51,9 @@ class TokenOutputs:
 
     Attributes:
         logprobs: (seq, tok) l_k = log pi(y_k|s_k), nats.
-        entropies: (seq, tok) H_k = -sum_v pi_v log pi_v, nats.
-        logits: (seq, tok, vocab) logits / temperature; present on request.
+        entropies: (seq, tok) H_k = -sum_v pi_v log pi_v, nats; tokens of probability 0 add 0.
+        logits: (seq, tok, vocab) logits / temperature; present on request. Where a model excludes tokens by
+            a logit of -inf, a finite one (:func:`excluded_logit`) that gives them probability 0 all the same.
         hidden: (seq, tok, hidden) last hidden state before each response token; present on request.
         collisions: (seq, tok) sum_v pi_v^2, the chance that two draws agree; present on request.
         discriminators: (seq, tok) M_k = sum_v pi_v^2 (log pi_v + H_k), the mean over v ~ pi of
@@ -188,7 +190,8 @@ def forward(
     bfloat16 or float16 are divided and normalised in float32.
 
     Raises:
-        MeasurementError: the model cannot be told the positions of padded sequences.
+        MeasurementError: the model cannot be told the positions of padded sequences, its logits are not
+            finite, or it gives a response token probability 0.
     """
     length = batch.response_ids.shape[1]
     inputs: dict[str, object] = {
@@ -216,11 +219,16 @@ def forward(
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     logits = logits / temperature
+    lowest = excluded_logit(logits.dtype)
+    if bool(logits.detach().amin() < lowest):
+        # -inf or the type's minimum: a finite number in its place makes 0 log 0 = 0, in every derivative too
+        logits = logits.masked_fill(logits < lowest, lowest)
     distribution = torch.log_softmax(logits, dim=-1)
     logprobs = distribution.gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1)
     probs = distribution.exp()
     entropies = -(probs * distribution).sum(-1)
     mask = batch.response_mask
+    _refuse_unsound(logprobs.detach(), entropies.detach(), batch)
     hidden = out.hidden_states[-1][:, -length - 1 : -1] if keep_hidden else None
     collisions = discriminators = None
     if keep_squares:
@@ -235,4 +243,31 @@ def forward(
         hidden=hidden,
         collisions=collisions,
         discriminators=discriminators,
+    )
+
+
+def excluded_logit(dtype: torch.dtype) -> float:
+    """A logit so low that its token has probability 0, while its products with derivatives stay finite."""
+    return -math.sqrt(torch.finfo(dtype).max)
+
+
+def _refuse_unsound(logprobs: Tensor, entropies: Tensor, batch: TokenBatch) -> None:
+    """Raise where a response token has no finite log-prob or entropy, or is one that the policy excludes."""
+    possible = logprobs > excluded_logit(logprobs.dtype) / 2
+    bad = ~(possible & entropies.isfinite()) & batch.response_mask
+    if not bool(bad.any()):
+        return
+    row, column = bad.nonzero()[0].tolist()
+    where = (
+        f"sequence {int(batch.seq_index[row])}, response token {column} "
+        f"(id {int(batch.response_ids[row, column])})"
+    )
+    if bool(entropies[row, column].isfinite()):
+        raise MeasurementError(
+            f"{where}: the policy gives it probability 0, so its log-prob is -inf; take a batch that was "
+            "sampled from this policy"
+        )
+    raise MeasurementError(
+        f"{where}: the logits before it are not finite, so something overflows in the model; load it at a "
+        "wider precision (float32, float64), or move it by smaller learning rates"
     )
