@@ -14,6 +14,7 @@ import torch
 from stepscope.errors import CheckpointError
 from stepscope.policy.devices import usable_device
 from stepscope.policy.examination import Finding, examine
+from stepscope.policy.finiteness import MOST_STEPS, whole_number
 from stepscope.policy.manifest import MANIFEST, altered
 from stepscope.policy.models import ADAPTER_CONFIG, brief, load_adapter, load_model, load_tokenizer
 from stepscope.policy.optimizer_state import OPTIMIZER_FILE, match_optimizer, read_optimizer
@@ -200,6 +201,10 @@ def _global_step(path: Path) -> int | None:
     if not path.is_file():
         return None
     try:
-        return int(json.loads(path.read_text(encoding="utf-8"))["global_step"])
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        value = json.loads(path.read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read ({brief(error)}); copy it again") from error
+    step = whole_number(value, "global_step", str(path))
+    if not 0 <= step <= MOST_STEPS:
+        raise CheckpointError(f"{path}: global_step is {step}, expected 0 or more; copy it again")
+    return step

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stepscope.errors import StepscopeError, TaskError
-from stepscope.policy.forward import base_model, forward, make_batch
+from stepscope.policy.forward import base_model, excluded_logit, forward, make_batch
+from stepscope.policy.precision import matching_precision
 from stepscope.policy.rollouts import end_tokens
 from stepscope.policy.settings import SETTINGS_FILE
 from stepscope.policy.state import Policy
@@ -232,7 +233,7 @@ def _forward(policy: Policy) -> list[Finding]:
     again = _logprobs(policy, prompts, responses)
     alone = [_logprobs(policy, [p], [r])[0] for p, r in zip(prompts, responses, strict=True)]
     same = all(torch.equal(a, b) for a, b in zip(together, again, strict=True))
-    gap = max(float((a - b).abs().max()) for a, b in zip(together, alone, strict=True))
+    gap = float(torch.cat([(a - b).abs() for a, b in zip(together, alone, strict=True)]).max())
     limit = TOLERANCE.get(next(policy.model.parameters()).dtype, 1e-3)
     found = [
         Finding("ok", "two forward passes agree bit for bit")
@@ -250,12 +251,14 @@ def _forward(policy: Policy) -> list[Finding]:
 
 
 def _sequences(policy: Policy) -> tuple[list[list[int]], list[list[int]]]:
-    """Made-up prompts and responses of different lengths."""
-    vocab = int(base_model(policy.model).config.vocab_size)  # type: ignore[union-attr, arg-type]
+    """Made-up prompts and responses of different lengths, of tokens that the model does not exclude."""
+    with torch.no_grad(), matching_precision(policy.model):
+        logits = policy.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=policy.device)).logits[0, -1]
+    possible = (~(logits < excluded_logit(logits.dtype))).nonzero().flatten().cpu()
     generator = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> list[int]:
-        return torch.randint(0, vocab, (count,), generator=generator).tolist()
+        return possible[torch.randint(0, len(possible), (count,), generator=generator)].tolist()
 
     return [tokens(n) for n in (3, 9, 5, 1)], [tokens(n) for n in (6, 2, 1, 8)]
 

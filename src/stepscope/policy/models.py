@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from stepscope.errors import CheckpointError
 from stepscope.policy.differentiation import Substituted
+from stepscope.policy.finiteness import refuse_broken_weights
 from stepscope.policy.precision import lift_model
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -48,7 +49,8 @@ def load_model(
         device: where it goes; None for a GPU where there is one.
 
     Raises:
-        CheckpointError: it does not exist, is damaged, or lacks weights of its architecture.
+        CheckpointError: it does not exist, is damaged, lacks weights of its architecture, or holds some that
+            are not finite.
     """
     source = _source(model)
     with _quiet():
@@ -83,6 +85,7 @@ def load_model(
         loaded.name_or_path = str(Path(model).expanduser().resolve())
         # Its weights are plain tensors now; the Trainer refuses to train what is still marked as quantized.
         loaded.hf_quantizer.remove_quantization_config(loaded)
+    refuse_broken_weights(loaded, str(model))
     return _placed(loaded, dtype, device), tokenizer
 
 
@@ -142,6 +145,7 @@ def load_adapter(
             "is the base it was trained on"
         ) from error
     _verify_adapter(folder, adapted, stored)
+    refuse_broken_weights(adapted, str(folder))
     return _placed(adapted, dtype, device), tokenizer
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stepscope.errors import CheckpointError
+from stepscope.policy.finiteness import real_number, refuse_impossible_state, whole_number
 from stepscope.policy.state import OptimizerState, ParameterGroup
 
 OPTIMIZER_FILE = "optimizer.pt"
@@ -91,7 +92,7 @@ def match_optimizer(
 
     Raises:
         CheckpointError: another optimizer than AdamW, another model, a shape that does not fit, no state
-        at all.
+        at all, or one that AdamW cannot have reached.
     """
     groups = saved["param_groups"]
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -104,7 +105,7 @@ def match_optimizer(
             if entry is None:
                 continue
             _check_entry(entry, name, params[name], bool(group.get("amsgrad")), where)
-            steps[name] = int(entry["step"])
+            steps[name] = whole_number(entry["step"], f"step of {name}", where)
             for key in found:
                 if key in entry:
                     found[key][name] = _moment(entry[key], params[name].device, dtype)
@@ -113,7 +114,7 @@ def match_optimizer(
             f"{where}: there is no state for any of {len(params)} parameters (an optimizer before its "
             "first step); use a checkpoint saved after at least one step"
         )
-    return OptimizerState(
+    state = OptimizerState(
         groups=tuple(
             _parameter_group(group, [n for n in names if n in steps], where)
             for group, names in zip(groups, names_by_group, strict=True)
@@ -123,6 +124,8 @@ def match_optimizer(
         steps=steps,
         max_exp_avg_sq=found["max_exp_avg_sq"],
     )
+    refuse_impossible_state(state, where)
+    return state
 
 
 def _names_by_group(
@@ -185,7 +188,10 @@ def _moment(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> 
 
 
 def _parameter_group(group: Mapping[str, Any], names: list[str], where: str) -> ParameterGroup:
-    decay = float(group.get("weight_decay", 0.0))
+    def number(key: str, value: object) -> float:
+        return real_number(value, f"{key} of a parameter group", where)
+
+    decay = number("weight_decay", group.get("weight_decay", 0.0))
     if decay and not group.get("decoupled_weight_decay", True):
         raise CheckpointError(
             f"{where}: Adam with weight decay {decay} inside the gradient, expected AdamW (decoupled "
@@ -193,12 +199,14 @@ def _parameter_group(group: Mapping[str, Any], names: list[str], where: str) -> 
         )
     if group.get("maximize"):
         raise CheckpointError(f"{where}: the optimizer maximizes, expected one that minimizes a loss")
-    beta1, beta2 = group["betas"]
+    betas = group.get("betas")
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise CheckpointError(f"{where}: a parameter group has no two betas, expected AdamW's; copy it again")
     return ParameterGroup(
         names=tuple(names),
-        lr=float(group["lr"]),
-        betas=(float(beta1), float(beta2)),
-        eps=float(group["eps"]),
+        lr=number("lr", group.get("lr")),
+        betas=(number("betas", betas[0]), number("betas", betas[1])),
+        eps=number("eps", group.get("eps")),
         weight_decay=decay,
         amsgrad=bool(group.get("amsgrad")),
     )

@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from stepscope.errors import BatchError
+from stepscope.errors import BatchError, MeasurementError
 from stepscope.policy.forward import base_model, batches, forward
 from stepscope.policy.objective import advantages
 from stepscope.policy.precision import matching_precision
@@ -333,6 +333,11 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         below = scores.double().softmax(-1).cumsum(-1)
+        if not bool(below[:, -1].isfinite().all()):
+            raise MeasurementError(
+                f"the model's logits for response token {input_ids.shape[1] - self.width} are not finite, so "
+                "nothing can be sampled; load it at a wider precision (float32, float64)"
+            )
         column = input_ids.shape[1] - self.width
         level = self.uniforms[:, column : column + 1] * below[:, -1:]
         token = torch.searchsorted(below, level, right=True)

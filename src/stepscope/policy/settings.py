@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,27 @@ SETTINGS_FILE = "stepscope.json"
 
 SETTINGS_VERSION = 1
 """Version written into the settings file; other versions are refused."""
+
+
+_Range = tuple[str, Callable[[float], bool]]
+_COUNT: _Range = ("at least 1", lambda v: v >= 1)
+_POSITIVE: _Range = ("a finite number above 0", lambda v: 0 < v < math.inf)
+_NOT_NEGATIVE: _Range = ("a finite number, at least 0", lambda v: 0 <= v < math.inf)
+_RANGES: dict[str, _Range] = {
+    "group_size": _COUNT,
+    "prompts_per_step": _COUNT,
+    "temperature": _POSITIVE,
+    "max_response_tokens": _COUNT,
+    "max_prompt_tokens": _COUNT,
+    "max_grad_norm": ("a finite number, at least 0 (which switches clipping off)", _NOT_NEGATIVE[1]),
+    "epsilon_low": _NOT_NEGATIVE,
+    "epsilon_high": _NOT_NEGATIVE,
+    "beta": _NOT_NEGATIVE,
+    "top_p": ("above 0 and at most 1", lambda v: 0 < v <= 1),
+    "seed": _NOT_NEGATIVE,
+    "format_weight": ("from 0 to 1", lambda v: 0 <= v <= 1),
+    "num_iterations": _COUNT,
+}
 
 
 @dataclass(frozen=True)
@@ -78,6 +100,20 @@ class StepSettings:
     num_iterations: int = 1
     task_digest: str = ""
 
+    def __post_init__(self) -> None:
+        """Refuse values that no run can have, whoever sets them.
+
+        Raises:
+            CheckpointError: naming all of them.
+        """
+        problems = [
+            f"{name}: got {value!r}, expected {expected}"
+            for name, (expected, possible) in _RANGES.items()
+            if (value := getattr(self, name)) is not None and not possible(value)
+        ]
+        if problems:
+            raise CheckpointError(f"settings out of range ({'; '.join(problems)}); mend these keys")
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-ready dictionary, with the version of the format."""
         return {"version": SETTINGS_VERSION, **asdict(self)}
@@ -125,7 +161,8 @@ class StepSettings:
             where: what to name in an error.
 
         Raises:
-            CheckpointError: a key is unknown or a value has the wrong type; all are named at once.
+            CheckpointError: a key is unknown, a value has the wrong type or is out of range; all are named at
+                once.
         """
         types_by_name = typing.get_type_hints(cls)
         problems = [f"{key}: unknown" for key in sorted(set(data) - {f.name for f in fields(cls)})]
@@ -147,4 +184,7 @@ class StepSettings:
             raise CheckpointError(
                 f"{where}: settings not understood ({'; '.join(problems)}); mend these keys"
             )
-        return cls(**values)
+        try:
+            return cls(**values)
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: {error}") from error

@@ -1,0 +1,129 @@
+"""Numbers that cannot be: NaN and infinity in tensors, and states that no AdamW ever has.
+
+All are refused where they enter, by name: further on, one of them spoils every figure without a trace.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from stepscope.errors import CheckpointError
+from stepscope.policy.state import OptimizerState, ParameterGroup
+
+MOST_STEPS = 1e12
+"""Steps that no training takes."""
+
+
+def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str:
+    """What is wrong with the first tensor that holds a NaN or an infinity, or "" where none does.
+
+    Args:
+        named: names and tensors of any type; those without floating point are finite.
+    """
+    for name, tensor in named:
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        low, high = torch.aminmax(tensor.detach())  # a NaN shows in both, and nothing is allocated
+        if not (math.isfinite(low) and math.isfinite(high)):
+            count = int((~tensor.detach().isfinite()).sum())
+            return f"{name} holds {count} NaN or infinite numbers among {tensor.numel()}"
+    return ""
+
+
+def refuse_broken_weights(model: nn.Module, where: str) -> None:
+    """Refuse a model with a NaN or infinite weight; a bias of logits may exclude tokens with -inf.
+
+    Raises:
+        CheckpointError: naming the first such parameter.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    bias = getattr(head, "bias", None)
+    weights = (
+        (n, p.detach().masked_fill(p.detach().isneginf(), 0.0) if p is bias else p)
+        for n, p in model.named_parameters()
+    )
+    if problem := first_not_finite(weights):
+        raise CheckpointError(
+            f"{where}: weight {problem}; the training diverged or the file is damaged, so take an earlier "
+            "checkpoint or copy it again"
+        )
+
+
+def refuse_impossible_state(state: OptimizerState, where: str) -> None:
+    """Refuse an optimizer state that AdamW cannot have reached.
+
+    Raises:
+        CheckpointError: a moment is not finite, a second moment negative, a number of steps not possible, or
+            a hyperparameter out of its range; naming the parameter or the group.
+    """
+    for number, group in enumerate(state.groups):
+        if problem := _group_problem(group):
+            raise CheckpointError(f"{where}: group {number}: {problem}; the file is damaged, copy it again")
+    kinds: Mapping[str, Mapping[str, Tensor]] = {
+        "exp_avg": state.exp_avg,
+        "exp_avg_sq": state.exp_avg_sq,
+        "max_exp_avg_sq": state.max_exp_avg_sq,
+    }
+    for kind, moments in kinds.items():
+        problem = first_not_finite(moments.items())
+        if not problem and kind != "exp_avg":
+            negative = next((n for n, t in moments.items() if t.numel() and float(t.amin()) < 0), None)
+            problem = f"{negative} holds negative numbers" if negative else ""
+        if problem:
+            raise CheckpointError(
+                f"{where}: {kind} of {problem}; the training diverged or the file is damaged, so take an "
+                "earlier checkpoint or copy it again"
+            )
+    for name, steps in state.steps.items():
+        fresh = not (bool(state.exp_avg[name].any()) or bool(state.exp_avg_sq[name].any()))
+        if not (1 <= steps <= MOST_STEPS or (steps == 0 and fresh)):
+            raise CheckpointError(
+                f"{where}: {name} has taken {steps} steps, expected at least 1; the file is damaged, copy it "
+                "again"
+            )
+
+
+def whole_number(value: object, what: str, where: str) -> int:
+    """A number of steps as a file has it, a number or a tensor of one.
+
+    Raises:
+        CheckpointError: it is no whole number.
+    """
+    number = real_number(value, what, where)
+    if not (math.isfinite(number) and number == int(number)):
+        raise CheckpointError(f"{where}: {what} is {number}, expected a whole number; copy the file again")
+    return int(number)
+
+
+def real_number(value: object, what: str, where: str) -> float:
+    """A hyperparameter as a file has it, a number or a tensor of one.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise CheckpointError(
+            f"{where}: {what} is of type {type(value).__name__}, expected a number; copy the file again"
+        )
+    return float(value) if abs(value) <= 1e300 or value != value else math.copysign(math.inf, value)
+
+
+def _group_problem(group: ParameterGroup) -> str:
+    """What is out of range in a group's hyperparameters, or ""."""
+    for name, value, low, high in (
+        ("lr", group.lr, 0.0, math.inf),
+        ("beta1", group.betas[0], 0.0, 1.0),
+        ("beta2", group.betas[1], 0.0, 1.0),
+        ("eps", group.eps, 0.0, math.inf),
+        ("weight_decay", group.weight_decay, 0.0, math.inf),
+    ):
+        if not low <= value < high:
+            expected = "finite and at least 0" if high == math.inf else "at least 0 and below 1"
+            return f"{name} is {value}, expected {expected}"
+    return ""
