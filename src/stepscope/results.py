@@ -6,7 +6,7 @@ Axes are named ``prompt, seq, tok, vocab, lr``. Ragged token data are tuples wit
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stepscope.errors import BatchError, RunFolderError
@@ -73,7 +74,11 @@ class Rollouts:
     questions: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse fields of different length."""
+        """Refuse fields of different length, and numbers that are not finite.
+
+        Raises:
+            BatchError: naming the field and the sequence.
+        """
         for name in (
             "prompts",
             "responses",
@@ -104,6 +109,23 @@ class Rollouts:
                     raise BatchError(
                         f"rollouts: sequence {i} has {len(values)} {name} for {len(ids)} response tokens"
                     )
+        for name in ("rewards", "advantages"):
+            per_sequence = getattr(self, name)
+            if per_sequence is not None and not np.isfinite(per_sequence).all():
+                i = int(np.flatnonzero(~np.isfinite(per_sequence))[0])
+                raise BatchError(
+                    f"rollouts: sequence {i} ({self.prompt_ids[i]}): {name} holds {per_sequence[i]}, "
+                    "expected a finite number; mend the scores, or leave the sequence out"
+                )
+        for name in ("logprobs", "entropies"):
+            rows = getattr(self, name)
+            if rows and not np.isfinite(np.concatenate(rows)).all():
+                i = next(i for i, row in enumerate(rows) if not np.isfinite(row).all())
+                position = int(np.flatnonzero(~np.isfinite(rows[i]))[0])
+                raise BatchError(
+                    f"rollouts: sequence {i} ({self.prompt_ids[i]}), response token {position}: {name} holds "
+                    f"{rows[i][position]}, expected a finite number; sample the batch again"
+                )
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -237,21 +259,14 @@ class Rollouts:
         """Read back what :meth:`to_parquet` wrote, bit for bit.
 
         Raises:
-            RunFolderError: a file is missing, damaged, or lacks a column.
+            RunFolderError: a file is missing, damaged, lacks a column, or holds one of another type or with
+                nulls.
+            BatchError: a number in it is not finite.
         """
         sequences, flat = read_table(sequences_path), read_table(tokens_path)
         settings = sequences.schema.metadata or {}
-        columns = ("prompt_id", "prompt", "response", "prompt_token_ids", "response_token_ids", "reward")
-        for path, table, needed in (
-            (sequences_path, sequences, (*columns, "advantage", "correct", "truncated", "num_tokens")),
-            (tokens_path, flat, ("sequence_id", "logprob", "entropy")),
-        ):
-            missing = [name for name in needed if name not in table.column_names]
-            if missing:
-                raise RunFolderError(
-                    f"{path}: column(s) {', '.join(missing)} missing; sample the batch again with "
-                    "`stepscope measure --stages rollouts`"
-                )
+        sequences = _typed(sequences, _SEQUENCE_TYPES, sequences_path)
+        flat = _typed(flat, _TOKEN_TYPES, tokens_path)
         if b"stepscope.temperature" not in settings:
             raise RunFolderError(
                 f"{sequences_path}: no sampling temperature in its metadata, so it was not written by "
@@ -259,13 +274,26 @@ class Rollouts:
             )
         rows = sequences.to_pydict()
         lengths = np.array(rows["num_tokens"], dtype=np.int64)
+        if not lengths.size:
+            raise RunFolderError(f"{sequences_path}: no sequences; sample the batch again")
         if int(lengths.sum()) != flat.num_rows:
             raise RunFolderError(
                 f"{tokens_path}: {flat.num_rows} tokens, but {sequences_path.name} counts "
                 f"{int(lengths.sum())}; the two files belong to different batches"
             )
+        owners = np.repeat(np.arange(len(lengths)), lengths)
+        if not np.array_equal(flat.column("sequence_id").to_numpy(), owners):
+            raise RunFolderError(
+                f"{tokens_path}: its rows are not in the order of the sequences of {sequences_path.name}; "
+                "sort them by sequence_id and position, or sample the batch again"
+            )
         cuts = np.cumsum(lengths)[:-1]
         advantages, questions = rows["advantage"], rows.get("question", [None])
+        if None in advantages and any(a is not None for a in advantages):
+            raise RunFolderError(
+                f"{sequences_path}: advantage of sequence {advantages.index(None)} is null and others are "
+                "not; give all or none"
+            )
         return cls(
             prompt_ids=tuple(rows["prompt_id"]),
             prompts=tuple(rows["prompt"]),
@@ -289,25 +317,72 @@ def _numbered(names: Sequence[str]) -> IntArray:
     return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
 
 
+_SEQUENCE_TYPES: dict[str, pa.DataType] = {
+    "prompt_id": pa.string(),
+    "question": pa.string(),
+    "prompt": pa.string(),
+    "response": pa.string(),
+    "prompt_token_ids": pa.list_(pa.int64()),
+    "response_token_ids": pa.list_(pa.int64()),
+    "reward": pa.float64(),
+    "advantage": pa.float64(),
+    "correct": pa.bool_(),
+    "truncated": pa.bool_(),
+    "num_tokens": pa.int64(),
+}
+_TOKEN_TYPES: dict[str, pa.DataType] = {
+    "sequence_id": pa.int64(),
+    "logprob": pa.float64(),
+    "entropy": pa.float64(),
+}
+
+_NULLABLE = ("advantage", "question")
+_OPTIONAL = ("question",)
+
+
+def _typed(table: pa.Table, types: Mapping[str, pa.DataType], path: Path) -> pa.Table:
+    """The columns asked for, of their types and without nulls where there can be none."""
+    cure = "sample the batch again with `stepscope measure --stages rollouts`"
+    types = {n: t for n, t in types.items() if n in table.column_names or n not in _OPTIONAL}
+    if missing := [name for name in types if name not in table.column_names]:
+        raise RunFolderError(f"{path}: column(s) {', '.join(missing)} missing; {cure}")
+    columns = []
+    for name, wanted in types.items():
+        column = table.column(name)
+        try:
+            column = column.cast(wanted)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise RunFolderError(
+                f"{path}: column {name} is {column.type}, expected {wanted}; {cure}"
+            ) from error
+        nulls = column.null_count
+        if pa.types.is_list(wanted):
+            nulls += pc.list_flatten(column).null_count
+        if nulls and name not in _NULLABLE:
+            raise RunFolderError(f"{path}: column {name} holds {nulls} nulls, expected none; {cure}")
+        columns.append(column)
+    return pa.table(columns, names=list(types), metadata=table.schema.metadata)
+
+
 def _floats(table: pa.Table, column: str) -> FloatArray:
     return np.array(table.column(column).to_numpy(), dtype=np.float64)
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write a table as parquet; the file appears whole or not at all."""
+    """Write a table as parquet with a checksum for every page; the file appears whole or not at all."""
     partial = path.with_name(path.name + ".partial")
-    pq.write_table(table, partial)
+    pq.write_table(table, partial, write_page_checksum=True)
     partial.replace(path)
 
 
 def read_table(path: Path) -> pa.Table:
-    """Read a parquet file.
+    """Read a parquet file, its pages verified where they have checksums.
 
     Raises:
         RunFolderError: the file is missing or damaged.
     """
     try:
-        return pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
+        return pq.read_table(path, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
         reason = "no such file" if not path.exists() else str(error).splitlines()[0]
         raise RunFolderError(f"{path}: cannot be read as parquet ({reason}); write it again") from error

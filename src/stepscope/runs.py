@@ -2,11 +2,12 @@
 
 Every file appears whole or not at all (written beside its place, then renamed). A stage counts as finished
 once all its files are in place *and* recorded in ``provenance.json``; whatever a killed process left behind
-is written again.
+is written again. What is recorded has the SHA-256 of every file, and what reads a file verifies it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -63,15 +64,70 @@ def write_table(path: Path, columns: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
+    """Read a JSON file of a run. A key that its objects lack is an error that names the file, too.
 
     Raises:
-        RunFolderError: it is missing or damaged.
+        RunFolderError: it is missing, damaged, or not what its stage wrote.
     """
+    return _parse_json(verified(path))
+
+
+def read_table(path: Path) -> pa.Table:
+    """Read a parquet file of a run.
+
+    Raises:
+        RunFolderError: it is missing, damaged, or not what its stage wrote.
+    """
+    return results.read_table(verified(path))
+
+
+def verified(path: Path) -> Path:
+    """The path of an artifact, given that it is what a stage of its folder wrote; others pass.
+
+    Raises:
+        RunFolderError: its content has changed since.
+    """
+    if not path.is_file() or not (path.parent / PROVENANCE).is_file():
+        return path
+    provenance = RunFolder(path.parent).provenance()
+    hashes = {
+        name: [h] for record in provenance["stages"].values() for name, h in record.get("sha256", {}).items()
+    }
+    hashes |= provenance.get("sealed", {})
+    if path.name in hashes and _sha256(path) not in hashes[path.name]:
+        raise RunFolderError(
+            f"{path}: damaged (its SHA-256 is not the one in {PROVENANCE}); delete it and run the stage that "
+            "writes it again"
+        )
+    return path
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Object(dict[str, Any]):
+    """A JSON object that knows its file, for the error about a key that is not there."""
+
+    def __init__(self, content: dict[str, Any], path: Path) -> None:
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise RunFolderError(
+            f"{self.path}: damaged (no {key!r} where it is expected; got {', '.join(self) or 'nothing'}); "
+            "delete it and run the stage that writes it again"
+        )
+
+
+def _parse_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = "no such file" if not path.exists() else str(error)
+        return json.loads(
+            path.read_text(encoding="utf-8"), object_hook=lambda content: _Object(content, path)
+        )
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "no such file" if not path.exists() else str(error) or type(error).__name__
         raise RunFolderError(
             f"{path}: cannot be read as JSON ({reason}); run the stage that writes it"
         ) from error
@@ -273,8 +329,19 @@ class RunFolder:
         Raises:
             RunFolderError: ``provenance.json`` is missing or damaged.
         """
-        data = read_json(self.path / PROVENANCE)
-        if not isinstance(data, dict) or not {"verb", "stages", "wall_seconds"} <= set(data):
+        data = _parse_json(self.path / PROVENANCE)
+        if not (
+            isinstance(data, dict)
+            and {"verb", "stages", "wall_seconds"} <= set(data)
+            and isinstance(data["wall_seconds"], int | float)
+            and isinstance(data["stages"], dict)
+            and all(
+                isinstance(record, dict)
+                and isinstance(record.get("files"), dict)
+                and isinstance(record.get("seconds"), int | float)
+                for record in data["stages"].values()
+            )
+        ):
             raise RunFolderError(f"{self.path / PROVENANCE}: not the provenance of a run; delete the folder")
         return data
 
@@ -297,13 +364,16 @@ class RunFolder:
         return float(self.provenance()["stages"][stage]["seconds"])
 
     @contextmanager
-    def stage(self, name: str, files: Sequence[str], *, invalidates: Sequence[str] = ()) -> Iterator[None]:
+    def stage(
+        self, name: str, files: Sequence[str], *, invalidates: Sequence[str] = (), sealed: bool = True
+    ) -> Iterator[None]:
         """Run a stage inside the block and record it as finished afterwards.
 
         Args:
             name: of the stage.
             files: names of the files it leaves.
             invalidates: later stages that rest on it; they count as unfinished from here on.
+            sealed: nothing else writes these files, so that one that changes is damaged.
 
         Raises:
             RunFolderError: the block ended but a file is missing.
@@ -331,8 +401,24 @@ class RunFolder:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": seconds,
             "files": {f: (self.path / f).stat().st_size for f in files},
+            "sha256": {f: _sha256(self.path / f) for f in files} if sealed else {},
         }
         write_json(self.path / PROVENANCE, provenance)
+
+    def write_sealed(self, name: str, data: Any) -> None:
+        """Write a JSON file that several stages add to, its digest recorded beside that of what it replaces.
+
+        The record goes first, so that a process killed in between leaves a file that passes.
+        """
+        path = self.path / name
+        partial = path.with_name(path.name + ".partial")
+        write_json(partial, data)
+        provenance = self.provenance()
+        digests = [_sha256(p) for p in (partial, path) if p.is_file()]
+        write_json(
+            self.path / PROVENANCE, {**provenance, "sealed": {**provenance.get("sealed", {}), name: digests}}
+        )
+        partial.replace(path)
 
     def clean_up(self) -> None:
         """After a failure: remove half-written files, and the folder itself if it holds nothing of a run."""

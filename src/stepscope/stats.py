@@ -17,6 +17,9 @@ from scipy.special import gammaln
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
+NOT_FINITE = "not a finite number"
+"""Reason of an estimate that nobody expected to be NaN or infinite."""
+
 MIN_TAIL = 5
 """Fewest tail points to which :func:`pareto_k` fits a shape."""
 
@@ -31,7 +34,8 @@ class Estimate:
         n: number of independent units behind it (prompts, unless ``method`` says otherwise).
         unit: of value and stderr, for example ``nats/token``.
         method: how it was estimated, in words.
-        reliable: False when a diagnostic failed; the number is still given.
+        reliable: False when a diagnostic failed; the number is still given. Never True of a value that is
+            not finite, nor of one whose error is infinite or negative.
         reason: why it is not reliable; empty when it is.
     """
 
@@ -42,6 +46,12 @@ class Estimate:
     method: str
     reliable: bool = True
     reason: str = ""
+
+    def __post_init__(self) -> None:
+        """Take the trust from what is not a number, whoever gave it."""
+        if self.reliable and not (np.isfinite(self.value) and not (self.stderr < 0 or np.isinf(self.stderr))):
+            object.__setattr__(self, "reliable", False)
+            object.__setattr__(self, "reason", self.reason or NOT_FINITE)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-ready dictionary."""

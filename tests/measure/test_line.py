@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch.nn.functional as F  # noqa: N812
 from enumerable import ARCHITECTURES, EOS, PROMPTS, enumerable_policy, random_step
 from stepscope.errors import MeasurementError
 from stepscope.measure import nested
-from stepscope.measure.line import derivatives, hidden_states, response_mask, values_at
+from stepscope.measure.change import measure_change
+from stepscope.measure.line import derivatives, hidden_states, response_mask, second_doubt, values_at
 from stepscope.measure.nested import SmoothActivations
 from stepscope.measure.quantities import make_quantity
 from stepscope.policy import forward
@@ -67,14 +69,68 @@ def test_micro_batches_do_not_matter() -> None:
 
 
 def test_a_wrong_second_derivative_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own nested rule for layer_norm is wrong; without its replacement the check must refuse."""
+    """torch's own nested rule for layer_norm is wrong; without its replacement the figures are in doubt."""
     policy = enumerable_policy("gpt2")
     rollouts, _ = exact_rollouts(policy, PROMPTS, eos_id=EOS)
+    entropy, step = make_quantity("entropy", rollouts), random_step(policy)
+    assert derivatives(policy, rollouts, [entropy], step.direction, order=2)[1].doubt == ""
     monkeypatch.setattr(forward, "twice_differentiable", lambda model: nullcontext())
-    with pytest.raises(MeasurementError, match="without second order"):
-        derivatives(
-            policy, rollouts, [make_quantity("entropy", rollouts)], random_step(policy).direction, order=2
-        )
+    first, second = derivatives(policy, rollouts, [entropy], step.direction, order=2)
+    assert first.doubt == ""
+    assert "no correct rule" in second.doubt
+    assert second.quantity(0).select(np.array([0])).doubt == second.doubt
+    change = measure_change(policy, step, rollouts, quantity=entropy, lrs=[1e-4, 1e-3], second_order=True)
+    assert change.curvature is not None
+    assert not change.curvature.reliable
+    assert change.linear_up_to is None
+    for point in change.points:
+        assert point.second_order is not None
+        assert second.doubt in point.second_order.reason
+        assert point.linear.reliable
+
+
+PEAK = 200.0
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("share", [1.0, 0.7, 1.3])
+def test_the_check_of_second_derivatives_holds_on_peaked_policies(double: bool, share: float) -> None:
+    """Tokens of probability near 1, and one rare token of log-prob -3: l = log softmax(z + lr PEAK^2 w)."""
+    dtype = torch.float64 if double else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(1, 400, 6, dtype=dtype, generator=generator)
+    logits[:, :, 0] += 25.0
+    logits[:, 7] = torch.tensor([3.0, 0.0, -9.0, -9.0, -9.0, -9.0], dtype=dtype)
+    chosen = torch.zeros(1, 400, 1, dtype=torch.long)
+    chosen[0, 7] = 1
+    speeds = PEAK**2 * torch.randn(1, 400, 6, dtype=dtype, generator=generator)
+
+    def value(lr: torch.Tensor) -> torch.Tensor:
+        return torch.log_softmax(logits + lr * speeds, -1).gather(-1, chosen).squeeze(-1)
+
+    def slope(lr: torch.Tensor) -> torch.Tensor:
+        return torch.func.jvp(value, (lr,), (torch.ones_like(lr),))[1]
+
+    zero = torch.zeros((), dtype=dtype)
+    first, second = torch.func.jvp(slope, (zero,), (torch.ones_like(zero),))
+    assert second.abs().max() > 1e6
+    assert second.abs().median() < 1e-3 * second.abs().max()
+    mask = torch.ones(1, 400, dtype=torch.bool)
+    doubt = second_doubt(slope, first, share * second, mask, torch.finfo(dtype).eps)
+    assert bool(doubt) == (share != 1.0)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_named(broken: float) -> None:
+    policy = enumerable_policy()
+    rollouts, _ = exact_rollouts(policy, PROMPTS[:1], eos_id=EOS)
+    sound = make_quantity("reward", rollouts)
+    rewards = [row.copy() for row in sound.base.token]
+    rewards[3][-1] = broken
+    spoilt = replace(sound, base=replace(sound.base, token=tuple(rewards)))  # type: ignore[type-var]
+    place = f"quantity of sequence 3, response token {len(rewards[3]) - 1}"
+    with pytest.raises(MeasurementError, match=f"value at lr 0 of the {place}: not finite"):
+        values_at(policy, rollouts, [spoilt])
 
 
 def test_a_missing_rule_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,6 +252,7 @@ def write_measurement(folder: Path, *, step: int, seed: int) -> Path:
         folder / "provenance.json",
         {
             "verb": "measure",
+            "wall_seconds": 61.2,
             "versions": {"stepscope": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "trl": "1.16.0"},
             "python": "3.11.9",
             "platform": "Linux x86_64",

@@ -293,7 +293,7 @@ def _scatter(z: FloatArray, C: FloatArray) -> tuple[float, float]:
             p_value = float(
                 chi2_distribution.sf(chi2 * expected / half_variance, expected**2 / half_variance)
             )
-        scatter2 = max(0.0, (chi2 - expected) / float(np.trace(A)))
+        scatter2 = float(np.maximum(0.0, (chi2 - expected) / float(np.trace(A))))
     return scatter2, p_value
 
 

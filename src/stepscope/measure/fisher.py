@@ -395,7 +395,7 @@ def predict_logprobs(
     whole = parts.sum(1) + momentum + decay + bonus
     scale = np.abs(parts).sum(1) + np.abs(momentum) + np.abs(decay) + np.abs(bonus)
     miss = float((np.abs(whole - total) / np.maximum(scale, 1e-300)).max())
-    if miss > 1e-2:
+    if not miss <= 1e-2:
         raise MeasurementError(
             f"the parts of the predicted log-prob change differ from the total by {miss:.1e}; "
             "measure with --precision float64"

@@ -403,7 +403,7 @@ def _estimate(
 
 def _disagreement(policy: Policy, by_tokens: FloatArray, by_sequences: FloatArray) -> float:
     largest = float(np.abs(by_sequences).max())
-    found = float(np.abs(by_tokens - by_sequences).max()) / largest if largest > 0 else 0.0
+    found = float(np.abs(by_tokens - by_sequences).max()) / largest if largest != 0 else 0.0
     limit = DISAGREEMENT_LIMIT.get(policy.dtype, 0.1)
     if not found <= limit:
         raise MeasurementError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,15 @@ from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector, shifted
 from stepscope.results import BoolArray, FloatArray, IntArray, Rollouts
 
+SHARE_OF_BEND = 0.1
+"""Step of the differences that check second derivatives, of the distance at which some token changes."""
+
+SECOND_TOLERANCE = 0.05
+"""Largest share of the second derivatives by which the differences may miss them."""
+
+ROUND_OFFS = 100
+"""Machine epsilons of a first derivative that its computation may be off."""
+
 
 @dataclass(frozen=True)
 class TokenTable:
@@ -33,19 +42,22 @@ class TokenTable:
         logprobs: (seq, tok) l_k, or a derivative of it.
         prefix: (quantity, seq, tok) prefix values, or a derivative.
         token: (quantity, seq, tok) token values, or a derivative.
+        doubt: why the numbers may be wrong; empty where nothing speaks against them.
     """
 
     logprobs: FloatArray
     prefix: FloatArray
     token: FloatArray
+    doubt: str = ""
 
     def select(self, indices: IntArray) -> TokenTable:
         """The rows of some sequences, with repeats if asked."""
-        return TokenTable(self.logprobs[indices], self.prefix[..., indices, :], self.token[..., indices, :])
+        rows = self.logprobs[indices], self.prefix[..., indices, :], self.token[..., indices, :]
+        return TokenTable(*rows, doubt=self.doubt)
 
     def quantity(self, index: int) -> TokenTable:
         """The table of one quantity; the leading axis of ``prefix`` and ``token`` is gone."""
-        return TokenTable(self.logprobs, self.prefix[index], self.token[index])
+        return TokenTable(self.logprobs, self.prefix[index], self.token[index], doubt=self.doubt)
 
 
 def response_mask(rollouts: Rollouts) -> BoolArray:
@@ -72,6 +84,9 @@ def values_at(
         direction: None evaluates at the parameters themselves.
         lr: learning rate.
         max_sequences: micro-batch size.
+
+    Raises:
+        MeasurementError: a value is not finite.
     """
     table = _Collector(rollouts, len(quantities))
     keep_logits = any(q.needs_logits for q in quantities)
@@ -82,7 +97,7 @@ def values_at(
             prefix = torch.stack([q.prefix_values(outputs, batch) for q in quantities])
             token = torch.stack([q.token_values(outputs, batch) for q in quantities])
             table.add(batch, outputs.logprobs, prefix, token)
-    return table.result()
+    return table.result(f"value at lr {lr:g}")
 
 
 def derivatives(
@@ -98,7 +113,8 @@ def derivatives(
 
     Order 2 nests two forward modes. No graph is kept: memory is that of two (four) forward passes of a
     micro-batch. Attention runs on the mathematical backend, the only one with a forward-mode rule. Second
-    derivatives of the first micro-batch are checked against differences of first ones.
+    derivatives of the first micro-batch are checked against differences of first ones; where the two differ,
+    the table of second derivatives carries the doubt.
 
     Args:
         policy: the policy; not changed.
@@ -112,7 +128,8 @@ def derivatives(
         One table per order.
 
     Raises:
-        MeasurementError: torch has no forward-mode rule for some operation of this model, or a wrong one.
+        MeasurementError: torch has no forward-mode rule for some operation of this model, or a derivative is
+            not finite.
     """
     params = {n: policy.parameters[n].detach() for n in direction}
     tangent = {n: t.to(params[n].dtype) for n, t in direction.items()}
@@ -120,7 +137,7 @@ def derivatives(
     tables = [_Collector(rollouts, len(quantities)) for _ in range(order)]
     zero = torch.zeros((), dtype=policy.dtype, device=policy.device)
     one = torch.ones_like(zero)
-    checked = order == 1
+    doubt: str | None = None
     for batch in batches(rollouts, max_sequences=max_sequences, device=policy.device):
 
         def values(lr: Tensor, batch: TokenBatch = batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,11 +161,13 @@ def derivatives(
                 both = torch.func.jvp(slopes, (zero,), (one,))
             tables[0].add(batch, *both[0])
             tables[1].add(batch, *both[1])
-            if not checked:
+            if doubt is None:
                 eps = torch.finfo(policy.dtype).eps
-                _check_second(lambda lr: slopes(lr)[0], both[0][0], both[1][0], batch, eps)
-                checked = True
-    return tuple(t.result() for t in tables)
+                doubt = second_doubt(
+                    lambda lr: slopes(lr)[0], both[0][0], both[1][0], batch.response_mask, eps
+                )
+    first, *second = (t.result(f"derivative {i}") for i, t in enumerate(tables, 1))
+    return (first, *(replace(table, doubt=doubt or "") for table in second))
 
 
 @contextmanager
@@ -165,28 +184,44 @@ def _rules(order: int) -> Iterator[None]:
         ) from error
 
 
-def _check_second(
-    slope: Callable[[Tensor], Tensor], first: Tensor, second: Tensor, batch: TokenBatch, eps: float
-) -> None:
+def second_doubt(
+    slope: Callable[[Tensor], Tensor], first: Tensor, second: Tensor, mask: Tensor, eps: float
+) -> str:
     """Compare second derivatives of the log-probs with differences of first ones, which torch gets right.
 
-    Raises:
-        MeasurementError: they differ by more than a twentieth and more than round-off.
+    The step of the difference suits the curvature: a tenth of the distance at which the token that bends most
+    changes, since the truncation of a central difference grows with the square of that share. Where the two
+    differ it is made smaller as long as round-off lets a twentieth be seen.
+
+    Args:
+        slope: (seq, tok) first derivatives at a learning rate.
+        first: (seq, tok) first derivatives at 0.
+        second: (seq, tok) second derivatives at 0.
+        mask: (seq, tok) True on response tokens.
+        eps: machine epsilon of the model's arithmetic.
+
+    Returns:
+        How far they are apart at best, if by more than a twentieth and more than round-off; else "".
     """
-    mask = batch.response_mask
-    speed = float(first[mask].square().mean().sqrt())
-    size = float(second[mask].square().mean().sqrt())
+    speed, size = (float(t[mask].square().mean().sqrt()) for t in (first, second))
     if speed == 0 or size == 0:
-        return
-    reach = torch.as_tensor(eps ** (1 / 3) / speed, dtype=first.dtype, device=first.device)
-    by_difference = (slope(reach) - slope(-reach)) / (2 * reach)
-    noise = 100 * eps * speed / float(reach)
-    error = float((by_difference - second)[mask].square().mean().sqrt())
-    if error > 0.05 * size + noise:
-        raise MeasurementError(
-            f"second derivatives in nested forward mode are off by {error:.1e} of {size:.1e}: torch has no "
-            "correct rule for some function of this model; measure it without second order"
-        )
+        return ""
+    fastest = max(float(first[mask].abs().max()), float(second[mask].abs().max()) ** 0.5)
+    reach = min(eps ** (1 / 3) / speed, SHARE_OF_BEND / fastest)
+    smallest = float("inf")
+    while True:
+        stop = torch.as_tensor(reach, dtype=first.dtype, device=first.device)
+        by_difference = (slope(stop) - slope(-stop)) / (2 * stop)
+        error = float((by_difference - second)[mask].square().mean().sqrt())
+        if error <= SECOND_TOLERANCE * size + ROUND_OFFS * eps * speed / reach:
+            return ""
+        smallest = min(smallest, error)
+        reach /= 8
+        if not ROUND_OFFS * eps * speed / reach < SECOND_TOLERANCE * size:
+            return (
+                f"second derivatives in nested forward mode and differences of first ones are {smallest:.1e} "
+                f"apart, of {size:.1e}: torch may have no correct rule for some function of this model"
+            )
 
 
 class _Collector:
@@ -206,7 +241,18 @@ class _Collector:
         self.prefix[:, rows, :width] = (prefix * mask).double().cpu().numpy()
         self.token[:, rows, :width] = (token * mask).double().cpu().numpy()
 
-    def result(self) -> TokenTable:
+    def result(self, what: str) -> TokenTable:
+        for kind, values in (
+            ("log-prob", self.logprobs),
+            ("quantity", self.prefix),
+            ("quantity", self.token),
+        ):
+            if not np.isfinite(values).all():
+                row, position = np.argwhere(~np.isfinite(values))[0][-2:]
+                raise MeasurementError(
+                    f"{what} of the {kind} of sequence {row}, response token {position}: not finite; measure "
+                    "with --precision float64, or smaller learning rates"
+                )
         return TokenTable(self.logprobs, self.prefix, self.token)
 
 

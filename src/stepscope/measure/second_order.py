@@ -127,4 +127,4 @@ def round_off_floor(probe: Probe, first: TokenTable, moved: dict[float, TokenTab
         left = per_decision(probe, table).plus(slope, -lr)
         together.append(left.value**2)
         apart.append(float(((share * (left.influence + left.value)) ** 2).sum()))
-    return float(np.sqrt(max(np.mean(together), np.mean(apart)))) if together else 0.0
+    return float(np.sqrt(np.maximum(np.mean(together), np.mean(apart)))) if together else 0.0

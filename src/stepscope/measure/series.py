@@ -80,7 +80,8 @@ class Change:
         estimator: of the true change.
         round_off: round-off error of a true change, in the quantity's unit.
         measurable_from: lr at which the linear change is ten times ``round_off``.
-        linear_up_to: lr at which second order is a tenth of linear; None if second order was not asked for.
+        linear_up_to: lr at which second order is a tenth of linear; None if second order was not asked for or
+            is in doubt.
     """
 
     quantity: str
@@ -192,17 +193,19 @@ def make_change(
     along = f"forward-mode derivative, {words}, baseline {baseline.kind}"
     weighted = f"{estimator} importance weights, {words}, baseline {baseline.kind}"
     curved = len(slopes) > 1
+    doubt = slopes[1].doubt if curved else ""
     points = []
     for lr in sweep:
         check = _check(evidence.probe, moved[lr])
-        expected = slope(evidence, lr).value + (bend(evidence, lr**2 / 2).value if curved else 0.0)
+        bent = bend(evidence, lr**2 / 2).value if curved and not doubt else 0.0
+        expected = slope(evidence, lr).value + bent
         apart = estimated(partial(excess, lr=lr), f"paired difference, {weighted}")
         points.append(
             ChangePoint(
                 lr=lr,
                 true=_flagged(estimated(partial(true, lr=lr), weighted), check, floor, expected),
                 linear=estimated(partial(slope, lr=lr), along),
-                second_order=estimated(partial(bend, factor=lr**2 / 2), f"second {along}")
+                second_order=_doubted(estimated(partial(bend, factor=lr**2 / 2), f"second {along}"), doubt)
                 if curved
                 else None,
                 excess=_flagged(apart, check, floor),
@@ -212,8 +215,8 @@ def make_change(
             )
         )
     along_slope = estimated(slope, along, f"{level}/lr")
-    curvature = estimated(bend, f"second {along}", f"{level}/lr^2") if curved else None
-    end = linear_up_to(along_slope.value, curvature.value) if curvature else None
+    curvature = _doubted(estimated(bend, f"second {along}", f"{level}/lr^2"), doubt) if curved else None
+    end = linear_up_to(along_slope.value, curvature.value) if curvature and not doubt else None
     regime = float("inf") if end is None else max(end, own_lr * (1 + 1e-9))
     trusted = [p for p in points if p.true.reliable and p.lr <= regime]
     return Change(
@@ -258,7 +261,13 @@ def _flagged(estimate: Estimate, check: WeightCheck, floor: float, expected: flo
     reasons = [r for r in (estimate.reason, check.reason) if r]
     size = abs(estimate.value)
     if expected is not None and size < 10 * floor:
-        size = min(size, abs(expected))
-    if size < 3 * floor:
+        size = float(np.minimum(size, abs(expected)))
+    if not size >= 3 * floor:
         reasons.append(f"below three times the round-off floor of {floor:.1e}")
     return replace(estimate, reliable=not reasons, reason="; ".join(reasons))
+
+
+def _doubted(estimate: Estimate, doubt: str) -> Estimate:
+    """The estimate, flagged where its derivatives are in doubt."""
+    reason = "; ".join(r for r in (estimate.reason, doubt) if r)
+    return replace(estimate, reliable=False, reason=reason) if doubt else estimate

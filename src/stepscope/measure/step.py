@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from rich.console import Console
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from stepscope.errors import BatchError, CheckpointError, MeasurementError
 from stepscope.policy import vectors
+from stepscope.policy.finiteness import first_not_finite
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients import Objective, gradient
 from stepscope.policy.models import reference_adapter
@@ -129,6 +131,12 @@ def reconstruct_step(
         step=policy.step,
         ref_logprobs=_reference_logprobs(policy, update, reference, max_sequences),
     )
+    for i, row in enumerate(weights):
+        if not np.isfinite(row).all():
+            raise MeasurementError(
+                f"update batch: the token weight of sequence {i} ({update.prompt_ids[i]}), response token "
+                f"{int(np.flatnonzero(~np.isfinite(row))[0])} is not finite; check the loss settings"
+            )
     rewarded = bonus_weights(update, policy.settings)
     drift = _Drift(update)
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
@@ -168,7 +176,8 @@ def assemble_step(
 
     Raises:
         CheckpointError: no optimizer state, or one that does not fit the parameters.
-        MeasurementError: the loss has an entropy bonus and its gradient is not given.
+        MeasurementError: the loss has an entropy bonus and its gradient is not given, or the gradient or the
+            step is not finite.
     """
     state = _optimizer(policy)
     if bonus is None and bonus_weights(update, policy.settings):
@@ -178,17 +187,20 @@ def assemble_step(
         )
     whole = vectors.add(ascent, bonus) if bonus else ascent
     norm = vectors.norm(whole)
+    _refuse_broken("gradient", whole)
     limit = policy.settings.max_grad_norm
     clip = min(1.0, limit / (norm + CLIP_EPSILON)) if limit > 0 else 1.0
     lr = next((g.lr for g in state.groups if g.names and g.lr > 0), 0.0)
     momentum, decay, preconditioner = adamw_components(policy, state, whole, clip=clip, lr=lr)
     rewarded = vectors.multiply(preconditioner, bonus) if bonus else {}
     sequences = vectors.multiply(preconditioner, ascent)
+    direction = vectors.add(momentum, decay, sequences, *([rewarded] if rewarded else []))
+    _refuse_broken("direction of the step", direction)
     return Step(
         momentum=momentum,
         decay=decay,
         sequences=sequences,
-        direction=vectors.add(momentum, decay, sequences, *([rewarded] if rewarded else [])),
+        direction=direction,
         preconditioner=preconditioner,
         ascent=whole,
         token_weights=tuple(weights),
@@ -198,6 +210,13 @@ def assemble_step(
         update=update,
         bonus=rewarded,
     )
+
+
+def _refuse_broken(what: str, vector: dict[str, Tensor]) -> None:
+    if problem := first_not_finite(vector.items()):
+        raise MeasurementError(
+            f"the {what} is not finite: {problem}; measure with --precision float64, or an earlier checkpoint"
+        )
 
 
 @dataclass(frozen=True)

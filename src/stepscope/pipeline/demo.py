@@ -39,7 +39,7 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> Path:
                 train(config.train, out, resume=True)
         say(f"train: {run.seconds('train'):.1f} s")
         if not run.is_done("eval"):
-            with run.stage("eval", ["eval.parquet"], invalidates=["report"]):
+            with run.stage("eval", ["eval.parquet"], invalidates=["report"], sealed=False):
                 evaluation = EvalConfig(**config.eval.model_dump(), source=str(out))
                 evaluate_all(evaluation, out / "eval.parquet", resume=True)
         say(f"eval: {run.seconds('eval'):.1f} s")

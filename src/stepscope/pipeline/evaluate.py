@@ -34,7 +34,7 @@ from stepscope.policy.checkpoint import checkpoint_digest, read_settings
 from stepscope.policy.state import Policy
 from stepscope.report import write_evaluation
 from stepscope.results import FloatArray
-from stepscope.runs import RunFolder, locked, write_json
+from stepscope.runs import RunFolder, locked, verified, write_json
 from stepscope.tasks import TemplatedTask
 
 LAW_CHECKPOINTS = 4
@@ -198,6 +198,8 @@ def _evaluate_checkpoint(
             with timed(f"eval {key}"), parts.stage(key, names):
                 row = fitting.run(lambda size: loaded.evaluate(temperature, top_p, size, responses))
                 write_eval([replace(row, checkpoint_digest=digest)], file)
+        for written in (file, prompts_path(file)):
+            verified(written)
         (row,) = read_eval(file)
         if row.checkpoint_digest != digest:
             raise RunFolderError(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from stepscope.config import LossConfig, MeasureConfig
-from stepscope.errors import BatchError, ConfigError, TaskError
+from stepscope.errors import BatchError, ConfigError, MeasurementError, TaskError
 from stepscope.measure.influence import Influence, influences
 from stepscope.measure.quantities import Quantity, make_quantity
 from stepscope.measure.step import Step, reconstruct_step
@@ -19,13 +19,15 @@ from stepscope.pipeline.data import say_what_is_shared
 from stepscope.pipeline.logged_prompts import prompt_conflict
 from stepscope.policy.checkpoint import load_checkpoint, load_model, read_settings
 from stepscope.policy.examination import ended_prompts
+from stepscope.policy.finiteness import first_not_finite
+from stepscope.policy.forward import vocabulary_size
 from stepscope.policy.objective import advantages
 from stepscope.policy.optimizer_state import OPTIMIZER_FILE, read_optimizer
 from stepscope.policy.rollouts import response_text, sample_rollouts, score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector, load
 from stepscope.results import Rollouts
-from stepscope.runs import RunFolder, read_json
+from stepscope.runs import RunFolder, read_json, verified
 from stepscope.tasks import TemplatedTask, load_task
 from stepscope.tasks.guards import evaluates
 
@@ -112,12 +114,12 @@ class Session:
     @cached_property
     def update(self) -> Rollouts:
         """The batch that makes the step, from the run folder."""
-        return Rollouts.from_parquet(self.run.file("update.parquet"), self.run.file("update_tokens.parquet"))
+        return self._batch(self.run.file("update.parquet"))
 
     @cached_property
     def probe(self) -> Rollouts:
         """The batch on which the change is measured, from the run folder."""
-        return Rollouts.from_parquet(self.run.file("probe.parquet"), self.run.file("probe_tokens.parquet"))
+        return self._batch(self.run.file("probe.parquet"))
 
     @property
     def has_policy(self) -> bool:
@@ -206,7 +208,9 @@ class Session:
     @cached_property
     def line(self) -> Line:
         """Where the step points and its learning rate, as stored."""
-        stored = load(self.run.file("direction.safetensors"))
+        stored = load(verified(self.run.file("direction.safetensors")))
+        if problem := first_not_finite(stored.items()):
+            raise MeasurementError(f"{self.run.file('direction.safetensors')}: {problem}; rebuild the step")
         direction = {n: t.to(self.policy.device) for n, t in stored.items()}
         figures = read_json(self.run.file("step.json"))
         return Line(direction, float(figures["lr"]), figures["initial_lr"])
@@ -275,20 +279,37 @@ class Session:
 
     def _from_file(self, path: Path, key: str) -> Rollouts:
         """A stored batch, with log-probs and entropies of this policy; refused if another one sampled it."""
-        rollouts = Rollouts.from_parquet(path, path.with_name(f"{path.stem}_tokens.parquet"))
+        rollouts = self._batch(path)
         if rollouts.temperature != self.policy.settings.temperature:
             raise BatchError(
                 f"{key}: {path} was sampled at temperature {rollouts.temperature}, the checkpoint's is "
                 f"{self.policy.settings.temperature}; sample it again from this checkpoint"
             )
         logprobs, entropies = score_rollouts(self.policy, rollouts, max_sequences=self.config.batch_size)
-        worst = max(float(np.abs(a - b).max()) for a, b in zip(logprobs, rollouts.logprobs, strict=True))
+        worst = float(np.abs(np.concatenate(logprobs) - np.concatenate(rollouts.logprobs)).max())
         if not worst < SAME_POLICY[self.config.precision]:
             raise BatchError(
                 f"{key}: {path} was sampled from another policy (log-probs differ by up to {worst:.2g} "
                 "nats); sample it again from this checkpoint"
             )
         return replace(rollouts, logprobs=logprobs, entropies=entropies)
+
+    def _batch(self, path: Path) -> Rollouts:
+        """A stored batch.
+
+        Raises:
+            BatchError: it has tokens that the model does not know, or numbers that are not finite.
+        """
+        tokens = path.with_name(f"{path.stem}_tokens.parquet")
+        rollouts = Rollouts.from_parquet(verified(path), verified(tokens))
+        size = vocabulary_size(self.policy.model)
+        for i, rows in enumerate(zip(rollouts.prompt_token_ids, rollouts.response_token_ids, strict=True)):
+            if odd := [t for row in rows for t in row if not 0 <= t < size]:
+                raise BatchError(
+                    f"{path}: sequence {i} has token {odd[0]}, and the model knows 0 to {size - 1}; the "
+                    "batch was tokenized for another model, sample it again from this checkpoint"
+                )
+        return rollouts
 
     def token_texts(self, rollouts: Rollouts) -> list[list[str]]:
         """Text of every response token; those of a response join up to it."""

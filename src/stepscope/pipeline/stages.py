@@ -11,6 +11,7 @@ import numpy as np
 
 from stepscope import runs
 from stepscope.config import Stage
+from stepscope.errors import MeasurementError
 from stepscope.measure.change import measure_changes
 from stepscope.measure.fisher import fisher_kernel
 from stepscope.measure.influence import influence, neglected_share, write_influence
@@ -26,9 +27,9 @@ from stepscope.pipeline.console import on_terminal
 from stepscope.pipeline.session import Line, Session
 from stepscope.policy import vectors
 from stepscope.report import write_report
-from stepscope.results import FloatArray, Rollouts, read_table
+from stepscope.results import FloatArray, Rollouts
 from stepscope.runs import RunFolder
-from stepscope.stats import Estimate, LogLogFit, clustered_mean
+from stepscope.stats import NOT_FINITE, Estimate, LogLogFit, clustered_mean
 
 Summary = dict[str, Estimate]
 
@@ -256,7 +257,7 @@ def weigh_noise(session: Session) -> Summary:
     )
     effects = {}
     if session.run.is_done("influence"):
-        table = read_table(session.run.file("influence_sequences.parquet")).to_pylist()
+        table = runs.read_table(session.run.file("influence_sequences.parquet")).to_pylist()
         for quantity in session.quantities:
             normalisation = quantity.normalisations[0]
             effects[f"{quantity.name}_{normalisation}"] = effect_noise_scale(
@@ -339,7 +340,7 @@ def _kernel_norms(run: RunFolder) -> FloatArray | None:
     """(seq,) sqrt K(i, i) of the update batch in the optimizer's metric, where the kernel is measured."""
     if not run.is_done("kernel"):
         return None
-    kernel = vectors.load(run.file("kernel.safetensors"))["update_preconditioned"]
+    kernel = vectors.load(runs.verified(run.file("kernel.safetensors")))["update_preconditioned"]
     return np.asarray(np.sqrt(kernel.diagonal().numpy()), dtype=np.float64)
 
 
@@ -350,14 +351,24 @@ def write_page(session: Session) -> Summary:
 
 
 def write_summary(run: RunFolder, figures: Mapping[str, Estimate]) -> None:
-    """Add figures to ``summary.json``, and bring its ``wall_seconds`` up to date."""
+    """Add figures to ``summary.json``, and bring its ``wall_seconds`` up to date.
+
+    Raises:
+        MeasurementError: a figure is not finite, and none of the known reasons explains it.
+    """
+    for name, figure in figures.items():
+        if NOT_FINITE in figure.reason:
+            raise MeasurementError(
+                f"{name} is {figure.value} +- {figure.stderr} {figure.unit}, expected finite numbers "
+                f"({figure.method}); measure with --precision float64, other seeds or an earlier checkpoint"
+            )
     path = run.file("summary.json")
-    summary = runs.read_json(path) if path.exists() else {}
+    summary = dict(runs.read_json(path)) if path.exists() else {}
     seconds = float(run.provenance()["wall_seconds"])
     clock = Estimate(seconds, float("nan"), 1, "s", "sum over the finished stages")
     summary.pop("wall_seconds", None)
     summary |= {name: figure.to_dict() for name, figure in figures.items()}
-    runs.write_json(path, {**summary, "wall_seconds": clock.to_dict()})
+    run.write_sealed("summary.json", {**summary, "wall_seconds": clock.to_dict()})
 
 
 PLANS: dict[Stage, StagePlan] = {

@@ -253,7 +253,9 @@ def _forward(policy: Policy) -> list[Finding]:
 def _sequences(policy: Policy) -> tuple[list[list[int]], list[list[int]]]:
     """Made-up prompts and responses of different lengths, of tokens that the model does not exclude."""
     with torch.no_grad(), matching_precision(policy.model):
-        logits = policy.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=policy.device)).logits[0, -1]
+        logits = policy.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=policy.device)).logits[
+            0, -1
+        ]
     possible = (~(logits < excluded_logit(logits.dtype))).nonzero().flatten().cpu()
     generator = torch.Generator().manual_seed(0)
 

@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,12 @@ def base_model(model: nn.Module) -> nn.Module:
     """The transformers model itself: what a PEFT wrapper wraps, or the model as it is."""
     unwrap = getattr(model, "get_base_model", None)
     return unwrap() if unwrap is not None else model
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Token ids that the model's embedding knows."""
+    embedding: Any = base_model(model).get_input_embeddings()  # type: ignore[operator]
+    return int(embedding.weight.shape[0])
 
 
 def make_batch(

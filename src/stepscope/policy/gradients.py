@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from stepscope.errors import MeasurementError
 from stepscope.policy.differentiation import frozen_padding, whole_embeddings
+from stepscope.policy.finiteness import first_not_finite
 from stepscope.policy.forward import TokenBatch, TokenOutputs, batches, forward
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
@@ -62,6 +64,11 @@ def gradient(
             for name, grad in zip(params, grads, strict=True):
                 if grad is not None:
                     total[name] += grad
+    if problem := first_not_finite(total.items()):
+        raise MeasurementError(
+            f"the gradient is not finite: {problem}; measure with --precision float64, or an earlier "
+            "checkpoint"
+        )
     return total
 
 

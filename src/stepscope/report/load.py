@@ -9,7 +9,6 @@ the page; a file that is there but cannot be read is an error.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,11 +18,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from stepscope import runs
 from stepscope.errors import RunFolderError
 from stepscope.stats import Estimate
 
@@ -141,10 +139,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """
     if not path.is_file():
         return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise _damaged(path, error) from error
+    value = runs.read_json(path)
     if not isinstance(value, dict):
         raise _damaged(path, f"got a {type(value).__name__}, expected a JSON object")
     return value
@@ -158,10 +153,7 @@ def read_table(path: Path, columns: Sequence[str]) -> Table | None:
     """
     if not path.is_file():
         return None
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise _damaged(path, error) from error
+    table = runs.read_table(path)
     missing = [name for name in columns if name not in table.column_names]
     if missing:
         raise _damaged(path, f"no column {', '.join(missing)}; got {', '.join(table.column_names)}")
@@ -173,12 +165,12 @@ def read_arrays(path: Path, names: re.Pattern[str]) -> Arrays | None:
     """The arrays of a safetensors file whose names match, or ``None`` where the file is missing.
 
     Raises:
-        RunFolderError: the file is damaged.
+        RunFolderError: the file is damaged, or not what its stage wrote.
     """
     if not path.is_file():
         return None
     try:
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(runs.verified(path), framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys() if names.fullmatch(name)}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise _damaged(path, error) from error
@@ -197,7 +189,7 @@ def parse_estimate(value: Any, where: str) -> Estimate:
             n=int(value["n"]),
             unit=str(value["unit"]),
             method=str(value["method"]),
-            reliable=bool(value["reliable"]),
+            reliable=_flag(value["reliable"]),
             reason=str(value["reason"]),
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -458,6 +450,12 @@ def trailing_number(path: Path) -> int:
     """The step that the name of a folder ends in, for example that of ``step-10``; -1 where there is none."""
     match = re.search(r"(\d+)$", path.name)
     return int(match.group(1)) if match else -1
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"got {value!r}, expected true or false")
+    return value
 
 
 def _number(value: Any) -> float:
