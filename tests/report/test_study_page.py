@@ -172,6 +172,6 @@ def test_a_study_that_is_not_there_or_damaged_is_one_line(study: Path, tmp_path:
     with pytest.raises(RunFolderError, match=r"study\.json: no slope; run `stepscope study` again"):
         write_study_report(study)
     (study / "study.json").write_text("{")
-    with pytest.raises(RunFolderError, match=r"study\.json: damaged"):
+    with pytest.raises(RunFolderError, match=r"study\.json: cannot be read as JSON"):
         write_study_report(study)
     assert not (study / "study.html").exists()
