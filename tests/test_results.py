@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from stepscope.errors import BatchError, RunFolderError
-from stepscope.results import FloatArray, Rollouts
+from stepscope.results import FloatArray, Rollouts, read_table, write_table
 from stepscope.stats import clustered_mean
 
 
@@ -168,3 +169,86 @@ def test_groups_and_selection():
     assert rollouts.advantages is not None
     assert picked.advantages.tolist() == rollouts.advantages[[3, 0]].tolist()
     assert picked.entropy_per_seq[1] == rollouts.entropies[0].sum()
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("field", ["rewards", "advantages", "logprobs", "entropies"])
+def test_numbers_that_are_not_finite_are_refused_with_their_place(field, broken):
+    rollouts = make_rollouts()
+    if field in ("rewards", "advantages"):
+        values, place = getattr(rollouts, field).copy(), r"sequence 2 \(a/2\)"
+        values[2] = broken
+    else:
+        values = [row.copy() for row in getattr(rollouts, field)]
+        values[2][3], place = broken, r"sequence 2 \(a/2\), response token 3"
+        values = tuple(values)
+    with pytest.raises(BatchError, match=f"{place}: {field} holds {broken}"):
+        replace(rollouts, **{field: values})
+
+
+def stored(tmp_path):
+    rollouts = make_rollouts()
+    names = [["t"] * n for n in rollouts.num_tokens]
+    rollouts.to_parquet(tmp_path / "u", tmp_path / "ut", tokens=names)
+    return pq.read_table(tmp_path / "u"), pq.read_table(tmp_path / "ut")
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "message"),
+    [
+        ("reward", [1.0, None, 0.0, 0.0], "u: column reward holds 1 nulls"),
+        ("reward", ["1", "x", "0", "0"], "u: column reward is string, expected double"),
+        ("reward", [[1.0], [0.0], [0.0], [0.0]], "u: column reward is list<.*>, expected double"),
+        ("advantage", [1.0, None, 0.0, 0.0], "u: advantage of sequence 1 is null and others are not"),
+        ("correct", [True, None, False, True], "u: column correct holds 1 nulls"),
+        ("truncated", [None] * 4, "u: column truncated holds 4 nulls"),
+        ("prompt_id", ["a", "b", None, "c"], "u: column prompt_id holds 1 nulls"),
+        ("num_tokens", [3.5, 1.0, 4.0, 2.0], "u: column num_tokens is double, expected int64"),
+        ("response_token_ids", [[1, None, 2], [1], [1, 2, 3, 4], [1, 2]], "response_token_ids holds 1 nulls"),
+        ("response_token_ids", ["a", "b", "c", "d"], "response_token_ids is string, expected list"),
+    ],
+)
+def test_columns_of_another_kind_or_with_nulls_are_refused(tmp_path, column, values, message):
+    table, _ = stored(tmp_path)
+    index = table.column_names.index(column)
+    pq.write_table(table.set_column(index, column, pa.array(values)), tmp_path / "u")
+    with pytest.raises(RunFolderError, match=message):
+        Rollouts.from_parquet(tmp_path / "u", tmp_path / "ut")
+
+
+def test_a_reward_of_nan_in_a_file_is_named(tmp_path):
+    table, _ = stored(tmp_path)
+    index = table.column_names.index("reward")
+    pq.write_table(table.set_column(index, "reward", pa.array([1.0, 0.0, np.nan, 0.0])), tmp_path / "u")
+    with pytest.raises(BatchError, match=r"sequence 2 \(a/2\): rewards holds nan"):
+        Rollouts.from_parquet(tmp_path / "u", tmp_path / "ut")
+
+
+def test_tokens_in_another_order_are_refused(tmp_path):
+    _, tokens = stored(tmp_path)
+    pq.write_table(tokens.take(list(range(tokens.num_rows))[::-1]), tmp_path / "ut")
+    with pytest.raises(RunFolderError, match="ut: its rows are not in the order of the sequences of u"):
+        Rollouts.from_parquet(tmp_path / "u", tmp_path / "ut")
+
+
+def test_no_flipped_bit_in_the_pages_of_a_table_changes_a_number(tmp_path):
+    path = tmp_path / "t.parquet"
+    values = np.random.default_rng(0).normal(size=50)
+    write_table(pa.table({"x": values}), path)
+    content = path.read_bytes()
+    column = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    first = column.dictionary_page_offset or column.data_page_offset
+    places = range(first, first + column.total_compressed_size, 3)
+    noticed = 0
+    for place in places:
+        flipped = bytearray(content)
+        flipped[place] ^= 16
+        path.write_bytes(flipped)
+        try:
+            read = read_table(path)["x"].to_numpy()
+        except RunFolderError as error:
+            assert "t.parquet: cannot be read as parquet" in str(error)  # noqa: PT017
+            noticed += 1
+        else:  # in a header, in a field that says nothing about the values
+            np.testing.assert_array_equal(read, values)
+    assert noticed > 0.9 * len(places)

@@ -228,3 +228,88 @@ def test_differing_keys_names_paths_and_both_values():
         "w (None there, 5 here)",
     ]
     assert runs.differing_keys(a, a) == []
+
+
+def test_a_file_that_changed_is_refused_by_whatever_reads_it(tmp_path):
+    run = open_run(tmp_path / "run")
+    with run.stage("numbers", ["n.json", "t.parquet", "own.json"]):
+        runs.write_json(run.file("n.json"), {"a": {"b": 1.5}})
+        runs.write_json(run.file("own.json"), {"a": 1})
+        runs.write_table(run.file("t.parquet"), {"x": [1.0, 2.0]})
+    assert runs.read_json(run.file("n.json")) == {"a": {"b": 1.5}}
+    assert runs.read_table(run.file("t.parquet"))["x"].to_pylist() == [1.0, 2.0]
+    run.file("n.json").write_text(run.file("n.json").read_text().replace("1.5", "1.6"))
+    with pytest.raises(RunFolderError, match=r"n\.json: damaged \(its SHA-256.*run the stage that writes it"):
+        runs.read_json(run.file("n.json"))
+    runs.write_table(run.file("t.parquet"), {"x": [1.0, 2.5]})
+    with pytest.raises(RunFolderError, match=r"t\.parquet: damaged"):
+        runs.read_table(run.file("t.parquet"))
+    with run.stage("numbers", ["n.json", "t.parquet"]):
+        runs.write_json(run.file("n.json"), {"a": 2})
+        runs.write_table(run.file("t.parquet"), {"x": [3.0]})
+    assert runs.read_json(run.file("n.json")) == {"a": 2}
+
+
+def test_files_that_others_may_write_are_not_sealed(tmp_path):
+    run = open_run(tmp_path / "run")
+    with run.stage("open", ["n.json"], sealed=False):
+        runs.write_json(run.file("n.json"), {"a": 1})
+    runs.write_json(run.file("n.json"), {"a": 2})
+    assert runs.read_json(run.file("n.json")) == {"a": 2}
+
+
+def test_a_sealed_file_is_added_to_and_survives_a_kill_between_record_and_file(tmp_path, monkeypatch):
+    run = open_run(tmp_path / "run")
+    for count in (1, 2):
+        run.write_sealed("s.json", {"a": count})
+        assert runs.read_json(run.file("s.json")) == {"a": count}
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", broken_replace(Path.replace))
+        with pytest.raises(KeyboardInterrupt):
+            run.write_sealed("s.json", {"a": 3})
+    assert runs.read_json(run.file("s.json")) == {"a": 2}
+    run.write_sealed("s.json", {"a": 4})
+    assert runs.read_json(run.file("s.json")) == {"a": 4}
+    run.file("s.json").write_text('{"a": 5}')
+    with pytest.raises(RunFolderError, match=r"s\.json: damaged"):
+        runs.read_json(run.file("s.json"))
+
+
+def broken_replace(replace):
+    """Path.replace that dies when it would put ``s.json`` in its place."""
+
+    def dying(self, target):
+        if Path(target).name == "s.json":
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    return dying
+
+
+def test_a_key_that_is_not_there_names_the_file(tmp_path):
+    path = tmp_path / "n.json"
+    path.write_text('{"a": [{"b": 1}]}')
+    content = runs.read_json(path)
+    assert content["a"][0].get("c") is None
+    with pytest.raises(RunFolderError, match=r"n\.json: damaged \(no 'c' where it is expected; got b\)"):
+        content["a"][0]["c"]
+    path.write_text("[" * 100000)
+    with pytest.raises(RunFolderError, match=r"n\.json: cannot be read as JSON"):
+        runs.read_json(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"stages": []},
+        {"stages": {"a": 1}},
+        {"stages": {"a": {"files": {}}}},
+        {"wall_seconds": None},
+        {"stages": {"a": {"seconds": 1}}},
+    ],
+)
+def test_provenance_of_another_shape_is_one_line(tmp_path, change):
+    run = open_run(tmp_path / "run")
+    runs.write_json(run.file("provenance.json"), {**run.provenance(), **change})
+    with pytest.raises(RunFolderError, match="not the provenance of a run"):
+        run.is_done("a")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 import pytest
 
 from stepscope.stats import (
+    NOT_FINITE,
     Estimate,
     bootstrap,
     clustered_mean,
@@ -201,3 +203,18 @@ def test_estimate_round_trip_reads_null_as_nan():
     estimate = Estimate(1.5, 0.1, 7, "nats", "m", reliable=False, reason="few")
     assert Estimate.from_dict(estimate.to_dict()) == estimate
     assert np.isnan(Estimate.from_dict({**estimate.to_dict(), "stderr": None}).stderr)
+
+
+@pytest.mark.parametrize(
+    ("value", "stderr"), [(np.nan, 1.0), (np.inf, 1.0), (-np.inf, np.nan), (1.0, np.inf), (1.0, -0.5)]
+)
+def test_what_is_no_number_is_never_reliable(value, stderr):
+    made = Estimate(value, stderr, 5, "1", "m")
+    assert (made.reliable, made.reason) == (False, NOT_FINITE)
+    assert not replace(made, reliable=True).reliable
+    assert Estimate(value, stderr, 5, "1", "m", False, "too few").reason == "too few"
+    assert not Estimate.from_dict(made.to_dict() | {"reliable": True, "reason": ""}).reliable
+
+
+def test_an_exact_figure_without_an_error_is_reliable():
+    assert Estimate(0.5, np.nan, 5, "1", "exact").reliable

@@ -111,7 +111,10 @@ def real_number(value: object, what: str, where: str) -> float:
         raise CheckpointError(
             f"{where}: {what} is of type {type(value).__name__}, expected a number; copy the file again"
         )
-    return float(value) if abs(value) <= 1e300 or value != value else math.copysign(math.inf, value)
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond the largest float
+        return math.inf if value > 0 else -math.inf
 
 
 def _group_problem(group: ParameterGroup) -> str:

@@ -144,8 +144,8 @@ def load_adapter(
             f"{folder}: the adapter does not load onto its base {base} ({brief(error)}); check that this "
             "is the base it was trained on"
         ) from error
-    _verify_adapter(folder, adapted, stored)
     refuse_broken_weights(adapted, str(folder))
+    _verify_adapter(folder, adapted, stored)
     return _placed(adapted, dtype, device), tokenizer
 
 
