@@ -87,19 +87,30 @@ def verified(path: Path) -> Path:
     Raises:
         RunFolderError: its content has changed since.
     """
-    if not path.is_file() or not (path.parent / PROVENANCE).is_file():
-        return path
-    provenance = RunFolder(path.parent).provenance()
-    hashes = {
-        name: [h] for record in provenance["stages"].values() for name, h in record.get("sha256", {}).items()
-    }
-    hashes |= provenance.get("sealed", {})
-    if path.name in hashes and _sha256(path) not in hashes[path.name]:
+    digests = _digests(path.parent)
+    if path.is_file() and path.name in digests and _sha256(path) not in digests[path.name]:
         raise RunFolderError(
             f"{path}: damaged (its SHA-256 is not the one in {PROVENANCE}); delete it and run the stage that "
             "writes it again"
         )
     return path
+
+
+def unsealed(folder: Path) -> list[Path]:
+    """Data files in a folder and below whose content no record vouches for."""
+    files = sorted(f for kind in ("json", "parquet", "safetensors") for f in folder.rglob(f"*.{kind}"))
+    return [f for f in files if f.name != PROVENANCE and f.name not in _digests(f.parent)]
+
+
+def _digests(folder: Path) -> dict[str, list[str]]:
+    """Digests that the files of a run may have, by name; none outside of a run."""
+    if not (folder / PROVENANCE).is_file():
+        return {}
+    provenance = RunFolder(folder).provenance()
+    by_stage = (record.get("sha256", {}) for record in provenance["stages"].values())
+    return {name: [digest] for found in by_stage for name, digest in found.items()} | provenance.get(
+        "sealed", {}
+    )
 
 
 def _sha256(path: Path) -> str:

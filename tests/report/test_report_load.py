@@ -2,13 +2,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from stepscope import runs
 from stepscope.errors import RunFolderError
 from stepscope.report import write_report
-from stepscope.report.load import load_measurement, load_run, parse_estimate
+from stepscope.report.load import load_measurement, load_run, parse_estimate, reads_artifacts
+from stepscope.runs import RunFolder
 
 
 def test_measure_folder_is_recognised(measure_folder: Path) -> None:
@@ -77,3 +81,47 @@ def test_neither_kind_of_folder(tmp_path: Path) -> None:
         load_run(tmp_path / "absent")
     with pytest.raises(RunFolderError, match=r"no summary\.json"):
         load_measurement(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("change.json", lambda c: c.update(points=None)),
+        ("change.json", lambda c: c["points"][0].update(lr="x")),
+        ("change.json", lambda c: c.update(fit=7)),
+        ("criteria.json", lambda c: c["rows"][0].pop("kendall")),
+        ("criteria.json", lambda c: c["rows"][0].update(captured=[1])),
+        ("kernel.json", lambda c: c["structure"].update(raw=[])),
+        ("pareto.json", lambda c: c.update(points=[1])),
+        ("summary.json", lambda c: c["entropy_per_token"].update(reliable="false")),
+        ("provenance.json", lambda c: c.update(stages=3)),
+    ],
+)
+def test_renamed_keys_and_values_of_another_kind_are_one_line(
+    measure_folder: Path, name: str, change: Callable[[Any], object]
+) -> None:
+    content = json.loads((measure_folder / name).read_text())
+    change(content)
+    (measure_folder / name).write_text(json.dumps(content))
+    with pytest.raises(RunFolderError) as caught:
+        write_report(measure_folder)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_failure_on_what_the_stages_wrote_keeps_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder.open(tmp_path / "run", {}, verb="measure")
+    with run.stage("change", ["change.json"]):
+        runs.write_json(run.file("change.json"), {})
+
+    @reads_artifacts
+    def write(folder: Path) -> Path:
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError):
+        write(run.path)
+    runs.write_json(run.file("noise.json"), {})
+    with pytest.raises(RunFolderError, match=r"holds something else.*KeyError: 'a bug'.*noise\.json"):
+        write(run.path)

@@ -260,7 +260,8 @@ def _sequences(policy: Policy) -> tuple[list[list[int]], list[list[int]]]:
     generator = torch.Generator().manual_seed(0)
 
     def tokens(count: int) -> list[int]:
-        return possible[torch.randint(0, len(possible), (count,), generator=generator)].tolist()
+        chosen: list[int] = possible[torch.randint(0, len(possible), (count,), generator=generator)].tolist()
+        return chosen
 
     return [tokens(n) for n in (3, 9, 5, 1)], [tokens(n) for n in (6, 2, 1, 8)]
 

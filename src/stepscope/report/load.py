@@ -10,11 +10,12 @@ the page; a file that is there but cannot be read is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import wraps
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +26,7 @@ from stepscope import runs
 from stepscope.errors import RunFolderError
 from stepscope.stats import Estimate
 
+P = ParamSpec("P")
 Table = dict[str, list[Any]]
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -129,6 +131,32 @@ class Run:
     path: Path
     training: Training | None
     measurements: tuple[Measurement, ...]
+
+
+def reads_artifacts(write: Callable[P, Path]) -> Callable[P, Path]:
+    """Wrap what makes a page: content of another kind than the stages write is an error of the run folder.
+
+    Only where a file is there that no digest vouches for: what the stages wrote themselves is understood, and
+    a failure on it is a bug that keeps its traceback.
+    """
+
+    @wraps(write)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> Path:
+        try:
+            return write(*args, **kwargs)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            given = [place for a in args for place in (a if isinstance(a, list | tuple) else (a,))]
+            folders = [p if p.is_dir() else p.parent for p in given if isinstance(p, Path)]
+            odd = [file for folder in folders for file in runs.unsealed(folder)]
+            if not odd:
+                raise
+            line = " ".join(str(error).split())[:120]
+            raise RunFolderError(
+                f"{folders[0]}: holds something else than the stages write ({type(error).__name__}: {line}); it "
+                f"stands in one of {', '.join(sorted({f.name for f in odd}))}; measure the checkpoint again"
+            ) from error
+
+    return guarded
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

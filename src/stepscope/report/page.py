@@ -33,6 +33,7 @@ from stepscope.report.load import (
     load_evaluation,
     load_measurement,
     load_run,
+    reads_artifacts,
 )
 from stepscope.report.sections import measurement_panel
 from stepscope.report.tables import TableBlock, comparison_table, series_table
@@ -50,6 +51,7 @@ class _Block:
     figures: Sequence[Figure]
 
 
+@reads_artifacts
 def write_report(run: Path) -> Path:
     """Write ``report.html`` into a measure folder or a whole run folder.
 
@@ -80,6 +82,7 @@ def write_report(run: Path) -> Path:
     return path
 
 
+@reads_artifacts
 def write_evaluation(table: Path) -> Path:
     """Write ``eval.html`` beside ``eval.parquet``: curves over the checkpoints, changes, profiles, law.
 
@@ -107,6 +110,7 @@ def write_evaluation(table: Path) -> Path:
     return path
 
 
+@reads_artifacts
 def write_law_comparison(folders: Sequence[Path], out: Path) -> Path:
     """Write a page with the entropy laws of several runs in one figure and one table.
 
@@ -137,6 +141,7 @@ def write_law_comparison(folders: Sequence[Path], out: Path) -> Path:
     return out
 
 
+@reads_artifacts
 def write_comparison(run_a: Path, run_b: Path, out: Path) -> Path:
     """Write a page that compares two measurements; differences are B minus A.
 

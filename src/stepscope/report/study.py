@@ -7,6 +7,7 @@ from pathlib import Path
 
 from stepscope import runs
 from stepscope.report import text
+from stepscope.report.load import reads_artifacts
 from stepscope.report.page import render_page
 from stepscope.report.sections import Panel, Section
 from stepscope.report.study_figures import difference_figure, line_figure
@@ -15,6 +16,7 @@ from stepscope.report.study_load import STUDY_FIGURES, STUDY_TABLE, Row, Study, 
 from stepscope.report.study_tables import cells_table, changes_table, lines_table
 
 
+@reads_artifacts
 def write_study_report(folder: Path) -> Path:
     """Write ``study.html`` into a study folder.
 
