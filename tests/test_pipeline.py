@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -18,7 +20,7 @@ from typer.testing import CliRunner
 
 from stepscope import cli
 from stepscope.config import STAGES, MeasureConfig, build_config
-from stepscope.errors import RunFolderError
+from stepscope.errors import MeasurementError, RunFolderError
 from stepscope.measure.step import reconstruct_step
 from stepscope.pipeline import run_measure
 from stepscope.pipeline.evaluate import checkpoints_in
@@ -391,3 +393,70 @@ def test_rules_that_drop_tokens_are_stepped_again(measured):
     for point in pareto["points"]:
         kept = point["entropy_change"]["value"] - pareto["full_entropy_change"]["value"]
         assert point["entropy_kept"]["value"] == pytest.approx(kept, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("direction.safetensors", "change"),
+        ("update.parquet", "influence"),
+        ("probe_tokens.parquet", "change"),
+        ("step.json", "change"),
+        ("summary.json", "change"),
+        ("kernel.json", "report"),
+    ],
+)
+def test_a_flipped_bit_in_an_artifact_is_one_line(measured, checkpoint, tmp_path, name, stages):
+    out = tmp_path / "run"
+    shutil.copytree(measured, out)
+    content = bytearray((out / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (out / name).write_bytes(content)
+    for plan in (PLANS[stage] for stage in stages.split(",")):
+        (out / plan.files[0]).unlink()
+    with pytest.raises(RunFolderError, match=rf"{name}: (damaged|cannot be read)"):
+        run_measure(
+            build_config(
+                MeasureConfig,
+                {
+                    **yaml.safe_load((out / "config.yaml").read_text()),
+                    "out": str(out),
+                    "stages": stages.split(","),
+                },
+            ),
+            resume=True,
+        )
+
+
+def test_a_headline_that_is_no_number_ends_the_stage(measured, checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(measured, out)
+    (out / "noise.json").unlink()
+
+    figure = Estimate(math.nan, 1.0, 4, "prompts", "ratio", True)
+    plan = replace(PLANS["noise"], work=lambda session: {"noise_scale": figure}, files=())
+    monkeypatch.setitem(PLANS, "noise", plan)
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    with pytest.raises(
+        MeasurementError, match=r"noise_scale is nan \+- 1\.0 prompts, expected finite numbers"
+    ):
+        run_measure(
+            build_config(MeasureConfig, {**config, "out": str(out), "stages": ["noise"]}), resume=True
+        )
+    assert "noise" not in load_json(out / "provenance.json")["stages"]
+
+
+def test_a_reward_that_is_no_number_in_a_given_batch_is_refused(measured, checkpoint, tmp_path):
+    for name in ("update", "update_tokens"):
+        shutil.copy(measured / f"{name}.parquet", tmp_path / f"{name}.parquet")
+    table = pq.read_table(tmp_path / "update.parquet")
+    rewards = [math.nan, *table["reward"].to_pylist()[1:]]
+    index = table.column_names.index("reward")
+    pq.write_table(table.set_column(index, "reward", pa.array(rewards)), tmp_path / "update.parquet")
+    given = f"update.file={tmp_path / 'update.parquet'}"
+    result = CliRunner().invoke(
+        cli.app, ["measure", str(checkpoint), "--out", str(tmp_path / "run"), given, *QUICK]
+    )
+    assert result.exit_code == 2
+    assert "sequence 0 " in result.stderr
+    assert "rewards holds nan" in result.stderr

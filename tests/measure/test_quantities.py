@@ -11,7 +11,7 @@ from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy, random_ste
 from stepscope.errors import MeasurementError
 from stepscope.measure.baselines import position_mean
 from stepscope.measure.change import measure_change
-from stepscope.measure.line import response_mask
+from stepscope.measure.line import derivatives, response_mask
 from stepscope.measure.quantities import (
     QuantityValues,
     make_quantity,
@@ -22,7 +22,7 @@ from stepscope.measure.quantities import (
 )
 from stepscope.policy.gradients import directional_derivative
 from stepscope.policy.models import REFERENCE
-from stepscope.policy.precision import lift_model
+from stepscope.policy.precision import lift_model, true_float64
 from stepscope.reference import exact_rollouts, sample_exact
 
 
@@ -171,3 +171,35 @@ def test_values_follow_the_sequences_when_the_batch_is_cut_otherwise() -> None:
     for point in values[1:]:
         assert point.true.value == pytest.approx(values[0].true.value, rel=1e-10)
         assert point.linear.value == pytest.approx(values[0].linear.value, rel=1e-10)
+
+
+def test_kl_of_policies_that_exclude_tokens() -> None:
+    """Both exclude one: the divergence of the four others. The reference alone: infinite, so refused."""
+    policy, other = enumerable_policy("llama"), enumerable_policy("llama", seed=3)
+    whole, _ = exact_rollouts(policy, PROMPTS[:1], eos_id=EOS)
+    rollouts = whole.select([i for i, ids in enumerate(whole.response_token_ids) if 4 not in ids])
+
+    def exclude(module: nn.Module, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return torch.cat([output[..., :4], torch.full_like(output[..., 4:], -torch.inf)], -1)
+
+    def kept(model: nn.Module) -> torch.Tensor:
+        tokens = [
+            [*p, *r]
+            for p, r in zip(rollouts.prompt_token_ids, rollouts.response_token_ids, strict=True)
+            if len(r) == 3
+        ]
+        with torch.no_grad(), true_float64():
+            logits = model(torch.tensor(tokens)).logits
+        return torch.log_softmax(logits[:, len(PROMPTS[0]) - 1 : -1, :4] / rollouts.temperature, -1)
+
+    p, q = kept(policy.model), kept(other.model)
+    expected = (p.exp() * (p - q)).sum((-1, -2)).numpy()
+    other.model.get_submodule("lm_head").register_forward_hook(exclude)
+    with pytest.raises(MeasurementError, match=r"kl: infinite before response token 0 of sequence \d"):
+        make_quantity("kl", rollouts, policy=policy, reference=other.model)
+    policy.model.get_submodule("lm_head").register_forward_hook(exclude)
+    kl = make_quantity("kl", rollouts, policy=policy, reference=other.model)
+    long = [i for i, ids in enumerate(rollouts.response_token_ids) if len(ids) == 3]
+    np.testing.assert_allclose(kl.base.per_seq[long], expected, rtol=1e-10)
+    (slopes,) = derivatives(policy, rollouts, [kl], random_step(policy).direction)
+    assert np.isfinite(slopes.prefix).all()

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from stepscope.errors import BatchError, CheckpointError, MeasurementError
-from stepscope.measure.step import Step, reconstruct_step, sequence_direction, step_summary
+from stepscope.measure.step import (
+    Step,
+    assemble_step,
+    reconstruct_step,
+    sequence_direction,
+    step_summary,
+)
 from stepscope.policy import vectors
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.objective import advantages, policy_loss
@@ -288,4 +294,49 @@ def test_no_optimizer_state_is_an_error_not_a_fresh_optimizer() -> None:
         reconstruct_step(replace(policy, optimizer=None), update)
     next(iter(policy.parameters.values())).requires_grad_(False)
     with pytest.raises(CheckpointError, match="in the optimizer state only"):
+        reconstruct_step(policy, update)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_names_its_parameter(value: float) -> None:
+    policy, _ = trained("full", torch.float64)
+    update = draw_batch(policy, 9)
+    ascent = {n: torch.zeros_like(p) for n, p in policy.parameters.items()}
+    ascent["model.layers.1.mlp.up_proj.weight"][2, 3] = value
+    with pytest.raises(
+        MeasurementError, match=r"gradient is not finite: model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
+        assemble_step(policy, update, [np.zeros(n) for n in update.num_tokens], ascent)
+
+
+def test_a_step_that_is_not_finite_names_its_parameter() -> None:
+    """Without eps, a parameter that never had a gradient divides 0 by 0."""
+    policy, _ = trained("full", torch.float64)
+    assert policy.optimizer is not None
+    groups = tuple(replace(group, eps=0.0) for group in policy.optimizer.groups)
+    name = "model.layers.0.mlp.up_proj.weight"
+    zero = torch.zeros_like(policy.parameters[name])
+    state = replace(
+        policy.optimizer,
+        groups=groups,
+        exp_avg={**policy.optimizer.exp_avg, name: zero},
+        exp_avg_sq={**policy.optimizer.exp_avg_sq, name: zero},
+    )
+    update = draw_batch(policy, 9)
+    ascent = {n: torch.zeros_like(p) for n, p in policy.parameters.items()}
+    weights = [np.zeros(n) for n in update.num_tokens]
+    with pytest.raises(
+        MeasurementError, match=r"direction of the step is not finite: .*layers\.0\.mlp\.up_proj"
+    ):
+        assemble_step(replace(policy, optimizer=state), update, weights, ascent)
+
+
+def test_a_token_weight_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, _ = trained("full", torch.float64)
+    update = draw_batch(policy, 9)
+    weights = [np.ones(n) for n in update.num_tokens]
+    weights[4][-1] = np.nan
+    monkeypatch.setattr("stepscope.measure.step.token_weights", lambda *args, **kwargs: weights)
+    place = rf"sequence 4 \(p1\), response token {len(weights[4]) - 1} is not finite"
+    with pytest.raises(MeasurementError, match=place):
         reconstruct_step(policy, update)

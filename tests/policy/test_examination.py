@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from made_tokenizers import CHAT, byte_level
-from stepscope.errors import CheckpointError
+from stepscope.errors import CheckpointError, MeasurementError
 from stepscope.policy import forward as forward_module
 from stepscope.policy.examination import Finding, _asking, computed_types, examine
 from stepscope.policy.precision import lift_model
@@ -100,3 +100,25 @@ def test_how_problems_are_asked(build_model, settings, chat, level, words) -> No
 def test_an_error_becomes_a_finding_with_its_cure() -> None:
     assert Finding.from_error(CheckpointError("a: b; c; do this")) == Finding("fail", "a: b; c", "do this")
     assert Finding.from_error(CheckpointError("no cure")) == Finding("fail", "no cure", "")
+
+
+def excluding(model: nn.Module, spoilt: float | None = None) -> nn.Module:
+    """Logits of the tokens from 17 on are -inf, as for a padded vocabulary; a sequence alone is spoilt."""
+
+    def change(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        output = torch.cat([output[..., :17], torch.full_like(output[..., 17:], -torch.inf)], -1)
+        return output + spoilt if spoilt is not None and len(output) == 1 and output.shape[1] > 1 else output
+
+    model.get_submodule("lm_head").register_forward_hook(change)
+    return model
+
+
+def test_a_model_that_excludes_tokens_is_fine(build_model: Callable[..., nn.Module], tokenizer: Any) -> None:
+    found = levels(policy_of(excluding(build_model("llama")), tokenizer))
+    assert "fail" not in found.values()
+    assert any("log-probs depend on batch size and padding by at most" in what for what in found)
+
+
+def test_a_nan_in_some_batches_is_not_dropped(build_model: Callable[..., nn.Module], tokenizer: Any) -> None:
+    with pytest.raises(MeasurementError, match="logits before it are not finite"):
+        examine(policy_of(excluding(build_model("llama"), float("nan")), tokenizer))

@@ -13,14 +13,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from stepscope.errors import BatchError
+from stepscope.errors import BatchError, MeasurementError
 from stepscope.policy.objective import advantages
 from stepscope.policy.precision import lift_model
 from stepscope.policy.rollouts import sample_rollouts, score_rollouts
 from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import Policy
 from stepscope.tasks import load_task
-from stepscope.tasks.problem import Problem, Score
+from stepscope.tasks.problem import Problem, Score, Task
 
 SETTINGS = StepSettings(temperature=0.8, max_response_tokens=7, scale_rewards="group")
 
@@ -235,3 +235,28 @@ def test_float64_and_adapters_sample_from_their_own_policy(policy: Policy, lette
     sampled = sample_rollouts(replace(policy, model=adapted), letters, num_prompts=4, group_size=2, seed=0)
     assert sampled.prompt_ids == batch.prompt_ids
     assert sampled.response_token_ids != batch.response_token_ids
+
+
+def test_logits_that_are_not_finite_are_no_token(
+    build_model: Callable[..., nn.Module], tokenizer: Any, letters: Task
+) -> None:
+    model: Any = build_model("llama")
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output + float("nan"))
+    policy = Policy(model, tokenizer, StepSettings(max_response_tokens=4))
+    with pytest.raises(MeasurementError, match="logits for response token 0 are not finite"):
+        sample_rollouts(policy, letters, num_prompts=2, group_size=2, seed=0)
+
+
+def test_excluded_tokens_are_neither_sampled_nor_counted(
+    build_model: Callable[..., nn.Module], tokenizer: Any, letters: Task
+) -> None:
+    model: Any = build_model("llama")
+
+    def exclude(module: nn.Module, inputs: Any, output: Any) -> Any:
+        return torch.cat([output[..., :12], torch.full_like(output[..., 12:], -torch.inf)], -1)
+
+    model.lm_head.register_forward_hook(exclude)
+    policy = Policy(model, tokenizer, StepSettings(max_response_tokens=8))
+    found = sample_rollouts(policy, letters, num_prompts=8, group_size=4, seed=0)
+    assert max(t for row in found.response_token_ids for t in row) == 11
+    assert 0 < np.concatenate(found.entropies).max() <= np.log(12)

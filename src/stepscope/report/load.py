@@ -152,8 +152,8 @@ def reads_artifacts(write: Callable[P, Path]) -> Callable[P, Path]:
                 raise
             line = " ".join(str(error).split())[:120]
             raise RunFolderError(
-                f"{folders[0]}: holds something else than the stages write ({type(error).__name__}: {line}); it "
-                f"stands in one of {', '.join(sorted({f.name for f in odd}))}; measure the checkpoint again"
+                f"{folders[0]}: holds something else than the stages write ({type(error).__name__}: {line}), "
+                f"in one of {', '.join(sorted({f.name for f in odd}))}; measure the checkpoint again"
             ) from error
 
     return guarded
