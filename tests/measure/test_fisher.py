@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from stepscope.errors import BatchError
+from stepscope.errors import BatchError, MeasurementError
 from stepscope.measure.fisher import fisher_kernel, predict_logprobs, split_tokens
 from stepscope.measure.kernel_structure import (
     cosine_form,
@@ -256,3 +256,11 @@ def test_shared_prefixes() -> None:
         (2, 3, 5.0, 1),
     ]
     assert not found.same_prompt.mean.reliable
+
+
+def test_a_kernel_that_is_not_finite_is_refused(tiny_policy: Policy) -> None:
+    kernel = fisher_kernel(tiny_policy, draw(tiny_policy, 1, 2, 2))
+    broken = kernel.update["raw"].copy()
+    broken[2, 1] = np.inf
+    with pytest.raises(MeasurementError, match="kernel update_raw: row 2 is not finite"):
+        replace(kernel, update={"raw": broken})

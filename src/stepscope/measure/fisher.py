@@ -70,6 +70,21 @@ class FisherKernel:
     tokens: Mapping[str, FloatArray]
     token_index: IntArray
 
+    def __post_init__(self) -> None:
+        """Refuse a kernel with an entry that is not finite.
+
+        Raises:
+            MeasurementError: naming the matrix and its row.
+        """
+        for kind, matrices in (("update", self.update), ("probe", self.probe), ("tokens", self.tokens)):
+            for metric, K in matrices.items():
+                if not np.isfinite(K).all():
+                    row = int(np.argwhere(~np.isfinite(K))[0][0])
+                    raise MeasurementError(
+                        f"kernel {kind}_{metric}: row {row} is not finite, so a gradient overflows; measure "
+                        "with --precision float64"
+                    )
+
     def cosine(self, metric: str) -> FloatArray:
         """(update seq, update seq) K(i, j) / sqrt(K(i, i) K(j, j))."""
         return cosine_form(self.update[metric])
