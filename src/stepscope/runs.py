@@ -88,7 +88,7 @@ def verified(path: Path) -> Path:
         RunFolderError: its content has changed since.
     """
     digests = _digests(path.parent)
-    if path.is_file() and path.name in digests and _sha256(path) not in digests[path.name]:
+    if path.is_file() and path.name in digests and sha256(path) not in digests[path.name]:
         raise RunFolderError(
             f"{path}: damaged (its SHA-256 is not the one in {PROVENANCE}); delete it and run the stage that "
             "writes it again"
@@ -107,13 +107,14 @@ def _digests(folder: Path) -> dict[str, list[str]]:
     if not (folder / PROVENANCE).is_file():
         return {}
     provenance = RunFolder(folder).provenance()
-    by_stage = (record.get("sha256", {}) for record in provenance["stages"].values())
-    return {name: [digest] for found in by_stage for name, digest in found.items()} | provenance.get(
-        "sealed", {}
-    )
+    found: dict[str, list[str]] = dict(provenance.get("sealed", {}))
+    for record in provenance["stages"].values():
+        found |= {name: [digest] for name, digest in record.get("sha256", {}).items()}
+    return found
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Hexadecimal digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -412,7 +413,7 @@ class RunFolder:
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": seconds,
             "files": {f: (self.path / f).stat().st_size for f in files},
-            "sha256": {f: _sha256(self.path / f) for f in files} if sealed else {},
+            "sha256": {f: sha256(self.path / f) for f in files} if sealed else {},
         }
         write_json(self.path / PROVENANCE, provenance)
 
@@ -425,7 +426,7 @@ class RunFolder:
         partial = path.with_name(path.name + ".partial")
         write_json(partial, data)
         provenance = self.provenance()
-        digests = [_sha256(p) for p in (partial, path) if p.is_file()]
+        digests = [sha256(p) for p in (partial, path) if p.is_file()]
         write_json(
             self.path / PROVENANCE, {**provenance, "sealed": {**provenance.get("sealed", {}), name: digests}}
         )

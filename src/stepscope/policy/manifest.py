@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from fnmatch import fnmatch
 from pathlib import Path
 
 from stepscope.errors import RunFolderError
-from stepscope.runs import read_json, write_json
+from stepscope.runs import read_json, sha256, write_json
 
 MANIFEST = "manifest.json"
 """Name to SHA-256 of every other file of the folder."""
@@ -53,9 +52,3 @@ def _recorded(folder: Path) -> dict[str, str] | None:
 def has_manifest(folder: Path) -> bool:
     """Whether there is anything to verify the folder by."""
     return (folder / MANIFEST).exists()
-
-
-def sha256(path: Path) -> str:
-    """Hexadecimal digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
