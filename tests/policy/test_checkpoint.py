@@ -29,7 +29,7 @@ from stepscope.policy.checkpoint import (
     load_model,
     read_settings,
 )
-from stepscope.policy.models import reference_adapter
+from stepscope.policy.adapters import reference_adapter
 from stepscope.policy.precision import is_float64
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.settings import StepSettings

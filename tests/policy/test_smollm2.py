@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepscope.policy.forward import forward, make_batch
-from stepscope.policy.models import ADAPTER_CONFIG, load_adapter, load_model
+from stepscope.policy.adapters import ADAPTER_CONFIG, load_adapter
+from stepscope.policy.models import load_model
 
 pytestmark = pytest.mark.slow
 

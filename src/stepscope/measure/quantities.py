@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from stepscope.errors import MeasurementError
 from stepscope.policy.forward import TokenBatch, TokenOutputs, batches, forward
 from stepscope.policy.gradients import Objective
-from stepscope.policy.models import reference_adapter
+from stepscope.policy.adapters import reference_adapter
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, IntArray, Rollouts
 
@@ -183,7 +183,7 @@ class Reference:
 
     def log_distribution(self, batch: TokenBatch) -> Tensor:
         """(seq, tok, vocab) log-probs of every next token, without gradient."""
-        switched = reference_adapter(self.model) if self.switch_adapter else nullcontext()
+        switched = reference_adapter(self.model, as_trained=False) if self.switch_adapter else nullcontext()
         with torch.no_grad(), switched:
             outputs = forward(self.model, batch, temperature=self.temperature, keep_logits=True)
         assert outputs.logits is not None

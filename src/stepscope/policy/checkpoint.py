@@ -16,11 +16,17 @@ from stepscope.policy.devices import usable_device
 from stepscope.policy.examination import Finding, examine
 from stepscope.policy.finiteness import MOST_STEPS, whole_number
 from stepscope.policy.manifest import MANIFEST, altered
-from stepscope.policy.models import ADAPTER_CONFIG, brief, load_adapter, load_model, load_tokenizer
+from stepscope.policy.adapters import ADAPTER_CONFIG, load_adapter
+from stepscope.policy.models import brief, load_model
 from stepscope.policy.optimizer_state import OPTIMIZER_FILE, match_optimizer, read_optimizer
 from stepscope.policy.settings import SETTINGS_FILE, StepSettings
 from stepscope.policy.state import OptimizerState, Policy
-from stepscope.policy.training_args import TRAINING_ARGS_FILE, settings_from_training_args
+from stepscope.policy.stored import stored_types
+from stepscope.policy.training_args import (
+    TRAINING_ARGS_FILE,
+    base_revision,
+    settings_from_training_args,
+)
 
 __all__ = [
     "Finding",
@@ -84,9 +90,8 @@ def load_checkpoint(
     saved = read_optimizer(file) if require_optimizer or file.is_file() else None
     step = _global_step(folder / "trainer_state.json")
     if (folder / ADAPTER_CONFIG).is_file():
-        model, tokenizer = load_adapter(folder, dtype=dtype, device=device)
-        if (folder / "tokenizer_config.json").is_file():
-            tokenizer = load_tokenizer(folder)
+        revision = base_revision(folder / TRAINING_ARGS_FILE)
+        model, tokenizer = load_adapter(folder, dtype=dtype, device=device, revision=revision)
     else:
         model, tokenizer = load_model(folder, dtype=dtype, device=device)
     optimizer: OptimizerState | None = None
@@ -97,7 +102,15 @@ def load_checkpoint(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in optimizer.steps)
         step = max(optimizer.steps.values()) if step is None else step
-    return Policy(model, tokenizer, settings, optimizer, folder, 0 if step is None else step)
+    return Policy(
+        model=model,
+        tokenizer=tokenizer,
+        settings=settings,
+        optimizer=optimizer,
+        path=folder,
+        step=0 if step is None else step,
+        stored_dtypes=stored_types(folder),
+    )
 
 
 def read_settings(path: str | Path, *, overrides: Mapping[str, Any] | None = None) -> StepSettings:

@@ -1,45 +1,44 @@
-"""Loading models: a hub id, a local folder, a GGUF file, or a PEFT adapter on one of these."""
+"""Loading models and tokenizers: a hub id, a local folder, or a GGUF file."""
 
 from __future__ import annotations
 
-import json
+import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.differentiation import Substituted
 from stepscope.policy.finiteness import refuse_broken_weights
 from stepscope.policy.precision import lift_model
+from stepscope.policy.stored import quantization
 
-ADAPTER_CONFIG = "adapter_config.json"
-"""Present in a folder that holds a PEFT adapter."""
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "spiece*")
+"""Files of which a folder with a tokenizer has at least one."""
 
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-"""The adapter's weights beside it."""
-
-REFERENCE = "ref"
-"""Name of TRL's frozen copy of the starting adapter, and of its subfolder."""
+LOADING = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+"""What transformers, PEFT and safetensors raise for files that cannot be loaded."""
 
 NO_CODE = {"trust_remote_code": False}
 """For every ``from_pretrained`` of transformers: left unset, it asks on the terminal whether to run code."""
 
-_LOADING = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
+_OLD_BUFFERS = re.compile(r"\.masked_bias$")
+"""A constant that old versions of GPT-2 stored: no weight. Other buffers transformers passes over itself."""
 
 
 def load_model(
-    model: str | Path, *, dtype: torch.dtype, device: torch.device | str | None = None
+    model: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
 ) -> tuple[nn.Module, Any]:
     """Load a causal language model and its tokenizer, in evaluation mode (no dropout).
 
@@ -47,24 +46,47 @@ def load_model(
         model: a hub id, a local folder with safetensors, or the path of a ``.gguf`` file.
         dtype: of the parameters; float64 derives rotary tables anew (:func:`lift_model`).
         device: where it goes; None for a GPU where there is one.
+        revision: branch, tag or commit of a model on the hub.
 
     Raises:
-        CheckpointError: it does not exist, is damaged, lacks weights of its architecture, or holds some that
-            are not finite.
+        CheckpointError: it does not exist, is damaged or quantized, or its weights are not those of its
+            architecture, or not finite.
     """
-    source = _source(model)
-    with _quiet():
+    weights = load_weights(model, dtype=dtype, device=device, revision=revision)
+    return weights, load_tokenizer(model, revision=revision)
+
+
+def load_weights(
+    model: str | Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+) -> nn.Module:
+    """The model of :func:`load_model` without its tokenizer; arguments and errors are the same."""
+    source = _source(model, revision)
+    with quiet():
         try:
+            config = {} if "gguf_file" in source else PreTrainedConfig.get_config_dict(**source)[0]
+            if packed := quantization(config):
+                raise CheckpointError(
+                    f"{model}: the weights are quantized ({packed}), and a step is measured on weights that "
+                    "can move; dequantize the model (model.dequantize()), save it, and use that folder"
+                )
             loaded, report = AutoModelForCausalLM.from_pretrained(
-                **source, **NO_CODE, dtype=dtype, use_safetensors=True, output_loading_info=True
+                **source,
+                **NO_CODE,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
-            tokenizer = AutoTokenizer.from_pretrained(**source, **NO_CODE)
         except ImportError as error:
             raise CheckpointError(
                 f"{model}: reading it needs a package that is not installed ({brief(error)}); install "
                 "it, for GGUF files: pip install 'stepscope[gguf]'"
             ) from error
-        except _LOADING as error:
+        except LOADING as error:
             if "trust_remote_code" in str(error):
                 raise CheckpointError(
                     f"{model}: it needs Python code of its own, and stepscope runs none that a checkpoint "
@@ -74,104 +96,61 @@ def load_model(
                 f"{model}: the model cannot be loaded ({brief(error)}); check the name, or copy the "
                 "files again"
             ) from error
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{model}: {len(missing)} weights of {type(loaded).__name__} are missing, {missing[0]} among "
-            "them; copy the weights again or mend config.json"
-        )
+    _check_arrival(model, type(loaded).__name__, report)
     if "gguf_file" in source:
         # PEFT records this name as an adapter's base; the folder alone would not say which file.
         loaded.name_or_path = str(Path(model).expanduser().resolve())
         # Its weights are plain tensors now; the Trainer refuses to train what is still marked as quantized.
         loaded.hf_quantizer.remove_quantization_config(loaded)
     refuse_broken_weights(loaded, str(model))
-    return _placed(loaded, dtype, device), tokenizer
+    return placed(loaded, dtype, device)
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a local folder.
-
-    Raises:
-        CheckpointError: its files are damaged.
-    """
-    try:
-        with _quiet():
-            return AutoTokenizer.from_pretrained(str(folder), **NO_CODE)
-    except _LOADING as error:
+def _check_arrival(model: str | Path, architecture: str, report: Mapping[str, Any]) -> None:
+    """Every weight of the architecture must come from the files, and every weight in the files go into it."""
+    resized = sorted(report["mismatched_keys"])
+    left = sorted(n for n in report["unexpected_keys"] if not _OLD_BUFFERS.search(n))
+    missing = sorted(report["missing_keys"])
+    if resized:
+        name, got, expected = resized[0]
         raise CheckpointError(
-            f"{folder}: the tokenizer cannot be loaded ({brief(error)}); copy its files again"
-        ) from error
-
-
-def load_adapter(
-    folder: Path, *, dtype: torch.dtype, device: torch.device | str | None = None
-) -> tuple[nn.Module, Any]:
-    """Load a PEFT adapter, trainable, on its base model, and the base's tokenizer.
-
-    The base is what ``adapter_config.json`` names: a hub id, a folder (also relative to the adapter), or a
-    GGUF file. Every stored tensor is verified to have arrived. TRL's frozen copy of the starting adapter in
-    the subfolder ``ref``, the reference of its KL penalty, is loaded too.
-
-    Raises:
-        CheckpointError: config, weights or base are missing or damaged, or do not fit each other.
-    """
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        base = config["base_model_name_or_path"]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG}: cannot be read ({brief(error)}); copy it again"
-        ) from error
-    if not isinstance(base, str) or not base:
-        raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {base!r}, expected the base model's "
-            "name or folder; write it in"
+            f"{model}: {len(resized)} weights of {architecture} have another shape than config.json says, "
+            f"{name} among them: got {tuple(got)}, expected {tuple(expected)}; mend config.json, or copy the "
+            "weights again"
         )
-    stored = _adapter_weights(folder / ADAPTER_WEIGHTS)
-    beside = folder / base
-    model, tokenizer = load_model(beside if beside.exists() else base, dtype=dtype, device="cpu")
-    try:
-        with _quiet():
-            peft_config = PeftConfig.from_pretrained(str(folder))
-            if peft_config.is_prompt_learning:
-                raise ValueError(f"{peft_config.peft_type.value} learns a prompt, not weights")
-            adapted = PeftModel.from_pretrained(model, str(folder), config=peft_config, is_trainable=True)
-            if (folder / REFERENCE / ADAPTER_CONFIG).is_file():
-                adapted.load_adapter(str(folder / REFERENCE), REFERENCE)
-    except (*_LOADING, TypeError, AttributeError) as error:
+    if missing:
         raise CheckpointError(
-            f"{folder}: the adapter does not load onto its base {base} ({brief(error)}); check that this "
-            "is the base it was trained on"
-        ) from error
-    refuse_broken_weights(adapted, str(folder))
-    _verify_adapter(folder, adapted, stored)
-    return _placed(adapted, dtype, device), tokenizer
+            f"{model}: {len(missing)} weights of {architecture} are missing, {missing[0]} among "
+            "them; copy the weights again or mend config.json"
+        )
+    if left:
+        raise CheckpointError(
+            f"{model}: {len(left)} stored weights have no place in {architecture}, {left[0]} among them, so "
+            "this is not the model they are of; mend config.json, or remove from the file what is no part of "
+            "the model"
+        )
 
 
-@contextmanager
-def reference_adapter(model: nn.Module) -> Iterator[None]:
-    """Inside the block an adapted model is its reference: under the adapter ``ref``, or else under none.
+def load_tokenizer(model: str | Path, *, revision: str | None = None) -> Any:
+    """The tokenizer of a model, named as in :func:`load_model`.
 
-    What is trainable stays so: PEFT changes that with every switch, which no ``torch.func`` transform allows.
+    Raises:
+        CheckpointError: there is none, or its files are damaged.
     """
-    adapted: Any = model
-    fixed_trainability = Substituted({Tensor.requires_grad_: _unchanged})
-    if REFERENCE not in adapted.peft_config:
-        with fixed_trainability, adapted.disable_adapter():
-            yield
-        return
-    active = adapted.active_adapter
-    with fixed_trainability:
-        try:
-            adapted.set_adapter(REFERENCE)
-            yield
-        finally:
-            adapted.set_adapter(active)
-
-
-def _unchanged(tensor: Tensor, requires_grad: bool = True) -> Tensor:
-    return tensor
+    source = _source(model, revision)
+    folder = Path(source["pretrained_model_name_or_path"])
+    if folder.is_dir() and "gguf_file" not in source and not any(map(folder.glob, TOKENIZER_FILES)):
+        raise CheckpointError(
+            f"{folder}: there is no tokenizer beside the model; save it there (tokenizer.save_pretrained), or "
+            "pass it to the trainer as processing_class so that checkpoints have it"
+        )
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(**source, **NO_CODE)
+    except (*LOADING, ImportError) as error:
+        raise CheckpointError(
+            f"{model}: the tokenizer cannot be loaded ({brief(error)}); copy its files again"
+        ) from error
 
 
 def brief(error: BaseException) -> str:
@@ -180,7 +159,7 @@ def brief(error: BaseException) -> str:
     return lines[0][:160] if lines else type(error).__name__
 
 
-def _source(model: str | Path) -> dict[str, Any]:
+def _source(model: str | Path, revision: str | None) -> dict[str, Any]:
     """Arguments of ``from_pretrained``."""
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
@@ -191,37 +170,11 @@ def _source(model: str | Path) -> dict[str, Any]:
         return {"pretrained_model_name_or_path": str(path)}
     if path.is_absolute() or str(model).startswith((".", "~")) or str(model).count("/") > 1:
         raise CheckpointError(f"{model}: no such model folder; check the path")
-    return {"pretrained_model_name_or_path": str(model)}
+    return {"pretrained_model_name_or_path": str(model)} | ({"revision": revision} if revision else {})
 
 
-def _verify_adapter(folder: Path, adapted: Any, stored: dict[str, torch.Tensor]) -> None:
-    """Every stored tensor must be in the model as it is, and every adapter tensor of the model be stored."""
-    arrived = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    if set(stored) - set(arrived):
-        arrived = get_peft_model_state_dict(adapted, save_embedding_layers=True)
-    for name in sorted(set(stored) | set(arrived)):
-        if name not in stored or name not in arrived:
-            raise CheckpointError(
-                f"{folder}: adapter weight {name} is "
-                f"{'not stored' if name in arrived else 'unknown to the model'}; check that the base is "
-                "the one it was trained on, or copy the adapter again"
-            )
-        if not torch.equal(stored[name].to(arrived[name].dtype), arrived[name].cpu()):
-            raise CheckpointError(f"{folder}: adapter weight {name} did not load as stored; copy it again")
-
-
-def _adapter_weights(path: Path) -> dict[str, torch.Tensor]:
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path}: no adapter weights; save the adapter as safetensors, or copy the checkpoint again"
-        )
-    try:
-        return dict(load_file(str(path)))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: damaged ({brief(error)}); copy the file again") from error
-
-
-def _placed(model: Any, dtype: torch.dtype, device: torch.device | str | None) -> nn.Module:
+def placed(model: Any, dtype: torch.dtype, device: torch.device | str | None) -> nn.Module:
+    """The model in evaluation mode on its device, at true float64 where that is asked for."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     ready: nn.Module = model.to(device).eval()
@@ -229,7 +182,7 @@ def _placed(model: Any, dtype: torch.dtype, device: torch.device | str | None) -
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars, load reports and warnings inside the block: what matters in them is checked here."""
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()

@@ -58,6 +58,8 @@ class Policy:
         optimizer: None where the checkpoint has no optimizer state.
         path: where it was loaded from; None for a model built in code.
         step: optimizer steps taken so far.
+        stored_dtypes: floating-point types of the trained weights in the checkpoint's files; empty for a
+            model built in code.
     """
 
     model: nn.Module
@@ -66,6 +68,7 @@ class Policy:
     optimizer: OptimizerState | None = None
     path: Path | None = None
     step: int = 0
+    stored_dtypes: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

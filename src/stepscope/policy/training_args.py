@@ -8,6 +8,7 @@ globals outside the libraries that write such files are refused, and nothing of 
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -117,6 +118,36 @@ def read_training_args(path: Path) -> dict[str, Any]:
             f"{path}: got {type(root).__name__}, expected training arguments; copy the file again"
         )
     return {name: value for name, value in vars(root).items() if name != "arguments"}
+
+
+def base_revision(path: Path) -> str | None:
+    """The revision of the base model that TRL was told to load (``model_init_kwargs``), if the file is there.
+
+    Raises:
+        CheckpointError: the file is damaged, or TRL was told to quantize the base: on the full-precision base
+            the adapter is another policy.
+    """
+    told = read_training_args(path).get("model_init_kwargs") if path.is_file() else None
+    if isinstance(told, str):
+        try:
+            told = json.loads(told)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path}: model_init_kwargs is no JSON object ({error}); copy the file again"
+            ) from error
+    if not isinstance(told, Mapping):
+        return None
+    packed = [
+        n for n in ("quantization_config", "load_in_4bit", "load_in_8bit") if told.get(n) not in (None, False)
+    ]
+    if packed:
+        raise CheckpointError(
+            f"{path}: the base was quantized in training ({packed[0]}), and on the full-precision base the "
+            "adapter is another policy; dequantize that base, save it, name it in adapter_config.json, and "
+            "remove this file (then give the loss settings yourself)"
+        )
+    revision = told.get("revision")
+    return revision if isinstance(revision, str) else None
 
 
 def settings_from_training_args(path: Path) -> StepSettings:
