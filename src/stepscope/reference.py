@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepscope.errors import MeasurementError
+from stepscope.policy.differentiation import whole_function
 from stepscope.policy.forward import batches, forward
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
@@ -215,9 +216,10 @@ def exact_gradient(
     reference: nn.Module | None = None,
 ) -> dict[str, Tensor]:
     """Grad F by reverse mode through the listed sum."""
-    value = exact_value(
-        policy, rollouts, quantity, normalisation=normalisation, version=version, reference=reference
-    )
+    with whole_function(policy.model):
+        value = exact_value(
+            policy, rollouts, quantity, normalisation=normalisation, version=version, reference=reference
+        )
     params = policy.parameters
     if not value.requires_grad:
         return {n: torch.zeros_like(p) for n, p in params.items()}
@@ -270,7 +272,7 @@ def exact_derivatives(
     """First and second derivative of F(params + lr * direction) in lr at lr = 0, by reverse mode twice."""
     lr = torch.zeros((), dtype=policy.dtype, device=policy.device, requires_grad=True)
     params = {n: p.detach() for n, p in policy.parameters.items()}
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), whole_function(policy.model):
         moved = {n: p + lr * direction[n] if n in direction else p for n, p in params.items()}
         value = exact_value(
             policy,

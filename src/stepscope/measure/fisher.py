@@ -350,6 +350,7 @@ class LogprobChange:
         decay: (text,) part of weight decay.
         sequences: (text, update seq) part of each sequence of the update batch.
         bonus: (text,) part of an entropy bonus; zero where the loss has none.
+        router: (text,) part of the router loss of a mixture of experts; zero where the loss has none.
     """
 
     total: FloatArray
@@ -357,6 +358,7 @@ class LogprobChange:
     decay: FloatArray
     sequences: FloatArray
     bonus: FloatArray
+    router: FloatArray
 
 
 def predict_logprobs(
@@ -385,9 +387,9 @@ def predict_logprobs(
         MeasurementError: the parts do not add up to the total.
     """
     none = vectors.zeros_like(step.decay)
-    directions = (step.direction, step.momentum, step.decay, step.bonus or none)
+    directions = (step.direction, step.momentum, step.decay, step.bonus or none, step.router or none)
     stacked = {n: torch.stack([d[n] for d in directions]) for n in step.direction}
-    total, momentum, decay, bonus = per_sequence_dots(
+    total, momentum, decay, bonus, router = per_sequence_dots(
         policy,
         texts,
         response_logprob,
@@ -407,12 +409,13 @@ def predict_logprobs(
         max_sequences=max_sequences,
         progress=progress,
     ).numpy()
-    whole = parts.sum(1) + momentum + decay + bonus
-    scale = np.abs(parts).sum(1) + np.abs(momentum) + np.abs(decay) + np.abs(bonus)
+    others = np.stack([momentum, decay, bonus, router])
+    whole = parts.sum(1) + others.sum(0)
+    scale = np.abs(parts).sum(1) + np.abs(others).sum(0)
     miss = float((np.abs(whole - total) / np.maximum(scale, 1e-300)).max())
     if not miss <= 1e-2:
         raise MeasurementError(
             f"the parts of the predicted log-prob change differ from the total by {miss:.1e}; "
             "measure with --precision float64"
         )
-    return LogprobChange(total, momentum, decay, parts, bonus)
+    return LogprobChange(total, momentum, decay, parts, bonus, router)

@@ -90,7 +90,8 @@ class Influence:
         momentum: effect of the momentum part of the direction.
         decay: effect of weight decay.
         bonus: effect of an entropy bonus; None where the loss has none.
-        total: the linear change per unit of lr: fixed sequences + momentum + decay + bonus.
+        router: effect of the router loss of a mixture of experts; None where the loss has none.
+        total: the linear change per unit of lr: fixed sequences + momentum + decay + bonus + router.
         sum_of_sequences: sum of ``sequences``, with its error: the update batch's own part of the change
             (fixed), or the derivative with respect to the weight of the whole batch (optimizer).
         disagreement: largest difference between sequence influences by forward and by reverse mode, relative
@@ -116,6 +117,7 @@ class Influence:
     disagreement: float
     probe_resolved: FloatArray | None = None
     bonus: Estimate | None = None
+    router: Estimate | None = None
 
     def sequence_columns(self) -> dict[str, list[Any]]:
         """Rows of ``influence_sequences.parquet``: one per sequence, then the other parts of the change."""
@@ -123,8 +125,8 @@ class Influence:
         others: dict[str, Estimate] = {}
         if self.through == "fixed":
             others = {"momentum": self.momentum, "decay": self.decay}
-            if self.bonus is not None:
-                others["bonus"] = self.bonus
+            further = {"bonus": self.bonus, "router": self.router}
+            others |= {name: part for name, part in further.items() if part is not None}
         return {
             "component": ["sequence"] * count + list(others),
             "sequence_id": [*range(count), *[None] * len(others)],
@@ -255,7 +257,8 @@ def influences(
     )
     momentum, decay = slope.dots(step.momentum), slope.dots(step.decay)
     bonus = slope.dots(step.bonus) if step.bonus else None
-    others = momentum + decay if bonus is None else momentum + decay + bonus
+    router = slope.dots(step.router) if step.router else None
+    others = momentum + decay + sum(part for part in (bonus, router) if part is not None)
     linear = slope.dots(step.direction)
     rows = slope.num_groups + 1
     pulled: dict[str, Tensor] = {}
@@ -281,7 +284,8 @@ def influences(
             progress=progress,
         ).numpy()
     unit = f"{bound.unit}/lr"
-    parts = "sequences, momentum and decay" + ("" if bonus is None else " and entropy bonus")
+    parts = "sequences, momentum and decay" + ("" if bonus is None else ", entropy bonus")
+    parts += "" if router is None else ", router loss"
     found = []
     for i, through in enumerate(throughs):
         part = slice(i * rows, (i + 1) * rows)
@@ -318,6 +322,7 @@ def influences(
                 disagreement=_disagreement(policy, sequences, own_products[:-1].sum(0) / len(probe)),
                 probe_resolved=resolved if through == "fixed" else None,
                 bonus=None if bonus is None else _estimate(slope, bonus, unit, "grad F . entropy bonus"),
+                router=None if router is None else _estimate(slope, router, unit, "grad F . router loss"),
             )
         )
     by_name = {f.through: f for f in found}

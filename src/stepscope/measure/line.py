@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from stepscope.errors import MeasurementError
 from stepscope.measure.nested import SmoothActivations
 from stepscope.measure.quantities import Quantity
+from stepscope.policy.differentiation import whole_function
 from stepscope.policy.forward import TokenBatch, batches, forward
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector, shifted
@@ -153,7 +154,8 @@ def derivatives(
             found: tuple[Tensor, Tensor, Tensor] = torch.func.jvp(values, (lr,), (one,))[1]
             return found
 
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _rules(order):
+        whole = whole_function(policy.model)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), whole, _rules(order):
             if order == 1:
                 tables[0].add(batch, *slopes(zero))
                 continue

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from rich.progress import track
+from torch import Tensor
 
 from stepscope.errors import MeasurementError
 from stepscope.measure.criteria import Criterion
@@ -28,6 +29,7 @@ from stepscope.measure.line import values_at
 from stepscope.measure.probe_gradient import BoundQuantity, bind_quantity
 from stepscope.measure.step import Step, assemble_step, weighted_logprobs
 from stepscope.measure.weights import check_weights, last_weights
+from stepscope.policy.experts import router_gradient
 from stepscope.policy.gradients import gradient
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
@@ -192,12 +194,13 @@ def resteps(
         return changes, check_weights(last).reason
 
     ascent = gradient(policy, step.update, weighted_logprobs(step.token_weights), max_sequences=max_sequences)
+    router = router_gradient(policy, step.update)
     full, full_reason = measured(step.direction)
     points = []
     jobs = [(name, scores, share) for name, scores in rules.items() for share in shares]
     for name, scores, share in track(jobs, description="re-made steps", disable=not progress):
         dropped = _dropped(scores, weights, share)
-        direction = _without(policy, step, ascent, dropped, max_sequences)
+        direction = _without(policy, step, ascent, router, dropped, max_sequences)
         changes, reason = measured(direction)
         words = f"per decision at lr {rate:g}, given the update batch"
         absolute = [_estimate(b, change, words, reason) for b, change in zip(bound, changes, strict=True)]
@@ -232,7 +235,12 @@ def _dropped(scores: FloatArray, weights: FloatArray, share: float) -> BoolArray
 
 
 def _without(
-    policy: Policy, step: Step, ascent: ParameterVector, dropped: BoolArray, max_sequences: int
+    policy: Policy,
+    step: Step,
+    ascent: ParameterVector,
+    router: dict[str, Tensor],
+    dropped: BoolArray,
+    max_sequences: int,
 ) -> ParameterVector:
     """Direction of the step made without some tokens: their gradient is taken off that of the batch."""
     cuts = np.cumsum(step.update.num_tokens)[:-1]
@@ -246,7 +254,7 @@ def _without(
             policy, step.update.select(touched), weighted_logprobs(gone), max_sequences=max_sequences
         )
         rest = {n: t - part[n] for n, t in rest.items()}
-    return assemble_step(policy, step.update, kept, rest).direction
+    return assemble_step(policy, step.update, kept, rest, router=router).direction
 
 
 def _estimate(bound: BoundQuantity, sampled: Sampled, method: str, reason: str) -> Estimate:

@@ -1,6 +1,6 @@
 """The step AdamW would take from a checkpoint, as a sum: momentum + weight decay + one term per sequence.
 
-An entropy bonus, which belongs to no sequence, is one more term.
+An entropy bonus and the router loss of a mixture of experts, which belong to no sequence, are further terms.
 
 With g = grad Loss, clip coefficient c = min(1, max_norm / (|g| + 1e-6)) and AdamW's state (m, v, t =
 steps after this one), per parameter,
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from stepscope.errors import BatchError, CheckpointError, MeasurementError
 from stepscope.policy import vectors
+from stepscope.policy.experts import router_gradient
 from stepscope.policy.finiteness import first_not_finite
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients import Objective, gradient
@@ -66,6 +67,7 @@ class Step:
         clip_coefficient: c; 1 where nothing was clipped.
         update: the batch that makes the step.
         bonus: what an entropy bonus contributes; empty where the loss has none.
+        router: what the router loss of a mixture of experts contributes; empty where the loss has none.
     """
 
     momentum: dict[str, Tensor]
@@ -80,6 +82,7 @@ class Step:
     clip_coefficient: float
     update: Rollouts
     bonus: dict[str, Tensor] = field(default_factory=dict)
+    router: dict[str, Tensor] = field(default_factory=dict)
 
 
 def reconstruct_step(
@@ -164,6 +167,7 @@ def assemble_step(
     ascent: dict[str, Tensor],
     *,
     bonus: dict[str, Tensor] | None = None,
+    router: dict[str, Tensor] | None = None,
 ) -> Step:
     """The step that AdamW makes of a gradient: clipping, moments and preconditioner as it would have them.
 
@@ -171,8 +175,10 @@ def assemble_step(
         policy: with AdamW's state.
         update: the batch the gradient is of.
         weights: its token weights w_ik, one (tok,) array per sequence.
-        ascent: sum_ik w_ik grad l_ik, that is -grad Loss but for a bonus.
+        ascent: sum_ik w_ik grad l_ik, that is -grad Loss but for a bonus and a router loss.
         bonus: coefficient x gradient of the mean entropy, where the loss has that bonus.
+        router: the batch's :func:`router_gradient`, for whoever makes many steps of one batch; None computes
+            it.
 
     Raises:
         CheckpointError: no optimizer state, or one that does not fit the parameters.
@@ -185,7 +191,8 @@ def assemble_step(
             "the loss has an entropy bonus, which belongs to no sequence, so a step without some of them is "
             "not defined; measure without re-made steps"
         )
-    whole = vectors.add(ascent, bonus) if bonus else ascent
+    balance = router_gradient(policy, update) if router is None else router
+    whole = vectors.add(ascent, *(part for part in (bonus, balance) if part))
     norm = vectors.norm(whole)
     _refuse_broken("gradient", whole)
     limit = policy.settings.max_grad_norm
@@ -193,8 +200,9 @@ def assemble_step(
     lr = next((g.lr for g in state.groups if g.names and g.lr > 0), 0.0)
     momentum, decay, preconditioner = adamw_components(policy, state, whole, clip=clip, lr=lr)
     rewarded = vectors.multiply(preconditioner, bonus) if bonus else {}
+    balanced = vectors.multiply(preconditioner, balance) if balance else {}
     sequences = vectors.multiply(preconditioner, ascent)
-    direction = vectors.add(momentum, decay, sequences, *([rewarded] if rewarded else []))
+    direction = vectors.add(momentum, decay, sequences, *(part for part in (rewarded, balanced) if part))
     _refuse_broken("direction of the step", direction)
     return Step(
         momentum=momentum,
@@ -209,6 +217,7 @@ def assemble_step(
         clip_coefficient=clip,
         update=update,
         bonus=rewarded,
+        router=balanced,
     )
 
 
@@ -357,8 +366,7 @@ def step_summary(step: Step) -> dict[str, Any]:
     and the direction.
     """
     parts = {"momentum": step.momentum, "decay": step.decay, "sequences": step.sequences}
-    if step.bonus:
-        parts["bonus"] = step.bonus
+    parts |= {name: part for name, part in (("bonus", step.bonus), ("router", step.router)) if part}
     total = vectors.norm(step.direction)
     summary: dict[str, Any] = {
         "lr": step.lr,

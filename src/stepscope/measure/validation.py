@@ -31,6 +31,7 @@ from stepscope.measure.probe_gradient import BoundQuantity, bind_quantity
 from stepscope.measure.quantities import Quantity
 from stepscope.measure.step import Step, assemble_step, weighted_logprobs
 from stepscope.measure.step_derivative import Through
+from stepscope.policy.experts import router_gradient
 from stepscope.policy.objective import advantages, token_weights
 from stepscope.policy.products import weighted_gradients
 from stepscope.policy.state import Policy
@@ -345,11 +346,11 @@ def _true_changes(
         max_sequences=max_sequences,
         progress=progress,
     )
+    router = router_gradient(policy, step.update)
     changes = np.empty(len(shares))
     for row in track(range(len(shares)), description="re-made steps", disable=not progress):
-        remade = assemble_step(
-            policy, step.update, step.token_weights, {n: t[row].to(policy.dtype) for n, t in sums.items()}
-        )
+        ascent = {n: t[row].to(policy.dtype) for n, t in sums.items()}
+        remade = assemble_step(policy, step.update, step.token_weights, ascent, router=router)
         moved = values_at(
             policy, probe, (bound.quantity,), remade.direction, lr, max_sequences=max_sequences
         ).quantity(0)

@@ -107,7 +107,7 @@ def rebuild_step(session: Session) -> Summary:
             unit="share of the step",
             method=f"<{part}, direction>/|direction|^2, exact for this update batch",
         )
-        for part in ("momentum", "decay", "bonus", "sequences")
+        for part in ("momentum", "decay", "bonus", "router", "sequences")
         if f"share_{part}" in figures
     }
 
@@ -183,14 +183,17 @@ def attribute_change(session: Session) -> Summary:
         session.run.file("influence_tokens.parquet"),
     )
     fixed, optimizer = found[0]
-    return {
+    parts = {
         "influence_sequences": fixed.sum_of_sequences,
         "influence_sequences_optimizer": optimizer.sum_of_sequences,
         "influence_neglected": neglected_share(fixed, optimizer),
         "influence_momentum": fixed.momentum,
         "influence_decay": fixed.decay,
+        "influence_bonus": fixed.bonus,
+        "influence_router": fixed.router,
         "influence_total": fixed.total,
-    } | ({} if fixed.bonus is None else {"influence_bonus": fixed.bonus})
+    }
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def validate_shares(session: Session) -> Summary:

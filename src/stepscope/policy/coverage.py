@@ -74,18 +74,17 @@ class Coverage:
         return Coverage(tuple(taps), tuple(dict.fromkeys((*self.slow, *sorted(names)))))
 
 
-_cache: WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], Coverage]] = WeakKeyDictionary()
+_cache: WeakKeyDictionary[nn.Module, dict[tuple[bool, tuple[str, ...]], Coverage]] = WeakKeyDictionary()
 
 
-def known(policy: Policy) -> Coverage | None:
+def known(policy: Policy, as_trained: bool) -> Coverage | None:
     """The coverage settled earlier for these trainable parameters of this model, if any."""
-    names, coverage = _cache.get(policy.model, ((), None))
-    return coverage if names == tuple(policy.parameters) else None
+    return _cache.get(policy.model, {}).get((as_trained, tuple(policy.parameters)))
 
 
-def settle(policy: Policy, coverage: Coverage) -> None:
+def settle(policy: Policy, as_trained: bool, coverage: Coverage) -> None:
     """Remember a verified coverage and announce what goes the slow way."""
-    _cache[policy.model] = (tuple(policy.parameters), coverage)
+    _cache.setdefault(policy.model, {})[as_trained, tuple(policy.parameters)] = coverage
     if coverage.slow:
         shown = ", ".join(coverage.slow[:3]) + (", ..." if len(coverage.slow) > 3 else "")
         message = (

@@ -9,14 +9,16 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from stepscope.errors import BatchError, MeasurementError
-from stepscope.policy.differentiation import twice_differentiable
+from stepscope.policy.differentiation import differentiable
 from stepscope.policy.precision import matching_precision
 from stepscope.results import Rollouts
 
@@ -79,6 +81,74 @@ def vocabulary_size(model: nn.Module) -> int:
     """Token ids that the model's embedding knows."""
     embedding: Any = base_model(model).get_input_embeddings()  # type: ignore[operator]
     return int(embedding.weight.shape[0])
+
+
+def forward_inputs(model: nn.Module, batch: TokenBatch, *, positions: int) -> dict[str, object]:
+    """Arguments of a model's forward pass on a batch.
+
+    Args:
+        model: causal language model.
+        batch: padded sequences.
+        positions: how many of the last positions need logits.
+
+    Raises:
+        MeasurementError: the model cannot be told the positions of padded sequences, nor finds them itself.
+    """
+    inputs: dict[str, object] = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "use_cache": False,
+    }
+    accepted = inspect.signature(base_model(model).forward).parameters
+    if "position_ids" in accepted:
+        inputs["position_ids"] = batch.position_ids
+    elif not _finds_positions(model):
+        raise MeasurementError(
+            f"{type(base_model(model)).__name__}: its forward takes no position_ids and what it says of a "
+            "sequence changes with padding; measure a model with explicit positions (Llama, Qwen, GPT-2, ...)"
+        )
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = positions
+    return inputs
+
+
+@contextmanager
+def plain_experts(model: nn.Module) -> Iterator[None]:
+    """A block in which mixtures of experts loop over their experts and return no router logits.
+
+    The loop has derivatives of every order in both modes, which ``grouped_mm`` does not; router logits break
+    generation. The config is as before afterwards, also that of a model in training.
+    """
+    own = getattr(base_model(model), "config", None)
+    configs = [] if own is None else list({id(c): c for c in (own, own.get_text_config())}.values())
+    kept = [(c, c._experts_implementation, getattr(c, "output_router_logits", None)) for c in configs]
+    try:
+        for config, _, routed in kept:
+            config._experts_implementation = "eager"
+            if routed:
+                config.output_router_logits = False
+        yield
+    finally:
+        for config, experts, routed in kept:
+            config._experts_implementation = experts
+            if routed:
+                config.output_router_logits = routed
+
+
+_positions_found: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _finds_positions(model: nn.Module) -> bool:
+    """Whether a model without ``position_ids`` (Bloom, MPT) says the same of a row with and without padding."""
+    if model not in _positions_found:
+        device = next(model.parameters()).device
+        row = torch.arange(1, 6, device=device)[None]
+        alone = {"input_ids": row, "attention_mask": torch.ones_like(row)}
+        padded = {name: nn.functional.pad(value, (3, 0)) for name, value in alone.items()}
+        with torch.no_grad(), matching_precision(model):
+            short, long = model(**alone).logits, model(**padded).logits[:, 3:]
+        _positions_found[model] = torch.allclose(short, long, rtol=1e-3, atol=1e-3)
+    return _positions_found[model]
 
 
 def make_batch(
@@ -201,23 +271,10 @@ def forward(
             finite, or it gives a response token probability 0.
     """
     length = batch.response_ids.shape[1]
-    inputs: dict[str, object] = {
-        "input_ids": batch.input_ids,
-        "attention_mask": batch.attention_mask,
-        "position_ids": batch.position_ids,
-        "use_cache": False,
-    }
-    accepted = inspect.signature(base_model(model).forward).parameters
-    if "position_ids" not in accepted:
-        raise MeasurementError(
-            f"{type(base_model(model)).__name__}: its forward takes no position_ids, which padded "
-            "batches need; measure a model with explicit positions (Llama, Qwen, Gemma, GPT-2, ...)"
-        )
-    if "logits_to_keep" in accepted:
-        inputs["logits_to_keep"] = length + 1
+    inputs = forward_inputs(model, batch, positions=length + 1)
     if keep_hidden:
         inputs["output_hidden_states"] = True
-    with matching_precision(model), twice_differentiable(model):
+    with matching_precision(model), plain_experts(model), differentiable(model):
         if params is None:
             out = model(**inputs)
         else:

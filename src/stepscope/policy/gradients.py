@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepscope.errors import MeasurementError
-from stepscope.policy.differentiation import frozen_padding, whole_embeddings
+from stepscope.policy.differentiation import frozen_padding, whole_function
 from stepscope.policy.finiteness import first_not_finite
 from stepscope.policy.forward import TokenBatch, TokenOutputs, batches, forward
 from stepscope.policy.state import Policy
@@ -49,14 +49,14 @@ def gradient(
         policy: its trainable parameters are differentiated.
         rollouts: the sequences.
         objective: (seq,) or (seq, tok).
-        as_trained: leave out what goes through the embedding of padding tokens, as a training does;
+        as_trained: leave out what a training does (embeddings of padding tokens, DoRA's norm);
             otherwise the gradient is that of the function.
         max_sequences: micro-batch size.
         keep_logits: whether the objective needs logits.
     """
     params = policy.parameters
     total = {n: torch.zeros_like(p) for n, p in params.items()}
-    with nullcontext() if as_trained else whole_embeddings(policy.model):
+    with nullcontext() if as_trained else whole_function(policy.model):
         for batch in batches(rollouts, max_sequences=max_sequences, device=policy.device):
             outputs = forward(policy.model, batch, temperature=rollouts.temperature, keep_logits=keep_logits)
             value = objective(outputs, batch).sum()
@@ -98,7 +98,7 @@ def directional_derivative(
         objective: (seq,) or (seq, tok).
         direction: by parameter name; parameters it lacks stay put.
         mode: how to differentiate.
-        as_trained: leave out what goes through the embedding of padding tokens, as a training does;
+        as_trained: leave out what a training does (embeddings of padding tokens, DoRA's norm);
             otherwise the derivative is that of the function.
         max_sequences: micro-batch size.
         keep_logits: whether the objective needs logits.
@@ -114,8 +114,8 @@ def directional_derivative(
             )
             return objective(outputs, batch)
 
-        embeddings = frozen_padding(policy.model) if as_trained else whole_embeddings(policy.model)
-        with sdpa_kernel(SDPBackend.MATH), embeddings:
+        meant = frozen_padding(policy.model) if as_trained else whole_function(policy.model)
+        with sdpa_kernel(SDPBackend.MATH), meant:
             if mode != "double_backward":
                 try:
                     derivative = _forward_mode(value, params, tangent)

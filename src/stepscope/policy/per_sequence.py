@@ -8,7 +8,7 @@ is made here; whoever consumes the stream decides what to keep.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import TypedDict, Unpack
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from stepscope.policy.capture import Capture
 from stepscope.policy.coverage import Coverage, NotSeparableError, classify, known, settle
-from stepscope.policy.differentiation import whole_embeddings
+from stepscope.policy.differentiation import has_detached_parts, whole_function
 from stepscope.policy.forward import TokenBatch, TokenOutputs, forward, make_batch
 from stepscope.policy.gradients import Objective
 from stepscope.policy.layer_gradient import LayerGradient, Whole, matrix_shape
@@ -32,8 +32,8 @@ class StreamOptions(TypedDict, total=False):
     """How a stream of gradients is taken, and cut into micro-batches.
 
     Attributes:
-        as_trained: leave out what goes through the embedding of padding tokens, as a training does; otherwise
-            the gradients are those of the function. True unless given.
+        as_trained: leave out what a training does (embeddings of padding tokens, DoRA's norm); otherwise the
+            gradients are those of the function. True unless given.
         max_sequences: most sequences in a micro-batch; 16 unless given.
         max_tokens: most padded tokens in a micro-batch; no limit unless given.
         keep_logits: whether the objective needs logits.
@@ -86,14 +86,17 @@ def stream(
     """
     chosen = by_length(rollouts) if order is None else list(order)
     keep_logits = options.get("keep_logits", False)
-    coverage = coverage_of(policy, rollouts)
-    capture = Capture(policy.model, coverage, policy.parameters)
     pieces = list(
         _micro_batches(rollouts, chosen, options.get("max_sequences", 16), options.get("max_tokens"))
     )
-    # a capture freezes the parameters, and frozen embeddings are passed over: so in this order
-    embeddings = nullcontext() if options.get("as_trained", True) else whole_embeddings(policy.model)
-    with embeddings, capture.installed():
+    as_trained = options.get("as_trained", True)
+    with ExitStack() as stack:
+        # a capture freezes the parameters, and frozen embeddings are passed over: so in this order
+        if not as_trained:
+            stack.enter_context(whole_function(policy.model))
+        coverage = coverage_of(policy, rollouts, as_trained=as_trained)
+        capture = Capture(policy.model, coverage, policy.parameters)
+        stack.enter_context(capture.installed())
         for piece in track(pieces, description="gradients", disable=not options.get("progress", False)):
             batch = _gather(policy, rollouts, chosen[piece])
             _differentiate(
@@ -210,13 +213,14 @@ def _row(batch: TokenBatch, row: int) -> TokenBatch:
     )
 
 
-def coverage_of(policy: Policy, rollouts: Rollouts) -> Coverage:
+def coverage_of(policy: Policy, rollouts: Rollouts, *, as_trained: bool = True) -> Coverage:
     """How each trainable parameter is covered: verified on two short rows at first use, then remembered.
 
     The rows have different lengths, so padding and mixing between sequences are put to the test too. For each
     parameter and row, the captured gradient and autograd's are compared along a random direction.
     """
-    found = known(policy)
+    variant = as_trained or not has_detached_parts(policy.model)
+    found = known(policy, variant)
     if found is not None:
         return found
     coverage = classify(policy)
@@ -232,7 +236,7 @@ def coverage_of(policy: Policy, rollouts: Rollouts) -> Coverage:
         except NotSeparableError as error:
             coverage = coverage.without({name for _, name in error.tap.params})
     coverage = coverage.without(wrong)
-    settle(policy, coverage)
+    settle(policy, variant, coverage)
     return coverage
 
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from stepscope.errors import BatchError, MeasurementError
-from stepscope.policy.forward import base_model, batches, forward
+from stepscope.policy.forward import base_model, batches, forward, plain_experts
 from stepscope.policy.objective import advantages
 from stepscope.policy.precision import matching_precision
 from stepscope.policy.state import Policy
@@ -372,7 +372,7 @@ def _generate(
         bos_token_id=policy.tokenizer.bos_token_id,
     )
     try:
-        with torch.no_grad(), matching_precision(model):
+        with torch.no_grad(), matching_precision(model), plain_experts(model):
             output: Tensor = model.generate(
                 input_ids=input_ids.to(policy.device),
                 attention_mask=attention.to(policy.device),

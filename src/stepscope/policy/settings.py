@@ -31,6 +31,8 @@ _RANGES: dict[str, _Range] = {
     "temperature": _POSITIVE,
     "max_response_tokens": _COUNT,
     "max_prompt_tokens": _COUNT,
+    "router_loss": _NOT_NEGATIVE,
+    "micro_batch_size": _COUNT,
     "max_grad_norm": ("a finite number, at least 0 (which switches clipping off)", _NOT_NEGATIVE[1]),
     "epsilon_low": _NOT_NEGATIVE,
     "epsilon_high": _NOT_NEGATIVE,
@@ -73,6 +75,9 @@ class StepSettings:
         chat_template_kwargs: variables of the chat template (TRL's ``chat_template_kwargs``), or None.
         num_iterations: optimizer steps on each batch; the next step is the first on its batch, so on-policy.
         task_digest: state of the task's data in the training, as the task has it; empty if unknown.
+        router_loss: weight of the loss that balances a mixture of experts; None for the model's own (TRL's
+            ``router_aux_loss_coef``).
+        micro_batch_size: sequences whose router loss is taken together; None for the whole batch.
     """
 
     loss_type: str = "dr_grpo"
@@ -99,6 +104,8 @@ class StepSettings:
     chat_template_kwargs: dict[str, Any] | None = field(default=None, hash=False)
     num_iterations: int = 1
     task_digest: str = ""
+    router_loss: float | None = None
+    micro_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that no run can have, whoever sets them.

@@ -38,7 +38,6 @@ _MEASURABLE: dict[str, Callable[[Any], bool]] = {
     "use_adaptive_entropy": lambda v: not v,
     "off_policy_mask_threshold": lambda v: v is None,
     "multi_objective_aggregation": lambda v: v == "sum_then_normalize",
-    "router_aux_loss_coef": lambda v: not v,
     "top_k": lambda v: not v,
     "min_p": lambda v: not v,
     "repetition_penalty": lambda v: v == 1.0,
@@ -210,4 +209,6 @@ def _plain_settings(args: Mapping[str, Any]) -> dict[str, Any]:
         "bias_correction_kl": args.get("use_bias_correction_kl", False),
         "mask_truncated": args.get("mask_truncated_completions", False),
         "objective": objective if kept < 1.0 else None,
+        "router_loss": args.get("router_aux_loss_coef", 0.0),
+        "micro_batch_size": args.get("per_device_train_batch_size"),
     }

@@ -109,8 +109,8 @@ def _at(tokens: Table, table: Table | None, names: Sequence[str]) -> dict[str, n
 def parts(summary: Mapping[str, Estimate], lr: float) -> str:
     """In words: what the batch's own sequences, momentum and weight decay contribute to the linear change."""
     names = [("sequences", "the batch's own sequences"), ("momentum", "momentum"), ("decay", "weight decay")]
-    if "influence_bonus" in summary:
-        names.append(("bonus", "the entropy bonus"))
+    further = (("bonus", "the entropy bonus"), ("router", "the router loss"))
+    names += [(name, words) for name, words in further if f"influence_{name}" in summary]
     found = [(words, summary.get(f"influence_{key}")) for key, words in names]
     shown = [
         f"{text.plus_minus(lr * value.value, lr * value.stderr)} from {words}"

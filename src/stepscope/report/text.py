@@ -41,6 +41,7 @@ HEADLINES: Mapping[str, Label] = {
     "share_momentum": Label("Share of the step from momentum", "def-share"),
     "share_decay": Label("Share of the step from weight decay", "def-share"),
     "share_bonus": Label("Share of the step from the entropy bonus", "def-share"),
+    "share_router": Label("Share of the step from the router loss", "def-share"),
     "share_sequences": Label("Share of the step from this batch", "def-share"),
     "noise_scale": Label("Gradient noise scale", "def-noise-scale"),
     "effective_rank": Label("Effective rank of the kernel", "def-effective-rank"),

@@ -295,6 +295,7 @@ def step_settings(config: TrainConfig) -> StepSettings:
         format_weight=config.format_weight,
         objective=objective_record(rl),
         num_iterations=rl.num_iterations,
+        micro_batch_size=rl.micro_batch_size,
     )
 
 
