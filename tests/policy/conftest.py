@@ -20,11 +20,17 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from stepscope.tasks.problem import Problem, Score
@@ -68,6 +74,9 @@ def build_model(architecture: str = "qwen2", *, seed: int = 0, vocab: int = len(
         model = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True, rope_theta=100000.0))
     elif architecture == "gemma3":
         model = Gemma3ForCausalLM(Gemma3TextConfig(**shape, head_dim=8, sliding_window=8))
+    elif architecture in MIXTURES:
+        config, kind, more = MIXTURES[architecture]
+        model = kind(config(**shape, num_experts_per_tok=2, **more))
     elif architecture == "gpt2":
         model = GPT2LMHeadModel(
             GPT2Config(
@@ -86,6 +95,16 @@ def build_model(architecture: str = "qwen2", *, seed: int = 0, vocab: int = len(
         raise ValueError(architecture)
     return model.eval()
 
+
+MIXTURES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {"num_experts": 4, "moe_intermediate_size": 12, "head_dim": 8},
+    ),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4, "router_aux_loss_coef": 0.5}),
+    "olmoe": (OlmoeConfig, OlmoeForCausalLM, {"num_experts": 4}),
+}
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "smollm", "gemma3", "gpt2")
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel
+from peft import LoHaConfig, LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -51,12 +51,16 @@ class Run:
         return self.folder / f"checkpoint-{step}"
 
 
+def lora(**options: Any) -> LoraConfig:
+    return LoraConfig(r=2, **({"target_modules": ["q_proj", "v_proj", "down_proj"]} | options))
+
+
 def run_trl(
     folder: Path,
     model: nn.Module,
     tokenizer: Any,
     *,
-    lora: bool,
+    peft: PeftConfig | None,
     loss_type: str,
     accumulation: int = 1,
     beta: float = 0.0,
@@ -108,9 +112,7 @@ def run_trl(
         args=config,
         train_dataset=Dataset.from_dict({"prompt": [f"{i}+{j}=" for i in range(4) for j in (1, 22, 333)]}),
         processing_class=tokenizer,
-        peft_config=LoraConfig(r=2, target_modules=["q_proj", "v_proj", "down_proj"])
-        if lora and adapter is None
-        else None,
+        peft_config=peft,
     ).train()
     return Run(folder, batches)
 
@@ -122,16 +124,21 @@ def runs(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Run]:
     made = {}
-    for name, lora, loss_type, accumulation, beta in (
-        ("full", False, "dapo", 1, 0.0),
-        ("lora", True, "dr_grpo", 3, 0.0),
-        ("lora-kl", True, "grpo", 1, 0.1),
+    for name, architecture, peft, loss_type, accumulation, beta in (
+        ("full", "qwen2", None, "dapo", 1, 0.0),
+        ("lora", "qwen2", lora(), "dr_grpo", 3, 0.0),
+        ("lora-kl", "qwen2", lora(), "grpo", 1, 0.1),
+        ("mixtral", "mixtral", None, "dapo", 1, 0.0),
+        ("qwen3_moe", "qwen3_moe", lora(target_parameters=["experts.down_proj"]), "grpo", 1, 0.0),
+        ("dora", "llama", lora(use_dora=True), "grpo", 1, 0.0),
+        ("pissa-kl", "llama", lora(init_lora_weights="pissa"), "grpo", 1, 0.1),
+        ("loha", "llama", LoHaConfig(r=2, alpha=128, target_modules=["q_proj", "down_proj"]), "grpo", 1, 0.0),
     ):
         made[name] = run_trl(
             tmp_path_factory.mktemp(name),
-            build_model(),
+            build_model(architecture),
             build_tokenizer(),
-            lora=lora,
+            peft=peft,
             loss_type=loss_type,
             accumulation=accumulation,
             beta=beta,
@@ -140,7 +147,7 @@ def runs(
         tmp_path_factory.mktemp("lora-ref"),
         build_model(),
         build_tokenizer(),
-        lora=True,
+        peft=None,
         loss_type="dr_grpo",
         beta=0.2,
         adapter=made["lora"].checkpoint(3),
@@ -185,8 +192,15 @@ def as_rollouts(policy: Policy, batch: dict[str, Tensor]) -> Rollouts:
     return replace(rollouts, logprobs=logprobs, entropies=entropies)
 
 
-@pytest.mark.parametrize("name", ["full", "lora", "lora-kl", "lora-ref"])
-@pytest.mark.parametrize("precision", ["float32", "float64"])
+NEXT_STEPS = [
+    *((name, "float32") for name in ("full", "lora", "lora-kl", "lora-ref")),
+    *((name, "float64") for name in ("full", "lora", "lora-kl", "lora-ref")),
+    *((name, "float64") for name in ("mixtral", "qwen3_moe", "dora", "pissa-kl", "loha")),
+    ("mixtral", "float32"),
+]
+
+
+@pytest.mark.parametrize(("name", "precision"), NEXT_STEPS)
 def test_the_next_step_of_a_trl_run_is_predicted(runs: dict[str, Run], name: str, precision: str) -> None:
     """Parameters k+1 from checkpoint k and batch k.
 
@@ -201,6 +215,7 @@ def test_the_next_step_of_a_trl_run_is_predicted(runs: dict[str, Run], name: str
         step = reconstruct_step(before, as_rollouts(before, run.batches[k]), max_sequences=5)
         assert step.lr == pytest.approx(LR * (1 - k / STEPS))
         assert 0 < step.clip_coefficient < 1
+        assert bool(step.router) == (name in ("mixtral", "qwen3_moe"))
         displacement = {
             n: after.parameters[n].detach().double() - p.detach().double()
             for n, p in before.parameters.items()
@@ -237,6 +252,7 @@ def test_settings_come_from_the_training_arguments(runs: dict[str, Run]) -> None
         max_grad_norm=0.3,
         beta=0.1,
         seed=42,
+        micro_batch_size=12,
     )
     assert read_settings(runs["lora"].checkpoint(1)).prompts_per_step == 3
 

@@ -97,7 +97,7 @@ _COMPONENTS = (
     ("momentum", "momentum", BLUE),
     ("decay", "weight decay", PURPLE),
     ("bonus", "entropy bonus", GREEN),
-    ("router", "router loss", SKY),
+    ("router", "router loss", MUTED),
     ("sequences", "this batch", VERMILLION),
     ("direction", "whole step", INK),
 )
