@@ -7,7 +7,7 @@ is the cluster (a prompt), and sequences of one cluster may depend on each other
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,6 +56,11 @@ class Estimate:
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-ready dictionary."""
         return asdict(self)
+
+    def doubted(self, *reasons: str) -> Estimate:
+        """The same number, no longer reliable, with these reasons added to its own; empty ones are none."""
+        given = [reason for reason in (self.reason, *reasons) if reason]
+        return replace(self, reliable=self.reliable and not any(reasons), reason="; ".join(given))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Estimate:

@@ -20,8 +20,8 @@ from stepscope.measure.quantities import (
     to_go,
     unit_of,
 )
-from stepscope.policy.gradients import directional_derivative
 from stepscope.policy.adapters import REFERENCE
+from stepscope.policy.gradients import directional_derivative
 from stepscope.policy.precision import lift_model, true_float64
 from stepscope.reference import exact_rollouts, sample_exact
 

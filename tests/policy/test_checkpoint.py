@@ -22,6 +22,7 @@ from trl import GRPOConfig, GRPOTrainer
 from stepscope.errors import CheckpointError
 from stepscope.measure.step import reconstruct_step
 from stepscope.policy import vectors
+from stepscope.policy.adapters import reference_adapter
 from stepscope.policy.checkpoint import (
     checkpoint_digest,
     inspect_checkpoint,
@@ -29,7 +30,6 @@ from stepscope.policy.checkpoint import (
     load_model,
     read_settings,
 )
-from stepscope.policy.adapters import reference_adapter
 from stepscope.policy.precision import is_float64
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.settings import StepSettings

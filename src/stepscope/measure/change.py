@@ -23,8 +23,10 @@ from stepscope.measure.estimators import ESTIMATORS, Probe, linear
 from stepscope.measure.line import TokenTable, derivatives, hidden_states, response_mask, values_at
 from stepscope.measure.quantities import Quantity, make_quantity, unit_of, why_trivial
 from stepscope.measure.second_order import round_off_lrs
-from stepscope.measure.series import Change, ChangePoint, make_change
+from stepscope.measure.series import Change, ChangePoint, doubted, make_change
 from stepscope.measure.uncertainty import ERRORS
+from stepscope.policy.derivative_check import derivative_errors
+from stepscope.policy.forward import batches
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import FloatArray, Rollouts
@@ -169,6 +171,8 @@ def measure_changes(
     features = None
     if baseline in ("best", "ridge") and any(version == "on_policy" for _, _, version in wanted):
         features = hidden_states(policy, probe, max_sequences=max_sequences)
+    few = next(batches(probe, max_sequences=min(4, max_sequences), device=policy.device))
+    doubt = derivative_errors(policy, few, step.direction, temperature=probe.temperature).slope_doubt
     tiny = round_off_lrs(slopes[0], mask, torch.finfo(policy.dtype).eps)
     stops = [*tiny, *sweep, *([-lr for lr in sweep] if antithetic else [])]
     moved = {
@@ -179,20 +183,19 @@ def measure_changes(
     for index, normalisation, version in wanted:
         at = probe_of(table.quantity(index), probe, normalisation, version, sequence_weights)
         local = [s.quantity(index) for s in slopes]
-        found.append(
-            make_change(
-                bound[index],
-                at,
-                local,
-                {lr: t.quantity(index) for lr, t in moved.items()},
-                own_lr=step.lr,
-                sweep=sweep,
-                tiny=tiny,
-                baseline=fit_baseline(baseline, at, local[0], features=features),
-                estimator=estimator,
-                errors=errors,
-            )
+        change = make_change(
+            bound[index],
+            at,
+            local,
+            {lr: t.quantity(index) for lr, t in moved.items()},
+            own_lr=step.lr,
+            sweep=sweep,
+            tiny=tiny,
+            baseline=fit_baseline(baseline, at, local[0], features=features),
+            estimator=estimator,
+            errors=errors,
         )
+        found.append(doubted(change, doubt, true=False))
     return tuple(found)
 
 

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from stepscope.errors import MeasurementError
+from stepscope.policy.adapters import reference_adapter
 from stepscope.policy.forward import TokenBatch, TokenOutputs, batches, forward
 from stepscope.policy.gradients import Objective
-from stepscope.policy.adapters import reference_adapter
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, IntArray, Rollouts
 

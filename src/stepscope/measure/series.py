@@ -136,6 +136,19 @@ class Change:
         }
 
 
+def doubted(change: Change, reason: str, *, true: bool) -> Change:
+    """The series with a reason not to trust its derivatives, and its true changes where asked."""
+
+    def flag(estimate: Estimate | None) -> Estimate | None:
+        return None if estimate is None else estimate.doubted(reason)
+
+    names = ("linear", "second_order", "excess") + (("true", "odd") if true else ())
+    points = tuple(replace(p, **{n: flag(getattr(p, n)) for n in names}) for p in change.points)
+    return replace(
+        change, points=points, slope=change.slope.doubted(reason), curvature=flag(change.curvature)
+    )
+
+
 def make_change(
     quantity: Quantity,
     probe: Probe,

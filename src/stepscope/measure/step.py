@@ -30,11 +30,11 @@ from torch import Tensor
 
 from stepscope.errors import BatchError, CheckpointError, MeasurementError
 from stepscope.policy import vectors
+from stepscope.policy.adapters import reference_adapter
 from stepscope.policy.experts import router_gradient
 from stepscope.policy.finiteness import first_not_finite
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients import Objective, gradient
-from stepscope.policy.adapters import reference_adapter
 from stepscope.policy.objective import bonus_weights, token_weights
 from stepscope.policy.rollouts import score_discriminators, score_rollouts
 from stepscope.policy.state import OptimizerState, ParameterGroup, Policy

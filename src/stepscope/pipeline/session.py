@@ -18,13 +18,15 @@ from stepscope.pipeline.console import on_terminal, say
 from stepscope.pipeline.data import say_what_is_shared
 from stepscope.pipeline.logged_prompts import prompt_conflict
 from stepscope.policy.checkpoint import load_checkpoint, load_model, read_settings
+from stepscope.policy.derivative_check import derivative_errors
 from stepscope.policy.examination import ended_prompts
 from stepscope.policy.finiteness import first_not_finite
-from stepscope.policy.forward import vocabulary_size
+from stepscope.policy.forward import batches, vocabulary_size
 from stepscope.policy.objective import advantages
 from stepscope.policy.optimizer_state import OPTIMIZER_FILE, read_optimizer
 from stepscope.policy.rollouts import response_text, sample_rollouts, score_rollouts
 from stepscope.policy.state import Policy
+from stepscope.policy.stored import rounding_doubt
 from stepscope.policy.vectors import ParameterVector, load
 from stepscope.results import Rollouts
 from stepscope.runs import RunFolder, read_json, verified
@@ -185,6 +187,18 @@ class Session:
             max_sequences=self.config.batch_size,
             progress=on_terminal(),
         )
+
+    @property
+    def step_doubt(self) -> str:
+        """Why the rebuilt step may not be the one the training takes; empty where it is."""
+        return rounding_doubt(self.policy.stored_dtypes)
+
+    @cached_property
+    def derivative_doubt(self) -> str:
+        """Why derivatives of this model are not those of its function; empty where they are."""
+        few = next(batches(self.probe, max_sequences=4, device=self.policy.device))
+        temperature = self.policy.settings.temperature
+        return derivative_errors(self.policy, few, self.line.direction, temperature=temperature).doubt
 
     @cached_property
     def influences(self) -> list[tuple[Influence, ...]]:

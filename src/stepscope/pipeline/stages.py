@@ -20,6 +20,7 @@ from stepscope.measure.noise_scale import effect_noise_scale, noise_scale
 from stepscope.measure.properties import property_study
 from stepscope.measure.quantities import unit_of
 from stepscope.measure.restep import Pareto, drop_rules, resteps
+from stepscope.measure.series import doubted
 from stepscope.measure.step import step_summary
 from stepscope.measure.uncertainty import estimate_ratio
 from stepscope.measure.validation import compare, remake_steps
@@ -95,7 +96,11 @@ def batch_figures(update: Rollouts, probe: Rollouts, errors: str) -> Summary:
 def rebuild_step(session: Session) -> Summary:
     """Rebuild the optimizer step and store its direction."""
     step = session.step
-    figures = step_summary(step) | {"initial_lr": session.initial_lr() if step.lr == 0 else None}
+    figures = step_summary(step) | {
+        "initial_lr": session.initial_lr() if step.lr == 0 else None,
+        "stored_dtypes": list(session.policy.stored_dtypes),
+        "doubt": session.step_doubt,
+    }
     vectors.save(step.direction, session.run.file("direction.safetensors"))
     runs.write_json(session.run.file("step.json"), figures)
     count = session.update.num_prompts
@@ -106,7 +111,7 @@ def rebuild_step(session: Session) -> Summary:
             n=count,
             unit="share of the step",
             method=f"<{part}, direction>/|direction|^2, exact for this update batch",
-        )
+        ).doubted(session.step_doubt)
         for part in ("momentum", "decay", "bonus", "router", "sequences")
         if f"share_{part}" in figures
     }
@@ -131,7 +136,7 @@ def measure_sweep(session: Session) -> Summary:
         max_sequences=config.batch_size,
         progress=on_terminal(),
     )
-    primary, *others = found
+    primary, *others = found = tuple(doubted(s, session.step_doubt, true=True) for s in found)
     runs.write_json(
         session.run.file("change.json"), {**primary.to_dict(), "others": [s.to_dict() for s in others]}
     )
@@ -143,7 +148,8 @@ def measure_sweep(session: Session) -> Summary:
         kind = "" if series.quantity == primary.quantity else f"{series.quantity}_"
         figures[f"change_linear_{kind}{series.normalisation}"] = _at_own_lr(session.line, point.linear)
         figures[f"change_true_{kind}{series.normalisation}"] = _at_own_lr(session.line, point.true)
-    return figures | _line_figures(primary.fit, primary.points[0].true.n)
+    fit = _line_figures(primary.fit, primary.points[0].true.n)
+    return figures | {name: figure.doubted(session.step_doubt) for name, figure in fit.items()}
 
 
 def _at_own_lr(line: Line, estimate: Estimate) -> Estimate:
@@ -154,7 +160,7 @@ def _at_own_lr(line: Line, estimate: Estimate) -> Estimate:
         "the checkpoint's own learning rate is 0 (the end of its schedule); this is at the initial one, "
         f"{line.lr:g}"
     )
-    return replace(estimate, reliable=False, reason="; ".join(r for r in (estimate.reason, reason) if r))
+    return estimate.doubted(reason)
 
 
 def _line_figures(fit: LogLogFit | None, count: int) -> Summary:
@@ -193,7 +199,8 @@ def attribute_change(session: Session) -> Summary:
         "influence_router": fixed.router,
         "influence_total": fixed.total,
     }
-    return {name: part for name, part in parts.items() if part is not None}
+    doubts = (session.step_doubt, session.derivative_doubt)
+    return {name: part.doubted(*doubts) for name, part in parts.items() if part is not None}
 
 
 def validate_shares(session: Session) -> Summary:

@@ -20,7 +20,6 @@ from stepscope.errors import CheckpointError
 from stepscope.policy.differentiation import Substituted
 from stepscope.policy.finiteness import refuse_broken_weights
 from stepscope.policy.models import LOADING, brief, load_tokenizer, load_weights, placed, quiet
-from stepscope.policy.stored import trained_on_quantized
 
 ADAPTER_CONFIG = "adapter_config.json"
 """Present in a folder that holds a PEFT adapter."""
@@ -171,17 +170,11 @@ def _unchanged(tensor: Tensor, requires_grad: bool = True) -> Tensor:
 
 def _refuse_lost_base(folder: Path, initialisation: Any) -> None:
     """Refuse adapters whose base, as it was in training, is neither stored nor made again by PEFT."""
-    if trained_on_quantized(folder):
-        raise CheckpointError(
-            f"{folder / 'README.md'}: the adapter was trained on a quantized base, and on the full-precision "
-            "base it is another policy; dequantize that base, save it, and name it as "
-            "base_model_name_or_path (removing the quantization section of the card)"
-        )
     if initialisation in _KEEPING or initialisation in _REWRITING:
         return
     raise CheckpointError(
-        f"{folder / ADAPTER_CONFIG}: init_lora_weights is {initialisation!r}, which rewrites the base with what "
-        "no file keeps (random numbers, data or a quantization), so the trained model cannot be rebuilt; "
+        f"{folder / ADAPTER_CONFIG}: init_lora_weights is {initialisation!r}, which rewrites the base with "
+        "what no file keeps (random numbers, data, a quantization), so the trained model cannot be rebuilt; "
         "save the adapter as a plain one from the training (save_pretrained with "
         "path_initial_model_for_weight_conversion)"
     )

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from stepscope.errors import CheckpointError
+from stepscope.policy.adapters import ADAPTER_CONFIG, load_adapter
 from stepscope.policy.devices import usable_device
 from stepscope.policy.examination import Finding, examine
 from stepscope.policy.finiteness import MOST_STEPS, whole_number
 from stepscope.policy.manifest import MANIFEST, altered
-from stepscope.policy.adapters import ADAPTER_CONFIG, load_adapter
 from stepscope.policy.models import brief, load_model
 from stepscope.policy.optimizer_state import OPTIMIZER_FILE, match_optimizer, read_optimizer
 from stepscope.policy.settings import SETTINGS_FILE, StepSettings

@@ -10,12 +10,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepscope.errors import StepscopeError, TaskError
-from stepscope.policy.forward import base_model, excluded_logit, forward, make_batch
+from stepscope.errors import MeasurementError, StepscopeError, TaskError
+from stepscope.policy.adapters import base_is_rewritten
+from stepscope.policy.derivative_check import derivative_errors, random_direction
+from stepscope.policy.experts import router_coefficient
+from stepscope.policy.forward import (
+    base_model,
+    excluded_logit,
+    forward,
+    forward_inputs,
+    make_batch,
+    plain_experts,
+)
+from stepscope.policy.gradients import lacks_a_rule
+from stepscope.policy.models import brief
 from stepscope.policy.precision import matching_precision
 from stepscope.policy.rollouts import end_tokens
 from stepscope.policy.settings import SETTINGS_FILE
 from stepscope.policy.state import Policy
+from stepscope.policy.stored import rounding_doubt
 from stepscope.tasks.load import default_template
 from stepscope.tasks.prompts import encode_prompt, tokens_after
 from stepscope.tasks.templates import FIELD, load_template
@@ -53,8 +66,13 @@ def examine(policy: Policy) -> list[Finding]:
         *_asking(policy),
         _dropout(policy.model),
         _types(policy),
+        _stored(policy),
         _tied(policy.model),
+        *_mixture(policy),
+        *_reference(policy),
         *_forward(policy),
+        *_positions(policy),
+        *_derivatives(policy),
     ]
 
 
@@ -217,6 +235,91 @@ def _types(policy: Policy) -> Finding:
             "measure with --precision float32, and report the architecture",
         )
     return Finding("ok", f"types: {text}")
+
+
+def _stored(policy: Policy) -> Finding:
+    """The types of the trained weights on disk: a half type means that the training rounds every step."""
+    kinds = "/".join(policy.stored_dtypes) or "nowhere"
+    doubt = rounding_doubt(policy.stored_dtypes)
+    if not doubt:
+        return Finding("ok", f"trained weights are stored as {kinds}")
+    return Finding(
+        "warn",
+        f"{doubt}; figures that depend on the step are flagged",
+        "train with float32 weights (bf16=True autocasts them), or read the figures as those of such a step",
+    )
+
+
+def _mixture(policy: Policy) -> list[Finding]:
+    coefficient = router_coefficient(policy)
+    config: Any = getattr(base_model(policy.model), "config", None)
+    if config is None or not hasattr(config.get_text_config(), "output_router_logits"):
+        return []
+    loss = f"router loss x {coefficient:g}" if coefficient else "no router loss"
+    return [Finding("ok", f"mixture of experts, measured with a loop over experts; {loss} in the training")]
+
+
+def _reference(policy: Policy) -> list[Finding]:
+    if policy.settings.beta == 0.0 or not base_is_rewritten(policy.model):
+        return []
+    return [
+        Finding(
+            "warn",
+            "the adapter's initialisation took its share out of the base, and TRL's KL penalty held the "
+            "policy to what is left of it; the step is rebuilt so, the quantity kl is to the base as it was",
+            "train with an initialisation that keeps the base where the penalty shall be to the start",
+        )
+    ]
+
+
+def _positions(policy: Policy) -> list[Finding]:
+    """Whether a trainer that passes no positions, as TRL, trains on others than these in padded batches."""
+    prompts, responses = _sequences(policy)
+    batch = make_batch(prompts, responses, device=policy.device)
+    inputs = forward_inputs(policy.model, batch, positions=batch.response_ids.shape[1] + 1)
+    if "position_ids" not in inputs:
+        return []
+    with torch.no_grad(), matching_precision(policy.model), plain_experts(policy.model):
+        given, left = (policy.model(**i).logits for i in (inputs, {**inputs, "position_ids": None}))
+    rows = batch.attention_mask[:, -given.shape[1] :].bool()
+    gap = float((given.float().log_softmax(-1) - left.float().log_softmax(-1))[rows].nan_to_num().abs().max())
+    if gap <= TOLERANCE.get(policy.dtype, 1e-3):
+        return []
+    return [
+        Finding(
+            "warn",
+            "positions are counted from the first token of a prompt, as in sampling; TRL's loss counts them "
+            f"from the padding on its left (log-probs differ by up to {gap:.2g} nats), so its step on "
+            "prompts of unequal lengths is another",
+            "train such a model on prompts of one length, or with one prompt per micro-batch",
+        )
+    ]
+
+
+def _derivatives(policy: Policy) -> list[Finding]:
+    """Whether slopes of this model are derivatives of its changes."""
+    if not policy.parameters:
+        return []
+    prompts, responses = _sequences(policy)
+    batch = make_batch(prompts, responses, device=policy.device)
+    try:
+        errors = derivative_errors(
+            policy, batch, random_direction(policy), temperature=policy.settings.temperature
+        )
+    except MeasurementError as error:
+        return [Finding.from_error(error)]
+    except (NotImplementedError, RuntimeError) as error:
+        if not lacks_a_rule(error):
+            raise
+        cure = "load the model without custom kernels, or use an adapter of another kind"
+        return [
+            Finding("fail", f"torch cannot differentiate this model in forward mode ({brief(error)})", cure)
+        ]
+    if errors.doubt:
+        cure = "read true changes; slopes and influences of this model are flagged"
+        return [Finding("warn", errors.doubt, cure)]
+    worst = max(errors.forward, errors.reverse)
+    return [Finding("ok", f"derivatives are those of the function to {max(worst, 1e-6):.1g}")]
 
 
 def _tied(model: nn.Module) -> Finding:

@@ -139,7 +139,7 @@ _positions_found: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def _finds_positions(model: nn.Module) -> bool:
-    """Whether a model without ``position_ids`` (Bloom, MPT) says the same of a row with and without padding."""
+    """Whether a model without ``position_ids`` (Bloom, MPT) says the same of a row whatever its padding."""
     if model not in _positions_found:
         device = next(model.parameters()).device
         row = torch.arange(1, 6, device=device)[None]

@@ -120,7 +120,7 @@ def directional_derivative(
                 try:
                     derivative = _forward_mode(value, params, tangent)
                 except (NotImplementedError, RuntimeError) as error:
-                    if mode == "forward" or not _lacks_a_rule(error):
+                    if mode == "forward" or not lacks_a_rule(error):
                         raise
                     logger.warning("token derivatives by double backward: %s", error)
                     mode = "double_backward"
@@ -144,7 +144,7 @@ def _forward_mode(
         return torch.zeros_like(output) if derivative is None else derivative
 
 
-def _lacks_a_rule(error: Exception) -> bool:
+def lacks_a_rule(error: Exception) -> bool:
     """Whether torch says that some operation cannot be differentiated in forward mode."""
     text = str(error)
     return "forward AD" in text or "forward mode AD" in text or "setup_context" in text

@@ -141,8 +141,9 @@ def load_tokenizer(model: str | Path, *, revision: str | None = None) -> Any:
     folder = Path(source["pretrained_model_name_or_path"])
     if folder.is_dir() and "gguf_file" not in source and not any(map(folder.glob, TOKENIZER_FILES)):
         raise CheckpointError(
-            f"{folder}: there is no tokenizer beside the model; save it there (tokenizer.save_pretrained), or "
-            "pass it to the trainer as processing_class so that checkpoints have it"
+            f"{folder}: there is no tokenizer beside the model; save it there "
+            "(tokenizer.save_pretrained), or pass it to the trainer as processing_class so that checkpoints "
+            "have it"
         )
     try:
         with quiet():

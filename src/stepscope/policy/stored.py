@@ -11,7 +11,6 @@ from safetensors import SafetensorError, safe_open
 from stepscope.errors import CheckpointError
 
 _TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_README = "quantization config was used during training"
 _NARROW = ("float16", "bfloat16")
 
 
@@ -58,9 +57,3 @@ def quantization(config: Mapping[str, Any]) -> str:
             bits = next((b for b in (4, 8) if settings.get(f"load_in_{b}bit")), settings.get("bits"))
             return f"{method}, {bits} bits" if bits else str(method)
     return ""
-
-
-def trained_on_quantized(folder: Path) -> bool:
-    """Whether PEFT's model card beside an adapter records that its base was quantized in training."""
-    card = folder / "README.md"
-    return card.is_file() and _README in card.read_text(encoding="utf-8", errors="replace")

@@ -1,0 +1,122 @@
+"""Are the derivatives that torch gives those of the function? Compared with differences, on any model.
+
+A model may detach what depends on its parameters, change gradients in hooks, or have a wrong rule: then the
+slope of a quantity is not the derivative of its true change, and no error bar shows it. Three forward passes
+and a backward pass over a few sequences tell.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from stepscope.errors import MeasurementError
+from stepscope.policy.differentiation import whole_function
+from stepscope.policy.forward import TokenBatch, forward
+from stepscope.policy.state import Policy
+from stepscope.policy.vectors import ParameterVector
+
+TOLERANCE = 0.02
+"""Relative difference from which derivatives are doubted; DoRA's detached norm made .05 to .4."""
+
+UPPER = 0.75
+"""Quantile of tokens that is compared: an expert chosen anew moves a few tokens by a jump."""
+
+
+@dataclass(frozen=True)
+class DerivativeErrors:
+    """Relative errors of the derivatives of token log-probs along a direction.
+
+    Attributes:
+        forward: of forward mode against central differences, token by token.
+        reverse: of reverse mode against forward mode, of the sum over tokens.
+    """
+
+    forward: float
+    reverse: float
+
+    @property
+    def slope_doubt(self) -> str:
+        """What is wrong with slopes, in words; empty where nothing is. An error of nan is wrong, too."""
+        return _doubt("forward", self.forward)
+
+    @property
+    def doubt(self) -> str:
+        """What is wrong with slopes or gradients."""
+        return self.slope_doubt or _doubt("reverse", self.reverse)
+
+
+def _doubt(mode: str, error: float) -> str:
+    if error <= TOLERANCE:
+        return ""
+    return f"{mode}-mode derivatives of this model differ from those of its function by {error:.1%}"
+
+
+def derivative_errors(
+    policy: Policy, batch: TokenBatch, direction: ParameterVector, *, temperature: float
+) -> DerivativeErrors:
+    """Compare derivatives of the function, as quantities use them, with central differences.
+
+    The step of the differences moves log-probs by eps^(1/3), where rounding and curvature are both far below
+    what is looked for; what rounding may explain is taken off.
+
+    Args:
+        policy: not changed.
+        batch: a few sequences.
+        direction: by parameter name.
+        temperature: of the policy.
+
+    Raises:
+        MeasurementError: the model loses parameters when it is run with other values of them.
+    """
+    params = {n: policy.parameters[n].detach() for n in direction}
+    tangent = {n: t.to(params[n]) for n, t in direction.items()}
+    mask = batch.response_mask
+    eps = torch.finfo(policy.dtype).eps
+
+    def at(lr: Tensor) -> Tensor:
+        here = {n: p + lr * tangent[n] for n, p in params.items()}
+        logprobs = forward(policy.model, batch, temperature=temperature, params=here).logprobs
+        return logprobs[mask]
+
+    with sdpa_kernel(SDPBackend.MATH), whole_function(policy.model):
+        zero = torch.zeros((), dtype=policy.dtype, device=policy.device)
+        with torch.no_grad():
+            level, slope = torch.func.jvp(at, (zero,), (torch.ones_like(zero),))
+            speed = slope.square().mean().sqrt()
+            if speed == 0:
+                return DerivativeErrors(0.0, 0.0)
+            reach = eps ** (1 / 3) / speed
+            difference = (at(reach) - at(-reach)) / (2 * reach)
+        with torch.enable_grad():
+            total = forward(policy.model, batch, temperature=temperature).logprobs[mask].sum()
+            own = policy.parameters
+            if lost := sorted(set(tangent) - set(own)):
+                raise MeasurementError(
+                    f"{lost[0]}: the adapter shares this parameter among layers and loses it when the model "
+                    "is run with other values, so no step can be taken; use an adapter of another kind"
+                )
+            grads = torch.autograd.grad(total, [own[n] for n in tangent], allow_unused=True)
+    backward = sum(
+        float((g * t).sum()) for g, t in zip(grads, tangent.values(), strict=True) if g is not None
+    )
+    rounding = 50 * eps * float(1 + level.abs().mean()) / float(reach)
+    apart = float((difference - slope).abs().float().quantile(UPPER)) - rounding
+    size = float(slope.abs().float().quantile(UPPER))
+    summed = abs(backward - float(slope.sum())) - 10 * eps * float(slope.abs().sum())
+    return DerivativeErrors(
+        forward=max(apart, 0.0) / (size or float(speed)),
+        reverse=max(summed, 0.0) / float(slope.abs().sum()),
+    )
+
+
+def random_direction(policy: Policy) -> dict[str, Tensor]:
+    """A direction in which every trainable parameter moves in proportion to its size."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        n: torch.randn(p.shape, generator=generator).to(p) * (p.detach().square().mean().sqrt() + 1e-3)
+        for n, p in policy.parameters.items()
+    }
