@@ -16,10 +16,16 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from stepscope.policy.precision import lift_model
@@ -30,6 +36,16 @@ VOCABULARY = 5
 EOS = 1
 PROMPTS = ((2, 3), (4, 2, 3))
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "gemma3", "gpt2")
+
+MIXTURES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "qwen3_moe": (
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+        {"num_experts": 4, "moe_intermediate_size": 12, "head_dim": 8},
+    ),
+    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4, "router_aux_loss_coef": 0.5}),
+    "olmoe": (OlmoeConfig, OlmoeForCausalLM, {"num_experts": 4}),
+}
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,9 @@ def enumerable_model(architecture: str, *, seed: int = 0, spread: float = 0.3) -
         model = LlamaForCausalLM(LlamaConfig(**shape))
     elif architecture == "gemma3":
         model = Gemma3ForCausalLM(Gemma3TextConfig(**shape, head_dim=8, sliding_window=16))
+    elif architecture in MIXTURES:
+        config, kind, more = MIXTURES[architecture]
+        model = kind(config(**shape, num_experts_per_tok=2, **more))
     else:
         model = GPT2LMHeadModel(
             GPT2Config(
@@ -84,16 +103,17 @@ def enumerable_model(architecture: str, *, seed: int = 0, spread: float = 0.3) -
 def enumerable_policy(
     architecture: str = "qwen2",
     *,
-    lora: bool = False,
+    lora: bool | dict[str, Any] = False,
     length: int = 3,
     seed: int = 0,
     temperature: float = 0.9,
 ) -> Policy:
-    """A float64 policy whose responses have at most ``length`` tokens."""
+    """A float64 policy whose responses have at most ``length`` tokens; ``lora`` may hold further options."""
     model = enumerable_model(architecture, seed=seed)
     if lora:
         targets = ["c_attn", "c_fc"] if architecture == "gpt2" else ["q_proj", "v_proj", "down_proj"]
-        config = LoraConfig(r=2, lora_alpha=4, target_modules=targets, init_lora_weights=False)
+        options = {"target_modules": targets} | (lora if isinstance(lora, dict) else {})
+        config = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False, **options)
         model = lift_model(get_peft_model(model, config).eval())  # type: ignore[arg-type]
     settings = StepSettings(max_response_tokens=length, temperature=temperature)
     return Policy(model, None, settings)

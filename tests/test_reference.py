@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,6 +34,10 @@ from stepscope.reference import (
 )
 
 LRS = (1e-6, 1e-3, 1e-1)
+VARIANTS = (
+    ("llama", {"use_dora": True}),
+    ("qwen3_moe", {"target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj"]}),
+)
 
 
 def test_all_responses_are_listed_once_and_their_probabilities_sum_to_one() -> None:
@@ -58,11 +63,16 @@ def test_too_many_responses_are_refused() -> None:
         ("llama", True),
         ("gpt2", False),
         ("gemma3", True),
+        ("mixtral", False),
+        *(pytest.param(a, options, marks=pytest.mark.slow) for a, options in VARIANTS),
         *(pytest.param(a, True, marks=pytest.mark.slow) for a in ("qwen2", "qwen3", "gpt2")),
-        *(pytest.param(a, False, marks=pytest.mark.slow) for a in ("qwen3", "llama", "gemma3")),
+        *(
+            pytest.param(a, False, marks=pytest.mark.slow)
+            for a in ("qwen3", "llama", "gemma3", "qwen3_moe", "olmoe")
+        ),
     ],
 )
-def test_in_the_limit_every_estimate_is_exact(architecture: str, lora: bool) -> None:
+def test_in_the_limit_every_estimate_is_exact(architecture: str, lora: bool | dict[str, Any]) -> None:
     policy = enumerable_policy(architecture, lora=lora)
     reference = copy.deepcopy(policy.model)
     generator = torch.Generator().manual_seed(3)

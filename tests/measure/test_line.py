@@ -74,7 +74,7 @@ def test_a_wrong_second_derivative_is_noticed(monkeypatch: pytest.MonkeyPatch) -
     rollouts, _ = exact_rollouts(policy, PROMPTS, eos_id=EOS)
     entropy, step = make_quantity("entropy", rollouts), random_step(policy)
     assert derivatives(policy, rollouts, [entropy], step.direction, order=2)[1].doubt == ""
-    monkeypatch.setattr(forward, "twice_differentiable", lambda model: nullcontext())
+    monkeypatch.setattr(forward, "differentiable", lambda model: nullcontext())
     first, second = derivatives(policy, rollouts, [entropy], step.direction, order=2)
     assert first.doubt == ""
     assert "no correct rule" in second.doubt

@@ -20,19 +20,14 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
+from enumerable import MIXTURES
 from stepscope.tasks.problem import Problem, Score
 
 VOCAB = ["<pad>", "</s>", *"0123456789+=?abcdefgh"]
@@ -95,16 +90,6 @@ def build_model(architecture: str = "qwen2", *, seed: int = 0, vocab: int = len(
         raise ValueError(architecture)
     return model.eval()
 
-
-MIXTURES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "qwen3_moe": (
-        Qwen3MoeConfig,
-        Qwen3MoeForCausalLM,
-        {"num_experts": 4, "moe_intermediate_size": 12, "head_dim": 8},
-    ),
-    "mixtral": (MixtralConfig, MixtralForCausalLM, {"num_local_experts": 4, "router_aux_loss_coef": 0.5}),
-    "olmoe": (OlmoeConfig, OlmoeForCausalLM, {"num_experts": 4}),
-}
 
 ARCHITECTURES = ("qwen2", "qwen3", "llama", "smollm", "gemma3", "gpt2")
 

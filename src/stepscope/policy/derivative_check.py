@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepscope.errors import MeasurementError
@@ -114,9 +114,22 @@ def derivative_errors(
 
 
 def random_direction(policy: Policy) -> dict[str, Tensor]:
-    """A direction in which every trainable parameter moves in proportion to its size."""
+    """A direction in which every trainable parameter moves in proportion to its size, and grows.
+
+    Growth moves what a random direction hardly does: the norm of a matrix. Rows of padding tokens stay put as
+    in training; where they are zero, a norm after them bends at once.
+    """
     generator = torch.Generator().manual_seed(0)
-    return {
-        n: torch.randn(p.shape, generator=generator).to(p) * (p.detach().square().mean().sqrt() + 1e-3)
-        for n, p in policy.parameters.items()
+    still = {
+        id(module.weight): module.padding_idx
+        for module in policy.model.modules()
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None
     }
+    found = {}
+    for name, parameter in policy.parameters.items():
+        values = parameter.detach()
+        noise = torch.randn(values.shape, generator=generator).to(values)
+        found[name] = values + noise * (values.square().mean().sqrt() + 1e-3)
+        if id(parameter) in still:
+            found[name][still[id(parameter)]] = 0.0
+    return found

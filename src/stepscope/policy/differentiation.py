@@ -3,8 +3,8 @@
 ``torch.func.jvp`` of ``torch.func.jvp`` through ``torch.nn.functional.layer_norm`` is silently wrong (PyTorch
 2.13): the inner rule treats the saved mean and scale as constants. Written out in elementary operations
 the same function has the right derivatives of every order. ``tests/policy/test_differentiation.py``
-shows both. The same goes for functions that have no forward-mode rule at all: LoHa's and RandLoRA's own
-``autograd.Function``, and LoRA on parameters, which registers a parametrization in every forward pass.
+shows both. The same goes for functions that have no forward-mode rule at all: LoHa's, RandLoRA's and Bloom's
+own ``autograd.Function``, and LoRA on parameters, which registers a parametrization in every forward pass.
 
 ``nn.Embedding`` with a ``padding_idx`` has no gradient for that row in reverse mode, but a derivative in
 forward mode. A policy can sample its padding token, so the two differ. DoRA detaches the norm of the weight,
@@ -17,9 +17,9 @@ latter in both.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import wraps
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.loha import layer as loha
@@ -28,6 +28,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.randlora import layer as randlora
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from transformers.models.bloom import modeling_bloom
 
 
 class Substituted(TorchFunctionMode):
@@ -114,7 +115,17 @@ def _adapted_parameter(wrapper: ParamWrapper, active_adapters: Sequence[str]) ->
         module._parameters[name] = own
 
 
-_ELEMENTARY = ((loha, "make_weight", _hadamard_product), (randlora, "UniqueBaseGrad", _ScaledBase))
+class _Gelu:
+    """Bloom's GELU, whose own function writes out the backward pass."""
+
+    apply = staticmethod(modeling_bloom.bloom_gelu_forward)
+
+
+_ELEMENTARY = (
+    (loha, "make_weight", _hadamard_product),
+    (randlora, "UniqueBaseGrad", _ScaledBase),
+    (modeling_bloom, "GeLUFunction", _Gelu),
+)
 
 
 @contextmanager
@@ -128,20 +139,19 @@ def _patched(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, own)
 
 
-@contextmanager
-def frozen_padding(model: nn.Module) -> Iterator[None]:
+def frozen_padding(model: nn.Module) -> AbstractContextManager[Any]:
     """A block in which forward mode, too, sees no derivative through the embedding of padding tokens."""
+    return Substituted({nn.functional.embedding: _embedding_as_trained}) if _padded(model) else nullcontext()
 
-    def freeze(module: nn.Embedding, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        padding = torch.eq(inputs[0], cast(int, module.padding_idx)).unsqueeze(-1)
-        return torch.where(padding, output.detach(), output)
 
-    handles = [module.register_forward_hook(freeze) for module in _padded(model)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _embedding_as_trained(
+    input: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **named: Any
+) -> Tensor:
+    output: Tensor = nn.functional.embedding(input, weight, padding_idx, *rest, **named)
+    if padding_idx is None:
+        return output
+    padding = torch.eq(input, padding_idx % len(weight)).unsqueeze(-1)
+    return torch.where(padding, output.detach(), output)
 
 
 @contextmanager
@@ -188,9 +198,5 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def _padded(model: nn.Module) -> list[nn.Embedding]:
-    """Trainable embeddings that leave a row without a gradient."""
-    return [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None and module.weight.requires_grad
-    ]
+    """Embeddings that leave a row without a gradient; LoRA on one of them does as its base."""
+    return [m for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx is not None]

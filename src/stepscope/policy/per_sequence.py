@@ -91,7 +91,6 @@ def stream(
     )
     as_trained = options.get("as_trained", True)
     with ExitStack() as stack:
-        # a capture freezes the parameters, and frozen embeddings are passed over: so in this order
         if not as_trained:
             stack.enter_context(whole_function(policy.model))
         coverage = coverage_of(policy, rollouts, as_trained=as_trained)
