@@ -139,7 +139,11 @@ def load_tokenizer(model: str | Path, *, revision: str | None = None) -> Any:
     """
     source = _source(model, revision)
     folder = Path(source["pretrained_model_name_or_path"])
-    if folder.is_dir() and "gguf_file" not in source and not any(map(folder.glob, TOKENIZER_FILES)):
+    if (
+        folder.is_dir()
+        and "gguf_file" not in source
+        and not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES)
+    ):
         raise CheckpointError(
             f"{folder}: there is no tokenizer beside the model; save it there "
             "(tokenizer.save_pretrained), or pass it to the trainer as processing_class so that checkpoints "

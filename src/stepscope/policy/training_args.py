@@ -23,7 +23,7 @@ TRAINING_ARGS_FILE = "training_args.bin"
 """Name of the file inside a checkpoint folder."""
 
 _LIBRARIES = ("transformers", "trl", "accelerate")
-_TORCH = frozenset({"device", "dtype", "float64", "float32", "float16", "bfloat16"})
+_TORCH = frozenset({"device", "dtype", "float64", "float32", "float16", "bfloat16", "uint8", "int8"})
 _PLAIN: dict[tuple[str, str], type] = {
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
