@@ -187,7 +187,7 @@ class Bare(nn.Module):
 
 class Positionless(Bare):
     def forward(self, input_ids: Tensor, attention_mask: Tensor, use_cache: bool = False) -> Any:  # type: ignore[override]
-        return self.model(input_ids, attention_mask)
+        return self.model(input_ids=input_ids, attention_mask=attention_mask)
 
 
 def test_models_with_fewer_arguments(build_model: Callable[..., nn.Module]) -> None:
@@ -195,8 +195,10 @@ def test_models_with_fewer_arguments(build_model: Callable[..., nn.Module]) -> N
     with torch.no_grad():
         full = forward(Bare(model), batch, temperature=1.0).logprobs
         torch.testing.assert_close(full, forward(model, batch, temperature=1.0).logprobs, rtol=0, atol=1e-6)
-    with pytest.raises(MeasurementError, match="Positionless: its forward takes no position_ids"):
-        forward(Positionless(model), batch, temperature=1.0)
+        own = forward(Positionless(model), batch, temperature=1.0).logprobs
+        torch.testing.assert_close(own, full, rtol=0, atol=1e-5)
+    with pytest.raises(MeasurementError, match="Positionless: its forward takes no position_ids and what it"):
+        forward(Positionless(build_model("gpt2")), batch, temperature=1.0)
 
 
 def test_empty_prompt_or_response_is_refused() -> None:

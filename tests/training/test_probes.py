@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 import stepscope as ss
@@ -95,7 +96,7 @@ def test_figures_are_in_the_log_of_the_step(probed_run: Path) -> None:
         assert entry["probe/realised"] == row["realised"]
 
 
-def foreign_trainer(run: Path, out: Path, probe: ss.StepProbe, **arguments: Any) -> GRPOTrainer:
+def foreign_trainer(run: Path, out: Path, probe: ss.StepProbe | None, **arguments: Any) -> GRPOTrainer:
     """A trainer that knows nothing of stepscope but its callback; bfloat16 autocast is TRL's default."""
     settings: dict[str, Any] = {
         "max_steps": 3,
@@ -116,7 +117,7 @@ def foreign_trainer(run: Path, out: Path, probe: ss.StepProbe, **arguments: Any)
         reward_funcs=lambda completions, **_: [float(len(text) % 3) for text in completions],
         args=GRPOConfig(output_dir=str(out), **(settings | arguments)),
         train_dataset=Dataset.from_list(questions),
-        callbacks=[probe],
+        callbacks=[] if probe is None else [probe],
     )
 
 
@@ -132,6 +133,39 @@ def test_one_line_in_a_trainer_of_somebody_else(small_run: Path, tmp_path: Path)
         assert abs(row["difference"]) < 4 * row["difference_stderr"] + 0.1 * abs(row["predicted"])
     logged = [entry for entry in trainer.state.log_history if "probe/realised" in entry]
     assert [entry["step"] for entry in logged] == [1, 3]
+
+
+def test_a_mixture_of_experts_is_probed_and_trains_as_without(small_run: Path, tmp_path: Path) -> None:
+    """The probe loops over the experts, the training multiplies them at once, before the probe and after."""
+    tokenizer = AutoTokenizer.from_pretrained(small_run / "base")
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        head_dim=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=12,
+        initializer_range=0.1,
+        router_aux_loss_coef=0.05,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    trained = []
+    for probe in (
+        None,
+        ss.StepProbe(task="arithmetic:terms=2,digits=1,ops=+", every=1, num_prompts=8, top_tokens=2),
+    ):
+        trainer = foreign_trainer(tmp_path, tmp_path, probe, max_steps=2, bf16=False)
+        trainer.train()
+        assert trainer.model.config._experts_implementation == "grouped_mm"
+        trained.append(trainer.model.state_dict())
+    assert all(torch.equal(tensor, trained[1][name]) for name, tensor in trained[0].items())
+    for row in rows_of(tmp_path):
+        assert abs(row["difference"]) < 4 * row["difference_stderr"] + 0.1 * abs(row["predicted"])
 
 
 @pytest.mark.parametrize(
