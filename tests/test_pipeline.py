@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from stepscope import cli
@@ -71,6 +71,28 @@ def test_every_file_of_the_contract_is_there_and_nothing_else(measured):
     expected = {"config.yaml", "provenance.json", "summary.json"}
     expected |= {file for stage in STAGES for file in PLANS[stage].files}
     assert {p.name for p in measured.iterdir()} == expected
+
+
+def test_weights_kept_in_bfloat16_flag_what_depends_on_the_step(checkpoint, tmp_path):
+    """Such a training rounds every step; what the policy is like does not depend on that."""
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    weights = load_file(folder / "model.safetensors")
+    half = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
+    save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "m"
+    measure(folder, *TASK, "--out", out, *QUICK, "--stages", "rollouts,step,change,influence")
+    assert load_json(out / "step.json")["stored_dtypes"] == ["bfloat16"]
+    summary = load_json(out / "summary.json")
+    step = [name for name in summary if name.startswith(("share_", "change_", "influence_", "linearity_"))]
+    assert {"share_momentum", "change_true_per_token", "change_linear_per_seq", "influence_total"} <= set(
+        step
+    )
+    for name in step:
+        assert not summary[name]["reliable"], name
+        assert "stored in bfloat16" in summary[name]["reason"], name
+    assert "bfloat16" not in summary["entropy_per_token"]["reason"] + summary["mean_reward"]["reason"]
+    points = load_json(out / "change.json")["points"]
+    assert not any(point[part]["reliable"] for point in points for part in ("true", "linear"))
 
 
 def test_summary_has_the_figures_of_the_contract(measured):

@@ -112,6 +112,8 @@ class LossConfig(Section):
     format_weight: float | None = Field(default=None, ge=0, le=1)
     bias_correction_kl: bool | None = None
     mask_truncated: bool | None = None
+    router_loss: float | None = Field(default=None, ge=0)
+    micro_batch_size: int | None = Field(default=None, ge=1)
 
     def given(self) -> dict[str, Any]:
         """The settings that are not null."""

@@ -108,6 +108,7 @@ def step_figures(measurement: Measurement) -> list[Figure]:
     summary = measurement.step_summary
     if summary is None:
         return []
+    doubt = f" Not to be relied on: {summary['doubt']}." if summary.get("doubt") else ""
     figures = []
     for kind, title, unit, caption in (
         (
@@ -153,5 +154,5 @@ def step_figures(measurement: Measurement) -> list[Figure]:
             yaxis={"autorange": "reversed", "automargin": True},
             showlegend=False,
         )
-        figures.append(Figure(f"step-{kind}", title, caption, spec, height=260, wide=False))
+        figures.append(Figure(f"step-{kind}", title, caption + doubt, spec, height=260, wide=False))
     return figures
