@@ -85,7 +85,8 @@ def derivative_errors(
     with sdpa_kernel(SDPBackend.MATH), whole_function(policy.model):
         zero = torch.zeros((), dtype=policy.dtype, device=policy.device)
         with torch.no_grad():
-            level, slope = torch.func.jvp(at, (zero,), (torch.ones_like(zero),))
+            both = torch.func.jvp(at, (zero,), (torch.ones_like(zero),))
+            level, slope = both[0], both[1]
             speed = slope.square().mean().sqrt()
             if speed == 0:
                 return DerivativeErrors(0.0, 0.0)
