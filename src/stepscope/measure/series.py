@@ -142,8 +142,17 @@ def doubted(change: Change, reason: str, *, true: bool) -> Change:
     def flag(estimate: Estimate | None) -> Estimate | None:
         return None if estimate is None else estimate.doubted(reason)
 
-    names = ("linear", "second_order", "excess") + (("true", "odd") if true else ())
-    points = tuple(replace(p, **{n: flag(getattr(p, n)) for n in names}) for p in change.points)
+    points = tuple(
+        replace(
+            point,
+            true=point.true.doubted(reason) if true else point.true,
+            linear=point.linear.doubted(reason),
+            second_order=flag(point.second_order),
+            excess=point.excess.doubted(reason),
+            odd=flag(point.odd) if true else point.odd,
+        )
+        for point in change.points
+    )
     return replace(
         change, points=points, slope=change.slope.doubted(reason), curvature=flag(change.curvature)
     )
