@@ -122,6 +122,11 @@ def test_what_trl_was_told_of_the_base_is_read(tmp_path: Path) -> None:
         return tmp_path / "training_args.bin"
 
     assert base_revision(tmp_path / "training_args.bin") is None
+    (tmp_path / "training_args.bin").write_bytes(b"no pickle")
+    with pytest.raises(
+        CheckpointError, match=r"not known which base the adapter was trained on; .* remove this"
+    ):
+        base_revision(tmp_path / "training_args.bin")
     assert base_revision(written(dtype="float32")) is None
     assert base_revision(written(revision="v1")) == "v1"
     for told in (

@@ -172,7 +172,9 @@ def measure_changes(
     if baseline in ("best", "ridge") and any(version == "on_policy" for _, _, version in wanted):
         features = hidden_states(policy, probe, max_sequences=max_sequences)
     few = next(batches(probe, max_sequences=min(4, max_sequences), device=policy.device))
-    doubt = derivative_errors(policy, few, step.direction, temperature=probe.temperature).slope_doubt
+    doubt = derivative_errors(
+        policy, few, step.direction, temperature=probe.temperature, reverse=False
+    ).slope_doubt
     tiny = round_off_lrs(slopes[0], mask, torch.finfo(policy.dtype).eps)
     stops = [*tiny, *sweep, *([-lr for lr in sweep] if antithetic else [])]
     moved = {

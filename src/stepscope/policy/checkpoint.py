@@ -90,7 +90,8 @@ def load_checkpoint(
     saved = read_optimizer(file) if require_optimizer or file.is_file() else None
     step = _global_step(folder / "trainer_state.json")
     if (folder / ADAPTER_CONFIG).is_file():
-        revision = base_revision(folder / TRAINING_ARGS_FILE)
+        told = folder / TRAINING_ARGS_FILE
+        revision = None if (folder / SETTINGS_FILE).is_file() else base_revision(told)
         model, tokenizer = load_adapter(folder, dtype=dtype, device=device, revision=revision)
     else:
         model, tokenizer = load_model(folder, dtype=dtype, device=device)

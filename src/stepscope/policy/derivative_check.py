@@ -56,7 +56,12 @@ def _doubt(mode: str, error: float) -> str:
 
 
 def derivative_errors(
-    policy: Policy, batch: TokenBatch, direction: ParameterVector, *, temperature: float
+    policy: Policy,
+    batch: TokenBatch,
+    direction: ParameterVector,
+    *,
+    temperature: float,
+    reverse: bool = True,
 ) -> DerivativeErrors:
     """Compare derivatives of the function, as quantities use them, with central differences.
 
@@ -68,6 +73,7 @@ def derivative_errors(
         batch: a few sequences.
         direction: by parameter name.
         temperature: of the policy.
+        reverse: compare reverse mode too, which holds a gradient of all parameters; else its error is 0.
 
     Raises:
         MeasurementError: the model loses parameters when it is run with other values of them.
@@ -92,26 +98,31 @@ def derivative_errors(
                 return DerivativeErrors(0.0, 0.0)
             reach = eps ** (1 / 3) / speed
             difference = (at(reach) - at(-reach)) / (2 * reach)
-        with torch.enable_grad():
-            total = forward(policy.model, batch, temperature=temperature).logprobs[mask].sum()
-            own = policy.parameters
-            if lost := sorted(set(tangent) - set(own)):
-                raise MeasurementError(
-                    f"{lost[0]}: the adapter shares this parameter among layers and loses it when the model "
-                    "is run with other values, so no step can be taken; use an adapter of another kind"
-                )
-            grads = torch.autograd.grad(total, [own[n] for n in tangent], allow_unused=True)
-    backward = sum(
-        float((g * t).sum()) for g, t in zip(grads, tangent.values(), strict=True) if g is not None
-    )
-    rounding = 50 * eps * float(1 + level.abs().mean()) / float(reach)
+        own = policy.parameters
+        if lost := sorted(set(tangent) - set(own)):
+            raise MeasurementError(
+                f"{lost[0]}: the adapter shares this parameter among layers and loses it when the model "
+                "is run with other values, so no step can be taken; use an adapter of another kind"
+            )
+        summed = float(slope.sum())
+        if reverse:
+            with torch.enable_grad():
+                total = forward(policy.model, batch, temperature=temperature).logprobs[mask].sum()
+                grads = torch.autograd.grad(total, [own[n] for n in tangent], allow_unused=True)
+            pairs = zip(grads, tangent.values(), strict=True)
+            summed = sum(float((g * t).sum()) for g, t in pairs if g is not None)
+    rounding = 200 * eps * float(1 + level.abs().mean()) / float(reach)
     apart = float((difference - slope).abs().float().quantile(UPPER)) - rounding
-    size = float(slope.abs().float().quantile(UPPER))
-    summed = abs(backward - float(slope.sum())) - 10 * eps * float(slope.abs().sum())
+    typical, whole = float(slope.abs().float().quantile(UPPER)), float(slope.abs().sum())
     return DerivativeErrors(
-        forward=max(apart, 0.0) / (size or float(speed)),
-        reverse=max(summed, 0.0) / float(slope.abs().sum()),
+        forward=_above(apart) / (typical or float(speed)),
+        reverse=_above(abs(summed - float(slope.sum())) - 10 * eps * whole) / whole,
     )
+
+
+def _above(error: float) -> float:
+    """The error beyond rounding; nan stays nan."""
+    return 0.0 if error <= 0 else error
 
 
 def random_direction(policy: Policy) -> dict[str, Tensor]:

@@ -126,7 +126,16 @@ def base_revision(path: Path) -> str | None:
         CheckpointError: the file is damaged, or TRL was told to quantize the base: on the full-precision base
             the adapter is another policy.
     """
-    told = read_training_args(path).get("model_init_kwargs") if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        told = read_training_args(path).get("model_init_kwargs")
+    except CheckpointError as error:
+        reason = str(error).rpartition("; ")[0]
+        raise CheckpointError(
+            f"{reason}: so it is not known which base the adapter was trained on; if it is the one that "
+            "adapter_config.json names, not quantized, remove this file and give the loss settings yourself"
+        ) from error
     if isinstance(told, str):
         try:
             told = json.loads(told)
