@@ -16,7 +16,7 @@ from stepscope.measure.influence import influence
 from stepscope.measure.leaderboard import Leaderboard, rank_criteria
 from stepscope.measure.leaderboard_truths import Truth, token_truths
 from stepscope.measure.step import reconstruct_step
-from stepscope.policy.differentiation import whole_embeddings
+from stepscope.policy.differentiation import whole_function
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
@@ -116,7 +116,7 @@ def test_truths_are_sums_of_the_explicit_matrix(tiny_policy, draw_update, draw_r
         f"column_{p}_{v}" for p in ("sgd", "adamw") for v in ("on_policy", "fixed_prefix")
     } | {f"{k}_{p}" for k in ("row", "diagonal") for p in ("sgd", "adamw")}
     logprobs = jacobians(policy, step.update)[0]
-    with whole_embeddings(policy.model):
+    with whole_function(policy.model):
         entropies, probe_entropies = (jacobians(policy, batch)[1] for batch in (step.update, probe))
     weights = torch.from_numpy(np.concatenate(step.token_weights))
     flat = torch.cat([step.preconditioner[n].reshape(-1) for n in policy.parameters])
