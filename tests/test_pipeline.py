@@ -79,6 +79,7 @@ def test_weights_kept_in_bfloat16_flag_what_depends_on_the_step(checkpoint, tmp_
     weights = load_file(folder / "model.safetensors")
     half = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
     save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "manifest.json").unlink()
     out = tmp_path / "m"
     measure(folder, *TASK, "--out", out, *QUICK, "--stages", "rollouts,step,change,influence")
     assert load_json(out / "step.json")["stored_dtypes"] == ["bfloat16"]

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from stepscope.policy.forward import base_model, forward_inputs, make_batch, plain_experts
 from stepscope.policy.precision import matching_precision
@@ -27,7 +28,7 @@ from stepscope.results import Rollouts
 def router_coefficient(policy: Policy) -> float:
     """Weight of the router loss in the run's loss: its own setting, or else the model's config, as TRL."""
     config: Any = getattr(base_model(policy.model), "config", None)
-    text = None if config is None else config.get_text_config()
+    text = config.get_text_config() if isinstance(config, PreTrainedConfig) else None
     if not hasattr(text, "output_router_logits"):
         return 0.0
     own = policy.settings.router_loss

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from stepscope.errors import BatchError, MeasurementError
 from stepscope.policy.differentiation import differentiable
@@ -120,7 +121,8 @@ def plain_experts(model: nn.Module) -> Iterator[None]:
     generation. The config is as before afterwards, also that of a model in training.
     """
     own = getattr(base_model(model), "config", None)
-    configs = [] if own is None else list({id(c): c for c in (own, own.get_text_config())}.values())
+    known = (own, own.get_text_config()) if isinstance(own, PreTrainedConfig) else ()
+    configs = list({id(config): config for config in known}.values())
     kept = [(c, c._experts_implementation, getattr(c, "output_router_logits", None)) for c in configs]
     try:
         for config, _, routed in kept:
