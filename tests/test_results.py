@@ -183,7 +183,7 @@ def test_numbers_that_are_not_finite_are_refused_with_their_place(field, broken)
         values[2][3], place = broken, r"sequence 2 \(a/2\), response token 3"
         values = tuple(values)
     with pytest.raises(BatchError, match=f"{place}: {field} holds {broken}"):
-        replace(rollouts, **{field: values})
+        replace(rollouts, **{field: values}).refuse_ungraded()
 
 
 def stored(tmp_path):

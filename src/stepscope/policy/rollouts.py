@@ -124,6 +124,7 @@ def sample_rollouts(
                 "task the policy solves sometimes"
             )
         rollouts = _assemble(policy, [sequence for group in kept for sequence in group])
+        rollouts.refuse_ungraded()
         logprobs, entropies = score_rollouts(policy, rollouts, max_sequences=batch_size, bar=bar)
     rollouts = replace(rollouts, logprobs=logprobs, entropies=entropies)
     if group_size == 1:
