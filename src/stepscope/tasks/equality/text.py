@@ -57,7 +57,8 @@ _TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|mathrm|mathbf|mathit|mathsf|mbox|hbox|emph|operatorname"
     r"|underline)\s*\{([^{}\\]*)\}"
 )
-_BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{)")
+_BRACE = re.compile(r"(?<!\\)[{}]")
+BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{)")
 _MATH = re.compile(
     r"\$\$(?=\S)([^$]+?)(?<=\S)\$\$|\$(?=[^\s$])([^$]*?)(?<=[^\s\\])\$(?!\d)|\\\((.+?)\\\)|\\\[(.+?)\\\]",
     re.DOTALL,
@@ -82,25 +83,26 @@ _IT_IS = re.compile(
 )
 
 
-def balanced(text: str, start: int) -> int:
-    """Index of the brace that closes the one at ``start``, escaped ones aside; -1 where none does."""
-    depth = 0
-    for i in range(start, len(text)):
-        if text[i] in "{}" and (i == 0 or text[i - 1] != "\\"):
-            depth += 1 if text[i] == "{" else -1
-            if depth == 0:
-                return i
-    return -1
+def braces(text: str) -> dict[int, int]:
+    """Where each opening brace is closed, escaped ones aside; those that stay open are missing."""
+    closing: dict[int, int] = {}
+    opened: list[int] = []
+    for brace in _BRACE.finditer(text):
+        if brace.group() == "{":
+            opened.append(brace.start())
+        elif opened:
+            closing[opened.pop()] = brace.start()
+    return closing
 
 
 def unbox(text: str) -> str | None:
     r"""The text with its ``\boxed{...}`` opened; None where several stand side by side or one stays open."""
     for _ in range(8):
-        boxes = list(_BOX.finditer(text))
+        boxes = list(BOX.finditer(text))
         if not boxes:
             return text
         start = boxes[0].end()
-        stop = balanced(text, start)
+        stop = braces(text).get(start, -1)
         if stop < 0 or any(box.start() > stop for box in boxes):
             return None
         text = text[: boxes[0].start()] + " " + text[start + 1 : stop] + " " + text[stop + 1 :]
