@@ -33,7 +33,7 @@ import re
 
 from stepscope.tasks.equality.compare import same
 from stepscope.tasks.equality.formula import Formula
-from stepscope.tasks.equality.kinds import Parts, Value, Words, at_every_comma, classify
+from stepscope.tasks.equality.kinds import SIGN, Parts, Value, Words, at_every_comma, classify, split_top
 from stepscope.tasks.equality.numbers import Number
 from stepscope.tasks.equality.quantities import Quantity, in_sentence
 from stepscope.tasks.equality.text import tidy
@@ -48,6 +48,7 @@ TIME_LIMIT = 5.0
 """Seconds after which the worker is killed and the answer counts as wrong."""
 
 _EVALUATED = re.compile(r"\\(?:i*nt|sum|prod|lim)(?![A-Za-z])")
+_COMPLETE = re.compile(r"\\(?:sum|prod|lim)\s*_|\\i*nt(?![A-Za-z]).*d\s*[a-z]", re.DOTALL)
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 
 
@@ -82,9 +83,12 @@ def _equal(reference: str, answer: str) -> bool:
 
 
 def _left_to_sympy(value: Value, text: str) -> bool:
-    if isinstance(value, Words):
-        return _EVALUATED.search(text) is not None and _PROSE.search(text) is None
-    return isinstance(value, (Number, Formula))
+    """A number, a formula, or a text made of complete integrals and the like, without words and relations."""
+    commands = list(_EVALUATED.finditer(text))
+    if not isinstance(value, Words) or not commands:
+        return isinstance(value, (Number, Formula))
+    complete = all(_COMPLETE.match(text, command.start()) for command in commands)
+    return complete and _PROSE.search(text) is None and len(split_top(text, SIGN)) == 1
 
 
 def _verified(reference: str, answer: str) -> bool:

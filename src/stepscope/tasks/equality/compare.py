@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from stepscope.tasks.equality.formula import Formula, proportional, read_formula, same_formula
 from stepscope.tasks.equality.kinds import (
@@ -15,7 +15,7 @@ from stepscope.tasks.equality.kinds import (
     Value,
     classify,
     plain,
-)  # fmt: skip
+)
 from stepscope.tasks.equality.moments import Moment, same_moment
 from stepscope.tasks.equality.numbers import Number, same_number
 from stepscope.tasks.equality.quantities import Quantity, counts
@@ -60,11 +60,7 @@ def _same_labelled(gold: Value, answer: Value) -> bool:
     """A name may be left out or added; two names must be the same."""
     if isinstance(gold, Labelled) and isinstance(answer, Labelled):
         return gold.label == answer.label and same(gold.value, answer.value)
-    if (
-        isinstance(gold, Labelled)
-        and isinstance(answer, Relation)
-        and isinstance(gold.value, (Number, Formula))
-    ):
+    if isinstance(gold, Labelled) and isinstance(answer, Relation) and not isinstance(gold.value, Bracket):
         name = read_formula(gold.label)
         return name is not None and _same_relation(Relation((name, gold.value), ("=",)), answer)
     if isinstance(answer, Labelled) and isinstance(gold, Relation):
@@ -78,17 +74,16 @@ def _same_labelled(gold: Value, answer: Value) -> bool:
 def _same_parts(gold: Value, answer: Value) -> bool:
     """As many parts, each the same: in order for a list, else (``and``, ``or``, a set) in any."""
     if isinstance(gold, Parts) and isinstance(answer, Parts):
-        loose = all(isinstance(i, (Number, Formula, Labelled)) for i in gold.items)
-        if not loose and {gold.joiner, answer.joiner} == {"and", "or"}:
+        names = {i.label for i in gold.items if isinstance(i, Labelled)}
+        roots = len(names) < 2 and all(isinstance(i, (Number, Formula, Labelled)) for i in gold.items)
+        if not roots and (gold.joiner == "or") != (answer.joiner == "or"):
             return False
-        if len({i.unit for i in gold.items if isinstance(i, Quantity)}) > 1 and any(
-            isinstance(i, Number) for i in answer.items
-        ):
+        units = {i.unit for i in gold.items if isinstance(i, Quantity)}
+        if len(units) > 1 and any(isinstance(i, Number) for i in answer.items):
             return False
         named = all(isinstance(i, Labelled) for i in (*gold.items, *answer.items))
-        distinct = len({i.label for i in gold.items if isinstance(i, Labelled)}) == len(gold.items)
         choices = all(isinstance(i, Choice) for i in gold.items)
-        free = gold.joiner != "," or choices or (named and (distinct or answer.joiner == "or"))
+        free = gold.joiner != "," or choices or (named and (len(names) > 1 or answer.joiner == "or"))
         return _pair(gold.items, answer.items, ordered=not free)
     parts, other = (gold, answer) if isinstance(gold, Parts) else (answer, gold)
     if isinstance(parts, Parts) and isinstance(other, Bracket) and other.opener == "{":
@@ -121,9 +116,9 @@ def _same_bracket(gold: Bracket, answer: Bracket) -> bool:
 def _same_quantity(gold: Number | Quantity, answer: Number | Quantity) -> bool:
     """Numbers in the same unit, converted; a unit that only says what is counted may go or come."""
     if isinstance(gold, Number):
-        return same_number(gold, answer if isinstance(answer, Number) else answer.number) and (
-            isinstance(answer, Number) or counts(answer)
-        )
+        if isinstance(answer, Number):
+            return same_number(gold, answer)
+        return not gold.percent and counts(answer) and same_number(gold, answer.number)
     if isinstance(answer, Number):
         return not answer.percent and may_be_left_out(gold) and same_number(gold.number, answer)
     if gold.unit.things or answer.unit.things:
@@ -189,17 +184,16 @@ def as_interval(relation: Relation) -> Bracket | None:
         return as_interval(_turned(relation))
     if len(signs) == 2 and all(sign[0] == ">" for sign in signs):
         return as_interval(_turned(relation))
-    opening: Callable[[str], str] = lambda sign: "[" if sign.endswith("=") else "("  # noqa: E731
-    closing: Callable[[str], str] = lambda sign: "]" if sign.endswith("=") else ")"  # noqa: E731
+    closed = [sign.endswith("=") for sign in signs]
     if len(signs) == 1 and _is_variable(sides[0]) and sides[1] is not None:
         if signs[0] in ("<", "<="):
-            return Bracket("(", closing(signs[0]), (Infinite(-1), sides[1]))
+            return Bracket("(", ")]"[closed[0]], (Infinite(-1), sides[1]))
         if signs[0] in (">", ">="):
-            return Bracket(opening(signs[0]), ")", (sides[1], Infinite(1)))
+            return Bracket("(["[closed[0]], ")", (sides[1], Infinite(1)))
     if len(signs) == 2 and all(s in ("<", "<=") for s in signs) and _is_variable(sides[1]):
-        assert sides[0] is not None
-        assert sides[2] is not None
-        return Bracket(opening(signs[0]), closing(signs[1]), (sides[0], sides[2]))
+        low, _, high = sides
+        if low is not None and high is not None:
+            return Bracket("(["[closed[0]], ")]"[closed[1]], (low, high))
     return None
 
 

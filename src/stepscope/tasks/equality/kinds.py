@@ -84,7 +84,7 @@ _CHOICE = re.compile(
     r"(?:(?:option|choice|answer)\s+)?(?:\(\s*([A-J])\s*\)(?=\s|$|[.:])|([A-J])(?:\s*[.):](?=\s|$)|$))\s*[.:]?\s*(.*)",
     re.DOTALL | re.IGNORECASE,
 )
-_SIGN = re.compile(r"<=|>=|!=|==|<|>|=|\\in(?![A-Za-z])|\\to(?![A-Za-z])")
+SIGN = re.compile(r"<=|>=|!=|==|<|>|=|\\in(?![A-Za-z])|\\to(?![A-Za-z])")
 _LABEL = re.compile(
     r"(?:[A-Za-z\u0370-\u03ff]|\\[A-Za-z]+)(?:_(?:\{[^{}]*\}|[A-Za-z0-9]))?'*(?:\s*\([^()=]{0,40}\))?"
     r"|[A-Z]{2,3}|[A-Za-z]{4,20}|\(\s*[a-z](?:\s*,\s*[a-z]){1,3}\s*\)|\\angle\s*[A-Z]{1,3}"
@@ -183,7 +183,9 @@ def _matrix(text: str, depth: int) -> Bracket | None:
     if match is None:
         return None
     rows = [row for row in match.group(2).split("\n") if row.strip()]
-    cells = [tuple(classify(cell, depth + 1) for cell in row.split("&")) for row in rows[:MAX_PARTS]]
+    if len(rows) > MAX_PARTS:
+        return None
+    cells = [tuple(classify(cell, depth + 1) for cell in row.split("&")) for row in rows]
     name = "|" if match.group(1) == "vmatrix" else "[["
     return Bracket(name, name, tuple(Bracket("[", "]", row) for row in cells))
 
@@ -234,7 +236,7 @@ def _hoisted(first: Labelled, rest: list[Value], joiner: Literal[",", "and", "or
 
 
 def _relation(text: str, depth: int) -> Value | None:
-    sides = split_top(text, _SIGN)
+    sides = split_top(text, SIGN)
     if len(sides) < 2:
         return None
     signs = tuple(_signs_between(text, sides))
@@ -256,7 +258,7 @@ def _relation(text: str, depth: int) -> Value | None:
 def _signs_between(text: str, sides: list[str]) -> list[str]:
     found, at = [], 0
     for side in sides[:-1]:
-        match = _SIGN.match(text, at + len(side))
+        match = SIGN.match(text, at + len(side))
         assert match is not None
         found.append("=" if match.group() == "==" else match.group())
         at = match.end()
@@ -278,8 +280,8 @@ def _side(text: str) -> Value | None:
 def _signs(text: str, depth: int) -> Parts | None:
     r"""``\pm`` gives two parts, a union its members."""
     members = split_top(text, re.compile(r"\s*\\cup(?![A-Za-z])\s*|(?<=[)\]])\s*U\s*(?=[(\[])"))
-    if len(members) > 1:
-        return Parts(tuple(classify(member, depth + 1) for member in members[:MAX_PARTS]), "or")
+    if 1 < len(members) <= MAX_PARTS:
+        return Parts(tuple(classify(member, depth + 1) for member in members), "or")
     pair = re.compile(r"\\pm(?![A-Za-z])|\\mp(?![A-Za-z])")
     if not pair.search(text) or text.count("(") != text.count(")"):
         return None

@@ -24,7 +24,7 @@ _RECURRING = re.compile(
     r"([0-9]*)\.([0-9]*?)(?:\\(?:overline|bar|dot)\s*\{([0-9]+)\}|\(([0-9]+)\)|((?:[0-9]\u0305)+)|([0-9]+)\.{3})",
     re.ASCII,
 )
-_REPEATS = re.compile(r"([0-9]*?)([0-9]+?)\2{2,}")
+_REPEATS = re.compile(r"([0-9]*?)(?:([0-9]{1,2})\2{2,}|([0-9]{3,}?)\3+)")
 
 _ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen
 sixteen seventeen eighteen nineteen"""
@@ -68,7 +68,7 @@ def _read_recurring(text: str) -> tuple[Number, int] | None:
         tail = _REPEATS.fullmatch(fixed + periods[3])
         if tail is None:
             return None
-        fixed, period = tail.groups()
+        fixed, period = tail.group(1), tail.group(2) or tail.group(3)
     if len(whole + fixed + period) > 60:
         return None
     repeated = Fraction(int(period), 10 ** len(period) - 1)

@@ -35,7 +35,7 @@ _BEFORE = re.compile(rf"(?:(?:(?<=\s)|^)[+-]\s?)?(?:[{CURRENCY}]\s?[+-]?)?$")
 CHANGED = NOT_COUNTED | {singular(w) for w in NOT_COUNTED} | ONES.keys() | TENS.keys() | SCALES.keys()
 _NUMBERED = re.compile(
     r"\b(?:room|step|day|page|question|chapter|number|no|nr|option|figure|part|line|item|case|level|grade|problem|exercise"
-    r"|week|year|version|row|column|bus|platform|gate|seat|of)\.?\s*$",
+    r"|week|year|version|row|column|bus|platform|gate|seat|of|before|after|since|by)\.?\s*$",
     re.IGNORECASE,
 )
 _COUNTED_OF = re.compile(r"\b(?:total|answer|value|result) of\s*$", re.IGNORECASE)
@@ -148,7 +148,8 @@ def in_sentence(text: str) -> Number | Quantity | None:
         return None
     head, end = text[: begin.start()], first.start() + found[1]
     value, tail = read_quantity(text[begin.start() : end]), text[end:]
-    if value is None or not re.match(r"$|[\s.,;:]|[^\W\d_]", tail) or re.match(r"[A-Za-z]", tail):
+    apart = re.match(r"$|\.(?!\.)|[\s,;:]|[^\W\d_A-Za-z]", tail) and not re.search(r"[A-Za-z0-9_]$", head)
+    if value is None or not apart:
         return None
     rest = tail
     for count, stop in reversed(list(enumerate((m.end() for m in re.finditer(r"\S+", tail)), 1))[:3]):
