@@ -75,16 +75,16 @@ def answer_findings(policy: Policy, spec: str | None) -> list[Finding]:
     try:
         task = open_task(spec, policy)
         recorder = _Recorder(task)
-        available = len(task.problems("test"))
+        split = "test" if len(task.problems("test")) else "train"
         settings = policy.settings
         short = replace(settings, max_response_tokens=min(settings.max_response_tokens, MAX_TOKENS))
         sampled = sample_rollouts(
             replace(policy, settings=short),
             recorder,
-            num_prompts=min(NUM_RESPONSES, available),
+            num_prompts=min(NUM_RESPONSES, len(task.problems(split))),
             group_size=1,
             seed=0,
-            split="test",
+            split=split,
         )
     except (TaskError, BatchError) as error:
         if spec and isinstance(error, TaskError):

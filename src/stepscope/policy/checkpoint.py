@@ -157,7 +157,7 @@ def inspect_checkpoint(
     Loads it without demanding anything but a model, then examines weights, optimizer state, settings,
     dropout,
     precision, tied weights, determinism, and invariance to batch size and padding. ``further`` adds findings
-    about the loaded policy.
+    about the loaded policy, where nothing has failed so far.
     """
     findings: list[Finding] = []
     try:
@@ -178,7 +178,8 @@ def inspect_checkpoint(
             policy = load_checkpoint(path, precision=precision, settings=settings, require_optimizer=False)
         except CheckpointError as second:
             return findings if str(second) == str(error) else [*findings, Finding.from_error(second)]
-    return findings + examine(policy) + further(policy)
+    findings += examine(policy)
+    return findings if any(f.level == "fail" for f in findings) else findings + further(policy)
 
 
 def _folder(path: Path) -> Path:

@@ -49,7 +49,7 @@ def as_formula(value: Number | Formula) -> Formula:
     if isinstance(value, Formula):
         return value
     exact = value.value
-    return Formula(str(exact), lambda context, values: exact, frozenset(), False)
+    return Formula("", lambda context, values: exact, frozenset(), False)
 
 
 def _same_texts(gold: str, answer: str) -> bool:

@@ -15,11 +15,11 @@ from fractions import Fraction
 from math import factorial, isqrt
 from typing import Any
 
-DIGITS = 100
+DIGITS, MOST_DIGITS = 100, 300
 MAX_DEPTH = 40
 MAX_TOKENS = 250
 MAX_BITS = 100_000
-MAX_POWER = 1_000_000
+MAX_POWER = 10_000
 
 Values = dict[str, Fraction]
 Term = Callable[[Any, Values], Any]
@@ -84,44 +84,61 @@ def read_formula(text: str) -> Formula | None:
 
 def same_formula(a: Formula, b: Formula) -> bool:
     """Whether two formulas have equal values wherever both are real (or everywhere, if nowhere real)."""
-    names, context = a.names | b.names, _context()
+    names = a.names | b.names
     real: list[bool] = []
     unreal: list[bool] = []
     for values in _points(names):
         try:
-            x, y = a.term(context, values), b.term(context, values)
+            x, y, context = _pair_at(a, b, values)
         except (ArithmeticError, ValueError, TypeError):
             continue
-        both = a.imaginary or b.imaginary or _is_real(x, context) or _is_real(y, context)
-        (real if both else unreal).append(_close(x, y, context))
+        either = a.imaginary or b.imaginary or _is_real(x, context) or _is_real(y, context)
+        (real if either else unreal).append(_close(x, y, context))
     counted = real or unreal
     return bool(counted) and all(counted)
+
+
+def _pair_at(a: Formula, b: Formula, values: Values) -> tuple[Any, Any, Any]:
+    """Two values, to so many digits that a difference of 1 is seen.
+
+    Raises:
+        ArithmeticError: they are not finite, or too large for that.
+    """
+    for digits in (DIGITS, MOST_DIGITS):
+        context = _context(digits)
+        x, y = a.term(context, values), b.term(context, values)
+        if isinstance(x, Fraction) and isinstance(y, Fraction):
+            return x, y, context
+        size = max(abs(_number(context, x)), abs(_number(context, y)))
+        if not context.isfinite(size) or size > context.mpf(10) ** (MOST_DIGITS - 70):
+            break
+        if size < context.mpf(10) ** (digits - 70):
+            return x, y, context
+    raise OverflowError
 
 
 def proportional(a: tuple[Formula, Formula], b: tuple[Formula, Formula]) -> int:
     """Sign of the constant c with (a0 - a1) = c (b0 - b1) whatever the variables; 0 if there is none."""
     ratios: list[Any] = []
-
-    def difference(pair: tuple[Formula, Formula], context: Any, values: Values) -> Any:
-        return _add(
-            context,
-            pair[0].term(context, values),
-            _times(context, Fraction(-1), pair[1].term(context, values)),
-        )
-
-    names = frozenset().union(*(f.names for f in (*a, *b)))
-    context = _context()
-    for values in _points(names):
+    top, bottom = _difference(*a), _difference(*b)
+    for values in _points(top.names | bottom.names):
         try:
-            top, bottom = difference(a, context, values), difference(b, context, values)
-            if top == 0 or bottom == 0:
+            x, y, context = _pair_at(top, bottom, values)
+            if x == 0 or y == 0:
                 return 0
-            ratios.append(_divide(context, top, bottom))
+            ratios.append(_divide(context, x, y))
         except (ArithmeticError, ValueError, TypeError):
             return 0
-    if not all(_close(ratios[0], ratio, context) for ratio in ratios) or not _is_real(ratios[0], context):
+    context = _context()
+    if not all(_is_real(r, context) and _close(ratios[0], r, context) for r in ratios):
         return 0
     return 1 if _real(ratios[0]) > 0 else -1
+
+
+def _difference(a: Formula, b: Formula) -> Formula:
+    return Formula(
+        "", _combine(_add, a.term, _negative(b.term)), a.names | b.names, a.imaginary or b.imaginary
+    )
 
 
 def value_of(formula: Formula) -> Fraction | None:
@@ -149,12 +166,12 @@ def _points(names: frozenset[str]) -> list[Values]:
     return points
 
 
-def _context() -> Any:
+def _context(digits: int = DIGITS) -> Any:
     """An arithmetic context of its own for every question: a shared one is not safe in threads."""
     from mpmath.ctx_mp import MPContext
 
     context = MPContext()
-    context.dps = DIGITS
+    context.dps = digits
     return context
 
 
@@ -174,12 +191,10 @@ def _close(a: Any, b: Any, context: Any) -> bool:
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
     a, b = _number(context, a), _number(context, b)
-    if not (context.isfinite(a) and context.isfinite(b)):
-        return bool(a == b)
     scale = max(abs(a), abs(b))
     if scale > 0 and (a == 0 or b == 0):  # round-off leaves about 1e-100 of a zero, and no less
         return bool(-3 * DIGITS < 2 * context.log10(scale) < -1.2 * DIGITS)
-    return bool(abs(a - b) <= scale * context.mpf(10) ** -60)
+    return bool(abs(a - b) <= scale * context.mpf(10) ** (40 - context.dps))
 
 
 def _add(context: Any, a: Any, b: Any) -> Any:
