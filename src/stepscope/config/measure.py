@@ -110,6 +110,7 @@ class LossConfig(Section):
     prefill: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     format_weight: float | None = Field(default=None, ge=0, le=1)
+    answer_format: str | None = None
     bias_correction_kl: bool | None = None
     mask_truncated: bool | None = None
 

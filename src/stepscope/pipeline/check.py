@@ -20,16 +20,22 @@ from stepscope.config import (
 )
 from stepscope.errors import CheckpointError
 from stepscope.tasks import load_task
+from stepscope.tasks.response import TAGS
 from stepscope.tasks.worker import shared_worker
 
 _SPLITS = {"train": "training", "test": "test"}
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
-def run_check(target: Path) -> bool:
+def run_check(target: Path, *, task: str | None = None) -> bool:
     """Show what was found as a table; True unless a finding fails.
 
+    Args:
+        target: checkpoint folder or configuration file.
+        task: on which a checkpoint's answers are looked for; None for the one that it names, if it does.
+
     Raises:
+        TaskError: ``task`` cannot be loaded.
         ConfigError: ``target`` is a configuration with wrong settings.
         CheckpointError: there is no such path.
     """
@@ -37,10 +43,12 @@ def run_check(target: Path) -> bool:
         raise CheckpointError(f"{target}: no such checkpoint folder or configuration file")
     if target.is_file():
         return _check_config(target)
+    from stepscope.pipeline.answers import answer_findings
     from stepscope.policy.checkpoint import inspect_checkpoint
     from stepscope.policy.examination import Finding
 
-    findings = [*inspect_checkpoint(target), Finding(*_isolation())]
+    checked = inspect_checkpoint(target, further=lambda policy: answer_findings(policy, task))
+    findings = [*checked, Finding(*_isolation())]
     table = Table("", "finding", "what to do")
     for finding in findings:
         colour = COLOURS[finding.level]
@@ -66,7 +74,10 @@ def _check_config(path: Path) -> bool:
     console = Console()
     console.print(Text(f"{path}: a valid {kind.__name__}"))
     if isinstance(config, TrainConfig | EvalConfig | MeasureConfig) and config.task:
-        task = load_task(config.task, template=config.template if isinstance(config, TrainConfig) else None)
+        if isinstance(config, TrainConfig):
+            task = load_task(config.task, template=config.template, answer_format=config.answer_format)
+        else:
+            task = load_task(config.task, answer_format=config.loss.answer_format or TAGS.name)
         counts = [f"{len(task.problems(split))} {name} problems" for split, name in _SPLITS.items()]
         console.print(Text(f"task {config.task}: {' and '.join(counts)}"))
         if task.overlap:

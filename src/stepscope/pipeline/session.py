@@ -76,6 +76,7 @@ def open_task(spec: str | None, policy: Policy) -> TemplatedTask:
         system_prompt=settings.system_prompt,
         prefill=settings.prefill,
         chat_template_kwargs=settings.chat_template_kwargs,
+        answer_format=settings.answer_format,
     )
     return task.through(policy.tokenizer)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,12 +146,18 @@ def checkpoint_digest(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def inspect_checkpoint(path: str | Path, *, precision: str = "float32") -> list[Finding]:
+def inspect_checkpoint(
+    path: str | Path,
+    *,
+    precision: str = "float32",
+    further: Callable[[Policy], list[Finding]] = lambda policy: [],
+) -> list[Finding]:
     """Is this checkpoint fit to be measured? What is missing, and what to do about it.
 
     Loads it without demanding anything but a model, then examines weights, optimizer state, settings,
     dropout,
-    precision, tied weights, determinism, and invariance to batch size and padding.
+    precision, tied weights, determinism, and invariance to batch size and padding. ``further`` adds findings
+    about the loaded policy, where nothing has failed so far.
     """
     findings: list[Finding] = []
     try:
@@ -172,7 +178,8 @@ def inspect_checkpoint(path: str | Path, *, precision: str = "float32") -> list[
             policy = load_checkpoint(path, precision=precision, settings=settings, require_optimizer=False)
         except CheckpointError as second:
             return findings if str(second) == str(error) else [*findings, Finding.from_error(second)]
-    return findings + examine(policy)
+    findings += examine(policy)
+    return findings if any(f.level == "fail" for f in findings) else findings + further(policy)
 
 
 def _folder(path: Path) -> Path:

@@ -125,7 +125,7 @@ def _asking(policy: Policy) -> list[Finding]:
         return []
     try:
         template = load_template(
-            settings.prompt_template or default_template(settings.task),
+            settings.prompt_template or default_template(settings.task, settings.answer_format),
             system_prompt=settings.system_prompt,
             prefill=settings.prefill,
             chat_template_kwargs=settings.chat_template_kwargs,

@@ -71,6 +71,7 @@ class StepSettings:
         system_prompt: system message of the chat template; empty for none.
         prefill: text that the response's turn begins with, at the end of the prompt.
         chat_template_kwargs: variables of the chat template (TRL's ``chat_template_kwargs``), or None.
+        answer_format: where in a response its answer stands, see :mod:`stepscope.tasks.response`.
         num_iterations: optimizer steps on each batch; the next step is the first on its batch, so on-policy.
         task_digest: state of the task's data in the training, as the task has it; empty if unknown.
     """
@@ -97,6 +98,7 @@ class StepSettings:
     system_prompt: str = ""
     prefill: str = ""
     chat_template_kwargs: dict[str, Any] | None = field(default=None, hash=False)
+    answer_format: str = "tags"
     num_iterations: int = 1
     task_digest: str = ""
 
