@@ -87,13 +87,13 @@ class ProbeConfig(BatchConfig):
 
 
 class LossConfig(Section):
-    """Loss settings of the run a checkpoint came from; null keeps what the checkpoint says.
+    """Loss settings of the run a checkpoint came from, added to those it has; null keeps what it says.
 
-    Needed for a foreign checkpoint, which carries no ``stepscope.json``. Names and meanings are those of
-    :class:`stepscope.policy.settings.StepSettings`.
+    Names and meanings are those of :class:`stepscope.policy.settings.StepSettings`; ``without`` names what a
+    run did that no measurement follows, to measure its next step without that.
     """
 
-    loss_type: Literal["grpo", "dr_grpo", "bnpo", "dapo"] | None = None
+    loss_type: Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "luspo", "sapo", "vespo"] | None = None
     scale_rewards: Literal["none", "group", "batch"] | None = None
     group_size: int | None = Field(default=None, ge=2)
     prompts_per_step: int | None = Field(default=None, ge=1)
@@ -113,6 +113,8 @@ class LossConfig(Section):
     answer_format: str | None = None
     bias_correction_kl: bool | None = None
     mask_truncated: bool | None = None
+    disable_dropout: bool | None = None
+    without: list[str] | None = None
 
     def given(self) -> dict[str, Any]:
         """The settings that are not null."""

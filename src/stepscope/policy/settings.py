@@ -47,7 +47,7 @@ class StepSettings:
     """Everything beside weights and optimizer state that a step depends on.
 
     Attributes:
-        loss_type: TRL's name of the loss: ``grpo``, ``dr_grpo``, ``bnpo``, ``dapo``.
+        loss_type: TRL's name of the loss, one of :data:`~stepscope.policy.objective.LOSS_TYPES`.
         scale_rewards: how advantages are scaled: ``none``, ``group`` or ``batch`` standard deviation.
         group_size: responses per prompt.
         prompts_per_step: prompt groups per optimizer step.
@@ -74,6 +74,9 @@ class StepSettings:
         answer_format: where in a response its answer stands, see :mod:`stepscope.tasks.response`.
         num_iterations: optimizer steps on each batch; the next step is the first on its batch, so on-policy.
         task_digest: state of the task's data in the training, as the task has it; empty if unknown.
+        disable_dropout: training switched off the model's dropout modules (TRL's name).
+        on_policy_only: the loss is known here at ratio 1 alone (ratios per sequence, a bound ``delta``).
+        without: what else the run did that its next step is measured without, by name.
     """
 
     loss_type: str = "dr_grpo"
@@ -101,6 +104,9 @@ class StepSettings:
     answer_format: str = "tags"
     num_iterations: int = 1
     task_digest: str = ""
+    disable_dropout: bool = False
+    on_policy_only: bool = False
+    without: list[str] = field(default_factory=list, hash=False)
 
     def __post_init__(self) -> None:
         """Refuse values that no run can have, whoever sets them.
@@ -190,3 +196,7 @@ class StepSettings:
             return cls(**values)
         except CheckpointError as error:
             raise CheckpointError(f"{where}: {error}") from error
+
+
+UNKNOWN = StepSettings(loss_type="")
+"""Stands for settings that nothing says, to look at the rest of a checkpoint."""
