@@ -33,12 +33,12 @@ from stepscope.measure.estimators import (
 from stepscope.measure.line import derivatives, hidden_states, response_mask, values_at
 from stepscope.measure.quantities import make_quantity, unit_of
 from stepscope.measure.step import reconstruct_step
+from stepscope.pipeline.session import open_task
 from stepscope.policy.checkpoint import load_checkpoint
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 from stepscope.stats import bootstrap
-from stepscope.tasks import load_task
 
 TRUE = "true change"
 LINEAR = "linear change"
@@ -61,7 +61,7 @@ def read(folder: Path, name: str) -> Rollouts:
 
 
 def sample(policy: Policy, options: argparse.Namespace) -> tuple[Rollouts, Rollouts]:
-    task = load_task(options.task or policy.settings.task)
+    task = open_task(options.task, policy)
     update = sample_rollouts(
         policy,
         task,

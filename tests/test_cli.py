@@ -155,7 +155,7 @@ def test_interrupt_ends_with_130(monkeypatch):
 
 
 def test_misfit_checkpoint_fails_the_check(monkeypatch):
-    monkeypatch.setitem(vars(pipeline), "run_check", lambda target: False)
+    monkeypatch.setitem(vars(pipeline), "run_check", lambda target, overrides, task: False)
     assert "not fit" in mendable("check", "x")
-    monkeypatch.setitem(vars(pipeline), "run_check", lambda target: True)
+    monkeypatch.setitem(vars(pipeline), "run_check", lambda target, overrides, task: True)
     assert run("check", "x").exit_code == 0

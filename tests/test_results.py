@@ -183,7 +183,7 @@ def test_numbers_that_are_not_finite_are_refused_with_their_place(field, broken)
         values[2][3], place = broken, r"sequence 2 \(a/2\), response token 3"
         values = tuple(values)
     with pytest.raises(BatchError, match=f"{place}: {field} holds {broken}"):
-        replace(rollouts, **{field: values})
+        replace(rollouts, **{field: values}).refuse_ungraded()
 
 
 def stored(tmp_path):
@@ -252,3 +252,13 @@ def test_no_flipped_bit_in_the_pages_of_a_table_changes_a_number(tmp_path):
         else:  # in a header, in a field that says nothing about the values
             np.testing.assert_array_equal(read, values)
     assert noticed > 0.9 * len(places)
+
+
+def test_rewards_may_be_unknown_only_where_the_batch_says_so() -> None:
+    batch = make_rollouts()
+    unknown = np.full(len(batch), np.nan)
+    with pytest.raises(BatchError, match="rewards holds nan, expected a finite number"):
+        replace(batch, rewards=unknown)
+    ungraded = replace(batch, rewards=unknown, graded=False)
+    with pytest.raises(BatchError, match="advantages holds nan, expected a finite number"):
+        replace(ungraded, advantages=unknown)

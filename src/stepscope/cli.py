@@ -273,11 +273,16 @@ def check(
     target: Annotated[
         Path, typer.Argument(metavar="CHECKPOINT|CONFIG", help="Checkpoint folder, or YAML file.")
     ],
+    overrides: Overrides = None,
+    task: TaskSpec = None,
 ) -> None:
-    """Is this fit to be measured? What is missing, and what to do?"""
+    """Is this fit to be measured? What is missing, and what to do? Takes the settings of measure.
+
+    On the task, a few responses are sampled from a checkpoint to see which answer format finds answers.
+    """
     from stepscope.pipeline import run_check
 
-    if not run_check(target):
+    if not run_check(target, overrides or [], task=task):
         raise ConfigError(f"{target}: not fit to be measured; see the findings above")
 
 

@@ -45,7 +45,7 @@ class Rollouts:
         responses: the decoded response.
         prompt_token_ids: token ids of the prompt, no padding.
         response_token_ids: token ids of the response, no padding; the end-of-sequence token counts.
-        rewards: (seq,) total reward.
+        rewards: (seq,) total reward; nan where nobody graded the response.
         correct: (seq,) whether the answer was verified correct.
         truncated: (seq,) whether the response was cut at ``max_response_tokens`` without an end-of-sequence
             token.
@@ -56,6 +56,7 @@ class Rollouts:
         advantages: (seq,) or None where the batch makes no step.
         questions: what was asked, as the task has it, or None where that is not known. Equal questions are
             one prompt, whatever their ids; without questions equal ``prompts`` are, without these equal ids.
+        graded: whether all rewards are known; without it some or all are nan.
     """
 
     prompt_ids: tuple[str, ...]
@@ -72,6 +73,7 @@ class Rollouts:
     max_response_tokens: int
     advantages: FloatArray | None = None
     questions: tuple[str, ...] | None = None
+    graded: bool = True
 
     def __post_init__(self) -> None:
         """Refuse fields of different length, and numbers that are not finite.
@@ -109,14 +111,12 @@ class Rollouts:
                     raise BatchError(
                         f"rollouts: sequence {i} has {len(values)} {name} for {len(ids)} response tokens"
                     )
-        for name in ("rewards", "advantages"):
+        for name in ("rewards", "advantages") if self.graded else ("advantages",):
             per_sequence = getattr(self, name)
-            if per_sequence is not None and not np.isfinite(per_sequence).all():
-                i = int(np.flatnonzero(~np.isfinite(per_sequence))[0])
-                raise BatchError(
-                    f"rollouts: sequence {i} ({self.prompt_ids[i]}): {name} holds {per_sequence[i]}, "
-                    "expected a finite number; mend the scores, or leave the sequence out"
-                )
+            if per_sequence is None:
+                continue
+            broken = np.isinf(per_sequence) if name == "rewards" else ~np.isfinite(per_sequence)
+            self._refuse(broken, name, per_sequence)
         for name in ("logprobs", "entropies"):
             rows = getattr(self, name)
             if rows and not np.isfinite(np.concatenate(rows)).all():
@@ -126,6 +126,22 @@ class Rollouts:
                     f"rollouts: sequence {i} ({self.prompt_ids[i]}), response token {position}: {name} holds "
                     f"{rows[i][position]}, expected a finite number; sample the batch again"
                 )
+
+    def _refuse(self, broken: BoolArray, name: str, values: FloatArray) -> None:
+        if broken.any():
+            i = int(np.flatnonzero(broken)[0])
+            raise BatchError(
+                f"rollouts: sequence {i} ({self.prompt_ids[i]}): {name} holds {values[i]}, expected a finite "
+                "number; mend the scores, or leave the sequence out"
+            )
+
+    def refuse_ungraded(self) -> None:
+        """Refuse a batch with a reward that is not known.
+
+        Raises:
+            BatchError: naming the sequence.
+        """
+        self._refuse(np.isnan(self.rewards), "rewards", self.rewards)
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -294,7 +310,7 @@ class Rollouts:
                 f"{sequences_path}: advantage of sequence {advantages.index(None)} is null and others are "
                 "not; give all or none"
             )
-        return cls(
+        found = cls(
             prompt_ids=tuple(rows["prompt_id"]),
             prompts=tuple(rows["prompt"]),
             responses=tuple(rows["response"]),
@@ -310,6 +326,8 @@ class Rollouts:
             advantages=None if advantages[0] is None else np.array(advantages, dtype=np.float64),
             questions=None if None in questions else tuple(questions),
         )
+        found.refuse_ungraded()
+        return found
 
 
 def _numbered(names: Sequence[str]) -> IntArray:

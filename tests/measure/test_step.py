@@ -24,7 +24,8 @@ from stepscope.measure.step import (
 from stepscope.policy import vectors
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.objective import advantages, policy_loss
-from stepscope.policy.optimizer_state import decay_parameter_names, match_optimizer
+from stepscope.policy.optimizer_state import match_optimizer
+from stepscope.policy.parameter_order import decay_parameter_names
 from stepscope.policy.precision import lift_model
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.settings import StepSettings

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, FalconConfig, OPTConfig
+from trl.trainer.utils import disable_dropout_in_model
 
 from made_tokenizers import CHAT, byte_level
 from stepscope.errors import CheckpointError, MeasurementError
@@ -75,6 +77,59 @@ def test_dropout_and_missing_end_token_are_warnings(
     warned = [what for what, level in levels(policy_of(model, tokenizer)).items() if level == "warn"]
     assert any("dropout" in what for what in warned)
     assert any("all responses are truncated" in what for what in warned)
+
+
+def random_in_training(model: nn.Module) -> bool:
+    """Two passes of the model as TRL trains it."""
+    model.train()
+    ids = torch.arange(2, 14)[None]
+    passes = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        passes.append(model(input_ids=ids).logits.detach())
+    return not torch.equal(*passes)
+
+
+@pytest.mark.parametrize("disabled", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["opt", "falcon", "gpt2", "qwen2"])
+def test_dropout_is_found_where_it_acts(
+    build_model: Callable[..., nn.Module], tokenizer: Any, kind: str, dropout: float, disabled: bool
+) -> None:
+    """OPT and Falcon call the function, which TRL's ``disable_dropout`` leaves on; GPT-2 has modules."""
+    size: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "num_attention_heads": 2}
+    if kind == "opt":
+        config: Any = OPTConfig(
+            **size,
+            num_hidden_layers=2,
+            ffn_dim=32,
+            word_embed_proj_dim=16,
+            dropout=dropout,
+            attention_dropout=0.0,
+        )
+    elif kind == "falcon":
+        config = FalconConfig(
+            **size, num_hidden_layers=2, hidden_dropout=dropout, attention_dropout=0.0, ffn_hidden_size=32
+        )
+    else:
+        config = build_model(kind).config  # type: ignore[assignment]
+        if kind == "gpt2":
+            config.resid_pdrop, config.embd_pdrop, config.attn_pdrop = dropout, 0.0, 0.0
+        else:
+            config.attention_dropout = dropout
+    model = AutoModelForCausalLM.from_config(config).eval()
+    policy = Policy(model, tokenizer, StepSettings(disable_dropout=disabled))
+    before = torch.get_rng_state()
+    found = [f for f in examine(policy) if "training mode agree" in f.what or "while it trains" in f.what]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not model.training
+    if kind == "gpt2" and dropout:
+        assert any(m.p == dropout for m in model.modules() if isinstance(m, nn.Dropout))
+    if disabled:
+        disable_dropout_in_model(model)
+    assert [f.level for f in found] == ["warn" if random_in_training(model) else "ok"]
+    if dropout and kind in ("opt", "falcon"):
+        assert found[0].level == "warn", "the modules are off, the function is not"
 
 
 def test_tied_and_separate_embeddings(build_model: Callable[..., nn.Module], tokenizer: Any) -> None:

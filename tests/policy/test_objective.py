@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
-from stepscope.errors import BatchError, ConfigError
+from stepscope.errors import BatchError, ConfigError, MeasurementError
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.objective import advantages, policy_loss, token_weights
 from stepscope.policy.settings import StepSettings
@@ -253,6 +253,90 @@ def test_batch_without_signal_is_refused_with_the_cure() -> None:
         token_weights(make_rollouts(advantages=None), StepSettings())
 
 
+LOSSES = [
+    ("cispo", "token", None, 5.0),
+    ("cispo", "token", None, 0.3),
+    ("luspo", "token", None, 0.3),
+    ("luspo", "sequence", None, 0.3),
+    ("sapo", "token", None, 0.3),
+    ("sapo", "sequence", None, 0.3),
+    ("vespo", "token", None, 0.3),
+    ("grpo", "sequence", None, 0.3),
+    ("grpo", "sequence", 1.5, 0.3),
+    ("bnpo", "sequence", None, 0.3),
+    ("dr_grpo", "sequence", None, 0.3),
+    ("dapo", "sequence", None, 0.3),
+    ("dapo", "token", 1.5, 0.3),
+]
+
+
+@pytest.mark.parametrize(("loss_type", "level", "delta", "epsilon_high"), LOSSES)
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_token_weights_on_policy_are_the_derivatives_of_trls_loss(
+    trainer: GRPOTrainer, loss_type: str, level: str, delta: float | None, epsilon_high: float, beta: float
+) -> None:
+    """TRL's own ``_compute_loss`` on log-probs that are leaves: its derivative by each, against ours."""
+    trainer.loss_type, trainer.beta, trainer.importance_sampling_level = loss_type, beta, level
+    before = trainer.epsilon_high
+    trainer.epsilon_high, trainer.args.delta = epsilon_high, delta
+    trainer.args.use_bias_correction_kl = level == "token"
+    inputs, batch = padded_inputs(0.0)
+    generator = torch.Generator().manual_seed(4)
+    leaves = -torch.rand(batch.response_ids.shape, generator=generator, dtype=torch.float64) - 0.1
+    leaves.requires_grad_(True)
+    if beta:
+        inputs["ref_per_token_logps"] = leaves.detach() + 0.2
+    trainer._get_per_token_logps_and_entropies = lambda *a, **k: (leaves, torch.ones_like(leaves), None)
+    try:
+        theirs = trainer._compute_loss(trainer.model.train(), inputs)
+    finally:
+        del trainer._get_per_token_logps_and_entropies
+        trainer.importance_sampling_level, trainer.args.delta, trainer.epsilon_high = "token", None, before
+    (expected,) = torch.autograd.grad(theirs, leaves)
+    settings = StepSettings(
+        loss_type=loss_type,
+        max_response_tokens=6,
+        beta=beta,
+        epsilon_low=0.1,
+        epsilon_high=epsilon_high,
+        bias_correction_kl=level == "token",
+        on_policy_only=level == "sequence" or delta is not None,
+    )
+    ours = leaves.detach().requires_grad_(True)
+    ref = inputs.get("ref_per_token_logps")
+    loss = policy_loss(ours, leaves.detach(), inputs["advantages"], batch.response_mask, settings, ref)
+    (found,) = torch.autograd.grad(loss, ours)
+    assert float(expected.abs().max()) > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("shift", [0.5, 2.0])
+def test_cispo_and_luspo_equal_trls_off_policy_too(trainer: GRPOTrainer, shift: float) -> None:
+    inputs, batch = padded_inputs(shift)
+    leaves = -torch.rand(batch.response_ids.shape, generator=torch.Generator().manual_seed(4)) - 0.1
+    leaves.requires_grad_(True)
+    inputs["old_per_token_logps"] = old = leaves.detach() + inputs["noise"]
+    for loss_type in ("cispo", "luspo"):
+        trainer.loss_type, trainer.beta = loss_type, 0.0
+        trainer._get_per_token_logps_and_entropies = lambda *a, **k: (leaves, torch.ones_like(leaves), None)
+        try:
+            (expected,) = torch.autograd.grad(trainer._compute_loss(trainer.model.train(), inputs), leaves)
+        finally:
+            del trainer._get_per_token_logps_and_entropies
+        settings = StepSettings(loss_type=loss_type, epsilon_low=0.1, epsilon_high=0.3)
+        loss = policy_loss(leaves, old, inputs["advantages"], batch.response_mask, settings)
+        torch.testing.assert_close(torch.autograd.grad(loss, leaves)[0], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_losses_known_on_policy_are_refused_off_policy() -> None:
+    rollouts = make_rollouts()
+    now = [row + 1.0 for row in rollouts.logprobs]
+    for settings in (StepSettings(loss_type="sapo"), StepSettings(loss_type="grpo", on_policy_only=True)):
+        token_weights(rollouts, settings)
+        with pytest.raises(MeasurementError, match="known on policy only"):
+            token_weights(rollouts, settings, logprobs=now)
+
+
 def test_unknown_loss_is_refused() -> None:
-    with pytest.raises(ConfigError, match="'cispo'"):
-        token_weights(make_rollouts(), StepSettings(loss_type="cispo"))
+    with pytest.raises(ConfigError, match="'reinforce'"):
+        token_weights(make_rollouts(), StepSettings(loss_type="reinforce"))

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.optimizer_state import decay_parameter_names, match_optimizer, read_optimizer
+from stepscope.policy.optimizer_state import match_optimizer, read_optimizer
+from stepscope.policy.parameter_order import decay_parameter_names
 
 
 def stepped(groups: Any, **settings: Any) -> dict[str, Any]:
@@ -85,8 +86,8 @@ def test_moments_are_widened_never_narrowed(build_model: Callable[..., nn.Module
 def test_what_is_not_adamw_is_refused(build_model: Callable[..., nn.Module]) -> None:
     model = build_model()
     for optimizer, message in (
-        (torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), "only 32-bit AdamW"),
-        (torch.optim.Adafactor(model.parameters()), "only 32-bit AdamW"),
+        (torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), "that of SGD"),
+        (torch.optim.Adafactor(model.parameters()), "that of Adafactor"),
         (torch.optim.Adam(model.parameters(), weight_decay=0.1), "decoupled decay"),
         (torch.optim.AdamW(model.parameters(), maximize=True), "maximizes"),
     ):
@@ -101,14 +102,14 @@ def test_what_is_not_adamw_is_refused(build_model: Callable[..., nn.Module]) -> 
 def test_groups_that_no_known_order_explains_are_refused(build_model: Callable[..., nn.Module]) -> None:
     model = build_model()
     params = list(model.parameters())
-    with pytest.raises(CheckpointError, match="3 parameter groups without names"):
+    with pytest.raises(CheckpointError, match="3 parameter groups with learning rates"):
         match_optimizer(
             stepped([{"params": params[:2]}, {"params": params[2:5]}, {"params": params[5:]}]),
             model,
             where="x",
         )
     with pytest.raises(CheckpointError, match=r"groups of \[25\] parameters, expected \[26\]"):
-        match_optimizer(stepped(params[1:]), model, where="x")
+        match_optimizer(stepped(params[:0:-1]), model, where="x")
     strange = stepped([(f"elsewhere.{n}", p) for n, p in model.named_parameters()])
     with pytest.raises(
         CheckpointError, match=r"the optimizer has elsewhere\.\S+, which is no trainable parameter"

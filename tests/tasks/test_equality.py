@@ -1,16 +1,25 @@
 from __future__ import annotations
 
+import json
 import threading
 import time
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepscope.tasks.equality import MAX_CHARACTERS, equal, parse_number
+from stepscope.tasks.equality import MAX_CHARACTERS, equal
+from stepscope.tasks.equality.numbers import Number
+from stepscope.tasks.equality.quantities import read_quantity
 from stepscope.tasks.worker import Worker, shared_worker
+
+PAIRS = [
+    json.loads(line) for line in Path(__file__).with_name("answers.jsonl").read_text("utf-8").splitlines()
+]
+"""References, each with what says the same and what does not."""
 
 HOSTILE = [
     "9**9**9**9",
@@ -26,6 +35,8 @@ HOSTILE = [
     "9" * 59 + "e999",
     "1/0",
     "\n18\n" * 50,
+    "2^{20000}",
+    "x + 2^{20000}",
 ]
 
 
@@ -73,25 +84,106 @@ def test_verdict(reference: str, answer: str, same: bool) -> None:
     assert equal(reference, answer) is same
 
 
+def value(text: str) -> Fraction | None:
+    number = read_quantity(text)
+    return number.value if isinstance(number, Number) else None
+
+
 @given(st.fractions(), st.booleans())
-def test_exact_numbers_are_parsed_exactly(value: Fraction, spaced: bool) -> None:
-    text = f" {value.numerator} / {value.denominator} " if spaced else str(value)
-    if len(text.strip()) <= 60:
-        assert parse_number(text) == value
+def test_exact_numbers_are_read_exactly(fraction: Fraction, spaced: bool) -> None:
+    assert value(f"{fraction.numerator} / {fraction.denominator}" if spaced else str(fraction)) == fraction
 
 
 @given(st.integers(-(10**12), 10**12), st.integers(0, 6))
-def test_layout_of_a_number_does_not_matter(value: int, zeros: int) -> None:
-    layouts = [f"{value:,}", str(value), f"{value}." + "0" * zeros]
-    assert {parse_number(text) for text in layouts} == {Fraction(value)}
+def test_layout_of_a_number_does_not_matter(number: int, zeros: int) -> None:
+    layouts = [f"{number:,}", f"{number:_}", str(number), f"{number}." + "0" * zeros]
+    assert {value(text) for text in layouts} == {Fraction(number)}
+
+
+@pytest.mark.parametrize(
+    "pairs", PAIRS, ids=lambda pairs: pairs["reference"].encode("unicode_escape").decode()
+)
+def test_verdict_on_pairs(pairs: dict[str, Any]) -> None:
+    assert [a for a in pairs["right"] if not equal(pairs["reference"], a)] == []
+    assert [a for a in pairs["wrong"] if equal(pairs["reference"], a)] == []
+
+
+MARKS = [
+    *"0123456789+-*/^!|().,:;%$={}[]_<> \\",
+    *(
+        r"\frac",
+        r"\sqrt",
+        r"\pm",
+        r"\infty",
+        r"\text{",
+        r"\boxed{",
+        r"\int",
+        "\n",
+        "\ud800",
+        "\x00",
+        "½",
+        "²",
+    ),
+    *(
+        "x",
+        "e",
+        "i",
+        "pi",
+        " or ",
+        " and ",
+        "cm",
+        "million",
+        "10^",
+        "9^",
+        "\N{MINUS SIGN}",
+        "\N{EN DASH}",
+        "\N{UNION}",
+    ),
+]
+REFERENCES = [
+    "18",
+    "1, 2",
+    "x>3",
+    "(1,2)",
+    "5 km",
+    "B",
+    r"2\pi",
+    "7:45",
+    "Tuesday",
+    "{1,2}",
+    "y=x+1",
+    r"\pm 2",
+    "3:2",
+]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(MARKS), max_size=30).map("".join), st.sampled_from(REFERENCES))
+def test_no_text_raises_and_every_text_equals_itself(text: str, reference: str) -> None:
+    assert equal(text, text)
+    equal(reference, text)
+    equal(text, reference)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(max_size=40))
-def test_every_text_equals_itself_and_nothing_raises(text: str) -> None:
+def test_noise_is_not_the_answer(text: str) -> None:
     assert equal(text, text)
-    parse_number(text)
-    assert not equal("918273", text) or "918273" in text.replace(",", "")
+    assert not equal("918273", text) or "918273" in "".join(filter(str.isdigit, text))
+
+
+@given(
+    st.lists(st.sampled_from(["x", "y", "2", "3"]), min_size=1, max_size=5),
+    st.lists(st.sampled_from(["+", "-", "*"]), min_size=4, max_size=4),
+    st.integers(1, 50),
+)
+def test_formulas_are_equal_where_sympy_says_so(terms: list[str], signs: list[str], shift: int) -> None:
+    import sympy
+
+    text = terms[0] + "".join(s + t for s, t in zip(signs, terms[1:], strict=False))
+    expanded = str(sympy.expand(sympy.sympify(text) * sympy.Symbol("x")))
+    assert equal(f"({text})*x", expanded)
+    assert not equal(f"({text})*x", f"{expanded} + {shift}")
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: text[:12].encode("unicode_escape").decode())

@@ -28,7 +28,7 @@ def text(template: Template, question: str, chat: str | None) -> str:
 def test_short_is_the_question_and_an_equals_sign() -> None:
     template = load_template("short")
     assert text(template, "1+2", CHAT) == "1+2="
-    assert template.lay_out("1+2=3", "3") == "<think>1+2=3</think><answer>3</answer>"
+    assert template.compact
 
 
 def test_r1_without_a_chat_template_is_the_published_text() -> None:
@@ -94,7 +94,6 @@ def test_own_text_stands_as_it_is() -> None:
     template = load_template("Q: {question}\nA: <think>\n")
     assert text(template, "1+2", CHAT) == "Q: 1+2\nA: <think>\n"
     assert template.opening() == "<think>\n"
-    assert template.lay_out("so", "3", template.opening()) == "so\n</think>\n<answer>3</answer>"
     assert text(load_template("{question}", prefill=" So"), "1+2", None) == "1+2 So"
 
 

@@ -101,11 +101,19 @@ class KeepsBatches(TrainerCallback):  # type: ignore[misc]
         self.probed.append(self.probe._pending.prediction.rollouts)
 
 
-def test_prompts_and_rewards_are_the_trainers_own(chat_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_prompts_and_rewards_are_the_trainers_own(chat_model: Path, tmp_path: Path, evaluated: bool) -> None:
+    """Whichever data set they are of, even an ``eval_dataset`` that repeats the training's rows."""
     probe = ss.StepProbe(every=1, num_prompts=12)
     kept = KeepsBatches(probe)
     trainer = make_trainer(
-        chat_model, tmp_path, kept, probe, rows=chat_rows(), chat_template_kwargs={"mood": "calm"}
+        chat_model,
+        tmp_path,
+        kept,
+        probe,
+        rows=chat_rows(),
+        chat_template_kwargs={"mood": "calm"},
+        eval_dataset=Dataset.from_list(chat_rows()) if evaluated else None,
     )
     generate = trainer._generate_and_score_completions
 
@@ -141,7 +149,8 @@ def test_prompts_and_rewards_are_the_trainers_own(chat_model: Path, tmp_path: Pa
             tag = expected[prompt]
             assert reward == len(text) + (0 if tag % 3 == 0 else 10.0 * tag)
         assert row["reward"] == pytest.approx(batch.rewards.mean())
-        assert row["prompts"] == "train_dataset without the prompts of the batch"
+        where = "eval_dataset" if evaluated else "train_dataset"
+        assert row["prompts"] == f"{where} without the prompts of the batch"
         assert row["entropy_logged"] == pytest.approx(row["entropy"], rel=0.3)
         assert row["warning"] == ""
 
@@ -160,7 +169,8 @@ def test_held_out_rows_come_first_and_a_prompt_is_drawn_once(small_run: Path, tm
     trainer.train()
     assert sorted(kept.probed[0].prompts) == ["1+2=", "2+1=", "3+1="]
     (row,) = read_table(tmp_path / "probes.parquet").to_pylist()
-    assert (row["prompts"], row["reward_reason"]) == ("eval_dataset", "the responses are not graded")
+    assert row["prompts"] == "eval_dataset without the prompts of the batch"
+    assert row["reward_reason"] == "the responses are not graded"
 
 
 @pytest.mark.parametrize(

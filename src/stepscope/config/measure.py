@@ -87,13 +87,13 @@ class ProbeConfig(BatchConfig):
 
 
 class LossConfig(Section):
-    """Loss settings of the run a checkpoint came from; null keeps what the checkpoint says.
+    """Loss settings of the run a checkpoint came from, added to those it has; null keeps what it says.
 
-    Needed for a foreign checkpoint, which carries no ``stepscope.json``. Names and meanings are those of
-    :class:`stepscope.policy.settings.StepSettings`.
+    Names and meanings are those of :class:`stepscope.policy.settings.StepSettings`; ``without`` names what a
+    run did that no measurement follows, to measure its next step without that.
     """
 
-    loss_type: Literal["grpo", "dr_grpo", "bnpo", "dapo"] | None = None
+    loss_type: Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "luspo", "sapo", "vespo"] | None = None
     scale_rewards: Literal["none", "group", "batch"] | None = None
     group_size: int | None = Field(default=None, ge=2)
     prompts_per_step: int | None = Field(default=None, ge=1)
@@ -110,10 +110,13 @@ class LossConfig(Section):
     prefill: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     format_weight: float | None = Field(default=None, ge=0, le=1)
+    answer_format: str | None = None
     bias_correction_kl: bool | None = None
     mask_truncated: bool | None = None
     router_loss: float | None = Field(default=None, ge=0)
     micro_batch_size: int | None = Field(default=None, ge=1)
+    disable_dropout: bool | None = None
+    without: list[str] | None = None
 
     def given(self) -> dict[str, Any]:
         """The settings that are not null."""

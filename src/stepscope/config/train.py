@@ -239,6 +239,8 @@ class TrainConfig(Section):
         chat_template_kwargs: variables of the chat template, for example ``{enable_thinking: false}``.
         format_weight: reward of a response that keeps the format, beside 1 for a correct answer. Above 0 it
             gives groups a spread of rewards where hardly any answer is correct.
+        answer_format: where in a response its answer stands: ``tags`` (the blocks of R1), ``boxed``, ``hash``
+            (``#### 18``), ``last_number``, or ``regex:EXPRESSION`` with one group.
         seed: seed of initialisation, data order and sampling.
         out: run folder; checkpoints go to ``OUT/checkpoints/step-N``.
         sft: supervised warm-up, or null to skip it.
@@ -252,6 +254,7 @@ class TrainConfig(Section):
     prefill: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     format_weight: float = Field(default=0.0, ge=0, le=1)
+    answer_format: str = "tags"
     seed: int = 0
     out: str = "runs/train"
     sft: SftConfig | None = SftConfig()

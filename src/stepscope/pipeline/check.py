@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -18,35 +19,77 @@ from stepscope.config import (
     load_config,
     read_yaml,
 )
-from stepscope.errors import CheckpointError
+from stepscope.errors import CheckpointError, ConfigError, StepscopeError
 from stepscope.tasks import load_task
+from stepscope.tasks.response import TAGS
 from stepscope.tasks.worker import shared_worker
+
+if TYPE_CHECKING:
+    from stepscope.policy.examination import Finding
 
 _SPLITS = {"train": "training", "test": "test"}
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
 
 
-def run_check(target: Path) -> bool:
+def run_check(target: Path, overrides: Sequence[str] = (), *, task: str | None = None) -> bool:
     """Show what was found as a table; True unless a finding fails.
 
+    Args:
+        target: checkpoint folder, or configuration file.
+        overrides: settings of ``measure``, as it takes them; the checkpoint is examined for that measurement.
+        task: specification of the task on which answers are looked for, or None for the one the checkpoint
+            was trained on.
+
     Raises:
-        ConfigError: ``target`` is a configuration with wrong settings.
+        ConfigError: a setting or ``target``, a configuration, is wrong.
+        TaskError: ``task`` cannot be loaded.
         CheckpointError: there is no such path.
     """
     if not target.exists():
         raise CheckpointError(f"{target}: no such checkpoint folder or configuration file")
     if target.is_file():
-        return _check_config(target)
-    from stepscope.policy.checkpoint import inspect_checkpoint
+        return _check_config(target, overrides, task)
+    values = {"checkpoint": str(target), "out": "unused", "task": task}
     from stepscope.policy.examination import Finding
 
-    findings = [*inspect_checkpoint(target), Finding(*_isolation())]
+    found = check_checkpoint(load_config(MeasureConfig, None, overrides, values))
+    found.append(Finding(*_isolation()))
     table = Table("", "finding", "what to do")
-    for finding in findings:
+    for finding in found:
         colour = COLOURS[finding.level]
         table.add_row(Text(finding.level, style=colour), Text(finding.what), Text(finding.cure))
     Console().print(table)
-    return all(finding.level != "fail" for finding in findings)
+    return all(finding.level != "fail" for finding in found)
+
+
+def check_checkpoint(config: MeasureConfig) -> list[Finding]:
+    """Whether ``measure`` would go through with this configuration, by what it looks at itself."""
+    from stepscope.pipeline.answers import answer_findings
+    from stepscope.pipeline.fitness import findings
+    from stepscope.pipeline.logged_prompts import prompt_conflict
+    from stepscope.pipeline.session import open_reference, open_task
+    from stepscope.policy.checkpoint import inspect_loaded
+    from stepscope.policy.examination import Finding
+
+    found, policy = inspect_loaded(
+        config.checkpoint, precision=config.precision, device=config.device, overrides=config.loss.given()
+    )
+    if policy is None:
+        return found
+    found += findings(policy, config, config.stages)
+    known = config.task is not None or bool(policy.settings.task)
+    if not known:
+        what = "the checkpoint does not say what task it was trained on"
+        found.append(Finding("warn", what, "give --task TASK to measure and eval"))
+    try:
+        open_reference(config.reference, policy)
+        if known and (conflict := prompt_conflict(policy, open_task(config.task, policy))):
+            found.append(Finding.from_error(ConfigError(conflict)))
+    except StepscopeError as error:
+        found.append(Finding.from_error(error))
+    if not any(f.level == "fail" for f in found):
+        found += answer_findings(policy, config.task)
+    return found
 
 
 def kind_of_config(path: Path) -> type[Section]:
@@ -60,17 +103,20 @@ def kind_of_config(path: Path) -> type[Section]:
     return next((kind for key, kind in kinds.items() if key in keys), TrainConfig)
 
 
-def _check_config(path: Path) -> bool:
+def _check_config(path: Path, overrides: Sequence[str], task: str | None) -> bool:
     kind = kind_of_config(path)
-    config = load_config(kind, path)
+    config = load_config(kind, path, overrides, {"task": task})
     console = Console()
     console.print(Text(f"{path}: a valid {kind.__name__}"))
     if isinstance(config, TrainConfig | EvalConfig | MeasureConfig) and config.task:
-        task = load_task(config.task, template=config.template if isinstance(config, TrainConfig) else None)
-        counts = [f"{len(task.problems(split))} {name} problems" for split, name in _SPLITS.items()]
+        if isinstance(config, TrainConfig):
+            loaded = load_task(config.task, template=config.template, answer_format=config.answer_format)
+        else:
+            loaded = load_task(config.task, answer_format=config.loss.answer_format or TAGS.name)
+        counts = [f"{len(loaded.problems(split))} {name} problems" for split, name in _SPLITS.items()]
         console.print(Text(f"task {config.task}: {' and '.join(counts)}"))
-        if task.overlap:
-            console.print(Text(f"warn: {task.overlap}", style=COLOURS["warn"]))
+        if loaded.overlap:
+            console.print(Text(f"warn: {loaded.overlap}", style=COLOURS["warn"]))
     level, what, _ = _isolation()
     console.print(Text(f"{level}: {what}"))
     return True

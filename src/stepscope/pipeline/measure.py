@@ -55,8 +55,9 @@ def _measure(config: MeasureConfig, run: RunFolder, resume: bool, policy: Policy
     wanted = [stage for stage in PLANS if stage in config.stages]
     _refuse_missing(run, wanted, held)
     session = Session(config, run, policy)
+    limits: list[str] = []
     if any(PLANS[stage].needs_policy for stage in wanted if not (held and run.is_done(stage))):
-        session.refuse_impossible()
+        limits = session.refuse_impossible()
     digest = checkpoint_digest(Path(config.checkpoint)) if session.has_policy else None
     RunFolder.open(
         run.path,
@@ -67,6 +68,7 @@ def _measure(config: MeasureConfig, run: RunFolder, resume: bool, policy: Policy
         extra={
             "checkpoint": str(Path(config.checkpoint).resolve()),
             "checkpoint_digest": digest,
+            "limits": limits,
             "seeds": {"update": config.update.seed, "probe": config.probe.seed},
         },
     )

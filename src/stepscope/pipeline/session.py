@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +15,12 @@ from stepscope.measure.influence import Influence, influences
 from stepscope.measure.quantities import Quantity, make_quantity
 from stepscope.measure.step import Step, reconstruct_step
 from stepscope.measure.token_influence import objective_influences
-from stepscope.pipeline.console import on_terminal, say
+from stepscope.pipeline.console import on_terminal
 from stepscope.pipeline.data import say_what_is_shared
+from stepscope.pipeline.fitness import findings
 from stepscope.pipeline.logged_prompts import prompt_conflict
 from stepscope.policy.checkpoint import load_checkpoint, load_model, read_settings
 from stepscope.policy.derivative_check import derivative_errors
-from stepscope.policy.examination import ended_prompts
 from stepscope.policy.finiteness import first_not_finite
 from stepscope.policy.forward import batches, vocabulary_size
 from stepscope.policy.objective import advantages
@@ -45,11 +46,26 @@ def open_policy(
     loss: LossConfig,
     require_optimizer: bool = True,
 ) -> Policy:
-    """Load a checkpoint with its own loss settings, changed where the configuration says so."""
-    settings = read_settings(checkpoint, overrides=loss.given())
+    """Load a checkpoint with its own loss settings, changed where the configuration says so.
+
+    Without a need for the optimizer's state there is none for what only a step depends on.
+    """
+    settings = read_settings(checkpoint, overrides=loss.given(), for_step=require_optimizer)
     return load_checkpoint(
         checkpoint, precision=precision, device=device, settings=settings, require_optimizer=require_optimizer
     )
+
+
+def open_reference(model: str | None, policy: Policy) -> Policy | None:
+    """The policy that KL divergences are taken to, where one is named.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    if model is None:
+        return None
+    loaded, tokenizer = load_model(model, dtype=policy.dtype, device=policy.device)
+    return Policy(loaded, tokenizer, policy.settings)
 
 
 def open_task(spec: str | None, policy: Policy) -> TemplatedTask:
@@ -78,6 +94,7 @@ def open_task(spec: str | None, policy: Policy) -> TemplatedTask:
         system_prompt=settings.system_prompt,
         prefill=settings.prefill,
         chat_template_kwargs=settings.chat_template_kwargs,
+        answer_format=settings.answer_format,
     )
     return task.through(policy.tokenizer)
 
@@ -131,33 +148,31 @@ class Session:
     @cached_property
     def reference(self) -> Policy | None:
         """The policy that KL divergences are taken to, where the configuration names one."""
-        if self.config.reference is None:
-            return None
-        model, tokenizer = load_model(
-            self.config.reference, dtype=self.policy.dtype, device=self.policy.device
-        )
-        return Policy(model, tokenizer, self.policy.settings)
+        return open_reference(self.config.reference, self.policy)
 
-    def refuse_impossible(self) -> None:
+    def refuse_impossible(self) -> list[str]:
         """Say what is wrong with checkpoint, task or quantities before anything is written.
 
+        Returns:
+            What limits the measurement, warned of too.
+
         Raises:
-            ConfigError: ``kl`` of a full model without a reference, ``scratch`` is no folder, or the run has
-                logged prompts that ask otherwise.
+            ConfigError: ``scratch`` is no folder, or the run has logged prompts that ask otherwise.
+            MeasurementError: what ``check`` fails.
         """
         scratch = self.config.scratch
         if scratch is not None and not Path(scratch).is_dir():
             raise ConfigError(f"scratch: {scratch} is no folder; make it, or leave scratch out")
+        _ = self.policy, self.task, self.reference
         if conflict := prompt_conflict(self.policy, self.task):
             raise ConfigError(conflict)
-        if (ended := ended_prompts(self.policy)) is not None:
-            say(f"warning: {ended.what}; {ended.cure}")
-        has_base = hasattr(self.policy.model, "disable_adapter")
-        if "kl" in self.config.quantities and self.config.reference is None and not has_base:
-            raise ConfigError(
-                f"{self.config.checkpoint}: kl needs a reference, and a full model has no base beside it; "
-                "give reference=MODEL (the model that the training started from)"
-            )
+        found = findings(self.policy, self.config, self.config.stages)
+        if against := [f"{f.what}; {f.cure}" for f in found if f.level == "fail"]:
+            raise MeasurementError(f"{self.config.checkpoint}: {'; '.join(against)}")
+        limits = [finding for finding in found if finding.level == "warn"]
+        for finding in limits:
+            warnings.warn(f"{finding.what}; {finding.cure}", stacklevel=2)
+        return [finding.what for finding in limits]
 
     @cached_property
     def quantities(self) -> list[Quantity]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,15 @@ from stepscope.policy.adapters import ADAPTER_CONFIG, load_adapter
 from stepscope.policy.devices import usable_device
 from stepscope.policy.examination import Finding, examine
 from stepscope.policy.finiteness import MOST_STEPS, whole_number
+from stepscope.policy.layouts import layout_of
 from stepscope.policy.manifest import MANIFEST, altered
 from stepscope.policy.models import brief, load_model
 from stepscope.policy.optimizer_state import OPTIMIZER_FILE, match_optimizer, read_optimizer
-from stepscope.policy.settings import SETTINGS_FILE, StepSettings
+from stepscope.policy.run_settings import run_settings
+from stepscope.policy.settings import SETTINGS_FILE, UNKNOWN, StepSettings
 from stepscope.policy.state import OptimizerState, Policy
 from stepscope.policy.stored import stored_types
-from stepscope.policy.training_args import (
-    TRAINING_ARGS_FILE,
-    base_revision,
-    settings_from_training_args,
-)
+from stepscope.policy.training_args import TRAINING_ARGS_FILE, base_revision
 
 __all__ = [
     "Finding",
@@ -39,9 +36,6 @@ __all__ = [
 
 PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 """Precisions a checkpoint can be loaded at."""
-
-REQUIRED_SETTINGS = ("loss_type", "scale_rewards", "temperature", "max_response_tokens", "max_grad_norm")
-"""What a caller must give for a checkpoint that carries no settings."""
 
 _DIGESTED = ("*.safetensors", OPTIMIZER_FILE, "config.json", ADAPTER_CONFIG)
 
@@ -65,7 +59,7 @@ def load_checkpoint(
             ``bfloat16``; the optimizer's moments are kept at float32 or better.
         device: where it goes; None for a GPU where there is one.
         settings: of the loss; None for those of the checkpoint (:func:`read_settings`).
-        require_optimizer: False loads a checkpoint without ``optimizer.pt`` too, for evaluation.
+        require_optimizer: False leaves the optimizer's state alone, there or not, for evaluation.
 
     Raises:
         ConfigError: the device is not there.
@@ -87,7 +81,7 @@ def load_checkpoint(
     dtype = PRECISIONS[precision]
     settings = read_settings(folder) if settings is None else settings
     file = folder / OPTIMIZER_FILE
-    saved = read_optimizer(file) if require_optimizer or file.is_file() else None
+    saved = read_optimizer(file) if require_optimizer else None
     step = _global_step(folder / "trainer_state.json")
     if (folder / ADAPTER_CONFIG).is_file():
         told = folder / TRAINING_ARGS_FILE
@@ -114,30 +108,11 @@ def load_checkpoint(
     )
 
 
-def read_settings(path: str | Path, *, overrides: Mapping[str, Any] | None = None) -> StepSettings:
-    """The loss settings of a checkpoint, some of them changed.
-
-    Taken from ``stepscope.json``; where there is none, from TRL's ``training_args.bin`` through a restricted
-    reader; where ``overrides`` give all of :data:`REQUIRED_SETTINGS`, from them alone.
-
-    Raises:
-        CheckpointError: there is no source for the settings, or it cannot be understood.
-    """
-    folder = _folder(Path(path).expanduser())
-    changes = dict(overrides or {})
-    missing = [name for name in REQUIRED_SETTINGS if name not in changes]
-    if (folder / SETTINGS_FILE).is_file():
-        found = StepSettings.load(folder / SETTINGS_FILE)
-    elif not missing:
-        found = StepSettings()
-    elif (folder / TRAINING_ARGS_FILE).is_file():
-        found = settings_from_training_args(folder / TRAINING_ARGS_FILE)
-    else:
-        raise CheckpointError(
-            f"{folder}: neither {SETTINGS_FILE} nor {TRAINING_ARGS_FILE} says what the loss was; pass "
-            f"{', '.join(missing)}"
-        )
-    return replace(found, **changes)
+def read_settings(
+    path: str | Path, *, overrides: Mapping[str, Any] | None = None, for_step: bool = True
+) -> StepSettings:
+    """The loss settings of a checkpoint, some of them changed; see :func:`~.run_settings.run_settings`."""
+    return run_settings(_folder(Path(path).expanduser()), overrides, for_step=for_step)
 
 
 def checkpoint_digest(path: str | Path) -> str:
@@ -160,33 +135,57 @@ def checkpoint_digest(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def inspect_checkpoint(path: str | Path, *, precision: str = "float32") -> list[Finding]:
+def inspect_checkpoint(
+    path: str | Path, *, precision: str = "float32", overrides: Mapping[str, Any] | None = None
+) -> list[Finding]:
     """Is this checkpoint fit to be measured? What is missing, and what to do about it.
 
-    Loads it without demanding anything but a model, then examines weights, optimizer state, settings,
-    dropout,
-    precision, tied weights, determinism, and invariance to batch size and padding.
+    Loads it without demanding anything but a model, then examines weights, optimizer state, settings, loss,
+    dropout, precision, tied weights, determinism, and invariance to batch size and padding.
+
+    Args:
+        path: checkpoint folder.
+        precision: to load it at.
+        overrides: settings that are changed, see :func:`read_settings`.
     """
+    found, policy = inspect_loaded(path, precision=precision, overrides=overrides)
+    return found if policy is None else found + examine(policy)
+
+
+def inspect_loaded(
+    path: str | Path,
+    *,
+    precision: str = "float32",
+    device: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> tuple[list[Finding], Policy | None]:
+    """What stands against loading a checkpoint, and the policy with as much of it as there is."""
+    try:
+        folder = _folder(Path(path).expanduser())
+    except CheckpointError as error:
+        return [Finding.from_error(error)], None
     findings: list[Finding] = []
+    settings = UNKNOWN
     try:
-        settings = read_settings(path)
+        settings = read_settings(folder, overrides=overrides)
     except CheckpointError as error:
         findings.append(Finding.from_error(error))
-        settings = StepSettings()
-    else:
-        loss = settings.loss_type + (f" with {settings.objective['name']}" if settings.objective else "")
-        findings.append(Finding("ok", f"loss settings: {loss}, T = {settings.temperature}"))
-    try:
-        policy = load_checkpoint(path, precision=precision, settings=settings)
-    except CheckpointError as error:
-        findings.append(Finding.from_error(error))
-        if (Path(path) / OPTIMIZER_FILE).is_file():
-            return findings
+    for require_optimizer in (True, False):
         try:
-            policy = load_checkpoint(path, precision=precision, settings=settings, require_optimizer=False)
-        except CheckpointError as second:
-            return findings if str(second) == str(error) else [*findings, Finding.from_error(second)]
-    return findings + examine(policy)
+            policy = load_checkpoint(
+                folder,
+                precision=precision,
+                device=device,
+                settings=settings,
+                require_optimizer=require_optimizer,
+            )
+        except CheckpointError as error:
+            found = Finding.from_error(error)
+            if found not in findings:
+                findings.append(found)
+        else:
+            return findings, policy
+    return findings, None
 
 
 def _folder(path: Path) -> Path:
@@ -204,6 +203,8 @@ def _folder(path: Path) -> Path:
             f"{path}: a run with {len(inside)} checkpoints, expected one checkpoint; point at one, such "
             f"as {latest}"
         )
+    if (layout := layout_of(path)) is not None:
+        raise CheckpointError(f"{path}: {layout}")
     raise CheckpointError(
         f"{path}: neither config.json nor {ADAPTER_CONFIG} is there, so it is no checkpoint of a model; "
         "point at a folder saved by the Hugging Face Trainer or TRL"

@@ -24,11 +24,13 @@ from stepscope.policy.forward import (
 )
 from stepscope.policy.gradients import lacks_a_rule
 from stepscope.policy.models import brief
+from stepscope.policy.objective import LOSS_TYPES
 from stepscope.policy.precision import matching_precision
 from stepscope.policy.rollouts import end_tokens
-from stepscope.policy.settings import SETTINGS_FILE
+from stepscope.policy.settings import SETTINGS_FILE, UNKNOWN
 from stepscope.policy.state import Policy
 from stepscope.policy.stored import rounding_doubt
+from stepscope.policy.trl_run import run_notes
 from stepscope.tasks.load import default_template
 from stepscope.tasks.prompts import encode_prompt, tokens_after
 from stepscope.tasks.templates import FIELD, load_template
@@ -61,10 +63,11 @@ class Finding:
 def examine(policy: Policy) -> list[Finding]:
     """Findings about optimizer state, settings, dropout, types, tied weights, and the forward pass itself."""
     return [
+        *_settings(policy),
         *_optimizer(policy),
         *_sampling(policy),
         *_asking(policy),
-        _dropout(policy.model),
+        _dropout(policy),
         _types(policy),
         _stored(policy),
         _tied(policy.model),
@@ -74,6 +77,32 @@ def examine(policy: Policy) -> list[Finding]:
         *_positions(policy),
         *_derivatives(policy),
     ]
+
+
+def _settings(policy: Policy) -> list[Finding]:
+    """What is measured as the run's loss, and what of the run is not."""
+    settings = policy.settings
+    if settings is UNKNOWN:
+        return []
+    said = {
+        "T": settings.temperature,
+        "L": settings.max_response_tokens,
+        "advantages scaled by": settings.scale_rewards,
+        "beta": settings.beta,
+        "max_grad_norm": settings.max_grad_norm,
+        "mask_truncated": settings.mask_truncated,
+    }
+    loss = settings.loss_type + (f" with {settings.objective['name']}" if settings.objective else "")
+    found = [Finding("ok", f"loss {loss}, " + ", ".join(f"{k} {v}" for k, v in said.items()))]
+    if settings.loss_type not in LOSS_TYPES:
+        known = f"give loss.loss_type, one of {', '.join(LOSS_TYPES)}"
+        found = [Finding("fail", f"the loss {settings.loss_type[:40]!r} is not known here", known)]
+    if settings.without:
+        left_out = f"the step is measured without the run's {', '.join(settings.without)}"
+        found.append(Finding("warn", left_out, "say so beside every figure"))
+    if policy.path is not None and not (policy.path / SETTINGS_FILE).is_file():
+        found += [Finding("warn", note, "keep it in mind") for note in run_notes(policy.path)]
+    return found
 
 
 def _optimizer(policy: Policy) -> list[Finding]:
@@ -143,7 +172,7 @@ def _asking(policy: Policy) -> list[Finding]:
         return []
     try:
         template = load_template(
-            settings.prompt_template or default_template(settings.task),
+            settings.prompt_template or default_template(settings.task, settings.answer_format),
             system_prompt=settings.system_prompt,
             prefill=settings.prefill,
             chat_template_kwargs=settings.chat_template_kwargs,
@@ -171,18 +200,51 @@ def ended_prompts(policy: Policy) -> Finding | None:
     )
 
 
-def _dropout(model: nn.Module) -> Finding:
-    active = [n for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
+def _dropout(policy: Policy) -> Finding:
+    """Whether the model computes at random as it trains: two passes in training mode with different seeds."""
+    if not _random_in_training(policy):
+        return Finding("ok", "no dropout: two passes in training mode agree")
+    model = policy.model
+    modules = [] if policy.settings.disable_dropout else _dropout_modules(model)
     config = getattr(base_model(model), "config", None)
-    rate = getattr(config, "attention_dropout", 0.0) or 0.0
-    if not active and not rate:
-        return Finding("ok", "no dropout")
-    where = f"{len(active)} modules, {active[0]} among them" if active else f"attention_dropout = {rate}"
+    rates = {k: v for k, v in vars(config).items() if "drop" in k and isinstance(v, float) and v > 0}
+    named = [f"{len(modules)} modules, {modules[0][0]} among them"] if modules else []
+    where = ", ".join([*named, *(f"{k} = {v}" for k, v in rates.items())])
     return Finding(
         "warn",
-        f"the model has dropout ({where}); training used it, the measurement does not",
+        f"the model computes at random while it trains (dropout{': ' + where if where else ''}), which the "
+        "measurement leaves out",
         "train without dropout, so that a step is a function of its batch",
     )
+
+
+def _dropout_modules(model: nn.Module) -> list[tuple[str, nn.Dropout]]:
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
+
+
+def _random_in_training(policy: Policy) -> bool:
+    """Modules that ``disable_dropout`` switched off are so here too; modes and random states come back."""
+    model = policy.model
+    modes = [(m, m.training) for m in model.modules()]
+    off = [m for _, m in _dropout_modules(model)] if policy.settings.disable_dropout else []
+    rates = [m.p for m in off]
+    prompts, responses = made_up_sequences(policy)
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            for switched in off:
+                switched.p = 0.0
+            model.train()
+            passes = []
+            for seed in (0, 1):
+                torch.manual_seed(seed)
+                passes.append(_logprobs(policy, prompts, responses))
+    finally:
+        for switched, rate in zip(off, rates, strict=True):
+            switched.p = rate
+        for module, mode in modes:
+            module.training = mode
+    return not all(torch.equal(a, b) for a, b in zip(*passes, strict=True))
 
 
 class _TypeRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -204,7 +266,7 @@ class _TypeRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def computed_types(policy: Policy) -> set[torch.dtype]:
     """Floating-point types of every intermediate result of one forward pass on made-up sequences."""
-    prompts, responses = _sequences(policy)
+    prompts, responses = made_up_sequences(policy)
     recorder = _TypeRecorder()
     with recorder:
         _logprobs(policy, prompts, responses)
@@ -274,7 +336,7 @@ def _reference(policy: Policy) -> list[Finding]:
 
 def _positions(policy: Policy) -> list[Finding]:
     """Whether a trainer that passes no positions, as TRL, trains on others than these in padded batches."""
-    prompts, responses = _sequences(policy)
+    prompts, responses = made_up_sequences(policy)
     batch = make_batch(prompts, responses, device=policy.device)
     inputs = forward_inputs(policy.model, batch, positions=batch.response_ids.shape[1] + 1)
     if "position_ids" not in inputs:
@@ -300,7 +362,7 @@ def _derivatives(policy: Policy) -> list[Finding]:
     """Whether slopes of this model are derivatives of its changes."""
     if not policy.parameters:
         return []
-    prompts, responses = _sequences(policy)
+    prompts, responses = made_up_sequences(policy)
     batch = make_batch(prompts, responses, device=policy.device)
     try:
         errors = derivative_errors(
@@ -331,7 +393,7 @@ def _tied(model: nn.Module) -> Finding:
 
 def _forward(policy: Policy) -> list[Finding]:
     """Determinism, and invariance to batch size, order and padding, on made-up sequences."""
-    prompts, responses = _sequences(policy)
+    prompts, responses = made_up_sequences(policy)
     together = _logprobs(policy, prompts, responses)
     again = _logprobs(policy, prompts, responses)
     alone = [_logprobs(policy, [p], [r])[0] for p, r in zip(prompts, responses, strict=True)]
@@ -353,7 +415,7 @@ def _forward(policy: Policy) -> list[Finding]:
     return found
 
 
-def _sequences(policy: Policy) -> tuple[list[list[int]], list[list[int]]]:
+def made_up_sequences(policy: Policy) -> tuple[list[list[int]], list[list[int]]]:
     """Made-up prompts and responses of different lengths, of tokens that the model does not exclude."""
     with torch.no_grad(), matching_precision(policy.model):
         logits = policy.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=policy.device)).logits[

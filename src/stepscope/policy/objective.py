@@ -17,8 +17,11 @@ from stepscope.policy.settings import StepSettings
 from stepscope.policy.token_objectives import ENTROPY_BONUS, TokenTable, token_advantages
 from stepscope.results import BoolArray, FloatArray, IntArray, Rollouts
 
-LOSS_TYPES = ("grpo", "dr_grpo", "bnpo", "dapo")
+LOSS_TYPES = ("grpo", "dr_grpo", "bnpo", "dapo", "cispo", "luspo", "sapo", "vespo")
 """Losses that :func:`policy_loss` knows, under TRL's names."""
+
+ON_POLICY_ONLY = ("sapo", "vespo")
+"""Those whose ratio is shaped by parameters of their own, which have no part in the gradient at ratio 1."""
 
 SCALINGS = ("none", "group", "batch")
 """Ways to scale advantages, under TRL's names."""
@@ -91,7 +94,12 @@ def policy_loss(
     averaged over tokens as the loss type says: ``grpo`` mean over sequences of the mean over their tokens;
     ``dr_grpo`` sum over (number of sequences x max_response_tokens); ``bnpo`` and ``dapo`` sum over the
     number of tokens (the two differ in TRL only when a step is cut into micro-batches: bnpo divides by the
-    tokens of each, dapo by those of all).
+    tokens of each, dapo by those of all); ``luspo`` mean over sequences of the sum over their tokens.
+
+    ``cispo`` has -min(r, epsilon_high) A l with no gradient through r, averaged as ``dapo``. On policy, at
+    r = 1, TRL's ``sapo`` and ``vespo`` have the gradients (not the values) of ``grpo`` and ``dapo``; so have
+    ratios per sequence (GSPO) those of ratios per token, and an upper bound ``delta`` > 1 of the ratio none
+    of its own.
 
     Args:
         logprobs: (seq, tok) l of the policy, differentiated.
@@ -103,19 +111,29 @@ def policy_loss(
 
     Raises:
         ConfigError: the loss type is unknown, or beta is set and there are no reference log-probs.
+        MeasurementError: a loss that is known on policy only, off policy.
 
     Source: TRL's ``GRPOTrainer._compute_loss``; k3 estimator: Schulman 2020, "Approximating KL divergence".
     """
     if settings.loss_type not in LOSS_TYPES:
         raise ConfigError(
             f"loss_type: got {settings.loss_type!r}, expected one of {', '.join(LOSS_TYPES)}; other "
-            "losses of TRL cannot be measured yet"
+            "losses cannot be measured"
+        )
+    shaped = settings.on_policy_only or settings.loss_type in ON_POLICY_ONLY
+    if shaped and not torch.equal(logprobs, old_logprobs):
+        raise MeasurementError(
+            f"loss_type: this loss ({settings.loss_type}) is known on policy only, and the batch was sampled "
+            "by another policy; measure the first step on a batch"
         )
     per_seq = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
     weight = mask.to(logprobs.dtype)
     ratio = torch.exp(logprobs - old_logprobs)
-    clipped = ratio.clamp(1 - settings.epsilon_low, 1 + settings.epsilon_high)
-    per_token = -torch.min(ratio * per_seq, clipped * per_seq)
+    if settings.loss_type == "cispo":
+        per_token = -ratio.clamp(max=settings.epsilon_high).detach() * per_seq * logprobs
+    else:
+        clipped = ratio.clamp(1 - settings.epsilon_low, 1 + settings.epsilon_high)
+        per_token = -torch.min(ratio * per_seq, clipped * per_seq)
     if settings.beta != 0.0:
         if ref_logprobs is None:
             raise ConfigError(
@@ -126,10 +144,12 @@ def policy_loss(
         penalty = torch.exp(gap) - gap - 1
         per_token = per_token + settings.beta * (penalty * ratio if settings.bias_correction_kl else penalty)
     per_token = per_token * weight
-    if settings.loss_type == "grpo":
+    if settings.loss_type in ("grpo", "sapo"):
         return (per_token.sum(-1) / weight.sum(-1).clamp(min=1.0)).mean()
     if settings.loss_type == "dr_grpo":
         return per_token.sum() / (per_token.shape[0] * settings.max_response_tokens)
+    if settings.loss_type == "luspo":
+        return per_token.sum(-1).mean()
     return per_token.sum() / weight.sum().clamp(min=1.0)
 
 
@@ -164,7 +184,7 @@ def token_weights(
 
     Raises:
         BatchError: the batch has no advantages, or all of them are zero and nothing else drives the loss.
-        ConfigError: see :func:`policy_loss`.
+        ConfigError, MeasurementError: see :func:`policy_loss`.
     """
     if rollouts.advantages is None:
         raise BatchError(
@@ -216,17 +236,32 @@ def bonus_weights(rollouts: Rollouts, settings: StepSettings) -> tuple[FloatArra
     Raises:
         MeasurementError: TRL took the mean entropy of each micro-batch, not of the batch.
     """
-    objective = settings.objective
-    if objective is None or objective["name"] != ENTROPY_BONUS or objective["coefficient"] == 0.0:
+    refuse_cut_bonus(settings)
+    if settings.objective is None or not has_bonus(settings):
         return ()
-    if objective["micro_batch_size"] is not None:
-        raise MeasurementError(
-            f"the entropy bonus is a mean over micro-batches of {objective['micro_batch_size']} sequences, "
-            "so the step depends on how the batch was cut; train with rl.micro_batch_size the whole batch"
-        )
     mask = _mask(rollouts, settings).double().numpy()
-    each = objective["coefficient"] / max(mask.sum(), 1.0)
+    each = settings.objective["coefficient"] / max(mask.sum(), 1.0)
     return tuple(each * mask[i, :n] for i, n in enumerate(rollouts.num_tokens))
+
+
+def has_bonus(settings: StepSettings) -> bool:
+    """Whether the next step has an entropy bonus, a part that belongs to no sequence."""
+    objective = settings.objective
+    return objective is not None and objective["name"] == ENTROPY_BONUS and objective["coefficient"] != 0.0
+
+
+def refuse_cut_bonus(settings: StepSettings) -> None:
+    """Refuse an entropy bonus whose value depends on how a batch was cut.
+
+    Raises:
+        MeasurementError: TRL took the mean entropy of each micro-batch, not of the batch.
+    """
+    cut = (settings.objective or {}).get("micro_batch_size")
+    if has_bonus(settings) and cut is not None:
+        raise MeasurementError(
+            f"the entropy bonus is a mean over micro-batches of {cut} sequences, so the step depends on how "
+            "the batch was cut; train with rl.micro_batch_size the whole batch"
+        )
 
 
 def _advantages_of_the_objective(table: TokenTable, settings: StepSettings, step: int) -> Tensor:

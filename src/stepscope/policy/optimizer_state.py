@@ -1,8 +1,7 @@
 """AdamW's state as a checkpoint keeps it, matched to the parameters of a model by name.
 
-PyTorch saves optimizer state under running numbers. The number belongs to a name through the order in
-which the trainer handed the parameters over: Hugging Face's Trainer gives those with weight decay first,
-then those without; plain PyTorch code gives them in the model's order. Every tensor's shape is verified.
+PyTorch saves optimizer state under running numbers; which number belongs to which name is found in
+``parameter_order``. Every tensor's shape is verified.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from torch import Tensor, nn
 
 from stepscope.errors import CheckpointError
 from stepscope.policy.finiteness import real_number, refuse_impossible_state, whole_number
+from stepscope.policy.layouts import missing_state
+from stepscope.policy.optimizer_class import MEASURABLE, adamw_entries, named_by
+from stepscope.policy.parameter_order import names_in_order
 from stepscope.policy.state import OptimizerState, ParameterGroup
 
 OPTIMIZER_FILE = "optimizer.pt"
 """Name of the optimizer's file inside a checkpoint folder."""
 
-_NO_DECAY = tuple(
-    re.compile(p) for p in ("bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
-)
 _WRAPPERS = re.compile(r"(?:^|\.)(?:module|_orig_mod)(?=\.)")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -37,13 +36,14 @@ def read_optimizer(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, or holds something other than an optimizer's state.
     """
     if not path.is_file():
-        raise CheckpointError(
-            f"{path}: no optimizer state, and a step cannot be rebuilt without it; save the run with "
-            "save_only_model=False (the default), or point at a checkpoint folder that has it"
-        )
+        raise CheckpointError(f"{path}: {missing_state(path.parent)}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        if isinstance(error, pickle.UnpicklingError) and (classes := _classes_in(path)):
+            raise CheckpointError(
+                f"{path}: the optimizer state is not plain tensors ({named_by(classes)}); {MEASURABLE}"
+            ) from error
         reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{path}: the optimizer state is damaged or not plain tensors ({reason}); copy the file again"
@@ -56,23 +56,12 @@ def read_optimizer(path: Path) -> dict[str, Any]:
     return state
 
 
-def decay_parameter_names(model: nn.Module) -> set[str]:
-    """Names of the parameters to which Hugging Face's Trainer applies weight decay.
-
-    All but those in a LayerNorm and those whose name says bias or norm, as
-    ``transformers.Trainer.get_decay_parameter_names`` has it.
-    """
-    exempt = {
-        f"{prefix}.{name}" if prefix else name
-        for prefix, module in model.named_modules()
-        if isinstance(module, nn.LayerNorm)
-        for name, _ in module.named_parameters()
-    }
-    return {
-        name
-        for name, _ in model.named_parameters()
-        if name not in exempt and not any(pattern.search(name.lower()) for pattern in _NO_DECAY)
-    }
+def _classes_in(path: Path) -> list[str]:
+    """The classes that a file needs beside tensors, found without running it; none where it is damaged."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
+        return []
 
 
 def match_optimizer(
@@ -95,13 +84,14 @@ def match_optimizer(
         at all, or one that AdamW cannot have reached.
     """
     groups = saved["param_groups"]
+    entries = adamw_entries(saved, where)
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    names_by_group = _names_by_group(groups, model, list(params), where)
+    names_by_group = _names_by_group(groups, entries, model, list(params), where)
     found: dict[str, dict[str, Tensor]] = {key: {} for key in (*_MOMENTS, "max_exp_avg_sq")}
     steps: dict[str, int] = {}
     for group, names in zip(groups, names_by_group, strict=True):
         for number, name in zip(group["params"], names, strict=True):
-            entry = saved["state"].get(number)
+            entry = entries.get(number)
             if entry is None:
                 continue
             _check_entry(entry, name, params[name], bool(group.get("amsgrad")), where)
@@ -129,7 +119,11 @@ def match_optimizer(
 
 
 def _names_by_group(
-    groups: Sequence[Mapping[str, Any]], model: nn.Module, trainable: list[str], where: str
+    groups: Sequence[Mapping[str, Any]],
+    entries: Mapping[Any, Mapping[str, Any]],
+    model: nn.Module,
+    trainable: list[str],
+    where: str,
 ) -> list[list[str]]:
     """Parameter names of each group in the order of its numbers."""
     if all("param_names" in group for group in groups):
@@ -142,34 +136,15 @@ def _names_by_group(
                 "weights"
             )
         return named
-    if len(groups) == 1:
-        expected = [trainable]
-    elif len(groups) == 2:
-        decay = decay_parameter_names(model)
-        expected = [[n for n in trainable if n in decay], [n for n in trainable if n not in decay]]
-    else:
-        raise CheckpointError(
-            f"{where}: {len(groups)} parameter groups without names, expected 1, or the 2 of Hugging "
-            "Face's Trainer; build the optimizer from model.named_parameters() so that names are saved"
-        )
-    sizes, wanted = [len(g["params"]) for g in groups], [len(names) for names in expected]
-    if sizes != wanted:
-        raise CheckpointError(
-            f"{where}: groups of {sizes} parameters, expected {wanted} for this model (with and without "
-            "weight decay); this is the optimizer state of another model or of another set of trainable "
-            "parameters, copy the one that belongs to these weights"
-        )
-    return expected
+    shapes = [
+        [tuple(entries[n]["exp_avg"].shape) if n in entries else None for n in group["params"]]
+        for group in groups
+    ]
+    lrs = [real_number(group["lr"], "lr of a parameter group", where) for group in groups]
+    return names_in_order(shapes, lrs, model, where=where)
 
 
 def _check_entry(entry: Mapping[str, Any], name: str, param: Tensor, amsgrad: bool, where: str) -> None:
-    missing = [key for key in (*_MOMENTS, "step") if key not in entry]
-    if missing:
-        raise CheckpointError(
-            f"{where}: state of {name} has {sorted(entry)}, expected AdamW's step, exp_avg and "
-            "exp_avg_sq; only 32-bit AdamW can be measured (optim='adamw_torch' or "
-            "'adamw_torch_fused'), train with that"
-        )
     if amsgrad and "max_exp_avg_sq" not in entry:
         raise CheckpointError(f"{where}: AMSGrad state of {name} lacks max_exp_avg_sq; copy the file again")
     for key in (*_MOMENTS, *(["max_exp_avg_sq"] if amsgrad else [])):

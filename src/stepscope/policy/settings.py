@@ -49,7 +49,7 @@ class StepSettings:
     """Everything beside weights and optimizer state that a step depends on.
 
     Attributes:
-        loss_type: TRL's name of the loss: ``grpo``, ``dr_grpo``, ``bnpo``, ``dapo``.
+        loss_type: TRL's name of the loss, one of :data:`~stepscope.policy.objective.LOSS_TYPES`.
         scale_rewards: how advantages are scaled: ``none``, ``group`` or ``batch`` standard deviation.
         group_size: responses per prompt.
         prompts_per_step: prompt groups per optimizer step.
@@ -73,11 +73,15 @@ class StepSettings:
         system_prompt: system message of the chat template; empty for none.
         prefill: text that the response's turn begins with, at the end of the prompt.
         chat_template_kwargs: variables of the chat template (TRL's ``chat_template_kwargs``), or None.
+        answer_format: where in a response its answer stands, see :mod:`stepscope.tasks.response`.
         num_iterations: optimizer steps on each batch; the next step is the first on its batch, so on-policy.
         task_digest: state of the task's data in the training, as the task has it; empty if unknown.
         router_loss: weight of the loss that balances a mixture of experts; None for the model's own (TRL's
             ``router_aux_loss_coef``).
         micro_batch_size: sequences whose router loss is taken together; None for the whole batch.
+        disable_dropout: training switched off the model's dropout modules (TRL's name).
+        on_policy_only: the loss is known here at ratio 1 alone (ratios per sequence, a bound ``delta``).
+        without: what else the run did that its next step is measured without, by name.
     """
 
     loss_type: str = "dr_grpo"
@@ -102,10 +106,14 @@ class StepSettings:
     system_prompt: str = ""
     prefill: str = ""
     chat_template_kwargs: dict[str, Any] | None = field(default=None, hash=False)
+    answer_format: str = "tags"
     num_iterations: int = 1
     task_digest: str = ""
     router_loss: float | None = None
     micro_batch_size: int | None = None
+    disable_dropout: bool = False
+    on_policy_only: bool = False
+    without: list[str] = field(default_factory=list, hash=False)
 
     def __post_init__(self) -> None:
         """Refuse values that no run can have, whoever sets them.
@@ -195,3 +203,7 @@ class StepSettings:
             return cls(**values)
         except CheckpointError as error:
             raise CheckpointError(f"{where}: {error}") from error
+
+
+UNKNOWN = StepSettings(loss_type="")
+"""Stands for settings that nothing says, to look at the rest of a checkpoint."""

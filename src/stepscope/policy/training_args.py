@@ -1,8 +1,8 @@
-"""Reading ``training_args.bin`` of a TRL run without running it.
+"""Reading ``training_args.bin`` of a Hugging Face or TRL run without running it.
 
-The file is a pickle. Here every global it names becomes an inert stand-in that only records what it was
-given,
-globals outside the libraries that write such files are refused, and nothing of them is imported.
+The file is a pickle. Here every class it names, one of the user's own too, becomes an inert stand-in that
+only records what it was given; nothing of it is imported. What has no place in training arguments (functions
+of Python itself, tensors) is refused, and so is a file out of all proportion.
 """
 
 from __future__ import annotations
@@ -10,44 +10,41 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import pickletools
+import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.settings import StepSettings
 
 TRAINING_ARGS_FILE = "training_args.bin"
 """Name of the file inside a checkpoint folder."""
 
-_LIBRARIES = ("transformers", "trl", "accelerate")
-_TORCH = frozenset({"device", "dtype", "float64", "float32", "float16", "bfloat16", "uint8", "int8"})
+LARGEST_PICKLE = 2**20
+"""Bytes; that of a real run has about ten thousand."""
+
+MOST_OPERATIONS = 20_000
+"""Pickle operations, and the highest number of its memo; a real run has about two thousand."""
+
+_PYTHON = sys.stdlib_module_names | {"__builtin__", "copy_reg"}
 _PLAIN: dict[tuple[str, str], type] = {
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
+    ("__builtin__", "set"): set,
+    ("__builtin__", "frozenset"): frozenset,
     ("collections", "OrderedDict"): OrderedDict,
 }
-
-_MEASURABLE: dict[str, Callable[[Any], bool]] = {
-    "num_iterations": lambda v: v == 1,
-    "importance_sampling_level": lambda v: v == "token",
-    "delta": lambda v: v is None,
-    "entropy_coef": lambda v: v == 0.0,
-    "use_adaptive_entropy": lambda v: not v,
-    "off_policy_mask_threshold": lambda v: v is None,
-    "multi_objective_aggregation": lambda v: v == "sum_then_normalize",
-    "top_k": lambda v: not v,
-    "min_p": lambda v: not v,
-    "repetition_penalty": lambda v: v == 1.0,
-    "generation_kwargs": lambda v: not v,
-}
-"""Arguments of TRL that change a step in a way StepSettings cannot say, and the values that do not."""
+_TORCH = frozenset({"device", "dtype", "float64", "float32", "float16", "bfloat16", "uint8", "int8"})
 
 
 class Record:
     """An inert stand-in: whatever the pickle builds becomes one of these, with its attributes."""
+
+    origin = ""
 
     def __new__(cls, *args: Any) -> Record:
         """Keep the arguments, call nothing."""
@@ -65,6 +62,19 @@ class Record:
         self.__dict__.update(state)
 
 
+@dataclass(frozen=True)
+class TrainingArguments:
+    """What a run kept of its arguments.
+
+    Attributes:
+        origin: ``module.name`` of their class.
+        values: the attributes; objects in it are inert :class:`Record` stand-ins.
+    """
+
+    origin: str
+    values: dict[str, Any]
+
+
 class _RecordingUnpickler(pickle.Unpickler):
     """Resolves every allowed global to a fresh subclass of :class:`Record`, and refuses the others."""
 
@@ -72,30 +82,24 @@ class _RecordingUnpickler(pickle.Unpickler):
         """A stand-in for ``module.name``; the module is not imported."""
         if (module, name) in _PLAIN:
             return _PLAIN[module, name]
-        if module.split(".")[0] in _LIBRARIES or (module == "torch" and name in _TORCH):
-            return type(name, (Record,), {})
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        top = module.partition(".")[0]
+        if top in _PYTHON or (top == "torch" and (module != "torch" or name not in _TORCH)):
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}")
+        return type(name, (Record,), {"origin": f"{module}.{name}"})
 
     def persistent_load(self, pid: Any) -> Any:
         """Tensors have no place in training arguments."""
         raise pickle.UnpicklingError("it refers to stored tensors")
 
 
-def read_training_args(path: Path) -> dict[str, Any]:
-    """The attributes of the pickled training arguments; objects in it are inert :class:`Record` stand-ins.
+def read_training_args(path: Path) -> TrainingArguments:
+    """The pickled training arguments, as plain data.
 
     Raises:
-        CheckpointError: the file is damaged, or refers to anything but plain data and classes of
-        transformers,
-            TRL and accelerate.
+        CheckpointError: the file is damaged, or holds anything but plain data and objects of named classes.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            member = next((n for n in archive.namelist() if n.endswith("/data.pkl")), None)
-            if member is None:
-                raise pickle.UnpicklingError("no data.pkl inside")
-            data = archive.read(member)
-        root = _RecordingUnpickler(io.BytesIO(data)).load()
+        root = _RecordingUnpickler(io.BytesIO(_pickle_in(path))).load()
     except (
         OSError,
         zipfile.BadZipFile,
@@ -106,17 +110,20 @@ def read_training_args(path: Path) -> dict[str, Any]:
         AttributeError,
         IndexError,
         KeyError,
+        RecursionError,
+        OverflowError,
     ) as error:
+        reason = (str(error).splitlines() or ["damaged"])[0][:120]
         raise CheckpointError(
-            f"{path}: the training arguments are not read "
-            f"({str(error).splitlines()[0][:120] or 'damaged'}); pass the loss settings yourself "
-            "(loss_type, scale_rewards, temperature, max_response_tokens, max_grad_norm)"
+            f"{path}: the training arguments are not read ({reason}); copy the file again, or pass the loss "
+            "settings yourself"
         ) from error
     if not isinstance(root, Record):
         raise CheckpointError(
             f"{path}: got {type(root).__name__}, expected training arguments; copy the file again"
         )
-    return {name: value for name, value in vars(root).items() if name != "arguments"}
+    values = {name: value for name, value in vars(root).items() if name != "arguments"}
+    return TrainingArguments(root.origin, values)
 
 
 def base_revision(path: Path) -> str | None:
@@ -129,7 +136,7 @@ def base_revision(path: Path) -> str | None:
     if not path.is_file():
         return None
     try:
-        told = read_training_args(path).get("model_init_kwargs")
+        told = read_training_args(path).values.get("model_init_kwargs")
     except CheckpointError as error:
         reason = str(error).rpartition("; ")[0]
         raise CheckpointError(
@@ -158,66 +165,17 @@ def base_revision(path: Path) -> str | None:
     return revision if isinstance(revision, str) else None
 
 
-def settings_from_training_args(path: Path) -> StepSettings:
-    """Loss settings of a TRL GRPO run from its ``training_args.bin``.
-
-    Raises:
-        CheckpointError: the file cannot be read safely, is not of a GRPO run, or the run used something that
-            changes its step and that a StepSettings cannot express.
-    """
-    args = read_training_args(path)
-    if not {"loss_type", "num_generations", "max_completion_length"} <= set(args):
-        raise CheckpointError(
-            f"{path}: these are not the arguments of a TRL GRPO run (no loss_type, num_generations); "
-            "pass the loss settings yourself (loss_type, scale_rewards, temperature, "
-            "max_response_tokens, max_grad_norm)"
-        )
-    odd = [
-        f"{name}={args[name]!r}"
-        for name, fine in _MEASURABLE.items()
-        if name in args and not fine(args[name])
-    ]
-    accumulation = args.get("gradient_accumulation_steps", 1)
-    if args.get("steps_per_generation", accumulation) != accumulation:
-        odd.append(f"steps_per_generation={args['steps_per_generation']!r}")
-    if args["loss_type"] == "bnpo" and accumulation != 1:
-        odd.append(f"loss_type='bnpo' with gradient_accumulation_steps={accumulation}")
-    if odd:
-        raise CheckpointError(
-            f"{path}: the run used {', '.join(odd)}, so its steps are not those of an on-policy batch; "
-            "to measure an on-policy step all the same, pass the loss settings yourself (loss_type, "
-            "scale_rewards, temperature, max_response_tokens, max_grad_norm)"
-        )
-    return StepSettings.from_dict(_plain_settings(args), where=str(path))
-
-
-def _plain_settings(args: Mapping[str, Any]) -> dict[str, Any]:
-    scale = args.get("scale_rewards", "group")
-    world = getattr(args.get("distributed_state"), "num_processes", 1)
-    micro_batch = args.get("per_device_train_batch_size", 1) * world
-    sequences = micro_batch * args.get("gradient_accumulation_steps", 1)
-    kept = args.get("top_entropy_quantile", 1.0)
-    objective = {"name": "top_entropy", "fraction": kept, "micro_batch_size": micro_batch}
-    low = args.get("epsilon", 0.2)
-    high = args.get("epsilon_high")
-    return {
-        "loss_type": args["loss_type"],
-        "scale_rewards": {True: "group", False: "none"}[scale] if isinstance(scale, bool) else scale,
-        "group_size": args["num_generations"],
-        "prompts_per_step": max(1, sequences // args["num_generations"]),
-        "temperature": args.get("temperature", 1.0),
-        "max_response_tokens": args["max_completion_length"],
-        "max_prompt_tokens": args.get("max_prompt_length"),
-        "max_grad_norm": args.get("max_grad_norm") or 0.0,
-        "epsilon_low": low,
-        "epsilon_high": low if high is None else high,
-        "beta": args.get("beta", 0.0),
-        "top_p": args.get("top_p", 1.0),
-        "seed": args.get("seed", 0),
-        "chat_template_kwargs": args.get("chat_template_kwargs"),
-        "bias_correction_kl": args.get("use_bias_correction_kl", False),
-        "mask_truncated": args.get("mask_truncated_completions", False),
-        "objective": objective if kept < 1.0 else None,
-        "router_loss": args.get("router_aux_loss_coef", 0.0),
-        "micro_batch_size": args.get("per_device_train_batch_size"),
-    }
+def _pickle_in(path: Path) -> bytes:
+    """The pickle inside the archive, once it is known to be of the size and depth of training arguments."""
+    with zipfile.ZipFile(path) as archive:
+        member = next((m for m in archive.infolist() if m.filename.endswith("/data.pkl")), None)
+        if member is None:
+            raise pickle.UnpicklingError("no data.pkl inside")
+        if member.file_size > LARGEST_PICKLE:
+            raise pickle.UnpicklingError(f"a pickle of {member.file_size} bytes")
+        data = archive.read(member)
+    for count, (operation, argument, _) in enumerate(pickletools.genops(data)):
+        large = "PUT" in operation.name and isinstance(argument, int) and argument > MOST_OPERATIONS
+        if large or count > MOST_OPERATIONS:
+            raise pickle.UnpicklingError("a pickle with more in it than training arguments have")
+    return data

@@ -15,8 +15,8 @@ from stepscope.tasks.jsonl import JsonLines
 from stepscope.tasks.problem import Problem, Score, Source, Task
 from stepscope.tasks.prompts import Chat
 from stepscope.tasks.reasoning import ReasoningGym
-from stepscope.tasks.response import read_response
-from stepscope.tasks.templates import R1, SHORT, Template, load_template
+from stepscope.tasks.response import TAGS, AnswerFormat, load_answer_format
+from stepscope.tasks.templates import BOXED, HASH, LAST_NUMBER, PLAIN, R1, SHORT, Template, load_template
 
 FORMS = {
     "arithmetic": "arithmetic[:terms=3,digits=2,...]",
@@ -37,6 +37,7 @@ class TemplatedTask:
         format_weight: added to the reward of a well-formed response.
         opening: think block that the prompt ends with, where the response begins; it depends on the chat
             template, see :func:`asked_through`.
+        answer_format: where in a response its answer stands.
     """
 
     spec: str
@@ -44,6 +45,7 @@ class TemplatedTask:
     template: Template
     format_weight: float = 0.0
     opening: str = ""
+    answer_format: AnswerFormat = TAGS
 
     def through(self, tokenizer: Any) -> TemplatedTask:
         """The task with the opening that its prompts have with this tokenizer."""
@@ -79,23 +81,26 @@ class TemplatedTask:
 
     def score(self, problem: Problem, response: str) -> Score:
         """Score of a decoded response."""
-        reading = read_response(self.opening + response)
+        reading = self.answer_format.read(self.opening + response)
         credit = 0.0 if reading.answer is None else self.source.grade(problem, reading.answer)
         reward = credit + self.format_weight * reading.formatted
         return Score(reward=reward, correct=credit >= 1, formatted=reading.formatted)
 
     def formatted(self, response: str) -> bool:
-        """Whether a response is one think block, then one answer block, and nothing around them."""
-        return read_response(self.opening + response).formatted
+        """Whether a response keeps the answer format."""
+        return self.answer_format.read(self.opening + response).formatted
 
     def demonstration(self, problem: Problem) -> str:
-        """A full worked response with its tags.
+        """A full worked response in the answer format.
 
         Raises:
-            TaskError: the task has no worked solution, or its own scoring does not take it for correct.
+            TaskError: the task has no worked solution, its own scoring does not take it for correct, or the
+                format only says how an answer is read.
         """
         worked = self.source.worked(problem)
-        text = self.template.lay_out(worked.thought, worked.answer, self.opening)
+        text = self.answer_format.lay_out(
+            worked.thought, worked.answer, opening=self.opening, compact=self.template.compact
+        )
         score = self.score(problem, text)
         if not (score.correct and score.formatted):
             raise TaskError(
@@ -117,9 +122,12 @@ def asked_through(task: Task, tokenizer: Any) -> Task:
     return task.through(tokenizer) if isinstance(task, TemplatedTask) else task
 
 
-def default_template(spec: str) -> str:
-    """Name of the template that a task is asked through where none is chosen."""
-    return (SHORT if spec.partition(":")[0] == "arithmetic" else R1).name
+def default_template(spec: str, answer_format: str = TAGS.name) -> str:
+    """Name of the template a task is asked through where none is chosen: it asks for the answer format."""
+    if spec.partition(":")[0] == "arithmetic":
+        return SHORT.name
+    asking = {TAGS.name: R1, **{t.name: t for t in (BOXED, HASH, LAST_NUMBER)}}
+    return asking.get(answer_format, PLAIN).name
 
 
 def load_task(
@@ -130,6 +138,7 @@ def load_task(
     system_prompt: str = "",
     prefill: str = "",
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    answer_format: str = TAGS.name,
 ) -> TemplatedTask:
     """Load a task.
 
@@ -137,15 +146,18 @@ def load_task(
         spec: ``arithmetic`` (with options ``arithmetic:terms=2-4,digits=2,ops=+``), ``gsm8k`` (hub),
             ``gsm8k:DIR``, ``rg:NAME`` (with options ``rg:chain_sum:size=500,min_terms=2``), ``jsonl:FILE``.
         template: name or text of the prompt template, see :func:`load_template`; None or an empty text means
-            ``short`` for ``arithmetic`` and ``r1`` for the rest.
+            ``short`` for ``arithmetic``, and for the rest the one that asks for the answer format (``r1`` for
+            ``tags``).
         format_weight: added to the reward of a well-formed response. 0 by default: the reward is correctness
             alone, as the supervised warm-up has already taught the format.
         system_prompt: system message of the chat template, see :func:`load_template`.
         prefill: what the response's turn begins with, at the end of the prompt.
         chat_template_kwargs: variables of the chat template.
+        answer_format: where in a response its answer stands: ``tags``, ``boxed``, ``hash``, ``last_number``
+            or ``regex:EXPRESSION``, see :mod:`stepscope.tasks.response`.
 
     Raises:
-        TaskError: unknown task, option or template, or its data cannot be read.
+        TaskError: unknown task, option, template or answer format, or its data cannot be read.
     """
     if not spec.isprintable():
         raise TaskError(f"task {ascii(spec)[:60]}: holds characters that cannot be printed; rename the file")
@@ -154,13 +166,14 @@ def load_task(
         close = difflib.get_close_matches(name, FORMS, n=1)
         hint = f"; did you mean {FORMS[close[0]]!r}?" if close else ""
         raise TaskError(f"unknown task {spec!r}: available are {', '.join(FORMS.values())}{hint}")
+    stands = load_answer_format(answer_format)
     chosen = load_template(
-        template or default_template(spec),
+        template or default_template(spec, answer_format),
         system_prompt=system_prompt,
         prefill=prefill,
         chat_template_kwargs=chat_template_kwargs,
     )
-    return TemplatedTask(spec, _source(name, rest), chosen, format_weight, chosen.opening())
+    return TemplatedTask(spec, _source(name, rest), chosen, format_weight, chosen.opening(), stands)
 
 
 def changed_data(where: str, spec: str, before: str, now: str) -> TaskError:

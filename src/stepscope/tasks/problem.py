@@ -37,8 +37,8 @@ class Score:
     Attributes:
         reward: grade of the answer in [0, 1] (1 for correct and 0 otherwise unless the task gives partial
             credit) plus ``format_weight`` for a well-formed response. It does not depend on the length.
-        correct: exactly one answer block, and its content is right.
-        formatted: one think block, then one answer block, and nothing around them but white space.
+        correct: an answer stands where the answer format says, and it is right.
+        formatted: the response keeps the answer format, see :mod:`stepscope.tasks.response`.
     """
 
     reward: float
@@ -69,7 +69,7 @@ class Source(Protocol):
         """All problems of ``train`` or ``test``, in a fixed order."""
 
     def grade(self, problem: Problem, answer: str) -> float:
-        """Credit in [0, 1] for the text of an answer block; 1 is correct."""
+        """Credit in [0, 1] for the text of an answer; 1 is correct."""
 
     def worked(self, problem: Problem) -> Worked:
         """A worked solution.
@@ -99,7 +99,7 @@ class Task(Protocol):
         """Whether a response keeps the format; the same verdict as in :meth:`score`."""
 
     def demonstration(self, problem: Problem) -> str:
-        """A full worked response with its tags; it scores as correct and formatted.
+        """A full worked response in the answer format; it scores as correct and formatted.
 
         Raises:
             TaskError: the task has no worked solution, or one that the task itself does not take.

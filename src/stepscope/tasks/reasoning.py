@@ -23,7 +23,9 @@ from stepscope.tasks.worker import shared_worker
 
 MAX_CHARACTERS = 20_000
 MAX_PROBLEMS = 10_000
-ITEM_LIMIT = 30.0
+ITEM_LIMIT = 120.0
+"""Seconds: acre computes five for each seed, and a test question takes four seeds on average."""
+
 SCORE_LIMIT = 6.0
 
 NONSENSE = ("banana", "nan", "1*2*3*4", "((((")

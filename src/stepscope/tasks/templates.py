@@ -13,7 +13,7 @@ from typing import Any
 
 from stepscope.errors import TaskError
 from stepscope.tasks.prompts import Chat, render_chat
-from stepscope.tasks.response import ANSWER, END_ANSWER, END_THINK, THINK
+from stepscope.tasks.response import ANSWER, END_ANSWER, END_THINK, MARK, THINK
 
 FIELD = "{question}"
 CHAT = "chat:"
@@ -33,14 +33,17 @@ _R1_MESSAGE = (
     f"process in {THINK} {END_THINK} tags and the answer in {ANSWER} {END_ANSWER} tags, i.e., "
     f"{THINK} reasoning process here {END_THINK} {ANSWER} answer here {END_ANSWER}."
 )
+_BOXED = f"{FIELD}\n\nReason step by step, and put the final answer within \\boxed{{}}."
+_HASH = f"{FIELD}\n\nReason step by step, and put the final answer on the last line, after {MARK}."
+_LAST_NUMBER = f"{FIELD}\n\nReason step by step, and end with the final answer."
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a question becomes a prompt, and how a demonstration is laid out.
+    """How a question becomes a prompt.
 
     Attributes:
-        name: ``short``, ``r1``, ``r1-text``, or the text it was made from.
+        name: ``short``, ``r1``, ``r1-text``, ..., or the text it was made from.
         text: prompt with ``{question}``, used as it stands; None where only the message exists.
         message: user message with ``{question}``, for the tokenizer's chat template; None means never.
         compact: demonstrations without line breaks.
@@ -103,20 +106,16 @@ class Template:
         found = _OPENING.search(text[-_LONGEST_OPENING:])
         return "" if found is None else found[0]
 
-    def lay_out(self, thought: str, answer: str, opening: str = "") -> str:
-        """The response of a demonstration: think block, answer block, tags included, less the opening."""
-        around, between = ("", "") if self.compact else ("\n", "\n")
-        answered = f"{ANSWER}{answer}{END_ANSWER}"
-        if END_THINK in opening:
-            return answered
-        start = THINK + around if not opening else "" if opening[-1].isspace() else around
-        return f"{start}{thought}{around}{END_THINK}{between}{answered}"
-
 
 SHORT = Template("short", f"{FIELD}=", compact=True)
 R1 = Template("r1", _R1, message=_R1_MESSAGE)
 R1_TEXT = Template("r1-text", _R1)
-_NAMED = {t.name: t for t in (SHORT, R1, R1_TEXT)}
+BOXED, HASH, LAST_NUMBER = (
+    Template(name, message + "\n", message=message)
+    for name, message in (("boxed", _BOXED), ("hash", _HASH), ("last_number", _LAST_NUMBER))
+)
+PLAIN = Template("plain", FIELD, message=FIELD)
+_NAMED = {t.name: t for t in (SHORT, R1, R1_TEXT, BOXED, HASH, LAST_NUMBER, PLAIN)}
 
 
 def load_template(
@@ -130,7 +129,9 @@ def load_template(
 
     Args:
         template: ``short`` (``{question}=``), ``r1`` (through the tokenizer's chat template if it has one,
-            else the text of DeepSeek-R1-Zero), ``r1-text`` (that text always), any text with ``{question}``
+            else the text of DeepSeek-R1-Zero), ``r1-text`` (that text always), ``boxed``, ``hash`` and
+            ``last_number`` (which ask for the answer format of that name), ``plain`` (the question alone;
+            these four through the chat template if there is one), any text with ``{question}``
             (used as it stands), or ``chat:`` and a text with ``{question}`` (the user message of the chat
             template). A ``<think>`` at the end of that message is a prefill.
         system_prompt: system message of the chat template; empty for none.

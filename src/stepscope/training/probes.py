@@ -76,6 +76,7 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
         split: of the task; probe prompts must not be those that are trained on.
         seed: of prompts and responses.
         template: prompt template, where ``task`` is a specification.
+        answer_format: where in a response its answer stands, where ``task`` is a specification.
         noise: also compute the noise scale of the step's own batch.
         top_tokens: tokens of the update batch with the largest influence to record; 0 for none. Costs
             about as much as the rest of the probe and the update's forward and backward pass.
@@ -99,6 +100,7 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
     split: str = "test"
     seed: int = 0
     template: str | None = None
+    answer_format: str = "tags"
     noise: bool = True
     top_tokens: int = 0
     window: int = 64
@@ -304,7 +306,9 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
             own = TrainerSource(trainer, self.rewards)
             own.check(self.num_prompts)
             return own
-        task = load_task(self.task, template=self.template) if isinstance(self.task, str) else self.task
+        task = self.task
+        if isinstance(task, str):
+            task = load_task(task, template=self.template, answer_format=self.answer_format)
         available = len(task.problems(self.split))
         if available < self.num_prompts:
             raise ConfigError(

@@ -84,8 +84,8 @@ class TaskSource:
 class TrainerSource:
     """Rows of the trainer's own data, tokenized by its own method and graded by its own reward functions.
 
-    Prompts are those of its ``eval_dataset``; without one, rows of its ``train_dataset`` whose prompts are
-    not in the batch under way. A prompt is its token ids: equal rows are drawn once.
+    Prompts are those of its ``eval_dataset``; without one, of its ``train_dataset``; none that is in the
+    batch under way. A prompt is its token ids: equal rows are drawn once.
 
     Attributes:
         trainer: a GRPO trainer of TRL.
@@ -103,7 +103,7 @@ class TrainerSource:
     @property
     def name(self) -> str:
         """Which of the trainer's data sets."""
-        return "eval_dataset" if self.held_out else "train_dataset without the prompts of the batch"
+        return f"{'eval' if self.held_out else 'train'}_dataset without the prompts of the batch"
 
     @property
     def doubtful(self) -> str:
@@ -153,8 +153,6 @@ class TrainerSource:
 
     def used(self) -> Used:
         """The prompts of the generated batch that this step belongs to, those of all processes."""
-        if self.held_out:
-            return frozenset()
         own = [
             tuple(ids[mask.bool()].tolist())
             for batch in self.trainer._buffered_inputs or []

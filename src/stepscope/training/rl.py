@@ -293,6 +293,7 @@ def step_settings(config: TrainConfig) -> StepSettings:
         chat_template_kwargs=config.chat_template_kwargs,
         seed=config.seed,
         format_weight=config.format_weight,
+        answer_format=config.answer_format,
         objective=objective_record(rl),
         num_iterations=rl.num_iterations,
         micro_batch_size=rl.micro_batch_size,

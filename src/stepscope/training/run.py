@@ -62,6 +62,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
         system_prompt=config.system_prompt or "",
         prefill=config.prefill or "",
         chat_template_kwargs=config.chat_template_kwargs,
+        answer_format=config.answer_format,
     )
     if config.rl is not None:
         require_trackers(config.rl.report_to)

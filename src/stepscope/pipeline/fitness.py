@@ -1,0 +1,108 @@
+"""What stands against measuring a checkpoint as a configuration asks: ``check`` shows it, ``measure`` stops.
+
+Both verbs go through :func:`findings`, so that neither says yes to what the other refuses.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from stepscope.config import MeasureSettings, Stage
+from stepscope.errors import MeasurementError
+from stepscope.measure.line import derivatives
+from stepscope.measure.quantities import make_quantity
+from stepscope.policy.examination import Finding, examine, made_up_sequences
+from stepscope.policy.objective import has_bonus, refuse_cut_bonus
+from stepscope.policy.state import Policy
+from stepscope.results import Rollouts
+
+DIFFERENTIATING: frozenset[Stage] = frozenset({"change", "influence", "validation", "criteria"})
+"""Stages that need forward-mode derivatives of the model."""
+
+
+def findings(policy: Policy, config: MeasureSettings, stages: list[Stage]) -> list[Finding]:
+    """Everything known about a policy before it is measured.
+
+    Args:
+        policy: as loaded.
+        config: the measurement asked for.
+        stages: those that would run.
+    """
+    found = [*examine(policy), *_loss(policy, config), *_remade_steps(policy, config, stages)]
+    if DIFFERENTIATING.intersection(stages) and not any(f.level == "fail" for f in found):
+        found.append(_derivatives(policy, config.second_order))
+    return found
+
+
+def _loss(policy: Policy, config: MeasureSettings) -> list[Finding]:
+    """Divergences without a reference to take them to, and a bonus that depends on how a batch was cut."""
+    found = []
+    if config.reference is None and not isinstance(policy.model, PeftModel):
+        cure = "give reference=MODEL (the model that the training started from)"
+        if policy.settings.beta != 0.0:
+            what = f"the loss has a KL penalty (beta = {policy.settings.beta}), and a full model has no base"
+            found.append(Finding("fail", what, cure + ", or loss.beta=0 for the step without it"))
+        if "kl" in config.quantities:
+            found.append(
+                Finding("fail", "kl needs a reference, and a full model has no base beside it", cure)
+            )
+    try:
+        refuse_cut_bonus(policy.settings)
+    except MeasurementError as error:
+        found.append(Finding.from_error(error))
+    return found
+
+
+def _remade_steps(policy: Policy, config: MeasureSettings, stages: list[Stage]) -> list[Finding]:
+    """Steps taken again without some sequences or tokens: there are none of a loss with an entropy bonus."""
+    if not has_bonus(policy.settings):
+        return []
+    what = (
+        "the loss has an entropy bonus, which belongs to no sequence, and {} takes steps again without some"
+    )
+    found = []
+    if "validation" in stages:
+        found.append(Finding("fail", what.format("validation"), "measure without --validate"))
+    if "criteria" in stages and config.criteria.drop_shares:
+        cure = "give criteria.drop_shares=[], or leave the stage criteria out"
+        found.append(Finding("fail", what.format("the stage criteria"), cure))
+    return found
+
+
+def _derivatives(policy: Policy, second_order: bool) -> Finding:
+    """Whether torch can differentiate the model as the change needs it, tried on made-up sequences."""
+    generator = torch.Generator().manual_seed(0)
+    direction = {
+        name: p.detach().abs().mean() * torch.randn(p.shape, generator=generator).to(p)
+        for name, p in policy.parameters.items()
+    }
+    rollouts = _made_up(policy)
+    orders = (1, 2) if second_order else (1,)
+    try:
+        for order in orders:
+            derivatives(policy, rollouts, [make_quantity("entropy", rollouts)], direction, order=order)
+    except MeasurementError as error:
+        return Finding.from_error(error)
+    return Finding("ok", f"derivatives of order {orders[-1]} along a direction exist for every operation")
+
+
+def _made_up(policy: Policy) -> Rollouts:
+    prompts, responses = made_up_sequences(policy)
+    count = len(prompts)
+    zeros = tuple(np.zeros(len(r)) for r in responses)
+    return Rollouts(
+        prompt_ids=tuple(map(str, range(count))),
+        prompts=("",) * count,
+        responses=("",) * count,
+        prompt_token_ids=tuple(map(tuple, prompts)),
+        response_token_ids=tuple(map(tuple, responses)),
+        rewards=np.zeros(count),
+        correct=np.zeros(count, dtype=np.bool_),
+        truncated=np.zeros(count, dtype=np.bool_),
+        logprobs=zeros,
+        entropies=zeros,
+        temperature=policy.settings.temperature,
+        max_response_tokens=policy.settings.max_response_tokens,
+    )

@@ -1,0 +1,71 @@
+"""Sharded checkpoints are named, with their number of processes and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from stepscope.errors import CheckpointError
+from stepscope.policy.checkpoint import inspect_checkpoint, load_checkpoint
+from stepscope.policy.layouts import layout_of
+from stepscope.policy.optimizer_state import read_optimizer
+
+
+def touch(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+LAYOUTS = {
+    "DeepSpeed (ZeRO) of 2 processes": (
+        "latest",
+        "zero_to_fp32.py",
+        "global_step3/mp_rank_00_model_states.pt",
+        "global_step3/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        "global_step3/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
+    ),
+    "verl (FSDP) of 8 processes": (
+        "actor/model_world_size_8_rank_0.pt",
+        "actor/optim_world_size_8_rank_0.pt",
+    ),
+    "FSDP (full state)": ("pytorch_model_fsdp.bin", "optimizer.bin"),
+    "FSDP (sharded state) of 2 processes": (
+        "optimizer_0/__0_0.distcp",
+        "optimizer_0/__1_0.distcp",
+        "optimizer_0/.metadata",
+        "pytorch_model_fsdp_0/.metadata",
+    ),
+    "Megatron of 2 processes": (
+        "iter_0000010/mp_rank_00/model_optim_rng.pt",
+        "iter_0000010/mp_rank_01/model_optim_rng.pt",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_are_named(tmp_path: Path, name: str) -> None:
+    folder = touch(tmp_path, *LAYOUTS[name])
+    with pytest.raises(
+        CheckpointError, match="whose optimizer state is not read yet; train on one device"
+    ) as caught:
+        load_checkpoint(folder)
+    assert f"a checkpoint of {name}, " in str(caught.value)
+    (finding,) = inspect_checkpoint(folder)
+    assert finding.level == "fail"
+    assert finding.cure.startswith("train on one device")
+
+
+def test_a_real_distributed_checkpoint_is_named(tmp_path: Path) -> None:
+    dcp.save({"a": torch.ones(2)}, checkpoint_id=tmp_path / "state", no_dist=True)
+    assert str(layout_of(tmp_path)).startswith("a checkpoint of torch.distributed.checkpoint, ")
+
+
+def test_plain_folders_are_no_layout(tmp_path: Path) -> None:
+    assert layout_of(touch(tmp_path, "config.json", "model.safetensors", "sub/optimizer.pt")) is None
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt: no optimizer state"):
+        read_optimizer(tmp_path / "optimizer.pt")

@@ -1,0 +1,255 @@
+"""What a TRL run's own arguments say about its next step, what stands against it, and what a user adds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from trl import GRPOConfig, SFTConfig
+from trl.experimental.gmpo import GMPOConfig
+from trl.experimental.sdpo import SDPOConfig
+
+from stepscope.errors import CheckpointError
+from stepscope.policy.run_settings import run_settings
+from stepscope.policy.settings import StepSettings
+from stepscope.policy.trl_run import run_notes
+
+FLAGS = {
+    "loss_type": "grpo",
+    "scale_rewards": "none",
+    "temperature": 1.0,
+    "max_response_tokens": 5,
+    "max_grad_norm": 0.0,
+}
+
+
+@dataclass
+class OwnConfig(GRPOConfig):
+    """What a user adds to TRL's arguments."""
+
+    curriculum: str = field(default="none")
+
+
+def save_args(folder: Path, kind: Any = GRPOConfig, **changes: Any) -> Path:
+    args = kind(output_dir=str(folder), use_cpu=True, bf16=False, report_to=[], **changes)
+    torch.save(args, folder / "training_args.bin")
+    return folder
+
+
+def test_settings_of_a_grpo_run(tmp_path: Path) -> None:
+    folder = save_args(
+        tmp_path,
+        loss_type="bnpo",
+        scale_rewards="batch",
+        num_generations=4,
+        per_device_train_batch_size=8,
+        max_completion_length=33,
+        temperature=0.7,
+        max_grad_norm=0.0,
+        epsilon=0.1,
+        epsilon_high=0.28,
+        beta=0.04,
+        use_bias_correction_kl=False,
+        mask_truncated_completions=True,
+        seed=7,
+        top_p=0.95,
+        disable_dropout=True,
+    )
+    assert run_settings(folder) == StepSettings(
+        loss_type="bnpo",
+        scale_rewards="batch",
+        group_size=4,
+        prompts_per_step=2,
+        max_response_tokens=33,
+        temperature=0.7,
+        max_grad_norm=0.0,
+        epsilon_low=0.1,
+        epsilon_high=0.28,
+        beta=0.04,
+        bias_correction_kl=False,
+        mask_truncated=True,
+        seed=7,
+        top_p=0.95,
+        disable_dropout=True,
+        micro_batch_size=8,
+    )
+
+
+def test_trls_entropy_terms_are_objectives_of_a_batch_in_one_piece(tmp_path: Path) -> None:
+    save_args(tmp_path, top_entropy_quantile=0.2, per_device_train_batch_size=8, num_generations=4)
+    record = {"name": "top_entropy", "fraction": 0.2, "micro_batch_size": 8}
+    assert run_settings(tmp_path).objective == record
+    save_args(tmp_path, entropy_coef=0.01)
+    record = {"name": "entropy_bonus", "coefficient": 0.01, "micro_batch_size": None}
+    assert run_settings(tmp_path).objective == record
+
+
+def test_flags_add_to_what_the_run_says(tmp_path: Path) -> None:
+    """All that used to be enough for settings of one's own changes nothing but itself."""
+    save_args(tmp_path, beta=0.04, mask_truncated_completions=True, epsilon=0.3, top_p=0.9, num_generations=4)
+    settings = run_settings(tmp_path, FLAGS)
+    assert (settings.loss_type, settings.max_response_tokens) == ("grpo", 5)
+    assert (settings.beta, settings.mask_truncated, settings.epsilon_low, settings.top_p) == (
+        0.04,
+        True,
+        0.3,
+        0.9,
+    )
+    StepSettings(beta=0.5, task="arithmetic").save(tmp_path)
+    settings = run_settings(tmp_path, FLAGS)
+    assert (settings.loss_type, settings.beta, settings.task) == ("grpo", 0.5, "arithmetic")
+
+
+TWO_PIECES = {"gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"num_iterations": 2}, "num_iterations"),
+        ({"steps_per_generation": 4, **TWO_PIECES}, "steps_per_generation"),
+        (
+            {"importance_sampling_level": "sequence", "beta": 0.1, "loss_type": "grpo"},
+            "importance_sampling_level",
+        ),
+        (
+            {"importance_sampling_level": "sequence", "top_entropy_quantile": 0.5, "loss_type": "grpo"},
+            "importance_sampling_level",
+        ),
+        ({"delta": 0.9}, "delta"),
+        ({"loss_type": "bnpo", **TWO_PIECES}, "loss_type"),
+        ({"loss_type": "of_tomorrow"}, "loss_type"),
+        ({"top_entropy_quantile": 0.2, **TWO_PIECES}, "top_entropy_quantile"),
+        ({"entropy_coef": 0.01, **TWO_PIECES}, "entropy_coef"),
+        ({"use_adaptive_entropy": True}, "use_adaptive_entropy"),
+        ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
+        ({"sync_ref_model": True, "beta": 0.1}, "sync_ref_model"),
+        ({"max_tool_calling_iterations": 3}, "max_tool_calling_iterations"),
+        ({"top_k": 50}, "top_k"),
+        ({"min_p": 0.1}, "min_p"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"generation_kwargs": {"typical_p": 0.9}}, "generation_kwargs"),
+    ],
+)
+def test_what_no_measurement_follows_is_named_and_can_be_left_out(
+    tmp_path: Path, changes: dict[str, Any], name: str
+) -> None:
+    save_args(tmp_path, **changes)
+    with pytest.raises(CheckpointError, match=rf" {name}: .*loss\.without=\[{name}\]") as caught:
+        run_settings(tmp_path)
+    assert "\n" not in str(caught.value)
+    settings = run_settings(tmp_path, {"without": [name]})
+    assert settings.without == [name]
+    if name in ("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"):
+        assert settings.objective is None
+    assert run_settings(tmp_path, for_step=False).temperature == 1.0, "evaluation asks for none of it"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"importance_sampling_level": "sequence", "loss_type": "grpo"},
+        {"importance_sampling_level": "sequence", "loss_type": "luspo"},
+        {"delta": 2.0},
+        {"off_policy_mask_threshold": 0.5},
+        {"loss_type": "cispo", "epsilon_high": 5.0},
+        {"loss_type": "sapo"},
+        {"loss_type": "vespo"},
+        {"loss_type": "dapo", **TWO_PIECES},
+        {"max_steps": 3, "optim": "adamw_torch"},
+    ],
+)
+def test_what_is_the_same_on_policy_is_measured(tmp_path: Path, changes: dict[str, Any]) -> None:
+    settings = run_settings(save_args(tmp_path, **changes))
+    assert settings.loss_type == changes.get("loss_type", "dapo")
+    assert settings.without == []
+
+
+def test_two_processes_cut_a_batch(tmp_path: Path) -> None:
+    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, loss_type="bnpo")
+    args.distributed_state.__dict__ = {**vars(args.distributed_state), "num_processes": 2}
+    torch.save(args, tmp_path / "training_args.bin")
+    with pytest.raises(CheckpointError, match=r"loss_type: bnpo averages .* 2 processes cut it"):
+        run_settings(tmp_path)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(GMPOConfig, "GMPOConfig"), (SDPOConfig, "SDPOConfig")])
+def test_other_trainers_are_not_taken_for_grpo(tmp_path: Path, kind: Any, name: str) -> None:
+    save_args(tmp_path, kind)
+    with pytest.raises(CheckpointError) as caught:
+        run_settings(tmp_path)
+    assert f"trainer: its arguments are TRL's {name}" in str(caught.value) or "not that of a GRPO" in str(
+        caught.value
+    )
+    with pytest.raises(CheckpointError):
+        run_settings(tmp_path, {k: v for k, v in FLAGS.items() if k != "scale_rewards"})
+
+
+def test_the_model_card_tells_of_a_trainer_with_grpos_arguments(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint-1"
+    checkpoint.mkdir()
+    save_args(checkpoint)
+    card = (
+        "It has been trained using [TRL](https://...).\n\nThis model was trained with {}, a method introduced"
+    )
+    (tmp_path / "README.md").write_text(card.format("GRPO"))
+    assert run_settings(checkpoint).loss_type == "dapo"
+    (tmp_path / "README.md").write_text(card.format("MyPO"))
+    with pytest.raises(CheckpointError, match=r"trainer: README\.md says that it was trained with MyPO"):
+        run_settings(checkpoint)
+
+
+def test_a_subclass_of_grpos_arguments_is_read_and_noted(tmp_path: Path) -> None:
+    save_args(tmp_path, OwnConfig, beta=0.04, curriculum="easy first")
+    assert run_settings(tmp_path).beta == 0.04
+    (note,) = run_notes(tmp_path)
+    assert f"{OwnConfig.__module__}.OwnConfig" in note
+    save_args(tmp_path, use_vllm=True)
+    (note,) = run_notes(tmp_path)
+    assert "vLLM" in note
+
+
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"neither .* is there .*; give loss\.loss_type=\.\.\., loss\.scale"
+    ):
+        run_settings(tmp_path)
+    assert run_settings(tmp_path, FLAGS) == StepSettings(**FLAGS)
+    assert (
+        run_settings(tmp_path, {"temperature": 0.5, "max_response_tokens": 9}, for_step=False).temperature
+        == 0.5
+    )
+    save_args(tmp_path, SFTConfig, max_grad_norm=0.7)
+    with pytest.raises(CheckpointError, match=r"not that of a GRPO run .*; give loss\.loss_type=") as caught:
+        run_settings(tmp_path)
+    assert "max_grad_norm" not in str(caught.value), "a supervised run says that much"
+    given = {name: value for name, value in FLAGS.items() if name != "max_grad_norm"}
+    assert run_settings(tmp_path, given).max_grad_norm == 0.7
+
+
+def test_a_file_that_cannot_be_read_leaves_the_settings_to_the_user(tmp_path: Path) -> None:
+    (tmp_path / "training_args.bin").write_bytes(b"not a zip")
+    with pytest.raises(CheckpointError, match=r"pass the loss settings yourself: loss\.loss_type="):
+        run_settings(tmp_path)
+    assert run_settings(tmp_path, FLAGS) == StepSettings(**FLAGS)
+    assert run_notes(tmp_path) == ("training_args.bin cannot be read; the settings are the given ones alone",)
+
+
+@pytest.mark.parametrize("name", ["num_generations", "per_device_train_batch_size", "beta", "entropy_coef"])
+def test_values_of_the_wrong_type_are_one_line(tmp_path: Path, name: str) -> None:
+    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    setattr(args, name, {"a": [1] * 1000})
+    torch.save(args, tmp_path / "training_args.bin")
+    with pytest.raises(CheckpointError, match=f"{name} is a dict") as caught:
+        run_settings(tmp_path)
+    assert len(str(caught.value)) < 400
+
+
+def test_nothing_can_be_left_out_that_is_not_there(tmp_path: Path) -> None:
+    save_args(tmp_path, top_k=50)
+    with pytest.raises(CheckpointError, match=r"loss\.without names entropy, .* \(top_k\)"):
+        run_settings(tmp_path, {"without": ["entropy", "top_k"]})
