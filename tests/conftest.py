@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -19,6 +20,8 @@ from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
 
 torch.set_num_threads(1)
+settings.register_profile("any machine", deadline=None)  # a busy one is slow, not wrong
+settings.load_profile("any machine")
 
 VOCAB = 12
 

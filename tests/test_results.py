@@ -254,11 +254,11 @@ def test_no_flipped_bit_in_the_pages_of_a_table_changes_a_number(tmp_path):
     assert noticed > 0.9 * len(places)
 
 
-def test_rewards_may_be_unknown_only_where_the_batch_says_so() -> None:
+def test_rewards_may_be_unknown_where_they_do_not_count() -> None:
     batch = make_rollouts()
     unknown = np.full(len(batch), np.nan)
+    ungraded = replace(batch, rewards=unknown)
     with pytest.raises(BatchError, match="rewards holds nan, expected a finite number"):
-        replace(batch, rewards=unknown)
-    ungraded = replace(batch, rewards=unknown, graded=False)
+        ungraded.refuse_ungraded()
     with pytest.raises(BatchError, match="advantages holds nan, expected a finite number"):
         replace(ungraded, advantages=unknown)

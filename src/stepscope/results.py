@@ -56,7 +56,6 @@ class Rollouts:
         advantages: (seq,) or None where the batch makes no step.
         questions: what was asked, as the task has it, or None where that is not known. Equal questions are
             one prompt, whatever their ids; without questions equal ``prompts`` are, without these equal ids.
-        graded: whether all rewards are known; without it some or all are nan.
     """
 
     prompt_ids: tuple[str, ...]
@@ -73,7 +72,6 @@ class Rollouts:
     max_response_tokens: int
     advantages: FloatArray | None = None
     questions: tuple[str, ...] | None = None
-    graded: bool = True
 
     def __post_init__(self) -> None:
         """Refuse fields of different length, and numbers that are not finite.
@@ -111,7 +109,7 @@ class Rollouts:
                     raise BatchError(
                         f"rollouts: sequence {i} has {len(values)} {name} for {len(ids)} response tokens"
                     )
-        for name in ("rewards", "advantages") if self.graded else ("advantages",):
+        for name in ("rewards", "advantages"):
             per_sequence = getattr(self, name)
             if per_sequence is None:
                 continue

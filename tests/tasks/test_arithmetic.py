@@ -20,7 +20,7 @@ DIALS = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(DIALS)
 def test_every_sum_is_right_and_demonstrated(spec: str) -> None:
     task = load_task(spec)

@@ -157,7 +157,7 @@ REFERENCES = [
 ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.sampled_from(MARKS), max_size=30).map("".join), st.sampled_from(REFERENCES))
 def test_no_text_raises_and_every_text_equals_itself(text: str, reference: str) -> None:
     assert equal(text, text)
@@ -165,7 +165,7 @@ def test_no_text_raises_and_every_text_equals_itself(text: str, reference: str) 
     equal(text, reference)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(max_size=40))
 def test_noise_is_not_the_answer(text: str) -> None:
     assert equal(text, text)

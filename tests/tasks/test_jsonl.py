@@ -178,7 +178,7 @@ ROWS = st.fixed_dictionaries(
 
 
 @given(st.lists(ROWS | st.binary(max_size=20), max_size=3).map(b"\n".join))
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_file_is_read_or_refused_in_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "any.jsonl"
     path.write_bytes(content)

@@ -30,7 +30,7 @@ OPTIONS = st.lists(
 
 
 @given(NAMES, OPTIONS)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_specification_is_a_task_or_one_line(name: str, options: str) -> None:
     refused = ""
     try:

@@ -160,13 +160,13 @@ def test_an_expression_that_explodes_finds_nothing_in_time() -> None:
 @pytest.mark.parametrize("name", ["boxed", "hash", "last_number"])
 @pytest.mark.parametrize("unit", [r"\boxed{", "{", "}", "#", "####", "1", "1,", "-", "</think>", "\n"])
 def test_megabytes_are_read_at_once_in_every_format(name: str, unit: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     load_answer_format(name).read(unit * (2_000_000 // len(unit)))
-    assert time.perf_counter() - start < 4
+    assert time.process_time() - start < 4
 
 
 @pytest.mark.parametrize("unit", ["<answer>", "</think>", "<think>", "<", " ", "<answer></answer>"])
 def test_megabytes_are_read_at_once(unit: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert not read_response(unit * (4_000_000 // len(unit))).formatted
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1

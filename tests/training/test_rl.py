@@ -42,6 +42,7 @@ def test_a_checkpoint_holds_all_that_a_step_needs(small_run: Path) -> None:
         max_response_tokens=20,
         task="arithmetic:terms=2,digits=1,ops=+",
         format_weight=0.1,
+        micro_batch_size=8,
     )
     optimizer = torch.load(last / "optimizer.pt", weights_only=True)
     assert {float(state["step"]) for state in optimizer["state"].values()} == {4.0}

@@ -105,8 +105,8 @@ def load_adapter(
             f"{folder}: the adapter does not load onto its base {base} ({brief(error)}); check that this "
             "is the base it was trained on"
         ) from error
-    _verify_adapter(folder, adapted, stored)
     refuse_broken_weights(adapted, str(folder))
+    _verify_adapter(folder, adapted, stored)
     _check_vocabulary(folder, model, tokenizer)
     ready = placed(adapted, dtype, device)
     names = {id(tensor): name for name, tensor in adapted.named_parameters()}

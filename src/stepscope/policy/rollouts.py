@@ -174,7 +174,7 @@ def sample_responses(
         )
         for ids, text, response in zip(prompts, texts, responses, strict=True)
     ]
-    rollouts = _assemble(policy, sampled, graded=False)
+    rollouts = _assemble(policy, sampled)
     logprobs, entropies = score_rollouts(policy, rollouts, max_sequences=batch_size)
     return replace(rollouts, logprobs=logprobs, entropies=entropies)
 
@@ -397,7 +397,7 @@ def _advancing(bar: Progress | None, what: str, total: int) -> Callable[[int], N
     return lambda count: bar.update(task, advance=count)
 
 
-def _assemble(policy: Policy, sequences: Sequence[_Sequence], *, graded: bool = True) -> Rollouts:
+def _assemble(policy: Policy, sequences: Sequence[_Sequence]) -> Rollouts:
     """The records as one batch; log-probs and entropies still to be filled in."""
     empty = tuple(np.zeros(len(s.response_token_ids)) for s in sequences)
     return Rollouts(
@@ -412,7 +412,6 @@ def _assemble(policy: Policy, sequences: Sequence[_Sequence], *, graded: bool = 
         logprobs=empty,
         entropies=empty,
         questions=tuple(s.question for s in sequences),
-        graded=graded,
         temperature=policy.settings.temperature,
         max_response_tokens=policy.settings.max_response_tokens,
     )

@@ -155,7 +155,6 @@ def as_rollouts(
         prompt_token_ids=prompts,
         response_token_ids=responses,
         rewards=np.full(count, np.nan),
-        graded=False,
         correct=np.zeros(count, dtype=np.bool_),
         truncated=np.zeros(count, dtype=np.bool_),
         logprobs=logprobs,
