@@ -1,5 +1,7 @@
 """The command line: verbs, options and ``section.field=value`` overrides. Never imports torch by itself.
 
+A verb is imported after its settings are checked, since most of them load torch.
+
 Exit code 0: done. 2: the user can mend it (one line on standard error). 130: interrupted. 1: a bug, with its
 traceback.
 """
@@ -16,7 +18,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
-from stepscope.errors import ConfigError, StepscopeError
+from stepscope.errors import ConfigError, mendable_line, printable
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -25,7 +27,6 @@ app = typer.Typer(
     name="stepscope",
     help="One reinforcement-learning step of a language model under the microscope.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -55,14 +56,16 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that 
 
 
 def _mendable(command: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Turn an error the user can mend into one line and exit code 2, and an interrupt into 130."""
+    """Turn what the user can mend into one line and exit code 2, and an interrupt into 130."""
 
     @wraps(command)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             return command(*args, **kwargs)
-        except StepscopeError as error:
-            print(f"stepscope: error: {' '.join(str(error).split())}", file=sys.stderr)
+        except Exception as error:  # what is no refusal goes on as it came
+            if not (line := mendable_line(error)):
+                raise
+            print(f"stepscope: error: {line}", file=sys.stderr)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as interrupt:
             print("stepscope: interrupted; what is finished is kept", file=sys.stderr)
@@ -111,6 +114,9 @@ def demo(
 
     Goes on where an earlier call was stopped.
     """
+    from stepscope.config import demo_config
+
+    demo_config(out, overrides or [])
     from stepscope.pipeline import run_demo
 
     run_demo(out, overrides or [])
@@ -126,9 +132,10 @@ def train(
 ) -> None:
     """Supervised warm-up and/or reinforcement learning; checkpoints under OUT/checkpoints/step-N."""
     from stepscope.config import TrainConfig, load_config
-    from stepscope.pipeline import run_train
 
     settings = load_config(TrainConfig, config, overrides or [], {"out": out})
+    from stepscope.pipeline import run_train
+
     run_train(settings, resume=resume)
 
 
@@ -154,11 +161,13 @@ def evaluate(
 ) -> None:
     """pass@k, format, length and entropy with their errors, one row per checkpoint; and a page of curves."""
     from stepscope.config import EvalConfig, load_config
-    from stepscope.pipeline import run_eval
 
     source, rest = _first_or_override(source, overrides)
     values = {"source": source, "task": task, "out": out, "precision": precision, "device": device}
-    run_eval(load_config(EvalConfig, config, rest, values), resume=resume)
+    settings = load_config(EvalConfig, config, rest, values)
+    from stepscope.pipeline import run_eval
+
+    run_eval(settings, resume=resume)
 
 
 @app.command()
@@ -202,7 +211,6 @@ def measure(
 ) -> None:
     """Measure what a checkpoint's next optimizer step does to its policy, and who did it."""
     from stepscope.config import MeasureConfig, load_config
-    from stepscope.pipeline import run_measure
 
     checkpoint, rest = _first_or_override(checkpoint, overrides)
     values: dict[str, Any] = {
@@ -218,6 +226,8 @@ def measure(
     settings = load_config(MeasureConfig, config, rest, values)
     if validate and "validation" not in settings.stages:
         settings = settings.model_copy(update={"stages": [*settings.stages, "validation"]})
+    from stepscope.pipeline import run_measure
+
     run_measure(settings, resume=resume or stages is not None)
 
 
@@ -230,9 +240,11 @@ def study(
 ) -> None:
     """Many measurements: checkpoints x settings x repeats. Goes on where an earlier call was stopped."""
     from stepscope.config import StudyConfig, load_config
+
+    settings = load_config(StudyConfig, config, overrides or [], {"out": out})
     from stepscope.pipeline import run_study
 
-    run_study(load_config(StudyConfig, config, overrides or [], {"out": out}))
+    run_study(settings)
 
 
 @app.command()
@@ -288,7 +300,7 @@ def check(
 
 def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
     """A warning as the user should see it."""
-    return f"stepscope: warning: {' '.join(str(message).split())}\n"
+    return f"stepscope: warning: {printable(str(message))}\n"
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -12,22 +13,67 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from stepscope.config.base import Section
-from stepscope.errors import ConfigError
+from stepscope.errors import ConfigError, shown
 
 _S = TypeVar("_S", bound=Section)
 
 
+LARGEST_YAML = 2**18
+"""Bytes; the longest configuration that people write has some thousand."""
+
+MOST_NODES = 100_000
+"""Values of a YAML text with every alias written out: a few nested ones can stand for any number."""
+
+_MOST_FINDINGS = 20
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, reading ``1e-5`` as the number everyone means (YAML 1.2), and no key twice."""
+    """YAML's safe loader; ``1e-5`` is the number everyone means (YAML 1.2), keys are texts, none is twice."""
+
+    def get_single_data(self) -> Any:
+        node = self.get_single_node()
+        if node is None:
+            return None
+        if _size(node, {}) > MOST_NODES:
+            raise yaml.constructor.ConstructorError(None, None, "too many values", node.start_mark)
+        return self.construct_document(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} appears twice", node.start_mark
-                )
+        seen: set[str] = set()
+        for inner, _ in node.value:
+            if inner.tag == "tag:yaml.org,2002:merge":
+                continue
+            key = self.construct_object(inner, deep=True)
+            if not isinstance(key, str):
+                problem = f"key {shown(key)} is no text; put it in quotes"
+            elif key in seen:
+                problem = f"key {shown(key)} appears twice"
+            else:
+                seen.add(key)
+                continue
+            raise yaml.constructor.ConstructorError(None, None, problem, inner.start_mark)
         return super().construct_mapping(node, deep=deep)
+
+
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    """An integer that 64 bits can hold: no setting has another, and Python writes no very large ones."""
+    value: int = loader.construct_yaml_int(node)
+    if not -(2**63) <= value < 2**64:
+        raise yaml.constructor.ConstructorError(None, None, "a whole number too large", node.start_mark)
+    return value
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+
+
+def _size(node: yaml.Node, known: dict[yaml.Node, float]) -> float:
+    """Values below a node, aliases counted each time; infinite where one holds itself."""
+    if node not in known:
+        known[node] = math.inf  # until it is known: met again below itself, it holds itself
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = (part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,)))
+        known[node] = 1 + sum(_size(part, known) for part in parts)
+    return known[node]
 
 
 _Loader.add_implicit_resolver(
@@ -39,11 +85,13 @@ def parse_yaml(text: str, source: str) -> Any:
     """Read YAML with plain types only.
 
     Raises:
-        ConfigError: the text is not YAML.
+        ConfigError: the text is not YAML, or out of all proportion.
     """
+    if len(text) > LARGEST_YAML:
+        raise ConfigError(f"{source}: {len(text)} characters are no configuration; at most {LARGEST_YAML}")
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2020-99-99, 5,000 digits
         raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
@@ -56,7 +104,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LARGEST_YAML + 1)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a UTF-8 text file, so not a YAML configuration") from error
     data = parse_yaml(text, str(path))
@@ -90,7 +139,7 @@ def apply_overrides(
         path, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", path):
             raise ConfigError(
-                f"{text!r} is not an override; write section.field=value, for example rl.steps=20"
+                f"{shown(text)} is not an override; write section.field=value, for example rl.steps=20"
             )
         literal = _holds_text(cls, path) and not _QUOTED_OR_NULL.fullmatch(value)
         set_path(result, path, value if literal else parse_yaml(value, text))
@@ -127,7 +176,7 @@ def set_path(data: dict[str, Any], path: str, value: Any) -> None:
             inner = data[name] = {}
         if not isinstance(inner, dict):
             where = ".".join(sections[: depth + 1])
-            raise ConfigError(f"{path}: {where} is the value {inner!r}, not a section")
+            raise ConfigError(f"{path}: {where} is the value {shown(inner)}, not a section")
         data = inner
     data[last] = value
 
@@ -145,9 +194,11 @@ def build_config(cls: type[_S], data: Mapping[str, Any], source: str = "configur
     try:
         return cls.model_validate(dict(data))
     except ValidationError as error:
-        findings = list(dict.fromkeys(_describe(cls, dict(item)) for item in error.errors()))
-        many = f"{len(findings)} wrong settings" if len(findings) > 1 else "wrong setting"
-        raise ConfigError(f"{source}: {many}: " + "; ".join(findings)) from error
+        wrong = error.errors(include_url=False)
+        findings = list(dict.fromkeys(_describe(cls, dict(item)) for item in wrong[:_MOST_FINDINGS]))
+        more = f"; and {len(wrong) - _MOST_FINDINGS} more" if len(wrong) > _MOST_FINDINGS else ""
+        many = f"{len(wrong)} wrong settings" if len(findings) > 1 else "wrong setting"
+        raise ConfigError(f"{source}: {many}: " + "; ".join(findings) + more) from error
 
 
 def load_config(
@@ -226,15 +277,15 @@ def _describe(cls: type[BaseModel], item: dict[str, Any]) -> str:
     if kind == "union_tag_not_found":
         return f"{path}.name: missing, and it has no default"
     if kind == "union_tag_invalid":
-        return f"{path}.name: expected {item['ctx']['expected_tags']}, got {got['name']!r}"
+        return f"{path}.name: expected {item['ctx']['expected_tags']}, got {shown(got['name'])}"
     if kind == "value_error":
         return f"{path}: {message}" if path else message
     message = re.sub(r"^Input should be (a valid )?", "expected ", message)
     if isinstance(got, BaseModel):
         return f"{path}: {message}"
-    shown = "a section" if isinstance(got, Mapping) else repr(got)
+    given = "a section" if isinstance(got, Mapping) else shown(got)
     quotes = "; put the text in quotes" if kind == "string_type" else ""
-    return f"{path}: {message}, got {shown}{quotes}"
+    return f"{path}: {message}, got {given}{quotes}"
 
 
 def _suggest(cls: type[BaseModel], section: type[BaseModel] | None, path: str) -> str:
@@ -244,7 +295,9 @@ def _suggest(cls: type[BaseModel], section: type[BaseModel] | None, path: str) -
         return f" (did you mean {'.'.join([*sections, close[0]])}?)"
     elsewhere = [p for p in _all_paths(cls) if p.rpartition(".")[2] == key]
     if elsewhere:
-        return f" (did you mean {elsewhere[0]}?)"
+        inside = f"{'.'.join(sections)}."
+        nearest = next((p for p in elsewhere if p.startswith(inside)), elsewhere[0])
+        return f" (did you mean {nearest}?)"
     return f" (known here: {', '.join(siblings)})" if siblings else ""
 
 
