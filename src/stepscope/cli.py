@@ -18,10 +18,14 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
+from stepscope.bounded import INSIDE, run_bounded
 from stepscope.errors import ConfigError, mendable_line, printable
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+COMMAND = "command"
+"""The context of a call from a shell; a call from Python stays in its process."""
 
 app = typer.Typer(
     name="stepscope",
@@ -282,16 +286,23 @@ def report(
 @app.command()
 @_mendable
 def check(
+    context: typer.Context,
     target: Annotated[
         Path, typer.Argument(metavar="CHECKPOINT|CONFIG", help="Checkpoint folder, or YAML file.")
     ],
     overrides: Overrides = None,
     task: TaskSpec = None,
+    time_limit: Annotated[
+        float, typer.Option("--time-limit", metavar="SECONDS", min=1, help="After which looking is given up.")
+    ] = 1800.0,
 ) -> None:
     """Is this fit to be measured? What is missing, and what to do? Takes the settings of measure.
 
-    On the task, a few responses are sampled from a checkpoint to see which answer format finds answers.
+    On the task, a few responses are sampled from a checkpoint to see which answer format finds answers. All
+    of it happens in a process of its own, bounded in time and memory.
     """
+    if context.obj == COMMAND and INSIDE not in os.environ:
+        raise typer.Exit(run_bounded(sys.argv[1:], seconds=time_limit, what=str(target)))
     from stepscope.pipeline import run_check
 
     if not run_check(target, overrides or [], task=task):
@@ -308,4 +319,4 @@ def main() -> None:
     # OpenMP threads spin while they wait: with the cores shared, a training step took ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.formatwarning = _one_line
-    app()
+    app(obj=COMMAND)

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stepscope.errors import BatchError, RunFolderError
+from stepscope.stats import Estimate
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -45,6 +46,8 @@ class Brief:
 
 def _brief(value: Any) -> str:
     """A value in a few characters."""
+    if isinstance(value, Estimate):
+        return f"{value.value:.4g} +- {value.stderr:.2g} {value.unit}"
     if (shape := getattr(value, "shape", None)) is not None:
         return f"<{'x'.join(map(str, shape))}>"
     if isinstance(value, Mapping | list | tuple) and value:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from stepscope.errors import CheckpointError
 from stepscope.policy.differentiation import Substituted
 from stepscope.policy.finiteness import refuse_broken_weights
+from stepscope.policy.foreign import reads_foreign
 from stepscope.policy.models import LOADING, brief, load_tokenizer, load_weights, placed, quiet
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -40,6 +41,7 @@ _originals: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary(
 """Base weights, by name in the adapted model, as they were before an initialisation rewrote them."""
 
 
+@reads_foreign
 def load_adapter(
     folder: Path,
     *,
