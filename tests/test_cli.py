@@ -186,7 +186,8 @@ def test_a_wrong_setting_is_refused_before_torch_is_imported(args):
     code = (
         "import sys\nfrom stepscope import cli\nfrom typer.testing import CliRunner\n"
         f"result = CliRunner().invoke(cli.app, {args!r})\n"
-        "assert result.exit_code == 2, result.output\nassert 'wrong setting' in result.stderr, result.stderr\n"
+        "assert result.exit_code == 2, result.output\n"
+        "assert 'wrong setting' in result.stderr, result.stderr\n"
         "print([m for m in ('torch', 'transformers', 'trl') if m in sys.modules])"
     )
     done = subprocess.run(

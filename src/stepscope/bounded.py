@@ -49,10 +49,10 @@ def run_bounded(arguments: Sequence[str], *, seconds: float, what: str) -> int:
         child.wait()
     if code < 0:
         name = signal.Signals(-code).name
-        hint = "which is what the system does where memory runs out" if code == -signal.SIGKILL else ""
+        hint = ", as where memory runs out" if code == -signal.SIGKILL else ""
         raise CheckpointError(
-            f"{what}: the process that looked at it died of {name}{', ' + hint if hint else ''}; a file in it "
-            "is damaged, or the model needs a larger machine"
+            f"{what}: the process that looked at it died of {name}{hint}; a file in it is damaged, or the "
+            "model needs a larger machine"
         )
     return code
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from stepscope.errors import CheckpointError, StepscopeError, mendable_line, printable
+from stepscope.errors import CheckpointError, mendable_line, printable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,15 +43,14 @@ def reads_foreign(function: Callable[P, R]) -> Callable[P, R]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return function(*args, **kwargs)
-        except (StepscopeError, KeyboardInterrupt, SystemExit, GeneratorExit):
-            raise
-        except BaseException as error:  # a panic of Rust is no Exception
-            if mendable_line(error):
+        except BaseException as error:
+            panic = type(error).__name__ == "PanicException"  # of Rust, and no Exception
+            if not (panic or isinstance(error, Exception)) or mendable_line(error):
                 raise
             where = getattr(args[0], "path", args[0])
             raise CheckpointError(
-                f"{where}: its files are not those of a sound checkpoint ({what_and_where(error)}); copy them "
-                "again, or load and save the model with the library that wrote it"
+                f"{where}: its files are not those of a sound checkpoint ({what_and_where(error)}); copy "
+                "them again, or load and save the model with the library that wrote it"
             ) from error
 
     return guarded

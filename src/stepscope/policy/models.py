@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.foreign import reads_foreign, refuse_disproportion, refuse_large_texts
 from stepscope.policy.finiteness import refuse_broken_weights
+from stepscope.policy.foreign import reads_foreign, refuse_disproportion, refuse_large_texts
 from stepscope.policy.precision import lift_model
 from stepscope.policy.stored import quantization
 

@@ -19,12 +19,12 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from stepscope import runs
-from stepscope.errors import RunFolderError
+from stepscope.errors import ConfigError, RunFolderError
 from stepscope.stats import Estimate
+from stepscope.yaml_text import parse_yaml
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -472,8 +472,8 @@ def _read_yaml(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, OSError) as error:
+        value = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (ConfigError, UnicodeDecodeError, OSError) as error:
         raise _damaged(path, error) from error
     if not isinstance(value, dict):
         raise _damaged(path, f"got a {type(value).__name__}, expected a mapping")
