@@ -318,14 +318,16 @@ def test_provenance_of_another_shape_is_one_line(tmp_path, change):
 
 def test_a_folder_that_goes_while_a_stage_works_is_no_bug(tmp_path):
     run = RunFolder.open(tmp_path / "run", {"a": 1}, verb="measure")
-    with pytest.raises((RunFolderError, OSError)) as gone, run.stage("step", ["step.json"]):
-        run.file("step.json").write_text("{}")
-        shutil.rmtree(run.path)
+    stage = run.stage("step", ["step.json"])
+    stage.__enter__()
+    shutil.rmtree(run.path)
+    with pytest.raises((RunFolderError, OSError)) as gone:
+        stage.__exit__(None, None, None)
     assert mendable_line(gone.value)
     run.clean_up()
 
 
-@pytest.mark.parametrize("text", ["a: " + "9" * 5000, "[" * 3000, "a: &x [*x]", "1: 2", "\x00"])
+@pytest.mark.parametrize("text", ["a: " + "9" * 5000, "[" * 3000, "a: &x [*x]", "1: 2", "\0"])
 def test_a_configuration_that_is_none_is_an_error_of_the_folder(tmp_path, text):
     run = RunFolder.open(tmp_path / "run", {"a": 1}, verb="measure")
     run.file("config.yaml").write_text(text)

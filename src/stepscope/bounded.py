@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from stepscope.errors import CheckpointError
 
@@ -34,7 +35,7 @@ def run_bounded(arguments: Sequence[str], *, seconds: float, what: str) -> int:
         CheckpointError: it took too long, or died of a signal.
     """
     child = subprocess.Popen(
-        [sys.executable, "-c", f"from {__name__} import enter; enter()", *arguments],
+        [sys.executable, "-c", _INSIDE, *arguments],
         env={**os.environ, INSIDE: "1"},
     )
     try:
@@ -57,12 +58,13 @@ def run_bounded(arguments: Sequence[str], *, seconds: float, what: str) -> int:
     return code
 
 
-def enter() -> None:
-    """Inside: bound the memory, then be the command line."""
-    if not os.path.exists("/dev/nvidiactl"):  # noqa: PTH110 (nothing else is imported before the limit)
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (memory if hard < 0 else min(memory, hard), hard))
-    from stepscope.cli import main
+def limit_memory() -> None:
+    """Let this process allocate no more than the machine has."""
+    if Path("/dev/nvidiactl").exists():
+        return
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory if hard < 0 else min(memory, hard), hard))
 
-    main()
+
+_INSIDE = f"from {__name__} import limit_memory; limit_memory(); from stepscope.cli import main; main()"

@@ -419,7 +419,7 @@ def _forward(policy: Policy) -> list[Finding]:
 
 def made_up_sequences(policy: Policy) -> tuple[list[list[int]], list[list[int]]]:
     """Made-up prompts and responses of different lengths, of tokens that the model does not exclude."""
-    with torch.no_grad(), matching_precision(policy.model):
+    with torch.no_grad(), matching_precision(policy.model), plain_experts(policy.model):
         logits = policy.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=policy.device)).logits[
             0, -1
         ]
