@@ -16,7 +16,7 @@ TASK = "arithmetic:terms=2,digits=2,ops=+"
 def test_every_public_name_exists_and_is_listed():
     for name in ss.__all__:
         assert getattr(ss, name) is not None
-    assert set(ss.__all__) <= set(dir(ss))
+    assert dir(ss) == sorted(ss.__all__)
     with pytest.raises(AttributeError, match="no attribute 'measure_chnage'"):
         _ = ss.measure_chnage  # type: ignore[attr-defined]
 
@@ -40,6 +40,10 @@ def test_a_measurement_in_python(checkpoint):
     assert kernel.update["preconditioned"].shape == (24, 24)
     assert kernel.probe["preconditioned"].shape == (24, 24)
     assert noise.noise_scale.unit == "prompts"
+    for record in (policy, policy.optimizer, update, step, change, shares, kernel, noise):
+        assert type(record).__name__ in repr(record)
+        assert len(repr(record)) < 2500
+    assert "sequences=<24>" in repr(shares)
 
 
 def test_the_example_of_the_readme_runs(checkpoint, capsys):

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from stepscope import cli, pipeline
 from stepscope.errors import ConfigError
+from stepscope.pipeline.check import kind_of_config
 
 VERBS = ("demo", "train", "eval", "measure", "study", "report", "check")
 
@@ -159,3 +167,115 @@ def test_misfit_checkpoint_fails_the_check(monkeypatch):
     assert "not fit" in mendable("check", "x")
     monkeypatch.setitem(vars(pipeline), "run_check", lambda target, overrides, task: True)
     assert run("check", "x").exit_code == 0
+
+
+WRONG = (
+    ["train", "configs/objectives.yaml", "rl.stepz=3"],
+    ["eval", "x", "num_promts=3"],
+    ["measure", "x", "--out", "y", "--precision", "float65"],
+    ["measure", "x", "--out", "y", "lrs=[-1]"],
+    ["study", "configs/study.yaml", "repeats=-1"],
+    ["check", "tests", "update.seeed=1"],
+    ["demo", "train.rl.stepz=3"],
+)
+
+
+@pytest.mark.parametrize("args", WRONG, ids=lambda args: args[0])
+def test_a_wrong_setting_is_refused_before_torch_is_imported(args):
+    """In a process of its own, from the root of the repository; the clock only bounds a gross delay."""
+    code = (
+        "import sys\nfrom stepscope import cli\nfrom typer.testing import CliRunner\n"
+        f"result = CliRunner().invoke(cli.app, {args!r})\n"
+        "assert result.exit_code == 2, result.output\n"
+        "assert 'wrong setting' in result.stderr, result.stderr\n"
+        "print([m for m in ('torch', 'transformers', 'trl') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_completion_is_offered():
+    assert "--install-completion" in run("--help").output
+
+
+REFUSED = {
+    errno.ENOSPC: "make room",
+    errno.EROFS: "can be written",
+    errno.ENAMETOOLONG: "shorter name",
+    errno.ENOENT: "removed meanwhile",
+}
+
+
+@pytest.mark.parametrize("number", REFUSED)
+def test_what_the_system_refuses_is_one_line(monkeypatch, number):
+    error = OSError(number, os.strerror(number), "/some/file")
+    monkeypatch.setitem(vars(pipeline), "run_report", failing(error))
+    line = mendable("report", "x")
+    assert REFUSED[number] in line
+    assert "/some/file" in line
+
+
+def test_a_full_disk_and_no_memory_in_the_words_of_libraries(tmp_path, monkeypatch):
+    """Those of safetensors and torch themselves, met by asking for what cannot be."""
+    (tmp_path / "full.safetensors").symlink_to("/dev/full")
+    with pytest.raises(SafetensorError) as full:
+        save_file({"a": torch.zeros(4)}, tmp_path / "nowhere" / "a.safetensors")
+    with pytest.raises(RuntimeError) as memory:
+        torch.empty(2**60, dtype=torch.uint8)
+    for error, cure in (
+        (full.value, "check the path"),
+        (memory.value, "batch_size"),
+        (MemoryError(), "batch"),
+    ):
+        monkeypatch.setitem(vars(pipeline), "run_report", failing(error))
+        assert cure in mendable("report", "x")
+
+
+def test_a_page_on_a_full_disk_is_one_line(tmp_path, checkpoint):
+    """The partial file of the page is a device that has no room."""
+    (tmp_path / "report.html.partial").symlink_to("/dev/full")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-4").symlink_to(checkpoint)
+    assert "No space left" in mendable("report", str(tmp_path))
+
+
+def test_names_that_no_file_system_has(tmp_path):
+    for name in ("n" * 5000, str(tmp_path / ("n" * 300))):
+        for args in (
+            ["report", name],
+            ["check", name],
+            ["train", name],
+            ["eval", name],
+            ["measure", name, "--out", name],
+        ):
+            assert len(mendable(*args)) < 2200
+
+
+def test_a_message_is_printable_and_bounded(monkeypatch):
+    monkeypatch.setitem(vars(pipeline), "run_report", failing(ConfigError("\x1b[31m" + "long " * 10_000)))
+    line = mendable("report", "x")
+    assert "\x1b" not in line
+    assert len(line) < 2200
+
+
+@pytest.mark.parametrize(
+    "file", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda f: f.stem
+)
+def test_the_shipped_configurations_are_of_the_verb_they_name(file):
+    """By their own first lines, `stepscope VERB ...`."""
+    verb = re.search(r"stepscope (train|measure|study|eval)\b", file.read_text())
+    assert verb is not None
+    assert kind_of_config(file).__name__.lower() == f"{verb[1]}config"
+    assert "../" not in file.read_text()
+
+
+def test_check_of_a_measurement_without_checkpoint_and_out():
+    result = run("check", str(Path(__file__).parents[1] / "configs" / "measure.yaml"))
+    assert result.exit_code == 0
+    assert "a valid MeasureConfig, with checkpoint and out to be given" in " ".join(result.stdout.split())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from stepscope import runs
-from stepscope.errors import RunFolderError
+from stepscope.errors import RunFolderError, mendable_line
 from stepscope.runs import RunFolder
 
 CONFIG = {"checkpoint": "c", "probe": {"seed": 1}, "stages": ["a"]}
@@ -313,3 +314,22 @@ def test_provenance_of_another_shape_is_one_line(tmp_path, change):
     runs.write_json(run.file("provenance.json"), {**run.provenance(), **change})
     with pytest.raises(RunFolderError, match="not the provenance of a run"):
         run.is_done("a")
+
+
+def test_a_folder_that_goes_while_a_stage_works_is_no_bug(tmp_path):
+    run = RunFolder.open(tmp_path / "run", {"a": 1}, verb="measure")
+    stage = run.stage("step", ["step.json"])
+    stage.__enter__()
+    shutil.rmtree(run.path)
+    with pytest.raises((RunFolderError, OSError)) as gone:
+        stage.__exit__(None, None, None)
+    assert mendable_line(gone.value)
+    run.clean_up()
+
+
+@pytest.mark.parametrize("text", ["a: " + "9" * 5000, "[" * 3000, "a: &x [*x]", "1: 2", "\0"])
+def test_a_configuration_that_is_none_is_an_error_of_the_folder(tmp_path, text):
+    run = RunFolder.open(tmp_path / "run", {"a": 1}, verb="measure")
+    run.file("config.yaml").write_text(text)
+    with pytest.raises(RunFolderError, match=r"config\.yaml"):
+        run.config()

@@ -1,5 +1,7 @@
 """The command line: verbs, options and ``section.field=value`` overrides. Never imports torch by itself.
 
+A verb is imported after its settings are checked, since most of them load torch.
+
 Exit code 0: done. 2: the user can mend it (one line on standard error). 130: interrupted. 1: a bug, with its
 traceback.
 """
@@ -16,16 +18,19 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 
-from stepscope.errors import ConfigError, StepscopeError
+from stepscope.bounded import INSIDE, run_bounded
+from stepscope.errors import ConfigError, mendable_line, printable
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+
+COMMAND = "command"
+"""The context of a call from a shell; a call from Python stays in its process."""
 
 app = typer.Typer(
     name="stepscope",
     help="One reinforcement-learning step of a language model under the microscope.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -55,14 +60,16 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that 
 
 
 def _mendable(command: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Turn an error the user can mend into one line and exit code 2, and an interrupt into 130."""
+    """Turn what the user can mend into one line and exit code 2, and an interrupt into 130."""
 
     @wraps(command)
     def wrapped(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             return command(*args, **kwargs)
-        except StepscopeError as error:
-            print(f"stepscope: error: {' '.join(str(error).split())}", file=sys.stderr)
+        except Exception as error:  # what is no refusal goes on as it came
+            if not (line := mendable_line(error)):
+                raise
+            print(f"stepscope: error: {line}", file=sys.stderr)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as interrupt:
             print("stepscope: interrupted; what is finished is kept", file=sys.stderr)
@@ -111,6 +118,9 @@ def demo(
 
     Goes on where an earlier call was stopped.
     """
+    from stepscope.config import demo_config
+
+    demo_config(out, overrides or [])
     from stepscope.pipeline import run_demo
 
     run_demo(out, overrides or [])
@@ -126,9 +136,10 @@ def train(
 ) -> None:
     """Supervised warm-up and/or reinforcement learning; checkpoints under OUT/checkpoints/step-N."""
     from stepscope.config import TrainConfig, load_config
-    from stepscope.pipeline import run_train
 
     settings = load_config(TrainConfig, config, overrides or [], {"out": out})
+    from stepscope.pipeline import run_train
+
     run_train(settings, resume=resume)
 
 
@@ -154,11 +165,13 @@ def evaluate(
 ) -> None:
     """pass@k, format, length and entropy with their errors, one row per checkpoint; and a page of curves."""
     from stepscope.config import EvalConfig, load_config
-    from stepscope.pipeline import run_eval
 
     source, rest = _first_or_override(source, overrides)
     values = {"source": source, "task": task, "out": out, "precision": precision, "device": device}
-    run_eval(load_config(EvalConfig, config, rest, values), resume=resume)
+    settings = load_config(EvalConfig, config, rest, values)
+    from stepscope.pipeline import run_eval
+
+    run_eval(settings, resume=resume)
 
 
 @app.command()
@@ -202,7 +215,6 @@ def measure(
 ) -> None:
     """Measure what a checkpoint's next optimizer step does to its policy, and who did it."""
     from stepscope.config import MeasureConfig, load_config
-    from stepscope.pipeline import run_measure
 
     checkpoint, rest = _first_or_override(checkpoint, overrides)
     values: dict[str, Any] = {
@@ -218,6 +230,8 @@ def measure(
     settings = load_config(MeasureConfig, config, rest, values)
     if validate and "validation" not in settings.stages:
         settings = settings.model_copy(update={"stages": [*settings.stages, "validation"]})
+    from stepscope.pipeline import run_measure
+
     run_measure(settings, resume=resume or stages is not None)
 
 
@@ -230,9 +244,11 @@ def study(
 ) -> None:
     """Many measurements: checkpoints x settings x repeats. Goes on where an earlier call was stopped."""
     from stepscope.config import StudyConfig, load_config
+
+    settings = load_config(StudyConfig, config, overrides or [], {"out": out})
     from stepscope.pipeline import run_study
 
-    run_study(load_config(StudyConfig, config, overrides or [], {"out": out}))
+    run_study(settings)
 
 
 @app.command()
@@ -270,16 +286,23 @@ def report(
 @app.command()
 @_mendable
 def check(
+    context: typer.Context,
     target: Annotated[
         Path, typer.Argument(metavar="CHECKPOINT|CONFIG", help="Checkpoint folder, or YAML file.")
     ],
     overrides: Overrides = None,
     task: TaskSpec = None,
+    time_limit: Annotated[
+        float, typer.Option("--time-limit", metavar="SECONDS", min=1, help="After which looking is given up.")
+    ] = 1800.0,
 ) -> None:
     """Is this fit to be measured? What is missing, and what to do? Takes the settings of measure.
 
-    On the task, a few responses are sampled from a checkpoint to see which answer format finds answers.
+    On the task, a few responses are sampled from a checkpoint to see which answer format finds answers. All
+    of it happens in a process of its own, bounded in time and memory.
     """
+    if context.obj == COMMAND and INSIDE not in os.environ:
+        raise typer.Exit(run_bounded(sys.argv[1:], seconds=time_limit, what=str(target)))
     from stepscope.pipeline import run_check
 
     if not run_check(target, overrides or [], task=task):
@@ -288,7 +311,7 @@ def check(
 
 def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
     """A warning as the user should see it."""
-    return f"stepscope: warning: {' '.join(str(message).split())}\n"
+    return f"stepscope: warning: {printable(str(message))}\n"
 
 
 def main() -> None:
@@ -296,4 +319,4 @@ def main() -> None:
     # OpenMP threads spin while they wait: with the cores shared, a training step took ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.formatwarning = _one_line
-    app()
+    app(obj=COMMAND)

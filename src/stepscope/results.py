@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stepscope.errors import BatchError, RunFolderError
+from stepscope.stats import Estimate
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -34,8 +35,29 @@ def same_text(text: str) -> str:
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n")).strip()
 
 
-@dataclass(frozen=True)
-class Rollouts:
+class Brief:
+    """A record whose ``repr`` is a line for a notebook: what is large is shown by its size."""
+
+    def __repr__(self) -> str:
+        """Name and fields, in the order they are declared in."""
+        parts = [f"{f.name}={_brief(getattr(self, f.name))}" for f in fields(self)]  # type: ignore[arg-type]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _brief(value: Any) -> str:
+    """A value in a few characters."""
+    if isinstance(value, Estimate):
+        return f"{value.value:.4g} +- {value.stderr:.2g} {value.unit}"
+    if (shape := getattr(value, "shape", None)) is not None:
+        return f"<{'x'.join(map(str, shape))}>"
+    if isinstance(value, Mapping | list | tuple) and value:
+        return f"<{len(value)} entries>"
+    text = repr(value)
+    return text if isinstance(value, Brief) or len(text) <= 60 else f"<{type(value).__name__}>"
+
+
+@dataclass(frozen=True, repr=False)
+class Rollouts(Brief):
     """A batch of sampled responses, one entry per sequence on every field.
 
     Attributes:

@@ -28,7 +28,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from stepscope import results
-from stepscope.errors import RunFolderError
+from stepscope.errors import ConfigError, RunFolderError
+from stepscope.yaml_text import parse_yaml
 
 CONFIG = "config.yaml"
 PROVENANCE = "provenance.json"
@@ -328,8 +329,8 @@ class RunFolder:
         """
         file = self.path / CONFIG
         try:
-            data = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+            data = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+        except (OSError, UnicodeDecodeError, ConfigError) as error:
             raise RunFolderError(f"{file}: cannot be read; is {self.path} a run folder?") from error
         if not isinstance(data, dict):
             raise RunFolderError(f"{file}: expected `key: value` lines; is {self.path} a run folder?")

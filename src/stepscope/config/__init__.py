@@ -10,7 +10,6 @@ from stepscope.config.loading import (
     build_config,
     dump_config,
     load_config,
-    parse_yaml,
     read_yaml,
     set_path,
 )
@@ -85,7 +84,6 @@ __all__ = [
     "demo_config",
     "dump_config",
     "load_config",
-    "parse_yaml",
     "read_yaml",
     "set_path",
 ]

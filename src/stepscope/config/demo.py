@@ -8,9 +8,10 @@ from pathlib import Path
 
 from stepscope.config.base import Section
 from stepscope.config.evaluate import EvalSettings
-from stepscope.config.loading import apply_overrides, build_config, parse_yaml
+from stepscope.config.loading import apply_overrides, build_config
 from stepscope.config.measure import MeasureSettings
 from stepscope.config.train import TrainConfig
+from stepscope.yaml_text import parse_yaml
 
 
 class DemoConfig(Section):

@@ -12,39 +12,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from stepscope.config.base import Section
-from stepscope.errors import ConfigError
+from stepscope.errors import ConfigError, shown
+from stepscope.yaml_text import LARGEST_YAML, parse_yaml
 
 _S = TypeVar("_S", bound=Section)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, reading ``1e-5`` as the number everyone means (YAML 1.2), and no key twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} appears twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """Read YAML with plain types only.
-
-    Raises:
-        ConfigError: the text is not YAML.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from error
+_MOST_FINDINGS = 20
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -56,7 +30,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(LARGEST_YAML + 1)
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a UTF-8 text file, so not a YAML configuration") from error
     data = parse_yaml(text, str(path))
@@ -90,7 +65,7 @@ def apply_overrides(
         path, equals, value = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", path):
             raise ConfigError(
-                f"{text!r} is not an override; write section.field=value, for example rl.steps=20"
+                f"{shown(text)} is not an override; write section.field=value, for example rl.steps=20"
             )
         literal = _holds_text(cls, path) and not _QUOTED_OR_NULL.fullmatch(value)
         set_path(result, path, value if literal else parse_yaml(value, text))
@@ -127,7 +102,7 @@ def set_path(data: dict[str, Any], path: str, value: Any) -> None:
             inner = data[name] = {}
         if not isinstance(inner, dict):
             where = ".".join(sections[: depth + 1])
-            raise ConfigError(f"{path}: {where} is the value {inner!r}, not a section")
+            raise ConfigError(f"{path}: {where} is the value {shown(inner)}, not a section")
         data = inner
     data[last] = value
 
@@ -145,9 +120,11 @@ def build_config(cls: type[_S], data: Mapping[str, Any], source: str = "configur
     try:
         return cls.model_validate(dict(data))
     except ValidationError as error:
-        findings = list(dict.fromkeys(_describe(cls, dict(item)) for item in error.errors()))
-        many = f"{len(findings)} wrong settings" if len(findings) > 1 else "wrong setting"
-        raise ConfigError(f"{source}: {many}: " + "; ".join(findings)) from error
+        wrong = error.errors(include_url=False)
+        findings = list(dict.fromkeys(_describe(cls, dict(item)) for item in wrong[:_MOST_FINDINGS]))
+        more = f"; and {len(wrong) - _MOST_FINDINGS} more" if len(wrong) > _MOST_FINDINGS else ""
+        many = f"{len(wrong)} wrong settings" if len(findings) > 1 else "wrong setting"
+        raise ConfigError(f"{source}: {many}: " + "; ".join(findings) + more) from error
 
 
 def load_config(
@@ -226,15 +203,15 @@ def _describe(cls: type[BaseModel], item: dict[str, Any]) -> str:
     if kind == "union_tag_not_found":
         return f"{path}.name: missing, and it has no default"
     if kind == "union_tag_invalid":
-        return f"{path}.name: expected {item['ctx']['expected_tags']}, got {got['name']!r}"
+        return f"{path}.name: expected {item['ctx']['expected_tags']}, got {shown(got['name'])}"
     if kind == "value_error":
         return f"{path}: {message}" if path else message
     message = re.sub(r"^Input should be (a valid )?", "expected ", message)
     if isinstance(got, BaseModel):
         return f"{path}: {message}"
-    shown = "a section" if isinstance(got, Mapping) else repr(got)
+    given = "a section" if isinstance(got, Mapping) else shown(got)
     quotes = "; put the text in quotes" if kind == "string_type" else ""
-    return f"{path}: {message}, got {shown}{quotes}"
+    return f"{path}: {message}, got {given}{quotes}"
 
 
 def _suggest(cls: type[BaseModel], section: type[BaseModel] | None, path: str) -> str:
@@ -244,7 +221,9 @@ def _suggest(cls: type[BaseModel], section: type[BaseModel] | None, path: str) -
         return f" (did you mean {'.'.join([*sections, close[0]])}?)"
     elsewhere = [p for p in _all_paths(cls) if p.rpartition(".")[2] == key]
     if elsewhere:
-        return f" (did you mean {elsewhere[0]}?)"
+        inside = f"{'.'.join(sections)}."
+        nearest = next((p for p in elsewhere if p.startswith(inside)), elsewhere[0])
+        return f" (did you mean {nearest}?)"
     return f" (known here: {', '.join(siblings)})" if siblings else ""
 
 

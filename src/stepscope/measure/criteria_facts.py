@@ -14,15 +14,15 @@ from torch import Tensor
 from stepscope.errors import BatchError, MeasurementError
 from stepscope.policy.forward import batches, forward
 from stepscope.policy.state import Policy
-from stepscope.results import FloatArray, IntArray, Rollouts
+from stepscope.results import Brief, FloatArray, IntArray, Rollouts
 
 Level = Literal["token", "sequence"]
 Kind = Literal["literature", "control"]
 Target = Literal["signed", "magnitude"]
 
 
-@dataclass(frozen=True)
-class TokenFacts:
+@dataclass(frozen=True, repr=False)
+class TokenFacts(Brief):
     """What criteria may look at: one entry per response token of the update batch, in the order of the batch.
 
     Attributes:

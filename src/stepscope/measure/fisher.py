@@ -32,7 +32,7 @@ from stepscope.policy.products import per_sequence_dots
 from stepscope.policy.projection import Sketch, sketches
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
-from stepscope.results import FloatArray, IntArray, Rollouts
+from stepscope.results import Brief, FloatArray, IntArray, Rollouts
 from stepscope.stats import Estimate
 
 MOST_TOKENS = 4096
@@ -42,8 +42,8 @@ PROJECTION_CHECK = 64
 """Sequences whose exact kernel measures the error of a random projection."""
 
 
-@dataclass(frozen=True)
-class FisherKernel:
+@dataclass(frozen=True, repr=False)
+class FisherKernel(Brief):
     """Kernels of an update batch with itself and with a probe batch.
 
     Attributes:

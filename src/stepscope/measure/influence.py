@@ -37,7 +37,7 @@ from stepscope.policy.gradients import Mode, directional_derivative, response_lo
 from stepscope.policy.gram import gram
 from stepscope.policy.products import per_sequence_dots
 from stepscope.policy.state import Policy
-from stepscope.results import FloatArray, Rollouts
+from stepscope.results import Brief, FloatArray, Rollouts
 from stepscope.stats import Estimate
 
 DISAGREEMENT_LIMIT = {torch.float64: 1e-8, torch.float32: 1e-2}
@@ -72,8 +72,8 @@ class InfluenceOptions(TypedDict, total=False):
     progress: bool
 
 
-@dataclass(frozen=True)
-class Influence:
+@dataclass(frozen=True, repr=False)
+class Influence(Brief):
     """What every sequence and token of the update batch does to a quantity, to first order.
 
     Attributes:

@@ -20,7 +20,7 @@ from stepscope.measure.leaderboard_truths import PRECONDITIONERS, TRUTHS, Truth,
 from stepscope.measure.step import Step
 from stepscope.policy.gradients import Mode
 from stepscope.policy.state import Policy
-from stepscope.results import FloatArray, IntArray, Rollouts
+from stepscope.results import Brief, FloatArray, IntArray, Rollouts
 from stepscope.stats import Estimate
 
 FEWEST = 3
@@ -114,8 +114,8 @@ class TruthSummary:
         }
 
 
-@dataclass(frozen=True)
-class Leaderboard:
+@dataclass(frozen=True, repr=False)
+class Leaderboard(Brief):
     """All criteria against all truths.
 
     Attributes:

@@ -27,15 +27,15 @@ from stepscope.policy.gram import MEMORY_BYTES, grams
 from stepscope.policy.objective import token_weights as loss_token_weights
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
-from stepscope.results import FloatArray, IntArray, Rollouts
+from stepscope.results import Brief, FloatArray, IntArray, Rollouts
 from stepscope.stats import Estimate
 
 RESOLVED = 2.0
 """A signal smaller than this many standard errors does not carry a ratio."""
 
 
-@dataclass(frozen=True)
-class NoiseScale:
+@dataclass(frozen=True, repr=False)
+class NoiseScale(Brief):
     """Signal and noise of one gradient metric, or of one quantity's response to the step.
 
     Attributes:
@@ -65,8 +65,8 @@ class NoiseScale:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class NoiseScales:
+@dataclass(frozen=True, repr=False)
+class NoiseScales(Brief):
     """Noise scales of one update batch.
 
     Attributes:

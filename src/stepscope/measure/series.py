@@ -17,6 +17,7 @@ from stepscope.measure.quantities import Quantity, unit_of
 from stepscope.measure.second_order import linear_up_to, measurable_from, round_off_floor, second
 from stepscope.measure.uncertainty import Evidence, Statistic, estimate
 from stepscope.measure.weights import WeightCheck, check_weights, importance_weights, last_weights
+from stepscope.results import Brief
 from stepscope.stats import Estimate, LogLogFit, loglog_fit
 
 
@@ -59,8 +60,8 @@ class ChangePoint:
         }
 
 
-@dataclass(frozen=True)
-class Change:
+@dataclass(frozen=True, repr=False)
+class Change(Brief):
     """The change of one quantity, in one normalisation and version, over a sweep of learning rates.
 
     Attributes:

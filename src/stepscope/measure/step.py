@@ -38,7 +38,7 @@ from stepscope.policy.gradients import Objective, gradient
 from stepscope.policy.objective import bonus_weights, token_weights
 from stepscope.policy.rollouts import score_discriminators, score_rollouts
 from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
-from stepscope.results import FloatArray, Rollouts
+from stepscope.results import Brief, FloatArray, Rollouts
 
 CLIP_EPSILON = 1e-6
 """``torch.nn.utils.clip_grad_norm_`` adds this to the norm."""
@@ -47,8 +47,8 @@ DRIFT_LIMIT = 0.05
 """Mean |difference| of log-probs, in nats, above which a batch cannot be called this policy's own."""
 
 
-@dataclass(frozen=True)
-class Step:
+@dataclass(frozen=True, repr=False)
+class Step(Brief):
     """One AdamW step in components.
 
     All vectors are keyed by ``named_parameters()`` names and per unit of ``lr``. With several learning rates,

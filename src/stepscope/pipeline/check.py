@@ -50,9 +50,10 @@ def run_check(target: Path, overrides: Sequence[str] = (), *, task: str | None =
     if target.is_file():
         return _check_config(target, overrides, task)
     values = {"checkpoint": str(target), "out": "unused", "task": task}
+    config = load_config(MeasureConfig, None, overrides, values)
     from stepscope.policy.examination import Finding
 
-    found = check_checkpoint(load_config(MeasureConfig, None, overrides, values))
+    found = check_checkpoint(config)
     found.append(Finding(*_isolation()))
     table = Table("", "finding", "what to do")
     for finding in found:
@@ -92,22 +93,28 @@ def check_checkpoint(config: MeasureConfig) -> list[Finding]:
     return found
 
 
+KINDS: tuple[type[Section], ...] = (TrainConfig, MeasureConfig, EvalConfig, StudyConfig)
+"""Configurations a file may hold; of several with as many of its keys, the first."""
+
+ON_COMMAND_LINE = ("checkpoint", "source", "out")
+"""Keys that a file may leave to the command line."""
+
+
 def kind_of_config(path: Path) -> type[Section]:
-    """Which verb a configuration file is for, by the keys only that verb has."""
+    """Which verb a configuration file is for: the one that knows most of its keys."""
     keys = set(read_yaml(path))
-    kinds: dict[str, type[Section]] = {
-        "checkpoints": StudyConfig,
-        "checkpoint": MeasureConfig,
-        "source": EvalConfig,
-    }
-    return next((kind for key, kind in kinds.items() if key in keys), TrainConfig)
+    return max(KINDS, key=lambda kind: len(keys.intersection(kind.model_fields)))
 
 
 def _check_config(path: Path, overrides: Sequence[str], task: str | None) -> bool:
     kind = kind_of_config(path)
-    config = load_config(kind, path, overrides, {"task": task})
+    given = {*read_yaml(path), *(text.partition("=")[0] for text in overrides)}
+    required = {name for name, field in kind.model_fields.items() if field.is_required()}
+    left = [name for name in ON_COMMAND_LINE if name in required - given] if kind is not StudyConfig else []
+    config = load_config(kind, path, overrides, {"task": task} | dict.fromkeys(left, "unused"))
     console = Console()
-    console.print(Text(f"{path}: a valid {kind.__name__}"))
+    still = f", with {' and '.join(left)} to be given on the command line" if left else ""
+    console.print(Text(f"{path}: a valid {kind.__name__}{still}"))
     if isinstance(config, TrainConfig | EvalConfig | MeasureConfig) and config.task:
         if isinstance(config, TrainConfig):
             loaded = load_task(config.task, template=config.template, answer_format=config.answer_format)

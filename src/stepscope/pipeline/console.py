@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 
 def on_terminal() -> bool:
@@ -16,6 +17,14 @@ def on_terminal() -> bool:
 def say(text: str) -> None:
     """One line on standard error."""
     print(text, file=sys.stderr, flush=True)
+
+
+def say_result(verb: str, sentences: Sequence[str], *files: Path) -> None:
+    """What a command found and where it is to be read: the last that it says."""
+    for sentence in sentences:
+        say(sentence)
+    if files:
+        say(f"{verb}: {', '.join(map(str, files))}")
 
 
 @contextmanager

@@ -25,14 +25,15 @@ from stepscope.evaluation import (
     write_eval,
 )
 from stepscope.measure.entropy_law import fit_run
-from stepscope.pipeline.console import on_terminal, say, timed
+from stepscope.pipeline.console import on_terminal, say, say_result, timed
 from stepscope.pipeline.data import hold_data, say_what_is_shared, tasks_of
 from stepscope.pipeline.logged_prompts import prompt_conflict
 from stepscope.pipeline.processes import is_main_process
 from stepscope.pipeline.session import open_policy, open_task
 from stepscope.policy.checkpoint import checkpoint_digest, read_settings
+from stepscope.policy.devices import usable_device
 from stepscope.policy.state import Policy
-from stepscope.report import write_evaluation
+from stepscope.report import evaluated, write_evaluation
 from stepscope.results import FloatArray
 from stepscope.runs import RunFolder, locked, verified, write_json
 from stepscope.tasks import TemplatedTask
@@ -104,7 +105,8 @@ def run_eval(config: EvalConfig, *, resume: bool = False) -> Path:
     if out.exists() and not _companion(out, "parts").is_dir():
         raise RunFolderError(f"{out}: no {_companion(out, 'parts').name} beside it to go on from; remove it")
     evaluate_all(config, out, resume=resume)
-    say(f"eval: {out}, {write_evaluation(out)}")
+    page = write_evaluation(out)
+    say_result("eval", evaluated(out), out, page)
     return out
 
 
@@ -116,6 +118,7 @@ def evaluate_all(config: EvalConfig, out: Path, *, resume: bool) -> None:
         CheckpointError: there is no checkpoint.
         TaskError: a task's data are not those the evaluation began with.
     """
+    usable_device(config.device)
     checkpoints = checkpoints_in(Path(config.source))
     folder = _companion(out, "parts")
     with locked(folder):

@@ -14,6 +14,7 @@ from stepscope.errors import MeasurementError
 from stepscope.measure.line import derivatives
 from stepscope.measure.quantities import make_quantity
 from stepscope.policy.examination import Finding, examine, made_up_sequences
+from stepscope.policy.foreign import reads_foreign
 from stepscope.policy.objective import has_bonus, refuse_cut_bonus
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
@@ -22,6 +23,7 @@ DIFFERENTIATING: frozenset[Stage] = frozenset({"change", "influence", "validatio
 """Stages that need forward-mode derivatives of the model."""
 
 
+@reads_foreign
 def findings(policy: Policy, config: MeasureSettings, stages: list[Stage]) -> list[Finding]:
     """Everything known about a policy before it is measured.
 

@@ -6,20 +6,23 @@ from pathlib import Path
 
 from stepscope.config import MeasureConfig, Stage
 from stepscope.errors import RunFolderError
-from stepscope.pipeline.console import say
+from stepscope.pipeline.console import say, say_result
 from stepscope.pipeline.data import hold_data
 from stepscope.pipeline.processes import is_main_process
 from stepscope.pipeline.session import Session
-from stepscope.pipeline.stages import PLANS, write_summary
+from stepscope.pipeline.stages import PAGE, PLANS, write_summary
 from stepscope.policy.checkpoint import checkpoint_digest
 from stepscope.policy.state import Policy
+from stepscope.report import measured
 from stepscope.runs import RunFolder, locked
 
 MAY_DIFFER = ("stages", "out", "validation", "memory", "scratch")
 """Keys of the configuration that may change between two calls on one run folder."""
 
 
-def run_measure(config: MeasureConfig, *, resume: bool = False, policy: Policy | None = None) -> Path:
+def run_measure(
+    config: MeasureConfig, *, resume: bool = False, policy: Policy | None = None, show_page: bool = True
+) -> Path:
     """Measure what a checkpoint's next step does; leaves the files of DESIGN 5.3.
 
     A finished stage is not repeated; a stage that is repeated (because its files were removed) invalidates
@@ -30,6 +33,7 @@ def run_measure(config: MeasureConfig, *, resume: bool = False, policy: Policy |
         config: what to measure, how, and where to.
         resume: allow a folder that already holds a run of the same configuration; ``stages`` may differ.
         policy: the checkpoint, where it is loaded already.
+        show_page: say at the end where the page is.
 
     Returns:
         The run folder.
@@ -46,6 +50,8 @@ def run_measure(config: MeasureConfig, *, resume: bool = False, policy: Policy |
         return run.path
     with locked(run.path):
         _measure(config, run, resume, policy)
+    page = run.file(PAGE)
+    say_result("measure", measured(run.path), *([page if page.is_file() else run.path] if show_page else []))
     return run.path
 
 

@@ -34,6 +34,9 @@ from stepscope.stats import NOT_FINITE, Estimate, LogLogFit, clustered_mean
 
 Summary = dict[str, Estimate]
 
+PAGE = "report.html"
+"""The page of a measurement."""
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -400,6 +403,6 @@ PLANS: dict[Stage, StagePlan] = {
     "criteria": StagePlan(
         judge_criteria, ("criteria.json", "criteria_tokens.parquet", "pareto.json"), ("rollouts", "step")
     ),
-    "report": StagePlan(write_page, ("report.html",), ("rollouts",), needs_policy=False),
+    "report": StagePlan(write_page, (PAGE,), ("rollouts",), needs_policy=False),
 }
 """What each stage does, leaves and needs."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from stepscope import runs
 from stepscope.config import MeasureConfig, StudyConfig, build_config, set_path
-from stepscope.pipeline.console import say
+from stepscope.pipeline.console import say, say_result
 from stepscope.pipeline.data import hold_data, tasks_of
 from stepscope.pipeline.evaluate import checkpoints_in
 from stepscope.pipeline.measure import run_measure
@@ -22,7 +22,7 @@ from stepscope.pipeline.study_leaderboard import standing_rows, summarise_standi
 from stepscope.pipeline.study_table import Row, cell_fits, cell_rows, summarise
 from stepscope.policy.checkpoint import read_settings
 from stepscope.policy.state import Policy
-from stepscope.report import write_study_report
+from stepscope.report import studied, write_study_report
 from stepscope.runs import RunFolder, locked
 from stepscope.tasks import TemplatedTask
 
@@ -127,7 +127,8 @@ def run_study(config: StudyConfig) -> Path:
         folder.mkdir(exist_ok=True)
         _measure_missing(cells, folder)
         _write_tables(config, cells, run, folder)
-        say(f"study: {write_study_report(out)}")
+        page = write_study_report(out)
+        say_result("study", studied(out), page)
     return out
 
 
@@ -179,7 +180,7 @@ def _measure_missing(cells: list[Cell], folder: Path) -> None:
             loaded = (wanted, policy)
         place = len(cells) - len(missing) + number + 1
         say(f"cell {place}/{len(cells)}: {cell.key}{_ahead(begin, number, missing)}")
-        run_measure(cell.config, policy=loaded[1])
+        run_measure(cell.config, policy=loaded[1], show_page=False)
         partial.replace(folder / cell.key)
 
 

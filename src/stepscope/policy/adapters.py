@@ -16,9 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from stepscope.errors import CheckpointError
+from stepscope.errors import CheckpointError, shown
 from stepscope.policy.differentiation import Substituted
 from stepscope.policy.finiteness import refuse_broken_weights
+from stepscope.policy.foreign import reads_foreign
 from stepscope.policy.models import LOADING, brief, load_tokenizer, load_weights, placed, quiet
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -40,6 +41,7 @@ _originals: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary(
 """Base weights, by name in the adapted model, as they were before an initialisation rewrote them."""
 
 
+@reads_foreign
 def load_adapter(
     folder: Path,
     *,
@@ -74,7 +76,7 @@ def load_adapter(
         ) from error
     if not isinstance(base, str) or not base:
         raise CheckpointError(
-            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {base!r}, expected the base model's "
+            f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {shown(base)}, expected the base model's "
             "name or folder; write it in"
         )
     initialisation = config.get("init_lora_weights")
@@ -173,9 +175,9 @@ def _refuse_lost_base(folder: Path, initialisation: Any) -> None:
     if initialisation in _KEEPING or initialisation in _REWRITING:
         return
     raise CheckpointError(
-        f"{folder / ADAPTER_CONFIG}: init_lora_weights is {initialisation!r}, which rewrites the base with "
-        "what no file keeps (random numbers, data, a quantization), so the trained model cannot be rebuilt; "
-        "save the adapter as a plain one from the training (save_pretrained with "
+        f"{folder / ADAPTER_CONFIG}: init_lora_weights is {shown(initialisation)}, which rewrites the base "
+        "with what no file keeps (random numbers, data, a quantization), so the trained model "
+        "cannot be rebuilt; save the adapter as a plain one from the training (save_pretrained with "
         "path_initial_model_for_weight_conversion)"
     )
 

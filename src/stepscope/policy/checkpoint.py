@@ -13,8 +13,9 @@ import torch
 from stepscope.errors import CheckpointError
 from stepscope.policy.adapters import ADAPTER_CONFIG, load_adapter
 from stepscope.policy.devices import usable_device
-from stepscope.policy.examination import Finding, examine
+from stepscope.policy.examination import Finding, examine, made_up_sequences
 from stepscope.policy.finiteness import MOST_STEPS, whole_number
+from stepscope.policy.foreign import reads_foreign
 from stepscope.policy.layouts import layout_of
 from stepscope.policy.manifest import MANIFEST, altered
 from stepscope.policy.models import brief, load_model
@@ -40,6 +41,7 @@ PRECISIONS = {"float32": torch.float32, "float64": torch.float64, "bfloat16": to
 _DIGESTED = ("*.safetensors", OPTIMIZER_FILE, "config.json", ADAPTER_CONFIG)
 
 
+@reads_foreign
 def load_checkpoint(
     path: str | Path,
     *,
@@ -97,7 +99,7 @@ def load_checkpoint(
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in optimizer.steps)
         step = max(optimizer.steps.values()) if step is None else step
-    return Policy(
+    policy = Policy(
         model=model,
         tokenizer=tokenizer,
         settings=settings,
@@ -106,8 +108,11 @@ def load_checkpoint(
         step=0 if step is None else step,
         stored_dtypes=stored_types(folder),
     )
+    made_up_sequences(policy)  # a first pass: a config can describe what loads and does not run
+    return policy
 
 
+@reads_foreign
 def read_settings(
     path: str | Path, *, overrides: Mapping[str, Any] | None = None, for_step: bool = True
 ) -> StepSettings:

@@ -14,6 +14,7 @@ from stepscope.errors import MeasurementError, StepscopeError, TaskError
 from stepscope.policy.adapters import base_is_rewritten
 from stepscope.policy.derivative_check import derivative_errors, random_direction
 from stepscope.policy.experts import router_coefficient
+from stepscope.policy.foreign import reads_foreign
 from stepscope.policy.forward import (
     base_model,
     excluded_logit,
@@ -60,6 +61,7 @@ class Finding:
         return cls("fail", what or cure, cure if what else "")
 
 
+@reads_foreign
 def examine(policy: Policy) -> list[Finding]:
     """Findings about optimizer state, settings, dropout, types, tied weights, and the forward pass itself."""
     return [
@@ -417,7 +419,7 @@ def _forward(policy: Policy) -> list[Finding]:
 
 def made_up_sequences(policy: Policy) -> tuple[list[list[int]], list[list[int]]]:
     """Made-up prompts and responses of different lengths, of tokens that the model does not exclude."""
-    with torch.no_grad(), matching_precision(policy.model):
+    with torch.no_grad(), matching_precision(policy.model), plain_experts(policy.model):
         logits = policy.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=policy.device)).logits[
             0, -1
         ]

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from stepscope.errors import CheckpointError
 from stepscope.policy.finiteness import refuse_broken_weights
+from stepscope.policy.foreign import reads_foreign, refuse_disproportion, refuse_large_texts
 from stepscope.policy.precision import lift_model
 from stepscope.policy.stored import quantization
 
@@ -33,6 +34,7 @@ _OLD_BUFFERS = re.compile(r"\.masked_bias$")
 """A constant that old versions of GPT-2 stored: no weight. Other buffers transformers passes over itself."""
 
 
+@reads_foreign
 def load_model(
     model: str | Path,
     *,
@@ -56,6 +58,7 @@ def load_model(
     return weights, load_tokenizer(model, revision=revision)
 
 
+@reads_foreign
 def load_weights(
     model: str | Path,
     *,
@@ -65,6 +68,9 @@ def load_weights(
 ) -> nn.Module:
     """The model of :func:`load_model` without its tokenizer; arguments and errors are the same."""
     source = _source(model, revision)
+    folder = Path(source["pretrained_model_name_or_path"])
+    if folder.is_dir():
+        refuse_large_texts(folder)
     with quiet():
         try:
             config = {} if "gguf_file" in source else PreTrainedConfig.get_config_dict(**source)[0]
@@ -73,6 +79,8 @@ def load_weights(
                     f"{model}: the weights are quantized ({packed}), and a step is measured on weights that "
                     "can move; dequantize the model (model.dequantize()), save it, and use that folder"
                 )
+            if config and folder.is_dir():
+                refuse_disproportion(folder, config)
             loaded, report = AutoModelForCausalLM.from_pretrained(
                 **source,
                 **NO_CODE,
@@ -131,6 +139,7 @@ def _check_arrival(model: str | Path, architecture: str, report: Mapping[str, An
         )
 
 
+@reads_foreign
 def load_tokenizer(model: str | Path, *, revision: str | None = None) -> Any:
     """The tokenizer of a model, named as in :func:`load_model`.
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stepscope.errors import CheckpointError
 from stepscope.policy.finiteness import real_number, refuse_impossible_state, whole_number
+from stepscope.policy.foreign import reads_foreign, refuse_packed
 from stepscope.policy.layouts import missing_state
 from stepscope.policy.optimizer_class import MEASURABLE, adamw_entries, named_by
 from stepscope.policy.parameter_order import names_in_order
@@ -29,6 +30,7 @@ _WRAPPERS = re.compile(r"(?:^|\.)(?:module|_orig_mod)(?=\.)")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@reads_foreign
 def read_optimizer(path: Path) -> dict[str, Any]:
     """Read ``optimizer.pt`` without unpickling anything but tensors and plain data.
 
@@ -37,6 +39,7 @@ def read_optimizer(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: {missing_state(path.parent)}")
+    refuse_packed(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from stepscope.errors import CheckpointError
+from stepscope.errors import CheckpointError, shown
 from stepscope.policy.token_objectives import objective_problem
 
 SETTINGS_FILE = "stepscope.json"
@@ -122,7 +122,7 @@ class StepSettings:
             CheckpointError: naming all of them.
         """
         problems = [
-            f"{name}: got {value!r}, expected {expected}"
+            f"{name}: got {shown(value)}, expected {expected}"
             for name, (expected, possible) in _RANGES.items()
             if (value := getattr(self, name)) is not None and not possible(value)
         ]
@@ -151,7 +151,7 @@ class StepSettings:
         file = path / SETTINGS_FILE if path.is_dir() else path
         try:
             data = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(
                 f"{file}: settings cannot be read ({error}); copy or write the file again"
             ) from error
@@ -162,7 +162,7 @@ class StepSettings:
         version = data.pop("version", None)
         if version != SETTINGS_VERSION:
             raise CheckpointError(
-                f"{file}: settings of version {version!r}, expected {SETTINGS_VERSION}; "
+                f"{file}: settings of version {shown(version)}, expected {SETTINGS_VERSION}; "
                 "use the stepscope version that wrote it"
             )
         return cls.from_dict(data, where=str(file))
@@ -191,7 +191,9 @@ class StepSettings:
             choices = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
             allowed = [typing.get_origin(choice) or choice for choice in choices]
             if type(value) not in allowed:
-                problems.append(f"{name}: got {value!r}, expected {' or '.join(t.__name__ for t in allowed)}")
+                problems.append(
+                    f"{name}: got {shown(value)}, expected {' or '.join(t.__name__ for t in allowed)}"
+                )
             values[name] = value
         if isinstance(objective := values.get("objective"), dict) and (odd := objective_problem(objective)):
             problems.append(f"objective: {odd}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stepscope.policy.settings import StepSettings
+from stepscope.results import Brief
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class ParameterGroup:
     amsgrad: bool = False
 
 
-@dataclass(frozen=True)
-class OptimizerState:
+@dataclass(frozen=True, repr=False)
+class OptimizerState(Brief):
     """AdamW's state, matched to parameters by name.
 
     Attributes:
@@ -47,8 +48,8 @@ class OptimizerState:
     max_exp_avg_sq: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Policy:
+@dataclass(frozen=True, repr=False)
+class Policy(Brief):
     """A policy pi(.|s) = softmax(z(s)/T) with everything one optimizer step needs.
 
     Attributes:

@@ -15,18 +15,19 @@ from dataclasses import dataclass, replace
 from functools import wraps
 from itertools import compress
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from stepscope import runs
-from stepscope.errors import RunFolderError
+from stepscope.errors import ConfigError, RunFolderError
 from stepscope.stats import Estimate
+from stepscope.yaml_text import parse_yaml
 
 P = ParamSpec("P")
+R = TypeVar("R")
 Table = dict[str, list[Any]]
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -133,15 +134,15 @@ class Run:
     measurements: tuple[Measurement, ...]
 
 
-def reads_artifacts(write: Callable[P, Path]) -> Callable[P, Path]:
-    """Wrap what makes a page: content of another kind than the stages write is an error of the run folder.
+def reads_artifacts(write: Callable[P, R]) -> Callable[P, R]:
+    """Wrap what reads artifacts: content of another kind than the stages write is an error of the run folder.
 
     Only where a file is there that no digest vouches for: what the stages wrote themselves is understood, and
     a failure on it is a bug that keeps its traceback.
     """
 
     @wraps(write)
-    def guarded(*args: P.args, **kwargs: P.kwargs) -> Path:
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
             return write(*args, **kwargs)
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -247,7 +248,7 @@ def load_measurement(path: Path) -> Measurement:
         },
         provenance=read_json(path / "provenance.json"),
         config=_read_yaml(path / "config.yaml"),
-        change=_checked_change(path / "change.json"),
+        change=read_change(path / "change.json"),
         step_summary=read_json(path / "step.json"),
         update=read_table(path / "update.parquet", _SEQUENCE_COLUMNS),
         probe=read_table(path / "probe.parquet", _SEQUENCE_COLUMNS),
@@ -330,7 +331,12 @@ def point_at(change: Mapping[str, Any], lr: float) -> Mapping[str, Any] | None:
     return None
 
 
-def _checked_change(path: Path) -> dict[str, Any] | None:
+def read_change(path: Path) -> dict[str, Any] | None:
+    """Content of ``change.json`` with its estimates parsed, or ``None`` where the file is missing.
+
+    Raises:
+        RunFolderError: the file is damaged.
+    """
     change = read_json(path)
     if change is None:
         return None
@@ -466,8 +472,8 @@ def _read_yaml(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, OSError) as error:
+        value = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (ConfigError, UnicodeDecodeError, OSError) as error:
         raise _damaged(path, error) from error
     if not isinstance(value, dict):
         raise _damaged(path, f"got a {type(value).__name__}, expected a mapping")

@@ -118,21 +118,26 @@ def measurement_panel(measurement: Measurement, key: str, count: int, title: str
 def _sentences(measurement: Measurement, tokens: TokenTable | None) -> list[str]:
     sentences = []
     series = measurement.change
-    if series is not None and not series["lr"] > 0:
-        sentences.append(
-            "The checkpoint's own learning rate is 0, so its next step changes nothing; the sweep shows what "
-            "the step would do at other learning rates."
-        )
-    elif series is not None:
-        point = point_at(series, series["lr"])
-        if point is not None:
-            sentences.append(
-                text.change_sentence(series["quantity"], series["lr"], point["true"], point["linear"])
-            )
-        sentences.append(influence.parts(measurement.summary, series["lr"]))
+    if series is not None:
+        sentences.append(own_change(series))
+        if series["lr"] > 0:
+            sentences.append(influence.parts(measurement.summary, series["lr"]))
     if tokens is not None:
         sentences.append(influence.concentration(tokens))
     return [s for s in sentences if s]
+
+
+def own_change(series: Mapping[str, Any]) -> str:
+    """The headline of a measurement, from ``change.json``; empty where the sweep left out the own rate."""
+    if not series["lr"] > 0:
+        return (
+            "The checkpoint's own learning rate is 0, so its next step changes nothing; the sweep shows what "
+            "the step would do at other learning rates."
+        )
+    point = point_at(series, series["lr"])
+    if point is None:
+        return ""
+    return text.change_sentence(series["quantity"], series["lr"], point["true"], point["linear"])
 
 
 _FIRST_FACTS = (

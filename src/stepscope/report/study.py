@@ -12,7 +12,7 @@ from stepscope.report.page import render_page
 from stepscope.report.sections import Panel, Section
 from stepscope.report.study_figures import difference_figure, line_figure
 from stepscope.report.study_leaderboard import standings_figures, standings_sentence, study_board
-from stepscope.report.study_load import STUDY_FIGURES, STUDY_TABLE, Row, Study, agrees, at_own_lr, load_study
+from stepscope.report.study_load import STUDY_FIGURES, STUDY_TABLE, Study, agrees, at_own_lr, load_study
 from stepscope.report.study_tables import cells_table, changes_table, lines_table
 
 
@@ -68,7 +68,7 @@ def _panel(study: Study, setting: str, key: str) -> Panel:
     return Panel(
         key=key,
         title=f"Setting {setting}",
-        sentences=_sentences(study, series[0]),
+        sentences=study_sentences(study, setting),
         sections=[
             Section(
                 "change",
@@ -114,8 +114,9 @@ def _more_title(figures: Sequence[object]) -> str:
     return "Other normalisations, versions and quantities" if len(figures) > 1 else ""
 
 
-def _sentences(study: Study, names: Row) -> list[str]:
+def study_sentences(study: Study, setting: str) -> list[str]:
     """Slopes and R^2 over all checkpoints; first order against truth at the own learning rate."""
+    names = study.series(setting)[0]
     sentences = []
     fits = [
         row["fit"]

@@ -54,21 +54,18 @@ def training_sentences(training: Training) -> list[str]:
     """From the first to the last evaluated checkpoint: pass@k and entropy, with one standard error each."""
     sentences = []
     for setting, table in training.evaluations.items():
-        if len(table["step"]) < 2:
-            continue
+        several = len(table["step"]) > 1
         names = [(f"pass_at_{k}", f"pass@{k}", "") for k in _ks(table)]
         parts = []
         for column, name, unit in [*names, ("entropy_per_token", "entropy", " nats/token")]:
             if f"{column}_stderr" in table:
-                before, after = (_entry(table, column, "", row) for row in (0, -1))
-                parts.append(
-                    f"{name} from {text.plus_minus(before.value, before.stderr)} to "
-                    f"{text.plus_minus(after.value, after.stderr)}{unit}"
-                )
+                entries = [_entry(table, column, "", row) for row in ((0, -1) if several else (0,))]
+                figures = [text.plus_minus(entry.value, entry.stderr) for entry in entries]
+                parts.append(f"{name} {'from ' if several else ''}{' to '.join(figures)}{unit}")
         where = f"on held-out problems ({setting})" if setting else "on held-out problems"
-        sentences.append(
-            f"From step {table['step'][0]} to step {table['step'][-1]}, {where}: {'; '.join(parts)}."
-        )
+        first, last = table["step"][0], table["step"][-1]
+        when = f"From step {first} to step {last}" if several else f"At step {first}"
+        sentences.append(f"{when}, {where}: {'; '.join(parts)}.")
     return sentences
 
 
