@@ -58,7 +58,7 @@ def test_studentised_is_the_quantile_of_resampled_t() -> None:
         x = sums[:, item][drawn]
         t = np.abs(x.mean(1)) / (x.std(1, ddof=1) / np.sqrt(size))
         wanted = max(float(np.quantile(t, 0.95)), student(20))
-        assert studentised(sums)[item] == pytest.approx(wanted, rel=0.06)
+        assert studentised(sums)[item] == pytest.approx(wanted, rel=0.1)
     assert studentised(sums).tolist() == studentised(sums).tolist()
     assert studentised(rng.normal(size=(FEW, 2))).tolist() == [student(FEW)] * 2
 
