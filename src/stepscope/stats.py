@@ -79,11 +79,6 @@ class Estimate:
             high=ends[1],
         )
 
-    def doubted(self, *reasons: str) -> Estimate:
-        """It with the reasons not to trust it that are not empty added to its own."""
-        found = "; ".join(r for r in (self.reason, *reasons) if r)
-        return replace(self, reliable=self.reliable and not any(reasons), reason=found)
-
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-ready dictionary."""
         return asdict(self)

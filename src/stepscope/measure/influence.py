@@ -394,7 +394,8 @@ def _estimate(
 ) -> Estimate:
     level = float(products[:-1].sum()) / len(slope.groups) if value is None else value
     pooled = "" if slope.by_prompt else " (pooled at random)"
-    method = f"{how}, first order, baseline {slope.bound.baseline}, clustered by probe prompts{pooled}, given the update batch"
+    errors = f"clustered by probe prompts{pooled}, given the update batch"
+    method = f"{how}, first order, baseline {slope.bound.baseline}, {errors}"
     return estimate_from_sums(level, slope.residuals(products[:, None])[:, 0], unit=unit, method=method)
 
 
