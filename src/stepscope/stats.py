@@ -142,7 +142,7 @@ def _why_no_interval(count: int, error: float, half: float, value: float) -> str
     if error <= FLAT * abs(value) or not np.isfinite(half):
         return f"the {count} prompts are too much alike for an interval"
     if count < FEWEST:
-        return f"{count} prompts, expected at least {FEWEST} for an interval"
+        return f"{count} prompts, or pools of them, where an interval needs at least {FEWEST}"
     return ""
 
 
