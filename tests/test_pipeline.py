@@ -104,7 +104,8 @@ def test_summary_has_the_figures_of_the_contract(measured):
         "share_sequences", "noise_scale", "effective_rank", "wall_seconds",
     }  # fmt: skip
     for name, entry in summary.items():
-        assert set(entry) == {"value", "stderr", "n", "unit", "method", "reliable", "reason"}, name
+        keys = {"value", "stderr", "n", "unit", "method", "reliable", "reason", "low", "high"}
+        assert set(entry) == keys, name
         assert entry["unit"], name
         assert entry["method"], name
         assert bool(entry["reason"]) is not entry["reliable"], name

@@ -15,6 +15,7 @@ import pytest
 from stepscope.config import MeasureConfig, StudyConfig, build_config, load_config
 from stepscope.pipeline import run_report, run_study
 from stepscope.pipeline.study_leaderboard import RANKED, STATISTICS, standing_rows, summarise_standings
+from stepscope.stats import Estimate
 
 SHARES = ("0.01", "0.1")
 
@@ -119,7 +120,7 @@ def test_a_lone_repeat_keeps_its_own_error():
     row = summary_of(rows_of([standing("disc_v", figure(0.5, 0.07, "one prompt"), 0.2)]))["disc_v"]
     assert row["repeats"] == 1
     assert row["spearman"] == {
-        **figure(0.5, 0.07, "one prompt"),
+        **Estimate.from_dict(figure(0.5, 0.07, "one prompt")).to_dict(),
         "method": "one measurement, bootstrap over 11 update prompts",
     }
 

@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import gammaln
 
-FloatArray = npt.NDArray[np.float64]
+from stepscope.intervals import FEWEST, FLAT, FloatArray, student, studentised
+
 IntArray = npt.NDArray[np.int64]
 
 NOT_FINITE = "not a finite number"
@@ -37,6 +38,8 @@ class Estimate:
         reliable: False when a diagnostic failed; the number is still given. Never True of a value that is
             not finite, nor of one whose error is infinite or negative.
         reason: why it is not reliable; empty when it is.
+        low: lower end of the 95 % interval; by default Student's t for ``n`` independent units.
+        high: its upper end.
     """
 
     value: float
@@ -46,12 +49,35 @@ class Estimate:
     method: str
     reliable: bool = True
     reason: str = ""
+    low: float = float("nan")
+    high: float = float("nan")
 
     def __post_init__(self) -> None:
-        """Take the trust from what is not a number, whoever gave it."""
+        """Take the trust from what is not a number, whoever gave it; Student's interval by default."""
+        if np.isnan(self.low) and np.isnan(self.high):
+            half = student(self.n) * self.stderr if self.stderr > 0 else self.stderr
+            object.__setattr__(self, "low", self.value - half)
+            object.__setattr__(self, "high", self.value + half)
         if self.reliable and not (np.isfinite(self.value) and not (self.stderr < 0 or np.isinf(self.stderr))):
             object.__setattr__(self, "reliable", False)
             object.__setattr__(self, "reason", self.reason or NOT_FINITE)
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the interval leaves out 0. Says nothing of the diagnostics, nor do they of this."""
+        return self.low > 0 or self.high < 0
+
+    def scaled(self, factor: float, *, unit: str | None = None) -> Estimate:
+        """``factor`` times it, error and interval too."""
+        ends = sorted((factor * self.low, factor * self.high))
+        return replace(
+            self,
+            value=factor * self.value,
+            stderr=abs(factor) * self.stderr,
+            unit=self.unit if unit is None else unit,
+            low=ends[0],
+            high=ends[1],
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-ready dictionary."""
@@ -64,11 +90,60 @@ class Estimate:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Estimate:
-        """Read back what :meth:`to_dict` gave; JSON's null stands for nan."""
-        values = {f.name: data[f.name] for f in fields(cls)}
+        """Read back what :meth:`to_dict` gave; JSON's null stands for nan, at one end for infinity."""
+        values = {f.name: data[f.name] for f in fields(cls) if f.name not in ("low", "high")}
         for name in ("value", "stderr"):
             values[name] = float("nan") if values[name] is None else float(values[name])
-        return cls(**values)
+        low, high = interval_of(data.get("low"), data.get("high"))
+        return cls(**values, low=low, high=high)
+
+
+def interval_of(low: float | None, high: float | None) -> tuple[float, float]:
+    """The ends of a stored interval: null is infinite beside a number, else nan (the default)."""
+    if low is None and high is None:
+        return float("nan"), float("nan")
+    return (
+        float("-inf") if low is None else float(low),
+        float("inf") if high is None else float(high),
+    )
+
+
+def estimate_from_sums(
+    value: float, sums: npt.ArrayLike, *, unit: str, method: str, stderr: float | None = None
+) -> Estimate:
+    """An estimate from what each prompt adds to its error (delta method).
+
+    ``stderr^2 = G/(G-1) sum_g sums_g^2``; the interval by :func:`stepscope.intervals.studentised`.
+
+    Args:
+        value: the point estimate.
+        sums: (prompt,) influence values summed over each prompt and divided by the number of sequences; they
+            add up to zero.
+        unit: of the value.
+        method: how the value was obtained; recorded.
+        stderr: standard error by another way (jackknife, bootstrap), for the same interval.
+
+    Returns:
+        The estimate, flagged where the prompts are too few or too alike for an interval.
+    """
+    parts = np.asarray(sums, dtype=np.float64)
+    count = len(parts)
+    if count < 2:
+        return _without_error(value, count, unit, method)
+    error = float(np.sqrt(count / (count - 1) * (parts**2).sum())) if stderr is None else stderr
+    half = float(studentised(parts[:, None])[0]) * error if error > 0 else error
+    found = Estimate(value, error, count, unit, method, low=value - half, high=value + half)
+    return found.doubted(_why_no_interval(count, error, half, value))
+
+
+def _why_no_interval(count: int, error: float, half: float, value: float) -> str:
+    if not np.isfinite(error):
+        return ""  # the estimate itself says so
+    if error <= FLAT * abs(value) or not np.isfinite(half):
+        return f"the {count} prompts are too much alike for an interval"
+    if count < FEWEST:
+        return f"{count} prompts, or pools of them, where an interval needs at least {FEWEST}"
+    return ""
 
 
 def _cluster_sums(values: FloatArray, clusters: npt.ArrayLike) -> FloatArray:
@@ -124,13 +199,31 @@ def clustered_ratio(
     total = float(y.sum())
     ratio = float(x.sum()) / total if total else float("nan")
     sums = _cluster_sums(x - ratio * y, clusters)
-    count = len(sums)
-    if count < 2:
-        return _without_error(ratio, count, unit, method)
-    stderr = (
-        float(np.sqrt(count / (count - 1) * float((sums**2).sum()))) / abs(total) if total else float("nan")
-    )
-    return Estimate(ratio, stderr, count, unit, method)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return estimate_from_sums(ratio, sums / total, unit=unit, method=method)
+
+
+def clustered_estimate(
+    value: float,
+    influence: FloatArray,
+    clusters: npt.ArrayLike,
+    *,
+    unit: str,
+    method: str,
+    stderr: float | None = None,
+) -> Estimate:
+    """An estimate whose first-order expansion is ``value`` + mean of ``influence``, clustered by prompt.
+
+    Args:
+        value: the point estimate.
+        influence: (seq,) influence values.
+        clusters: (seq,) cluster of each sequence.
+        unit: of the value.
+        method: how it was estimated; recorded.
+        stderr: standard error by another way, for the same interval.
+    """
+    sums = _cluster_sums(influence - influence.mean(), clusters) / len(influence)
+    return estimate_from_sums(value, sums, unit=unit, method=method, stderr=stderr)
 
 
 def ratio_residuals(
@@ -180,10 +273,8 @@ def paired_ratio_difference(
     if not y0.sum() or not y1.sum():
         return Estimate(nan, nan, count, unit, method, reliable=False, reason="nothing to average over")
     value = float(x1.sum() / y1.sum() - x0.sum() / y0.sum())
-    if count < 2:
-        return _without_error(value, count, unit, method)
     change = ratio_residuals(x1, y1, clusters) - ratio_residuals(x0, y0, clusters)
-    return Estimate(value, float(np.sqrt(count / (count - 1) * (change**2).sum())), count, unit, method)
+    return estimate_from_sums(value, change, unit=unit, method=method)
 
 
 def jackknife_ratio(
@@ -219,7 +310,8 @@ def jackknife_ratio(
         without = (x.sum() - x) / (y.sum() - y)
     value = count * ratio - (count - 1) * float(without.mean())
     stderr = float(np.sqrt((count - 1) / count * float(((without - without.mean()) ** 2).sum())))
-    return Estimate(value, stderr, count, unit, method)
+    sums = (x - ratio * y) / float(y.sum())
+    return estimate_from_sums(value, sums, unit=unit, method=method, stderr=stderr)
 
 
 def _without_error(value: float, count: int, unit: str, method: str) -> Estimate:

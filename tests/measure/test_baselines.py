@@ -115,8 +115,11 @@ def test_a_rung_must_beat_the_default_by_a_margin() -> None:
 def test_fixed_prefixes_need_none_and_mistakes_are_named() -> None:
     probe, first, features = _probe(12, on_policy=False)
     assert fit_baseline("best", probe, first, features=features).kind == "none"
-    probe, first, _ = _probe(12)
-    assert "ridge" not in fit_baseline("best", probe, first).stderr
+    probe, first, _ = _probe(64)
+    assert set(fit_baseline("best", probe, first).stderr) == {"none", "current", "position"}
+    probe, first, features = _probe(63)
+    few = fit_baseline("best", probe, first, features=features)
+    assert (few.kind, list(few.stderr)) == ("position", ["position"])
     with pytest.raises(MeasurementError, match="hidden states"):
         fit_baseline("ridge", probe, first)
     with pytest.raises(MeasurementError, match="choose from best, none"):

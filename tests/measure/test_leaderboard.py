@@ -191,7 +191,17 @@ def test_what_is_stored(tabular_board):
     row = next(r for r in data["rows"] if r["criterion"] == "cov_batch" and r["truth"] == "column")
     assert row["quantity"] == "entropy"
     assert set(row["captured"]) == {"0.0002", "0.01", "0.1"}
-    assert set(row["spearman"]) == {"value", "stderr", "n", "unit", "method", "reliable", "reason"}
+    assert set(row["spearman"]) == {
+        "value",
+        "stderr",
+        "n",
+        "unit",
+        "method",
+        "reliable",
+        "reason",
+        "low",
+        "high",
+    }
     flat = next(r for r in data["rows"] if r["criterion"] == "clip_lohi")
     assert not flat["spearman"]["reliable"]
     assert "the same for all" in flat["spearman"]["reason"]

@@ -114,5 +114,20 @@ def test_one_group_with_a_gradient_has_no_resolved_signal() -> None:
     found = effect_noise_scale(effect, np.repeat(np.arange(3), 3), unit="nats/token/lr")
     assert found.signal.value == pytest.approx(0, abs=1e-12)
     assert not found.prompts.reliable
-    assert "within 2 standard errors of zero" in found.prompts.reason
+    assert "not resolved from zero" in found.prompts.reason
     assert np.isnan(found.prompts.value)
+
+
+def test_limits_hold_the_noise_scale_and_there_is_no_number_without_a_signal() -> None:
+    rng = np.random.default_rng(7)
+    for between, prompts in ((30.0, 24), (3000.0, 24)):
+        truth = between + 8 / 4
+        found = []
+        for _ in range(60):
+            c, index = contributions(rng, prompts, 4, between=between, within=8.0, dim=40)
+            found.append(from_products(c @ c.T, index, unit="", method=""))
+        assert np.mean([f.prompts.low <= truth <= f.prompts.high for f in found]) > 0.88
+        open_ends = [f for f in found if not np.isfinite(f.prompts.high)]
+        assert all(np.isnan(f.prompts.value) and not f.prompts.reliable for f in open_ends)
+        assert all(np.isfinite(f.at_least) and f.at_least > 0 for f in found)
+        assert (len(open_ends) > 50) == (between > 100)

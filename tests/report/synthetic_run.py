@@ -188,6 +188,7 @@ def write_measurement(folder: Path, *, step: int, seed: int) -> Path:
     token_influence = rng.standard_t(1.6, len(update_tokens["position"])) * 0.05 - 0.01
     sums = np.zeros(len(update["sequence_id"]))
     np.add.at(sums, update_tokens["sequence_id"], token_influence)
+    errors = np.abs(sums) * 0.2 + 0.02
     ids: list[int | None] = [*update["sequence_id"], None, None]
     pq.write_table(
         pa.table(
@@ -197,7 +198,9 @@ def write_measurement(folder: Path, *, step: int, seed: int) -> Path:
                 "quantity": ["entropy"] * len(ids),
                 "through": ["fixed"] * len(ids),
                 "influence": [*sums.tolist(), -18.0, 0.04],
-                "stderr": [*(np.abs(sums) * 0.2 + 0.02).tolist(), 2.5, 0.01],
+                "stderr": [*errors.tolist(), 2.5, 0.01],
+                "low": [*(sums - 2 * errors).tolist(), -23.0, 0.02],
+                "high": [*(sums + 2 * errors).tolist(), -13.0, 0.06],
             }
         ),
         folder / "influence_sequences.parquet",
@@ -364,6 +367,8 @@ def noise_scale(value: float | None, stderr: float | None, *, reason: str = "") 
             **estimate(0.0, 0.0, 16, unit, "group gradients", reliable=not reason, reason=reason),
             "value": None if value is None else factor * value,
             "stderr": None if stderr is None else factor * stderr,
+            "low": 131.0 * factor,
+            "high": None if value is None else 343.0 * factor,
         }
 
     return {

@@ -103,7 +103,7 @@ def test_the_page_works_in_a_browser(run_folder: Path, browser: Browser) -> None
     )
     lines = csv.strip().split("\r\n")
     assert lines[0].startswith('Signal,"Noise scale, prompts","Noise scale, prompts (standard error)",')
-    assert lines[1].startswith("loss gradient,212.0,61.0,,131.0,1696.0,488.0,,0.93,")
+    assert lines[1].startswith("loss gradient,212.0,61.0,,131.0,343.0,1696.0,488.0,,0.93,")
     assert "|G|^2 is 0.9 standard errors from zero" in lines[2]
 
     # Tokens: the arrow keys walk through a response and tell each token's figures.

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from synthetic_run import HOSTILE
 
 from stepscope.errors import RunFolderError
+from stepscope.intervals import student
 from stepscope.report import write_comparison, write_report
 from stepscope.report.influence import join_tokens
 
@@ -209,7 +210,9 @@ def test_numbers_of_the_figure_are_those_of_the_artifact(measure_folder: Path) -
     true = next(t for f in page.figures for t in f["data"] if t.get("name") == "true")
     points = json.loads((measure_folder / "change.json").read_text())["points"]
     assert true["y"] == pytest.approx([abs(p["true"]["value"]) for p in points], rel=1e-4)
-    assert true["error_y"]["array"] == pytest.approx([1.96 * p["true"]["stderr"] for p in points], rel=1e-4)
+    half = [student(p["true"]["n"]) * p["true"]["stderr"] for p in points]
+    assert true["error_y"]["array"] == pytest.approx(half, rel=1e-4)
+    assert true["error_y"]["arrayminus"] == pytest.approx(half, rel=1e-4)
 
 
 def test_ends_of_the_range_are_drawn_where_they_lie_on_the_axis(measure_folder: Path) -> None:
@@ -276,7 +279,8 @@ def test_comparison_gives_differences_with_combined_errors(run_folder: Path, tmp
     assert row is not None
     values = [(float(v), float(e)) for v, e in re.findall(r'data-v="([^"]+)" data-e="([^"]+)"', row.group())]
     assert values[2] == pytest.approx((0.1 - 0.412, 0.03))
-    assert "do not overlap" in row.group()
+    assert "\u22120.372 to \u22120.252<" in row.group()
+    assert ">resolved from zero<" in row.group()
 
 
 def test_comparison_needs_measurements(run_folder: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_headline_does_not_claim_a_direction_within_the_noise() -> None:
 
 def test_headline_repeats_the_reason_of_an_unreliable_number() -> None:
     sentence = text.change_sentence("entropy", 1e-4, _estimate(-1.0, 0.1, "heavy tail"), _estimate(-1.0, 0.1))
-    assert sentence.endswith("The true change is flagged unreliable: heavy tail.")
+    assert sentence.endswith("The true change failed its diagnostics: heavy tail.")
 
 
 @pytest.mark.parametrize(

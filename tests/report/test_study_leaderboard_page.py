@@ -14,6 +14,7 @@ from test_page import Page
 from test_study_page import CHECKPOINTS, SETTINGS, write_study
 
 from stepscope.errors import RunFolderError
+from stepscope.intervals import student
 from stepscope.pipeline.study_leaderboard import STATISTICS, summarise_standings
 from stepscope.report import write_study_report
 
@@ -121,12 +122,13 @@ def test_the_figure_shows_the_leaders_at_their_steps(tmp_path: Path) -> None:
         ordered = [own[STEPS[1]], own[STEPS[2]], own[STEPS[0]]]
         assert trace["x"] == pytest.approx([10, 30, 60], abs=2)
         assert trace["y"] == pytest.approx([e["value"] for e in ordered], rel=1e-4)
-        assert trace["error_y"]["array"] == pytest.approx([1.96 * e["stderr"] for e in ordered], rel=1e-4)
+        assert trace["error_y"]["array"] == pytest.approx(
+            [student(3) * e["stderr"] for e in ordered], rel=1e-4
+        )
     text = page.source.replace("\u00a0", " ")
     assert "c6 ranks the tokens&#39; measured influence on the entropy best on average" in text
     assert "The best trivial control, k2, reaches \u22120." in text
-    assert "Mean over 3 repeats; error bars: 1.96 standard errors of the mean, over update batches" in text
-    assert "(with so many repeats a 95 % interval has 4.30 of them)" in text
+    assert "Mean over 3 repeats; error bars: 95 % interval of the mean, over update batches" in text
 
 
 def test_checkpoints_of_several_runs_stand_side_by_side_and_are_not_joined(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from test_page import LARGEST_PAGE, Page
 
 from stepscope import runs
 from stepscope.errors import RunFolderError
+from stepscope.intervals import student
 from stepscope.pipeline.study_table import summarise
 from stepscope.report import write_study_report
 from stepscope.stats import loglog_fit
@@ -50,8 +51,8 @@ def study_rows(repeats: int, checkpoints: list[str]) -> tuple[list[dict[str, Any
                                 "lr": lr,
                                 "unit": "nats/token",
                                 "num_prompts": 64,
-                                **{"true": true, "true_stderr": 0.1 * abs(true)},
-                                **{"linear": linear, "linear_stderr": 0.1 * abs(linear)},
+                                **measured("true", true),
+                                **measured("linear", linear),
                                 "reliable": lr < 1e-3,
                                 "reason": "" if lr < 1e-3 else "effective sample size 3.2 of 64, below 32",
                                 "relative_difference": (linear - true) / true,
@@ -63,6 +64,13 @@ def study_rows(repeats: int, checkpoints: list[str]) -> tuple[list[dict[str, Any
                     )
                     rows += points
     return rows, fits
+
+
+def measured(name: str, value: float) -> dict[str, float]:
+    """Columns of a value with an error of a tenth and an interval of two errors to either side."""
+    error = 0.1 * abs(value)
+    ends = {f"{name}_low": value - 2 * error, f"{name}_high": value + 2 * error}
+    return {name: value, f"{name}_stderr": error, **ends}
 
 
 def write_study(
@@ -105,7 +113,9 @@ def test_numbers_of_the_figures_are_those_of_the_files(study: Path) -> None:
     changes = [c for c in summary["changes"] if all(c[n] == v for n, v in wanted.items())]
     marks = next(t for f in page.figures for t in f["data"] if t.get("name", "").startswith("step-60: slope"))
     assert marks["y"] == pytest.approx([abs(c["true"]["value"]) for c in changes], rel=1e-4)
-    assert marks["error_y"]["array"] == pytest.approx([1.96 * c["true"]["stderr"] for c in changes], rel=1e-4)
+    assert marks["error_y"]["array"] == pytest.approx(
+        [student(5) * c["true"]["stderr"] for c in changes], rel=1e-4
+    )
     names = {t["name"] for f in page.figures for t in f["data"] if t["type"] == "box"}
     assert {"a/step-10", "step-60"} < names
     assert [s.endswith("-open") for s in marks["marker"]["symbol"]] == [lr > 1e-4 for lr in LRS]

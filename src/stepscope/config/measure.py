@@ -179,7 +179,8 @@ class MeasureSettings(Section):
         quantities: quantities of the policy; the first is the primary one.
         second_order: also the second-order change.
         antithetic: also evaluate at -lr, for the odd part of the true change.
-        baseline: of the gradient estimator: a rung of the ladder, or ``best`` for the one of least variance.
+        baseline: of the gradient estimator: a rung of the ladder, or ``best`` for the one of least variance
+            (with fewer than 64 probe prompts ``position``, since choosing would bias the change).
         estimator: of the true change.
         errors: standard errors of changes and ratios: ``delta`` method, ``jackknife`` (delete one prompt) or
             ``bootstrap`` (400 resamples of prompts); the influence always uses the delta method.

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from stepscope.errors import MeasurementError
 from stepscope.evaluation.rows import EvaluationRow, PromptResult, prompt_ratios
 from stepscope.evaluation.tables import write_responses
+from stepscope.intervals import proportion
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, Rollouts
@@ -121,11 +122,15 @@ def evaluate_rollouts(
     _require_samples(ks, samples)
     prompts = _add_up(rollouts, task, samples)
     figures: dict[str, tuple[float, float]] = {}
+    intervals: dict[str, tuple[float, float]] = {}
     for name, (x, y, unit) in prompt_ratios(prompts, sorted({1, *ks})).items():
         found = clustered_ratio(x, y, np.arange(len(prompts)), unit=unit, method="")
         figures[name] = (found.value, found.stderr)
+        intervals[name] = proportion(x / y) if unit == "fraction" else (found.low, found.high)
     surprisals = [-logprobs for logprobs in rollouts.logprobs]
-    figures |= {f"surprisal_q{q}": _quantile(surprisals, clusters, q / 100) for q in (50, 90, 99)}
+    for q in (50, 90, 99):
+        name = f"surprisal_q{q}"
+        figures[name], intervals[name] = _quantile(surprisals, clusters, q / 100)
     pass_at = {k: figures.pop(f"pass_at_{k}") for k in sorted({1, *map(int, ks)})}
     return EvaluationRow(
         step=step,
@@ -141,6 +146,7 @@ def evaluate_rollouts(
         num_tokens=int(rollouts.num_tokens.sum()),
         pass_at=pass_at,
         prompts=prompts,
+        intervals=intervals,
         **{name: value for name, (value, _) in figures.items()},
         **{f"{name}_stderr": stderr for name, (_, stderr) in figures.items()},
     )
@@ -186,17 +192,22 @@ def _require_samples(ks: Sequence[int], samples: int) -> None:
         )
 
 
-def _quantile(values: Sequence[FloatArray], clusters: npt.ArrayLike, level: float) -> tuple[float, float]:
-    """Quantile over all tokens, with half the width of Woodruff's one-sigma interval as its error.
+def _quantile(
+    values: Sequence[FloatArray], clusters: npt.ArrayLike, level: float
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Quantile over all tokens with its error, and its 95 % interval, by Woodruff's method.
 
-    The error s of the fraction of tokens at or below the quantile is that of a clustered ratio; the quantiles
-    at level - s and level + s bound the interval.
+    The fraction of tokens at or below the quantile is a clustered ratio with error s and a 95 % interval
+    about the level. The quantiles at the ends of that bound the interval; half the distance between those at
+    level - s and level + s is the error.
     """
     pooled = np.sort(np.concatenate(values))
     quantile = float(np.quantile(pooled, level))
     below = [int((v <= quantile).sum()) for v in values]
     share = clustered_ratio(below, [len(v) for v in values], clusters, unit="", method="")
     if not np.isfinite(share.stderr):
-        return quantile, float("nan")
-    low, high = np.quantile(pooled, [max(level - share.stderr, 0.0), min(level + share.stderr, 1.0)])
-    return quantile, float(high - low) / 2
+        return (quantile, float("nan")), (float("nan"), float("nan"))
+    half = share.high - share.value
+    reaches = np.array([-share.stderr, share.stderr, -half, half])
+    below_one, above_one, low, high = np.quantile(pooled, np.clip(level + reaches, 0.0, 1.0))
+    return (quantile, float(above_one - below_one) / 2), (float(low), float(high))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -23,6 +24,9 @@ RATIOS: Mapping[str, tuple[str, str, str]] = {
     "surprisal": ("surprisal", "num_tokens", "nats/token"),
 }
 """Figures that are ratios of sums over responses: numerator and denominator in PromptResult, and unit."""
+
+PASS_AT = re.compile(r"pass_at_(\d+)")
+"""Column of a pass@k."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class EvaluationRow:
         pass_at: k to (unbiased pass@k, standard error); k = 1, always there, is mean@k for every k: the mean
             over all samples.
         prompts: sums over the responses of each prompt.
+        intervals: figure to the ends of its 95 % interval.
     """
 
     step: int
@@ -119,6 +124,7 @@ class EvaluationRow:
     surprisal_q99_stderr: float
     pass_at: Mapping[int, tuple[float, float]]
     prompts: tuple[PromptResult, ...]
+    intervals: Mapping[str, tuple[float, float]]
 
     @property
     def pass_at_1(self) -> float:
@@ -149,14 +155,16 @@ class EvaluationRow:
         )
 
     def to_columns(self) -> dict[str, Any]:
-        """The row of ``eval.parquet``: all fields but ``prompts``, with ``pass_at_k`` spread over columns."""
+        """The row of ``eval.parquet``: all fields but ``prompts``, mappings spread over columns."""
         columns: dict[str, Any] = {name: getattr(self, name) for name in SCALARS}
         for k, (value, stderr) in sorted(self.pass_at.items()):
             columns |= {f"pass_at_{k}": value, f"pass_at_{k}_stderr": stderr}
+        for name, (low, high) in self.intervals.items():
+            columns |= {f"{name}_low": low, f"{name}_high": high}
         return columns
 
 
-SCALARS = tuple(f.name for f in fields(EvaluationRow) if f.name not in ("pass_at", "prompts"))
+SCALARS = tuple(f.name for f in fields(EvaluationRow) if f.name not in ("pass_at", "prompts", "intervals"))
 """Fields of an evaluation that are a column each."""
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from stepscope.errors import MeasurementError, RunFolderError
-from stepscope.evaluation.rows import SCALARS, EvaluationRow, PromptResult
+from stepscope.evaluation.rows import PASS_AT, SCALARS, EvaluationRow, PromptResult
 from stepscope.results import Rollouts, read_table, write_table
 from stepscope.tasks import Task
 
@@ -65,12 +65,19 @@ def read_eval(path: Path) -> list[EvaluationRow]:
     rows = []
     for i, entry in enumerate(table.to_pylist()):
         pass_at = {
-            int(name.removeprefix("pass_at_")): (value, entry[f"{name}_stderr"])
+            int(match[1]): (value, entry[f"{name}_stderr"])
             for name, value in entry.items()
-            if name.startswith("pass_at_") and not name.endswith("_stderr") and value is not None
+            if (match := PASS_AT.fullmatch(name)) and value is not None
+        }
+        intervals = {
+            figure: (low, entry[f"{figure}_high"])
+            for name, low in entry.items()
+            if (figure := name.removesuffix("_low")) != name and low is not None
         }
         scalars = {name: entry[name] for name in SCALARS}
-        rows.append(EvaluationRow(**scalars, pass_at=pass_at, prompts=tuple(prompts.get(i, ()))))
+        rows.append(
+            EvaluationRow(**scalars, pass_at=pass_at, intervals=intervals, prompts=tuple(prompts.get(i, ())))
+        )
     return rows
 
 

@@ -30,6 +30,9 @@ from stepscope.stats import Estimate
 CHUNKS = 8
 """Parts of the batch that the slope is jackknifed over; its largest batches are as large as one of them."""
 
+STEP = 1e-6
+"""Relative step of the derivative by which the error of the noise scale goes on."""
+
 Scale = Callable[[IntArray], float]
 """Groups of a smaller batch to the factor between its gradient and the mean of their shares of the whole."""
 
@@ -149,32 +152,34 @@ def _row(
     batches = len(products) // m
     found = _noise(products, m, scale, noise) if batches >= 2 else None
     law = noise.value / m
-    B, how = noise_scale.value, f"noise scale {noise_scale.method}"
 
-    def estimate(value: float, derivative: float, unit: str, method: str) -> Estimate:
-        error = abs(derivative) * noise_scale.stderr
-        return Estimate(
-            value, error, noise_scale.n, unit, f"{method}, {how}", noise_scale.reliable, noise_scale.reason
+    def estimate(of: Callable[[float], float], method: str) -> Estimate:
+        """A monotone function of the noise scale B."""
+        ends = sorted(of(end) for end in (noise_scale.low, noise_scale.high))
+        B = noise_scale.value
+        slope = (of(B * (1 + STEP)) - of(B * (1 - STEP))) / (2 * STEP * B) if B > 0 else float("nan")
+        return replace(
+            noise_scale,
+            value=of(B),
+            stderr=abs(slope) * noise_scale.stderr,
+            unit="1",
+            method=f"{method}, noise scale {noise_scale.method}",
+            low=ends[0],
+            high=ends[1],
         )
 
-    ratio = (1 + B / run_prompts) / (1 + B / m)
-    derivative = (1 / run_prompts - 1 / m) / (1 + B / m) ** 2
+    def admitted(B: float) -> float:
+        return m / run_prompts if np.isinf(B) else (1 + B / run_prompts) / (1 + B / m)
+
     return BatchSize(
         prompts=m,
         sequences=m * group_size,
         batches=batches,
         noise=found,
-        over_law=None
-        if found is None
-        else replace(found, value=found.value / law, stderr=found.stderr / law, unit="1"),
-        noise_to_signal=estimate(B / m, 1 / m, "1", "noise scale / batch size"),
-        lr_sgd=estimate(ratio, derivative, "1", "(1 + B/run)/(1 + B/m)"),
-        lr_adam=estimate(
-            float(np.sqrt(ratio)),
-            derivative / (2 * float(np.sqrt(ratio))),
-            "1",
-            "square root of (1 + B/run)/(1 + B/m)",
-        ),
+        over_law=None if found is None else found.scaled(1 / law, unit="1"),
+        noise_to_signal=estimate(lambda B: B / m, "noise scale / batch size"),
+        lr_sgd=estimate(admitted, "(1 + B/run)/(1 + B/m)"),
+        lr_adam=estimate(lambda B: float(np.sqrt(admitted(B))), "square root of (1 + B/run)/(1 + B/m)"),
     )
 
 

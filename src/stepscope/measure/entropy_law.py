@@ -26,6 +26,7 @@ import numpy.typing as npt
 from scipy.stats import chi2 as chi2_distribution
 
 from stepscope.errors import MeasurementError
+from stepscope.intervals import student
 from stepscope.results import FloatArray
 from stepscope.stats import Estimate, ratio_residuals
 
@@ -84,6 +85,7 @@ class EntropyLaw:
         prediction: of late points from the first; None with too few points.
         intervals: 95 % percentile intervals of ``a``, ``b`` and ``ceiling`` from a bootstrap over prompts;
             empty where none was asked for.
+        num_prompts: prompts that the errors of the points are over; 0 where only the errors were given.
     """
 
     a: Estimate
@@ -100,6 +102,7 @@ class EntropyLaw:
     performance_stderr: tuple[float, ...]
     prediction: LawPrediction | None
     intervals: dict[str, tuple[float, float]]
+    num_prompts: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Content of ``entropy_law.json``."""
@@ -141,14 +144,16 @@ def fit_run(
     # Where no prompt, or every one, is solved the spread among them is no error: one of N is the resolution.
     flat = len(H) + np.flatnonzero(np.ptp(solved, axis=1) == 0)
     covariance[flat, flat] = 1 / count**2
-    law = fit_entropy_law(H, R, covariance, steps=steps, fraction=fraction)
+    law = replace(fit_entropy_law(H, R, covariance, steps=steps, fraction=fraction), num_prompts=count)
     if not bootstrap_resamples:
         return law
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), bootstrap_resamples)
     z = np.hstack([drawn @ entropy.T / (drawn @ tokens.T), drawn @ solved.T / count])
     a, b, _ = _fit_lines(z, covariance, law.scatter**2)
     low, high = np.quantile([a, b, b - a], [0.025, 0.975], axis=1).tolist()
-    return replace(law, intervals=dict(zip(("a", "b", "ceiling"), zip(low, high, strict=True), strict=True)))
+    intervals = dict(zip(("a", "b", "ceiling"), zip(low, high, strict=True), strict=True))
+    ends = {name: replace(getattr(law, name), low=low, high=high) for name, (low, high) in intervals.items()}
+    return replace(law, intervals=intervals, **ends)
 
 
 def fit_entropy_law(
@@ -207,7 +212,7 @@ def fit_entropy_law(
     errors = np.sqrt(np.diag(spread))
     how = f"errors in both variables, delta method over {count} checkpoints"
     reasons = []
-    if not abs(values[0]) > 2 * errors[0]:
+    if not abs(values[0]) > student(count) * errors[0]:
         reasons.append(f"a = {values[0]:.2g} ± {errors[0]:.2g} is not resolved from zero")
     if p_value < DOUBTFUL:
         reasons.append(

@@ -21,7 +21,7 @@ import numpy as np
 from stepscope.measure.line import TokenTable
 from stepscope.measure.weights import Weights, importance_weights
 from stepscope.results import BoolArray, FloatArray, IntArray
-from stepscope.stats import Estimate, clustered_mean
+from stepscope.stats import Estimate, clustered_estimate
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,16 @@ class Probe:
             sequence_weights=None if self.sequence_weights is None else self.sequence_weights[indices],
         )
 
-    def estimate(self, sampled: Sampled, *, unit: str, method: str) -> Estimate:
-        """An estimate with its standard error clustered by prompt; exact expectations have error 0."""
+    def estimate(self, sampled: Sampled, *, unit: str, method: str, stderr: float | None = None) -> Estimate:
+        """An estimate with its standard error clustered by prompt; exact expectations have error 0.
+
+        With ``stderr`` the error was found by another way than the influence values.
+        """
         if self.sequence_weights is not None:
             return Estimate(sampled.value, 0.0, len(self.mask), unit, f"exact expectation, {method}")
-        spread = clustered_mean(sampled.influence, self.clusters, unit=unit, method=method)
-        return replace(spread, value=sampled.value)
+        return clustered_estimate(
+            sampled.value, sampled.influence, self.clusters, unit=unit, method=method, stderr=stderr
+        )
 
 
 def after(values: FloatArray) -> FloatArray:

@@ -38,7 +38,7 @@ from stepscope.policy.gram import gram
 from stepscope.policy.products import per_sequence_dots
 from stepscope.policy.state import Policy
 from stepscope.results import Brief, FloatArray, Rollouts
-from stepscope.stats import Estimate
+from stepscope.stats import Estimate, estimate_from_sums
 
 DISAGREEMENT_LIMIT = {torch.float64: 1e-8, torch.float32: 1e-2}
 """Largest difference between the two ways to a sequence's influence, relative to the largest influence."""
@@ -86,6 +86,7 @@ class Influence(Brief):
         unit: of every value here: the quantity's unit per unit of lr.
         sequences: (seq,) influence of each sequence of the update batch.
         stderr: (seq,) standard errors, clustered by probe prompt, for a given update batch.
+        reach: (seq,) half widths of their 95 % intervals.
         tokens: per sequence (tok,) influence of each token; they add up to ``sequences``.
         momentum: effect of the momentum part of the direction.
         decay: effect of weight decay.
@@ -109,6 +110,7 @@ class Influence(Brief):
     unit: str
     sequences: FloatArray
     stderr: FloatArray
+    reach: FloatArray
     tokens: tuple[FloatArray, ...]
     momentum: Estimate
     decay: Estimate
@@ -134,6 +136,8 @@ class Influence(Brief):
             "through": [self.through] * (count + len(others)),
             "influence": [*self.sequences.tolist(), *(e.value for e in others.values())],
             "stderr": [*self.stderr.tolist(), *(e.stderr for e in others.values())],
+            "low": [*(self.sequences - self.reach).tolist(), *(e.low for e in others.values())],
+            "high": [*(self.sequences + self.reach).tolist(), *(e.high for e in others.values())],
         }
 
     def token_columns(self) -> dict[str, list[Any]]:
@@ -298,6 +302,7 @@ def influences(
         )
         sequences = np.array([t.sum() for t in tokens])
         own_products = products[part]
+        stderr, reach = slope.errors(own_products)
         whole = None  # of what does not add up, the linear change itself
         if through == "fixed":
             whole = float(sequences.sum() + others[:-1].sum() / len(probe))
@@ -311,7 +316,8 @@ def influences(
                 lr=step.lr,
                 unit=unit,
                 sequences=sequences,
-                stderr=slope.errors(own_products),
+                stderr=stderr,
+                reach=reach,
                 tokens=tokens,
                 momentum=_estimate(slope, momentum, unit, "grad F . momentum"),
                 decay=_estimate(slope, decay, unit, "grad F . decay"),
@@ -372,11 +378,7 @@ def fixed_doubt(policy: Policy, step: Step, fixed: Influence, optimizer: Influen
 
 
 def _doubted(found: Influence, doubt: str) -> Influence:
-    if not doubt:
-        return found
-    own = found.sum_of_sequences
-    reason = "; ".join(r for r in (own.reason, doubt) if r)
-    return replace(found, sum_of_sequences=replace(own, reliable=False, reason=reason))
+    return replace(found, sum_of_sequences=found.sum_of_sequences.doubted(doubt)) if doubt else found
 
 
 def _check_update(step: Step, update: Rollouts) -> None:
@@ -390,20 +392,11 @@ def _check_update(step: Step, update: Rollouts) -> None:
 def _estimate(
     slope: ProbeGradient, products: FloatArray, unit: str, how: str, *, value: float | None = None
 ) -> Estimate:
-    count = slope.num_groups
-    error = float(slope.errors(products[:, None])[0])
     level = float(products[:-1].sum()) / len(slope.groups) if value is None else value
     pooled = "" if slope.by_prompt else " (pooled at random)"
-    few = count < 2
-    return Estimate(
-        value=level,
-        stderr=error,
-        n=count,
-        unit=unit,
-        method=f"{how}, first order, baseline {slope.bound.baseline}, clustered by probe prompts{pooled}",
-        reliable=not few,
-        reason=f"{count} group of probe prompts: a standard error needs at least two" if few else "",
-    )
+    errors = f"clustered by probe prompts{pooled}, given the update batch"
+    method = f"{how}, first order, baseline {slope.bound.baseline}, {errors}"
+    return estimate_from_sums(level, slope.residuals(products[:, None])[:, 0], unit=unit, method=method)
 
 
 def _disagreement(policy: Policy, by_tokens: FloatArray, by_sequences: FloatArray) -> float:

@@ -457,7 +457,7 @@ def _estimate(draws: FloatArray, count: int, unit: str) -> Estimate:
         stderr,
         count,
         unit,
-        f"bootstrap over {count} update prompts",
+        f"bootstrap over {count} update prompts, conditional on the probe batch",
         reliable=not reason,
         reason=reason,
     )

@@ -14,14 +14,16 @@ no (seq, params) matrix outlives the pass.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from stepscope.errors import BatchError
+from stepscope.intervals import FEWEST
 from stepscope.measure.batch_size import BatchSizes, batch_sizes, loss_scale
 from stepscope.measure.influence import Influence
+from stepscope.measure.noise_limits import noise_limits
 from stepscope.measure.step import weighted_logprobs
 from stepscope.policy.gram import MEMORY_BYTES, grams
 from stepscope.policy.objective import token_weights as loss_token_weights
@@ -29,9 +31,6 @@ from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import Brief, FloatArray, IntArray, Rollouts
 from stepscope.stats import Estimate
-
-RESOLVED = 2.0
-"""A signal smaller than this many standard errors does not carry a ratio."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,10 +43,10 @@ class NoiseScale(Brief):
         within_prompts: part of ``noise`` from drawing this group's responses; its bias is of order 1/group
             size, because a group's responses share a baseline.
         between_prompts: the rest, from drawing the prompt.
-        prompts: noise / signal: the batch, in prompt groups, at which the two are equal.
+        prompts: noise / signal: the batch, in prompt groups, at which the two are equal, with the limits of
+            :mod:`stepscope.measure.noise_limits`; no number where the signal is not resolved.
         sequences: the same in sequences, at this group size.
-        at_least: lower limit of ``prompts`` two standard errors of the signal up; finite even where the
-            signal is not resolved.
+        at_least: lower 95 % limit of ``prompts``; finite even where the signal is not resolved.
         share_of_noise: expected share of noise in the squared norm of this batch's gradient.
     """
 
@@ -242,20 +241,19 @@ def from_products(K: FloatArray, prompts: IntArray, *, unit: str, method: str) -
         return Estimate(value, error, count, in_unit, how)
 
     strength, spread = estimate(signal, "signal", unit), estimate(noise, "noise of one group", unit)
-    ratio = estimate(quotient, "noise / signal", "prompts")
-    if not strength.value > RESOLVED * strength.stderr:
-        ratio = Estimate(
-            value=ratio.value if strength.value > 0 else float("nan"),
-            stderr=ratio.stderr if strength.value > 0 else float("nan"),
-            n=count,
-            unit="prompts",
-            method=ratio.method,
-            reliable=False,
-            reason=f"the signal ({strength.value:.2g} ± {strength.stderr:.2g}) is within {RESOLVED:g} "
-            "standard errors of zero; more prompts are needed, see at_least",
+    found = estimate(quotient, "noise / signal", "prompts")
+    low, high = noise_limits(products)
+    ratio = replace(found, method=f"{found.method}, limits by inverting a test", low=low, high=high)
+    if not np.isfinite(high):
+        nan = float("nan")
+        doubt = (
+            f"the signal ({strength.value:.2g} ± {strength.stderr:.2g}) is not resolved from zero, so there "
+            f"is no noise scale, only a lower limit ({low:.3g} prompts); sample more prompts"
         )
+        ratio = replace(ratio, value=nan, stderr=nan).doubted(doubt)
+    elif count < FEWEST:
+        ratio = ratio.doubted(f"{count} prompts, expected at least {FEWEST} for limits")
     group = float(sizes.mean())
-    highest = strength.value + RESOLVED * np.nan_to_num(strength.stderr)
     total = strength.value + spread.value / count
     return NoiseScale(
         signal=strength,
@@ -265,15 +263,9 @@ def from_products(K: FloatArray, prompts: IntArray, *, unit: str, method: str) -
             lambda keep: noise(keep) - inside(keep), "between-prompt part of the noise", unit
         ),
         prompts=ratio,
-        sequences=Estimate(
-            value=group * ratio.value,
-            stderr=group * ratio.stderr,
-            n=count,
-            unit="sequences",
-            method=f"{ratio.method}, {group:g} responses a prompt",
-            reliable=ratio.reliable,
-            reason=ratio.reason,
+        sequences=replace(
+            ratio.scaled(group, unit="sequences"), method=f"{ratio.method}, {group:g} responses a prompt"
         ),
-        at_least=spread.value / highest if highest > 0 else float("inf"),
+        at_least=low,
         share_of_noise=spread.value / count / total if total > 0 else float("nan"),
     )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from stepscope.measure.noise_scale import RESOLVED
+from stepscope.intervals import student
 from stepscope.results import FloatArray
 from stepscope.stats import Estimate
 
@@ -36,8 +36,8 @@ def window_noise_scale(products: FloatArray, *, prompts_per_step: float, block: 
         block: steps in a block, about the memory 1/(1 - b1) of the first moment.
 
     Returns:
-        The noise scale in prompts; n is the number of steps. Flagged where the signal is within two standard
-        errors of zero, or where there are too few steps for an error.
+        The noise scale in prompts; n is the number of steps, the interval Student's t over blocks. No number
+        where the signal is not resolved from zero; flagged where there are too few steps for an error.
     """
     method = f"gradients of {len(products)} successive steps, jackknife over blocks of {block}"
     labels = np.arange(len(products)) // block
@@ -50,20 +50,23 @@ def window_noise_scale(products: FloatArray, *, prompts_per_step: float, block: 
     ratio = _jackknife(np.array([_quotient(rows, prompts_per_step) for rows in without]))
     strength = float(products[:, 0].mean())
     spread = _jackknife(np.array([float(rows[:, 0].mean()) for rows in without]))
-    reason = ""
-    if not strength > RESOLVED * spread:
+    value, reach, reason = _quotient(products, prompts_per_step), student(blocks), ""
+    if not strength > reach * spread:
+        value = ratio = float("nan")
         reason = (
-            f"the signal ({strength:.2g} ± {spread:.2g}) is within {RESOLVED:g} standard errors of zero; "
+            f"the signal ({strength:.2g} ± {spread:.2g}) is within {reach:.2g} standard errors of zero; "
             "a longer window is needed"
         )
     return Estimate(
-        value=_quotient(products, prompts_per_step),
+        value=value,
         stderr=ratio,
         n=len(products),
         unit="prompts",
-        method=method,
+        method=f"{method}, {blocks} of them",
         reliable=not reason,
         reason=reason,
+        low=value - reach * ratio,
+        high=value + reach * ratio,
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from stepscope.errors import MeasurementError
+from stepscope.intervals import studentised
 from stepscope.measure.baselines import fit_baseline, length_baseline
 from stepscope.measure.estimators import Probe, after
 from stepscope.measure.estimators import value as quantity_value
@@ -178,23 +179,21 @@ class ProbeGradient:
         """The parts times P, elementwise."""
         return {n: t * preconditioner[n].to(t.device, t.dtype) for n, t in self.parts.items()}
 
-    def errors(self, products: FloatArray) -> FloatArray:
-        """Standard errors of inner products with grad F, clustered by group.
+    def residuals(self, products: FloatArray) -> FloatArray:
+        """What each group adds to the error of inner products with grad F, for ``estimate_from_sums``.
 
-        stderr^2 = G/(G-1) sum_g r_g^2 / n^2 with r_g the sum over group g of the influence values of the
-        estimator: product - value, and per token (product - value * length / N) - (f - Fbar length) / N *
-        dN / N with dN the product with the gradient of the mean length N.
+        r_g / n with r_g the sum over group g of the influence values of the estimator: product - value, and
+        per token (product - value * length / N) - (f - Fbar length) / N * dN / N with dN the product with the
+        gradient of the mean length N.
 
         Args:
             products: (group + 1, item) inner products of the parts, as :meth:`dots` gives them.
 
         Returns:
-            (item,) standard errors; nan with fewer than two groups.
+            (group, item); they add up to zero over the groups.
         """
         sums, length_slope = products[:-1], products[-1]
-        count, num = len(sums), len(self.groups)
-        if count < 2:
-            return np.full(products.shape[1:], np.nan)
+        num = len(self.groups)
         value = sums.sum(0) / num
         probe = self.bound.probe
         share = probe.lengths / probe.mean_length if probe.per_token else np.ones(num)
@@ -202,7 +201,26 @@ class ProbeGradient:
         if probe.per_token and probe.on_policy:
             excess = np.bincount(self.groups, weights=quantity_value(probe).influence)
             residual = residual - np.multiply.outer(excess, length_slope / probe.mean_length)
-        return np.asarray(np.sqrt(count / (count - 1) * (residual**2).sum(0)) / num, dtype=np.float64)
+        return np.asarray(residual / num, dtype=np.float64)
+
+    def errors(self, products: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Standard errors of inner products with grad F, by group, and half widths of 95 % intervals.
+
+        ``stderr^2 = G/(G-1) sum_g r_g^2`` with :meth:`residuals`.
+
+        Args:
+            products: (group + 1, item) inner products of the parts, as :meth:`dots` gives them.
+
+        Returns:
+            Both (item,); nan with fewer than two groups.
+        """
+        residual = self.residuals(products)
+        count = len(residual)
+        if count < 2:
+            nothing = np.full(residual.shape[1], np.nan)
+            return nothing, nothing
+        stderr = np.sqrt(count / (count - 1) * (residual**2).sum(0))
+        return stderr, np.where(stderr > 0, studentised(residual), 0.0) * stderr
 
 
 def probe_gradient(

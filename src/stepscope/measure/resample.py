@@ -6,7 +6,6 @@ An independent check of ``measure.change``: it knows nothing of importance weigh
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 from torch import nn
@@ -17,7 +16,7 @@ from stepscope.measure.quantities import make_quantity, unit_of, why_trivial
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import shifted
 from stepscope.results import FloatArray, Rollouts
-from stepscope.stats import Estimate, clustered_mean
+from stepscope.stats import Estimate, clustered_estimate
 
 
 def resample_change(
@@ -66,13 +65,13 @@ def resample_change(
         tags[1] + p for p in before_batch.prompt_keys
     ]
     bound = make_quantity(quantity, before_batch, policy=policy, reference=reference)
-    spread = clustered_mean(
+    return clustered_estimate(
+        after - before,
         influence,
         clusters,
         unit=unit_of(bound, normalisation),
         method=f"sampled afresh at both ends, {'paired by prompt' if paired else 'different prompts'}",
     )
-    return replace(spread, value=after - before)
 
 
 def _level(

@@ -258,6 +258,4 @@ def _without(
 
 
 def _estimate(bound: BoundQuantity, sampled: Sampled, method: str, reason: str) -> Estimate:
-    found = bound.probe.estimate(sampled, unit=bound.unit, method=method)
-    reasons = "; ".join(r for r in (found.reason, reason) if r)
-    return Estimate(found.value, found.stderr, found.n, found.unit, found.method, not reasons, reasons)
+    return bound.probe.estimate(sampled, unit=bound.unit, method=method).doubted(reason)

@@ -228,7 +228,7 @@ def make_change(
                 lr=lr,
                 true=_flagged(estimated(partial(true, lr=lr), weighted), check, floor, expected),
                 linear=estimated(partial(slope, lr=lr), along),
-                second_order=_doubted(estimated(partial(bend, factor=lr**2 / 2), f"second {along}"), doubt)
+                second_order=estimated(partial(bend, factor=lr**2 / 2), f"second {along}").doubted(doubt)
                 if curved
                 else None,
                 excess=_flagged(apart, check, floor),
@@ -238,7 +238,7 @@ def make_change(
             )
         )
     along_slope = estimated(slope, along, f"{level}/lr")
-    curvature = _doubted(estimated(bend, f"second {along}", f"{level}/lr^2"), doubt) if curved else None
+    curvature = estimated(bend, f"second {along}", f"{level}/lr^2").doubted(doubt) if curved else None
     end = linear_up_to(along_slope.value, curvature.value) if curvature and not doubt else None
     regime = float("inf") if end is None else max(end, own_lr * (1 + 1e-9))
     trusted = [p for p in points if p.true.reliable and p.lr <= regime]
@@ -288,9 +288,3 @@ def _flagged(estimate: Estimate, check: WeightCheck, floor: float, expected: flo
     if not size >= 3 * floor:
         reasons.append(f"below three times the round-off floor of {floor:.1e}")
     return replace(estimate, reliable=not reasons, reason="; ".join(reasons))
-
-
-def _doubted(estimate: Estimate, doubt: str) -> Estimate:
-    """The estimate, flagged where its derivatives are in doubt."""
-    reason = "; ".join(r for r in (estimate.reason, doubt) if r)
-    return replace(estimate, reliable=False, reason=reason) if doubt else estimate

@@ -9,7 +9,7 @@ step; repeats with fresh update batches (``stepscope study``) show what the upda
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,14 @@ import numpy.typing as npt
 from stepscope.measure.estimators import Probe, Sampled
 from stepscope.measure.line import TokenTable
 from stepscope.results import FloatArray, IntArray
-from stepscope.stats import Estimate, bootstrap, clustered_ratio, jackknife_ratio
+from stepscope.stats import (
+    Estimate,
+    bootstrap,
+    clustered_ratio,
+    estimate_from_sums,
+    jackknife_ratio,
+    ratio_residuals,
+)
 
 ERRORS = ("delta", "jackknife", "bootstrap")
 NUM_RESAMPLES = 400
@@ -82,9 +89,8 @@ def estimate(evidence: Evidence, statistic: Statistic, *, errors: str, unit: str
     """
     found = statistic(evidence)
     probe = evidence.probe
-    by_delta = probe.estimate(
-        found, unit=unit, method=f"{method}; {_KINDS[errors]} error by prompt, given the update batch"
-    )
+    how = f"{method}; {_KINDS[errors]} error by prompt, given the update batch"
+    by_delta = probe.estimate(found, unit=unit, method=how)
     if errors == "delta" or probe.sequence_weights is not None or by_delta.n < 2:
         return by_delta
     if errors == "bootstrap":
@@ -93,12 +99,12 @@ def estimate(evidence: Evidence, statistic: Statistic, *, errors: str, unit: str
             probe.clusters,
             num_resamples=NUM_RESAMPLES,
         )
-        return Estimate(found.value, spread.stderr, by_delta.n, unit, by_delta.method)
+        return probe.estimate(found, unit=unit, method=how, stderr=spread.stderr)
     without = _without_each(evidence, statistic)
     count = len(without)
     stderr = float(np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum()))
     value = count * found.value - (count - 1) * float(without.mean())
-    return Estimate(value, stderr, count, unit, by_delta.method)
+    return probe.estimate(Sampled(value, found.influence), unit=unit, method=how, stderr=stderr)
 
 
 def estimate_ratio(
@@ -128,7 +134,9 @@ def estimate_ratio(
     spread = bootstrap(
         lambda rows: float(x[rows].sum() / y[rows].sum()), clusters, num_resamples=NUM_RESAMPLES
     )
-    return replace(found, stderr=spread.stderr)
+    return estimate_from_sums(
+        found.value, ratio_residuals(x, y, clusters), unit=unit, method=found.method, stderr=spread.stderr
+    )
 
 
 _KINDS = {"delta": "delta-method", "jackknife": "jackknife", "bootstrap": "bootstrap"}

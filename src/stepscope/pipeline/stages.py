@@ -12,6 +12,7 @@ import numpy as np
 from stepscope import runs
 from stepscope.config import Stage
 from stepscope.errors import MeasurementError
+from stepscope.intervals import student
 from stepscope.measure.change import measure_changes
 from stepscope.measure.fisher import fisher_kernel
 from stepscope.measure.influence import influence, neglected_share, write_influence
@@ -177,8 +178,11 @@ def _line_figures(fit: LogLogFit | None, count: int) -> Summary:
         none = Estimate(nan, nan, count, "1", how, False, "fewer than two learning rates are reliable")
         return {"linearity_slope": none, "linearity_r2": none}
     how = f"{how}; {fit.n} of them"
+    reach = student(fit.n - 1) * fit.slope_stderr  # two of the learning rates are spent on the line
     return {
-        "linearity_slope": Estimate(fit.slope, fit.slope_stderr, count, "1", how),
+        "linearity_slope": Estimate(
+            fit.slope, fit.slope_stderr, count, "1", how, low=fit.slope - reach, high=fit.slope + reach
+        ),
         "linearity_r2": Estimate(fit.r2, nan, count, "1", how),
     }
 

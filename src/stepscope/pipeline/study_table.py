@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 
 from stepscope.config import MeasureConfig
-from stepscope.stats import Estimate, FloatArray
+from stepscope.results import FloatArray
+from stepscope.stats import Estimate, interval_of
 
 Row = dict[str, Any]
 
@@ -41,7 +42,9 @@ def cell_rows(change: Mapping[str, Any], config: MeasureConfig) -> list[Row]:
             }
             for name in ("true", "linear", "second_order"):
                 estimate = point[name] or {"value": None, "stderr": None}
+                low, high = interval_of(estimate.get("low"), estimate.get("high"))
                 row |= {name: _number(estimate["value"]), f"{name}_stderr": _number(estimate["stderr"])}
+                row |= {f"{name}_low": low, f"{name}_high": high}
             row |= {
                 "reliable": point["true"]["reliable"],
                 "reason": point["true"]["reason"],
@@ -130,6 +133,8 @@ def _point(members: Sequence[Row], spread: str) -> Row:
                 "one measurement, conditional on the update batch",
                 not flag,
                 flag and first["reason"],
+                low=first[f"{name}_low"],
+                high=first[f"{name}_high"],
             )
         point[name] = estimate.to_dict()
     values = np.array([m["relative_difference"] for m in members])

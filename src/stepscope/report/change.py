@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import plotly.graph_objects as go
 
@@ -16,11 +16,11 @@ from stepscope.report.figures import (
     INK,
     MUTED,
     VERMILLION,
-    Z95,
     Figure,
     error_bars,
     make_spec,
     rounded,
+    sizes,
     soft,
 )
 from stepscope.report.load import Measurement
@@ -39,13 +39,13 @@ def change_figure(series: Mapping[str, Any], key: str = "change") -> Figure:
     points: Sequence[Point] = series["points"]
     unit = points[0]["true"].unit if points else ""
     low, high = _magnitude_range(points)
-    pairs = [_relative_error(p) for p in points]
-    reach = _reach([pair for pair, p in zip(pairs, points, strict=True) if p["true"].reliable])
+    errors = [_relative_error(p) for p in points]
+    reach = _reach([e for e, p in zip(errors, points, strict=True) if p["true"].reliable])
     traces = [
         *_linear_traces(points, "first order", VERMILLION, "dash", 10 ** (low - 1)),
         *_second_trace(points, unit),
         *_true_trace(points, "true", BLUE, unit),
-        _relative_trace(points, pairs),
+        _relative_trace(points, errors),
     ]
     xaxis = lr_axis(_rates(points, series["lr"]))
     limits = _limits(series, xaxis["range"])
@@ -68,7 +68,7 @@ def change_figure(series: Mapping[str, Any], key: str = "change") -> Figure:
             *(_limit_note(*limit) for limit in limits),
         ],
     )
-    inside = [abs(r) <= reach for r, _ in pairs if math.isfinite(r)]
+    inside = [abs(e.value) <= reach for e in errors if math.isfinite(e.value)]
     caption = " ".join(
         sentence
         for sentence in (
@@ -154,7 +154,7 @@ def _true_trace(
         go.Scatter(
             x=rounded(p["lr"] for p in chosen),
             y=rounded(abs(v.value) for v in values),
-            error_y=error_bars((v.stderr for v in values), color),
+            error_y=error_bars(sizes(values), color),
             mode="markers",
             name=label,
             marker={
@@ -175,10 +175,9 @@ def _linear_traces(points: Sequence[Point], label: str, color: str, dash: str, f
         return []
     values: list[Estimate] = [p["linear"] for p in chosen]
     x = rounded(p["lr"] for p in chosen)
-    widths = [Z95 * v.stderr if math.isfinite(v.stderr) else 0.0 for v in values]
     edge = {"mode": "lines", "line": {"width": 0, "color": color}, "showlegend": False, "hoverinfo": "skip"}
-    lower = [max(abs(v.value) - w, floor) for v, w in zip(values, widths, strict=True)]
-    upper = [abs(v.value) + w for v, w in zip(values, widths, strict=True)]
+    lower = [max(v.low, floor) for v in sizes(values)]
+    upper = [v.high for v in sizes(values)]
     return [
         go.Scatter(x=x, y=rounded(lower), **edge),
         go.Scatter(x=x, y=rounded(upper), fill="tonexty", fillcolor=soft(color), **edge),
@@ -219,24 +218,22 @@ def _second_trace(points: Sequence[Point], unit: str) -> list[Any]:
     ]
 
 
-def _relative_error(point: Point) -> tuple[float, float]:
-    """(first order - true)/|true| and its standard error from the paired difference."""
+def _relative_error(point: Point) -> Estimate:
+    """(first order - true)/|true| with the error of the paired difference."""
     true, excess = point["true"], point["excess"]
-    if not true.value or not math.isfinite(true.value):
-        return math.nan, math.nan
-    return -excess.value / abs(true.value), excess.stderr / abs(true.value)
+    return cast(Estimate, excess).scaled(-1 / abs(true.value) if true.value else math.nan, unit="1")
 
 
-def _reach(pairs: Sequence[tuple[float, float]]) -> float:
-    sizes = [abs(r) + (Z95 * e if math.isfinite(e) else 0.0) for r, e in pairs if math.isfinite(r)]
-    return min(1.0, max(0.05, 1.1 * max(sizes))) if sizes else 1.0
+def _reach(errors: Sequence[Estimate]) -> float:
+    ends = [abs(end) for e in errors for end in (e.value, e.low, e.high) if math.isfinite(end)]
+    return min(1.0, max(0.05, 1.1 * max(ends))) if ends else 1.0
 
 
-def _relative_trace(points: Sequence[Point], pairs: Sequence[tuple[float, float]]) -> Any:
+def _relative_trace(points: Sequence[Point], errors: Sequence[Estimate]) -> Any:
     return go.Scatter(
         x=rounded(p["lr"] for p in points),
-        y=rounded(r for r, _ in pairs),
-        error_y=error_bars((e for _, e in pairs), INK),
+        y=rounded(e.value for e in errors),
+        error_y=error_bars(errors, INK),
         yaxis="y2",
         mode="markers",
         showlegend=False,
@@ -247,9 +244,9 @@ def _relative_trace(points: Sequence[Point], pairs: Sequence[tuple[float, float]
             "line": {"width": 1.5, "color": INK},
         },
         customdata=[
-            f"{text.percent(r)} ± {text.percent(Z95 * e)} (95 %)"
+            f"{text.percent(e.value)} (95 %: {text.percent(e.low)} to {text.percent(e.high)})"
             + ("" if p["excess"].reliable else f"<br>unreliable: {text.plotly_text(p['excess'].reason)}")
-            for (r, e), p in zip(pairs, points, strict=True)
+            for e, p in zip(errors, points, strict=True)
         ],
         hovertemplate="lr %{x:.3g}<br>first order off by %{customdata}<extra></extra>",
     )

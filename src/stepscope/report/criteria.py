@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from stepscope.report import text
-from stepscope.report.figures import BLUE, MUTED, Z95, Figure, make_spec, rounded
-from stepscope.report.load import Measurement
+from stepscope.report.figures import BLUE, MUTED, Figure, error_bars, make_spec, rounded
+from stepscope.report.load import Measurement, parse_estimate
+from stepscope.stats import Estimate
 
 PRIMARY = {
     "level": "token",
@@ -194,20 +194,21 @@ def criteria_sentence(measurement: Measurement) -> str:
     gain = best["gain_over_control"]
     verdict = ""
     if gain is not None and gain["value"] is not None and gain["stderr"] is not None:
-        clear = abs(gain["value"]) > Z95 * gain["stderr"]
+        found = parse_estimate(gain, "criteria.json: gain_over_control")
         verdict = (
             f"; the difference to the best control is "
-            f"{text.plus_minus(gain['value'], gain['stderr'])}{'' if clear else ', not resolved'}"
+            f"{text.estimate(found, unit=False)}{'' if found.resolved else ', not resolved'}"
         )
-    reached = {
-        row["kind"]: text.plus_minus(row["spearman"]["value"], row["spearman"]["stderr"] or math.nan)
-        for row in (best, control)
-    }
+    reached = {row["kind"]: text.estimate(_spearman(row), unit=False) for row in (best, control)}
     return (
         f"Of the literature's criteria, {best['criterion']} ranks the tokens' measured influence on the "
         f"entropy best: Spearman {reached['literature']}. The best trivial control, {control['criterion']}, "
         f"reaches {reached['control']}{verdict}."
     )
+
+
+def _spearman(row: Mapping[str, Any]) -> Estimate:
+    return parse_estimate(row["spearman"], f"criteria.json: {row['criterion']}")
 
 
 def standings_figure(measurement: Measurement) -> Figure | None:
@@ -223,18 +224,11 @@ def standings_figure(measurement: Measurement) -> Figure | None:
     ):
         chosen = [row for row in rows if row["kind"] == kind]
         if chosen:
-            errors = [row["spearman"]["stderr"] or 0.0 for row in chosen]
             traces.append(
                 go.Scatter(
                     x=rounded(row["spearman"]["value"] for row in chosen),
                     y=[row["criterion"] for row in chosen],
-                    error_x={
-                        "type": "data",
-                        "array": rounded(Z95 * e if math.isfinite(e) else 0.0 for e in errors),
-                        "color": color,
-                        "thickness": 1.2,
-                        "width": 3,
-                    },
+                    error_x=error_bars(map(_spearman, chosen), color),
                     mode="markers",
                     name=name,
                     marker={"size": 7, "color": color, "symbol": symbol},
@@ -253,7 +247,7 @@ def standings_figure(measurement: Measurement) -> Figure | None:
     caption = (
         f"The {len(rows)} criteria that follow the influence of the update batch's tokens on the on-policy "
         "entropy best, sign included, through the whole kernel and AdamW's preconditioner. Error bars: "
-        "95 %, bootstrap over update prompts."
+        "95 %, bootstrap over update prompts, given the probe: what the probe adds is not in them."
     )
     return Figure(
         "criteria-standings", "Criteria against the truth", caption, spec, height=120 + 20 * len(rows)

@@ -9,6 +9,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from stepscope.report.figures import (
+    BARS,
     BLUE,
     LOOKS,
     PURPLE,
@@ -19,8 +20,9 @@ from stepscope.report.figures import (
     rounded,
 )
 from stepscope.report.law import law_figure, law_sentences
-from stepscope.report.load import Table, Training, parse_estimate
+from stepscope.report.load import Table, Training, estimates_of, parse_estimate
 from stepscope.report.tables import Column, TableBlock, count_cell, estimate_cell, text_cell
+from stepscope.stats import Estimate
 
 _STEP_AXIS = {"title": {"text": "optimizer step"}}
 _CURVES = (
@@ -122,7 +124,7 @@ def _curves_figure(
     table: Table, key: str, title: str, unit: str, curves: Sequence[tuple[str, str]], caption: str
 ) -> Figure:
     traces = [
-        _curve(table["step"], table[column], table[f"{column}_stderr"], name, look, "step %{x}")
+        _curve(table["step"], estimates_of(table, column), name, look, "step %{x}")
         for (column, name), look in zip(curves, LOOKS, strict=False)
     ]
     spec = make_spec(
@@ -134,18 +136,18 @@ def _curves_figure(
 
 
 def _curve(
-    x: Sequence[Any], y: Sequence[Any], errors: Sequence[Any], name: str, look: tuple[str, str, str], at: str
+    x: Sequence[Any], values: Sequence[Estimate], name: str, look: tuple[str, str, str], at: str
 ) -> Any:
     color, symbol, dash = look
     return go.Scatter(
         x=list(x),
-        y=rounded(y),
-        error_y=error_bars((float("nan") if e is None else float(e) for e in errors), color),
+        y=rounded(v.value for v in values),
+        error_y=error_bars(values, color),
         mode="lines+markers",
         name=name,
         line={"color": color, "width": 1.5, "dash": dash},
         marker={"size": 7, "color": color, "symbol": symbol},
-        hovertemplate=f"{at}<br>{name} %{{y:.4g}} ± %{{error_y.array:.2g}} (95 %)<extra></extra>",
+        hovertemplate=f"{at}<br>{name} %{{y:.4g}} {BARS}<extra></extra>",
     )
 
 
@@ -205,14 +207,13 @@ def _profile_figures(profiles: Table | None) -> list[Figure]:
             if profiles["step"][row] == last and profiles[other][row] == fixed
         ]
         rows.sort(key=lambda row: float(profiles[axis][row]))
-        names = [n for n in profiles if n.startswith("pass_at_") and not n.endswith("_stderr")]
+        names = [n for n in profiles if n.startswith("pass_at_") and f"{n}_stderr" in profiles]
         curves = [(n, n.replace("pass_at_", "pass@")) for n in names[:2]]
         curves.append(("entropy_per_token", "entropy, nats/token"))
         traces = [
             _curve(
                 [profiles[axis][r] for r in rows],
-                [profiles[column][r] for r in rows],
-                [profiles[f"{column}_stderr"][r] for r in rows],
+                [estimates_of(profiles, column)[r] for r in rows],
                 name,
                 look,
                 f"{axis} %{{x}}",

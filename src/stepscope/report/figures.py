@@ -1,8 +1,9 @@
+# ruff: noqa: RUF001 (typographic signs are meant)
 """What a figure of the page is, and the figures of the step.
 
 Colours are names of CSS variables (``var(--blue)``): the script of the page resolves them when it draws, so
 one figure serves light, dark and export. The palette behind them is Okabe and Ito's, and no distinction
-rests on colour alone. Error bars are 95 % intervals (1.96 standard errors) in every figure.
+rests on colour alone. Error bars are the 95 % intervals of the estimates in every figure.
 """
 
 from __future__ import annotations
@@ -16,9 +17,7 @@ import plotly.graph_objects as go
 
 from stepscope.report import text
 from stepscope.report.load import Measurement
-
-Z95 = 1.96
-"""Half width of a 95 % interval in standard errors."""
+from stepscope.stats import Estimate
 
 BLUE, VERMILLION, GREEN, PURPLE = "var(--blue)", "var(--vermillion)", "var(--green)", "var(--purple)"
 INK, MUTED, PAPER = "var(--ink)", "var(--muted)", "var(--paper)"
@@ -55,6 +54,15 @@ class Figure:
     wide: bool = True
 
 
+BARS = "+%{error_y.array:.2g} −%{error_y.arrayminus:.2g} (95 %)"
+"""Hover text of vertical error bars."""
+
+
+def sizes(estimates: Iterable[Estimate]) -> list[Estimate]:
+    """Estimates with their signs taken off, for logarithmic axes."""
+    return [e.scaled(-1.0) if e.value < 0 else e for e in estimates]
+
+
 def rounded(values: Iterable[Any], digits: int = 5) -> list[float | None]:
     """Numbers with ``digits`` significant digits; what is not finite becomes ``None`` (a gap)."""
     return [
@@ -82,11 +90,14 @@ def soft(color: str) -> str:
     return color.replace(")", "-soft)")
 
 
-def error_bars(stderrs: Iterable[float], color: str) -> dict[str, Any]:
-    """95 % error bars from standard errors."""
+def error_bars(estimates: Iterable[Estimate], color: str) -> dict[str, Any]:
+    """The 95 % intervals of estimates as error bars; an end that is not known has none."""
+    known = list(estimates)
     return {
         "type": "data",
-        "array": rounded(Z95 * s for s in stderrs),
+        "symmetric": False,
+        "array": rounded(e.high - e.value for e in known),
+        "arrayminus": rounded(e.value - e.low for e in known),
         "color": color,
         "thickness": 1.2,
         "width": 3,

@@ -14,7 +14,7 @@ import plotly.graph_objects as go
 
 from stepscope.report import text
 from stepscope.report.figures import BLUE, INK, VERMILLION, Figure, error_bars, make_spec, rounded
-from stepscope.report.load import RANKED_BY, Measurement, Table
+from stepscope.report.load import RANKED_BY, Measurement, Table, estimates_of
 from stepscope.report.tables import Cell, Column, TableBlock, count_cell, number_cell, text_cell
 from stepscope.stats import Estimate
 
@@ -173,14 +173,16 @@ def sequence_figure(measurement: Measurement, quantity: str, unit: str) -> Figur
     if table is None or quantity not in table["quantity"]:
         return None
     rows = [
-        (c, s, float(v), math.nan if e is None else float(e))
-        for c, s, q, v, e in zip(
-            *(table[k] for k in ("component", "sequence_id", "quantity", "influence", "stderr")), strict=True
+        (c, s, estimate)
+        for c, s, q, estimate in zip(
+            *(table[k] for k in ("component", "sequence_id", "quantity")),
+            estimates_of(table, "influence", beside=""),
+            strict=True,
         )
         if q == quantity
     ]
     others = [row for row in rows if row[0] != "sequence"]
-    sequences = sorted((row for row in rows if row[0] == "sequence"), key=lambda row: row[2])
+    sequences = sorted((row for row in rows if row[0] == "sequence"), key=lambda row: row[2].value)
     verdicts: dict[int, bool] = {}
     if measurement.update is not None and "correct" in measurement.update:
         verdicts = dict(zip(measurement.update["sequence_id"], measurement.update["correct"], strict=True))
@@ -196,16 +198,12 @@ def sequence_figure(measurement: Measurement, quantity: str, unit: str) -> Figur
             traces.append(
                 go.Scatter(
                     x=[rank for rank, _ in chosen],
-                    y=rounded(row[2] for _, row in chosen),
-                    error_y=error_bars(
-                        (row[3] if math.isfinite(row[3]) else 0.0 for _, row in chosen), color
-                    ),
+                    y=rounded(row[2].value for _, row in chosen),
+                    error_y=error_bars((row[2] for _, row in chosen), color),
                     mode="markers",
                     name=name,
                     marker={"size": 5, "color": color, "symbol": symbol},
-                    customdata=[
-                        f"sequence {row[1]}<br>{text.plus_minus(row[2], row[3])}" for _, row in chosen
-                    ],
+                    customdata=[f"sequence {row[1]}<br>{text.estimate(row[2])}" for _, row in chosen],
                     hovertemplate=f"{name}, %{{customdata}}<extra></extra>",
                 )
             )
@@ -214,8 +212,8 @@ def sequence_figure(measurement: Measurement, quantity: str, unit: str) -> Figur
         xaxis={"title": {"text": "sequence, in order of influence"}, "zeroline": False},
         yaxis={"title": {"text": f"influence, {unit} per unit lr"}, "zeroline": True},
     )
-    beside = "; ".join(f"{c} {text.plus_minus(v, e)}" for c, _, v, e in others)
-    net = sum(row[2] for row in sequences)
+    beside = "; ".join(f"{c} {text.estimate(e)}" for c, _, e in others)
+    net = sum(row[2].value for row in sequences)
     caption = (
         f"First-order influence of each of the {len(sequences)} sequences of the update batch on the "
         f"{quantity} (per token, on-policy), per unit of learning rate, {WAYS['fixed']}. Error bars: 95 % "

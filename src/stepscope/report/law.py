@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,8 +32,8 @@ def law_figure(laws: Mapping[str, Mapping[str, Any]]) -> Figure:
             go.Scatter(
                 x=rounded(law["entropy"]),
                 y=rounded(law["performance"]),
-                error_x=error_bars(law["entropy_stderr"], color),
-                error_y=error_bars(law["performance_stderr"], color),
+                error_x=error_bars(_points(law, "entropy"), color),
+                error_y=error_bars(_points(law, "performance"), color),
                 mode="markers",
                 name=name or "checkpoints",
                 marker={"size": 7, "color": color, "symbol": symbol},
@@ -114,6 +115,12 @@ def law_table(laws: Mapping[str, Mapping[str, Any]]) -> TableBlock:
         "unreliable ones."
     )
     return TableBlock("laws", "Fits", caption, columns, rows)
+
+
+def _points(law: Mapping[str, Any], name: str) -> list[Estimate]:
+    count = int(law.get("num_prompts", 0))
+    pairs = zip(law[name], law[f"{name}_stderr"], strict=True)
+    return [Estimate(float(v), math.nan if e is None else float(e), count, "", "") for v, e in pairs]
 
 
 def _estimate(law: Mapping[str, Any], key: str) -> Estimate:

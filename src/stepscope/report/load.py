@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 
 from stepscope import runs
 from stepscope.errors import ConfigError, RunFolderError
-from stepscope.stats import Estimate
+from stepscope.stats import Estimate, interval_of
 from stepscope.yaml_text import parse_yaml
 
 P = ParamSpec("P")
@@ -33,7 +33,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 _SEQUENCE_COLUMNS = ("sequence_id", "prompt_id", "prompt", "response", "reward", "num_tokens", "truncated")
 _TOKEN_COLUMNS = ("sequence_id", "position", "token", "logprob", "entropy")
-_INFLUENCE_COLUMNS = ("component", "sequence_id", "quantity", "through", "influence", "stderr")
+_INFLUENCE_COLUMNS = ("component", "sequence_id", "quantity", "through", "influence", "stderr", "low", "high")
 
 RANKED_BY = "optimizer"
 """The influence that ranks tokens on the page: it predicts best what leaving something out does."""
@@ -212,6 +212,7 @@ def parse_estimate(value: Any, where: str) -> Estimate:
         RunFolderError: a field is missing or of the wrong kind.
     """
     try:
+        low, high = interval_of(value.get("low"), value.get("high"))
         return Estimate(
             value=_number(value["value"]),
             stderr=_number(value["stderr"]),
@@ -220,12 +221,36 @@ def parse_estimate(value: Any, where: str) -> Estimate:
             method=str(value["method"]),
             reliable=_flag(value["reliable"]),
             reason=str(value["reason"]),
+            low=low,
+            high=high,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RunFolderError(
             f"{where}: not an estimate ({type(error).__name__}: {error}); expected "
             "{value, stderr, n, unit, method, reliable, reason}; measure the checkpoint again"
         ) from error
+
+
+def estimates_of(table: Table, column: str, *, unit: str = "", beside: str | None = None) -> list[Estimate]:
+    """A column as estimates, with error and interval from ``COLUMN_stderr``, ``COLUMN_low``, ``COLUMN_high``.
+
+    Args:
+        table: an evaluation, or another table with such columns.
+        column: the values.
+        unit: of the values.
+        beside: what the names of the other columns start with, if not ``COLUMN_``.
+    """
+    start = f"{column}_" if beside is None else beside
+    count = len(table[column])
+    nothing: list[Any] = [None] * count
+    errors, low, high = (table.get(f"{start}{part}", nothing) for part in ("stderr", "low", "high"))
+    sizes = table.get("num_prompts", [0] * count)
+    found = []
+    for row in range(count):
+        ends = interval_of(low[row], high[row])
+        value, error = _number(table[column][row]), _number(errors[row])
+        found.append(Estimate(value, error, int(sizes[row]), unit, "", low=ends[0], high=ends[1]))
+    return found
 
 
 def load_measurement(path: Path) -> Measurement:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,19 +25,25 @@ def noise_figures(measurement: Measurement) -> list[Figure]:
     law = [_estimate(row, "noise_to_signal") for row in rows]
     cut = [(row, e) for row, e in zip(rows, law, strict=True) if row["over_law"] is not None]
     over = [_estimate(row, "over_law") for row, _ in cut]
+    resolved = all(math.isfinite(e.value) for e in law)
+
+    def level(e: Estimate) -> float:
+        return e.value if resolved else e.low
+
+    between = [o.scaled(level(e)) for (_, e), o in zip(cut, over, strict=True)]
     traces = [
         go.Scatter(
             x=[row["prompts"] for row in rows],
-            y=rounded(e.value for e in law),
+            y=rounded(level(e) for e in law),
             mode="lines",
-            name="noise scale / batch size",
+            name="noise scale / batch size" if resolved else "lower limit of it: the signal is not resolved",
             line={"color": BLUE, "width": 1.5},
             hovertemplate="%{x} prompts: %{y:.3g}<extra></extra>",
         ),
         go.Scatter(
             x=[row["prompts"] for row, _ in cut],
-            y=rounded(e.value * o.value for (_, e), o in zip(cut, over, strict=True)),
-            error_y=error_bars((e.value * o.stderr for (_, e), o in zip(cut, over, strict=True)), VERMILLION),
+            y=rounded(b.value for b in between),
+            error_y=error_bars(between, VERMILLION),
             mode="markers",
             name="between disjoint batches",
             marker={"size": 7, "color": VERMILLION, "symbol": "diamond"},

@@ -28,8 +28,8 @@ def pareto_figure(measurement: Measurement) -> Figure | None:
             go.Scatter(
                 x=rounded(p["reward_given_up"].value for p in points),
                 y=rounded(p["entropy_kept"].value for p in points),
-                error_x=error_bars((p["reward_given_up"].stderr for p in points), color),
-                error_y=error_bars((p["entropy_kept"].stderr for p in points), color),
+                error_x=error_bars((p["reward_given_up"] for p in points), color),
+                error_y=error_bars((p["entropy_kept"] for p in points), color),
                 mode="lines+markers",
                 name=rule.replace("_", " "),
                 line={"color": color, "width": 1, "dash": dash},

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from stepscope.report import text
 from stepscope.report.change import lr_axis, magnitude_axis, own_lr_lines
-from stepscope.report.figures import Figure, error_bars, look, make_spec, rounded
+from stepscope.report.figures import Figure, error_bars, look, make_spec, rounded, sizes
 from stepscope.report.study_load import Row
 
 _COLUMNS = 2
@@ -41,8 +41,8 @@ def line_figure(
             own, text.plotly_text(labels[line["checkpoint"]]) + _fit_words(line), color, symbol
         )
         traces += _fit_of(line, color, dash)
-    sizes = [abs(p["true"].value) for p in points if _drawable(p)]
-    low, high = (math.log10(min(sizes)) - 0.5, math.log10(max(sizes)) + 0.5) if sizes else (-6.0, 0.0)
+    spans = [abs(p["true"].value) for p in points if _drawable(p)]
+    low, high = (math.log10(min(spans)) - 0.5, math.log10(max(spans)) + 0.5) if spans else (-6.0, 0.0)
     own_lrs = sorted({float(p["own_lr"]) for p in points})
     unit = points[0]["true"].unit
     repeats = max(int(p["repeats"]) for p in points)
@@ -86,7 +86,7 @@ def _points_of(points: Sequence[Row], name: str, color: str, symbol: str) -> lis
         go.Scatter(
             x=rounded(p["lr"] for p in shown),
             y=rounded(abs(p["true"].value) for p in shown),
-            error_y=error_bars((p["true"].stderr for p in shown), color),
+            error_y=error_bars(sizes(p["true"] for p in shown), color),
             mode="markers",
             name=name,
             marker={

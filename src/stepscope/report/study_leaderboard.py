@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
-from scipy.special import stdtrit
 
 from stepscope.report import text
 from stepscope.report.criteria import BOARD_CAPTION, PRIMARY, Board, make_board, truth_words
@@ -130,7 +129,7 @@ def _by_checkpoint(study: Study, rows: Sequence[Row], key: str) -> Figure | None
             go.Scatter(
                 x=rounded(x + aside for x, _, _ in points),
                 y=rounded(figure.value for _, _, figure in points),
-                error_y=error_bars((figure.stderr for _, _, figure in points), color),
+                error_y=error_bars((figure for _, _, figure in points), color),
                 mode="lines+markers" if joined else "markers",
                 name=text.plotly_text(name),
                 line={"color": color, "width": 1.2, "dash": dash},
@@ -148,10 +147,9 @@ def _by_checkpoint(study: Study, rows: Sequence[Row], key: str) -> Figure | None
     )
     repeats = max(int(row["repeats"]) for row in rows)
     what = (
-        f"Mean over {repeats} repeats; error bars: 1.96 standard errors of the mean, {study.spread} (with "
-        f"so many repeats a 95 % interval has {text.number(float(stdtrit(repeats - 1, 0.975)))} of them)"
+        f"Mean over {repeats} repeats; error bars: 95 % interval of the mean, {study.spread}"
         if repeats > 1
-        else "One measurement each; error bars: 95 %, bootstrap over update prompts"
+        else "One measurement each; error bars: 95 %, bootstrap over update prompts, given the probe"
     )
     words = truth_words(rows[0])
     caption = (

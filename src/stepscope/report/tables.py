@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from stepscope.report import text
 from stepscope.report.load import Measurement, parse_estimate
@@ -82,18 +82,28 @@ def estimate_cell(value: Estimate) -> Cell:
 
 
 def trust_cell(value: Estimate) -> Cell:
-    """A cell saying whether the number can be trusted, and if not why."""
+    """A cell saying whether the number passed its diagnostics, and if not why; nothing on its size."""
     if value.reliable:
-        return Cell(shown="reliable", raw="reliable", anchor="def-trust")
-    return Cell(shown="unreliable", raw=f"unreliable: {value.reason}", anchor="def-trust", note=value.reason)
+        return Cell(shown="passed", raw="passed", anchor="def-trust")
+    return Cell(shown="failed", raw=f"failed: {value.reason}", anchor="def-trust", note=value.reason)
+
+
+def interval_cell(value: Estimate) -> Cell:
+    """A cell with the 95 % interval, saying whether it leaves out 0."""
+    shown = text.interval(value)
+    if shown == text.NOT_AVAILABLE:
+        return Cell(shown=shown, raw=shown)
+    verdict = "resolved from zero" if value.resolved else "not resolved from zero"
+    return Cell(shown=shown, raw=f"{value.low:.6g} to {value.high:.6g}: {verdict}", note=verdict)
 
 
 _ESTIMATE_COLUMNS = (
     Column("Figure"),
     Column("Value ± standard error", "def-estimate", numeric=True, with_error=True),
+    Column("95 % interval", "def-estimate"),
     Column("Unit"),
     Column("n", "def-n", numeric=True),
-    Column("Trust", "def-trust"),
+    Column("Diagnostics", "def-trust"),
     Column("Method"),
 )
 
@@ -107,6 +117,7 @@ def estimates_table(key: str, title: str, caption: str, figures: Mapping[str, Es
             (
                 text_cell(label.name, anchor=label.anchor),
                 estimate_cell(value),
+                interval_cell(value),
                 text_cell(value.unit if value.unit != "1" else "–"),
                 count_cell(value.n),
                 trust_cell(value),
@@ -179,8 +190,8 @@ def comparison_table(
         Column(f"B: {names[1]}", numeric=True, with_error=True),
         Column("B − A", numeric=True, with_error=True),
         Column("Unit"),
-        Column("95 % intervals"),
-        Column("Trust", "def-trust"),
+        Column("95 % of B − A", "def-estimate"),
+        Column("Diagnostics", "def-trust"),
     ]
     rows = []
     for key, first in figures[0].items():
@@ -196,7 +207,7 @@ def comparison_table(
                 estimate_cell(second),
                 estimate_cell(difference),
                 text_cell(first.unit if first.unit != "1" else "–"),
-                intervals_cell(first, second),
+                interval_cell(difference),
                 trust_cell(difference),
             ]
         )
@@ -241,12 +252,13 @@ def noise_table(measurement: Measurement) -> TableBlock | None:
         Column("Signal", "def-noise-scale"),
         Column("Noise scale, prompts", "def-noise-scale", numeric=True, with_error=True),
         Column("at least", "def-noise-scale", numeric=True),
+        Column("at most", "def-noise-scale", numeric=True),
         Column("in sequences", numeric=True, with_error=True),
         Column("Noise share of this batch", numeric=True),
         Column("Within prompts", "def-noise-parts", numeric=True, with_error=True),
         Column("Between prompts", "def-noise-parts", numeric=True, with_error=True),
         Column("n", "def-n", numeric=True),
-        Column("Trust", "def-trust"),
+        Column("Diagnostics", "def-trust"),
     )
     rows = []
     for label, record in named.items():
@@ -260,6 +272,7 @@ def noise_table(measurement: Measurement) -> TableBlock | None:
                 text_cell(label),
                 estimate_cell(prompts),
                 number_cell(record.get("at_least")),
+                number_cell(prompts.high),
                 estimate_cell(sequences),
                 _share_cell(record.get("share_of_noise")),
                 estimate_cell(_relative_to(within, total.value)),
@@ -269,8 +282,8 @@ def noise_table(measurement: Measurement) -> TableBlock | None:
             )
         )
     caption = (
-        "Noise scale: the batch at which noise and signal are equal, ± one standard error; “at least” is its "
-        "lower limit, two standard errors of the signal up, finite even where the signal is not resolved. "
+        "Noise scale: the batch at which noise and signal are equal, ± one standard error; no number where "
+        "the signal is not resolved from zero. “At least” and “at most” are its 95 % limits. "
         "Within and between prompts: shares of the variance of one prompt group."
     )
     return TableBlock("noise", "", caption, columns, rows)
@@ -283,7 +296,7 @@ def _share_cell(share: float | None) -> Cell:
 
 def _relative_to(part: Estimate, whole: float) -> Estimate:
     scale = 1 / whole if whole else float("nan")
-    return replace(part, value=scale * part.value, stderr=scale * part.stderr, unit="1")
+    return part.scaled(scale, unit="1")
 
 
 def series_table(measurements: Sequence[Measurement]) -> TableBlock | None:
@@ -300,11 +313,3 @@ def series_table(measurements: Sequence[Measurement]) -> TableBlock | None:
         "learning rate; ⚠ marks unreliable ones."
     )
     return TableBlock("checkpoints", "", caption, columns, rows)
-
-
-def intervals_cell(first: Estimate, second: Estimate) -> Cell:
-    """A cell saying whether two 95 % intervals overlap."""
-    if not (first.stderr > 0 and second.stderr > 0):
-        return text_cell("no error given")
-    gap = abs(second.value - first.value)
-    return text_cell("do not overlap" if gap > 1.96 * (first.stderr + second.stderr) else "overlap")

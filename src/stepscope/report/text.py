@@ -112,10 +112,20 @@ def plus_minus(value: float, stderr: float) -> str:
     return _minus(body) if scale == 0 else f"({_minus(body)}) × 10{_power(scale)}"
 
 
-def estimate(value: Estimate) -> str:
-    """An estimate with its error and unit."""
-    unit = "" if value.unit in ("", "1") else f" {value.unit}"
-    return plus_minus(value.value, value.stderr) + unit
+def estimate(value: Estimate, *, unit: bool = True) -> str:
+    """An estimate with its error and, if wanted, unit."""
+    words = f" {value.unit}" if unit and value.unit not in ("", "1") else ""
+    return plus_minus(value.value, value.stderr) + words
+
+
+def interval(value: Estimate) -> str:
+    """``low to high`` of the 95 % interval; one end alone where the other is open, nothing where both are."""
+    low, high = math.isfinite(value.low), math.isfinite(value.high)
+    if low and high:
+        return f"{number(value.low)} to {number(value.high)}"
+    return (
+        f"at least {number(value.low)}" if low else f"at most {number(value.high)}" if high else NOT_AVAILABLE
+    )
 
 
 def percent(share: float, digits: int = 2) -> str:
@@ -143,10 +153,9 @@ def lr_text(lr: float) -> str:
 def change_sentence(quantity: str, lr: float, true: Estimate, linear: Estimate) -> str:
     """The headline: what the step does at its own learning rate, truly and to first order, with errors."""
     verb = "lowers" if true.value < 0 else "raises"
-    resolved = abs(true.value) > 2 * true.stderr
     name = QUANTITIES.get(quantity, quantity)
     size = plus_minus(abs(true.value), true.stderr)
-    if resolved:
+    if true.resolved:
         start = (
             f"At its own learning rate {lr_text(lr)} this step {verb} the policy's {name} by {size} "
             f"{true.unit}"
@@ -158,7 +167,7 @@ def change_sentence(quantity: str, lr: float, true: Estimate, linear: Estimate) 
         )
     end = f" (first order: {estimate(linear)})."
     doubts = [
-        f" The {word} change is flagged unreliable: {value.reason}."
+        f" The {word} change failed its diagnostics: {value.reason}."
         for word, value in (("true", true), ("first-order", linear))
         if not value.reliable
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import plotly.graph_objects as go
 
 from stepscope.report import text
 from stepscope.report.figures import (
+    BARS,
     BLUE,
     LOOKS,
     PURPLE,
@@ -20,16 +20,15 @@ from stepscope.report.figures import (
     make_spec,
     rounded,
 )
-from stepscope.report.load import Table, Training, parse_estimate
+from stepscope.report.load import Table, Training, estimates_of, parse_estimate
 from stepscope.report.tables import (
     Column,
     TableBlock,
     difference_of,
     estimate_cell,
-    intervals_cell,
+    interval_cell,
     text_cell,
 )
-from stepscope.stats import Estimate
 
 _LOGGED = (
     ("reward", "Mean reward of each training batch", BLUE, "reward"),
@@ -59,7 +58,8 @@ def training_sentences(training: Training) -> list[str]:
         parts = []
         for column, name, unit in [*names, ("entropy_per_token", "entropy", " nats/token")]:
             if f"{column}_stderr" in table:
-                entries = [_entry(table, column, "", row) for row in ((0, -1) if several else (0,))]
+                entries = estimates_of(table, column)
+                entries = [entries[0], entries[-1]] if several else entries[:1]
                 figures = [text.plus_minus(entry.value, entry.stderr) for entry in entries]
                 parts.append(f"{name} {'from ' if several else ''}{' to '.join(figures)}{unit}")
         where = f"on held-out problems ({setting})" if setting else "on held-out problems"
@@ -87,7 +87,7 @@ def _before_after(table: Table, setting: str, number: int, paired: Mapping[str, 
         Column(f"After (step {table['step'][-1]})", numeric=True, with_error=True),
         Column("Difference", numeric=True, with_error=True),
         Column("Unit"),
-        Column("95 % intervals"),
+        Column("95 % of the difference", "def-estimate"),
     ]
     rows = []
     for column, name, anchor, unit in (
@@ -101,19 +101,21 @@ def _before_after(table: Table, setting: str, number: int, paired: Mapping[str, 
         ("truncated_rate", "truncated responses", "def-batches", "fraction"),
     ):
         if column in table:
-            first, last = (_entry(table, column, unit, row) for row in (0, -1))
+            found = estimates_of(table, column, unit=unit)
+            first, last = found[0], found[-1]
+            difference = (
+                parse_estimate(paired["differences"][column], f"eval_changes.json: {column}")
+                if paired
+                else difference_of(first, last)
+            )
             rows.append(
                 [
                     text_cell(name, anchor=anchor),
                     estimate_cell(first),
                     estimate_cell(last),
-                    estimate_cell(
-                        parse_estimate(paired["differences"][column], f"eval_changes.json: {column}")
-                        if paired
-                        else difference_of(first, last)
-                    ),
+                    estimate_cell(difference),
                     text_cell(unit),
-                    intervals_cell(first, last),
+                    interval_cell(difference),
                 ]
             )
     caption = (
@@ -155,12 +157,12 @@ def _evaluated_curve(table: Table, column: str, name: str, look: tuple[str, str,
     return go.Scatter(
         x=table["step"],
         y=rounded(table[column]),
-        error_y=error_bars((_float(e) for e in table[f"{column}_stderr"]), color),
+        error_y=error_bars(estimates_of(table, column), color),
         mode="lines+markers",
         name=name,
         line={"color": color, "width": 1.5, "dash": dash},
         marker={"size": 8, "color": color, "symbol": symbol},
-        hovertemplate=f"step %{{x}}<br>{name} %{{y:.4g}} ± %{{error_y.array:.2g}} (95 %)<extra></extra>",
+        hovertemplate=f"step %{{x}}<br>{name} %{{y:.4g}} {BARS}<extra></extra>",
     )
 
 
@@ -233,17 +235,6 @@ def _ks(table: Table) -> list[int]:
     return found if len(found) <= 3 else [*found[:2], found[-1]]
 
 
-def _entry(table: Table, column: str, unit: str, row: int) -> Estimate:
-    errors = table.get(f"{column}_stderr")
-    return Estimate(
-        value=_float(table[column][row]),
-        stderr=math.nan if errors is None else _float(errors[row]),
-        n=int(table["num_prompts"][row]) if "num_prompts" in table else 0,
-        unit=unit,
-        method="",
-    )
-
-
 def _size(table: Table) -> str:
     if "num_prompts" not in table or "samples_per_prompt" not in table:
         return ""
@@ -255,7 +246,3 @@ def _size(table: Table) -> str:
 
 def _titled(title: str, setting: str) -> str:
     return f"{title}, {setting}" if setting else title
-
-
-def _float(value: Any) -> float:
-    return math.nan if value is None else float(value)

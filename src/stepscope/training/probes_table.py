@@ -22,12 +22,14 @@ and updates on an older batch make tens of percent; a wrong template makes multi
 
 
 def columns_of(figures: Mapping[str, Estimate]) -> dict[str, Any]:
-    """Four columns for every estimate: value, error, verdict, reason."""
+    """Six columns for every estimate: value, error, ends of its 95 % interval, verdict, reason."""
     row: dict[str, Any] = {}
     for name, estimate in figures.items():
         row |= {
             name: estimate.value,
             f"{name}_stderr": estimate.stderr,
+            f"{name}_low": estimate.low,
+            f"{name}_high": estimate.high,
             f"{name}_reliable": estimate.reliable,
             f"{name}_reason": estimate.reason,
         }
