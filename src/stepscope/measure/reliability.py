@@ -15,7 +15,7 @@ folds (Quenouille 1956, Tukey 1958), for a given update batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, TypeVar
@@ -42,8 +42,13 @@ _MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
 def spearman_brown(reliability: Numbers, factor: float) -> Numbers:
-    """Reliability with ``factor`` times the prompts: k r / (1 + (k - 1) r)."""
-    return factor * reliability / (1 + (factor - 1) * reliability)
+    """Reliability with ``factor`` times the prompts: k r / (1 + (k - 1) r).
+
+    The law is about a signal; a correlation below 0 shows none, and stays as it is.
+    """
+    stepped = factor * reliability / (1 + (factor - 1) * np.maximum(reliability, 0.0))
+    found: Numbers = np.where(np.asarray(reliability) > 0, stepped, reliability)[()]
+    return found
 
 
 def prompts_for(reliability: float, prompts: int, target: float = TARGET) -> float:
@@ -129,13 +134,8 @@ def _reliability(found: Influence, level: str, values: FloatArray, prompts: int)
     whole = agreement.whole
     count = len(shares)
     needed = prompts_for(whole.value, prompts)
-    reason = whole.reason
-    if whole.value <= 0:
-        reason = "the halves of the probe do not agree, so there is no signal to step up"
-    elif not reason and not (agreement.without > 0).all():
-        reason = "the halves of the probe do not agree without one of the folds"
-    away = np.array([prompts_for(r, prompts) for r in agreement.without])
-    error = needed * _jackknife_error(np.log(away))
+    error = _jackknife_error(_log([prompts_for(r, prompts) for r in agreement.without]))
+    reason = whole.reason or _too_vague(error)
     curve = []
     for multiple in _MULTIPLES:
         error_there = _jackknife_error(spearman_brown(agreement.without, multiple))
@@ -150,7 +150,7 @@ def _reliability(found: Influence, level: str, values: FloatArray, prompts: int)
         whole=whole,
         needed=Estimate(
             needed,
-            error,
+            needed * error,
             count,
             "probe prompts",
             f"for a rank correlation of {TARGET:g} between probes, Spearman-Brown from {prompts} prompts, "
@@ -188,6 +188,8 @@ def split_half(
     how = f"{name} correlation of {what} from two halves of the probe prompts, mean over all halves"
     over = f"jackknife over {count} folds"
     reason = _why_unsure(count, values.shape[1])
+    if not reason and not half > 0:
+        reason = "the halves of the probe do not agree: no signal stands out of its noise"
 
     def estimate(factor: float, words: str) -> Estimate:
         error = _jackknife_error(spearman_brown(without, factor * kept))
@@ -224,28 +226,28 @@ def implied_gain(
     values, prior = values[:, moved], prior[:, moved]
 
     def gain(kept: IntArray) -> float:
-        plain, better = [], []
+        first, second = _halves(values[kept], shares[kept])
+        better = []
         for half in halvings(len(kept)):
-            one = kept[half]
-            two = np.setdiff1d(kept, one)
-            for mine, yours in ((one, two), (two, one)):
-                weights, others = (shares[h] / shares[h].sum() for h in (mine, yours))
-                truth = others @ values[yours]
-                plain.append(_correlation(weights @ values[mine], truth, True))
-                better.append(_correlation(estimator(values[mine], prior[mine], weights), truth, True))
-        r, other = float(np.mean(plain)), float(np.mean(better))
+            for own in (kept[half], np.delete(kept, half)):
+                better.append(estimator(values[own], prior[own], shares[own] / shares[own].sum()))
+        plain = _correlations(first, second, True)
+        held = [_correlations(np.stack(better[i::2]), t, True) for i, t in enumerate((second, first))]
+        r, other = float(plain.mean()), float(np.mean(held))
         if not (0 < r < 1 and 0 < other * other / r < 1):
             return math.nan
         return other**2 / r / (1 - other**2 / r) / (r / (1 - r))
 
-    found = gain(np.arange(count))
-    without = np.array([gain(np.delete(np.arange(count), k)) for k in range(count)])
     reason = _why_unsure(count, values.shape[1])
-    if not reason and not (math.isfinite(found) and np.isfinite(without).all()):
+    found = gain(np.arange(count)) if not reason else math.nan
+    left_out = [] if reason else [np.delete(np.arange(count), k) for k in range(count)]
+    error = _jackknife_error(_log([gain(kept) for kept in left_out]))
+    if not reason and not (math.isfinite(found) and math.isfinite(error)):
         reason = "the halves of the probe agree too little, or too well, for a ratio"
+    reason = reason or _too_vague(error)
     return Estimate(
         found,
-        found * _jackknife_error(np.log(without)),
+        found * error,
         count,
         "times fewer probe prompts",
         "against the plain influence of the other half of the probe, rank correlation, Spearman-Brown, "
@@ -270,11 +272,12 @@ def _common(values: FloatArray, shares: FloatArray, share: float, level: str) ->
     size = max(1, round(share * items))
 
     def overlap(kept: IntArray) -> float:
-        found = []
-        for one, other in _halves(values[kept], shares[kept]):
-            sets = [np.argpartition(-np.abs(v), size - 1)[:size] for v in (one, other)]
-            found.append(len(np.intersect1d(*sets)) / size)
-        return float(np.mean(found)) if found else math.nan
+        chosen = []
+        for half in _halves(values[kept], shares[kept]):
+            chosen.append(np.zeros(half.shape, dtype=bool))
+            best = np.argpartition(-np.abs(half), size - 1, axis=1)[:, :size]
+            np.put_along_axis(chosen[-1], best, True, axis=1)
+        return float((chosen[0] & chosen[1]).sum(1).mean()) / size
 
     reason = _why_unsure(count, items)
     if reason:
@@ -294,38 +297,50 @@ def _halved(
 ) -> float:
     """Mean correlation of one half of the folds with the other, over all ways to halve them."""
     kept = np.delete(np.arange(len(shares)), [] if without is None else without)
-    first = list(_halves(values[kept], shares[kept]))
-    pairs = first
-    if other is not None:
-        second = list(_halves(other[kept], shares[kept]))
-        pairs = [(a, d) for (a, _), (_, d) in zip(first, second, strict=True)]
-        pairs += [(b, c) for (_, b), (c, _) in zip(first, second, strict=True)]
-    return float(np.mean([_correlation(a, b, rank) for a, b in pairs])) if pairs else math.nan
-
-
-def _halves(values: FloatArray, shares: FloatArray) -> Iterator[tuple[FloatArray, FloatArray]]:
-    """(item,) values from either half of the folds, for all ways to halve them."""
-    for half in halvings(len(shares)) if len(shares) > 1 else []:
-        members = np.isin(np.arange(len(shares)), half)
-        first, second = (shares * m / (shares * m).sum() for m in (members, ~members))
-        yield first @ values, second @ values
-
-
-def _correlation(first: FloatArray, second: FloatArray, rank: bool) -> float:
-    if not len(first):
+    if len(kept) < 2:
         return math.nan
-    x, y = (rankdata(v) if rank else v for v in (first, second))
-    x, y = x - x.mean(), y - y.mean()
-    size = math.sqrt(float(x @ x) * float(y @ y))
-    return float(x @ y) / size if size > 0 else math.nan
+    first, second = _halves(values[kept], shares[kept])
+    if other is None:
+        return float(_correlations(first, second, rank).mean())
+    one, two = _halves(other[kept], shares[kept])
+    return float((_correlations(first, two, rank) + _correlations(second, one, rank)).mean() / 2)
+
+
+def _halves(values: FloatArray, shares: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """(way, item) values from either half of the folds, for all ways to halve them."""
+    members = np.stack([np.isin(np.arange(len(shares)), half) for half in halvings(len(shares))])
+    first, second = (shares * own for own in (members, ~members))
+    return first @ values / first.sum(1)[:, None], second @ values / second.sum(1)[:, None]
+
+
+def _correlations(first: FloatArray, second: FloatArray, rank: bool) -> FloatArray:
+    """(way,) correlation of the items in each row; nan where a row is the same for all."""
+    if not first.shape[1]:
+        return np.full(len(first), np.nan)
+    x, y = (rankdata(v, axis=1) if rank else v for v in (first, second))
+    x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
+    size = np.sqrt((x**2).sum(1) * (y**2).sum(1))
+    return np.divide((x * y).sum(1), size, out=np.full(len(size), np.nan), where=size > 0)
 
 
 def _jackknife_error(without: FloatArray) -> float:
     """Standard error from the estimates that lack one fold each: (G-1)/G sum (x_g - mean)^2."""
     count = len(without)
-    if count < FEWEST_FOLDS - 1:
+    if count < FEWEST_FOLDS - 1 or not np.isfinite(without).all():
         return math.nan
     return float(np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum()))
+
+
+def _log(values: Sequence[float]) -> FloatArray:
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.log(np.asarray(values, dtype=np.float64))
+
+
+def _too_vague(log_error: float) -> str:
+    """Why a ratio with this error of its logarithm is no figure; "" where it is known to a factor of two."""
+    if not math.isfinite(log_error):
+        return "the folds of the probe do not tell its error"
+    return "" if log_error < math.log(2) else f"one standard error is a factor of {math.exp(log_error):.2g}"
 
 
 def _why_unsure(count: int, items: int) -> str:

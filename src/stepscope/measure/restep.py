@@ -109,8 +109,9 @@ def drop_rules(
 ) -> dict[str, FloatArray]:
     """Scores of the rules worth comparing, lowest dropped first; (2, tok) where halves of the probe choose.
 
-    ``influence`` drops the tokens that lower the entropy most; ``influence_no_reward`` only those among them
-    that do not raise the expected reward; ``random`` any; a signed criterion those it predicts to lower the
+    ``influence`` drops the tokens that lower the entropy most; ``influence_fixed_prefix`` those that do so at
+    given prefixes, which is known from fewer prompts; ``influence_no_reward`` only those among the first that do
+    not raise the expected reward; ``random`` any; a signed criterion those it predicts to lower the
     entropy most, a magnitude criterion those it scores highest.
 
     Args:
@@ -124,8 +125,9 @@ def drop_rules(
         MeasurementError: the board has no such token criterion.
     """
     truth = board.truth("column", "adamw", "on_policy")
-    exact = truth.halves
+    exact, at_prefixes = truth.halves, board.truth("column", "adamw", "fixed_prefix").halves
     assert exact is not None
+    assert at_prefixes is not None
     if unknown := sorted(set(criteria) - set(board.scores)):
         raise MeasurementError(
             f"no token criterion {unknown[0]} to drop by; choose from {', '.join(sorted(board.scores))}"
@@ -133,6 +135,7 @@ def drop_rules(
     targets: dict[str, Criterion] = {c.name: c for c in board.criteria}
     return {
         "influence": exact,
+        "influence_fixed_prefix": at_prefixes,
         "influence_no_reward": np.where(reward_influence <= 0, exact, 0.0),
         "random": -np.random.default_rng(seed).uniform(0.5, 1.0, len(truth.values)),
         **{n: board.scores[n] if targets[n].target == "signed" else -board.scores[n] for n in criteria},

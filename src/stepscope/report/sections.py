@@ -7,7 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from stepscope.report import change, criteria, influence, kernel, pareto, tables, text, validation
+from stepscope.report import (
+    change,
+    criteria,
+    influence,
+    kernel,
+    pareto,
+    reliability,
+    tables,
+    text,
+    validation,
+)
 from stepscope.report.criteria import Board
 from stepscope.report.figures import Figure, step_figures
 from stepscope.report.influence import TokenTable
@@ -234,7 +244,10 @@ def _influence_section(
     unit = points[0]["linear"].unit if points else "change"
     max_tokens = _TOKENS_ON_PAGE // (2 * _INFLUENTIAL * count)
     scatter = max(200, _POINTS_ON_PAGE // count)
-    figures = [influence.sequence_figure(measurement, quantity, unit)]
+    figures = [
+        reliability.reliability_figure(measurement, quantity),
+        influence.sequence_figure(measurement, quantity, unit),
+    ]
     blocks: list[TableBlock | None] = []
     responses: list[Response] = []
     if tokens is not None:
@@ -250,6 +263,7 @@ def _influence_section(
     return Section(
         "influence",
         "Which sequences and tokens did it",
+        intro=reliability.certainty(measurement, quantity),
         facts=influence.ways(measurement.summary),
         figures=drawn,
         legend=bool(responses),
@@ -304,7 +318,7 @@ def _criteria_section(measurement: Measurement) -> Section | None:
     return Section(
         "criteria",
         "Which cheap criteria find these tokens",
-        intro=criteria.criteria_sentence(measurement),
+        intro=f"{criteria.criteria_sentence(measurement)} {criteria.basis_sentence(measurement)}".strip(),
         figures=_present([criteria.standings_figure(measurement), pareto.pareto_figure(measurement)]),
         board=board,
         more_title="What kind of token carries influence" if studies else "",
