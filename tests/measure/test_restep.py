@@ -98,7 +98,7 @@ def test_dropping_what_lowers_the_entropy_keeps_entropy(case):
 
 
 def test_a_rule_that_saw_half_the_probe_is_judged_on_the_other(case):
-    """Per response nothing is shared between halves: the steps of either choice measured on the other half."""
+    """Per response nothing is shared between halves: either choice measured on the other half alone."""
     policy, step, probe = case
     count = int(step.update.num_tokens.sum())
     scores = -np.random.default_rng(5).uniform(0.5, 1.0, (2, count))

@@ -110,8 +110,8 @@ def drop_rules(
     """Scores of the rules worth comparing, lowest dropped first; (2, tok) where halves of the probe choose.
 
     ``influence`` drops the tokens that lower the entropy most; ``influence_fixed_prefix`` those that do so at
-    given prefixes, which is known from fewer prompts; ``influence_no_reward`` only those among the first that do
-    not raise the expected reward; ``random`` any; a signed criterion those it predicts to lower the
+    given prefixes, which is known from fewer prompts; ``influence_no_reward`` only those among the first
+    that do not raise the expected reward; ``random`` any; a signed criterion those it predicts to lower the
     entropy most, a magnitude criterion those it scores highest.
 
     Args:

@@ -244,10 +244,7 @@ def _influence_section(
     unit = points[0]["linear"].unit if points else "change"
     max_tokens = _TOKENS_ON_PAGE // (2 * _INFLUENTIAL * count)
     scatter = max(200, _POINTS_ON_PAGE // count)
-    figures = [
-        reliability.reliability_figure(measurement, quantity),
-        influence.sequence_figure(measurement, quantity, unit),
-    ]
+    figures = [influence.sequence_figure(measurement, quantity, unit)]
     blocks: list[TableBlock | None] = []
     responses: list[Response] = []
     if tokens is not None:
@@ -265,7 +262,7 @@ def _influence_section(
         "Which sequences and tokens did it",
         intro=reliability.certainty(measurement, quantity),
         facts=influence.ways(measurement.summary),
-        figures=drawn,
+        figures=[*_present([reliability.reliability_figure(measurement, quantity)]), *drawn],
         legend=bool(responses),
         responses=responses,
         tables=_present(blocks),
