@@ -407,7 +407,7 @@ def token_products(
             policy, step.update, response_logprob, u, mode=mode, max_sequences=max_sequences
         )
         found.append(np.concatenate([d.double().cpu().numpy() for d in slopes]))
-    return np.concatenate(step.token_weights) * np.stack(found)
+    return np.asarray(np.concatenate(step.token_weights) * np.stack(found), dtype=np.float64)
 
 
 def neglected_share(fixed: Influence, optimizer: Influence) -> Estimate:

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
@@ -26,8 +26,6 @@ from scipy.stats import rankdata
 from stepscope.measure.influence import Influence
 from stepscope.results import FloatArray, IntArray
 from stepscope.stats import Estimate
-
-Numbers = TypeVar("Numbers", float, FloatArray)
 
 TARGET = 0.9
 """Reliability that a ranking should have."""
@@ -41,14 +39,12 @@ FEWEST_FOLDS = 4
 _MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 
 
-def spearman_brown(reliability: Numbers, factor: float) -> Numbers:
+def spearman_brown(reliability: float, factor: float) -> float:
     """Reliability with ``factor`` times the prompts: k r / (1 + (k - 1) r).
 
     The law is about a signal; a correlation below 0 shows none, and stays as it is.
     """
-    stepped = factor * reliability / (1 + (factor - 1) * np.maximum(reliability, 0.0))
-    found: Numbers = np.where(np.asarray(reliability) > 0, stepped, reliability)[()]
-    return found
+    return factor * reliability / (1 + (factor - 1) * reliability) if reliability > 0 else reliability
 
 
 def prompts_for(reliability: float, prompts: int, target: float = TARGET) -> float:
@@ -138,7 +134,7 @@ def _reliability(found: Influence, level: str, values: FloatArray, prompts: int)
     reason = whole.reason or _too_vague(error)
     curve = []
     for multiple in _MULTIPLES:
-        error_there = _jackknife_error(spearman_brown(agreement.without, multiple))
+        error_there = _jackknife_error([spearman_brown(r, multiple) for r in agreement.without])
         curve.append((round(multiple * prompts), spearman_brown(whole.value, multiple), error_there))
     return Reliability(
         quantity=found.quantity,
@@ -181,7 +177,7 @@ def split_half(
         what: is compared, in words.
     """
     count = len(shares)
-    without = np.array([_halved(values, shares, other, rank, k) for k in range(count)])
+    without = [_halved(values, shares, other, rank, k) for k in range(count)]
     kept = count / max(1, count - 1)
     half = _halved(values, shares, other, rank)
     name = "Spearman" if rank else "Pearson"
@@ -192,14 +188,14 @@ def split_half(
         reason = "the halves of the probe do not agree: no signal stands out of its noise"
 
     def estimate(factor: float, words: str) -> Estimate:
-        error = _jackknife_error(spearman_brown(without, factor * kept))
+        error = _jackknife_error([spearman_brown(r, factor * kept) for r in without])
         method = f"{how}{words}, {over}"
         return Estimate(spearman_brown(half, factor), error, count, "correlation", method, not reason, reason)
 
     return SplitHalf(
         halves=estimate(1.0, ""),
         whole=estimate(2.0, ", stepped up to the whole probe (Spearman-Brown)"),
-        without=spearman_brown(without, 2.0 * kept),
+        without=np.array([spearman_brown(r, 2 * kept) for r in without]),
     )
 
 
@@ -236,7 +232,8 @@ def implied_gain(
         r, other = float(plain.mean()), float(np.mean(held))
         if not (0 < r < 1 and 0 < other * other / r < 1):
             return math.nan
-        return other**2 / r / (1 - other**2 / r) / (r / (1 - r))
+        better_one = other**2 / r
+        return better_one / (1 - better_one) / (r / (1 - r))
 
     reason = _why_unsure(count, values.shape[1])
     found = gain(np.arange(count)) if not reason else math.nan
@@ -277,14 +274,14 @@ def _common(values: FloatArray, shares: FloatArray, share: float, level: str) ->
             chosen.append(np.zeros(half.shape, dtype=bool))
             best = np.argpartition(-np.abs(half), size - 1, axis=1)[:, :size]
             np.put_along_axis(chosen[-1], best, True, axis=1)
-        return float((chosen[0] & chosen[1]).sum(1).mean()) / size
+        return float(np.mean(np.sum(chosen[0] & chosen[1], axis=1))) / size
 
     reason = _why_unsure(count, items)
     if reason:
         return Estimate(math.nan, math.nan, count, "share of the set", "", False, reason)
     return Estimate(
         overlap(np.arange(count)),
-        _jackknife_error(np.array([overlap(np.delete(np.arange(count), k)) for k in range(count)])),
+        _jackknife_error([overlap(np.delete(np.arange(count), k)) for k in range(count)]),
         count,
         "share of the set",
         f"{level}s that both halves of the probe prompts put among the {size} with the largest |influence| "
@@ -320,20 +317,21 @@ def _correlations(first: FloatArray, second: FloatArray, rank: bool) -> FloatArr
     x, y = (rankdata(v, axis=1) if rank else v for v in (first, second))
     x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
     size = np.sqrt((x**2).sum(1) * (y**2).sum(1))
-    return np.divide((x * y).sum(1), size, out=np.full(len(size), np.nan), where=size > 0)
+    found = np.full(len(size), np.nan)
+    np.divide((x * y).sum(1), size, out=found, where=size > 0)
+    return found
 
 
-def _jackknife_error(without: FloatArray) -> float:
+def _jackknife_error(without: Sequence[float]) -> float:
     """Standard error from the estimates that lack one fold each: (G-1)/G sum (x_g - mean)^2."""
     count = len(without)
     if count < FEWEST_FOLDS - 1 or not np.isfinite(without).all():
         return math.nan
-    return float(np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum()))
+    return math.sqrt((count - 1) * float(np.var(without)))
 
 
-def _log(values: Sequence[float]) -> FloatArray:
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.log(np.asarray(values, dtype=np.float64))
+def _log(values: Sequence[float]) -> list[float]:
+    return [math.log(v) if v > 0 else math.nan for v in values]
 
 
 def _too_vague(log_error: float) -> str:

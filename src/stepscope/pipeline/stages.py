@@ -197,7 +197,7 @@ def attribute_change(session: Session) -> Summary:
     runs.write_json(
         session.run.file("reliability.json"),
         {
-            "rankings": [found.to_dict() for both in sure.values() for found in both],
+            "rankings": [order.to_dict() for both in sure.values() for order in both],
             "shrunk": [own.to_dict() for own in shrunk.values()],
         },
     )
