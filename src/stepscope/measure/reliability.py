@@ -266,7 +266,7 @@ def halvings(count: int) -> list[IntArray]:
 def _common(values: FloatArray, shares: FloatArray, share: float, level: str) -> Estimate:
     """Overlap of the sets of the largest |influence| by two halves, the mean over all ways to halve."""
     count, items = values.shape
-    size = max(1, round(share * items))
+    size: int = max(1, round(share * items))
 
     def overlap(kept: IntArray) -> float:
         chosen = []

@@ -52,6 +52,10 @@ def certainty(measurement: Measurement, quantity: str) -> str:
     ]
     if needed:
         sentences.append(f"A correlation of {first['target']:g} takes about {' and '.join(needed)}.")
+    else:
+        sentences.append(
+            f"This probe is too small to say how many prompts a correlation of {first['target']:g} takes."
+        )
     gain = next((own["gain"] for own in _shrunk(measurement, quantity) if own["gain"].reliable), None)
     if gain is not None:
         sentences.append(
