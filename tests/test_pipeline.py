@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
@@ -238,7 +239,9 @@ def test_validation_is_added_to_a_finished_measurement(measured, checkpoint, tmp
     assert found["zeroed"]["subset_true"] == found["zeroed_optimizer"]["subset_true"]
     assert found["zeroed"]["subset_predicted"] != found["zeroed_optimizer"]["subset_predicted"]
     assert len(found["zeroed"]["subset_true"]) == 6
-    assert load_json(out / "summary.json")["lds_zeroed"] == found["zeroed"]["lds"]
+    summary = load_json(out / "summary.json")
+    assert summary["lds_zeroed"] == found["zeroed"]["lds"]
+    assert summary["lds_across_zeroed"] == found["zeroed"]["lds_across"]
     assert "Influence against re-made steps" in (out / "report.html").read_text()
 
 
@@ -382,6 +385,22 @@ def test_two_measurements_are_compared(measured, tmp_path):
     assert "Differences are B minus A" in page.read_text()
     refused = CliRunner().invoke(cli.app, ["report", str(measured), "--out", str(page)])
     assert refused.exit_code == 2
+
+
+def test_errors_and_reliability_of_influence_are_left(measured):
+    found, summary = load_json(measured / "reliability.json"), load_json(measured / "summary.json")
+    assert {(r["level"], r["through"]) for r in found["rankings"]} == set(
+        itertools.product(("token", "sequence"), ("fixed", "optimizer"))
+    )
+    ranked = next(r for r in found["rankings"] if (r["level"], r["through"]) == ("token", "optimizer"))
+    assert summary["rank_reliability_tokens"] == ranked["whole"]
+    table = pq.read_table(measured / "influence_tokens.parquet")
+    moved = table.filter(pc.not_equal(table["influence"], 0))
+    assert (moved["stderr"].to_numpy() > 0).all()
+    optimizer = table.filter(pc.equal(table["through"], "optimizer"))
+    assert np.isfinite(optimizer["shrunk"].to_numpy()).all()
+    page = (measured / "report.html").read_text()
+    assert page.index("The order below") < page.index("Influence of every sequence")
 
 
 def test_criteria_are_judged_by_the_measured_influence(measured):

@@ -68,14 +68,26 @@ def test_dropping_what_lowers_the_entropy_keeps_entropy(case):
         gradient(policy, step.update, weighted_logprobs(step.token_weights)),
     )
     board = rank_criteria(policy, step, probe, baseline="none", num_resamples=20)
-    exact = board.truth("column", "adamw", "on_policy").values
-    rules = drop_rules(board, reward_influence=-exact, criteria=("disc_v", "top_ent_mask"))
-    assert list(rules) == ["influence", "influence_no_reward", "random", "disc_v", "top_ent_mask"]
-    np.testing.assert_array_equal(rules["influence_no_reward"], np.maximum(exact, 0))
+    truth = board.truth("column", "adamw", "on_policy")
+    exact = truth.values
+    rules = drop_rules(board, reward_influence=-truth.halves, criteria=("disc_v", "top_ent_mask"))
+    assert list(rules) == [
+        "influence",
+        "influence_fixed_prefix",
+        "influence_no_reward",
+        "random",
+        "disc_v",
+        "top_ent_mask",
+    ]
+    np.testing.assert_array_equal(rules["influence"], truth.halves)
+    np.testing.assert_array_equal(rules["influence_no_reward"], np.maximum(truth.halves, 0))
     assert (rules["random"] < 0).all()
     np.testing.assert_array_equal(rules["top_ent_mask"], -board.scores["top_ent_mask"])
-    found = resteps(policy, step, probe, rules, shares=(0.2,), lr=1e-7, baseline="none")
+    rules["influence"] = exact
+    half = truth.probe_half
+    found = resteps(policy, step, probe, rules, probe_half=half, shares=(0.2,), lr=1e-7, baseline="none")
     points = {p.rule: p for p in found.points}
+    assert [p.cross_fitted for p in found.points] == [s.ndim == 2 for s in rules.values()]
     best = points["influence"]
     lowest = np.sort(exact[exact < 0])[: best.num_dropped]
     assert best.entropy_kept.value == pytest.approx(-1e-7 * lowest.sum(), rel=0.02)
@@ -83,6 +95,33 @@ def test_dropping_what_lowers_the_entropy_keeps_entropy(case):
     data = found.to_dict()
     assert [p["rule"] for p in data["points"]] == list(rules)
     assert set(data["full_entropy_change"]) >= {"value", "stderr", "reason"}
+
+
+def test_a_rule_that_saw_half_the_probe_is_judged_on_the_other(case):
+    """Per response nothing is shared between halves: either choice measured on the other half alone."""
+    policy, step, probe = case
+    count = int(step.update.num_tokens.sum())
+    scores = -np.random.default_rng(5).uniform(0.5, 1.0, (2, count))
+    half = np.asarray(probe.prompt_index) % 2
+    how = {"shares": (0.3,), "baseline": "none"}
+    (both,) = resteps(policy, step, probe, {"mine": scores}, probe_half=half, **how).points
+    one_by_one = [
+        resteps(policy, step, probe.select(np.flatnonzero(half != h)), {"mine": scores[h]}, **how).points[0]
+        for h in range(2)
+    ]
+    for name in ("reward_change", "reward_given_up"):
+        expected = np.mean([getattr(point, name).value for point in one_by_one])
+        assert getattr(both, name).value == pytest.approx(expected, rel=1e-9)
+    assert both.cross_fitted
+    assert "the other half" in both.entropy_kept.method
+    assert both.entropy_kept.n == 6
+    same = np.stack([scores[0], scores[0]])
+    (twice,) = resteps(policy, step, probe, {"mine": same}, probe_half=half, **how).points
+    (once,) = resteps(policy, step, probe, {"mine": scores[0]}, **how).points
+    assert twice.entropy_kept.value == pytest.approx(once.entropy_kept.value, rel=1e-9, abs=1e-15)
+    assert twice.entropy_kept.stderr == pytest.approx(once.entropy_kept.stderr, rel=1e-9)
+    with pytest.raises(MeasurementError, match="pass probe_half="):
+        resteps(policy, step, probe, {"mine": scores}, **how)
 
 
 def test_refusals(case):

@@ -12,7 +12,7 @@ from stepscope.errors import MeasurementError
 from stepscope.measure.change import measure_change
 from stepscope.measure.influence import influence
 from stepscope.measure.step import reconstruct_step
-from stepscope.measure.validation import validate_influence
+from stepscope.measure.validation import remake_steps, validate_influence
 from stepscope.policy.objective import advantages
 
 HOW = {"quantity": "entropy", "baseline": "position"}
@@ -70,7 +70,25 @@ def test_influence_predicts_small_steps(case) -> None:
     assert checked.leave_one_out.value > 0.99
     assert checked.lds.n == 24
     assert checked.lds.stderr < 0.05
+    data = checked.to_dict()
+    assert data["lds_across"] == checked.half_across.whole.to_dict()
+    assert data["leave_one_out_across_halves"] == checked.single_across.halves.to_dict()
     assert checked.to_dict()["subsets"][0] == np.flatnonzero(checked.subsets[0]).tolist()
+
+
+def test_folds_of_the_probe_make_the_truth(case) -> None:
+    """Per response a fold's truth is the change on its sequences alone, and their mean is that on all."""
+    policy, step, probe, _ = case
+    how = {"normalisation": "per_seq", "baseline": "none"}
+    found = influence(policy, step, step.update, probe, **how)
+    remade = remake_steps(policy, step, probe, found, num_subsets=3, num_single=2)
+    np.testing.assert_allclose(found.folds.shares @ remade.subset_folds, remade.subset_true, rtol=1e-9)
+    np.testing.assert_allclose(found.folds.shares @ remade.single_folds, remade.single_true, rtol=1e-9)
+    fold = probe.select(np.flatnonzero(found.folds.labels == 3))
+    alone = influence(policy, step, step.update, fold, num_folds=1, **how)
+    expected = remake_steps(policy, step, fold, alone, num_subsets=3, num_single=2)
+    np.testing.assert_allclose(remade.subset_folds[3], expected.subset_true, rtol=1e-7)
+    np.testing.assert_allclose(remade.single_folds[3], expected.single_true, rtol=1e-7, atol=1e-13)
 
 
 def test_shuffled_influence_is_found_out(case) -> None:

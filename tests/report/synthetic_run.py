@@ -213,10 +213,13 @@ def write_measurement(folder: Path, *, step: int, seed: int) -> Path:
                 "quantity": ["entropy"] * len(token_influence),
                 "through": ["optimizer"] * len(token_influence),
                 "influence": token_influence.tolist(),
+                "stderr": (0.3 * np.abs(token_influence) + 0.01).tolist(),
+                "shrunk": (0.8 * token_influence).tolist(),
             }
         ),
         folder / "influence_tokens.parquet",
     )
+    write_json(folder / "reliability.json", reliability())
     write_json(folder / "validation.json", {"zeroed": validation(rng)})
     write_criteria(folder, rng, update_tokens["sequence_id"], update_tokens["position"])
     write_kernel(folder, rng)
@@ -345,6 +348,32 @@ def write_criteria(folder: Path, rng: np.random.Generator, ids: list[int], posit
     )
 
 
+def reliability() -> dict[str, Any]:
+    def ranking(level: str, whole: float, needed: float) -> dict[str, Any]:
+        return {
+            "quantity": "entropy",
+            "through": "optimizer",
+            "level": level,
+            "num_items": 100,
+            "num_prompts": 64,
+            "target": 0.9,
+            "halves": estimate(whole / (2 - whole), 0.05, 8, "correlation", "halves"),
+            "whole": estimate(whole, 0.04, 8, "correlation", "stepped up"),
+            "needed": estimate(needed, 40.0, 8, "probe prompts", "Spearman-Brown"),
+            "curve": [
+                {"prompts": 64 * k, "correlation": k * whole / (1 + (k - 1) * whole), "stderr": 0.04}
+                for k in (1, 2, 4)
+            ],
+            "top": {"0.01": estimate(0.41, 0.1, 8, "share of the set", "overlap")},
+        }
+
+    gain = estimate(2.1, 0.4, 8, "times fewer probe prompts", "against the other half")
+    return {
+        "rankings": [ranking("token", 0.75, 192.0), ranking("sequence", 0.5, 576.0)],
+        "shrunk": [{"quantity": "entropy", "through": "optimizer", "kept": 0.2, "gain": gain}],
+    }
+
+
 def validation(rng: np.random.Generator) -> dict[str, Any]:
     correlation = estimate(0.994, 0.003, 24, "correlation", "Spearman, zeroed")
     predicted = rng.normal(size=24) * 1e-4
@@ -357,6 +386,8 @@ def validation(rng: np.random.Generator) -> dict[str, Any]:
         "lr": OWN_LR,
         "lds": correlation,
         "leave_one_out": correlation,
+        "lds_across": estimate(0.57, 0.08, 8, "correlation", "Spearman, across halves"),
+        "leave_one_out_across": estimate(0.59, 0.09, 8, "correlation", "Pearson, across halves"),
         **{f"{sort}_{name}": values for sort in ("subset", "single") for name, values in points.items()},
     }
 

@@ -14,10 +14,15 @@ the step as it is. Through the ``optimizer``, u is grad F times the step's total
 respect to that token's weight, the answer to "what if it counted a little less?". The first adds up to the
 linear change, the second does not; for a gradient that is clipped its sum over the batch is about 0, since
 scaling the batch moves nothing.
+
+u is taken from each of a few folds of the probe prompts by itself: the derivatives are linear in u, so the
+folds add up to the whole, and how far they differ says how sure each token's influence and the ranks of all
+are (:mod:`stepscope.measure.reliability`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +34,7 @@ from torch import Tensor, nn
 
 from stepscope import runs
 from stepscope.errors import MeasurementError
-from stepscope.measure.probe_gradient import ProbeGradient, bind_quantity, probe_gradient
+from stepscope.measure.probe_gradient import Folds, ProbeGradient, bind_quantity, probe_gradient
 from stepscope.measure.quantities import Quantity
 from stepscope.measure.step import Step, weighted_logprobs
 from stepscope.measure.step_derivative import THROUGHS, Through, step_derivative
@@ -37,8 +42,11 @@ from stepscope.policy.gradients import Mode, directional_derivative, response_lo
 from stepscope.policy.gram import gram
 from stepscope.policy.products import per_sequence_dots
 from stepscope.policy.state import Policy
-from stepscope.results import Brief, FloatArray, Rollouts
+from stepscope.results import Brief, FloatArray, IntArray, Rollouts
 from stepscope.stats import Estimate, estimate_from_sums
+
+NUM_FOLDS = 8
+"""Folds of the probe prompts by default: 35 ways to halve them, seven degrees of freedom for an error."""
 
 DISAGREEMENT_LIMIT = {torch.float64: 1e-8, torch.float32: 1e-2}
 """Largest difference between the two ways to a sequence's influence, relative to the largest influence."""
@@ -66,6 +74,8 @@ class InfluenceOptions(TypedDict, total=False):
     reference: nn.Module | None
     probe_resolved: bool
     mode: Mode
+    groups: IntArray | None
+    num_folds: int
     max_groups: int
     memory_bytes: int
     max_sequences: int
@@ -88,6 +98,9 @@ class Influence(Brief):
         stderr: (seq,) standard errors, clustered by probe prompt, for a given update batch.
         reach: (seq,) half widths of their 95 % intervals.
         tokens: per sequence (tok,) influence of each token; they add up to ``sequences``.
+        folds: parts of the probe batch from which influence was taken one by one.
+        fold_tokens: (fold, tok) influence of each token of the batch through each fold alone; weighted by the
+            folds' shares they add up to ``tokens``.
         momentum: effect of the momentum part of the direction.
         decay: effect of weight decay.
         bonus: effect of an entropy bonus; None where the loss has none.
@@ -112,6 +125,8 @@ class Influence(Brief):
     stderr: FloatArray
     reach: FloatArray
     tokens: tuple[FloatArray, ...]
+    folds: Folds
+    fold_tokens: FloatArray
     momentum: Estimate
     decay: Estimate
     total: Estimate
@@ -120,6 +135,25 @@ class Influence(Brief):
     probe_resolved: FloatArray | None = None
     bonus: Estimate | None = None
     router: Estimate | None = None
+
+    @property
+    def token_stderr(self) -> FloatArray:
+        """(tok,) standard errors over the batch's tokens, from the folds; nan with fewer than two.
+
+        stderr^2 = G/(G-1) sum_g share_g^2 (x_g - x)^2 over G folds, for a given update batch. From eight
+        folds the error itself is known to a quarter or so.
+        """
+        count = len(self.fold_tokens)
+        if count < 2:
+            return np.full(self.fold_tokens.shape[1], np.nan)
+        away = self.folds.shares[:, None] * (self.fold_tokens - np.concatenate(self.tokens))
+        return np.asarray(np.sqrt(count / (count - 1) * (away**2).sum(0)), dtype=np.float64)
+
+    @property
+    def fold_sequences(self) -> FloatArray:
+        """(fold, seq) influence of each sequence through each fold alone."""
+        parts = np.split(self.fold_tokens, np.cumsum([len(t) for t in self.tokens[:-1]]), axis=1)
+        return np.stack([part.sum(1) for part in parts], axis=1)
 
     def sequence_columns(self) -> dict[str, list[Any]]:
         """Rows of ``influence_sequences.parquet``: one per sequence, then the other parts of the change."""
@@ -140,8 +174,12 @@ class Influence(Brief):
             "high": [*(self.sequences + self.reach).tolist(), *(e.high for e in others.values())],
         }
 
-    def token_columns(self) -> dict[str, list[Any]]:
-        """Rows of ``influence_tokens.parquet``: one per response token."""
+    def token_columns(self, shrunk: FloatArray | None = None) -> dict[str, list[Any]]:
+        """Rows of ``influence_tokens.parquet``: one per response token.
+
+        Args:
+            shrunk: (tok,) the same shrunk towards its prior (:mod:`stepscope.measure.shrinkage`), if known.
+        """
         lengths = [len(t) for t in self.tokens]
         return {
             "sequence_id": np.repeat(np.arange(len(lengths)), lengths).tolist(),
@@ -149,6 +187,8 @@ class Influence(Brief):
             "quantity": [self.quantity] * sum(lengths),
             "through": [self.through] * sum(lengths),
             "influence": np.concatenate(self.tokens).tolist(),
+            "stderr": self.token_stderr.tolist(),
+            "shrunk": [math.nan] * sum(lengths) if shrunk is None else shrunk.tolist(),
         }
 
 
@@ -164,8 +204,8 @@ def influence(
     """The first-order effect of every sequence and token of an update on a quantity.
 
     Costs a forward and backward pass over the probe batch (two per token and on policy, the second for the
-    mean length), one over the update batch, and a forward-mode pass over the update batch, whatever the
-    number of sequences; besides what the baseline needs.
+    mean length), one over the update batch, and a forward-mode pass over the update batch for each fold,
+    whatever the number of sequences; besides what the baseline needs.
 
     Args:
         policy: where the step starts; not changed.
@@ -201,6 +241,8 @@ def influences(
     reference: nn.Module | None = None,
     probe_resolved: bool = False,
     mode: Mode = "auto",
+    groups: IntArray | None = None,
+    num_folds: int = NUM_FOLDS,
     max_groups: int = 64,
     memory_bytes: int = 2 * 2**30,
     max_sequences: int = 16,
@@ -208,8 +250,8 @@ def influences(
 ) -> tuple[Influence, ...]:
     """:func:`influence` for several ``throughs`` from the same passes over the probe batch.
 
-    Each beyond the first costs one forward-mode pass over the update batch. Where both are asked for, the sum
-    of the fixed one is flagged where much goes through what it holds.
+    Each beyond the first costs a forward-mode pass over the update batch for each fold. Where both are asked
+    for, the sum of the fixed one is flagged where much goes through what it holds.
 
     Args:
         policy: where the step starts; not changed.
@@ -225,7 +267,11 @@ def influences(
         probe_resolved: also compute the fixed effect through every single probe sequence, which holds the
             update's gradients in ``memory_bytes``.
         mode: how token derivatives are taken, see ``directional_derivative``.
-        max_groups: most groups of probe prompts kept apart for the standard errors.
+        groups: (probe seq,) groups of whole probe prompts to keep apart for the errors; by default prompts,
+            or random pools of them.
+        num_folds: folds of the probe that tokens are told apart by, made of the groups; 1 saves passes, and
+            leaves tokens without errors.
+        max_groups: most groups of probe prompts kept apart by default.
         memory_bytes: budget for what is kept in parameter space.
         max_sequences: micro-batch size.
         progress: show progress bars.
@@ -254,11 +300,13 @@ def influences(
         policy,
         probe,
         bound,
+        groups=groups,
         max_groups=max_groups,
         memory_bytes=memory_bytes // (1 + len(throughs)),
         max_sequences=max_sequences,
         progress=progress,
     )
+    folds = slope.folds(num_folds)
     momentum, decay = slope.dots(step.momentum), slope.dots(step.decay)
     bonus = slope.dots(step.bonus) if step.bonus else None
     router = slope.dots(step.router) if step.router else None
@@ -293,13 +341,9 @@ def influences(
     found = []
     for i, through in enumerate(throughs):
         part = slice(i * rows, (i + 1) * rows)
-        u = {n: t[part][:-1].sum(0) / len(probe) for n, t in pulled.items()}
-        derivatives = directional_derivative(
-            policy, update, response_logprob, u, mode=mode, max_sequences=max_sequences
-        )
-        tokens = tuple(
-            w * d.double().cpu().numpy() for w, d in zip(step.token_weights, derivatives, strict=True)
-        )
+        own = {n: t[part] for n, t in pulled.items()}
+        fold_tokens = token_products(policy, step, own, folds.mixing, mode=mode, max_sequences=max_sequences)
+        tokens = tuple(np.split(folds.shares @ fold_tokens, np.cumsum(update.num_tokens)[:-1]))
         sequences = np.array([t.sum() for t in tokens])
         own_products = products[part]
         stderr, reach = slope.errors(own_products)
@@ -319,6 +363,8 @@ def influences(
                 stderr=stderr,
                 reach=reach,
                 tokens=tokens,
+                folds=folds,
+                fold_tokens=fold_tokens,
                 momentum=_estimate(slope, momentum, unit, "grad F . momentum"),
                 decay=_estimate(slope, decay, unit, "grad F . decay"),
                 total=_estimate(slope, linear, unit, f"sum over {parts}", value=whole),
@@ -336,6 +382,38 @@ def influences(
         return tuple(found)
     doubt = fixed_doubt(policy, step, by_name["fixed"], by_name["optimizer"])
     return tuple(_doubted(f, doubt) if f.through == "fixed" else f for f in found)
+
+
+def token_products(
+    policy: Policy,
+    step: Step,
+    pulled: dict[str, Tensor],
+    mixing: FloatArray,
+    *,
+    mode: Mode = "auto",
+    max_sequences: int = 16,
+) -> FloatArray:
+    """(fold, tok) w_ik (u . grad l_ik) of every token of the step's batch, one forward-mode pass for each u.
+
+    Args:
+        policy: where the step starts; not changed.
+        step: the step.
+        pulled: name to (part, ...parameter shape).
+        mixing: (fold, part) makes the vectors u from the parts.
+        mode: how token derivatives are taken, see ``directional_derivative``.
+        max_sequences: micro-batch size.
+    """
+    found = []
+    for row in mixing:
+        u = {
+            n: torch.tensordot(torch.as_tensor(row, dtype=t.dtype, device=t.device), t, 1)
+            for n, t in pulled.items()
+        }
+        slopes = directional_derivative(
+            policy, step.update, response_logprob, u, mode=mode, max_sequences=max_sequences
+        )
+        found.append(np.concatenate([d.double().cpu().numpy() for d in slopes]))
+    return np.asarray(np.concatenate(step.token_weights) * np.stack(found), dtype=np.float64)
 
 
 def neglected_share(fixed: Influence, optimizer: Influence) -> Estimate:
@@ -412,17 +490,25 @@ def _disagreement(policy: Policy, by_tokens: FloatArray, by_sequences: FloatArra
     return found
 
 
-def write_influence(found: Sequence[Influence], sequences_path: Path, tokens_path: Path) -> None:
+def write_influence(
+    found: Sequence[Influence],
+    sequences_path: Path,
+    tokens_path: Path,
+    *,
+    shrunk: Sequence[FloatArray | None] | None = None,
+) -> None:
     """Write ``influence_sequences.parquet`` and ``influence_tokens.parquet``, atomically.
 
     Args:
         found: influences on one update batch, one per quantity.
         sequences_path: where the table of sequences goes.
         tokens_path: where the table of tokens goes.
+        shrunk: (tok,) shrunken influence of each, where known.
     """
+    beside = [None] * len(found) if shrunk is None else shrunk
     for path, columns in (
         (sequences_path, [f.sequence_columns() for f in found]),
-        (tokens_path, [f.token_columns() for f in found]),
+        (tokens_path, [f.token_columns(s) for f, s in zip(found, beside, strict=True)]),
     ):
         merged = {name: [value for c in columns for value in c[name]] for name in columns[0]}
         runs.write_table(path, merged)

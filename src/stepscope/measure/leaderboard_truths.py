@@ -48,6 +48,7 @@ class Truth:
         chosen: tokens it ranks, counted over the batch: all positions for rows; for columns those with a
             token weight, since the others have no effect; for diagonals a random part of those.
         halves: (2, tok) the same from each half of the probe prompts; None where no probe batch enters.
+        probe_half: (probe seq,) which half of the probe prompts each probe sequence is in; None likewise.
         method: in words.
     """
 
@@ -57,6 +58,7 @@ class Truth:
     values: FloatArray
     chosen: IntArray
     halves: FloatArray | None
+    probe_half: IntArray | None
     method: str
 
     @property
@@ -104,7 +106,7 @@ def token_truths(
     metrics: dict[str, ParameterVector | None] = {"sgd": None, "adamw": step.preconditioner}
     found: list[Truth] = []
     for version in VERSIONS:
-        parts, shares = _halves(policy, step, probe, version, baseline, seed, max_sequences, progress)
+        parts, half = _halves(policy, step, probe, version, baseline, seed, max_sequences, progress)
         for name, metric in metrics.items():
             slopes = np.stack(
                 [
@@ -113,14 +115,16 @@ def token_truths(
                 ]
             )
             halves = weights * slopes
+            sizes = np.bincount(half, minlength=2)
             found.append(
                 Truth(
                     "column",
                     name,
                     version,
-                    shares @ halves,
+                    sizes / sizes.sum() @ halves,
                     pushed,
                     halves,
+                    half,
                     f"influence of each token on the {version} entropy per token of {len(probe)} probe "
                     f"responses, per unit of lr, {_METRIC[name]}; {len(pushed)} tokens with a weight",
                 )
@@ -144,6 +148,7 @@ def token_truths(
                 "fixed_prefix",
                 values,
                 np.arange(len(values)),
+                None,
                 None,
                 f"change of the entropy at each position by the whole update batch, per unit of lr, "
                 f"{_METRIC[name]}; {len(values)} positions",
@@ -175,6 +180,7 @@ def token_truths(
                 values,
                 chosen,
                 None,
+                None,
                 f"effect of each token's own gradient on the entropy at its own position, per unit of lr, "
                 f"{_METRIC[name]}; {len(chosen)} tokens{drawn}",
             )
@@ -198,8 +204,8 @@ def _halves(
     seed: int,
     max_sequences: int,
     progress: bool,
-) -> tuple[list[dict[str, Tensor]], FloatArray]:
-    """The entropy's gradient on each half of the probe prompts, and the halves' shares of the sequences."""
+) -> tuple[list[dict[str, Tensor]], IntArray]:
+    """The entropy's gradient on each half of the probe prompts, and the half of each probe sequence."""
     bound = bind_quantity(
         policy,
         probe,
@@ -216,7 +222,7 @@ def _halves(
     )
     sizes = np.bincount(half, minlength=2)
     parts = [{n: t[h] / int(sizes[h]) for n, t in slope.parts.items()} for h in range(2)]
-    return parts, sizes / sizes.sum()
+    return parts, half
 
 
 def _slopes(

@@ -142,6 +142,21 @@ def _ragged(table: FloatArray, lengths: IntArray) -> tuple[FloatArray, ...]:
 
 
 @dataclass(frozen=True)
+class Folds:
+    """Disjoint parts of a probe batch, made of whole prompts.
+
+    Attributes:
+        labels: (probe seq,) fold of each probe sequence.
+        shares: (fold,) share of the probe sequences.
+        mixing: (fold, group + 1) what makes products with the fold's own gradient from those of the parts.
+    """
+
+    labels: IntArray
+    shares: FloatArray
+    mixing: FloatArray
+
+
+@dataclass(frozen=True)
 class ProbeGradient:
     """grad F in parts: what each group of prompts contributes.
 
@@ -192,16 +207,7 @@ class ProbeGradient:
         Returns:
             (group, item); they add up to zero over the groups.
         """
-        sums, length_slope = products[:-1], products[-1]
-        num = len(self.groups)
-        value = sums.sum(0) / num
-        probe = self.bound.probe
-        share = probe.lengths / probe.mean_length if probe.per_token else np.ones(num)
-        residual = sums - np.multiply.outer(np.bincount(self.groups, weights=share), value)
-        if probe.per_token and probe.on_policy:
-            excess = np.bincount(self.groups, weights=quantity_value(probe).influence)
-            residual = residual - np.multiply.outer(excess, length_slope / probe.mean_length)
-        return np.asarray(residual / num, dtype=np.float64)
+        return np.asarray(self._residuals() @ products / len(self.groups), dtype=np.float64)
 
     def errors(self, products: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Standard errors of inner products with grad F, by group, and half widths of 95 % intervals.
@@ -221,6 +227,38 @@ class ProbeGradient:
             return nothing, nothing
         stderr = np.sqrt(count / (count - 1) * (residual**2).sum(0))
         return stderr, np.where(stderr > 0, studentised(residual), 0.0) * stderr
+
+    def _residuals(self) -> FloatArray:
+        """(group, group + 1) what makes r_g times the sequences from the products of the parts."""
+        count, num, probe = self.num_groups, len(self.groups), self.bound.probe
+        share = probe.lengths / probe.mean_length if probe.per_token else np.ones(num)
+        found = np.zeros((count, count + 1))
+        found[:, :-1] = np.eye(count) - np.bincount(self.groups, weights=share)[:, None] / num
+        if probe.per_token and probe.on_policy:
+            excess = np.bincount(self.groups, weights=quantity_value(probe).influence)
+            found[:, -1] = -excess / probe.mean_length
+        return found
+
+    def folds(self, count: int) -> Folds:
+        """The probe batch in disjoint parts of whole groups, each with a gradient of its own.
+
+        A fold's gradient is grad F + sum r_g / its sequences, to first order what the fold alone would give;
+        weighted by its share of the sequences the folds add up to grad F.
+
+        Args:
+            count: folds wanted; as many as there are groups where those are fewer.
+        """
+        groups = self.num_groups
+        count = min(count, groups)
+        fold = np.arange(groups)
+        if count < groups:
+            fold = np.random.default_rng(1).permutation(fold % count)
+        members = fold == np.arange(count)[:, None]
+        labels = np.asarray(fold[self.groups], dtype=np.int64)
+        sizes = np.bincount(labels, minlength=count)
+        mixing = members @ self._residuals() / sizes[:, None]
+        mixing[:, :-1] += 1 / len(self.groups)
+        return Folds(labels, sizes / sizes.sum(), mixing)
 
 
 def probe_gradient(

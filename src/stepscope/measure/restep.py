@@ -9,6 +9,11 @@ samples,
     reward given up  = change of the reward with the tokens - change without them
 
 Errors are over probe prompts, given the update batch.
+
+A rule that looked at the probe is judged on the half of its prompts that it did not see: tokens chosen by one
+half, the step measured on the other, both ways, every probe sequence counted where it did not choose
+(cross-fitting, Chernozhukov et al. 2018). Chosen and judged on the same prompts such a rule looks better than
+it is, since it picks their noise, too.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ from stepscope.policy.experts import router_gradient
 from stepscope.policy.gradients import gradient
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
-from stepscope.results import BoolArray, FloatArray, Rollouts
+from stepscope.results import BoolArray, FloatArray, IntArray, Rollouts
 from stepscope.stats import Estimate
 
 CRITERIA = ("disc_v", "cov_batch", "steer_thm", "npg", "top_ent_mask", "neg_A_missing")
@@ -47,7 +52,8 @@ class Restep:
     Attributes:
         rule: what chose the tokens.
         share: share of the tokens it was allowed to drop.
-        num_dropped: tokens dropped.
+        num_dropped: tokens dropped; the mean of both choices where each half of the probe made one.
+        cross_fitted: whether it looked at the probe, and was judged on the half that it did not see.
         entropy_change: true change of the entropy per token by the step without them.
         reward_change: true change of the expected reward by the same.
         entropy_kept: entropy change less that of the full step.
@@ -57,6 +63,7 @@ class Restep:
     rule: str
     share: float
     num_dropped: int
+    cross_fitted: bool
     entropy_change: Estimate
     reward_change: Estimate
     entropy_kept: Estimate
@@ -100,22 +107,27 @@ def drop_rules(
     criteria: Sequence[str] = CRITERIA,
     seed: int = 0,
 ) -> dict[str, FloatArray]:
-    """Scores of the rules worth comparing, lowest dropped first.
+    """Scores of the rules worth comparing, lowest dropped first; (2, tok) where halves of the probe choose.
 
-    ``influence`` drops the tokens that lower the entropy most; ``influence_no_reward`` only those among them
+    ``influence`` drops the tokens that lower the entropy most; ``influence_fixed_prefix`` those that do so at
+    given prefixes, which is known from fewer prompts; ``influence_no_reward`` only those among the first
     that do not raise the expected reward; ``random`` any; a signed criterion those it predicts to lower the
     entropy most, a magnitude criterion those it scores highest.
 
     Args:
         board: the leaderboard of the update batch.
-        reward_influence: (tok,) influence of each token on the expected reward.
+        reward_influence: (2, tok) influence of each token on the expected reward through each half of the
+            probe prompts, as the truths of the board divide them (``Truth.probe_half``).
         criteria: names of token criteria of the board.
         seed: of ``random``.
 
     Raises:
         MeasurementError: the board has no such token criterion.
     """
-    exact = board.truth("column", "adamw", "on_policy").values
+    truth = board.truth("column", "adamw", "on_policy")
+    exact, at_prefixes = truth.halves, board.truth("column", "adamw", "fixed_prefix").halves
+    assert exact is not None
+    assert at_prefixes is not None
     if unknown := sorted(set(criteria) - set(board.scores)):
         raise MeasurementError(
             f"no token criterion {unknown[0]} to drop by; choose from {', '.join(sorted(board.scores))}"
@@ -123,8 +135,9 @@ def drop_rules(
     targets: dict[str, Criterion] = {c.name: c for c in board.criteria}
     return {
         "influence": exact,
+        "influence_fixed_prefix": at_prefixes,
         "influence_no_reward": np.where(reward_influence <= 0, exact, 0.0),
-        "random": -np.random.default_rng(seed).uniform(0.5, 1.0, len(exact)),
+        "random": -np.random.default_rng(seed).uniform(0.5, 1.0, len(truth.values)),
         **{n: board.scores[n] if targets[n].target == "signed" else -board.scores[n] for n in criteria},
     }
 
@@ -135,6 +148,7 @@ def resteps(
     probe: Rollouts,
     rules: Mapping[str, FloatArray],
     *,
+    probe_half: IntArray | None = None,
     shares: Sequence[float] = (0.02, 0.1),
     lr: float | None = None,
     baseline: str = "best",
@@ -144,13 +158,15 @@ def resteps(
     """Take the step again without the tokens that each rule drops, and measure entropy and reward.
 
     Costs, for each rule and share, one gradient over the sequences that lose a token and one forward pass
-    over the probe batch.
+    over the probe batch; twice that for a rule with scores from halves.
 
     Args:
         policy: where the step starts, with AdamW's state; restored bitwise.
         step: the full step.
         probe: the probe batch.
-        rules: name to (tok,) scores; the lowest below zero are dropped. See :func:`drop_rules`.
+        rules: name to (tok,) scores; the lowest below zero are dropped. (2, tok) scores of a rule that looked
+            at one half of the probe prompts each are judged on the other. See :func:`drop_rules`.
+        probe_half: (probe seq,) 0 or 1, the half of each probe sequence.
         shares: of the tokens with a weight; at least one is dropped.
         lr: learning rate of the steps; the step's own by default.
         baseline: rung of the baseline ladder.
@@ -158,14 +174,20 @@ def resteps(
         progress: show a progress bar.
 
     Raises:
-        MeasurementError: a learning rate of zero, a share outside (0, 1), or scores of another batch.
+        MeasurementError: a learning rate of zero, a share outside (0, 1), scores of another batch, or scores
+            from halves that are not named.
     """
     rate = step.lr if lr is None else lr
     if not rate > 0:
         raise MeasurementError("re-steps need a learning rate above 0; the step's own is 0, pass lr=")
     weights = np.concatenate(step.token_weights)
     for name, scores in rules.items():
-        if scores.shape != weights.shape:
+        if scores.ndim == 2 and (probe_half is None or set(np.unique(probe_half)) != {0, 1}):
+            raise MeasurementError(
+                f"rule {name}: scores from halves of the probe batch, and probe_half does not divide it in "
+                "two; pass probe_half= as Truth.probe_half gives it"
+            )
+        if scores.shape not in (weights.shape, (2, *weights.shape)):
             raise MeasurementError(
                 f"rule {name}: {scores.shape} scores for {len(weights)} tokens; score the step's own batch"
             )
@@ -199,10 +221,15 @@ def resteps(
     points = []
     jobs = [(name, scores, share) for name, scores in rules.items() for share in shares]
     for name, scores, share in track(jobs, description="re-made steps", disable=not progress):
-        dropped = _dropped(scores, weights, share)
-        direction = _without(policy, step, ascent, router, dropped, max_sequences)
-        changes, reason = measured(direction)
+        dropped = [_dropped(own, weights, share) for own in np.atleast_2d(scores)]
+        made = [measured(_without(policy, step, ascent, router, own, max_sequences)) for own in dropped]
+        changes, reason = made[0]
         words = f"per decision at lr {rate:g}, given the update batch"
+        if len(made) == 2:
+            assert probe_half is not None
+            changes = [_unseen(*both, probe_half) for both in zip(made[0][0], made[1][0], strict=True)]
+            reason = "; ".join(dict.fromkeys(r for _, r in made if r))
+            words += ", tokens chosen by the other half of the probe prompts"
         absolute = [_estimate(b, change, words, reason) for b, change in zip(bound, changes, strict=True)]
         both = "; ".join(dict.fromkeys(r for r in (full_reason, reason) if r))
         paired = f"{words}, paired with the full step"
@@ -210,7 +237,8 @@ def resteps(
             Restep(
                 rule=name,
                 share=share,
-                num_dropped=int(dropped.sum()),
+                num_dropped=round(float(np.mean([own.sum() for own in dropped]))),
+                cross_fitted=len(made) == 2,
                 entropy_change=absolute[0],
                 reward_change=absolute[1],
                 entropy_kept=_estimate(bound[0], changes[0].plus(full[0], -1.0), paired, both),
@@ -222,6 +250,12 @@ def resteps(
         for b, f in zip(bound, full, strict=True)
     ]
     return Pareto(rate, whole[0], whole[1], tuple(points))
+
+
+def _unseen(first: Sampled, second: Sampled, half: IntArray) -> Sampled:
+    """The change of each probe sequence under the step that the other half of the prompts chose."""
+    changes = np.where(half == 1, first.value + first.influence, second.value + second.influence)
+    return Sampled(float(changes.mean()), changes - changes.mean())
 
 
 def _dropped(scores: FloatArray, weights: FloatArray, share: float) -> BoolArray:

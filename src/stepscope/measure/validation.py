@@ -11,6 +11,10 @@ the same either:
 A re-step goes through clipping and the second moment anew, so it holds AdamW's own nonlinearity too. The
 linear datamodelling score is the rank correlation over random subsets of summed influence with the true
 change (Park et al. 2023, arXiv:2303.14186).
+
+Prediction and truth on one probe batch share its noise: their agreement says that the change is linear, not
+that the ranking would be found again. That is said by predictions from one half of the probe prompts against
+the truth on the other, stepped up to two whole probes (:mod:`stepscope.measure.reliability`).
 """
 
 from __future__ import annotations
@@ -27,8 +31,9 @@ from stepscope.errors import MeasurementError
 from stepscope.measure.estimators import per_decision
 from stepscope.measure.influence import Influence
 from stepscope.measure.line import values_at
-from stepscope.measure.probe_gradient import BoundQuantity, bind_quantity
+from stepscope.measure.probe_gradient import BoundQuantity, Folds, bind_quantity
 from stepscope.measure.quantities import Quantity
+from stepscope.measure.reliability import SplitHalf, split_half
 from stepscope.measure.step import Step, assemble_step, weighted_logprobs
 from stepscope.measure.step_derivative import Through
 from stepscope.policy.experts import router_gradient
@@ -59,6 +64,8 @@ class Remade:
         single_true: (single,) change under the full step minus that without the sequence.
         reweighted_true: (single,) derivative of the change with respect to the sequence's relative weight;
             none where advantages are recomputed.
+        subset_folds: (fold, subset) ``subset_true`` on each fold of the probe alone.
+        single_folds: (fold, single) the same of ``single_true``.
     """
 
     quantity: str
@@ -69,6 +76,8 @@ class Remade:
     single_index: tuple[int, ...]
     single_true: FloatArray
     reweighted_true: FloatArray
+    subset_folds: FloatArray
+    single_folds: FloatArray
 
 
 @dataclass(frozen=True)
@@ -117,6 +126,8 @@ class Validation:
         half: over subsets, the change against lr (linear change - influence of what was left out).
         single: over single sequences, the change that goes with it against lr times its influence.
         reweighted: over single sequences, the derivative with respect to its weight against the same.
+        half_across: rank correlation over subsets, prediction and truth from different halves of the probe.
+        single_across: Pearson correlation over single sequences, likewise.
     """
 
     quantity: str
@@ -128,6 +139,8 @@ class Validation:
     half: Agreement
     single: Agreement
     reweighted: Agreement
+    half_across: SplitHalf
+    single_across: SplitHalf
 
     @property
     def lds(self) -> Estimate:
@@ -150,6 +163,10 @@ class Validation:
             "lds_pearson": self.half.pearson.to_dict(),
             "leave_one_out": self.single.pearson.to_dict(),
             "leave_one_out_spearman": self.single.spearman.to_dict(),
+            "lds_across": self.half_across.whole.to_dict(),
+            "lds_across_halves": self.half_across.halves.to_dict(),
+            "leave_one_out_across": self.single_across.whole.to_dict(),
+            "leave_one_out_across_halves": self.single_across.halves.to_dict(),
             "subsets": [np.flatnonzero(row).tolist() for row in self.subsets],
             "subset_true": self.half.true.tolist(),
             "subset_predicted": self.half.predicted.tolist(),
@@ -276,10 +293,12 @@ def remake_steps(
         shares = np.concatenate([shares, 1 + REWEIGHTING * (1 - little), 1 - REWEIGHTING * (1 - little)])
     else:
         per_unit, shares = _unit_weights(policy, step), _advantages_within(policy, step.update, masks)
-    truth = _true_changes(policy, step, probe, bound, per_unit, shares, rate, max_sequences, progress)
-    whole, halves, alone, more, less = np.split(
-        truth, np.cumsum([1, num_subsets, len(singles), len(singles)])
+    truth, by_fold = _true_changes(
+        policy, step, probe, bound, per_unit, shares, rate, found.folds, max_sequences, progress
     )
+    parts = np.cumsum([1, num_subsets, len(singles), len(singles)])
+    whole, halves, alone, more, less = np.split(truth, parts)
+    whole_folds, halves_folds, alone_folds, *_ = np.split(by_fold, parts, axis=1)
     if removal == "recomputed":
         more = less = np.empty(0)
     return Remade(
@@ -291,6 +310,8 @@ def remake_steps(
         single_index=tuple(int(i) for i in singles),
         single_true=whole[0] - alone,
         reweighted_true=(more - less) / (2 * REWEIGHTING),
+        subset_folds=halves_folds,
+        single_folds=whole_folds - alone_folds,
     )
 
 
@@ -307,6 +328,7 @@ def compare(remade: Remade, found: Influence) -> Validation:
     half = lr * (found.total.value - ~remade.subsets @ found.sequences)
     single = lr * found.sequences[singles]
     one = f"{len(singles)} of {count} sequences"
+    folds, shares = found.fold_sequences, found.folds.shares
     return Validation(
         quantity=found.quantity,
         removal=removal,
@@ -323,6 +345,19 @@ def compare(remade: Remade, found: Influence) -> Validation:
         reweighted=_agreement(
             single[: len(remade.reweighted_true)], remade.reweighted_true, f"{one} reweighted one at a time"
         ),
+        half_across=split_half(
+            folds @ remade.subsets.T.astype(np.float64),
+            shares,
+            remade.subset_folds,
+            what=f"predicted and true changes ({removal}, {len(remade.subsets)} subsets)",
+        ),
+        single_across=split_half(
+            folds[:, singles],
+            shares,
+            remade.single_folds,
+            rank=False,
+            what=f"predicted and true changes ({removal}, {one} left out one at a time)",
+        ),
     )
 
 
@@ -334,10 +369,16 @@ def _true_changes(
     per_unit: Sequence[FloatArray],
     shares: FloatArray,
     lr: float,
+    folds: Folds,
     max_sequences: int,
     progress: bool,
-) -> FloatArray:
-    """(case,) true change of the quantity under the step re-made with each (case, seq) row of shares."""
+) -> tuple[FloatArray, FloatArray]:
+    """True change of the quantity under the step re-made with each (case, seq) row of shares.
+
+    (case,) on the whole probe batch, and (fold, case) on each fold of it.
+    """
+    members = folds.labels == np.arange(len(folds.shares))[:, None]
+    members = members / members.sum(1, keepdims=True)
     sums = weighted_gradients(
         policy,
         step.update,
@@ -348,14 +389,17 @@ def _true_changes(
     )
     router = router_gradient(policy, step.update)
     changes = np.empty(len(shares))
+    by_fold = np.empty((len(members), len(shares)))
     for row in track(range(len(shares)), description="re-made steps", disable=not progress):
         ascent = {n: t[row].to(policy.dtype) for n, t in sums.items()}
         remade = assemble_step(policy, step.update, step.token_weights, ascent, router=router)
         moved = values_at(
             policy, probe, (bound.quantity,), remade.direction, lr, max_sequences=max_sequences
         ).quantity(0)
-        changes[row] = per_decision(bound.probe, moved).value
-    return changes
+        change = per_decision(bound.probe, moved)
+        changes[row] = change.value
+        by_fold[:, row] = change.value + members @ change.influence
+    return changes, by_fold
 
 
 def _unit_weights(policy: Policy, step: Step) -> tuple[FloatArray, ...]:

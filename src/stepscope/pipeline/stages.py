@@ -20,8 +20,10 @@ from stepscope.measure.leaderboard import Leaderboard, rank_criteria
 from stepscope.measure.noise_scale import effect_noise_scale, noise_scale
 from stepscope.measure.properties import property_study
 from stepscope.measure.quantities import unit_of
+from stepscope.measure.reliability import reliabilities
 from stepscope.measure.restep import Pareto, drop_rules, resteps
 from stepscope.measure.series import doubted
+from stepscope.measure.shrinkage import Shrunk, shrunk_influence
 from stepscope.measure.step import step_summary
 from stepscope.measure.uncertainty import estimate_ratio
 from stepscope.measure.validation import compare, remake_steps
@@ -190,12 +192,25 @@ def _line_figures(fit: LogLogFit | None, count: int) -> Summary:
 def attribute_change(session: Session) -> Summary:
     """Influence of every sequence and token of the update batch on the change of each quantity."""
     found = session.influences
+    every = [way for ways in found for way in ways]
+    shrunk = _shrunk(session)
     write_influence(
-        [way for ways in found for way in ways],
+        every,
         session.run.file("influence_sequences.parquet"),
         session.run.file("influence_tokens.parquet"),
+        shrunk=[s.tokens if (s := shrunk.get((w.quantity, w.through))) else None for w in every],
+    )
+    sure = {(w.quantity, w.through): reliabilities(w, session.probe.num_prompts) for w in every}
+    runs.write_json(
+        session.run.file("reliability.json"),
+        {
+            "rankings": [order.to_dict() for both in sure.values() for order in both],
+            "shrunk": [own.to_dict() for own in shrunk.values()],
+        },
     )
     fixed, optimizer = found[0]
+    tokens, sequences = sure[optimizer.quantity, optimizer.through]
+    own = shrunk.get((optimizer.quantity, optimizer.through))
     parts = {
         "influence_sequences": fixed.sum_of_sequences,
         "influence_sequences_optimizer": optimizer.sum_of_sequences,
@@ -207,7 +222,29 @@ def attribute_change(session: Session) -> Summary:
         "influence_total": fixed.total,
     }
     doubts = (session.step_doubt, session.derivative_doubt)
-    return {name: part.doubted(*doubts) for name, part in parts.items() if part is not None}
+    return {name: part.doubted(*doubts) for name, part in parts.items() if part is not None} | {
+        "rank_reliability_tokens": tokens.whole,
+        "rank_reliability_sequences": sequences.whole,
+        "probe_needed_tokens": tokens.needed,
+        "probe_needed_sequences": sequences.needed,
+        **({} if own is None else {"shrinkage_gain": own.gain}),
+    }
+
+
+def _shrunk(session: Session) -> dict[tuple[str, str], Shrunk]:
+    """Influence through the optimizer shrunk, by quantity and way, where there is something to shrink to."""
+    found = [
+        shrunk_influence(
+            session.policy,
+            session.step,
+            session.probe,
+            optimizer,
+            quantity=quantity,
+            max_sequences=session.config.batch_size,
+        )
+        for quantity, (_, optimizer) in zip(session.quantities, session.influences, strict=True)
+    ]
+    return {(own.quantity, own.through): own for own in found if own is not None}
 
 
 def validate_shares(session: Session) -> Summary:
@@ -238,6 +275,8 @@ def validate_shares(session: Session) -> Summary:
             artifact[name] = checked.to_dict()
             figures[f"lds_{name}"] = checked.lds
             figures[f"leave_one_out_{name}"] = checked.leave_one_out
+            figures[f"lds_across_{name}"] = checked.half_across.whole
+            figures[f"leave_one_out_across_{name}"] = checked.single_across.whole
     runs.write_json(session.run.file("validation.json"), artifact)
     return figures
 
@@ -325,6 +364,7 @@ def _drop_tokens(session: Session, board: Leaderboard) -> Pareto:
     """Steps taken again without the tokens that the exact influence or a criterion would drop."""
     config = session.config
     rules = {}
+    half = board.truth("column", "adamw", "on_policy").probe_half
     if config.criteria.drop_shares:
         # of a response; the stage influence measures the reward per token
         reward = influence(
@@ -335,16 +375,18 @@ def _drop_tokens(session: Session, board: Leaderboard) -> Pareto:
             quantity="reward",
             normalisation="per_seq",
             baseline=config.baseline,
-            max_groups=2,
+            groups=half,
+            num_folds=2,
             max_sequences=config.batch_size,
             progress=on_terminal(),
         )
-        rules = drop_rules(board, reward_influence=np.concatenate(reward.tokens), seed=config.criteria.seed)
+        rules = drop_rules(board, reward_influence=reward.fold_tokens, seed=config.criteria.seed)
     return resteps(
         session.policy,
         session.step,
         session.probe,
         rules,
+        probe_half=half,
         shares=config.criteria.drop_shares,
         lr=session.line.lr,
         baseline=config.baseline,
@@ -398,7 +440,7 @@ PLANS: dict[Stage, StagePlan] = {
     "change": StagePlan(measure_sweep, ("change.json",), ("rollouts", "step")),
     "influence": StagePlan(
         attribute_change,
-        ("influence_sequences.parquet", "influence_tokens.parquet"),
+        ("influence_sequences.parquet", "influence_tokens.parquet", "reliability.json"),
         ("rollouts", "step"),
     ),
     "validation": StagePlan(validate_shares, ("validation.json",), ("rollouts", "step", "influence")),

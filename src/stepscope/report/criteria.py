@@ -211,6 +211,20 @@ def _spearman(row: Mapping[str, Any]) -> Estimate:
     return parse_estimate(row["spearman"], f"criteria.json: {row['criterion']}")
 
 
+def basis_sentence(measurement: Measurement) -> str:
+    """In words: on how many of the update prompts the first board stands, where that is not on all."""
+    rows, update = _primary_rows(measurement), measurement.update
+    if not rows or update is None:
+        return ""
+    behind, asked = int(rows[0]["spearman"]["n"]), len(set(update["prompt_id"]))
+    if behind >= asked:
+        return ""
+    return (
+        f"This board stands on {behind} of the batch's {asked} prompts: the responses to each of the others "
+        "were rewarded alike, so their advantages are zero and their tokens have no influence to rank."
+    )
+
+
 def standings_figure(measurement: Measurement) -> Figure | None:
     """Rank correlation of the best criteria and controls with the measured influence of tokens."""
     rows = sorted(_primary_rows(measurement), key=lambda row: -abs(row["spearman"]["value"]))[:_SHOWN]

@@ -40,6 +40,8 @@ class TokenTable:
     entropy: npt.NDArray[np.float64]
     weight: npt.NDArray[np.float64] | None
     influence: npt.NDArray[np.float64] | None
+    stderr: npt.NDArray[np.float64] | None
+    shrunk: npt.NDArray[np.float64] | None
     correct: npt.NDArray[np.bool_] | None
     scores: Mapping[str, npt.NDArray[np.float64]]
 
@@ -67,6 +69,7 @@ def join_tokens(
     if influence is not None and quantity in influence["quantity"]:
         own = [q == quantity for q in influence["quantity"]]
         chosen = {name: list(compress(column, own)) for name, column in influence.items()}
+    own_values = _at(tokens, chosen, ("influence", "stderr", "shrunk"))
     return TokenTable(
         sequence_id=ids,
         position=np.array(tokens["position"], dtype=np.int64),
@@ -74,7 +77,9 @@ def join_tokens(
         logprob=np.array(tokens["logprob"], dtype=np.float64),
         entropy=np.array(tokens["entropy"], dtype=np.float64),
         weight=np.array(tokens["token_weight"], dtype=np.float64) if "token_weight" in tokens else None,
-        influence=_at(tokens, chosen, ["influence"]).get("influence"),
+        influence=own_values.get("influence"),
+        stderr=own_values.get("stderr"),
+        shrunk=own_values.get("shrunk"),
         correct=correct,
         scores=_at(tokens, criteria, names),
     )
@@ -266,7 +271,7 @@ def share_figure(tokens: TokenTable, quantity: str) -> Figure | None:
         f"How concentrated the influence on the {quantity}, {RANKING}, is over {len(values):,} tokens. "
         "Solid: share of the summed |influence|. Dashed: share of the batch's net influence; it can pass "
         f"100 % because tokens of opposite sign cancel (the net is {text.percent(abs(net) / total)} of the "
-        "summed |influence|). Point estimates: the artifacts hold no error per token."
+        "summed |influence|). Point estimates: noise in single tokens makes it look more even than it is."
     )
     return Figure("influence-share", "Concentration over tokens", caption, spec, height=360, wide=False)
 
@@ -318,11 +323,14 @@ def scatter_figure(tokens: TokenTable, quantity: str, unit: str, most: int) -> F
 
 
 def top_tokens_table(tokens: TokenTable, quantity: str) -> TableBlock | None:
-    """The tokens with the largest absolute influence."""
+    """The tokens with the largest absolute influence: shrunken where that is known, since it ranks better."""
     if tokens.influence is None:
         return None
     values = np.nan_to_num(tokens.influence)
     total = float(np.abs(values).sum())
+    shrunk = tokens.shrunk is not None and bool(np.isfinite(tokens.shrunk).any())
+    ranked = np.nan_to_num(tokens.shrunk) if shrunk and tokens.shrunk is not None else values
+    errors = np.full(len(values), np.nan) if tokens.stderr is None else tokens.stderr
     columns = [
         Column("Token"),
         Column("Sequence", numeric=True),
@@ -331,11 +339,12 @@ def top_tokens_table(tokens: TokenTable, quantity: str) -> TableBlock | None:
         Column("Log-prob", "def-logprob", numeric=True),
         Column("Entropy", "def-entropy", numeric=True),
         *([Column("Token weight", "def-token-weight", numeric=True)] if tokens.weight is not None else []),
-        Column("Influence per unit lr", "def-influence", numeric=True),
+        Column("Influence per unit lr", "def-influence", numeric=True, with_error=True),
+        *([Column("Shrunken", "def-shrunk", numeric=True)] if shrunk else []),
         Column("Share of |influence|", numeric=True),
     ]
     rows = []
-    for i in np.argsort(-np.abs(values))[:_TOP_TOKENS]:
+    for i in np.argsort(-np.abs(ranked))[:_TOP_TOKENS]:
         verdict = "" if tokens.correct is None else ("correct" if tokens.correct[i] else "incorrect")
         rows.append(
             [
@@ -346,15 +355,23 @@ def top_tokens_table(tokens: TokenTable, quantity: str) -> TableBlock | None:
                 number_cell(float(tokens.logprob[i])),
                 number_cell(float(tokens.entropy[i])),
                 *([number_cell(float(tokens.weight[i]))] if tokens.weight is not None else []),
-                number_cell(float(values[i])),
+                _with_error(float(values[i]), float(errors[i])),
+                *([number_cell(float(ranked[i]))] if shrunk else []),
                 Cell(shown=text.percent(abs(values[i]) / total), raw=float(abs(values[i]) / total)),
             ]
         )
     caption = (
         f"The {len(rows)} tokens with the largest absolute influence on the {quantity}, {RANKING}, of "
-        f"{len(values):,}."
+        f"{len(values):,}"
+        + (", in the order of the shrunken influence" if shrunk else "")
+        + ". ± is one standard error, from folds of the probe prompts, for the given update batch; the "
+        "largest of many are overestimated."
     )
     return TableBlock("top-tokens", "Most influential tokens", caption, columns, rows)
+
+
+def _with_error(value: float, stderr: float) -> Cell:
+    return Cell(text.plus_minus(value, stderr), value, stderr if math.isfinite(stderr) else None)
 
 
 def visible(token: str) -> str:

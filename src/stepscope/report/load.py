@@ -39,7 +39,15 @@ RANKED_BY = "optimizer"
 """The influence that ranks tokens on the page: it predicts best what leaving something out does."""
 
 _SHOWN_MATRICES = re.compile(r"update_\w+_cosine")
-_TOKEN_INFLUENCE_COLUMNS = ("sequence_id", "position", "quantity", "through", "influence")
+_TOKEN_INFLUENCE_COLUMNS = (
+    "sequence_id",
+    "position",
+    "quantity",
+    "through",
+    "influence",
+    "stderr",
+    "shrunk",
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,7 @@ class Measurement:
         influence_sequences: columns of ``influence_sequences.parquet``, of the influence that adds up
             (fixed).
         influence_tokens: columns of ``influence_tokens.parquet``, of the one that ranks (:data:`RANKED_BY`).
+        reliability: content of ``reliability.json``, its estimates parsed.
         validation: content of ``validation.json``, its correlations parsed.
         kernel: content of ``kernel.json``.
         kernel_matrices: the update batch's cosine kernels, from ``kernel.safetensors``.
@@ -83,6 +92,7 @@ class Measurement:
     probe_tokens: Table | None
     influence_sequences: Table | None
     influence_tokens: Table | None
+    reliability: Mapping[str, Any] | None
     validation: Mapping[str, Mapping[str, Any]] | None
     kernel: Mapping[str, Any] | None
     kernel_matrices: Arrays | None
@@ -285,6 +295,7 @@ def load_measurement(path: Path) -> Measurement:
         influence_tokens=_through(
             read_table(path / "influence_tokens.parquet", _TOKEN_INFLUENCE_COLUMNS), RANKED_BY
         ),
+        reliability=_checked_reliability(path / "reliability.json"),
         validation=_checked_validation(path / "validation.json"),
         kernel=_checked_kernel(path / "kernel.json"),
         kernel_matrices=read_arrays(path / "kernel.safetensors", _SHOWN_MATRICES),
@@ -445,12 +456,29 @@ _VALIDATION_KEYS = (
 )
 
 
+def _checked_reliability(path: Path) -> dict[str, Any] | None:
+    found = read_json(path)
+    if found is None:
+        return None
+    if missing := [key for key in ("rankings", "shrunk") if key not in found]:
+        raise _damaged(path, f"no {', '.join(missing)}")
+    for number, entry in enumerate(found["rankings"]):
+        where = f"{path}: rankings[{number}]"
+        for key in ("halves", "whole", "needed"):
+            entry[key] = parse_estimate(entry.get(key), f"{where}.{key}")
+        for share, value in entry["top"].items():
+            entry["top"][share] = parse_estimate(value, f"{where}.top.{share}")
+    for number, entry in enumerate(found["shrunk"]):
+        entry["gain"] = parse_estimate(entry.get("gain"), f"{path}: shrunk[{number}].gain")
+    return found
+
+
 def _checked_validation(path: Path) -> dict[str, Any] | None:
     validation = read_json(path)
     for removal, found in (validation or {}).items():
         if missing := [key for key in _VALIDATION_KEYS if key not in found]:
             raise _damaged(path, f"{removal} has no {', '.join(missing)}")
-        for key in ("lds", "leave_one_out"):
+        for key in ("lds", "leave_one_out", "lds_across", "leave_one_out_across"):
             found[key] = parse_estimate(found.get(key), f"{path}: {removal}.{key}")
     return validation
 

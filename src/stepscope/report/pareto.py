@@ -52,7 +52,8 @@ def pareto_figure(measurement: Measurement) -> Figure | None:
         f"samples at lr {text.number(pareto['lr'])}: how much less the entropy changes, against how much "
         f"less the reward rises. The full step changes the entropy by {entropy} and the reward by {reward}. "
         "Influence: the exact one, largest loss of entropy first; no reward: only tokens that do not raise "
-        "the reward. Up and left is better."
+        "the reward; both chosen by one half of the probe prompts and measured on the other, both ways. Up "
+        "and left is better."
     )
     return Figure(
         "criteria-pareto", "Dropping tokens: entropy kept, reward given up", caption, spec, height=460

@@ -7,7 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from stepscope.report import change, criteria, influence, kernel, pareto, tables, text, validation
+from stepscope.report import (
+    change,
+    criteria,
+    influence,
+    kernel,
+    pareto,
+    reliability,
+    tables,
+    text,
+    validation,
+)
 from stepscope.report.criteria import Board
 from stepscope.report.figures import Figure, step_figures
 from stepscope.report.influence import TokenTable
@@ -255,8 +265,9 @@ def _influence_section(
     return Section(
         "influence",
         "Which sequences and tokens did it",
+        intro=reliability.certainty(measurement, quantity),
         facts=influence.ways(measurement.summary),
-        figures=drawn,
+        figures=[*_present([reliability.reliability_figure(measurement, quantity)]), *drawn],
         legend=bool(responses),
         responses=responses,
         tables=_present(blocks),
@@ -309,7 +320,7 @@ def _criteria_section(measurement: Measurement) -> Section | None:
     return Section(
         "criteria",
         "Which cheap criteria find these tokens",
-        intro=criteria.criteria_sentence(measurement),
+        intro=f"{criteria.criteria_sentence(measurement)} {criteria.basis_sentence(measurement)}".strip(),
         figures=_present([criteria.standings_figure(measurement), pareto.pareto_figure(measurement)]),
         board=board,
         more_title="What kind of token carries influence" if studies else "",

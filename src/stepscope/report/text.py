@@ -43,6 +43,11 @@ HEADLINES: Mapping[str, Label] = {
     "share_bonus": Label("Share of the step from the entropy bonus", "def-share"),
     "share_router": Label("Share of the step from the router loss", "def-share"),
     "share_sequences": Label("Share of the step from this batch", "def-share"),
+    "rank_reliability_tokens": Label("Reliability of the order of tokens", "def-reliability"),
+    "rank_reliability_sequences": Label("Reliability of the order of sequences", "def-reliability"),
+    "probe_needed_tokens": Label("Probe prompts for a sure order of tokens", "def-reliability"),
+    "probe_needed_sequences": Label("Probe prompts for a sure order of sequences", "def-reliability"),
+    "shrinkage_gain": Label("Probe prompts that shrinkage saves", "def-shrunk"),
     "noise_scale": Label("Gradient noise scale", "def-noise-scale"),
     "effective_rank": Label("Effective rank of the kernel", "def-effective-rank"),
     "wall_seconds": Label("Wall time of the measurement", "def-wall-time"),
@@ -57,7 +62,7 @@ NORMALISATIONS: Mapping[str, str] = {"per_token": "per token", "per_seq": "per r
 VERSIONS: Mapping[str, str] = {"on_policy": "on-policy", "fixed_prefix": "fixed-prefix"}
 
 
-_VALIDATION_KEY = re.compile(r"(lds|leave_one_out)_(zeroed|recomputed)")
+_VALIDATION_KEY = re.compile(r"(lds|leave_one_out)(_across)?_(zeroed|recomputed)(_optimizer)?")
 _TOP_KEY = re.compile(r"influence_top_(0\.\d+)")
 _CHANGE_KEY = re.compile(r"change_(true|linear)_(?:(\w+)_)?(per_token|per_seq)")
 
@@ -68,7 +73,9 @@ def headline_label(key: str) -> Label:
         return HEADLINES[key]
     if match := _VALIDATION_KEY.fullmatch(key):
         score = "Linear datamodelling score" if match[1] == "lds" else "Leave-one-out correlation"
-        return Label(f"{score}, {match[2]}", "def-lds")
+        across = " across probes" if match[2] else ""
+        through = ", through the optimizer" if match[4] else ""
+        return Label(f"{score}{across}, {match[3]}{through}", "def-lds")
     if match := _TOP_KEY.fullmatch(key):
         return Label(f"Absolute influence on the top {percent(float(match[1]))} of tokens", "def-influence")
     match = _CHANGE_KEY.fullmatch(key)

@@ -43,9 +43,10 @@ def _label(found: Mapping[str, Any]) -> str:
 def validation_facts(measurement: Measurement) -> list[tuple[str, str]]:
     """The correlations, one for each way of leaving out and each kind of set."""
     return [
-        (f"{name}, {_label(found)}", text.plus_minus(found[key].value, found[key].stderr))
+        (f"{name}{words}, {_label(found)}", text.plus_minus(found[known].value, found[known].stderr))
         for found in (measurement.validation or {}).values()
         for *_, key, name in _SORTS
+        for words, known in ((", same probe", key), (", across probes", f"{key}_across"))
     ]
 
 
