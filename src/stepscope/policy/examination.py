@@ -304,7 +304,8 @@ def _types(policy: Policy) -> Finding:
 def _stored(policy: Policy) -> Finding:
     """The types of the trained weights on disk: a half type means that the training rounds every step."""
     kinds = "/".join(policy.stored_dtypes) or "nowhere"
-    doubt = rounding_doubt(policy.stored_dtypes)
+    state = policy.optimizer
+    doubt = rounding_doubt(policy.stored_dtypes, state.moment_types if state else None)
     if not doubt:
         return Finding("ok", f"trained weights are stored as {kinds}")
     return Finding(
