@@ -25,7 +25,7 @@ from stepscope.measure.step import reconstruct_step
 from stepscope.pipeline import run_measure
 from stepscope.pipeline.evaluate import checkpoints_in
 from stepscope.pipeline.stages import PLANS
-from stepscope.policy.checkpoint import load_checkpoint
+from stepscope.policy.checkpoint import inspect_checkpoint, load_checkpoint
 from stepscope.policy.vectors import dot, norm
 from stepscope.results import Rollouts
 from stepscope.runs import LOCK, locked
@@ -73,12 +73,13 @@ def test_every_file_of_the_contract_is_there_and_nothing_else(measured):
     assert {p.name for p in measured.iterdir()} == expected
 
 
-def in_bfloat16(checkpoint: Path, folder: Path, *, moments: bool) -> Path:
+def in_bfloat16(checkpoint: Path, folder: Path, *, weights: bool = True, moments: bool = True) -> Path:
     """A checkpoint with its weights in bfloat16, as a training that keeps them so would leave it, or not."""
     shutil.copytree(checkpoint, folder)
-    weights = load_file(folder / "model.safetensors")
-    half = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
-    save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
+    if weights:
+        stored = load_file(folder / "model.safetensors")
+        half = {name: tensor.to(torch.bfloat16) for name, tensor in stored.items()}
+        save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "manifest.json").unlink()
     if moments:
         saved = torch.load(folder / "optimizer.pt", weights_only=True)
@@ -110,7 +111,9 @@ def test_weights_stored_in_less_than_the_training_had_flag_what_depends_on_the_s
 
 def test_a_training_in_bfloat16_is_measured_as_it_rounds(checkpoint, tmp_path):
     """The headline is the change by the rounded step; what stays of the step before rounding says so."""
-    folder = in_bfloat16(checkpoint, tmp_path / "checkpoint", moments=True)
+    folder = in_bfloat16(checkpoint, tmp_path / "checkpoint")
+    (told,) = [f for f in inspect_checkpoint(folder) if "kept as bfloat16 and rounded after" in f.what]
+    assert told.level == "warn"
     out = tmp_path / "m"
     measure(folder, *TASK, "--out", out, *QUICK, "--stages", "rollouts,step,change,influence,report")
     rounding = load_json(out / "step.json")["rounding"]
@@ -131,6 +134,14 @@ def test_a_training_in_bfloat16_is_measured_as_it_rounds(checkpoint, tmp_path):
         assert ("the step before rounding" in entry["reason"]) == before, name
     assert summary["change_true_per_token"]["reliable"]
     assert "The training keeps its weights in bfloat16" in (out / "report.html").read_text()
+
+
+def test_moments_in_bfloat16_over_finer_weights_are_refused(checkpoint, tmp_path):
+    folder = in_bfloat16(checkpoint, tmp_path / "checkpoint", weights=False)
+    (told,) = [f for f in inspect_checkpoint(folder) if "is no bfloat16 number" in f.what]
+    assert told.level == "fail"
+    with pytest.raises(MeasurementError, match="is no bfloat16 number although AdamW's moments are"):
+        run_measure(MeasureConfig(checkpoint=str(folder), task=TASK[1], out=str(tmp_path / "m")))
 
 
 def test_summary_has_the_figures_of_the_contract(measured):

@@ -22,7 +22,7 @@ from stepscope.measure.step import Step
 from stepscope.policy import vectors
 from stepscope.policy.finiteness import first_not_finite
 from stepscope.policy.state import OptimizerState, Policy
-from stepscope.policy.stored import type_name
+from stepscope.policy.stored import finer_than_kept
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,13 @@ def rounded_step(policy: Policy, step: Step, lr: float) -> RoundedStep | None:
     state = policy.optimizer
     if state is None or not state.half_types or not lr > 0:
         return None
+    if odd := finer_than_kept(policy.parameters, state.moment_types):
+        raise MeasurementError(f"{odd}; measure a checkpoint as its training wrote it")
     start = {name: policy.parameters[name].detach() for name in step.direction}
     copies: dict[str, nn.Parameter] = {}
     for name, value in start.items():
         kept = state.moment_types.get(name, value.dtype)
         copies[name] = nn.Parameter(value.to(kept, copy=True))
-        if not torch.equal(copies[name].detach().to(value.dtype), value):
-            raise MeasurementError(
-                f"{name} is no {type_name(kept)} number although AdamW's moments are: another optimizer than "
-                "torch's AdamW, or weights that were changed after it; measure a checkpoint as trained"
-            )
         copies[name].grad = -step.ascent[name].to(kept)
     if policy.settings.max_grad_norm > 0:
         nn.utils.clip_grad_norm_(copies.values(), policy.settings.max_grad_norm)
@@ -100,7 +97,7 @@ def rounded_step(policy: Policy, step: Step, lr: float) -> RoundedStep | None:
             f"the step of a training in {'/'.join(state.half_types)} is not finite: {problem}; AdamW's eps "
             "or second moments are 0 in that type, and the training ends here; measure an earlier checkpoint"
         )
-    moved = {name: parameters[name].double() - start[name].double() for name in parameters}
+    moved = {name: parameters[name].float() - start[name].float() for name in parameters}
     length = lr * vectors.norm(step.direction)
     return RoundedStep(
         parameters=parameters,

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from stepscope.errors import CheckpointError
 
@@ -69,6 +70,18 @@ def rounding_doubt(types: tuple[str, ...], moments: Mapping[str, torch.dtype] | 
         f"the weights are stored in {'/'.join(narrow)}: a training that keeps them so rounds every step, and "
         "this is the step before rounding"
     )
+
+
+def finer_than_kept(parameters: Mapping[str, Tensor], moments: Mapping[str, torch.dtype]) -> str:
+    """Which weights are no numbers of the half type that their moments have; empty where all are."""
+    for name, kept in moments.items():
+        value = parameters[name].detach()
+        if type_name(kept) in HALF_TYPES and not torch.equal(value.to(kept).to(value.dtype), value):
+            return (
+                f"{name} is no {type_name(kept)} number although AdamW's moments are: another optimizer than "
+                "torch's AdamW made this, or the weights were changed after it"
+            )
+    return ""
 
 
 def quantization(config: Mapping[str, Any]) -> str:

@@ -233,8 +233,9 @@ def _step_section(measurement: Measurement) -> Section | None:
     intro = ""
     if rounding := summary.get("rounding"):
         intro = text.rounding_sentence(rounding)
-        if taken := (measurement.change or {}).get("taken"):
-            intro += f" {text.rounded_change_sentence(str(measurement.change['quantity']), taken)}"
+        series = measurement.change or {}
+        if taken := series.get("taken"):
+            intro += f" {text.rounded_change_sentence(str(series['quantity']), taken)}"
         intro += " Components, shares and influences are those of the step before rounding."
     return Section("step", "What the step is made of", intro=intro, facts=facts, figures=figures)
 
