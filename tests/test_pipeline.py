@@ -26,7 +26,7 @@ from stepscope.measure.step import reconstruct_step
 from stepscope.pipeline import run_measure
 from stepscope.pipeline.evaluate import checkpoints_in
 from stepscope.pipeline.stages import PLANS
-from stepscope.policy.checkpoint import load_checkpoint
+from stepscope.policy.checkpoint import inspect_checkpoint, load_checkpoint
 from stepscope.policy.vectors import dot, norm
 from stepscope.results import Rollouts
 from stepscope.runs import LOCK, locked
@@ -74,27 +74,75 @@ def test_every_file_of_the_contract_is_there_and_nothing_else(measured):
     assert {p.name for p in measured.iterdir()} == expected
 
 
-def test_weights_kept_in_bfloat16_flag_what_depends_on_the_step(checkpoint, tmp_path):
-    """Such a training rounds every step; what the policy is like does not depend on that."""
-    folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
-    weights = load_file(folder / "model.safetensors")
-    half = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
-    save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
+def in_bfloat16(checkpoint: Path, folder: Path, *, weights: bool = True, moments: bool = True) -> Path:
+    """A checkpoint with its weights in bfloat16, as a training that keeps them so would leave it, or not."""
+    shutil.copytree(checkpoint, folder)
+    if weights:
+        stored = load_file(folder / "model.safetensors")
+        half = {name: tensor.to(torch.bfloat16) for name, tensor in stored.items()}
+        save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "manifest.json").unlink()
+    if moments:
+        saved = torch.load(folder / "optimizer.pt", weights_only=True)
+        for entry in saved["state"].values():
+            entry |= {key: entry[key].to(torch.bfloat16) for key in ("exp_avg", "exp_avg_sq")}
+        torch.save(saved, folder / "optimizer.pt")
+    return folder
+
+
+def test_weights_stored_in_less_than_the_training_had_flag_what_depends_on_the_step(checkpoint, tmp_path):
+    """Moments in float32 mean weights in float32; what the policy is like does not depend on that."""
+    folder = in_bfloat16(checkpoint, tmp_path / "checkpoint", moments=False)
     out = tmp_path / "m"
     measure(folder, *TASK, "--out", out, *QUICK, "--stages", "rollouts,step,change,influence")
-    assert load_json(out / "step.json")["stored_dtypes"] == ["bfloat16"]
+    step = load_json(out / "step.json")
+    assert (step["stored_dtypes"], step["rounding"]) == (["bfloat16"], None)
     summary = load_json(out / "summary.json")
-    step = [name for name in summary if name.startswith(("share_", "change_", "influence_", "linearity_"))]
+    names = [name for name in summary if name.startswith(("share_", "change_", "influence_", "linearity_"))]
     assert {"share_momentum", "change_true_per_token", "change_linear_per_seq", "influence_total"} <= set(
-        step
+        names
     )
-    for name in step:
+    for name in names:
         assert not summary[name]["reliable"], name
-        assert "stored in bfloat16" in summary[name]["reason"], name
+        assert "the training had finer weights" in summary[name]["reason"], name
     assert "bfloat16" not in summary["entropy_per_token"]["reason"] + summary["mean_reward"]["reason"]
     points = load_json(out / "change.json")["points"]
     assert not any(point[part]["reliable"] for point in points for part in ("true", "linear"))
+
+
+def test_a_training_in_bfloat16_is_measured_as_it_rounds(checkpoint, tmp_path):
+    """The headline is the change by the rounded step; what stays of the step before rounding says so."""
+    folder = in_bfloat16(checkpoint, tmp_path / "checkpoint")
+    (told,) = [f for f in inspect_checkpoint(folder) if "kept as bfloat16 and rounded after" in f.what]
+    assert told.level == "warn"
+    out = tmp_path / "m"
+    measure(folder, *TASK, "--out", out, *QUICK, "--stages", "rollouts,step,change,influence,report")
+    rounding = load_json(out / "step.json")["rounding"]
+    assert rounding["kept_in"] == "bfloat16"
+    assert 0 < rounding["share_moved"] < 1
+    summary, change = load_json(out / "summary.json"), load_json(out / "change.json")
+    taken = change["taken"]
+    assert summary["change_true_per_token"] == taken["true"]
+    assert summary["change_unrounded_per_token"] == taken["unrounded"]
+    assert summary["change_rounding_per_token"] == taken["difference"]
+    assert taken["difference"]["value"] == pytest.approx(taken["true"]["value"] - taken["unrounded"]["value"])
+    assert "forward pass in float32" in taken["true"]["method"]
+    point = next(p for p in change["points"] if p["lr"] == change["lr"])
+    assert point["true"]["value"] == taken["unrounded"]["value"]
+    assert summary["rounding_share_moved"]["value"] == rounding["share_moved"]
+    for name, entry in summary.items():
+        before = name.startswith(("share_", "change_linear_", "influence_", "linearity_"))
+        assert ("the step before rounding" in entry["reason"]) == before, name
+    assert summary["change_true_per_token"]["reliable"]
+    assert "The training keeps its weights in bfloat16" in (out / "report.html").read_text()
+
+
+def test_moments_in_bfloat16_over_finer_weights_are_refused(checkpoint, tmp_path):
+    folder = in_bfloat16(checkpoint, tmp_path / "checkpoint", weights=False)
+    (told,) = [f for f in inspect_checkpoint(folder) if "is no bfloat16 number" in f.what]
+    assert told.level == "fail"
+    with pytest.raises(MeasurementError, match="is no bfloat16 number although AdamW's moments are"):
+        run_measure(MeasureConfig(checkpoint=str(folder), task=TASK[1], out=str(tmp_path / "m")))
 
 
 def test_summary_has_the_figures_of_the_contract(measured):

@@ -112,6 +112,30 @@ def test_a_missing_artifact_leaves_only_its_section_out(
     assert after == [section for section in before if section not in gone]
 
 
+def test_a_rounded_step_is_told_and_heads_the_page(measure_folder: Path) -> None:
+    """A training in bfloat16: the headline is what it does, the step's section what rounding took."""
+    change = json.loads((measure_folder / "change.json").read_text())
+    point = next(p for p in change["points"] if p["lr"] == change["lr"])
+    true = {**point["true"], "value": -0.000125, "stderr": 0.00001, "reliable": True, "reason": ""}
+    ratio = {**true, "value": 0.04, "stderr": 0.003, "unit": "1"}
+    change["taken"] = {"true": true, "unrounded": point["true"], "difference": true, "ratio": ratio}
+    (measure_folder / "change.json").write_text(json.dumps(change))
+    step = json.loads((measure_folder / "step.json").read_text())
+    step["rounding"] = {
+        "kept_in": "bfloat16", "kernel": "fused", "lr": step["lr"], "share_moved": 0.0055, "cosine": 0.104,
+        "norm_ratio": 0.16,
+    }  # fmt: skip
+    (measure_folder / "step.json").write_text(json.dumps(step))
+    said = " ".join(Page(write_report(measure_folder)).source.replace("\u00a0", " ").split())
+    assert "lowers the policy&#39;s entropy by 0.000125 ± 0.000010 nats/token" in said
+    assert "0.55 % of the weights move at all; the rounded step has cosine 0.104" in said
+    assert "0.0400 ± 0.0030 of it is left" in said
+    step["rounding"] |= {"cosine": None, "share_moved": 0.0, "norm_ratio": 0.0}
+    (measure_folder / "step.json").write_text(json.dumps(step))
+    said = Page(write_report(measure_folder)).source.replace("\u00a0", " ")
+    assert "0 % of the weights move at all; so that the step changes nothing." in said
+
+
 def test_a_summary_alone_makes_a_page(tmp_path: Path, measure_folder: Path) -> None:
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare/summary.json").write_text((measure_folder / "summary.json").read_text())

@@ -68,6 +68,11 @@ def test_headline_repeats_the_reason_of_an_unreliable_number() -> None:
     [
         ("change_true_per_token", "True change of entropy, per token"),
         ("change_linear_reward_per_seq", "First-order change of expected reward, per response"),
+        ("change_unrounded_per_seq", "True change without rounding of entropy, per response"),
+        (
+            "change_kept_length_per_seq",
+            "Share of the change that rounding leaves of response length, per response",
+        ),
         ("some_new_figure", "Some new figure"),
     ],
 )

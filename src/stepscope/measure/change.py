@@ -22,13 +22,14 @@ from stepscope.measure.baselines import LADDER, fit_baseline, length_baseline
 from stepscope.measure.estimators import ESTIMATORS, Probe, linear
 from stepscope.measure.line import TokenTable, derivatives, hidden_states, response_mask, values_at
 from stepscope.measure.quantities import Quantity, make_quantity, unit_of, why_trivial
+from stepscope.measure.rounding import RoundedStep
 from stepscope.measure.second_order import round_off_lrs
-from stepscope.measure.series import Change, ChangePoint, doubted, make_change
+from stepscope.measure.series import AS_TAKEN, Change, ChangePoint, doubted, make_change
 from stepscope.measure.uncertainty import ERRORS
 from stepscope.policy.derivative_check import derivative_errors
 from stepscope.policy.forward import batches
 from stepscope.policy.state import Policy
-from stepscope.policy.vectors import ParameterVector
+from stepscope.policy.vectors import ParameterVector, placed
 from stepscope.results import FloatArray, Rollouts
 from stepscope.stats import Estimate
 
@@ -73,6 +74,7 @@ def measure_change(
     antithetic: bool = False,
     reference: nn.Module | None = None,
     sequence_weights: FloatArray | None = None,
+    taken: RoundedStep | None = None,
     max_sequences: int = 16,
     progress: bool = False,
 ) -> Change:
@@ -92,6 +94,7 @@ def measure_change(
         antithetic=antithetic,
         reference=reference,
         sequence_weights=sequence_weights,
+        taken=taken,
         max_sequences=max_sequences,
         progress=progress,
     )[0]
@@ -113,14 +116,15 @@ def measure_changes(
     antithetic: bool = False,
     reference: nn.Module | None = None,
     sequence_weights: FloatArray | None = None,
+    taken: RoundedStep | None = None,
     max_sequences: int = 16,
     progress: bool = False,
 ) -> tuple[Change, ...]:
     """The change of several quantities along one step, in several normalisations and versions.
 
     Costs one forward-mode pass over the probe batch (nested where second order is wanted), one forward pass
-    per learning rate, and six more for the baseline's features, the unmoved values and the round-off floor,
-    however many series are asked for.
+    per learning rate and for the step as taken, and six more for the baseline's features, the unmoved values
+    and the round-off floor, however many series are asked for.
 
     Args:
         policy: where the step starts; restored bitwise.
@@ -139,6 +143,8 @@ def measure_changes(
         antithetic: whether to also evaluate at -lr, for the odd part of the true change.
         reference: reference model of ``kl``.
         sequence_weights: (seq,) probabilities, where the probe enumerates all responses; errors are then 0.
+        taken: the step as a training in a half type takes it; its change is measured beside the line's, at
+            the step's own learning rate.
         max_sequences: micro-batch size.
         progress: show a progress bar on standard error.
 
@@ -181,6 +187,12 @@ def measure_changes(
         lr: values_at(policy, probe, bound, step.direction, lr, max_sequences=max_sequences)
         for lr in track(stops, description="true change", disable=not progress, console=Console(stderr=True))
     }
+    taken_words = ""
+    if taken is not None:
+        with placed(policy.parameters, taken.parameters):
+            moved[AS_TAKEN] = values_at(policy, probe, bound, max_sequences=max_sequences)
+        forward = str(policy.dtype).removeprefix("torch.")
+        taken_words = f"at the weights that AdamW leaves in {taken.kept_in}, forward pass in {forward}"
     found = []
     for index, normalisation, version in wanted:
         at = probe_of(table.quantity(index), probe, normalisation, version, sequence_weights)
@@ -190,12 +202,13 @@ def measure_changes(
             at,
             local,
             {lr: t.quantity(index) for lr, t in moved.items()},
-            own_lr=step.lr,
+            own_lr=step.lr if taken is None else taken.lr,
             sweep=sweep,
             tiny=tiny,
             baseline=fit_baseline(baseline, at, local[0], features=features),
             estimator=estimator,
             errors=errors,
+            taken_words=taken_words,
         )
         found.append(doubted(change, doubt, true=False))
     return tuple(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,46 @@ from stepscope.measure.uncertainty import Evidence, Statistic, estimate
 from stepscope.measure.weights import WeightCheck, check_weights, importance_weights, last_weights
 from stepscope.results import Brief
 from stepscope.stats import Estimate, LogLogFit, loglog_fit
+
+AS_TAKEN = math.inf
+"""Stands among the learning rates for the parameters as a training in a half type leaves them."""
+
+
+UNRESOLVED = "the change without rounding is within four standard errors of zero"
+"""Why a ratio to it says nothing."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The change at the step's own learning rate by a training that rounds its weights, and without rounding.
+
+    Attributes:
+        true: F(theta') - F(theta), theta' as the training leaves it.
+        unrounded: F(params + lr * direction) - F(params), from the same samples.
+        difference: true - unrounded, with the error of the paired difference.
+        ratio: true / unrounded, with the error of the paired ratio; None where nothing changes without
+            rounding.
+        effective_sample_size: of the importance weights at theta'.
+        pareto_k: tail of those weights; nan if they hardly differ.
+    """
+
+    true: Estimate
+    unrounded: Estimate
+    difference: Estimate
+    ratio: Estimate | None
+    effective_sample_size: float
+    pareto_k: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-ready dictionary."""
+        return {
+            "true": self.true.to_dict(),
+            "unrounded": self.unrounded.to_dict(),
+            "difference": self.difference.to_dict(),
+            "ratio": self.ratio.to_dict() if self.ratio else None,
+            "effective_sample_size": self.effective_sample_size,
+            "pareto_k": self.pareto_k,
+        }
 
 
 @dataclass(frozen=True)
@@ -83,6 +124,7 @@ class Change(Brief):
         measurable_from: lr at which the linear change is ten times ``round_off``.
         linear_up_to: lr at which second order is a tenth of linear; None if second order was not asked for or
             is in doubt.
+        taken: the change by the rounded step of a training in a half type; None where nothing is rounded.
     """
 
     quantity: str
@@ -101,6 +143,7 @@ class Change(Brief):
     round_off: float
     measurable_from: float
     linear_up_to: float | None
+    taken: Taken | None = None
 
     def at(self, lr: float) -> ChangePoint:
         """The point at a learning rate of the sweep.
@@ -134,11 +177,15 @@ class Change(Brief):
             "round_off": self.round_off,
             "measurable_from": self.measurable_from,
             "linear_up_to": self.linear_up_to,
+            "taken": self.taken.to_dict() if self.taken else None,
         }
 
 
 def doubted(change: Change, reason: str, *, true: bool) -> Change:
-    """The series with a reason not to trust its derivatives, and its true changes where asked."""
+    """The series with a reason not to trust its derivatives, and its true changes along the line where asked.
+
+    The change by the step as taken does not depend on the line.
+    """
 
     def flag(estimate: Estimate | None) -> Estimate | None:
         return None if estimate is None else estimate.doubted(reason)
@@ -171,6 +218,7 @@ def make_change(
     baseline: Baseline,
     estimator: str,
     errors: str = "delta",
+    taken_words: str = "",
 ) -> Change:
     """Estimate one series from tables; no model is needed.
 
@@ -178,13 +226,15 @@ def make_change(
         quantity: what the tables hold.
         probe: values at the parameters; its baseline is replaced by ``baseline``.
         slopes: first, or first and second, derivatives along the step.
-        moved: values at shifted parameters by learning rate; where -lr is there too the odd part is given.
+        moved: values at shifted parameters by learning rate; where -lr is there too the odd part is given,
+            and where ``AS_TAKEN`` is there the change by the rounded step.
         own_lr: the step's own learning rate.
         sweep: learning rates of the points, increasing.
         tiny: learning rates from which the round-off floor is read.
         baseline: the fitted baseline.
         estimator: of the true change.
         errors: ``delta``, ``jackknife`` or ``bootstrap``.
+        taken_words: how the rounded step came about.
     """
     per_token = "per token" if probe.per_token else "per sequence"
     words = f"{per_token}, {'on policy' if probe.on_policy else 'fixed prefixes'}"
@@ -213,6 +263,14 @@ def make_change(
     def odd(e: Evidence, lr: float) -> Sampled:
         return true(e, lr).plus(true(e, -lr), -1.0).scaled(0.5)
 
+    def rounding_effect(e: Evidence, lr: float) -> Sampled:
+        return true(e, AS_TAKEN).plus(true(e, lr), -1.0)
+
+    def kept(e: Evidence, lr: float) -> Sampled:
+        whole, left = true(e, lr), true(e, AS_TAKEN)
+        ratio = left.value / whole.value
+        return Sampled(ratio, (left.influence - ratio * whole.influence) / whole.value)
+
     along = f"forward-mode derivative, {words}, baseline {baseline.kind}"
     weighted = f"{estimator} importance weights, {words}, baseline {baseline.kind}"
     curved = len(slopes) > 1
@@ -236,6 +294,27 @@ def make_change(
                 effective_sample_size=check.effective_sample_size,
                 pareto_k=check.pareto_k,
             )
+        )
+    taken = None
+    if AS_TAKEN in moved:
+        check = _check(evidence.probe, moved[AS_TAKEN])
+        words = f"{weighted}, {taken_words}"
+        without = next(point.true for point in points if np.isclose(point.lr, own_lr, rtol=1e-9, atol=0))
+        apart = estimated(partial(rounding_effect, lr=own_lr), f"paired difference, {words}")
+        share = None
+        if without.value:
+            resolved = abs(without.value) > 4 * without.stderr
+            share = _doubted(
+                estimated(partial(kept, lr=own_lr), f"paired ratio, {words}", "1"),
+                "; ".join(r for r in (check.reason, "" if resolved else UNRESOLVED) if r),
+            )
+        taken = Taken(
+            true=_flagged(estimated(partial(true, lr=AS_TAKEN), words), check, floor),
+            unrounded=without,
+            difference=_flagged(apart, check, floor),
+            ratio=share,
+            effective_sample_size=check.effective_sample_size,
+            pareto_k=check.pareto_k,
         )
     along_slope = estimated(slope, along, f"{level}/lr")
     curvature = estimated(bend, f"second {along}", f"{level}/lr^2").doubted(doubt) if curved else None
@@ -261,6 +340,7 @@ def make_change(
         round_off=floor,
         measurable_from=measurable_from(along_slope.value, floor),
         linear_up_to=end,
+        taken=taken,
     )
 
 

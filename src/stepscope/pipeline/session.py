@@ -13,6 +13,7 @@ from stepscope.config import LossConfig, MeasureConfig
 from stepscope.errors import BatchError, ConfigError, MeasurementError, TaskError
 from stepscope.measure.influence import Influence, influences
 from stepscope.measure.quantities import Quantity, make_quantity
+from stepscope.measure.rounding import RoundedStep, rounded_step
 from stepscope.measure.step import Step, reconstruct_step
 from stepscope.measure.token_influence import objective_influences
 from stepscope.pipeline.console import on_terminal
@@ -206,7 +207,16 @@ class Session:
     @property
     def step_doubt(self) -> str:
         """Why the rebuilt step may not be the one the training takes; empty where it is."""
-        return rounding_doubt(self.policy.stored_dtypes)
+        state = self.policy.optimizer
+        return rounding_doubt(self.policy.stored_dtypes, state.moment_types if state else None)
+
+    @cached_property
+    def taken(self) -> RoundedStep | None:
+        """The step as a training in a half type takes it; None where the weights are not rounded."""
+        state = self.policy.optimizer
+        if state is None or not state.half_types:
+            return None
+        return rounded_step(self.policy, self.step, self.step.lr or self.initial_lr() or 0.0)
 
     @cached_property
     def derivative_doubt(self) -> str:

@@ -22,6 +22,7 @@ from stepscope.measure.properties import property_study
 from stepscope.measure.quantities import unit_of
 from stepscope.measure.reliability import reliabilities
 from stepscope.measure.restep import Pareto, drop_rules, resteps
+from stepscope.measure.rounding import RoundedStep
 from stepscope.measure.series import doubted
 from stepscope.measure.shrinkage import Shrunk, shrunk_influence
 from stepscope.measure.step import step_summary
@@ -106,6 +107,7 @@ def rebuild_step(session: Session) -> Summary:
         "initial_lr": session.initial_lr() if step.lr == 0 else None,
         "stored_dtypes": list(session.policy.stored_dtypes),
         "doubt": session.step_doubt,
+        "rounding": session.taken.to_dict() if session.taken else None,
     }
     vectors.save(step.direction, session.run.file("direction.safetensors"))
     runs.write_json(session.run.file("step.json"), figures)
@@ -120,6 +122,22 @@ def rebuild_step(session: Session) -> Summary:
         ).doubted(session.step_doubt)
         for part in ("momentum", "decay", "bonus", "router", "sequences")
         if f"share_{part}" in figures
+    } | _rounding_figures(session.taken, count)
+
+
+def _rounding_figures(taken: RoundedStep | None, count: int) -> Summary:
+    """How the step as taken in a half type differs from that before rounding; nothing where it does not."""
+    if taken is None:
+        return {}
+    how = f"torch's AdamW in {taken.kept_in}, {taken.kernel}, at lr {taken.lr:g}; exact for this update batch"
+    none = "" if taken.share_moved else "no coordinate moves"
+    return {
+        name: Estimate(value, float("nan"), count, unit, how, not doubt, doubt)
+        for name, value, unit, doubt in (
+            ("rounding_share_moved", taken.share_moved, "share of coordinates", ""),
+            ("rounding_cosine", taken.cosine, "1", none),
+            ("rounding_norm_ratio", taken.norm_ratio, "1", ""),
+        )
     }
 
 
@@ -139,6 +157,7 @@ def measure_sweep(session: Session) -> Summary:
         errors=config.errors,
         second_order=config.second_order,
         antithetic=config.antithetic,
+        taken=session.taken,
         max_sequences=config.batch_size,
         progress=on_terminal(),
     )
@@ -153,7 +172,19 @@ def measure_sweep(session: Session) -> Summary:
         point = series.at(session.line.lr)
         kind = "" if series.quantity == primary.quantity else f"{series.quantity}_"
         figures[f"change_linear_{kind}{series.normalisation}"] = _at_own_lr(session.line, point.linear)
-        figures[f"change_true_{kind}{series.normalisation}"] = _at_own_lr(session.line, point.true)
+        true = {"change_true": point.true}
+        if series.taken is not None:
+            true = {
+                "change_true": series.taken.true,
+                "change_unrounded": series.taken.unrounded,
+                "change_rounding": series.taken.difference,
+            }
+            if series.taken.ratio is not None:
+                true["change_kept"] = series.taken.ratio
+        figures |= {
+            f"{name}_{kind}{series.normalisation}": _at_own_lr(session.line, figure)
+            for name, figure in true.items()
+        }
     fit = _line_figures(primary.fit, primary.points[0].true.n)
     return figures | {name: figure.doubted(session.step_doubt) for name, figure in fit.items()}
 

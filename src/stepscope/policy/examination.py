@@ -30,7 +30,7 @@ from stepscope.policy.precision import matching_precision
 from stepscope.policy.rollouts import end_tokens
 from stepscope.policy.settings import SETTINGS_FILE, UNKNOWN
 from stepscope.policy.state import Policy
-from stepscope.policy.stored import rounding_doubt
+from stepscope.policy.stored import finer_than_kept, rounding_doubt
 from stepscope.policy.trl_run import run_notes
 from stepscope.tasks.load import default_template
 from stepscope.tasks.prompts import encode_prompt, tokens_after
@@ -304,9 +304,19 @@ def _types(policy: Policy) -> Finding:
 def _stored(policy: Policy) -> Finding:
     """The types of the trained weights on disk: a half type means that the training rounds every step."""
     kinds = "/".join(policy.stored_dtypes) or "nowhere"
-    doubt = rounding_doubt(policy.stored_dtypes)
+    state = policy.optimizer
+    doubt = rounding_doubt(policy.stored_dtypes, state.moment_types if state else None)
     if not doubt:
         return Finding("ok", f"trained weights are stored as {kinds}")
+    if state is not None and state.half_types:
+        if odd := finer_than_kept(policy.parameters, state.moment_types):
+            return Finding("fail", odd, "measure a checkpoint as its training wrote it")
+        return Finding(
+            "warn",
+            f"trained weights are kept as {'/'.join(state.half_types)} and rounded after every step; the "
+            "change is that of the rounded step, shares and influences those of the step before rounding",
+            "read them so, or train with float32 weights (bf16=True autocasts them)",
+        )
     return Finding(
         "warn",
         f"{doubt}; figures that depend on the step are flagged",

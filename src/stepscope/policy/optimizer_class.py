@@ -35,6 +35,8 @@ _BITSANDBYTES_GROUP = frozenset(
 )
 
 _MARKS: tuple[tuple[str, frozenset[str]], ...] = (
+    ("an AdamW with Kahan summation", frozenset({"compensation"})),
+    ("AnyPrecisionAdamW", frozenset({"use_kahan_summation"})),
     ("NAdam", frozenset({"momentum_decay"})),
     ("Adamax", frozenset({"exp_inf"})),
     ("a low-rank projection of the gradient (GaLore, APOLLO)", frozenset({"update_proj_gap"})),
@@ -96,6 +98,11 @@ def adamw_entries(saved: Mapping[str, Any], where: str) -> dict[Any, dict[str, A
     return _complete(entries, where)
 
 
+def made_by_torch(group: Mapping[str, Any]) -> bool:
+    """Whether a group of a state that counts as AdamW's is torch's, not bitsandbytes'."""
+    return set(group) >= _NEEDED
+
+
 def named_by(classes: list[str]) -> str:
     """The optimizer whose state holds objects of these classes (``module.name``), for an error."""
     names = [c for c in classes if c.replace(".", "").replace("_", "").isalnum()][:3]
@@ -110,6 +117,8 @@ def _check_form(saved: Mapping[str, Any], where: str) -> None:
     sound = sound and all(isinstance(g, Mapping) and isinstance(g.get("params"), list) for g in groups)
     sound = sound and all(isinstance(number, int) for g in groups for number in g["params"])
     sound = sound and all(isinstance(g.get(flag, False), bool) for g in groups for flag in _FLAGS)
+    for kernels in ([g.get("foreach"), g.get("fused")] for g in groups if sound):
+        sound = all(flag is None or isinstance(flag, bool) for flag in kernels) and not all(kernels)
     if not sound or not all(isinstance(entry, Mapping) for entry in state.values()):
         raise CheckpointError(
             f"{where}: param_groups and state are not laid out as torch.optim.AdamW.state_dict() gives them; "

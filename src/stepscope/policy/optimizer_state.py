@@ -19,7 +19,7 @@ from stepscope.errors import CheckpointError
 from stepscope.policy.finiteness import real_number, refuse_impossible_state, whole_number
 from stepscope.policy.foreign import reads_foreign, refuse_packed
 from stepscope.policy.layouts import missing_state
-from stepscope.policy.optimizer_class import MEASURABLE, adamw_entries, named_by
+from stepscope.policy.optimizer_class import MEASURABLE, adamw_entries, made_by_torch, named_by
 from stepscope.policy.parameter_order import names_in_order
 from stepscope.policy.state import OptimizerState, ParameterGroup
 
@@ -92,6 +92,7 @@ def match_optimizer(
     names_by_group = _names_by_group(groups, entries, model, list(params), where)
     found: dict[str, dict[str, Tensor]] = {key: {} for key in (*_MOMENTS, "max_exp_avg_sq")}
     steps: dict[str, int] = {}
+    types: dict[str, torch.dtype] = {}
     for group, names in zip(groups, names_by_group, strict=True):
         for number, name in zip(group["params"], names, strict=True):
             entry = entries.get(number)
@@ -99,6 +100,8 @@ def match_optimizer(
                 continue
             _check_entry(entry, name, params[name], bool(group.get("amsgrad")), where)
             steps[name] = whole_number(entry["step"], f"step of {name}", where)
+            if made_by_torch(group):
+                types[name] = entry["exp_avg"].dtype
             for key in found:
                 if key in entry:
                     found[key][name] = _moment(entry[key], params[name].device, dtype)
@@ -116,6 +119,7 @@ def match_optimizer(
         exp_avg_sq=found["exp_avg_sq"],
         steps=steps,
         max_exp_avg_sq=found["max_exp_avg_sq"],
+        moment_types=types,
     )
     refuse_impossible_state(state, where)
     return state
@@ -187,4 +191,6 @@ def _parameter_group(group: Mapping[str, Any], names: list[str], where: str) -> 
         eps=number("eps", group.get("eps")),
         weight_decay=decay,
         amsgrad=bool(group.get("amsgrad")),
+        foreach=group.get("foreach"),
+        fused=group.get("fused"),
     )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stepscope.policy.settings import StepSettings
+from stepscope.policy.stored import HALF_TYPES, type_name
 from stepscope.results import Brief
 
 
@@ -18,7 +19,8 @@ from stepscope.results import Brief
 class ParameterGroup:
     """Hyperparameters that AdamW (or SGD) applies to the named parameters of one group.
 
-    ``lr`` is the learning rate of the *next* step, as the scheduler left it in the checkpoint.
+    ``lr`` is the learning rate of the *next* step, as the scheduler left it in the checkpoint; ``foreach``
+    and ``fused`` choose torch's implementation, which matters where parameters are in a half type.
     """
 
     names: tuple[str, ...]
@@ -27,6 +29,8 @@ class ParameterGroup:
     eps: float = 1e-8
     weight_decay: float = 0.0
     amsgrad: bool = False
+    foreach: bool | None = None
+    fused: bool | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,6 +43,8 @@ class OptimizerState(Brief):
         exp_avg_sq: v, second moment, per parameter.
         steps: number of steps taken so far, per parameter (t - 1 for the step to come).
         max_exp_avg_sq: running maximum of v, present for AMSGrad only.
+        moment_types: type of the moments in the file, per parameter, where torch's AdamW made them: the type
+            of the parameter in the training.
     """
 
     groups: tuple[ParameterGroup, ...]
@@ -46,6 +52,12 @@ class OptimizerState(Brief):
     exp_avg_sq: Mapping[str, Tensor]
     steps: Mapping[str, int]
     max_exp_avg_sq: Mapping[str, Tensor] = field(default_factory=dict)
+    moment_types: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    @property
+    def half_types(self) -> tuple[str, ...]:
+        """Names of the half types in which the training kept parameters; empty where it kept none so."""
+        return tuple(sorted({type_name(t) for t in self.moment_types.values()} & set(HALF_TYPES)))
 
 
 @dataclass(frozen=True, repr=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -82,11 +82,27 @@ def load(path: Path) -> dict[str, Tensor]:
 @contextmanager
 def shifted(parameters: Mapping[str, nn.Parameter], direction: ParameterVector, lr: float) -> Iterator[None]:
     """Set parameters to ``params + lr * direction`` inside the block; restored bitwise afterwards."""
-    kept = {n: parameters[n].detach().clone() for n in direction}
-    try:
+    with _restored(parameters, direction):
         with torch.no_grad():
             for n, t in direction.items():
                 parameters[n].add_(t.to(parameters[n].dtype), alpha=lr)
+        yield
+
+
+@contextmanager
+def placed(parameters: Mapping[str, nn.Parameter], values: ParameterVector) -> Iterator[None]:
+    """Set parameters to ``values`` inside the block; restored bitwise afterwards."""
+    with _restored(parameters, values):
+        with torch.no_grad():
+            for n, t in values.items():
+                parameters[n].copy_(t)
+        yield
+
+
+@contextmanager
+def _restored(parameters: Mapping[str, nn.Parameter], names: Iterable[str]) -> Iterator[None]:
+    kept = {n: parameters[n].detach().clone() for n in names}
+    try:
         yield
     finally:
         with torch.no_grad():

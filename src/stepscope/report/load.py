@@ -387,6 +387,10 @@ def read_change(path: Path) -> dict[str, Any] | None:
                 if value is None and key == "second_order":
                     continue
                 point[key] = parse_estimate(value, f"{where}: points[{number}].{key}")
+        if (taken := series.get("taken")) is not None:
+            for key in ("true", "unrounded", "difference", "ratio"):
+                if key != "ratio" or taken[key] is not None:
+                    taken[key] = parse_estimate(taken[key], f"{where}: taken.{key}")
     return change
 
 

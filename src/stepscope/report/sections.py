@@ -147,7 +147,8 @@ def own_change(series: Mapping[str, Any]) -> str:
     point = point_at(series, series["lr"])
     if point is None:
         return ""
-    return text.change_sentence(series["quantity"], series["lr"], point["true"], point["linear"])
+    true = (series.get("taken") or point)["true"]
+    return text.change_sentence(series["quantity"], series["lr"], true, point["linear"])
 
 
 _FIRST_FACTS = (
@@ -239,7 +240,14 @@ def _step_section(measurement: Measurement) -> Section | None:
         )
         if isinstance(summary.get(key), int | float)
     ]
-    return Section("step", "What the step is made of", facts=facts, figures=figures)
+    intro = ""
+    if rounding := summary.get("rounding"):
+        intro = text.rounding_sentence(rounding)
+        series = measurement.change or {}
+        if taken := series.get("taken"):
+            intro += f" {text.rounded_change_sentence(str(series['quantity']), taken)}"
+        intro += " Components, shares and influences are those of the step before rounding."
+    return Section("step", "What the step is made of", intro=intro, facts=facts, figures=figures)
 
 
 def _influence_section(

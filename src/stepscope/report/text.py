@@ -48,6 +48,9 @@ HEADLINES: Mapping[str, Label] = {
     "probe_needed_tokens": Label("Probe prompts for a sure order of tokens", "def-reliability"),
     "probe_needed_sequences": Label("Probe prompts for a sure order of sequences", "def-reliability"),
     "shrinkage_gain": Label("Probe prompts that shrinkage saves", "def-shrunk"),
+    "rounding_share_moved": Label("Share of the weights that move at all", "def-rounding"),
+    "rounding_cosine": Label("Cosine of the rounded step and the step before rounding", "def-rounding"),
+    "rounding_norm_ratio": Label("Length of the rounded step over that before rounding", "def-rounding"),
     "noise_scale": Label("Gradient noise scale", "def-noise-scale"),
     "effective_rank": Label("Effective rank of the kernel", "def-effective-rank"),
     "wall_seconds": Label("Wall time of the measurement", "def-wall-time"),
@@ -64,7 +67,15 @@ VERSIONS: Mapping[str, str] = {"on_policy": "on-policy", "fixed_prefix": "fixed-
 
 _VALIDATION_KEY = re.compile(r"(lds|leave_one_out)(_across)?_(zeroed|recomputed)(_optimizer)?")
 _TOP_KEY = re.compile(r"influence_top_(0\.\d+)")
-_CHANGE_KEY = re.compile(r"change_(true|linear)_(?:(\w+)_)?(per_token|per_seq)")
+_CHANGE_KEY = re.compile(r"change_(true|linear|unrounded|rounding|kept)_(?:(\w+)_)?(per_token|per_seq)")
+
+_ORDERS: Mapping[str, tuple[str, str]] = {
+    "true": ("True change", "def-true-change"),
+    "linear": ("First-order change", "def-linear-change"),
+    "unrounded": ("True change without rounding", "def-rounding"),
+    "rounding": ("What rounding takes off the change", "def-rounding"),
+    "kept": ("Share of the change that rounding leaves", "def-rounding"),
+}
 
 
 def headline_label(key: str) -> Label:
@@ -83,8 +94,8 @@ def headline_label(key: str) -> Label:
         return Label(key.replace("_", " ").capitalize(), "def-estimate")
     order, quantity, normalisation = match.groups()
     name = QUANTITIES.get(quantity, quantity) if quantity else "entropy"
-    start = "True" if order == "true" else "First-order"
-    return Label(f"{start} change of {name}, {NORMALISATIONS[normalisation]}", f"def-{order}-change")
+    start, anchor = _ORDERS[order]
+    return Label(f"{start} of {name}, {NORMALISATIONS[normalisation]}", anchor)
 
 
 def series_label(series: Mapping[str, Any]) -> str:
@@ -179,6 +190,33 @@ def change_sentence(quantity: str, lr: float, true: Estimate, linear: Estimate) 
         if not value.reliable
     ]
     return start + end + "".join(doubts)
+
+
+def rounding_sentence(rounding: Mapping[str, Any]) -> str:
+    """What rounding does to the step of a training in a half type, from ``step.json``."""
+    cosine = rounding["cosine"]
+    shape = (
+        f"the rounded step has cosine {number(cosine)} to the step before rounding and "
+        f"{number(rounding['norm_ratio'])} times its length"
+        if cosine is not None
+        else "so that the step changes nothing"
+    )
+    return (
+        f"The training keeps its weights in {rounding['kept_in']}, and AdamW's result is rounded to that: at "
+        f"learning rate {lr_text(rounding['lr'])}, {percent(rounding['share_moved'])} of the weights move at "
+        f"all; {shape}."
+    )
+
+
+def rounded_change_sentence(quantity: str, taken: Mapping[str, Any]) -> str:
+    """The change by the rounded step beside that by the step before rounding, from ``change.json``."""
+    name = QUANTITIES.get(quantity, quantity)
+    ratio = taken["ratio"]
+    share = f"; {plus_minus(ratio.value, ratio.stderr)} of it is left" if ratio and ratio.reliable else ""
+    return (
+        f"It changes the policy's {name} by {estimate(taken['true'])}; without rounding it would be "
+        f"{estimate(taken['unrounded'])}{share}."
+    )
 
 
 def _minus(text: str) -> str:
