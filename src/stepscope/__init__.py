@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from stepscope.measure.properties import property_study
     from stepscope.measure.quantities import Quantity, make_quantity
     from stepscope.measure.restep import drop_rules, resteps
+    from stepscope.measure.rounding import RoundedStep, rounded_step
     from stepscope.measure.step import Step, reconstruct_step
     from stepscope.policy.checkpoint import load_checkpoint
     from stepscope.policy.rollouts import sample_rollouts
@@ -46,6 +47,7 @@ __all__ = [
     "Policy",
     "Quantity",
     "Rollouts",
+    "RoundedStep",
     "Step",
     "StepProbe",
     "StepSettings",
@@ -67,6 +69,7 @@ __all__ = [
     "rank_criteria",
     "reconstruct_step",
     "resteps",
+    "rounded_step",
     "sample_rollouts",
     "write_report",
 ]
@@ -82,6 +85,7 @@ _HOME = {
     "Policy": "policy.state",
     "Quantity": "measure.quantities",
     "Rollouts": "results",
+    "RoundedStep": "measure.rounding",
     "Step": "measure.step",
     "StepProbe": "training.probes",
     "StepSettings": "policy.settings",
@@ -102,6 +106,7 @@ _HOME = {
     "rank_criteria": "measure.leaderboard",
     "reconstruct_step": "measure.step",
     "resteps": "measure.restep",
+    "rounded_step": "measure.rounding",
     "sample_rollouts": "policy.rollouts",
     "write_report": "report",
 }

@@ -23,10 +23,11 @@ from stepscope.policy import vectors
 from stepscope.policy.finiteness import first_not_finite
 from stepscope.policy.state import OptimizerState, Policy
 from stepscope.policy.stored import finer_than_kept
+from stepscope.results import Brief
 
 
-@dataclass(frozen=True)
-class RoundedStep:
+@dataclass(frozen=True, repr=False)
+class RoundedStep(Brief):
     """Where a training in a half type is after the step, and how that differs from params + lr * direction.
 
     Attributes:

@@ -298,20 +298,19 @@ def make_change(
     taken = None
     if AS_TAKEN in moved:
         check = _check(evidence.probe, moved[AS_TAKEN])
-        words = f"{weighted}, {taken_words}"
+        how = f"{weighted}, {taken_words}"
         without = next(point.true for point in points if np.isclose(point.lr, own_lr, rtol=1e-9, atol=0))
-        apart = estimated(partial(rounding_effect, lr=own_lr), f"paired difference, {words}")
+        gap = estimated(partial(rounding_effect, lr=own_lr), f"paired difference, {how}")
         share = None
         if without.value:
             resolved = abs(without.value) > 4 * without.stderr
-            share = _doubted(
-                estimated(partial(kept, lr=own_lr), f"paired ratio, {words}", "1"),
-                "; ".join(r for r in (check.reason, "" if resolved else UNRESOLVED) if r),
+            share = estimated(partial(kept, lr=own_lr), f"paired ratio, {how}", "1").doubted(
+                check.reason, "" if resolved else UNRESOLVED
             )
         taken = Taken(
-            true=_flagged(estimated(partial(true, lr=AS_TAKEN), words), check, floor),
+            true=_flagged(estimated(partial(true, lr=AS_TAKEN), how), check, floor),
             unrounded=without,
-            difference=_flagged(apart, check, floor),
+            difference=_flagged(gap, check, floor),
             ratio=share,
             effective_sample_size=check.effective_sample_size,
             pareto_k=check.pareto_k,
