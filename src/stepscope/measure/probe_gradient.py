@@ -35,7 +35,7 @@ from stepscope.policy.gradients import Objective, gradient
 from stepscope.policy.products import group_gradients
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
-from stepscope.results import FloatArray, IntArray, Rollouts
+from stepscope.results import Brief, FloatArray, IntArray, Rollouts
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ def _ragged(table: FloatArray, lengths: IntArray) -> tuple[FloatArray, ...]:
     return tuple(row[:n] for row, n in zip(table, lengths, strict=True))
 
 
-@dataclass(frozen=True)
-class Folds:
+@dataclass(frozen=True, repr=False)
+class Folds(Brief):
     """Disjoint parts of a probe batch, made of whole prompts.
 
     Attributes:

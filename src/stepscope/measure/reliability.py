@@ -24,7 +24,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from stepscope.measure.influence import Influence
-from stepscope.results import FloatArray, IntArray
+from stepscope.results import Brief, FloatArray, IntArray
 from stepscope.stats import Estimate
 
 TARGET = 0.9
@@ -69,8 +69,8 @@ class SplitHalf:
     without: FloatArray
 
 
-@dataclass(frozen=True)
-class Reliability:
+@dataclass(frozen=True, repr=False)
+class Reliability(Brief):
     """How far a probe batch determines the order of items by influence.
 
     Attributes:

@@ -27,12 +27,12 @@ from stepscope.measure.step import Step
 from stepscope.measure.step_derivative import step_derivative
 from stepscope.policy.gradients import Mode
 from stepscope.policy.state import Policy
-from stepscope.results import FloatArray, Rollouts
+from stepscope.results import Brief, FloatArray, Rollouts
 from stepscope.stats import Estimate
 
 
-@dataclass(frozen=True)
-class Shrunk:
+@dataclass(frozen=True, repr=False)
+class Shrunk(Brief):
     """Influence of tokens shrunk towards that at fixed prefixes.
 
     Attributes:
