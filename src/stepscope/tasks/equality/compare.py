@@ -55,9 +55,11 @@ def _same_measured(gold: Value, answer: Value) -> bool:
     """The formulas and, where both have one, the units."""
     units = [v.unit for v in (gold, answer) if isinstance(v, Measured)]
     formulas = [v.formula if isinstance(v, Measured) else v for v in (gold, answer)]
-    return all(u == units[0] for u in units) and not any(
-        isinstance(f, Measured) or not isinstance(f, Formula) for f in formulas
-    ) and same(*formulas)
+    return (
+        all(u == units[0] for u in units)
+        and not any(isinstance(f, Measured) or not isinstance(f, Formula) for f in formulas)
+        and same(*formulas)
+    )
 
 
 def _same_letters(gold: Value, answer: Value) -> bool:
@@ -120,7 +122,7 @@ def _same_parts(gold: Value, answer: Value) -> bool:
         if not roots and (gold.joiner == "or") != (answer.joiner == "or"):
             return False
         units = {i.unit for i in gold.items if isinstance(i, Quantity)}
-        if len(units) > 1 and any(isinstance(i, Number) for i in answer.items):
+        if len(units) > 1 and any(isinstance(i, (Number, Labelled)) for i in answer.items):
             return False
         named = all(isinstance(i, Labelled) for i in (*gold.items, *answer.items))
         choices = all(isinstance(i, Choice) for i in gold.items)
@@ -129,17 +131,15 @@ def _same_parts(gold: Value, answer: Value) -> bool:
     parts, other = (gold, answer) if isinstance(gold, Parts) else (answer, gold)
     if isinstance(other, Words):
         return _same_letters(gold, answer)
-    if isinstance(parts, Parts) and isinstance(other, Bracket) and other.opener + other.closer in ("()", "[]"):
-        if len(other.items) > 2 and parts.joiner == ",":  # two could be an interval
-            mine, theirs = (parts.items, other.items) if parts is gold else (other.items, parts.items)
-            if _pair(mine, theirs, ordered=True):
-                return True
-    if isinstance(parts, Parts) and isinstance(other, Bracket) and other.opener + other.closer == "()":
+    round_or_square = isinstance(other, Bracket) and other.opener + other.closer in ("()", "[]")
+    if isinstance(parts, Parts) and isinstance(other, Bracket) and round_or_square:
         names = [i.label for i in parts.items if isinstance(i, Labelled)]
-        in_order = len(names) == len(parts.items) == len(other.items) and names == sorted(set(names))
-        values = [i.value for i in parts.items if isinstance(i, Labelled)]
-        mine, theirs = (values, other.items) if parts is gold else (other.items, values)
-        return in_order and parts.joiner != "or" and _pair(mine, theirs, ordered=True)
+        point = bool(names) and other.opener == "(" and names == sorted(set(names))
+        if parts.joiner == "or" or not (point or (not names and len(other.items) > 2)):  # two: an interval
+            return False
+        items = [i.value if isinstance(i, Labelled) else i for i in parts.items]
+        mine, theirs = (items, other.items) if parts is gold else (other.items, items)
+        return len(names) in (0, len(items)) and _pair(mine, theirs, ordered=True)
     if isinstance(parts, Parts) and isinstance(other, Bracket) and other.opener == "{":
         items = [i.value if isinstance(i, Labelled) else i for i in parts.items]
         mine, theirs = (items, other.items) if parts is gold else (other.items, items)

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from stepscope.tasks.equality.formula import Formula, read_formula, value_of
+from stepscope.tasks.equality.formula import Formula, nearest, read_formula, value_of
 from stepscope.tasks.equality.moments import Moment, Ratio, read_moment, read_ratio
 from stepscope.tasks.equality.numbers import Number
 from stepscope.tasks.equality.quantities import Quantity, read_quantities, read_quantity
@@ -108,16 +108,22 @@ _COMPARED = (
     (re.compile(r"(?:more than|greater than|larger than)\s+", re.I), ">"),
     (re.compile(r"(?:less than|fewer than|smaller than)\s+", re.I), "<"),
 )
-_OPEN_ENDED = re.compile(r"(.+?) (?:or|and) (?:(more|greater|above|over|higher)|less|fewer|below|under|lower)", re.I)
+_OPEN_ENDED = re.compile(
+    r"(.+?) (?:or|and) (?:(more|greater|above|over|higher)|less|fewer|below|under|lower)", re.I
+)
 _RESTATED = re.compile(r"([^()]+?)\s*\(([^()]+)\)")
-_SUCH_THAT = re.compile(r"\{\s*([a-z])\s*(?:\\in\s*(?:\\mathbb\s*(?:\{R\}|R)|R)\s*)?(?::|\||\\mid(?![A-Za-z]))\s*([^{}]+)\}")
+_SUCH_THAT = re.compile(
+    r"\{\s*([a-z])\s*(?:\\in\s*(?:\\mathbb\s*(?:\{R\}|R)|R)\s*)?(?::|\||\\mid(?![A-Za-z]))\s*([^{}]+)\}"
+)
 _FRENCH = re.compile(r"([\[\]])([^\[\]()]+)([\[\]])")
 _AND = re.compile(r",?\s+(?:and|&|und|et|и)\s+|\s*和\s*", re.I)
 _OR = re.compile(r",?\s+(?:or|oder|ou|или)\s+|\s*或\s*", re.I)
 _INFINITE = re.compile(r"([+-]?)\s*\\infty")
 _ONLY_LETTERS = re.compile(r"[A-Za-z\s.,']*")
 _PRODUCT = re.compile(r"[A-Za-z]|(?=[a-z]*[xyz])[b-df-hj-np-tv-z]{2,3}")
-_CHEMICAL = re.compile(r"(?=[^0-9]+[0-9])(?=.*[A-Z].*[A-Z]|[A-Z][a-z]?_?\{?2\}?$)(?:[A-Z][a-z]?(?:_?[0-9]{1,2}|_\{[0-9]{1,2}\})?\s?)+")
+_CHEMICAL = re.compile(
+    r"(?=[^0-9]+[0-9])(?=.*[A-Z].*[A-Z]|[A-Z][a-z]?_?\{?2\}?$)(?:[A-Z][a-z]?(?:_?[0-9]{1,2}|_\{[0-9]{1,2}\})?\s?)+"
+)
 _HYPHENS = re.compile(r"([0-9]+)-([0-9]+)((?:-[0-9]+)*)", re.ASCII)
 _SLASHES = re.compile(r"[0-9]+(?:/[0-9]+){2,}", re.ASCII)
 
@@ -161,7 +167,14 @@ def _value(text: str, depth: int) -> Value | None:
         if isinstance(again, Number) and once == again:
             return once
     if (match := _FRENCH.fullmatch(text)) and match.groups()[::2] != ("[", "]"):
-        text = "([" [match.group(1) == "["] + match.group(2) + ")]"[match.group(3) == "]"]
+        text = "(["[match.group(1) == "["] + match.group(2) + ")]"[match.group(3) == "]"]
+    exact, *rounded = split_top(text, re.compile(r"\\approx(?![A-Za-z])|≈"))
+    if (
+        len(rounded) == 1
+        and exact.strip()
+        and _is_rounding(found := _formula(exact.strip()), read_quantity(rounded[0].strip()))
+    ):
+        return found
     if match := _SUCH_THAT.fullmatch(text):
         condition = classify(match.group(2), depth + 1)
         return condition if isinstance(condition, Relation) and match.group(1) in match.group(2) else None
@@ -185,6 +198,14 @@ def _value(text: str, depth: int) -> Value | None:
         or _measured(text)
         or _formula(text)
     )
+
+
+def _is_rounding(exact: Number | Formula | None, rounded: Number | Quantity | None) -> bool:
+    """Whether a decimal behind a sign of approximation is within a hundredth of the value before it."""
+    value = exact.value if isinstance(exact, Number) else None if exact is None else nearest(exact)
+    if value is None or not isinstance(rounded, Number):
+        return False
+    return abs(value - rounded.value) * 100 <= abs(value)
 
 
 def _measured(text: str) -> Measured | Quantity | None:
@@ -340,6 +361,8 @@ def _signs(text: str, depth: int) -> Parts | None:
 
 
 def _bracket(text: str, depth: int) -> Bracket | None:
+    if re.fullmatch(r"\\mathbb\s*\{?R\}?|(?:all|the set of (?:all )?) ?real numbers", text, re.IGNORECASE):
+        return Bracket("(", ")", (Infinite(-1), Infinite(1)))
     if re.fullmatch(r"\\emptyset|(?:the )?(?:empty|null) set", text, re.IGNORECASE):
         return Bracket("{", "}", ())
     if len(text) < 2 or text[0] not in "([{" or text[-1] not in ")]}":

@@ -23,8 +23,8 @@ _MONTHS = {
     for number, names in enumerate(
         (
             "janvier enero januar", "février febrero februar", "mars marzo märz", "avril abril", "mai mayo",
-            "juin junio juni", "juillet julio juli", "août agosto", "septembre septiembre", "octobre octubre oktober",
-            "novembre noviembre", "décembre diciembre dezember",
+            "juin junio juni", "juillet julio juli", "août agosto", "septembre septiembre",
+            "octobre octubre oktober", "novembre noviembre", "décembre diciembre dezember",
         ),
         1,
     )
@@ -46,7 +46,7 @@ _DATES = (
     ),
     re.compile(rf"(?P<m>{_MONTH})\.?,? (?P<y>[0-9]{{4}})", re.ASCII | re.I),
 )
-_WEEKDAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
+_WEEKDAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 _WEEKDAY = re.compile(rf"({'|'.join(_WEEKDAYS)}),? (.*)|(.*?),? (?:an? )?\(?({'|'.join(_WEEKDAYS)})\)?", re.I)
 _NAMED = {"noon": 12, "midday": 12, "12 noon": 12, "midnight": 0, "12 midnight": 0}
 _TIME = re.compile(
@@ -79,6 +79,7 @@ def read_moment(text: str) -> Moment | None:
 
     A day of the week beside a full date must be the one of that date.
     """
+    text = re.sub(r"^(?:at|on)\s+", "", text, flags=re.IGNORECASE)
     if text.lower() in _NAMED:
         return Moment("time", (_NAMED[text.lower()], 0, 0))
     if match := _WEEKDAY.fullmatch(text):

@@ -40,19 +40,22 @@ _NUMBERED = re.compile(
     re.IGNORECASE,
 )
 _COUNTED_OF = re.compile(r"\b(?:total|answer|value|result) of\s*$", re.IGNORECASE)
-_PROSE = re.compile(r"(?:[^\W\d_]|[\s.,:;'’\"،¿¡-])*")
+_PROSE = re.compile(r"(?:[^\W\d_]|[\u0300-\u036f\u0610-\u065f\u0900-\u0965\u0e31-\u0e4e\s.,:;'’\"،¿¡-])*")
 
 
-_MORE = re.compile(r"(?<=[0-9])\s+(?:more|additional|extra)\s+(?=[A-Za-z]{3})(?!(?:than|or|and)\b|.*\bthan\b)", re.I)
+_MORE = re.compile(
+    r"(?<=[0-9])\s+(?:more|additional|extra)\s+(?=[A-Za-z]{3})(?!(?:than|or|and)\b|.*\bthan\b)", re.I
+)
 _NUMERAL = "|".join(sorted([*ONES, *TENS, *SCALES], key=len, reverse=True))
 _SPELT = re.compile(rf"\b(?:{_NUMERAL})\b(?:(?:[\s-]+|\s+and\s+)(?:{_NUMERAL})\b)*", re.I)
 _CLAUSE = re.compile(
     r"((?:(?:so|thus|hence|then|therefore),?\s+)?(?:(?:the|its|their|his|her)\s[^.,;:]{2,80}?|[a-z]))"
-    r"\s+(?:(?:is|are|was|were|equals?)(?:\s+(?:equal to|at|given by))?)\s*:?\s+(.+)",
+    r"\s+(?:(?:is|are|was|were|equals?)(?:\s+(?:equal to|at|given by))?)\s*:?\s+(.+)"
+    r"|((?:[a-z]{2,}\s+){1,7}[a-z]{2,})\s*=\s*(.+)",
     re.DOTALL | re.I,
 )
 _CORRECT = re.compile(r"(.{1,60}?) is (?:the )?(?:correct|right)(?: (?:answer|option|choice|one))?", re.I)
-_OTHER = frozenset("other another converse claim statement".split())
+_OTHER = frozenset(("other", "another", "converse", "claim", "statement"))
 
 
 @dataclass(frozen=True)
@@ -165,7 +168,7 @@ def _changes(word: str) -> bool:
 
 
 def _in_figures(text: str) -> str:
-    """A sentence without figures with its only number in words written in figures; ``one`` is not taken for 1."""
+    """A sentence with its only number, in words, written in figures; ``one`` is not taken for 1."""
     runs = [] if re.search("[0-9]", text) else list(_SPELT.finditer(text))
     value = read_words(runs[0].group()) if len(runs) == 1 else None
     if value is None or value == 1 or value.denominator > 1:
@@ -174,16 +177,19 @@ def _in_figures(text: str) -> str:
 
 
 def statement(text: str) -> str | None:
-    """What a sentence says of its subject: ``12`` of ``The area of the square is 12``; None where that may not be the answer."""
+    """What a sentence says of its subject: ``12`` of ``The area is 12``; None where a word may change it."""
     if match := _CORRECT.fullmatch(text):
         return match.group(1)
     match = _CLAUSE.fullmatch(text)
-    if match is None or not _PROSE.fullmatch(match.group(1)):
+    subject, said = (
+        (match.group(1) or match.group(3), match.group(2) or match.group(4)) if match else ("", "")
+    )
+    if not subject or not _PROSE.fullmatch(subject):
         return None
-    words = [w.casefold() for w in _WORD.findall(match.group(1))]
+    words = [w.casefold() for w in _WORD.findall(subject)]
     if any((w in CHANGED and w != "remainder") or w in _OTHER or w.endswith("n't") for w in words):
         return None
-    return match.group(2)
+    return said
 
 
 def in_sentence(text: str) -> Number | Quantity | None:
@@ -215,6 +221,7 @@ def in_sentence(text: str) -> Number | Quantity | None:
         return None
     if _NUMBERED.search(head) and not _COUNTED_OF.search(head):
         return None
+    plain = head + " " + re.sub(r"\bto\b", " ", plain[len(head) :])  # `10 minutes to walk`
     if any(_changes(w.casefold()) for w in _WORD.findall(plain)):
         return None
     return value

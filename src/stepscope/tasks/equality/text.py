@@ -9,7 +9,7 @@ _CHARACTERS = {
     "\N{MINUS SIGN}": "-", "\N{HYPHEN}": "-", "\N{NON-BREAKING HYPHEN}": "-",
     "×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "∕": "/", "⁄": "/", "±": r"\pm ", "√": r"\sqrt ",
     "≤": "<=", "⩽": "<=", "≥": ">=", "⩾": ">=", "≠": "!=", "∞": r" \infty ", "π": r" \pi ", "∪": r" \cup ",
-    "∈": r" \in ", "∅": r"\emptyset ", "→": r"\to ", "⇒": r"\to ", "⟹": r"\to ", "∴": "",
+    "∈": r" \in ", "ℝ": r"\mathbb{R}", "∅": r"\emptyset ", "→": r"\to ", "⇒": r"\to ", "⟹": r"\to ", "∴": "",
     "’": "'", "‘": "'", "“": '"', "”": '"', "；": ";", "、": ", ", "，": ", ", "：": ": ", "。": ".",
     "．": ".", "٫": ".", "٬": ",", "º": "°", "˚": "°", "℃": "°C", "℉": "°F", "％": "%", "٪": "%",
     "\u2009": " ", "\u202f": " ", "\u200b": "", "\u2061": "", "\u2062": "", "\ufeff": "",
@@ -78,13 +78,18 @@ _WRAPS = (("__", "__"), ("_", "_"), ("*", "*"), ("`", "`"), ('"', '"'), ("'", "'
 
 _ANSWER_WORDS = (
     r"answers?|ans|options?|choices?|solutions?|results?|final|respuestas?|r[ée]ponses?|r[ée]sultat|antworten|antwort|l[öo]sung|ergebnis"
-    r"|resultado|risposta|resposta|soluci[óo]n|ответ|результат|відповідь|odpowied[źz]|svar|antwoord|cevap|答案|答|答え|정답|답|결과"
+    r"|resultado|risposta|resposta|soluci[óo]n|ответ|результат|відповідь|odpowied[źz]|svar|antwoord|cevap|答案|答|答え|정답|답|결과|正解"
     r"|الجواب|الإجابة|उत्तर"
 )
-_LINKS = r"is|are|was|be|es|est|ist|lautet|[èé]|equals|equal to|это|равен|являются|是|为|為|は|は、|은|는|هو"
+_LINKS = r"is|are|was|be|es|est|ist|lautet|[èé]|equals|equal to|это|равен|являются|هو"
+_EASTERN_LINKS = "是|为|為|は|は、|은|는"
+_CORRECT = (
+    r"final|correct|right|correcta|correta|correcte|corretta|bonne|richtige"
+    r"|правильный|верный|正确|最终|最終的な|정확한"
+)
 PHRASE = re.compile(
     rf"^(?:(?:so|thus|hence|therefore|then|and)\b,?\s*)*(?:(?:the|my|our|la|le|el|die|das|a|o|il|l')\s*)?"
-    rf"(?:(?:final|correct|right)\s+)?(?:{_ANSWER_WORDS})\s*(?:(?:{_LINKS})(?![A-Za-z])\s*[:=]?|[:=])\s*",
+    rf"(?:(?:{_CORRECT})\s*)?(?:{_ANSWER_WORDS})\s*(?:(?:{_CORRECT})\s*)?(?:(?:(?:{_LINKS})(?![A-Za-z])|{_EASTERN_LINKS})\s*[:=]?|[:=])\s*",
     re.IGNORECASE,
 )
 _IT_IS = re.compile(
@@ -169,7 +174,7 @@ def _peel(text: str) -> str:
         text = PHRASE.sub("", text)
         if len(text.split()) > 1:
             text = _IT_IS.sub("", text)
-        text = re.sub(r"^(?:[-=]>|=|\\to(?![A-Za-z]))\s*", "", text)
+        text = re.sub(r"^(?:[-=]>|[=•]|\\to(?![A-Za-z]))\s*", "", text)
         if text == before:
             break
     return text
@@ -194,7 +199,7 @@ def tidy(text: str) -> str | None:
 
 
 def _spaced(match: re.Match[str]) -> str:
-    """Content of a text command, kept apart from a letter or digit before it; a letter behind a value is a unit."""
+    """Content of a text command, apart from what stands before it; one letter behind a value is a unit."""
     before = match.string[match.start() - 1 : match.start()]
     content = match.group(1)
     value = match.string[: match.start()].rstrip(" \\,;:~")[-1:]
