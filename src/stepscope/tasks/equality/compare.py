@@ -133,13 +133,13 @@ def _same_parts(gold: Value, answer: Value) -> bool:
         return _same_letters(gold, answer)
     round_or_square = isinstance(other, Bracket) and other.opener + other.closer in ("()", "[]")
     if isinstance(parts, Parts) and isinstance(other, Bracket) and round_or_square:
-        names = [i.label for i in parts.items if isinstance(i, Labelled)]
-        point = bool(names) and other.opener == "(" and names == sorted(set(names))
-        if parts.joiner == "or" or not (point or (not names and len(other.items) > 2)):  # two: an interval
+        labels = [i.label for i in parts.items if isinstance(i, Labelled)]
+        point = bool(labels) and other.opener == "(" and labels == sorted(set(labels))
+        if parts.joiner == "or" or not (point or (not labels and len(other.items) > 2)):  # two: an interval
             return False
         items = [i.value if isinstance(i, Labelled) else i for i in parts.items]
         mine, theirs = (items, other.items) if parts is gold else (other.items, items)
-        return len(names) in (0, len(items)) and _pair(mine, theirs, ordered=True)
+        return len(labels) in (0, len(items)) and _pair(mine, theirs, ordered=True)
     if isinstance(parts, Parts) and isinstance(other, Bracket) and other.opener == "{":
         items = [i.value if isinstance(i, Labelled) else i for i in parts.items]
         mine, theirs = (items, other.items) if parts is gold else (other.items, items)
@@ -150,10 +150,10 @@ def _same_parts(gold: Value, answer: Value) -> bool:
 def _unnumbered(parts: Parts) -> Parts:
     """``x_1 = 2, x_2 = 3`` as ``x = 2 or x = 3``; anything else as it is."""
     labels = [re.fullmatch(r"([a-z])_\{?[0-9]\}?", i.label) for i in parts.items if isinstance(i, Labelled)]
-    names = {label.group(1) for label in labels if label}
-    if None in labels or len(labels) < len(parts.items) or len(names) != 1:
+    names = [label.group(1) for label in labels if label]
+    if None in labels or len(labels) < len(parts.items) or len(set(names)) != 1:
         return parts
-    return Parts(tuple(Labelled(*names, i.value) for i in parts.items if isinstance(i, Labelled)), "or")
+    return Parts(tuple(Labelled(names[0], i.value) for i in parts.items if isinstance(i, Labelled)), "or")
 
 
 def _pair(gold: Sequence[Value], answer: Sequence[Value], *, ordered: bool) -> bool:
