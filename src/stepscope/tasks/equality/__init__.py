@@ -49,6 +49,7 @@ TIME_LIMIT = 5.0
 
 _EVALUATED = re.compile(r"\\(?:i*nt|sum|prod|lim)(?![A-Za-z])")
 _COMPLETE = re.compile(r"\\(?:sum|prod|lim)\s*_|\\i*nt(?![A-Za-z]).*d\s*[a-z]", re.DOTALL)
+_INTRODUCED = re.compile(r"[A-Z][a-z']*(?: [A-Za-z']+)+, (?!.*(?: and |,))[A-Za-z']+ .*[0-9a-z].*")
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 
 
@@ -74,7 +75,8 @@ def _equal(reference: str, answer: str) -> bool:
         return True
     if isinstance(gold, Parts) and isinstance(value, Number):
         return same(gold, at_every_comma(text))
-    if isinstance(gold, (Number, Quantity)) and isinstance(value, Words) and not _EVALUATED.search(text):
+    sentence = isinstance(value, Words) or _INTRODUCED.fullmatch(text) is not None
+    if isinstance(gold, (Number, Quantity)) and sentence and not _EVALUATED.search(text):
         spoken = in_sentence(text)
         if spoken is not None:
             return same(gold, spoken)

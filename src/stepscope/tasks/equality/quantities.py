@@ -55,6 +55,8 @@ _CLAUSE = re.compile(
     re.DOTALL | re.I,
 )
 _CORRECT = re.compile(r"(.{1,60}?) is (?:the )?(?:correct|right)(?: (?:answer|option|choice|one))?", re.I)
+_COMPARING = frozenset(("remainder", "least", "most", "larger", "smaller", "greater"))
+"""These change a number beside them, but not what ``is`` gives to ``The least common multiple``."""
 _OTHER = frozenset(("other", "another", "converse", "claim", "statement"))
 
 
@@ -187,7 +189,7 @@ def statement(text: str) -> str | None:
     if not subject or not _PROSE.fullmatch(subject):
         return None
     words = [w.casefold() for w in _WORD.findall(subject)]
-    if any((w in CHANGED and w != "remainder") or w in _OTHER or w.endswith("n't") for w in words):
+    if any((w in CHANGED and w not in _COMPARING) or w in _OTHER or w.endswith("n't") for w in words):
         return None
     return said
 
