@@ -35,7 +35,7 @@ from stepscope.tasks.equality.compare import same
 from stepscope.tasks.equality.formula import Formula
 from stepscope.tasks.equality.kinds import SIGN, Parts, Value, Words, at_every_comma, classify, split_top
 from stepscope.tasks.equality.numbers import Number
-from stepscope.tasks.equality.quantities import Quantity, in_sentence
+from stepscope.tasks.equality.quantities import Quantity, in_sentence, statement
 from stepscope.tasks.equality.text import tidy
 from stepscope.tasks.worker import shared_worker
 
@@ -49,6 +49,7 @@ TIME_LIMIT = 5.0
 
 _EVALUATED = re.compile(r"\\(?:i*nt|sum|prod|lim)(?![A-Za-z])")
 _COMPLETE = re.compile(r"\\(?:sum|prod|lim)\s*_|\\i*nt(?![A-Za-z]).*d\s*[a-z]", re.DOTALL)
+_INTRODUCED = re.compile(r"[A-Z][a-z']*(?: [A-Za-z']+)+, (?!.*(?: and |,))[A-Za-z']+ .*[0-9a-z].*")
 _PROSE = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3,}")
 
 
@@ -74,12 +75,21 @@ def _equal(reference: str, answer: str) -> bool:
         return True
     if isinstance(gold, Parts) and isinstance(value, Number):
         return same(gold, at_every_comma(text))
-    if isinstance(gold, (Number, Quantity)) and isinstance(value, Words) and not _EVALUATED.search(text):
+    sentence = isinstance(value, Words) or _INTRODUCED.fullmatch(text) is not None
+    if isinstance(gold, (Number, Quantity)) and sentence and not _EVALUATED.search(text):
         spoken = in_sentence(text)
-        return spoken is not None and same(gold, spoken)
+        if spoken is not None:
+            return same(gold, spoken)
+    if isinstance(value, (Words, Parts)) and (said := statement(text)) is not None:
+        return not _is_verdict(gold) and same(gold, classify(tidy(said) or ""))
     if _left_to_sympy(gold, gold_text) and _left_to_sympy(value, text):
         return _EVALUATED.search(gold_text + text) is not None and _verified(gold_text, text)
     return False
+
+
+def _is_verdict(gold: Value) -> bool:
+    """A bare yes or no, which a sentence may say of something else than was asked."""
+    return isinstance(gold, Words) and gold.text in ("yes", "no", "true", "false")
 
 
 def _left_to_sympy(value: Value, text: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from stepscope.tasks.equality.formula import Formula, proportional, read_formula, same_formula
@@ -10,9 +11,11 @@ from stepscope.tasks.equality.kinds import (
     Choice,
     Infinite,
     Labelled,
+    Measured,
     Parts,
     Relation,
     Value,
+    Words,
     classify,
     plain,
 )
@@ -25,6 +28,8 @@ _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!="}
 
 def same(gold: Value, answer: Value) -> bool:
     """Whether an answer says all that the reference says, and nothing else."""
+    if isinstance(gold, Measured) or isinstance(answer, Measured):
+        return _same_measured(gold, answer)
     if isinstance(gold, Labelled) or isinstance(answer, Labelled):
         return _same_labelled(gold, answer)
     if isinstance(gold, Parts) or isinstance(answer, Parts):
@@ -41,7 +46,29 @@ def same(gold: Value, answer: Value) -> bool:
         return _same_bracket(gold, answer)
     if isinstance(gold, Moment) and isinstance(answer, Moment):
         return same_moment(gold, answer)
-    return gold == answer
+    if isinstance(gold, Choice) and gold.text:
+        return same(classify(gold.text), answer)
+    return gold == answer or _same_letters(gold, answer)
+
+
+def _same_measured(gold: Value, answer: Value) -> bool:
+    """The formulas and, where both have one, the units."""
+    units = [v.unit for v in (gold, answer) if isinstance(v, Measured)]
+    formulas = [v.formula if isinstance(v, Measured) else v for v in (gold, answer)]
+    return (
+        all(u == units[0] for u in units)
+        and not any(isinstance(f, Measured) or not isinstance(f, Formula) for f in formulas)
+        and same(*formulas)
+    )
+
+
+def _same_letters(gold: Value, answer: Value) -> bool:
+    """Several letters of choices, written without commas: ``ACD``."""
+    parts, run = (gold, answer) if isinstance(gold, Parts) else (answer, gold)
+    if not isinstance(parts, Parts) or not isinstance(run, Words) or parts.joiner == "or":
+        return False
+    letters = [i.letter.casefold() for i in parts.items if isinstance(i, Choice) and not i.text]
+    return len(letters) == len(parts.items) and "".join(sorted(letters)) == run.text
 
 
 def as_formula(value: Number | Formula) -> Formula:
@@ -66,31 +93,67 @@ def _same_labelled(gold: Value, answer: Value) -> bool:
     if isinstance(answer, Labelled) and isinstance(gold, Relation):
         return _same_labelled(answer, gold)
     if isinstance(gold, Labelled):
+        if isinstance(answer, Parts) and (spelt := _spelt_out(gold)) is not None:
+            return same(spelt, answer)
         return same(gold.value, answer)
     assert isinstance(answer, Labelled)
+    if isinstance(gold, Parts) and (spelt := _spelt_out(answer)) is not None:
+        return same(gold, spelt)
     return same(gold, answer.value)
+
+
+def _spelt_out(point: Labelled) -> Parts | None:
+    """``(x, y) = (3, 4)`` as ``x = 3, y = 4``; None for any other name."""
+    names, value = point.label.strip("()").split(","), point.value
+    if not point.label.startswith("(") or not isinstance(value, Bracket) or len(names) != len(value.items):
+        return None
+    return Parts(tuple(map(Labelled, names, value.items)), ",")
 
 
 def _same_parts(gold: Value, answer: Value) -> bool:
     """As many parts, each the same: in order for a list, else (``and``, ``or``, a set) in any."""
     if isinstance(gold, Parts) and isinstance(answer, Parts):
         names = {i.label for i in gold.items if isinstance(i, Labelled)}
+        if _unnumbered(gold) != gold and _unnumbered(answer) == answer:
+            gold = _unnumbered(gold)
+        elif _unnumbered(gold) == gold:
+            answer = _unnumbered(answer) if names else answer
         roots = len(names) < 2 and all(isinstance(i, (Number, Formula, Labelled)) for i in gold.items)
         if not roots and (gold.joiner == "or") != (answer.joiner == "or"):
             return False
         units = {i.unit for i in gold.items if isinstance(i, Quantity)}
-        if len(units) > 1 and any(isinstance(i, Number) for i in answer.items):
+        if len(units) > 1 and any(isinstance(i, (Number, Labelled)) for i in answer.items):
             return False
         named = all(isinstance(i, Labelled) for i in (*gold.items, *answer.items))
         choices = all(isinstance(i, Choice) for i in gold.items)
         free = gold.joiner != "," or choices or (named and (len(names) > 1 or answer.joiner == "or"))
         return _pair(gold.items, answer.items, ordered=not free)
     parts, other = (gold, answer) if isinstance(gold, Parts) else (answer, gold)
+    if isinstance(other, Words):
+        return _same_letters(gold, answer)
+    round_or_square = isinstance(other, Bracket) and other.opener + other.closer in ("()", "[]")
+    if isinstance(parts, Parts) and isinstance(other, Bracket) and round_or_square:
+        labels = [i.label for i in parts.items if isinstance(i, Labelled)]
+        point = bool(labels) and other.opener == "(" and labels == sorted(set(labels))
+        if parts.joiner == "or" or not (point or (not labels and len(other.items) > 2)):  # two: an interval
+            return False
+        items = [i.value if isinstance(i, Labelled) else i for i in parts.items]
+        mine, theirs = (items, other.items) if parts is gold else (other.items, items)
+        return len(labels) in (0, len(items)) and _pair(mine, theirs, ordered=True)
     if isinstance(parts, Parts) and isinstance(other, Bracket) and other.opener == "{":
         items = [i.value if isinstance(i, Labelled) else i for i in parts.items]
         mine, theirs = (items, other.items) if parts is gold else (other.items, items)
         return _pair(mine, theirs, ordered=parts is gold and parts.joiner == ",")
     return False
+
+
+def _unnumbered(parts: Parts) -> Parts:
+    """``x_1 = 2, x_2 = 3`` as ``x = 2 or x = 3``; anything else as it is."""
+    labels = [re.fullmatch(r"([a-z])_\{?[0-9]\}?", i.label) for i in parts.items if isinstance(i, Labelled)]
+    names = [label.group(1) for label in labels if label]
+    if None in labels or len(labels) < len(parts.items) or len(set(names)) != 1:
+        return parts
+    return Parts(tuple(Labelled(names[0], i.value) for i in parts.items if isinstance(i, Labelled)), "or")
 
 
 def _pair(gold: Sequence[Value], answer: Sequence[Value], *, ordered: bool) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -150,6 +151,22 @@ def value_of(formula: Formula) -> Fraction | None:
     except (ArithmeticError, ValueError, TypeError):
         return None
     return value if isinstance(value, Fraction) else None
+
+
+def nearest(formula: Formula) -> Fraction | None:
+    """A fraction near the value of a real formula without variables; None for any other."""
+    if formula.names or formula.imaginary:
+        return None
+    try:
+        context = _context()
+        value = formula.term(context, {})
+        return (
+            Fraction(str(context.nstr(_real(_number(context, value)), 20)))
+            if _is_real(value, context)
+            else None
+        )
+    except (ArithmeticError, ValueError, TypeError):
+        return None
 
 
 def _points(names: frozenset[str]) -> list[Values]:
@@ -438,7 +455,10 @@ class _Parser:
         return self.variable(token, name)
 
     def variable(self, token: str, name: str) -> Term:
-        """A letter, with its index and primes."""
+        """A letter, with its index and primes; a Greek one by its name."""
+        if "\u0370" <= name <= "\u03ff" and len(name) == 1:
+            name = unicodedata.name(name, "?").rpartition(" ")[2].lower().replace("lamda", "lambda")
+            name = name.capitalize() if token.isupper() else name
         if not (len(name) == 1 or name in _GREEK) or not name.isalpha():
             raise UnreadableError(token)
         if name in "fghPFG" and self.peek() == "(":

@@ -6,10 +6,11 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from stepscope.tasks.equality.formula import Formula, read_formula, value_of
+from stepscope.tasks.equality.formula import Formula, nearest, read_formula, value_of
 from stepscope.tasks.equality.moments import Moment, Ratio, read_moment, read_ratio
 from stepscope.tasks.equality.numbers import Number
 from stepscope.tasks.equality.quantities import Quantity, read_quantities, read_quantity
+from stepscope.tasks.equality.units import Unit, read_unit
 
 MAX_PARTS = 64
 MAX_DEPTH = 6
@@ -61,6 +62,14 @@ class Labelled:
 
 
 @dataclass(frozen=True)
+class Measured:
+    r"""A formula and its unit: ``12\pi cm^2``."""
+
+    formula: Formula
+    unit: Unit
+
+
+@dataclass(frozen=True)
 class Relation:
     """A chain of formulas with signs between them: ``x > 3``, ``>= 5``, ``1 < x < 2``, ``3x - y = 4``."""
 
@@ -77,11 +86,11 @@ class Words:
 
 Value = (
     Number | Infinite | Quantity | Choice | Parts | Bracket | Labelled | Relation | Moment | Ratio | Formula
-    | Words
+    | Measured | Words
 )  # fmt: skip
 
 _CHOICE = re.compile(
-    r"(?:(?:option|choice|answer)\s+)?(?:\(\s*([A-J])\s*\)(?=\s|$|[.:])|([A-J])(?:\s*[.):](?=\s|$)|$))\s*[.:]?\s*(.*)",
+    r"(?:(?:option|choice|answer)\s+)?(?:[(\[]\s*([A-J])\s*[)\]](?=\s|$|[.:])|([A-J])(?:\s*[.):](?=\s|$)|\s+-(?=\s+[A-Za-z]{3})|$))\s*[.:]?\s*(.*)",
     re.DOTALL | re.IGNORECASE,
 )
 SIGN = re.compile(r"<=|>=|!=|==|<|>|=|\\in(?![A-Za-z])|\\to(?![A-Za-z])")
@@ -92,16 +101,29 @@ _LABEL = re.compile(
 _NO_LABEL = re.compile(r"\\?(?:sin|cos|tan|log|ln|exp|sqrt|frac|pm|infty|pi|emptyset)(?![A-Za-z]).*|[ei]")
 _MATRIX = re.compile(r"\\begin\s*\{([pbBv]?matrix|array)\}(?:\s*\{[clr|]*\})?(.*)\\end\s*\{\1\}", re.DOTALL)
 _COMPARED = (
+    (re.compile(r"(?:greater than or equal to)\s+", re.I), ">="),
+    (re.compile(r"(?:less than or equal to)\s+", re.I), "<="),
     (re.compile(r"(?:at least|no less than|no fewer than|not less than)\s+", re.I), ">="),
     (re.compile(r"(?:at most|no more than|not more than|up to)\s+", re.I), "<="),
     (re.compile(r"(?:more than|greater than|larger than)\s+", re.I), ">"),
     (re.compile(r"(?:less than|fewer than|smaller than)\s+", re.I), "<"),
 )
+_OPEN_ENDED = re.compile(
+    r"(.+?) (?:or|and) (?:(more|greater|above|over|higher)|less|fewer|below|under|lower)", re.I
+)
+_RESTATED = re.compile(r"([^()]+?)\s*\(([^()]+)\)")
+_SUCH_THAT = re.compile(
+    r"\{\s*([a-z])\s*(?:\\in\s*(?:\\mathbb\s*(?:\{R\}|R)|R)\s*)?(?::|\||\\mid(?![A-Za-z]))\s*([^{}]+)\}"
+)
+_FRENCH = re.compile(r"([\[\]])([^\[\]()]+)([\[\]])")
 _AND = re.compile(r",?\s+(?:and|&|und|et|и)\s+|\s*和\s*", re.I)
 _OR = re.compile(r",?\s+(?:or|oder|ou|или)\s+|\s*或\s*", re.I)
 _INFINITE = re.compile(r"([+-]?)\s*\\infty")
 _ONLY_LETTERS = re.compile(r"[A-Za-z\s.,']*")
 _PRODUCT = re.compile(r"[A-Za-z]|(?=[a-z]*[xyz])[b-df-hj-np-tv-z]{2,3}")
+_CHEMICAL = re.compile(
+    r"(?=[^0-9]+[0-9])(?=.*[A-Z].*[A-Z]|[A-Z][a-z]?_?\{?2\}?$)(?:[A-Z][a-z]?(?:_?[0-9]{1,2}|_\{[0-9]{1,2}\})?\s?)+"
+)
 _HYPHENS = re.compile(r"([0-9]+)-([0-9]+)((?:-[0-9]+)*)", re.ASCII)
 _SLASHES = re.compile(r"[0-9]+(?:/[0-9]+){2,}", re.ASCII)
 
@@ -118,6 +140,8 @@ def plain(text: str) -> str:
     """Words without regard to case, spaces, articles at the start and marks at the end."""
     text = _HYPHENS.sub(r"\1–\2\3", text) if _HYPHENS.fullmatch(text) else text
     text = re.sub(r"_\{([^{}]*)\}", r"_\1", text)
+    if _CHEMICAL.fullmatch(text):
+        text = re.sub(r"[_ ]", "", text)
     words = " ".join(text.split()).casefold().strip(" .!?,;:\"'")
     return re.sub(r"^(?:the|an?)\s+(?=\w\w)", "", words)
 
@@ -138,11 +162,30 @@ def split_top(text: str, pattern: re.Pattern[str]) -> list[str]:
 
 def _value(text: str, depth: int) -> Value | None:
     text = _without_brackets(text)
+    if match := _RESTATED.fullmatch(text):  # `42 (forty-two)`
+        once, again = (read_quantity(g.strip()) for g in match.groups())
+        if isinstance(again, Number) and once == again:
+            return once
+    if (match := _FRENCH.fullmatch(text)) and match.groups()[::2] != ("[", "]"):
+        text = "(["[match.group(1) == "["] + match.group(2) + ")]"[match.group(3) == "]"]
+    exact, *rounded = split_top(text, re.compile(r"\\approx(?![A-Za-z])|≈"))
+    if (
+        len(rounded) == 1
+        and exact.strip()
+        and _is_rounding(found := _formula(exact.strip()), read_quantity(rounded[0].strip()))
+    ):
+        return found
+    if match := _SUCH_THAT.fullmatch(text):
+        condition = classify(match.group(2), depth + 1)
+        return condition if isinstance(condition, Relation) and match.group(1) in match.group(2) else None
     if match := _INFINITE.fullmatch(text):
         return Infinite(-1 if match.group(1) == "-" else 1)
     simple = read_moment(text) or read_quantity(text) or read_ratio(text) or read_quantities(text)
     if simple is not None:
         return simple
+    if match := _OPEN_ENDED.fullmatch(text):
+        bound = read_quantity(match.group(1))
+        return None if bound is None else Relation((None, bound), (">=" if match.group(2) else "<=",))
     for pattern, sign in _COMPARED:
         if match := pattern.match(text):
             return Relation((None, classify(text[match.end() :], depth + 1)), (sign,))
@@ -152,8 +195,31 @@ def _value(text: str, depth: int) -> Value | None:
         or _relation(text, depth)
         or _signs(text, depth)
         or _bracket(text, depth)
+        or _measured(text)
         or _formula(text)
     )
+
+
+def _is_rounding(exact: Number | Formula | None, rounded: Number | Quantity | None) -> bool:
+    """Whether a decimal behind a sign of approximation is within a hundredth of the value before it."""
+    value = exact.value if isinstance(exact, Number) else None if exact is None else nearest(exact)
+    if value is None or not isinstance(rounded, Number):
+        return False
+    return abs(value - rounded.value) * 100 <= abs(value)
+
+
+def _measured(text: str) -> Measured | Quantity | None:
+    """Figures and what they are measured in; no variables, which could not be told from units."""
+    for space in list(re.finditer(r"\s+", text))[-5:]:
+        unit = read_unit(text[space.end() :])
+        if unit is None or unit.single:
+            continue
+        figures = _formula(text[: space.start()])
+        if isinstance(figures, Number):
+            return Quantity(figures, unit)
+        if figures is not None and not figures.names:
+            return Measured(figures, unit)
+    return None
 
 
 def _choice(text: str) -> Choice | None:
@@ -244,10 +310,14 @@ def _relation(text: str, depth: int) -> Value | None:
         rest = text[text.index(sides[0]) + len(sides[0]) + len(signs[0]) :]
         inner = classify(rest, depth + 1)
         return Labelled(re.sub(r"\s", "", sides[0]), inner) if rest.strip() else None
+    if signs == ("=",) and _is_label(sides[1].strip()):
+        figure = read_quantity(sides[0].strip())
+        if isinstance(figure, Number):
+            return Labelled(re.sub(r"\s", "", sides[1]), figure)
     if len(sides) > 5 or "\\to" in signs or "\\in" in signs:
         return None
     values = tuple(_side(side) if side.strip() else None for side in sides)
-    if any(v is None for v in values[1:]):
+    if any(v is None and (i or sides[i].strip()) for i, v in enumerate(values)):
         return None
     if all(s == "=" for s in signs) and isinstance(values[0], Number):
         numbers = {v.value if isinstance(v, Number) else None for v in values}
@@ -291,7 +361,9 @@ def _signs(text: str, depth: int) -> Parts | None:
 
 
 def _bracket(text: str, depth: int) -> Bracket | None:
-    if text == "\\emptyset":
+    if re.fullmatch(r"\\mathbb\s*\{?R\}?|(?:all|the set of (?:all )?) ?real numbers", text, re.IGNORECASE):
+        return Bracket("(", ")", (Infinite(-1), Infinite(1)))
+    if re.fullmatch(r"\\emptyset|(?:the )?(?:empty|null) set", text, re.IGNORECASE):
         return Bracket("{", "}", ())
     if len(text) < 2 or text[0] not in "([{" or text[-1] not in ")]}":
         return None
@@ -315,7 +387,7 @@ def _formula(text: str) -> Number | Formula | None:
     hyphens = _HYPHENS.fullmatch(text)
     if hyphens is not None and (hyphens.group(3) or int(hyphens.group(1)) < int(hyphens.group(2))):
         return None  # a range, a telephone number, a score
-    if _SLASHES.fullmatch(text):
+    if _SLASHES.fullmatch(text) or _CHEMICAL.fullmatch(text):
         return None
     if _ONLY_LETTERS.fullmatch(text) and not all(_PRODUCT.fullmatch(word) for word in text.split()):
         return None

@@ -31,6 +31,8 @@ sixteen seventeen eighteen nineteen"""
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
 ONES = {word: value for value, word in enumerate(_ONES.split())}
 TENS = {word: 10 * value for value, word in enumerate(_TENS.split(), 2)}
+PIECES = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7, "eighth": 8}
+_PIECES = re.compile(rf"(?:(.+) and )?(an?|[a-z]+(?:-[a-z]+)?)[ -]({'|'.join(PIECES)}|halve)(s?)")
 SCALES = {"hundred": 100, "thousand": 1_000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 
@@ -129,7 +131,16 @@ def _same_value(a: Number, b: Number) -> bool:
 
 
 def read_words(text: str) -> Fraction | None:
-    """A number in English words, or in digits followed by them: ``seventy-three``, ``20 million``."""
+    """A number in English words, or digits and words: ``seventy-three``, ``two thirds``, ``20 million``."""
+    text = re.sub(r"^an?\s+(?=(?:hundred|thousand|million|billion)\b)", "one ", text.lower().strip())
+    if text == "half":
+        return Fraction(1, 2)
+    if pieces := _PIECES.fullmatch(text):
+        whole = read_words(pieces.group(1)) if pieces.group(1) else Fraction(0)
+        count = Fraction(1) if pieces.group(2) in ("a", "an") else read_words(pieces.group(2))
+        if whole is None or count is None or (count == 1) == bool(pieces.group(4)) or whole.denominator > 1:
+            return None
+        return whole + count / PIECES.get(pieces.group(3), 2)
     total: Fraction = Fraction(0)
     group: Fraction = Fraction(0)
     last, any_word = 0, False

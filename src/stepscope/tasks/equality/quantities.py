@@ -14,6 +14,7 @@ _MINUS = re.compile(r"^(?:minus|negative)\s+", re.IGNORECASE)
 _PERCENT = re.compile(r"%|percent|per cent|pct|prozent|por ?ciento|pour ?cent|процент[а-я]*", re.IGNORECASE)
 
 _NOT_COUNTED = """
+opposite complement contrary false untrue
 pi e sin cos tan log ln exp sqrt root factorial choose mod modulo base squared cubed square cube power inverse
 reciprocal logarithm half halves third thirds quarter quarters fourth fourths fifth fifths sixth sixths
 seventh sevenths eighth eighths ninth ninths tenth tenths hundredth hundredths thousandth thousandths
@@ -39,7 +40,24 @@ _NUMBERED = re.compile(
     re.IGNORECASE,
 )
 _COUNTED_OF = re.compile(r"\b(?:total|answer|value|result) of\s*$", re.IGNORECASE)
-_PROSE = re.compile(r"(?:[^\W\d_]|[\s.,:;'’\"،¿¡-])*")
+_PROSE = re.compile(r"(?:[^\W\d_]|[\u0300-\u036f\u0610-\u065f\u0900-\u0965\u0e31-\u0e4e\s.,:;'’\"،¿¡-])*")
+
+
+_MORE = re.compile(
+    r"(?<=[0-9])\s+(?:more|additional|extra)\s+(?=[A-Za-z]{3})(?!(?:than|or|and)\b|.*\bthan\b)", re.I
+)
+_NUMERAL = "|".join(sorted([*ONES, *TENS, *SCALES], key=len, reverse=True))
+_SPELT = re.compile(rf"\b(?:{_NUMERAL})\b(?:(?:[\s-]+|\s+and\s+)(?:{_NUMERAL})\b)*", re.I)
+_CLAUSE = re.compile(
+    r"((?:(?:so|thus|hence|then|therefore),?\s+)?(?:(?:the|its|their|his|her)\s[^.,;:]{2,80}?|[a-z]))"
+    r"\s+(?:(?:is|are|was|were|equals?)(?:\s+(?:equal to|at|given by))?)\s*:?\s+(.+)"
+    r"|((?:[a-z]{2,}\s+){1,7}[a-z]{2,})\s*=\s*(.+)",
+    re.DOTALL | re.I,
+)
+_CORRECT = re.compile(r"(.{1,60}?) is (?:the )?(?:correct|right)(?: (?:answer|option|choice|one))?", re.I)
+_COMPARING = frozenset(("remainder", "least", "most", "larger", "smaller", "greater"))
+"""These change a number beside them, but not what ``is`` gives to ``The least common multiple``."""
+_OTHER = frozenset(("other", "another", "converse", "claim", "statement"))
 
 
 @dataclass(frozen=True)
@@ -69,8 +87,7 @@ def read_quantity(text: str) -> Number | Quantity | None:
         return None
     found = read_unsigned(text[match.end() :])
     if found is None:
-        words = read_words(text.removeprefix("-"))
-        return None if words is None else Number(-words if text.startswith("-") else words)
+        return _worded(text)
     number, end = found
     raw = text[match.end() + end :]
     if "-" in (first, second):
@@ -100,19 +117,35 @@ def read_quantity(text: str) -> Number | Quantity | None:
     return Quantity(number, counted, plural=plural)
 
 
+def _worded(text: str) -> Number | Quantity | None:
+    """A number in words, and what it counts: ``three apples``, ``seventy-five percent``."""
+    words = re.split(r"\s+", text.removeprefix("-").strip())[:12]
+    for count in range(len(words), 0, -1):
+        value, rest = read_words(" ".join(words[:count])), words[count:]
+        if value is None or words[count - 1] == "and":
+            continue
+        if not rest:
+            return Number(-value if text.startswith("-") else value)
+        if {"and", "or"} & {w.lower().strip(",") for w in rest}:
+            return None
+        return read_quantity(f"{'-' * text.startswith('-')}{value} {' '.join(rest)}")
+    return None
+
+
 def _is_formula_word(words: tuple[str, ...]) -> bool:
     return any(w in ("pi", "sin", "cos", "tan", "log", "ln", "exp", "sqrt") for w in words)
 
 
 def read_quantities(text: str) -> Quantity | None:
     """Figures in units of one kind, largest first, as their sum: ``5 ft 3 in``, ``3 hours 20 minutes``."""
-    rest = text
+    rest = re.sub(r"""^([0-9]+)'\s*([0-9]+)(?:"|'')?$""", r"\1 ft \2 in", text)
     parts: list[str] = []
     while rest:
         match = re.match(r"\$?[0-9][0-9.,]*\s*(?:[A-Za-z°]+|(?=\s+and\b))\s*(?:,?\s*and\s+|,\s*)?", rest)
         if match is None or len(parts) > 3:
             return None
-        parts.append(re.sub(r"(?:,?\s*and\s*|,\s*)$", "", match.group()).strip())
+        part = re.sub(r"(?:,?\s*and\s*|,\s*)$", "", match.group()).strip()
+        parts.append(re.sub(r"(?<=[0-9])(?=h(?:[^a-z]|$)|s$)", " ", part))
         rest = rest[match.end() :]
     if len(parts) < 2:
         return None
@@ -136,8 +169,34 @@ def _changes(word: str) -> bool:
     return word in CHANGED or word.endswith("n't") or (len(word) == 1 and word.isascii() and word not in "ai")
 
 
+def _in_figures(text: str) -> str:
+    """A sentence with its only number, in words, written in figures; ``one`` is not taken for 1."""
+    runs = [] if re.search("[0-9]", text) else list(_SPELT.finditer(text))
+    value = read_words(runs[0].group()) if len(runs) == 1 else None
+    if value is None or value == 1 or value.denominator > 1:
+        return text
+    return f"{text[: runs[0].start()]}{value}{text[runs[0].end() :]}"
+
+
+def statement(text: str) -> str | None:
+    """What a sentence says of its subject: ``12`` of ``The area is 12``; None where a word may change it."""
+    if match := _CORRECT.fullmatch(text):
+        return match.group(1)
+    match = _CLAUSE.fullmatch(text)
+    subject, said = (
+        (match.group(1) or match.group(3), match.group(2) or match.group(4)) if match else ("", "")
+    )
+    if not subject or not _PROSE.fullmatch(subject):
+        return None
+    words = [w.casefold() for w in _WORD.findall(subject)]
+    if any((w in CHANGED and w not in _COMPARING) or w in _OTHER or w.endswith("n't") for w in words):
+        return None
+    return said
+
+
 def in_sentence(text: str) -> Number | Quantity | None:
     """The only number of a sentence of plain words (``Ann has 73 eggs left``); None if a word changes it."""
+    text = _MORE.sub(" ", _in_figures(text))
     first = re.search(r"\.?[0-9]", text)
     if first is None or len(text) > 300 or any(c in text for c in _MAGNITUDES):
         return None
@@ -164,6 +223,7 @@ def in_sentence(text: str) -> Number | Quantity | None:
         return None
     if _NUMBERED.search(head) and not _COUNTED_OF.search(head):
         return None
+    plain = head + " " + re.sub(r"\bto\b", " ", plain[len(head) :])  # `10 minutes to walk`
     if any(_changes(w.casefold()) for w in _WORD.findall(plain)):
         return None
     return value

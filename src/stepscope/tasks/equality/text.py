@@ -9,7 +9,7 @@ _CHARACTERS = {
     "\N{MINUS SIGN}": "-", "\N{HYPHEN}": "-", "\N{NON-BREAKING HYPHEN}": "-",
     "×": "*", "·": "*", "⋅": "*", "∗": "*", "÷": "/", "∕": "/", "⁄": "/", "±": r"\pm ", "√": r"\sqrt ",
     "≤": "<=", "⩽": "<=", "≥": ">=", "⩾": ">=", "≠": "!=", "∞": r" \infty ", "π": r" \pi ", "∪": r" \cup ",
-    "∈": r" \in ", "∅": r"\emptyset ", "→": r"\to ", "⇒": r"\to ", "⟹": r"\to ", "∴": "",
+    "∈": r" \in ", "ℝ": r"\mathbb{R}", "∅": r"\emptyset ", "→": r"\to ", "⇒": r"\to ", "⟹": r"\to ", "∴": "",
     "’": "'", "‘": "'", "“": '"', "”": '"', "；": ";", "、": ", ", "，": ", ", "：": ": ", "。": ".",
     "．": ".", "٫": ".", "٬": ",", "º": "°", "˚": "°", "℃": "°C", "℉": "°F", "％": "%", "٪": "%",
     "\u2009": " ", "\u202f": " ", "\u200b": "", "\u2061": "", "\u2062": "", "\ufeff": "",
@@ -37,6 +37,13 @@ _COMMANDS = (
     (re.compile(r"\\(?:leq|leqslant|le)(?![A-Za-z])|=<"), "<="),
     (re.compile(r"\\(?:geq|geqslant|ge)(?![A-Za-z])"), ">="),
     (re.compile(r"\\(?:neq|ne)(?![A-Za-z])"), "!="),
+    (re.compile(r"\bis (?:greater|more|larger) than or equal to\b|\bis at least\b", re.IGNORECASE), ">="),
+    (re.compile(r"\bis (?:less|smaller) than or equal to\b|\bis at most\b", re.IGNORECASE), "<="),
+    (re.compile(r"\bis (?:greater|more|larger) than\b", re.IGNORECASE), ">"),
+    (re.compile(r"\bis (?:less|smaller) than\b", re.IGNORECASE), "<"),
+    (re.compile(r"\bplus or minus\b", re.IGNORECASE), r"\\pm "),
+    (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
+    (re.compile(r"\\colon(?![A-Za-z])"), ":"),
     (re.compile(r"\\lt(?![A-Za-z])"), "<"),
     (re.compile(r"\\gt(?![A-Za-z])"), ">"),
     (re.compile(r"\\(?:rightarrow|Rightarrow|implies|longrightarrow)(?![A-Za-z])|[-=]>"), r"\\to "),
@@ -51,11 +58,11 @@ _COMMANDS = (
     (re.compile(r"\\pounds(?![A-Za-z])"), "£"),
     (re.compile(r"\\#"), "#"),
     (re.compile(r"\+/?-"), r"\\pm "),
-    (re.compile(r"(?<![A-Za-z\\])(?:infinity|infty)(?![A-Za-z])", re.IGNORECASE), r" \\infty "),
+    (re.compile(r"(?<![A-Za-z\\])(?:infinity|infty|inf)(?![A-Za-z])", re.IGNORECASE), r" \\infty "),
 )
 _TEXT = re.compile(
     r"\\(?:text|textbf|textit|textrm|textsf|texttt|mathrm|mathbf|mathit|mathsf|mbox|hbox|emph|operatorname"
-    r"|underline)\s*\{([^{}\\]*)\}"
+    r"|underline|boldsymbol|bm)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 _BRACE = re.compile(r"(?<!\\)[{}]")
 BOX = re.compile(r"\\(?:boxed|fbox|framebox)\s*(?=\{)")
@@ -64,21 +71,29 @@ _MATH = re.compile(
     re.DOTALL,
 )
 _BOLD = re.compile(r"(?<![\w)])\*\*(?=\S)([^*]+?)\*\*(?!\w)")
-_WRAPS = (("__", "__"), ("*", "*"), ("`", "`"), ('"', '"'), ("'", "'"), ("«", "»"))
+_FENCED = re.compile(r"```(?:[a-z]*\n)?([^`]+)```|<(b|i|em|strong|p|u)>(.+)</\2>", re.DOTALL)
+_HEADING = re.compile(r"^#{1,6}\s+(?=\S)")
+_METRIC = {"m": "metres", "g": "grams", "s": "seconds", "h": "hours", "L": "litres", "N": "newtons"}
+_WRAPS = (("__", "__"), ("_", "_"), ("*", "*"), ("`", "`"), ('"', '"'), ("'", "'"), ("«", "»"))
 
 _ANSWER_WORDS = (
-    r"answers?|ans|solutions?|results?|final|respuestas?|r[ée]ponses?|r[ée]sultat|antworten|antwort|l[öo]sung|ergebnis"
-    r"|resultado|risposta|resposta|soluci[óo]n|ответ|результат|відповідь|odpowied[źz]|svar|antwoord|cevap|答案|答|答え|정답|답|결과"
+    r"answers?|ans|options?|choices?|solutions?|results?|final|respuestas?|r[ée]ponses?|r[ée]sultat|antworten|antwort|l[öo]sung|ergebnis"
+    r"|resultado|risposta|resposta|soluci[óo]n|ответ|результат|відповідь|odpowied[źz]|svar|antwoord|cevap|答案|答|答え|정답|답|결과|正解"
     r"|الجواب|الإجابة|उत्तर"
 )
-_LINKS = r"is|are|was|be|es|est|ist|lautet|[èé]|equals|equal to|это|равен|являются|是|为|為|は|は、|은|는|هو"
+_LINKS = r"is|are|was|be|es|est|ist|lautet|[èé]|equals|equal to|это|равен|являются|هو"
+_EASTERN_LINKS = "是|为|為|は|は、|은|는"
+_CORRECT = (
+    r"final|correct|right|correcta|correta|correcte|corretta|bonne|richtige"
+    r"|правильный|верный|正确|最终|最終的な|정확한"
+)
 PHRASE = re.compile(
     rf"^(?:(?:so|thus|hence|therefore|then|and)\b,?\s*)*(?:(?:the|my|our|la|le|el|die|das|a|o|il|l')\s*)?"
-    rf"(?:(?:final|correct|right)\s+)?(?:{_ANSWER_WORDS})\s*(?:(?:{_LINKS})(?![A-Za-z])\s*[:=]?|[:=])\s*",
+    rf"(?:(?:{_CORRECT})\s*)?(?:{_ANSWER_WORDS})\s*(?:(?:{_CORRECT})\s*)?(?:(?:(?:{_LINKS})(?![A-Za-z])|{_EASTERN_LINKS})\s*[:=]?|[:=])\s*",
     re.IGNORECASE,
 )
 _IT_IS = re.compile(
-    r"^(?:so|thus|hence|therefore|it is|it's|it was|that is|there are|there is|this is)\b\s*[,:]?\s*",
+    r"^(?:so|thus|hence|therefore|il y a|it is|it's|it was|that is|there are|there is|this is)\b\s*[,:]?\s*",
     re.IGNORECASE,
 )
 
@@ -142,7 +157,9 @@ def _peel(text: str) -> str:
     """Surrounding marks, phrases such as ``the answer is`` and the full stop taken away, until nothing is."""
     for _ in range(8):
         before = text
-        text = _BOLD.sub(r"\1", text.strip())
+        text = _HEADING.sub("", _BOLD.sub(r"\1", text.strip()))
+        if fenced := _FENCED.fullmatch(text):
+            text = (fenced.group(1) or fenced.group(3)).strip()
         for left, right in _WRAPS:
             inner = text[len(left) : len(text) - len(right)]
             if (
@@ -157,7 +174,7 @@ def _peel(text: str) -> str:
         text = PHRASE.sub("", text)
         if len(text.split()) > 1:
             text = _IT_IS.sub("", text)
-        text = re.sub(r"^(?:=|\\to(?![A-Za-z]))\s*", "", text)
+        text = re.sub(r"^(?:[-=]>|[=•]|\\to(?![A-Za-z]))\s*", "", text)
         if text == before:
             break
     return text
@@ -182,6 +199,10 @@ def tidy(text: str) -> str | None:
 
 
 def _spaced(match: re.Match[str]) -> str:
-    """Content of a text command, kept apart from a letter or digit before it."""
+    """Content of a text command, apart from what stands before it; one letter behind a value is a unit."""
     before = match.string[match.start() - 1 : match.start()]
-    return (" " if before.isalnum() or before == "}" else "") + match.group(1)
+    content = match.group(1)
+    value = match.string[: match.start()].rstrip(" \\,;:~")[-1:]
+    if value.isalnum() or value in ("}", ")"):
+        content = _METRIC.get(content.strip(" \\,~"), content)
+    return (" " if before.isalnum() or before == "}" else "") + content

@@ -17,7 +17,7 @@ length 0.3048 ft foot feet
 length 0.9144 yd yds yard yards
 length 1609.344 mi mile miles
 mass 1 g gram grams
-mass 1000 kg kilogram kilograms
+mass 1000 kg kilo kilos kilogram kilograms
 mass 1/1000 mg milligram milligrams
 mass 453.59237 lb lbs pound-mass
 mass 28.349523125 oz ounce ounces
@@ -30,7 +30,7 @@ months 1 month months
 months 12 yr yrs year years
 volume 1 l L litre litres liter liters
 volume 1/1000 ml mL millilitre millilitres milliliter milliliters
-angle 1 ° degree degrees
+angle 1 ° deg degree degrees
 celsius 1 °C
 fahrenheit 1 °F
 kelvin 1 kelvin kelvins
@@ -50,6 +50,7 @@ voltage 1 V volt volts
 current 1 A amp amps ampere amperes
 frequency 1 Hz hertz
 pressure 1 Pa pascal pascals
+pressure 1000 kPa kilopascal kilopascals
 amount 1 mol mole moles
 """
 UNITS: dict[str, tuple[str, Fraction]] = {
@@ -133,6 +134,8 @@ def read_unit(text: str) -> Unit | None:
 def things(text: str) -> Unit | None:
     """Words that are counted, in the singular and without regard to case; None for anything but words."""
     words = re.split(r"\s+", text.strip())
+    if len(words) > 1 and words[0].lower() in ("more", "extra", "additional") and "than" not in words:
+        words = words[1:]
     if not words or len(words) > 6 or not all(w.replace("-", "").replace("'", "").isalpha() for w in words):
         return None
     return Unit((), things=tuple(singular(w.casefold()) for w in words))
