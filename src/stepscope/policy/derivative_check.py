@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepscope.errors import MeasurementError
 from stepscope.policy.differentiation import whole_function
-from stepscope.policy.forward import TokenBatch, forward
+from stepscope.policy.forward import TokenBatch, excluded_logit, forward
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 
@@ -129,7 +129,7 @@ def random_direction(policy: Policy) -> dict[str, Tensor]:
     """A direction in which every trainable parameter moves in proportion to its size, and grows.
 
     Growth moves what a random direction hardly does: the norm of a matrix. Rows of padding tokens stay put as
-    in training; where they are zero, a norm after them bends at once.
+    in training; where they are zero, a norm after them bends at once. So do biases that exclude a token.
     """
     generator = torch.Generator().manual_seed(0)
     still = {
@@ -141,7 +141,9 @@ def random_direction(policy: Policy) -> dict[str, Tensor]:
     for name, parameter in policy.parameters.items():
         values = parameter.detach()
         noise = torch.randn(values.shape, generator=generator).to(values)
-        found[name] = values + noise * (values.square().mean().sqrt() + 1e-3)
+        excluding = values < excluded_logit(values.dtype)
+        size = values.masked_fill(excluding, 0.0).square().mean().sqrt()
+        found[name] = (values + noise * (size + 1e-3)).masked_fill(excluding, 0.0)
         if id(parameter) in still:
             found[name][still[id(parameter)]] = 0.0
     return found

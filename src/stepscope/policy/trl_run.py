@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stepscope.errors import CheckpointError
 from stepscope.policy.objective import LOSS_TYPES
+from stepscope.policy.stored import HALF_TYPES
 from stepscope.policy.token_objectives import ENTROPY_BONUS
 from stepscope.policy.training_args import TRAINING_ARGS_FILE, TrainingArguments, read_training_args
 
@@ -280,6 +281,15 @@ def _notes(found: TrainingArguments, args: _Arguments) -> Iterator[str]:
     for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         if args(name, False) is True:
             yield f"training computed in {dtype} (autocast); a step in float32 differs by about a percent"
+    if (dtype := _loaded_type(args)) in HALF_TYPES:
+        yield f"the model was loaded in {dtype} for training; a step in float32 differs by about a percent"
+
+
+def _loaded_type(args: _Arguments) -> str:
+    """The type in which TRL was told to load the model (``model_init_kwargs``); empty where it was not."""
+    told = args.values.get("model_init_kwargs")
+    dtype = told.get("dtype", told.get("torch_dtype")) if isinstance(told, Mapping) else None
+    return dtype.__name__ if isinstance(dtype, type) else str(dtype or "")
 
 
 def _said(value: Any) -> str:
