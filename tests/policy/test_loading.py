@@ -150,6 +150,12 @@ def test_what_trl_was_told_of_the_base_is_read(tmp_path: Path) -> None:
             CheckpointError, match=r"the base was quantized in training .*; dequantize that base"
         ):
             base_revision(written(**told))
+    plain = {"attn_implementation": "eager", "device_map": None, "use_cache": False, "load_in_4bit": False}
+    assert base_revision(written(**plain, dtype="bfloat16")) is None
+    with pytest.raises(
+        CheckpointError, match=r"another config in training \(rope_scaling, sliding_window in"
+    ):
+        base_revision(written(sliding_window=8, rope_scaling={"rope_type": "linear", "factor": 2.0}))
 
 
 def test_a_model_without_tokenizer_says_so(saved: Callable[..., Path], tmp_path: Path) -> None:
