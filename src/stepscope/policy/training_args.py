@@ -175,8 +175,8 @@ def base_revision(path: Path) -> str | None:
     if changed:
         raise CheckpointError(
             f"{path}: the base was loaded with another config in training ({', '.join(changed)[:80]} in "
-            "model_init_kwargs), which adapter_config.json does not keep; load it so, save it, name that folder "
-            "in adapter_config.json, and remove this file (then give the loss settings yourself)"
+            "model_init_kwargs), which adapter_config.json does not keep; load it so, save it, name that "
+            "folder in adapter_config.json, and remove this file (then give the loss settings yourself)"
         )
     revision = told.get("revision")
     return revision if isinstance(revision, str) else None

@@ -70,7 +70,7 @@ def read_trl_run(folder: Path) -> TrlRun | None:
     args = _Arguments(found, path)
     return TrlRun(
         values=shared | _settings(args),
-        obstacles=(*_trainer(found, folder), *_loss(args), *_sampling(args)),
+        obstacles=(*_trainer(found, folder), *_loss(args), *_sampling(args), *_logged(folder)),
         notes=tuple(_notes(found, args)),
     )
 
@@ -265,6 +265,29 @@ def _sampling(args: _Arguments) -> Iterator[Obstacle]:
             yield Obstacle(
                 name, f"responses were sampled with {_said(value)}, not from the policy itself as here"
             )
+
+
+def _logged(folder: Path) -> Iterator[Obstacle]:
+    """What the run's own log tells and its arguments do not: tools and environments are handed to the trainer.
+
+    Raises:
+        CheckpointError: the log cannot be read.
+    """
+    path = folder / "trainer_state.json"
+    if not path.is_file():
+        return
+    try:
+        history = json.loads(path.read_text(encoding="utf-8")).get("log_history", [])
+        metrics = {name for entry in history for name in entry}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = (str(error).splitlines() or ["damaged"])[0][:120]
+        raise CheckpointError(f"{path}: cannot be read ({reason}); copy it again") from error
+    if "tools/call_frequency" in metrics:
+        yield Obstacle(
+            "tools",
+            "the run logged tool calls, and the tokens that tools or an environment write are not in the loss "
+            "and cannot be told from the policy's own",
+        )
 
 
 def _notes(found: TrainingArguments, args: _Arguments) -> Iterator[str]:
