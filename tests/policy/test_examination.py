@@ -204,3 +204,15 @@ def test_a_bias_that_excludes_tokens_stays_put(tokenizer: Any, fill: float) -> N
     assert direction["lm_head.bias"][:-2].all()
     assert all(bool(t.isfinite().all()) for t in direction.values())
     assert "fail" not in levels(policy).values()
+
+
+@pytest.mark.parametrize(
+    ("size", "coefficient", "told"), [(4, None, True), (12, None, False), (4, 0.0, False)]
+)
+def test_a_router_loss_of_pieces_of_a_batch_is_told(
+    build_model: Callable[..., nn.Module], tokenizer: Any, size: int, coefficient: float | None, told: bool
+) -> None:
+    """TRL shuffles a batch before it is cut, and the loss of a piece is no sum over its sequences."""
+    settings = StepSettings(group_size=4, prompts_per_step=3, micro_batch_size=size, router_loss=coefficient)
+    found = examine(Policy(build_model("mixtral"), tokenizer, settings))
+    assert any(f.level == "warn" and "cut at random" in f.what for f in found) == told

@@ -344,7 +344,21 @@ def _mixture(policy: Policy) -> list[Finding]:
     if config is None or not hasattr(config.get_text_config(), "output_router_logits"):
         return []
     loss = f"router loss x {coefficient:g}" if coefficient else "no router loss"
-    return [Finding("ok", f"mixture of experts, measured with a loop over experts; {loss} in the training")]
+    found = [Finding("ok", f"mixture of experts, measured with a loop over experts; {loss} in the training")]
+    size, whole = (
+        policy.settings.micro_batch_size,
+        policy.settings.group_size * policy.settings.prompts_per_step,
+    )
+    if coefficient and size is not None and size < whole:
+        found.append(
+            Finding(
+                "warn",
+                f"the router loss was taken of each {size} of a batch's {whole} sequences, cut at random; "
+                "the step measured is that of a batch cut in its own order",
+                "train with the whole batch in one piece, or with router_aux_loss_coef=0",
+            )
+        )
+    return found
 
 
 def _reference(policy: Policy) -> list[Finding]:

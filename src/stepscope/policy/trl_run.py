@@ -268,7 +268,7 @@ def _sampling(args: _Arguments) -> Iterator[Obstacle]:
 
 
 def _logged(folder: Path) -> Iterator[Obstacle]:
-    """What the run's own log tells and its arguments do not: tools and environments are handed to the trainer.
+    """What the run's log tells and its arguments do not: tools and environments, which the trainer is given.
 
     Raises:
         CheckpointError: the log cannot be read.
@@ -285,8 +285,8 @@ def _logged(folder: Path) -> Iterator[Obstacle]:
     if "tools/call_frequency" in metrics:
         yield Obstacle(
             "tools",
-            "the run logged tool calls, and the tokens that tools or an environment write are not in the loss "
-            "and cannot be told from the policy's own",
+            "the run logged tool calls, and the tokens that tools or an environment write are not in the "
+            "loss and cannot be told from the policy's own",
         )
 
 
