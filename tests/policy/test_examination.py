@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import AdaLoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, FalconConfig, OPTConfig, PhiConfig, PhiForCausalLM
 from trl.trainer.utils import disable_dropout_in_model
@@ -216,3 +217,17 @@ def test_a_router_loss_of_pieces_of_a_batch_is_told(
     settings = StepSettings(group_size=4, prompts_per_step=3, micro_batch_size=size, router_loss=coefficient)
     found = examine(Policy(build_model("mixtral"), tokenizer, settings))
     assert any(f.level == "warn" and "cut at random" in f.what for f in found) == told
+
+
+def test_an_adapter_that_hardly_says_anything_is_no_false_alarm(
+    build_model: Callable[..., nn.Module], tokenizer: Any
+) -> None:
+    """AdaLoRA multiplies three small matrices: they move many times their size before log-probs move much."""
+    config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj", "down_proj"])
+    torch.manual_seed(0)
+    model: Any = get_peft_model(build_model("llama"), config).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 5e-3 * torch.randn_like(parameter).sign()
+    found = levels(policy_of(model, tokenizer))
+    assert any(what.startswith("derivatives are those of the function") for what in found), found
