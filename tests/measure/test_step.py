@@ -16,6 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from stepscope.errors import BatchError, CheckpointError, MeasurementError
 from stepscope.measure.step import (
     Step,
+    adamw_components,
     assemble_step,
     reconstruct_step,
     sequence_direction,
@@ -330,6 +331,19 @@ def test_a_step_that_is_not_finite_names_its_parameter() -> None:
         MeasurementError, match=r"direction of the step is not finite: .*layers\.0\.mlp\.up_proj"
     ):
         assemble_step(replace(policy, optimizer=state), update, weights, ascent)
+
+
+def test_a_bias_of_minus_infinity_without_decay_stays_where_it_is() -> None:
+    """Tokens can be excluded so; torch's AdamW leaves such a bias at -inf."""
+    policy, _ = trained("full", torch.float64)
+    assert policy.optimizer is not None
+    groups = policy.optimizer.groups
+    name = next(n for g in groups for n in g.names if g.weight_decay == 0.0)
+    policy.parameters[name].data[-1] = -torch.inf
+    ascent = {n: torch.zeros_like(p) for n, p in policy.parameters.items()}
+    _, decay, _ = adamw_components(policy, policy.optimizer, ascent, clip=1.0, lr=1e-3)
+    assert not decay[name].any()
+    assert all(bool(t.isfinite().all()) for t in decay.values())
 
 
 def test_a_token_weight_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from peft import AdaLoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, FalconConfig, OPTConfig
+from transformers import AutoModelForCausalLM, FalconConfig, OPTConfig, PhiConfig, PhiForCausalLM
 from trl.trainer.utils import disable_dropout_in_model
 
+from enumerable import MIXTURES
 from made_tokenizers import CHAT, byte_level
 from stepscope.errors import CheckpointError, MeasurementError
 from stepscope.policy import forward as forward_module
+from stepscope.policy.derivative_check import random_direction
 from stepscope.policy.examination import Finding, _asking, computed_types, examine
 from stepscope.policy.precision import lift_model
 from stepscope.policy.settings import StepSettings
@@ -178,3 +181,53 @@ def test_a_model_that_excludes_tokens_is_fine(build_model: Callable[..., nn.Modu
 def test_a_nan_in_some_batches_is_not_dropped(build_model: Callable[..., nn.Module], tokenizer: Any) -> None:
     with pytest.raises(MeasurementError, match="logits before it are not finite"):
         examine(policy_of(excluding(build_model("llama"), float("nan")), tokenizer))
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+@pytest.mark.parametrize("double", [False, True])
+def test_mixtures_of_experts_are_examined_at_every_precision(
+    build_model: Callable[..., nn.Module], tokenizer: Any, architecture: str, double: bool
+) -> None:
+    model = build_model(architecture)
+    assert "fail" not in levels(policy_of(lift_model(model) if double else model, tokenizer)).values()
+
+
+@pytest.mark.parametrize("fill", [-torch.inf, torch.finfo(torch.float32).min])
+def test_a_bias_that_excludes_tokens_stays_put(tokenizer: Any, fill: float) -> None:
+    """The direction in which derivatives are compared moves everything else."""
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model: Any = PhiForCausalLM(PhiConfig(vocab_size=len(tokenizer), initializer_range=0.3, **shape)).eval()
+    model.lm_head.bias.data[-2:] = fill
+    policy = policy_of(model, tokenizer)
+    direction = random_direction(policy)
+    assert not direction["lm_head.bias"][-2:].any()
+    assert direction["lm_head.bias"][:-2].all()
+    assert all(bool(t.isfinite().all()) for t in direction.values())
+    assert "fail" not in levels(policy).values()
+
+
+@pytest.mark.parametrize(
+    ("size", "coefficient", "told"), [(4, None, True), (12, None, False), (4, 0.0, False)]
+)
+def test_a_router_loss_of_pieces_of_a_batch_is_told(
+    build_model: Callable[..., nn.Module], tokenizer: Any, size: int, coefficient: float | None, told: bool
+) -> None:
+    """TRL shuffles a batch before it is cut, and the loss of a piece is no sum over its sequences."""
+    settings = StepSettings(group_size=4, prompts_per_step=3, micro_batch_size=size, router_loss=coefficient)
+    found = examine(Policy(build_model("mixtral"), tokenizer, settings))
+    assert any(f.level == "warn" and "cut at random" in f.what for f in found) == told
+
+
+def test_an_adapter_that_hardly_says_anything_is_no_false_alarm(
+    build_model: Callable[..., nn.Module], tokenizer: Any
+) -> None:
+    """AdaLoRA multiplies three small matrices: they move many times their size before log-probs move much."""
+    config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj", "down_proj"])
+    torch.manual_seed(0)
+    model: Any = get_peft_model(build_model("llama"), config).eval()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 5e-3 * torch.randn_like(parameter).sign()
+    found = levels(policy_of(model, tokenizer))
+    assert any(what.startswith("derivatives are those of the function") for what in found), found

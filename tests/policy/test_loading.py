@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -57,6 +58,17 @@ def test_a_config_with_fewer_layers_than_the_file_is_refused(saved: Callable[...
     change_config(folder, num_hidden_layers=1)
     with pytest.raises(
         CheckpointError, match=r"9 stored weights have no place in LlamaForCausalLM, model.layers.1"
+    ):
+        load_model(folder, dtype=torch.float32)
+
+
+def test_a_config_that_contradicts_itself_is_refused(saved: Callable[..., Path], build_model: Any) -> None:
+    """Architectures that list the kind of every layer: transformers' own validation refuses them."""
+    folder = saved()
+    build_model("qwen2").save_pretrained(folder)
+    change_config(folder, num_hidden_layers=1)
+    with pytest.raises(
+        CheckpointError, match=r"cannot be loaded \(.*num_hidden_layers.*must be equal to.*layer_types"
     ):
         load_model(folder, dtype=torch.float32)
 
@@ -138,6 +150,12 @@ def test_what_trl_was_told_of_the_base_is_read(tmp_path: Path) -> None:
             CheckpointError, match=r"the base was quantized in training .*; dequantize that base"
         ):
             base_revision(written(**told))
+    plain = {"attn_implementation": "eager", "device_map": None, "use_cache": False, "load_in_4bit": False}
+    assert base_revision(written(**plain, dtype="bfloat16")) is None
+    with pytest.raises(
+        CheckpointError, match=r"another config in training \(rope_scaling, sliding_window in"
+    ):
+        base_revision(written(sliding_window=8, rope_scaling={"rope_type": "linear", "factor": 2.0}))
 
 
 def test_a_model_without_tokenizer_says_so(saved: Callable[..., Path], tmp_path: Path) -> None:
@@ -159,6 +177,29 @@ def test_stored_types_are_read_and_half_types_doubted(saved: Callable[..., Path]
     assert [f.level for f in found] == ["ok" if dtype == torch.float32 else "warn"]
     assert name in found[0].what
     shutil.rmtree(folder)
+
+
+def test_an_adapter_on_a_base_in_a_half_type_says_so(
+    saved: Callable[..., Path], build_model: Any, tmp_path: Path
+) -> None:
+    """PEFT keeps the adapter in float32, and the file of the adapter tells nothing of its base."""
+    base = saved(dtype=torch.bfloat16)
+    adapted = get_peft_model(build_model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(base)
+    folder = tmp_path / "adapter"
+    adapted.save_pretrained(folder)
+    args = {"output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": []}
+    torch.save(GRPOConfig(**args), folder / "training_args.bin")
+
+    def warned() -> list[str]:
+        found = inspect_checkpoint(folder)
+        return [f.what for f in found if f.level == "warn" and "in float32 differs" in f.what]
+
+    assert [w.startswith("the base of the adapter is stored in bfloat16") for w in warned()] == [True]
+    torch.save(GRPOConfig(**args, model_init_kwargs={"dtype": "bfloat16"}), folder / "training_args.bin")
+    assert len(warned()) == 2
+    build_model("llama").save_pretrained(base)
+    assert [w.startswith("the model was loaded in bfloat16") for w in warned()] == [True]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,22 @@ def test_the_model_card_tells_of_a_trainer_with_grpos_arguments(tmp_path: Path) 
     (tmp_path / "README.md").write_text(card.format("MyPO"))
     with pytest.raises(CheckpointError, match=r"trainer: README\.md says that it was trained with MyPO"):
         run_settings(checkpoint)
+
+
+def test_tools_are_known_by_the_log(tmp_path: Path) -> None:
+    """TRL's trainer takes them beside its arguments, which do not tell."""
+    save_args(tmp_path)
+    log: list[dict[str, Any]] = [{"step": 1, "loss": 0.1}, {"step": 2, "tools/call_frequency": 0.5}]
+    state = tmp_path / "trainer_state.json"
+    state.write_text(json.dumps({"global_step": 2, "log_history": log[:1]}))
+    assert run_settings(tmp_path).loss_type == "dapo"
+    state.write_text(json.dumps({"global_step": 2, "log_history": log}))
+    with pytest.raises(CheckpointError, match=r"tools: the run logged tool calls.*loss\.without=\[tools\]"):
+        run_settings(tmp_path)
+    assert run_settings(tmp_path, {"without": ["tools"]}).without == ["tools"]
+    state.write_text(json.dumps({"global_step": 2, "log_history": [3]}))
+    with pytest.raises(CheckpointError, match=r"trainer_state\.json: cannot be read .*copy it again"):
+        run_settings(tmp_path)
 
 
 def test_a_subclass_of_grpos_arguments_is_read_and_noted(tmp_path: Path) -> None:

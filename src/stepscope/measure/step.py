@@ -316,7 +316,9 @@ def adamw_components(
         scale = terms.ratio / terms.correction
         momentum[name] = -scale * beta1 * terms.first / denominator
         parameter = policy.parameters[name].detach().to(terms.first.dtype)
-        decay[name] = -terms.ratio * terms.group.weight_decay * parameter
+        rate = terms.ratio * terms.group.weight_decay
+        # a bias that excludes a token with -inf is in a group without decay, and 0 x inf is no number
+        decay[name] = -rate * parameter if rate else torch.zeros_like(parameter)
         preconditioner[name] = scale * (1 - beta1) * clip / denominator
     return momentum, decay, preconditioner
 

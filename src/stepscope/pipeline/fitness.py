@@ -6,13 +6,13 @@ Both verbs go through :func:`findings`, so that neither says yes to what the oth
 from __future__ import annotations
 
 import numpy as np
-import torch
 from peft import PeftModel
 
 from stepscope.config import MeasureSettings, Stage
 from stepscope.errors import MeasurementError
 from stepscope.measure.line import derivatives
 from stepscope.measure.quantities import make_quantity
+from stepscope.policy.derivative_check import random_direction
 from stepscope.policy.examination import Finding, examine, made_up_sequences
 from stepscope.policy.foreign import reads_foreign
 from stepscope.policy.objective import has_bonus, refuse_cut_bonus
@@ -75,11 +75,7 @@ def _remade_steps(policy: Policy, config: MeasureSettings, stages: list[Stage]) 
 
 def _derivatives(policy: Policy, second_order: bool) -> Finding:
     """Whether torch can differentiate the model as the change needs it, tried on made-up sequences."""
-    generator = torch.Generator().manual_seed(0)
-    direction = {
-        name: p.detach().abs().mean() * torch.randn(p.shape, generator=generator).to(p)
-        for name, p in policy.parameters.items()
-    }
+    direction = random_direction(policy)
     rollouts = _made_up(policy)
     orders = (1, 2) if second_order else (1,)
     try:

@@ -15,12 +15,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepscope.errors import MeasurementError
 from stepscope.policy.differentiation import whole_function
-from stepscope.policy.forward import TokenBatch, forward
+from stepscope.policy.forward import TokenBatch, excluded_logit, forward
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 
 TOLERANCE = 0.02
 """Relative difference from which derivatives are doubted; DoRA's detached norm made .05 to .4."""
+
+FARTHEST = 0.1
+"""Largest share of the parameters' norm that the differences move: products of weights are curved beyond."""
 
 UPPER = 0.75
 """Quantile of tokens that is compared: an expert chosen anew moves a few tokens by a jump."""
@@ -66,7 +69,8 @@ def derivative_errors(
     """Compare derivatives of the function, as quantities use them, with central differences.
 
     The step of the differences moves log-probs by eps^(1/3), where rounding and curvature are both far below
-    what is looked for; what rounding may explain is taken off.
+    what is looked for, but parameters never by more than :data:`FARTHEST` (an adapter that says nearly
+    nothing yet would be moved by many times its size); what rounding may explain is taken off.
 
     Args:
         policy: not changed.
@@ -97,6 +101,9 @@ def derivative_errors(
             if speed == 0:
                 return DerivativeErrors(0.0, 0.0)
             reach = eps ** (1 / 3) / speed
+            size, moved = (torch.stack([t.norm() for t in v.values()]).norm() for v in (params, tangent))
+            if size > 0:
+                reach = torch.minimum(reach, FARTHEST * (size / moved).to(reach))
             difference = (at(reach) - at(-reach)) / (2 * reach)
         own = policy.parameters
         if lost := sorted(set(tangent) - set(own)):
@@ -129,7 +136,7 @@ def random_direction(policy: Policy) -> dict[str, Tensor]:
     """A direction in which every trainable parameter moves in proportion to its size, and grows.
 
     Growth moves what a random direction hardly does: the norm of a matrix. Rows of padding tokens stay put as
-    in training; where they are zero, a norm after them bends at once.
+    in training; where they are zero, a norm after them bends at once. So do biases that exclude a token.
     """
     generator = torch.Generator().manual_seed(0)
     still = {
@@ -141,7 +148,9 @@ def random_direction(policy: Policy) -> dict[str, Tensor]:
     for name, parameter in policy.parameters.items():
         values = parameter.detach()
         noise = torch.randn(values.shape, generator=generator).to(values)
-        found[name] = values + noise * (values.square().mean().sqrt() + 1e-3)
+        excluding = values < excluded_logit(values.dtype)
+        size = values.masked_fill(excluding, 0.0).square().mean().sqrt()
+        found[name] = (values + noise * (size + 1e-3)).masked_fill(excluding, 0.0)
         if id(parameter) in still:
             found[name][still[id(parameter)]] = 0.0
     return found

@@ -24,13 +24,13 @@ from stepscope.policy.forward import (
     plain_experts,
 )
 from stepscope.policy.gradients import lacks_a_rule
-from stepscope.policy.models import brief
+from stepscope.policy.models import brief, type_in_files
 from stepscope.policy.objective import LOSS_TYPES
 from stepscope.policy.precision import matching_precision
 from stepscope.policy.rollouts import end_tokens
 from stepscope.policy.settings import SETTINGS_FILE, UNKNOWN
 from stepscope.policy.state import Policy
-from stepscope.policy.stored import finer_than_kept, rounding_doubt
+from stepscope.policy.stored import HALF_TYPES, finer_than_kept, rounding_doubt
 from stepscope.policy.trl_run import run_notes
 from stepscope.tasks.load import default_template
 from stepscope.tasks.prompts import encode_prompt, tokens_after
@@ -72,6 +72,7 @@ def examine(policy: Policy) -> list[Finding]:
         _dropout(policy),
         _types(policy),
         _stored(policy),
+        *_base(policy),
         _tied(policy.model),
         *_mixture(policy),
         *_reference(policy),
@@ -324,13 +325,40 @@ def _stored(policy: Policy) -> Finding:
     )
 
 
+def _base(policy: Policy) -> list[Finding]:
+    """The type of the base of a foreign run's adapter, in which the training computed if it loaded it so."""
+    kind = type_in_files(base_model(policy.model))
+    foreign = policy.path is not None and not (policy.path / SETTINGS_FILE).is_file()
+    if not foreign or base_model(policy.model) is policy.model or kind not in HALF_TYPES:
+        return []
+    what = (
+        f"the base of the adapter is stored in {kind}: if the training loaded it so, it computed in it, and "
+        "a step in float32 differs by about a percent"
+    )
+    return [Finding("warn", what, "keep it in mind, or train with the base in float32")]
+
+
 def _mixture(policy: Policy) -> list[Finding]:
     coefficient = router_coefficient(policy)
     config: Any = getattr(base_model(policy.model), "config", None)
     if config is None or not hasattr(config.get_text_config(), "output_router_logits"):
         return []
     loss = f"router loss x {coefficient:g}" if coefficient else "no router loss"
-    return [Finding("ok", f"mixture of experts, measured with a loop over experts; {loss} in the training")]
+    found = [Finding("ok", f"mixture of experts, measured with a loop over experts; {loss} in the training")]
+    size, whole = (
+        policy.settings.micro_batch_size,
+        policy.settings.group_size * policy.settings.prompts_per_step,
+    )
+    if coefficient and size is not None and size < whole:
+        found.append(
+            Finding(
+                "warn",
+                f"the router loss was taken of each {size} of a batch's {whole} sequences, cut at random; "
+                "the step measured is that of a batch cut in its own order",
+                "train with the whole batch in one piece, or with router_aux_loss_coef=0",
+            )
+        )
+    return found
 
 
 def _reference(policy: Policy) -> list[Finding]:

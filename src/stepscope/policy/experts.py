@@ -38,8 +38,8 @@ def router_coefficient(policy: Policy) -> float:
 def router_gradient(policy: Policy, rollouts: Rollouts) -> dict[str, Tensor]:
     """-coefficient x gradient of the mean router loss of the batch's micro-batches; empty without a loss.
 
-    Micro-batches are cut in the batch's own order. Truncated responses are left out where the loss masks
-    them.
+    Micro-batches are cut in the batch's own order (TRL shuffles first, which ``check`` tells). Truncated
+    responses are left out where the loss masks them.
     """
     coefficient = router_coefficient(policy)
     if coefficient == 0.0:

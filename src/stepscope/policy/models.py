@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
@@ -24,11 +26,14 @@ from stepscope.policy.stored import quantization
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "spiece*")
 """Files of which a folder with a tokenizer has at least one."""
 
-LOADING = (OSError, ValueError, RuntimeError, KeyError, SafetensorError)
-"""What transformers, PEFT and safetensors raise for files that cannot be loaded."""
+LOADING = (OSError, ValueError, RuntimeError, KeyError, SafetensorError, StrictDataclassError)
+"""What transformers (configs by huggingface_hub), PEFT and safetensors raise for files that cannot be
+loaded."""
 
 NO_CODE = {"trust_remote_code": False}
 """For every ``from_pretrained`` of transformers: left unset, it asks on the terminal whether to run code."""
+
+_types_in_files: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 _OLD_BUFFERS = re.compile(r"\.masked_bias$")
 """A constant that old versions of GPT-2 stored: no weight. Other buffers transformers passes over itself."""
@@ -111,7 +116,13 @@ def load_weights(
         # Its weights are plain tensors now; the Trainer refuses to train what is still marked as quantized.
         loaded.hf_quantizer.remove_quantization_config(loaded)
     refuse_broken_weights(loaded, str(model))
+    _types_in_files[loaded] = str(config.get("dtype") or config.get("torch_dtype") or "")
     return placed(loaded, dtype, device)
+
+
+def type_in_files(model: nn.Module) -> str:
+    """The type of a model's weights as its own ``config.json`` has it; empty where it says nothing."""
+    return _types_in_files.get(model, "")
 
 
 def _check_arrival(model: str | Path, architecture: str, report: Mapping[str, Any]) -> None:
@@ -168,9 +179,12 @@ def load_tokenizer(model: str | Path, *, revision: str | None = None) -> Any:
 
 
 def brief(error: BaseException) -> str:
-    """The first line of an error's message, shortened."""
+    """The first line of an error's message, and the next where it only announces that one; shortened."""
     lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    announced = lines[1:2] if lines[0].endswith(":") else []
+    return " ".join(map(str.strip, (lines[0], *announced)))[:200]
 
 
 def _source(model: str | Path, revision: str | None) -> dict[str, Any]:

@@ -41,6 +41,18 @@ _PLAIN: dict[tuple[str, str], type] = {
 _TORCH = frozenset({"device", "dtype", "float64", "float32", "float16", "bfloat16", "uint8", "int8"})
 
 
+_QUANTIZING = ("quantization_config", "load_in_4bit", "load_in_8bit")
+_LOADING_ONLY = frozenset(
+    {
+        *_QUANTIZING, "dtype", "torch_dtype", "attn_implementation", "device_map", "max_memory", "tp_plan",
+        "offload_folder", "offload_state_dict", "offload_buffers", "low_cpu_mem_usage", "use_safetensors",
+        "use_cache", "use_kernels", "revision", "token", "cache_dir", "force_download", "local_files_only",
+        "proxies", "trust_remote_code", "weights_only",
+    }
+)  # fmt: skip
+"""Arguments of ``from_pretrained`` that leave the model's function as it is stored, quantizing apart."""
+
+
 class Record:
     """An inert stand-in: whatever the pickle builds becomes one of these, with its attributes."""
 
@@ -130,8 +142,8 @@ def base_revision(path: Path) -> str | None:
     """The revision of the base model that TRL was told to load (``model_init_kwargs``), if the file is there.
 
     Raises:
-        CheckpointError: the file is damaged, or TRL was told to quantize the base: on the full-precision base
-            the adapter is another policy.
+        CheckpointError: the file is damaged, or TRL was told to quantize the base or to change its config: on
+            the base as it is stored the adapter is another policy.
     """
     if not path.is_file():
         return None
@@ -152,14 +164,19 @@ def base_revision(path: Path) -> str | None:
             ) from error
     if not isinstance(told, Mapping):
         return None
-    packed = [
-        n for n in ("quantization_config", "load_in_4bit", "load_in_8bit") if told.get(n) not in (None, False)
-    ]
+    packed = [n for n in _QUANTIZING if told.get(n) not in (None, False)]
     if packed:
         raise CheckpointError(
             f"{path}: the base was quantized in training ({packed[0]}), and on the full-precision base the "
             "adapter is another policy; dequantize that base, save it, name it in adapter_config.json, and "
             "remove this file (then give the loss settings yourself)"
+        )
+    changed = sorted(str(n) for n, v in told.items() if v is not None and n not in _LOADING_ONLY)
+    if changed:
+        raise CheckpointError(
+            f"{path}: the base was loaded with another config in training ({', '.join(changed)[:80]} in "
+            "model_init_kwargs), which adapter_config.json does not keep; load it so, save it, name that "
+            "folder in adapter_config.json, and remove this file (then give the loss settings yourself)"
         )
     revision = told.get("revision")
     return revision if isinstance(revision, str) else None

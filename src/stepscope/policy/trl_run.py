@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from stepscope.errors import CheckpointError
 from stepscope.policy.objective import LOSS_TYPES
+from stepscope.policy.stored import HALF_TYPES
 from stepscope.policy.token_objectives import ENTROPY_BONUS
 from stepscope.policy.training_args import TRAINING_ARGS_FILE, TrainingArguments, read_training_args
 
@@ -69,7 +70,7 @@ def read_trl_run(folder: Path) -> TrlRun | None:
     args = _Arguments(found, path)
     return TrlRun(
         values=shared | _settings(args),
-        obstacles=(*_trainer(found, folder), *_loss(args), *_sampling(args)),
+        obstacles=(*_trainer(found, folder), *_loss(args), *_sampling(args), *_logged(folder)),
         notes=tuple(_notes(found, args)),
     )
 
@@ -266,6 +267,29 @@ def _sampling(args: _Arguments) -> Iterator[Obstacle]:
             )
 
 
+def _logged(folder: Path) -> Iterator[Obstacle]:
+    """What the run's log tells and its arguments do not: tools and environments, which the trainer is given.
+
+    Raises:
+        CheckpointError: the log cannot be read.
+    """
+    path = folder / "trainer_state.json"
+    if not path.is_file():
+        return
+    try:
+        history = json.loads(path.read_text(encoding="utf-8")).get("log_history", [])
+        metrics = {name for entry in history for name in entry}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        reason = (str(error).splitlines() or ["damaged"])[0][:120]
+        raise CheckpointError(f"{path}: cannot be read ({reason}); copy it again") from error
+    if "tools/call_frequency" in metrics:
+        yield Obstacle(
+            "tools",
+            "the run logged tool calls, and the tokens that tools or an environment write are not in the "
+            "loss and cannot be told from the policy's own",
+        )
+
+
 def _notes(found: TrainingArguments, args: _Arguments) -> Iterator[str]:
     if not found.origin.startswith("trl."):
         yield (
@@ -280,6 +304,15 @@ def _notes(found: TrainingArguments, args: _Arguments) -> Iterator[str]:
     for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         if args(name, False) is True:
             yield f"training computed in {dtype} (autocast); a step in float32 differs by about a percent"
+    if (dtype := _loaded_type(args)) in HALF_TYPES:
+        yield f"the model was loaded in {dtype} for training; a step in float32 differs by about a percent"
+
+
+def _loaded_type(args: _Arguments) -> str:
+    """The type in which TRL was told to load the model (``model_init_kwargs``); empty where it was not."""
+    told = args.values.get("model_init_kwargs")
+    dtype = told.get("dtype", told.get("torch_dtype")) if isinstance(told, Mapping) else None
+    return dtype.__name__ if isinstance(dtype, type) else str(dtype or "")
 
 
 def _said(value: Any) -> str:
