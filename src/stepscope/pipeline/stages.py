@@ -320,6 +320,7 @@ def couple_sequences(session: Session) -> Summary:
         session.update,
         session.probe,
         preconditioner=session.step.preconditioner,
+        token_weights=session.step.token_weights,
         projection=config.projection,
         memory_bytes=config.memory_bytes,
         directory=None if config.scratch is None else Path(config.scratch),
