@@ -183,6 +183,14 @@ def write_measurement(folder: Path, *, step: int, seed: int) -> Path:
             "share_momentum": 0.703,
             "share_decay": -0.002,
             "share_sequences": 0.299,
+            "lifetime": {
+                "step": 21,
+                "effect": {"1": 1.0, "10": 6.2, "40": 9.3},
+                "share": 0.299,
+                "white_noise_share": 0.192,
+                "constant_share": 0.112,
+                "relative_share": 1.56,
+            },
         },
     )
     token_influence = rng.standard_t(1.6, len(update_tokens["position"])) * 0.05 - 0.01

@@ -319,7 +319,7 @@ def _components(K: FloatArray, prompts: IntArray) -> dict[str, Estimate]:
             level["same_prompt"] - level["different_prompts"],
             level["diagonal"] - level["same_prompt"],
         )
-        return np.array(parts) / level["diagonal"]
+        return np.array(parts) / (level["diagonal"] or np.nan)
 
     everything = np.arange(len(prompts))
     values = shares(everything)
