@@ -248,9 +248,11 @@ def attribute_change(session: Session) -> Summary:
     fixed, optimizer = found[0]
     tokens, sequences = sure[optimizer.quantity, optimizer.through]
     own = shrunk.get((optimizer.quantity, optimizer.through))
+    asked = session.own_influence
     parts = {
         "influence_sequences": fixed.sum_of_sequences,
         "influence_sequences_optimizer": optimizer.sum_of_sequences,
+        "influence_sequences_own_prompts": None if asked is None else asked.sum_of_sequences,
         "influence_neglected": neglected_share(fixed, optimizer),
         "influence_momentum": fixed.momentum,
         "influence_decay": fixed.decay,

@@ -51,6 +51,9 @@ HEADLINES: Mapping[str, Label] = {
     "rounding_share_moved": Label("Share of the weights that move at all", "def-rounding"),
     "rounding_cosine": Label("Cosine of the rounded step and the step before rounding", "def-rounding"),
     "rounding_norm_ratio": Label("Length of the rounded step over that before rounding", "def-rounding"),
+    "influence_sequences_own_prompts": Label(
+        "Influence of this batch on its own prompts, answered afresh", "def-influence"
+    ),
     "share_sequences_relative": Label("That share, in units of white noise's", "def-lifetime"),
     "effect_after_10_steps": Label("Effect of this batch after 10 steps, in its own step's", "def-lifetime"),
     "effect_after_40_steps": Label("Effect of this batch after 40 steps, in its own step's", "def-lifetime"),
