@@ -54,7 +54,7 @@ def kernel_sentence(measurement: Measurement) -> str:
         f"{report['distinct']} distinct responses with a gradient push along {rank} effective directions "
         f"({_SUBJECTS.get(name, name)}); with random signs on their tokens, which leave how uneven "
         "gradients are and break what ties one response to another, the same gradients take "
-        f"{text.number(report['null_effective_rank'])}, {deficit} more. Mean cosine of two of them: "
+        f"{text.number(report['null_effective_rank'])} (difference {deficit}). Mean cosine of two: "
         f"{same} for one prompt, {different} for different prompts."
     )
     scores = [
