@@ -22,11 +22,14 @@ from typer.testing import CliRunner
 from stepscope import cli
 from stepscope.config import STAGES, MeasureConfig, build_config
 from stepscope.errors import MeasurementError, RunFolderError
+from stepscope.measure.influence import influence
 from stepscope.measure.step import reconstruct_step
 from stepscope.pipeline import run_measure
 from stepscope.pipeline.evaluate import checkpoints_in
+from stepscope.pipeline.session import OWN_PROMPTS_SEED
 from stepscope.pipeline.stages import PLANS
 from stepscope.policy.checkpoint import inspect_checkpoint, load_checkpoint
+from stepscope.policy.rollouts import sample_responses
 from stepscope.policy.vectors import dot, norm
 from stepscope.results import Rollouts
 from stepscope.runs import LOCK, locked
@@ -150,7 +153,8 @@ def test_summary_has_the_figures_of_the_contract(measured):
     assert set(summary) >= {
         "entropy_per_token", "entropy_per_seq", "mean_reward", "change_linear_per_token",
         "change_true_per_token", "linearity_slope", "linearity_r2", "share_momentum", "share_decay",
-        "share_sequences", "noise_scale", "effective_rank", "wall_seconds",
+        "share_sequences", "share_sequences_relative", "effect_after_10_steps", "noise_scale",
+        "effective_rank", "wall_seconds",
     }  # fmt: skip
     for name, entry in summary.items():
         keys = {"value", "stderr", "n", "unit", "method", "reliable", "reason", "low", "high"}
@@ -161,6 +165,26 @@ def test_summary_has_the_figures_of_the_contract(measured):
     shares = [summary[f"share_{part}"]["value"] for part in ("momentum", "decay", "sequences")]
     assert sum(shares) == pytest.approx(1, abs=1e-5)
     assert summary["wall_seconds"]["value"] > 0
+
+
+def test_influence_on_the_batch_s_own_prompts_is_that_on_fresh_responses(measured, checkpoint, tmp_path):
+    update = Rollouts.from_parquet(measured / "update.parquet", measured / "update_tokens.parquet")
+    policy = load_checkpoint(checkpoint)
+    fresh = sample_responses(policy, update.prompt_token_ids, seed=OWN_PROMPTS_SEED)
+    assert fresh.num_prompts == update.num_prompts == 4
+    assert fresh.response_token_ids != update.response_token_ids
+    step = reconstruct_step(policy, update)
+    found = influence(policy, step, update, fresh, quantity="entropy").sum_of_sequences
+    stored = load_json(measured / "summary.json")["influence_sequences_own_prompts"]
+    assert stored["value"] == pytest.approx(found.value, rel=1e-3)
+    assert stored["stderr"] == pytest.approx(found.stderr, rel=1e-3)
+    assert stored["n"] == 4
+    short = [*TASK, *QUICK, "--stages", "rollouts,step,influence"]
+    for name, without in (("off", "own_prompts=false"), ("reward", "quantities=[reward]")):
+        measure(checkpoint, *short, "--out", tmp_path / name, without)
+        summary = load_json(tmp_path / name / "summary.json")
+        assert "influence_sequences" in summary
+        assert "influence_sequences_own_prompts" not in summary
 
 
 def test_batches_are_stored_with_what_the_contract_asks(measured):

@@ -13,15 +13,15 @@ import torch
 from safetensors.numpy import load_file
 
 from stepscope.errors import BatchError, MeasurementError
-from stepscope.measure.fisher import fisher_kernel, predict_logprobs, split_tokens
+from stepscope.measure.fisher import fisher_kernel, split_tokens
 from stepscope.measure.kernel_structure import (
     cosine_form,
     effective_rank,
-    eigenvalues,
     kernel_structure,
-    null_spectrum,
     shared_prefix_length,
+    token_signs,
 )
+from stepscope.measure.logprob_change import predict_logprobs
 from stepscope.measure.step import reconstruct_step
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.gradients import directional_derivative, response_logprob
@@ -80,7 +80,19 @@ def test_kernels_equal_explicit_gradients(tiny_policy: Policy) -> None:
     T, H = token_jacobian(tiny_policy, update), token_jacobian(tiny_policy, probe)
     S = np.add.reduceat(T, np.append(0, np.cumsum(update.num_tokens)[:-1]))
     E = np.add.reduceat(H, np.append(0, np.cumsum(probe.num_tokens)[:-1]))
-    kernel = fisher_kernel(tiny_policy, update, probe, preconditioner=P, tokens=True, max_sequences=4)
+    weights = [np.random.default_rng(i).standard_normal(n) for i, n in enumerate(update.num_tokens)]
+    kernel = fisher_kernel(
+        tiny_policy, update, probe, preconditioner=P, token_weights=weights, tokens=True, max_sequences=4
+    )
+    starts = np.append(0, np.cumsum(update.num_tokens)[:-1])
+    signs, w = np.concatenate(token_signs(update)), np.concatenate(weights)
+    for factor, found in (
+        (signs, kernel.null["preconditioned"]),
+        (w, kernel.update["contributions"]),
+        (w * signs, kernel.null["contributions"]),
+    ):
+        c = np.add.reduceat(T * factor[:, None], starts)
+        np.testing.assert_allclose(found, (c * p) @ c.T, atol=1e-9 * abs((c * p) @ c.T).max())
     for metric, weights in (("raw", np.ones_like(p)), ("preconditioned", p)):
         K, C = (S * weights) @ S.T, (E * weights) @ S.T
         np.testing.assert_allclose(kernel.update[metric], K, rtol=1e-9, atol=1e-9 * abs(K).max())
@@ -93,6 +105,17 @@ def test_kernels_equal_explicit_gradients(tiny_policy: Policy) -> None:
     np.testing.assert_array_equal(
         kernel.token_index[:, 0], np.repeat(np.arange(len(update)), update.num_tokens)
     )
+
+
+def test_contributions_add_up_to_the_step(tiny_policy: Policy) -> None:
+    """All entries: |sum_i c_i|^2 in the metric P, the first-order decrease of the loss."""
+    step = reconstruct_step(tiny_policy, draw(tiny_policy, 1, 3, 3))
+    kernel = fisher_kernel(
+        tiny_policy, step.update, preconditioner=step.preconditioner, token_weights=step.token_weights
+    )
+    total = float(sum((step.ascent[n] * step.sequences[n]).sum() for n in step.ascent))
+    assert kernel.update["contributions"].sum() == pytest.approx(total, rel=1e-9)
+    assert list(kernel.metrics) == ["contributions", "raw", "preconditioned"]
 
 
 def test_preconditioner_enters_once(tiny_policy: Policy) -> None:
@@ -209,7 +232,9 @@ def test_components_of_a_constructed_kernel() -> None:
     common = np.sqrt(2.0) * rng.standard_normal(dim)
     G = common + np.sqrt(3.0) * rng.standard_normal((prompts, dim))[index]
     G = (G + np.sqrt(5.0) * rng.standard_normal((len(index), dim))) / np.sqrt(dim)
-    found = kernel_structure(G @ G.T, batch_of(index.tolist()), num_params=dim, unit="")
+    responses = [(i,) for i in range(len(index))]
+    null = np.diag((G**2).sum(1))
+    found = kernel_structure(G @ G.T, null, batch_of(index.tolist(), responses), unit="")
     for name, share in (("common", 0.2), ("prompt", 0.3), ("own", 0.5)):
         part = found.components[name]
         assert abs(part.value - share) < 0.02
@@ -219,21 +244,6 @@ def test_components_of_a_constructed_kernel() -> None:
     assert found.different_prompts.count == len(index) * (len(index) - group) // 2
     assert found.top_shares[1] > 0.19
     assert found.effective_rank.value < found.null_effective_rank
-
-
-def test_null_is_what_independent_directions_give() -> None:
-    rng = np.random.default_rng(1)
-    norms = rng.uniform(1, 3, 50)
-    for num_params in (30, 60, 5000):
-        spectra = []
-        for _ in range(20):
-            G = rng.standard_normal((50, num_params))
-            G *= np.sqrt(norms / (G**2).sum(1))[:, None]
-            spectra.append(eigenvalues(G @ G.T))
-        null, edges = null_spectrum(norms, num_params)
-        np.testing.assert_allclose(null.sum(), norms.sum(), rtol=1e-9)
-        np.testing.assert_allclose(null[:5], np.mean(spectra, axis=0)[:5], rtol=0.05)
-        assert edges[1] == pytest.approx((1 + np.sqrt(50 / num_params)) ** 2)
 
 
 def test_effective_rank_counts_equal_directions() -> None:
@@ -248,9 +258,7 @@ def test_shared_prefixes() -> None:
     assert shared_prefix_length((1, 2, 3), (1, 2, 4)) == 2
     assert shared_prefix_length((1, 2), (1, 2, 4)) == 2
     K = np.array([[9.0, 5.0, 1.0], [5.0, 9.0, 2.0], [1.0, 2.0, 9.0]])
-    found = kernel_structure(
-        K, batch_of([0, 0, 0], [(1, 2, 3), (1, 2, 4), (5, 2, 4)]), num_params=10, unit=""
-    )
+    found = kernel_structure(K, K, batch_of([0, 0, 0], [(1, 2, 3), (1, 2, 4), (5, 2, 4)]), unit="")
     assert [(p.shared_from, p.shared_to, p.mean, p.count) for p in found.shared_prefix] == [
         (0, 0, 1.5, 2),
         (2, 3, 5.0, 1),

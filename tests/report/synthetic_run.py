@@ -183,6 +183,14 @@ def write_measurement(folder: Path, *, step: int, seed: int) -> Path:
             "share_momentum": 0.703,
             "share_decay": -0.002,
             "share_sequences": 0.299,
+            "lifetime": {
+                "step": 21,
+                "effect": {"1": 1.0, "10": 6.2, "40": 9.3},
+                "share": 0.299,
+                "white_noise_share": 0.192,
+                "constant_share": 0.112,
+                "relative_share": 1.56,
+            },
         },
     )
     token_influence = rng.standard_t(1.6, len(update_tokens["position"])) * 0.05 - 0.01
@@ -442,7 +450,8 @@ def write_kernel(folder: Path, rng: np.random.Generator) -> None:
         "spectrum": spectrum,
         "null_spectrum": np.linspace(2.1, 0.2, count).tolist(),
         "null_effective_rank": 110.0,
-        "null_edges": [0.19, 2.45],
+        "rank_deficit": estimate(48.8, 3.1, num_prompts, "directions", "random signs minus measured"),
+        "distinct": count,
         "participation_ratio": 40.0,
         "top_shares": {"1": 0.05},
         "shared_prefix": [
@@ -450,7 +459,10 @@ def write_kernel(folder: Path, rng: np.random.Generator) -> None:
             for low, high, value in ((0, 0, 0.22), (1, 1, 0.28), (2, 3, 0.36))
         ],
     }
-    matrices = {f"update_{metric}_cosine": cosine for metric in ("raw", "preconditioned")}
+    zero = {"mean": estimate(0.01, 0.02, count, "nats^2", "mean over pairs"), "z": 0.5, "p": 0.6}
+    checks = {"off_diagonal": zero, "same_prompt": zero}
+    kernels = ("contributions", "raw", "preconditioned")
+    matrices = {f"update_{name}_cosine": cosine for name in kernels}
     save_file({**matrices, "probe_raw": cosine[:4]}, folder / "kernel.safetensors")
     write_json(
         folder / "kernel.json",
@@ -458,7 +470,12 @@ def write_kernel(folder: Path, rng: np.random.Generator) -> None:
             "update_prompt_ids": [f"arithmetic/train/{p}" for p in prompts],
             "projection_error": None,
             "structure": {
-                f"{m}{form}": report for m in ("raw", "preconditioned") for form in ("", "_cosine")
+                f"{name}{form}": {
+                    **report,
+                    "mean_zero": {} if form or name == "contributions" else checks,
+                }
+                for name in kernels
+                for form in ("", "_cosine")
             },
         },
     )

@@ -194,6 +194,8 @@ class MeasureSettings(Section):
         memory: budget for gradients that are kept, in GiB; activations of a micro-batch come on top.
         scratch: existing folder to hold the kernel's gradients in, on disk, or null for memory alone.
         projection: dimension of a random projection for the kernel, or null for the exact kernel.
+        own_prompts: the stage ``influence`` also samples fresh responses to the update batch's prompts and
+            gives the batch's part of the change there, beside that on the probe batch.
         criteria: how criteria are ranked.
     """
 
@@ -217,6 +219,7 @@ class MeasureSettings(Section):
     memory: float = Field(default=4.0, gt=0)
     scratch: str | None = None
     projection: int | None = Field(default=None, ge=1)
+    own_prompts: bool = True
     criteria: CriteriaConfig = CriteriaConfig()
 
     @field_validator("lrs")

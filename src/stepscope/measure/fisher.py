@@ -2,19 +2,21 @@
 
 K(i, j) = grad S_i . P . grad S_j with S_i = sum_k l_ik, P = 1 (raw) or the optimizer's preconditioner (once,
 in the middle: an Adam step on S_j moves S_i by P grad S_j . grad S_i). It couples the sequences of an update
-with one another and with the probe batch.
+with one another and with the probe batch. The step itself pushes sequence i by its contribution
+c_i = sum_k w_ik grad l_ik: c_i . P . c_j is how far j's part of the step lowers, to first order, i's part of
+the loss, and the sum of all entries is |sum_i c_i|^2 in the metric P.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors.numpy import save_file
+from torch import Tensor
 
 from stepscope import runs
 from stepscope.errors import BatchError, MeasurementError
@@ -23,12 +25,11 @@ from stepscope.measure.kernel_structure import (
     cosine_between,
     cosine_form,
     kernel_structure,
+    token_signs,
 )
-from stepscope.measure.step import Step, weighted_logprobs
-from stepscope.policy import vectors
-from stepscope.policy.gradients import response_logprob
-from stepscope.policy.gram import MEMORY_BYTES, Grams, gram, grams
-from stepscope.policy.products import per_sequence_dots
+from stepscope.measure.step import weighted_logprobs
+from stepscope.policy.gradients import Objective, response_logprob
+from stepscope.policy.gram import MEMORY_BYTES, Grams, Metrics, grams
 from stepscope.policy.projection import Sketch, sketches
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
@@ -38,8 +39,14 @@ from stepscope.stats import Estimate
 MOST_TOKENS = 4096
 """Largest number of tokens for which a kernel between tokens is made."""
 
+CONTRIBUTIONS = "contributions"
+"""Name of the kernel between what the sequences contribute to the step."""
+
 PROJECTION_CHECK = 64
 """Sequences whose exact kernel measures the error of a random projection."""
+
+
+_UNITS = {CONTRIBUTIONS: "loss/lr", "raw": "nats^2", "preconditioned": "nats^2/lr"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,7 +54,9 @@ class FisherKernel(Brief):
     """Kernels of an update batch with itself and with a probe batch.
 
     Attributes:
-        update: metric to (update seq, update seq); metrics are ``raw`` and, given P, ``preconditioned``.
+        update: name to (update seq, update seq): ``contributions`` where the token weights are given,
+            ``raw`` and, given P, ``preconditioned``.
+        null: the same names to the kernels of the same gradients with random signs on their tokens.
         probe: metric to (probe seq, update seq); empty without a probe batch.
         probe_norms: metric to (probe seq,) K(e, e).
         update_rollouts: the sequences of the update batch.
@@ -61,6 +70,7 @@ class FisherKernel(Brief):
     """
 
     update: Mapping[str, FloatArray]
+    null: Mapping[str, FloatArray]
     probe: Mapping[str, FloatArray]
     probe_norms: Mapping[str, FloatArray]
     update_rollouts: Rollouts
@@ -76,7 +86,12 @@ class FisherKernel(Brief):
         Raises:
             MeasurementError: naming the matrix and its row.
         """
-        for kind, matrices in (("update", self.update), ("probe", self.probe), ("tokens", self.tokens)):
+        for kind, matrices in (
+            ("update", self.update),
+            ("null", self.null),
+            ("probe", self.probe),
+            ("tokens", self.tokens),
+        ):
             for metric, K in matrices.items():
                 if not np.isfinite(K).all():
                     row = int(np.argwhere(~np.isfinite(K))[0][0])
@@ -95,13 +110,18 @@ class FisherKernel(Brief):
 
     def structure(self, metric: str, *, cosine: bool = False) -> KernelStructure:
         """The structure report of the update kernel in one metric, as it is or in cosine form."""
-        K = self.cosine(metric) if cosine else self.update[metric]
-        unit = "cosine" if cosine else ("nats^2/lr" if metric == "preconditioned" else "nats^2")
-        return kernel_structure(K, self.update_rollouts, num_params=self.num_params, unit=unit)
+        return kernel_structure(
+            self.update[metric],
+            self.null[metric],
+            self.update_rollouts,
+            unit="cosine" if cosine else _UNITS[metric],
+            cosine=cosine,
+            contributions=metric == CONTRIBUTIONS,
+        )
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics at hand."""
+        """Names of the update batch's kernels, contributions first, the optimizer's metric last."""
         return tuple(self.update)
 
     @property
@@ -115,6 +135,7 @@ class FisherKernel(Brief):
         for metric in self.metrics:
             named[f"update_{metric}"] = self.update[metric]
             named[f"update_{metric}_cosine"] = self.cosine(metric)
+            named[f"null_{metric}"] = self.null[metric]
             if metric in self.probe:
                 named[f"probe_{metric}"] = self.probe[metric]
                 named[f"probe_{metric}_cosine"] = self.probe_cosine(metric)
@@ -129,6 +150,7 @@ class FisherKernel(Brief):
             "matrices": {name: list(K.shape) for name, K in self.matrices().items()},
             "rows": {
                 "update": "update sequence_id",
+                "null": "update sequence_id",
                 "probe": "probe sequence_id",
                 "tokens": "token_index (sequence_id, position)",
             },
@@ -163,6 +185,7 @@ def fisher_kernel(
     probe: Rollouts | None = None,
     *,
     preconditioner: ParameterVector | None = None,
+    token_weights: Sequence[FloatArray] | None = None,
     tokens: bool = False,
     projection: int | None = None,
     memory_bytes: int = MEMORY_BYTES,
@@ -174,13 +197,16 @@ def fisher_kernel(
     """Kernels between the sequences of an update batch, and between those and a probe batch.
 
     All metrics and both kernels come from one pass over each batch while the update's gradients fit
-    ``memory_bytes``; see ``policy.gram`` for what happens beyond. Exact unless ``projection`` is given.
+    ``memory_bytes``; see ``policy.gram`` for what happens beyond. The null takes one more pass over the
+    update batch; token weights that differ within a response take two. Exact unless ``projection`` is given.
 
     Args:
         policy: its trainable parameters are differentiated.
         update: sequences i, j.
         probe: sequences e.
         preconditioner: P, for example ``step.preconditioner``; adds the metric ``preconditioned``.
+        token_weights: w_ik of the step, for example ``step.token_weights``; adds the kernel
+            ``contributions``, in the optimizer's metric where P is given.
         tokens: also make the kernel between single tokens of the update batch (small batches only: costs one
             pass over as many sequences as there are tokens).
         projection: dimension of a random projection to use instead of the gradients themselves.
@@ -197,8 +223,35 @@ def fisher_kernel(
     metrics: dict[str, ParameterVector | None] = {"raw": None}
     if preconditioner is not None:
         metrics["preconditioned"] = preconditioner
+    sketch = None if projection is None else Sketch(projection, seed)
     error = None
-    if projection is None:
+
+    def square(objective: Objective, chosen: Metrics) -> dict[str, FloatArray]:
+        """The update batch's kernels of another objective."""
+        if sketch is None:
+            exact = grams(
+                policy,
+                update,
+                objective,
+                metrics=chosen,
+                memory_bytes=memory_bytes,
+                directory=directory,
+                max_sequences=max_sequences,
+                progress=progress,
+            ).square
+            return {m: k.numpy() for m, k in exact.items()}
+        rows = sketches(
+            policy,
+            update,
+            objective,
+            sketch,
+            metrics=chosen,
+            max_sequences=max_sequences,
+            progress=progress,
+        )
+        return {m: k.numpy() for m, k in _products(rows, rows).items()}
+
+    if sketch is None:
         found = grams(
             policy,
             update,
@@ -212,8 +265,14 @@ def fisher_kernel(
         )
     else:
         found, error = _projected(
-            policy, update, probe, metrics, projection, seed, memory_bytes, max_sequences, progress
+            policy, update, probe, metrics, sketch, seed, memory_bytes, max_sequences, progress
         )
+    kernels = {m: k.numpy() for m, k in found.square.items()}
+    signs = token_signs(update, seed=seed)
+    null = square(weighted_logprobs(signs), metrics)
+    if token_weights is not None:
+        own, flipped = _contributions(token_weights, signs, kernels, null, metrics, square)
+        kernels, null = {CONTRIBUTIONS: own, **kernels}, {CONTRIBUTIONS: flipped, **null}
     single = split_tokens(update)[0] if tokens else None
     index = split_tokens(update)[1] if tokens else np.zeros((0, 2), dtype=np.int64)
     by_token = (
@@ -231,7 +290,8 @@ def fisher_kernel(
         ).square
     )
     return FisherKernel(
-        update={m: k.numpy() for m, k in found.square.items()},
+        update=kernels,
+        null=null,
         probe={m: k.numpy() for m, k in found.cross.items()},
         probe_norms={m: k.numpy() for m, k in found.other_norms.items()},
         update_rollouts=update,
@@ -241,6 +301,26 @@ def fisher_kernel(
         tokens={m: k.numpy() for m, k in by_token.items()},
         token_index=index,
     )
+
+
+def _contributions(
+    token_weights: Sequence[FloatArray],
+    signs: Sequence[FloatArray],
+    kernels: Mapping[str, FloatArray],
+    null: Mapping[str, FloatArray],
+    metrics: Metrics,
+    square: Callable[[Objective, Metrics], dict[str, FloatArray]],
+) -> tuple[FloatArray, FloatArray]:
+    """Kernel of c_i = sum_k w_ik grad l_ik and its null; no pass where w_ik is one number per response."""
+    name = list(metrics)[-1]
+    if all(np.ptp(w) == 0 for w in token_weights):
+        scale = np.array([w[0] for w in token_weights])
+        weights = np.outer(scale, scale)
+        return weights * kernels[name], weights * null[name]
+    chosen = {name: metrics[name]}
+    own = square(weighted_logprobs(token_weights), chosen)[name]
+    signed = [w * s for w, s in zip(token_weights, signs, strict=True)]
+    return own, square(weighted_logprobs(signed), chosen)[name]
 
 
 def split_tokens(rollouts: Rollouts, chosen: IntArray | None = None) -> tuple[Rollouts, IntArray]:
@@ -279,14 +359,13 @@ def _projected(
     update: Rollouts,
     probe: Rollouts | None,
     metrics: dict[str, ParameterVector | None],
-    dim: int,
+    sketch: Sketch,
     seed: int,
     memory_bytes: int,
     max_sequences: int,
     progress: bool,
 ) -> tuple[Grams, Estimate]:
     """Kernels from random projections, and the error of their cosines on a random part of the batch."""
-    sketch = Sketch(dim, seed)
     left = sketches(
         policy,
         update,
@@ -309,8 +388,7 @@ def _projected(
             progress=progress,
         )
     )
-    square = {m: (s.double() @ s.double().T).cpu() for m, s in left.items()}
-    cross = {m: (right[m].double() @ left[m].double().T).cpu() for m in right}
+    square, cross = _products(left, left), _products(right, left)
     norms = {m: s.double().square().sum(1).cpu() for m, s in right.items()}
     count = min(PROJECTION_CHECK, len(update))
     chosen = np.sort(np.random.default_rng(seed).choice(len(update), count, replace=False))
@@ -335,87 +413,11 @@ def _projected(
         stderr=float("nan"),
         n=count,
         unit="cosine",
-        method=f"root-mean-square error of a count sketch of dimension {dim} against exact cosines of "
-        f"{count} sequences; 1/sqrt(dim) = {dim**-0.5:.3g}",
+        method=f"root-mean-square error of a count sketch of dimension {sketch.dim} against exact cosines of "
+        f"{count} sequences; 1/sqrt(dim) = {sketch.dim**-0.5:.3g}",
     )
 
 
-@dataclass(frozen=True)
-class LogprobChange:
-    """First-order change of texts' log-probs under a step, per unit of lr.
-
-    Attributes:
-        total: (text,) dS/dlr along the whole direction.
-        momentum: (text,) part of the momentum.
-        decay: (text,) part of weight decay.
-        sequences: (text, update seq) part of each sequence of the update batch.
-        bonus: (text,) part of an entropy bonus; zero where the loss has none.
-        router: (text,) part of the router loss of a mixture of experts; zero where the loss has none.
-    """
-
-    total: FloatArray
-    momentum: FloatArray
-    decay: FloatArray
-    sequences: FloatArray
-    bonus: FloatArray
-    router: FloatArray
-
-
-def predict_logprobs(
-    policy: Policy,
-    step: Step,
-    texts: Rollouts,
-    *,
-    memory_bytes: int = MEMORY_BYTES,
-    max_sequences: int = 16,
-    progress: bool = False,
-) -> LogprobChange:
-    """How the step moves the log-prob S = sum_k l_k of any given responses, and which sequences move it.
-
-    dS/dlr = grad S . direction; the part of sequence i is grad S . P sum_k w_ik grad l_ik, the kernel between
-    the text and the weighted sequence.
-
-    Args:
-        policy: where the step starts.
-        step: the step.
-        texts: prompts and responses, as a batch; only their token ids matter.
-        memory_bytes: budget for gradients held.
-        max_sequences: micro-batch size.
-        progress: show progress bars.
-
-    Raises:
-        MeasurementError: the parts do not add up to the total.
-    """
-    none = vectors.zeros_like(step.decay)
-    directions = (step.direction, step.momentum, step.decay, step.bonus or none, step.router or none)
-    stacked = {n: torch.stack([d[n] for d in directions]) for n in step.direction}
-    total, momentum, decay, bonus, router = per_sequence_dots(
-        policy,
-        texts,
-        response_logprob,
-        stacked,
-        as_trained=False,
-        max_sequences=max_sequences,
-        progress=progress,
-    )
-    parts = gram(
-        policy,
-        step.update,
-        weighted_logprobs(step.token_weights),
-        preconditioner=step.preconditioner,
-        other=(texts, response_logprob),
-        other_as_trained=False,
-        memory_bytes=memory_bytes,
-        max_sequences=max_sequences,
-        progress=progress,
-    ).numpy()
-    others = np.stack([momentum, decay, bonus, router])
-    whole = parts.sum(1) + others.sum(0)
-    scale = np.abs(parts).sum(1) + np.abs(others).sum(0)
-    miss = float((np.abs(whole - total) / np.maximum(scale, 1e-300)).max())
-    if not miss <= 1e-2:
-        raise MeasurementError(
-            f"the parts of the predicted log-prob change differ from the total by {miss:.1e}; "
-            "measure with --precision float64"
-        )
-    return LogprobChange(total, momentum, decay, parts, bonus, router)
+def _products(rows: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Metric to (rows, columns) inner products of sketches, for the metrics of the rows."""
+    return {m: (s.double() @ columns[m].double().T).cpu() for m, s in rows.items()}

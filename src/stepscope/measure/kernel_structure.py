@@ -1,21 +1,37 @@
 """What a kernel between sequences looks like: who is coupled to whom, along how many directions.
 
-Works on a (seq, seq) matrix K of inner products of gradients and the prompts of the sequences; no model.
+Works on a (seq, seq) matrix K of inner products of gradients, the same matrix of a null, and the prompts of
+the sequences; no model.
+
+On policy E[grad l_k | prefix] = 0, so the gradients of two responses have E K(i, j) = 0, also for one prompt
+(Williams 1992); only their own squares do not average away. Two things follow. Pair means of K are a check
+of the batch, not structure. And random signs on the tokens of each response leave the covariance of its
+gradient as it is, whatever its spectrum and however it spans the layers, while they break every coupling of
+one response with another: the null that spectra are held against. Random directions of equal length would
+not do; real gradients are far from isotropic, and independent ones have a low rank already.
+
+Identical responses to a prompt are one response to everything that describes shape (spectrum, rank,
+cosines, shared prefixes); means of inner products are over all sequences, which are independent draws.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from stepscope.results import FloatArray, IntArray, Rollouts
+from stepscope.results import BoolArray, FloatArray, IntArray, Rollouts
 from stepscope.stats import Estimate
 
 PREFIX_BINS = (0, 1, 2, 4, 8, 16, 32, 64)
-NULL_DRAWS = 8
+
+SIGN_DRAWS = 2000
+"""Random signs of the sequences that a mean of K is held against."""
+
+UNLIKELY = 1e-3
+"""Share of those signs below which a mean of K counts as different from zero."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +47,22 @@ class PairMean:
     mean: Estimate
     count: int
     std: float
+
+
+@dataclass(frozen=True)
+class MeanZero:
+    """Check of E K(i, j) = 0 over pairs of different sequences that one policy sampled and is measured at.
+
+    Attributes:
+        mean: of K over the pairs; its standard error sqrt(sum K^2) / pairs is exact under the identity, which
+            makes the entries uncorrelated. Flagged where random signs hardly ever give so large a mean.
+        z: mean over its error.
+        p: share of random signs of the sequences under which the mean is at least as far from zero.
+    """
+
+    mean: Estimate
+    z: float
+    p: float
 
 
 @dataclass(frozen=True)
@@ -55,31 +87,39 @@ class KernelStructure:
     """Structure report of one (seq, seq) kernel.
 
     Attributes:
+        distinct: sequences left when identical responses to a prompt, and gradients of zero, are merged.
         diagonal: K(i, i).
         same_prompt: pairs of different sequences of one prompt.
         different_prompts: pairs of sequences of different prompts.
-        spectrum: eigenvalues, largest first.
+        mean_zero: for a kernel of log-probs that is not in cosine form, the check of its mean-zero identity
+            over all pairs (``off_diagonal``) and those of one prompt (``same_prompt``).
+        spectrum: eigenvalues of the distinct sequences, largest first.
         effective_rank: exp of the entropy of eigenvalues / trace (Roy & Vetterli 2007).
         participation_ratio: (sum of eigenvalues)^2 / sum of their squares.
         top_shares: share of the trace in the largest 1, 2, 4, 8, ... eigenvalues.
-        null_spectrum: eigenvalues expected of gradients with the same norms in independent random directions.
-        null_effective_rank: of such gradients.
-        null_edges: Marchenko-Pastur edges of the null for equal norms, in units of the mean diagonal.
+        null_spectrum: eigenvalues of the same gradients with random signs on their tokens.
+        null_effective_rank: of those.
+        rank_deficit: null_effective_rank - effective_rank: not zero where responses are coupled; shared
+            directions take rank away, directions of the prompts can add some.
         components: variance components of a gradient as common + prompt + own: means of K over different
-            prompts, same prompt minus that, diagonal minus that; each as a share of the mean diagonal.
+            prompts, same prompt minus that, diagonal minus that; each as a share of the mean diagonal. For
+            kernels of log-probs on policy the first two are zero but for noise; for contributions the first
+            is the share of the squared mean gradient.
         shared_prefix: mean of K over same-prompt pairs by the number of response tokens they share.
     """
 
+    distinct: int
     diagonal: PairMean
     same_prompt: PairMean
     different_prompts: PairMean
+    mean_zero: Mapping[str, MeanZero]
     spectrum: FloatArray
     effective_rank: Estimate
     participation_ratio: float
     top_shares: dict[int, float]
     null_spectrum: FloatArray
     null_effective_rank: float
-    null_edges: tuple[float, float]
+    rank_deficit: Estimate
     components: dict[str, Estimate]
     shared_prefix: tuple[PrefixMean, ...]
 
@@ -89,45 +129,127 @@ class KernelStructure:
             **asdict(self),
             "spectrum": self.spectrum.tolist(),
             "null_spectrum": self.null_spectrum.tolist(),
-            "null_edges": list(self.null_edges),
             "top_shares": {str(k): v for k, v in self.top_shares.items()},
             "shared_prefix": [asdict(p) for p in self.shared_prefix],
         }
 
 
-def kernel_structure(K: FloatArray, rollouts: Rollouts, *, num_params: int, unit: str) -> KernelStructure:
+def kernel_structure(
+    K: FloatArray,
+    null: FloatArray,
+    rollouts: Rollouts,
+    *,
+    unit: str,
+    cosine: bool = False,
+    contributions: bool = False,
+) -> KernelStructure:
     """Describe the kernel of a batch.
 
     Args:
-        K: (seq, seq) symmetric, positive semidefinite up to round-off.
-        rollouts: the sequences, for their prompts and shared prefixes.
-        num_params: dimension the gradients live in; sets the null.
+        K: (seq, seq) inner products, symmetric, positive semidefinite up to round-off.
+        null: (seq, seq) inner products of the same gradients with random signs on their tokens, the same
+            signs for identical responses.
+        rollouts: the sequences, for their prompts and responses.
         unit: of K's entries.
+        cosine: describe the cosine form.
+        contributions: the gradients are parts of a sum (a step), so that identical responses are added up
+            and no mean is zero; otherwise they are gradients of log-probs, and copies are left out.
     """
-    prompts = rollouts.prompt_index
-    spectrum = eigenvalues(K)
-    null, edges = null_spectrum(np.diag(K), num_params)
+    merged, kept = _merged(K, rollouts, contributions)
+    merged_null = _merged(null, rollouts, contributions)[0][np.ix_(kept, kept)]
+    merged = merged[np.ix_(kept, kept)]
+    if cosine:
+        merged, merged_null = cosine_form(merged), cosine_form(merged_null)
+    distinct = rollouts.select(kept)
+    described = (merged, distinct) if cosine else (K, rollouts)
+    level, prompts = described[0], described[1].prompt_index
     masks = _pair_masks(prompts)
-    means = {name: _pair_mean(K, mask, prompts, unit) for name, mask in masks.items()}
-    rank = effective_rank(spectrum)
-    rank_of = _jackknife(
-        lambda keep: effective_rank(eigenvalues(K[np.ix_(keep, keep)])), prompts, len(prompts)
-    )
+    means = {name: _pair_mean(level, mask, prompts, unit) for name, mask in masks.items()}
+    spectrum, null_spectrum = eigenvalues(merged), eigenvalues(merged_null)
+
+    def ranks(keep: IntArray) -> FloatArray:
+        part = np.ix_(keep, keep)
+        found = effective_rank(eigenvalues(merged[part]))
+        return np.array([found, effective_rank(eigenvalues(merged_null[part])) - found])
+
+    rank, null_rank = effective_rank(spectrum), effective_rank(null_spectrum)
+    without = _jackknife(ranks, distinct.prompt_index, len(kept)).reshape(-1, 2)
     return KernelStructure(
+        distinct=len(kept),
         diagonal=means["diagonal"],
         same_prompt=means["same_prompt"],
         different_prompts=means["different_prompts"],
+        mean_zero={}
+        if cosine or contributions
+        else {
+            "off_diagonal": _mean_zero(K, ~masks["diagonal"], unit),
+            "same_prompt": _mean_zero(K, masks["same_prompt"], unit),
+        },
         spectrum=spectrum,
         effective_rank=_with_error(
-            rank, rank_of, rollouts.num_prompts, "directions", "exp of the spectral entropy"
+            rank, without[:, 0], distinct.num_prompts, "directions", "exp of the spectral entropy"
         ),
         participation_ratio=float(spectrum.sum() ** 2 / (spectrum**2).sum()) if spectrum.any() else 0.0,
         top_shares=_top_shares(spectrum),
-        null_spectrum=null,
-        null_effective_rank=effective_rank(null),
-        null_edges=edges,
-        components=_components(K, prompts),
-        shared_prefix=_by_prefix(K, rollouts),
+        null_spectrum=null_spectrum,
+        null_effective_rank=null_rank,
+        rank_deficit=_with_error(
+            null_rank - rank,
+            without[:, 1],
+            distinct.num_prompts,
+            "directions",
+            "effective rank with random signs on the tokens, minus that without",
+        ),
+        components=_components(level, prompts),
+        shared_prefix=_by_prefix(merged, distinct),
+    )
+
+
+def first_copies(rollouts: Rollouts) -> IntArray:
+    """(seq,) the first sequence with the same prompt and the same response; itself where there is no copy."""
+    first: dict[tuple[int, tuple[int, ...]], int] = {}
+    keys = zip(rollouts.prompt_index.tolist(), rollouts.response_token_ids, strict=True)
+    return np.array([first.setdefault(key, i) for i, key in enumerate(keys)], dtype=np.int64)
+
+
+def token_signs(rollouts: Rollouts, *, seed: int = 0) -> tuple[FloatArray, ...]:
+    """Random signs, one (tok,) array per sequence; identical responses to a prompt get the same."""
+    rng = np.random.default_rng([seed, 1])
+    drawn = [rng.choice([-1.0, 1.0], int(n)) for n in rollouts.num_tokens]
+    return tuple(drawn[i] for i in first_copies(rollouts))
+
+
+def _merged(K: FloatArray, rollouts: Rollouts, added: bool) -> tuple[FloatArray, IntArray]:
+    """K with copies added to the first (or as it is), and the first copies whose gradient is not zero."""
+    owner = first_copies(rollouts)
+    if added:
+        group = np.zeros_like(K)
+        group[owner, np.arange(len(owner))] = 1.0
+        K = group @ K @ group.T
+    return K, np.flatnonzero((owner == np.arange(len(owner))) & (np.diag(K) > 0))
+
+
+def _mean_zero(K: FloatArray, mask: BoolArray, unit: str) -> MeanZero:
+    """The mean of K over pairs against zero, by its exact error and by random signs of the sequences."""
+    pairs = np.where(np.triu(mask), K, 0.0)
+    count, nan = int(np.triu(mask).sum()), float("nan")
+    total, error = float(pairs.sum()), float(np.sqrt((pairs**2).sum()))
+    method = "mean over pairs; its error assumes the mean-zero identity, n counts sequences"
+    if not error > 0:
+        reason = "no pairs of this kind, or no gradients"
+        return MeanZero(Estimate(nan, nan, len(K), unit, method, False, reason), nan, nan)
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (SIGN_DRAWS, len(K)))
+    drawn = np.einsum("ri,ri->r", signs @ pairs, signs)
+    # the batch itself is one of the draws
+    p = float((1 + (np.abs(drawn) >= abs(total) * (1 - 1e-9)).sum()) / (1 + SIGN_DRAWS))
+    reason = (
+        "different from 0, which gradients of log-probs average to under the policy that sampled the batch: "
+        "another policy, temperature or selection made it, or what balances it is too rare to be in it"
+        if p < UNLIKELY
+        else ""
+    )
+    return MeanZero(
+        Estimate(total / count, error / count, len(K), unit, method, not reason, reason), total / error, p
     )
 
 
@@ -156,48 +278,21 @@ def cosine_between(K: FloatArray, row_norms: FloatArray, column_norms: FloatArra
     return np.divide(K, scale, out=np.zeros_like(K), where=scale > 0)
 
 
-def null_spectrum(
-    square_norms: FloatArray, num_params: int, *, seed: int = 0
-) -> tuple[FloatArray, tuple[float, float]]:
-    """Mean spectrum of the kernel of Gaussian gradients with the given norms, and Marchenko-Pastur's edges.
-
-    With n independent directions in num_params dimensions the cosine kernel is a Wishart matrix, drawn here
-    through its Bartlett factor; for equal norms its eigenvalues fill (1 -+ sqrt(n / num_params))^2 times the
-    norm (Marchenko & Pastur 1967).
-    """
-    count = len(square_norms)
-    rng = np.random.default_rng(seed)
-    total = np.zeros(count)
-    small = min(num_params, count)
-    for _ in range(NULL_DRAWS):
-        if num_params < count:
-            factor = rng.standard_normal((count, num_params))
-        else:
-            factor = np.tril(rng.standard_normal((count, small)), -1)
-            factor[np.arange(count), np.arange(count)] = np.sqrt(rng.chisquare(num_params - np.arange(count)))
-        factor *= np.sqrt(square_norms / (factor**2).sum(1))[:, None]
-        total += eigenvalues(factor @ factor.T)
-    ratio = np.sqrt(count / num_params)
-    return total / NULL_DRAWS, (float((1 - min(ratio, 1.0)) ** 2), float((1 + ratio) ** 2))
-
-
 def _top_shares(spectrum: FloatArray) -> dict[int, float]:
     total = float(spectrum.sum())
-    sizes = [2**k for k in range(int(np.log2(len(spectrum))) + 1)]
+    sizes = [2**k for k in range(len(spectrum).bit_length())]
     return {k: float(spectrum[:k].sum() / total) if total > 0 else 0.0 for k in sizes}
 
 
-def _pair_masks(prompts: IntArray) -> dict[str, np.ndarray[Any, np.dtype[np.bool_]]]:
+def _pair_masks(prompts: IntArray) -> dict[str, BoolArray]:
     same = prompts[:, None] == prompts[None, :]
     own = np.eye(len(prompts), dtype=bool)
     return {"diagonal": own, "same_prompt": same & ~own, "different_prompts": ~same}
 
 
-def _pair_mean(
-    K: FloatArray, mask: np.ndarray[Any, np.dtype[np.bool_]], prompts: IntArray, unit: str
-) -> PairMean:
+def _pair_mean(K: FloatArray, mask: BoolArray, prompts: IntArray, unit: str) -> PairMean:
     count = int(mask.sum())
-    ordered = 1 if np.diag(mask).all() else 2
+    ordered = 1 if mask.any() and np.diag(mask).all() else 2
     values = K[mask]
     level = float(values.mean()) if count else float("nan")
 
@@ -207,7 +302,7 @@ def _pair_mean(
 
     errors = _jackknife(without, prompts, len(prompts)) if count else np.array([])
     return PairMean(
-        mean=_with_error(level, errors, int(prompts.max()) + 1, unit, "mean over pairs"),
+        mean=_with_error(level, errors, len(np.unique(prompts)), unit, "mean over pairs"),
         count=count // ordered,
         std=float(values.std()) if count else float("nan"),
     )
@@ -224,7 +319,7 @@ def _components(K: FloatArray, prompts: IntArray) -> dict[str, Estimate]:
             level["same_prompt"] - level["different_prompts"],
             level["diagonal"] - level["same_prompt"],
         )
-        return np.array(parts) / level["diagonal"]
+        return np.array(parts) / (level["diagonal"] or np.nan)
 
     everything = np.arange(len(prompts))
     values = shares(everything)
@@ -242,7 +337,9 @@ def _components(K: FloatArray, prompts: IntArray) -> dict[str, Estimate]:
     }
 
 
-def _jackknife(statistic: Callable[[IntArray], float], prompts: IntArray, count: int) -> FloatArray:
+def _jackknife(
+    statistic: Callable[[IntArray], float | FloatArray], prompts: IntArray, count: int
+) -> FloatArray:
     """The statistic without each prompt in turn."""
     labels = np.unique(prompts)
     if len(labels) < 2:

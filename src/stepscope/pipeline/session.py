@@ -26,7 +26,7 @@ from stepscope.policy.finiteness import first_not_finite
 from stepscope.policy.forward import batches, vocabulary_size
 from stepscope.policy.objective import advantages
 from stepscope.policy.optimizer_state import OPTIMIZER_FILE, read_optimizer
-from stepscope.policy.rollouts import response_text, sample_rollouts, score_rollouts
+from stepscope.policy.rollouts import response_text, sample_responses, sample_rollouts, score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.policy.stored import rounding_doubt
 from stepscope.policy.vectors import ParameterVector, load
@@ -34,6 +34,9 @@ from stepscope.results import Rollouts
 from stepscope.runs import RunFolder, read_json, verified
 from stepscope.tasks import TemplatedTask, load_task
 from stepscope.tasks.guards import evaluates
+
+OWN_PROMPTS_SEED = 2**31
+"""Added to the update batch's seed for fresh responses to its prompts, which must not be its own again."""
 
 SAME_POLICY = {"float64": 1e-2, "float32": 1e-2, "bfloat16": 0.5}
 """Largest difference of a stored and a recomputed log-prob, in nats, that precision alone may make."""
@@ -243,6 +246,40 @@ class Session:
             )
             for quantity in self.quantities
         ]
+
+    @cached_property
+    def own_influence(self) -> Influence | None:
+        """Fixed influence on the primary quantity, on fresh responses to the update batch's own prompts.
+
+        None where the configuration does without, or the quantity is the reward, which nobody gives them.
+        """
+        name = self.config.quantities[0]
+        if not self.config.own_prompts or name == "reward":
+            return None
+        fresh = sample_responses(
+            self.policy,
+            self.update.prompt_token_ids,
+            seed=OWN_PROMPTS_SEED + self.config.update.seed,
+            batch_size=self.config.batch_size,
+        )
+        reference = None if self.reference is None else self.reference.model
+        quantity = make_quantity(
+            name, fresh, policy=self.policy, reference=reference, max_sequences=self.config.batch_size
+        )
+        (found,) = influences(
+            self.policy,
+            self.step,
+            self.update,
+            fresh,
+            throughs=("fixed",),
+            quantity=quantity,
+            normalisation=quantity.normalisations[0],
+            baseline=self.config.baseline,
+            memory_bytes=self.config.memory_bytes,
+            max_sequences=self.config.batch_size,
+            progress=on_terminal(),
+        )
+        return found
 
     @cached_property
     def line(self) -> Line:

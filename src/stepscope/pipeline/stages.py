@@ -17,6 +17,7 @@ from stepscope.measure.change import measure_changes
 from stepscope.measure.fisher import fisher_kernel
 from stepscope.measure.influence import influence, neglected_share, write_influence
 from stepscope.measure.leaderboard import Leaderboard, rank_criteria
+from stepscope.measure.lifetime import lifetime
 from stepscope.measure.noise_scale import effect_noise_scale, noise_scale
 from stepscope.measure.properties import property_study
 from stepscope.measure.quantities import unit_of
@@ -103,26 +104,31 @@ def batch_figures(update: Rollouts, probe: Rollouts, errors: str) -> Summary:
 def rebuild_step(session: Session) -> Summary:
     """Rebuild the optimizer step and store its direction."""
     step = session.step
+    later = lifetime(session.policy, step)
     figures = step_summary(step) | {
         "initial_lr": session.initial_lr() if step.lr == 0 else None,
         "stored_dtypes": list(session.policy.stored_dtypes),
         "doubt": session.step_doubt,
         "rounding": session.taken.to_dict() if session.taken else None,
+        "lifetime": later.to_dict(),
     }
     vectors.save(step.direction, session.run.file("direction.safetensors"))
     runs.write_json(session.run.file("step.json"), figures)
     count = session.update.num_prompts
-    return {
+    shares = {
         f"share_{part}": Estimate(
             value=float(figures[f"share_{part}"]),
             stderr=float("nan"),
             n=count,
             unit="share of the step",
             method=f"<{part}, direction>/|direction|^2, exact for this update batch",
-        ).doubted(session.step_doubt)
+        )
         for part in ("momentum", "decay", "bonus", "router", "sequences")
         if f"share_{part}" in figures
-    } | _rounding_figures(session.taken, count)
+    }
+    found = shares | later.figures(count)
+    doubted = {name: figure.doubted(session.step_doubt) for name, figure in found.items()}
+    return doubted | _rounding_figures(session.taken, count)
 
 
 def _rounding_figures(taken: RoundedStep | None, count: int) -> Summary:
@@ -242,9 +248,11 @@ def attribute_change(session: Session) -> Summary:
     fixed, optimizer = found[0]
     tokens, sequences = sure[optimizer.quantity, optimizer.through]
     own = shrunk.get((optimizer.quantity, optimizer.through))
+    asked = session.own_influence
     parts = {
         "influence_sequences": fixed.sum_of_sequences,
         "influence_sequences_optimizer": optimizer.sum_of_sequences,
+        "influence_sequences_own_prompts": None if asked is None else asked.sum_of_sequences,
         "influence_neglected": neglected_share(fixed, optimizer),
         "influence_momentum": fixed.momentum,
         "influence_decay": fixed.decay,
@@ -320,6 +328,7 @@ def couple_sequences(session: Session) -> Summary:
         session.update,
         session.probe,
         preconditioner=session.step.preconditioner,
+        token_weights=session.step.token_weights,
         projection=config.projection,
         memory_bytes=config.memory_bytes,
         directory=None if config.scratch is None else Path(config.scratch),

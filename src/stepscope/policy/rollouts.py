@@ -140,7 +140,7 @@ def sample_responses(
 
     Args:
         policy: with a tokenizer.
-        prompts: all different; each is its own ``prompt_id``.
+        prompts: a prompt as often as it is to be answered; each text is its own ``prompt_id``.
         seed: of the responses.
         batch_size: sequences generated at a time.
 

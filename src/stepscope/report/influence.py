@@ -133,6 +133,10 @@ def ways(summary: Mapping[str, Estimate]) -> list[tuple[str, str]]:
     for key, words in (
         ("influence_sequences", f"the whole batch, {WAYS['fixed']}"),
         ("influence_sequences_optimizer", f"the whole batch, {WAYS['optimizer']}"),
+        (
+            "influence_sequences_own_prompts",
+            f"the whole batch, {WAYS['fixed']}, on fresh responses to its own prompts",
+        ),
         ("influence_neglected", "share of the tokens' influence that goes through what is fixed"),
     ):
         if key in summary:

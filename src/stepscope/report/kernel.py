@@ -14,7 +14,6 @@ from stepscope.errors import RunFolderError
 from stepscope.report import text
 from stepscope.report.figures import (
     BLUE,
-    INK,
     LOOKS,
     MUTED,
     PAPER,
@@ -29,26 +28,46 @@ from stepscope.stats import Estimate
 
 _COSINE = "_cosine"
 
+_SUBJECTS = {
+    "contributions": "what each contributes to the step, in the optimizer's metric",
+    "raw": "gradients of their log-probs",
+    "preconditioned": "gradients of their log-probs in the optimizer's metric",
+}
+
 
 def kernel_sentence(measurement: Measurement) -> str:
-    """In words: how much responses to one prompt, and to different prompts, push each other."""
+    """In words: along how many directions responses push, and how much of that is coupling between them."""
     forms = _cosine_forms(measurement)
-    if not forms:
+    if measurement.kernel is None or not forms:
         return ""
-    name, report = list(forms.items())[-1]
-    same, different, rank = (
+    name, report = next(iter(forms.items()))
+    same, different, rank, deficit = (
         text.estimate(replace(_estimate(measurement, record), unit=""))
         for record in (
             report["same_prompt"]["mean"],
             report["different_prompts"]["mean"],
             report["effective_rank"],
+            report["rank_deficit"],
         )
     )
-    return (
-        f"Mean cosine between the gradients of two responses ({name} kernel): {same} for one prompt, "
-        f"{different} for different prompts. Effective rank {rank} of {report['diagonal']['count']} "
-        f"(independent random directions: {text.number(report['null_effective_rank'])})."
+    sentence = (
+        f"{report['distinct']} distinct responses with a gradient push along {rank} effective directions "
+        f"({_SUBJECTS.get(name, name)}); with random signs on their tokens, which leave how uneven "
+        "gradients are and break what ties one response to another, the same gradients take "
+        f"{text.number(report['null_effective_rank'])} (difference {deficit}). Mean cosine of two: "
+        f"{same} for one prompt, {different} for different prompts."
     )
+    scores = [
+        f"{text.number(report['mean_zero']['off_diagonal']['z'], 2)} ({kernel})"
+        for kernel, report in measurement.kernel["structure"].items()
+        if report["mean_zero"]
+    ]
+    if scores:
+        sentence += (
+            " Gradients of log-probs average to zero over the policy's own responses, and so does their "
+            f"kernel off the diagonal; its mean is {', '.join(scores)} standard errors from zero."
+        )
+    return sentence
 
 
 def kernel_figures(measurement: Measurement, side: int) -> list[Figure]:
@@ -81,15 +100,7 @@ def kernel_table(measurement: Measurement) -> TableBlock | None:
     )
     rows = []
     for name, report in measurement.kernel["structure"].items():
-        for label, anchor, record in (
-            ("mean of a sequence with itself", "def-kernel", report["diagonal"]["mean"]),
-            ("mean over pairs of one prompt", "def-kernel", report["same_prompt"]["mean"]),
-            ("mean over pairs of different prompts", "def-kernel", report["different_prompts"]["mean"]),
-            ("component common to all prompts", "def-components", report["components"]["common"]),
-            ("component of the prompt", "def-components", report["components"]["prompt"]),
-            ("component of the single response", "def-components", report["components"]["own"]),
-            ("effective rank", "def-effective-rank", report["effective_rank"]),
-        ):
+        for label, anchor, record in _figures(report):
             value = _estimate(measurement, record)
             rows.append(
                 (
@@ -103,9 +114,35 @@ def kernel_table(measurement: Measurement) -> TableBlock | None:
             )
     caption = (
         "Structure of the kernel between the sequences of the update batch, ± one standard error by deleting "
-        "one prompt at a time; n counts prompts."
+        "one prompt at a time; n counts prompts. Where a mean is said to be zero, the error is exact under "
+        "that, and n counts sequences. Ranks and cosines take identical responses to a prompt as one."
     )
     return TableBlock("kernel", "Structure of the kernel", caption, columns, rows)
+
+
+def _figures(report: Mapping[str, Any]) -> list[tuple[str, str, Any]]:
+    """Label, glossary entry and record of each figure of a structure report."""
+    zero = report["mean_zero"]
+    means = (
+        [
+            ("mean over pairs of one prompt, zero on policy", "def-mean-zero", zero["same_prompt"]["mean"]),
+            ("mean over all pairs, zero on policy", "def-mean-zero", zero["off_diagonal"]["mean"]),
+        ]
+        if zero
+        else [
+            ("mean over pairs of one prompt", "def-kernel", report["same_prompt"]["mean"]),
+            ("mean over pairs of different prompts", "def-kernel", report["different_prompts"]["mean"]),
+            ("component common to all prompts", "def-components", report["components"]["common"]),
+            ("component of the prompt", "def-components", report["components"]["prompt"]),
+            ("component of the single response", "def-components", report["components"]["own"]),
+        ]
+    )
+    return [
+        ("mean of a sequence with itself", "def-kernel", report["diagonal"]["mean"]),
+        *means,
+        ("effective rank", "def-effective-rank", report["effective_rank"]),
+        ("effective rank with random signs, minus that", "def-null", report["rank_deficit"]),
+    ]
 
 
 def _cosine_forms(measurement: Measurement) -> dict[str, Mapping[str, Any]]:
@@ -166,8 +203,8 @@ def _heat_map(measurement: Measurement, metric: str, side: int) -> Figure | None
     part = f"the first {len(order)} of {len(prompts)}" if len(order) < len(prompts) else f"all {len(prompts)}"
     projection = kernel.get("projection_error")
     caption = (
-        f"Cosine between the gradients of the log-probs of two responses, {metric} kernel; {part} sequences "
-        "of the update batch, ordered by prompt (lines between prompts). Colours end at "
+        f"Cosine between two responses, {_SUBJECTS.get(metric, metric)}; {part} sequences of the update "
+        "batch, ordered by prompt (lines between prompts). Colours end at "
         f"±{text.number(reach, 2)}, the 99.5 % quantile off the diagonal; the diagonal is 1. "
     )
     if projection is None:
@@ -187,29 +224,22 @@ def _separators(at: int, end: int) -> tuple[dict[str, Any], dict[str, Any]]:
 def _spectrum_figure(forms: Mapping[str, Mapping[str, Any]]) -> Figure:
     traces = []
     for (metric, report), (color, symbol, _) in zip(forms.items(), LOOKS, strict=False):
-        values = [v for v in report["spectrum"] if v > 0]
-        traces.append(
-            go.Scatter(
-                x=list(range(1, len(values) + 1)),
-                y=rounded(values),
-                mode="markers",
-                name=metric,
-                marker={"size": 5, "color": color, "symbol": symbol},
-                hovertemplate=f"{metric}: eigenvalue %{{x}} is %{{y:.4g}}<extra></extra>",
+        for name, key in ((metric, "spectrum"), (f"{metric}, random signs", "null_spectrum")):
+            values = [v for v in report[key] if v > 0]
+            look = (
+                {"mode": "markers", "marker": {"size": 5, "color": color, "symbol": symbol}}
+                if key == "spectrum"
+                else {"mode": "lines", "line": {"color": color, "width": 1.5, "dash": "dot"}}
             )
-        )
-    null = [v for v in next(iter(forms.values()))["null_spectrum"] if v > 0]
-    traces.append(
-        go.Scatter(
-            x=list(range(1, len(null) + 1)),
-            y=rounded(null),
-            mode="lines",
-            name="random directions",
-            line={"color": INK, "width": 1.5, "dash": "dot"},
-            hovertemplate="random directions: eigenvalue %{x} is %{y:.4g}<extra></extra>",
-        )
-    )
-    edges = next(iter(forms.values()))["null_edges"]
+            traces.append(
+                go.Scatter(
+                    x=list(range(1, len(values) + 1)),
+                    y=rounded(values),
+                    name=name,
+                    hovertemplate=f"{name}: eigenvalue %{{x}} is %{{y:.4g}}<extra></extra>",
+                    **look,
+                )
+            )
     spec = make_spec(
         traces,
         xaxis={"type": "log", "title": {"text": "eigenvalue number"}, "dtick": 1},
@@ -220,12 +250,12 @@ def _spectrum_figure(forms: Mapping[str, Mapping[str, Any]]) -> Figure:
         },
     )
     caption = (
-        f"Eigenvalues of the cosine kernel between the {len(null)} sequences of the update batch, largest "
-        "first. Dotted: mean spectrum of independent random directions in as many parameters; "
-        f"Marchenko–Pastur edges {text.number(edges[0])} and {text.number(edges[1])}. What lies above is "
-        "shared structure."
+        "Eigenvalues of the cosine kernel between the distinct responses of the update batch, largest first. "
+        "Dotted: the same gradients with random signs on their tokens, as independent responses with the "
+        "same unevenness would give. Largest eigenvalues above the dotted line are couplings between "
+        "responses; a spectrum that falls is not."
     )
-    return Figure("kernel-spectrum", "Spectrum against a random matrix", caption, spec, wide=False)
+    return Figure("kernel-spectrum", "Spectrum against independent responses", caption, spec, wide=False)
 
 
 def _prefix_figure(forms: Mapping[str, Mapping[str, Any]]) -> Figure:

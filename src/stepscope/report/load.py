@@ -403,7 +403,9 @@ _STRUCTURE_KEYS = (
     "spectrum",
     "null_spectrum",
     "null_effective_rank",
-    "null_edges",
+    "rank_deficit",
+    "mean_zero",
+    "distinct",
     "shared_prefix",
 )
 
@@ -417,7 +419,9 @@ def _checked_kernel(path: Path) -> dict[str, Any] | None:
             raise _damaged(path, f"no {key}")
     for name, report in kernel["structure"].items():
         if missing := [key for key in _STRUCTURE_KEYS if key not in report]:
-            raise _damaged(path, f"structure.{name} has no {', '.join(missing)}")
+            raise RunFolderError(
+                f"{path}: structure.{name} has no {', '.join(missing)}; measure the checkpoint again"
+            )
     return kernel
 
 

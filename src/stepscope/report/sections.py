@@ -240,9 +240,10 @@ def _step_section(measurement: Measurement) -> Section | None:
         )
         if isinstance(summary.get(key), int | float)
     ]
-    intro = ""
+    later = summary.get("lifetime")
+    intro = text.lifetime_sentence(later) if later else ""
     if rounding := summary.get("rounding"):
-        intro = text.rounding_sentence(rounding)
+        intro = f"{intro} {text.rounding_sentence(rounding)}".strip()
         series = measurement.change or {}
         if taken := series.get("taken"):
             intro += f" {text.rounded_change_sentence(str(series['quantity']), taken)}"

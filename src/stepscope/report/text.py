@@ -51,6 +51,12 @@ HEADLINES: Mapping[str, Label] = {
     "rounding_share_moved": Label("Share of the weights that move at all", "def-rounding"),
     "rounding_cosine": Label("Cosine of the rounded step and the step before rounding", "def-rounding"),
     "rounding_norm_ratio": Label("Length of the rounded step over that before rounding", "def-rounding"),
+    "influence_sequences_own_prompts": Label(
+        "Influence of this batch on its own prompts, answered afresh", "def-influence"
+    ),
+    "share_sequences_relative": Label("That share, in units of white noise's", "def-lifetime"),
+    "effect_after_10_steps": Label("Effect of this batch after 10 steps, in its own step's", "def-lifetime"),
+    "effect_after_40_steps": Label("Effect of this batch after 40 steps, in its own step's", "def-lifetime"),
     "noise_scale": Label("Gradient noise scale", "def-noise-scale"),
     "effective_rank": Label("Effective rank of the kernel", "def-effective-rank"),
     "wall_seconds": Label("Wall time of the measurement", "def-wall-time"),
@@ -216,6 +222,26 @@ def rounded_change_sentence(quantity: str, taken: Mapping[str, Any]) -> str:
     return (
         f"It changes the policy's {name} by {estimate(taken['true'])}; without rounding it would be "
         f"{estimate(taken['unrounded'])}{share}."
+    )
+
+
+def lifetime_sentence(found: Mapping[str, Any]) -> str:
+    """In words: what momentum's share says, and what a batch does after its own step.
+
+    Args:
+        found: ``lifetime`` of ``step.json``.
+    """
+    shares = (found["share"], found["white_noise_share"], found["constant_share"])
+    share, white, constant = (percent(float(value)) for value in shares)
+    effects = " and ".join(
+        f"{number(float(value), 2)} times after {n} steps" for n, value in found["effect"].items() if n != "1"
+    )
+    return (
+        f"This batch is {share} of its step. At step {found['step']} beta1 alone would make it {white} were "
+        f"gradients white noise and {constant} were they all the same, so that most of a step is momentum is "
+        f"arithmetic; this batch's share is {number(float(found['relative_share']), 2)} times white noise's. "
+        "What it does not do in this step it does later, through the first moment: with later gradients, "
+        f"preconditioner and learning rate held, its effect grows to {effects}, its own the first."
     )
 
 
