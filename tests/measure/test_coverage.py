@@ -186,7 +186,7 @@ def few_prompts(temperature: float) -> dict[tuple[str, ...], tuple[float, float]
 @pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.3, 0.35], ids=["broad", "peaked"])
 def test_intervals_cover_for_few_prompts(temperature: float) -> None:
-    """8 to 256 prompts: what is not flagged covers 93 % or more, up to the binomial error of 0.8 %.
+    """8 to 256 prompts: what is not flagged covers 93 % or more, up to two binomial errors of 0.8 %.
 
     Below 64 prompts some intervals are longer than they need be: no interval can be right for each of the
     distributions here from so few prompts.
@@ -195,9 +195,9 @@ def test_intervals_cover_for_few_prompts(temperature: float) -> None:
     for key, (share, doubt) in sorted(found.items(), key=lambda item: (int(item[0][0]), item[0])):
         print(f"{share:.3f} flagged {doubt:.3f} {' | '.join(key)}")
     assert len(found) == len(FEW_PROMPTS) * 2 * 2 * 5
-    short = {key: share for key, (share, _) in found.items() if share < 0.93 - 0.008}
+    short = {key: share for key, (share, _) in found.items() if share < 0.93 - 0.016}
     assert not short, short
-    long = {key: share for key, (share, _) in found.items() if int(key[0]) >= 64 and share > 0.97 + 0.008}
+    long = {key: share for key, (share, _) in found.items() if int(key[0]) >= 64 and share > 0.97 + 0.016}
     assert not long, long
     assert max(doubt for key, (_, doubt) in found.items() if int(key[0]) >= 32) < 0.01
 
