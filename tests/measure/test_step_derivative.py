@@ -190,7 +190,7 @@ def test_fixed_and_optimizer_agree_where_the_batch_hardly_moves_the_second_momen
     )
     policy = replace(policy, optimizer=old)
     update = draw_rollouts(policy, num_prompts=3, group_size=3)
-    probe = draw_rollouts(policy, num_prompts=6, group_size=1, seed=5)
+    probe = draw_rollouts(policy, num_prompts=12, group_size=1, seed=5)
     step = reconstruct_step(policy, update)
     fixed, optimizer = influences(policy, step, update, probe, baseline="position")
     assert (fixed.through, optimizer.through) == ("fixed", "optimizer")
@@ -205,7 +205,7 @@ def test_fixed_and_optimizer_agree_where_the_batch_hardly_moves_the_second_momen
 def test_what_is_held_fixed_lowers_the_trust(build_policy, draw_rollouts) -> None:
     policy = build_policy(max_grad_norm=0.01)
     update = draw_rollouts(policy, num_prompts=3, group_size=3)
-    probe = draw_rollouts(policy, num_prompts=6, group_size=1, seed=5)
+    probe = draw_rollouts(policy, num_prompts=12, group_size=1, seed=5)
     step = reconstruct_step(policy, update)
     fixed, optimizer = influences(policy, step, update, probe, baseline="position")
     assert not fixed.sum_of_sequences.reliable
