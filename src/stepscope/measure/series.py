@@ -304,9 +304,8 @@ def make_change(
         share = None
         if without.value:
             resolved = abs(without.value) > 4 * without.stderr
-            share = _doubted(
-                estimated(partial(kept, lr=own_lr), f"paired ratio, {words}", "1"),
-                "; ".join(r for r in (check.reason, "" if resolved else UNRESOLVED) if r),
+            share = estimated(partial(kept, lr=own_lr), f"paired ratio, {words}", "1").doubted(
+                "; ".join(r for r in (check.reason, "" if resolved else UNRESOLVED) if r)
             )
         taken = Taken(
             true=_flagged(estimated(partial(true, lr=AS_TAKEN), words), check, floor),
