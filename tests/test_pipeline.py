@@ -135,7 +135,7 @@ def test_a_training_in_bfloat16_is_measured_as_it_rounds(checkpoint, tmp_path):
     assert point["true"]["value"] == taken["unrounded"]["value"]
     assert summary["rounding_share_moved"]["value"] == rounding["share_moved"]
     for name, entry in summary.items():
-        before = name.startswith(("share_", "change_linear_", "influence_", "linearity_"))
+        before = name.startswith(("share_", "effect_after_", "change_linear_", "influence_", "linearity_"))
         assert ("the step before rounding" in entry["reason"]) == before, name
     assert summary["change_true_per_token"]["reliable"]
     assert "The training keeps its weights in bfloat16" in (out / "report.html").read_text()
