@@ -13,6 +13,7 @@ from stepscope.measure.noise_scale import effect_noise_scale, from_products, noi
 from stepscope.measure.step import sequence_direction
 from stepscope.policy import vectors
 from stepscope.results import FloatArray
+from stepscope.stats import NOT_FINITE
 
 
 def contributions(
@@ -116,6 +117,9 @@ def test_one_group_with_a_gradient_has_no_resolved_signal() -> None:
     assert not found.prompts.reliable
     assert "not resolved from zero" in found.prompts.reason
     assert np.isnan(found.prompts.value)
+    assert NOT_FINITE not in found.prompts.reason
+    flat = effect_noise_scale(np.zeros(9), np.repeat(np.arange(3), 3), unit="nats/token/lr").prompts
+    assert (flat.reliable, NOT_FINITE in flat.reason) == (False, False)
 
 
 def test_limits_hold_the_noise_scale_and_there_is_no_number_without_a_signal() -> None:

@@ -248,9 +248,9 @@ def from_products(K: FloatArray, prompts: IntArray, *, unit: str, method: str) -
         nan = float("nan")
         doubt = (
             f"the signal ({strength.value:.2g} ± {strength.stderr:.2g}) is not resolved from zero, so there "
-            f"is no noise scale, only a lower limit ({low:.3g} prompts); sample more prompts"
+            f"is no noise scale, at most a lower limit ({low:.3g} prompts); sample more prompts"
         )
-        ratio = replace(ratio, value=nan, stderr=nan).doubted(doubt)
+        ratio = Estimate(nan, nan, count, "prompts", ratio.method, False, doubt, low=low, high=high)
     elif count < FEWEST:
         ratio = ratio.doubted(f"{count} prompts, expected at least {FEWEST} for limits")
     group = float(sizes.mean())
