@@ -132,6 +132,10 @@ CASES: dict[str, tuple[Callable[[Path], None], str]] = {
         "tokenizer|sound",
     ),
     "generation of a list": (write("generation_config.json", b"[1]"), "cannot be loaded|sound"),
+    "an end that is no token": (
+        write("generation_config.json", b'{"eos_token_id": 0.5}'),
+        "eos_token_id|sound",
+    ),
     "an adapter of a list": (write("adapter_config.json", b"[1]"), "adapter_config.json"),
     "an adapter of nothing": (edit("adapter_config.json", base_model_name_or_path={}), "adapter_config.json"),
     "no temperature": (edit("stepscope.json", temperature=0.0), "temperature"),
@@ -274,6 +278,12 @@ def test_no_text_gives_a_traceback_as_yaml(examples):
 def test_yaml_that_is_no_configuration(text):
     with pytest.raises(ConfigError):
         parse_yaml(text, "text")
+
+
+def test_a_character_escaped_in_halves_is_one():
+    assert parse_yaml('a: "\\ud83d\\ude00"', "text") == {"a": "\N{GRINNING FACE}"}
+    with pytest.raises(ConfigError, match="half a character"):
+        parse_yaml('a: "\\ud83d"', "text")
 
 
 def test_aliases_are_counted_each_time():

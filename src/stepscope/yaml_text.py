@@ -53,7 +53,17 @@ def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
     return value
 
 
+def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    """A text; the two halves of a character that JSON escapes are joined, one half alone is none."""
+    value: str = loader.construct_yaml_str(node)
+    try:
+        return value.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise yaml.constructor.ConstructorError(None, None, "half a character", node.start_mark) from None
+
+
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
+_Loader.add_constructor("tag:yaml.org,2002:str", _text)
 
 
 def _size(node: yaml.Node, known: dict[yaml.Node, float]) -> float:

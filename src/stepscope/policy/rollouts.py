@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from stepscope.errors import BatchError, MeasurementError
+from stepscope.errors import BatchError, CheckpointError, MeasurementError, shown
 from stepscope.policy.forward import base_model, batches, forward, plain_experts
 from stepscope.policy.objective import advantages
 from stepscope.policy.precision import matching_precision
@@ -224,10 +224,19 @@ def _score(
 
 
 def end_tokens(policy: Policy) -> list[int]:
-    """Token ids that end a response, as TRL has them: the tokenizer's and the generation config's."""
+    """Token ids that end a response, as TRL has them: the tokenizer's and the generation config's.
+
+    Raises:
+        CheckpointError: the generation config names something else than tokens.
+    """
     config = getattr(base_model(policy.model), "generation_config", None)
     listed = getattr(config, "eos_token_id", None)
-    others = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
+    others = [] if listed is None else list(listed) if isinstance(listed, list | tuple) else [listed]
+    if any(type(token) is not int or token < 0 for token in others):
+        raise CheckpointError(
+            f"{policy.path or 'this policy'}: generation_config.json: eos_token_id is {shown(listed)}, "
+            "expected a token id or a list of them; mend it"
+        )
     own = policy.tokenizer.eos_token_id
     return others if own is None or own in others else [own, *others]
 
