@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,10 +12,11 @@ import numpy as np
 
 from stepscope.config import LossConfig, MeasureConfig
 from stepscope.errors import BatchError, ConfigError, MeasurementError, TaskError
-from stepscope.measure.influence import Influence, influences
+from stepscope.measure.influence import NUM_FOLDS, Influence, influences
 from stepscope.measure.quantities import Quantity, make_quantity
 from stepscope.measure.rounding import RoundedStep, rounded_step
 from stepscope.measure.step import Step, reconstruct_step
+from stepscope.measure.step_derivative import THROUGHS, Through
 from stepscope.measure.token_influence import objective_influences
 from stepscope.pipeline.console import on_terminal
 from stepscope.pipeline.data import say_what_is_shared
@@ -232,20 +234,28 @@ class Session:
     def influences(self) -> list[tuple[Influence, ...]]:
         """Influence of the update batch on every quantity, fixed and through the optimizer."""
         return [
-            influences(
-                self.policy,
-                self.step,
-                self.update,
-                self.probe,
-                quantity=quantity,
-                normalisation=quantity.normalisations[0],
-                baseline=self.config.baseline,
-                memory_bytes=self.config.memory_bytes,
-                max_sequences=self.config.batch_size,
-                progress=on_terminal(),
-            )
+            self._influences_on(self.probe, quantity, throughs=THROUGHS, num_folds=NUM_FOLDS)
             for quantity in self.quantities
         ]
+
+    def _influences_on(
+        self, probe: Rollouts, quantity: Quantity, *, throughs: Sequence[Through], num_folds: int
+    ) -> tuple[Influence, ...]:
+        """Influence of the update batch on a quantity of a probe batch, as the configuration asks."""
+        return influences(
+            self.policy,
+            self.step,
+            self.update,
+            probe,
+            throughs=throughs,
+            num_folds=num_folds,
+            quantity=quantity,
+            normalisation=quantity.normalisations[0],
+            baseline=self.config.baseline,
+            memory_bytes=self.config.memory_bytes,
+            max_sequences=self.config.batch_size,
+            progress=on_terminal(),
+        )
 
     @cached_property
     def own_influence(self) -> Influence | None:
@@ -266,19 +276,7 @@ class Session:
         quantity = make_quantity(
             name, fresh, policy=self.policy, reference=reference, max_sequences=self.config.batch_size
         )
-        (found,) = influences(
-            self.policy,
-            self.step,
-            self.update,
-            fresh,
-            throughs=("fixed",),
-            quantity=quantity,
-            normalisation=quantity.normalisations[0],
-            baseline=self.config.baseline,
-            memory_bytes=self.config.memory_bytes,
-            max_sequences=self.config.batch_size,
-            progress=on_terminal(),
-        )
+        (found,) = self._influences_on(fresh, quantity, throughs=("fixed",), num_folds=1)
         return found
 
     @cached_property

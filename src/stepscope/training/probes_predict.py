@@ -112,7 +112,9 @@ def _strongest_tokens(
     policy: Policy, step: Step, probe: Rollouts, *, count: int, max_sequences: int
 ) -> dict[str, list[Any]]:
     """The tokens of the update batch with the largest influence on the probe's entropy."""
-    shares = influence(policy, step, step.update, probe, baseline=BASELINE, max_sequences=max_sequences)
+    shares = influence(
+        policy, step, step.update, probe, baseline=BASELINE, num_folds=1, max_sequences=max_sequences
+    )
     rows = np.repeat(np.arange(len(step.update)), step.update.num_tokens)
     columns = np.concatenate([np.arange(n) for n in step.update.num_tokens])
     values = step.lr * np.concatenate(shares.tokens)
