@@ -12,8 +12,13 @@ from stepscope.errors import MeasurementError
 from stepscope.measure.change import measure_change
 from stepscope.measure.influence import influence
 from stepscope.measure.step import reconstruct_step
-from stepscope.measure.validation import remake_steps, validate_influence
+from stepscope.measure.validation import Validation, compare, remake_steps
 from stepscope.policy.objective import advantages
+
+
+def validate_influence(policy, step, probe, found, **how) -> Validation:
+    return compare(remake_steps(policy, step, probe, found, **how), found)
+
 
 HOW = {"quantity": "entropy", "baseline": "position"}
 

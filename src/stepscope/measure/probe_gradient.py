@@ -190,10 +190,6 @@ class ProbeGradient:
             total += (part.flatten(1).double() @ vector[name].reshape(-1).to(part.device).double()).cpu()
         return total.numpy()
 
-    def scaled(self, preconditioner: ParameterVector) -> dict[str, Tensor]:
-        """The parts times P, elementwise."""
-        return {n: t * preconditioner[n].to(t.device, t.dtype) for n, t in self.parts.items()}
-
     def residuals(self, products: FloatArray) -> FloatArray:
         """What each group adds to the error of inner products with grad F, for ``estimate_from_sums``.
 

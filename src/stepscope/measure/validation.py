@@ -179,47 +179,6 @@ class Validation:
         }
 
 
-def validate_influence(
-    policy: Policy,
-    step: Step,
-    probe: Rollouts,
-    found: Influence,
-    *,
-    quantity: str | Quantity | None = None,
-    removal: Removal = "zeroed",
-    lr: float | None = None,
-    num_subsets: int = 64,
-    subset_share: float = 0.5,
-    num_single: int = 32,
-    seed: int = 0,
-    max_sequences: int = 16,
-    progress: bool = False,
-) -> Validation:
-    """Compare influences with true changes of steps re-made with other weights of the sequences.
-
-    :func:`remake_steps` and :func:`compare` in one, for one influence.
-
-    Raises:
-        MeasurementError: as :func:`remake_steps`.
-    """
-    remade = remake_steps(
-        policy,
-        step,
-        probe,
-        found,
-        quantity=quantity,
-        removal=removal,
-        lr=lr,
-        num_subsets=num_subsets,
-        subset_share=subset_share,
-        num_single=num_single,
-        seed=seed,
-        max_sequences=max_sequences,
-        progress=progress,
-    )
-    return compare(remade, found)
-
-
 def remake_steps(
     policy: Policy,
     step: Step,
