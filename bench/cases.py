@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from stepscope.policy.gradients import directional_derivative, response_logprob
-from stepscope.policy.precision import lift_model
-from stepscope.policy.settings import StepSettings
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.numerics.precision import lift_model
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 

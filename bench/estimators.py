@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from stepscope.measure.baselines import LADDER, fit_baseline, length_baseline
-from stepscope.measure.estimators import (
+from stepscope.measure.quantity.baselines import LADDER, fit_baseline, length_baseline
+from stepscope.measure.quantity.estimators import (
     Probe,
     Sampled,
     linear,
@@ -30,11 +30,11 @@ from stepscope.measure.estimators import (
     self_normalised,
     whole_sequence,
 )
-from stepscope.measure.line import derivatives, hidden_states, response_mask, values_at
-from stepscope.measure.quantities import make_quantity, unit_of
-from stepscope.measure.step import reconstruct_step
+from stepscope.measure.quantity.quantities import make_quantity, unit_of
+from stepscope.measure.quantity.values import derivatives, hidden_states, response_mask, values_at
+from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.pipeline.session import open_task
-from stepscope.policy.checkpoint import load_checkpoint
+from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts

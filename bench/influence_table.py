@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from estimators import read, timed
-from stepscope.measure.influence import influence
-from stepscope.measure.line import values_at
-from stepscope.measure.quantities import make_quantity
-from stepscope.measure.step import reconstruct_step, sequence_direction
-from stepscope.policy.checkpoint import load_checkpoint
+from stepscope.measure.influence.attribution import influence
+from stepscope.measure.quantity.quantities import make_quantity
+from stepscope.measure.quantity.values import values_at
+from stepscope.measure.step.reconstruct import reconstruct_step, sequence_direction
+from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.results import Rollouts
 
 

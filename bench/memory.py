@@ -16,7 +16,7 @@ import torch
 
 from cases import build
 from stepscope.policy.gradients import response_logprob
-from stepscope.policy.gram import grams
+from stepscope.policy.per_sequence.gram import grams
 
 
 def peak() -> float:

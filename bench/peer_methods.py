@@ -22,9 +22,9 @@ from torch.utils.data import Dataset
 
 from cases import Case
 from stepscope.policy.gradients import directional_derivative, response_logprob
-from stepscope.policy.gram import gram
-from stepscope.policy.per_sequence import coverage_of
-from stepscope.policy.products import per_sequence_dot
+from stepscope.policy.per_sequence.gram import gram
+from stepscope.policy.per_sequence.products import per_sequence_dot
+from stepscope.policy.per_sequence.stream import coverage_of
 
 Tasks = dict[str, Callable[[], Tensor]]
 

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from stepscope.policy.checkpoint.models import load_model
 from stepscope.policy.forward import TokenBatch, forward, make_batch
-from stepscope.policy.models import load_model
-from stepscope.policy.precision import lift_model
+from stepscope.policy.numerics.precision import lift_model
 
 PRECISIONS = ("float64", "float32")
 DECADES = range(-1, -18, -1)

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from stepscope import load_task, sample_rollouts
-from stepscope.measure.influence import influences, neglected_share
-from stepscope.measure.step import reconstruct_step
-from stepscope.measure.validation import Agreement, compare, remake_steps
-from stepscope.policy.checkpoint import load_checkpoint
+from stepscope.measure.influence.attribution import influences, neglected_share
+from stepscope.measure.influence.validation import Agreement, compare, remake_steps
+from stepscope.measure.step.reconstruct import reconstruct_step
+from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.policy.state import Policy
 
 

@@ -16,7 +16,7 @@ from hypothesis import settings
 from torch import nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from stepscope.policy.settings import StepSettings
+from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
 
 torch.set_num_threads(1)

@@ -28,8 +28,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from stepscope.policy.precision import lift_model
-from stepscope.policy.settings import StepSettings
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.numerics.precision import lift_model
 from stepscope.policy.state import Policy
 
 VOCABULARY = 5

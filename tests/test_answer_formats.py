@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from stepscope import cli
 from stepscope.pipeline.answers import _Count, verdict
-from stepscope.policy.checkpoint import read_settings
+from stepscope.policy.checkpoint.load import read_settings
 from stepscope.tasks.response import TAGS, load_answer_format
 
 BOXED = load_answer_format("boxed")

@@ -18,8 +18,8 @@ from trl.experimental.gmpo import GMPOConfig
 from typer.testing import CliRunner
 
 from stepscope import cli
-from stepscope.policy.manifest import MANIFEST
-from stepscope.policy.parameter_order import decay_parameter_names
+from stepscope.policy.checkpoint.manifest import MANIFEST
+from stepscope.policy.checkpoint.parameter_order import decay_parameter_names
 
 TASK = ["--task", "arithmetic:terms=2,digits=2,ops=+"]
 SMALL = [

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from stepscope import cli
 from stepscope.evaluation import read_eval
-from stepscope.policy.settings import SETTINGS_FILE
+from stepscope.policy.loss.settings import SETTINGS_FILE
 from stepscope.runs import locked, read_json
 
 SETTINGS = ["num_prompts=6", "samples_per_prompt=4", "ks=[1,4]"]

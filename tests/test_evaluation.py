@@ -26,7 +26,7 @@ from stepscope.evaluation import (
     write_eval,
     write_responses,
 )
-from stepscope.policy.settings import StepSettings
+from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 from stepscope.tasks import TemplatedTask, load_task

@@ -22,19 +22,19 @@ from typer.testing import CliRunner
 from stepscope import cli
 from stepscope.config import STAGES, MeasureConfig, build_config
 from stepscope.errors import MeasurementError, RunFolderError
-from stepscope.measure.influence import influence
-from stepscope.measure.step import reconstruct_step
+from stepscope.measure.influence.attribution import influence
+from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.pipeline import run_measure
 from stepscope.pipeline.evaluate import checkpoints_in
 from stepscope.pipeline.session import OWN_PROMPTS_SEED
-from stepscope.pipeline.stages import PLANS
-from stepscope.policy.checkpoint import inspect_checkpoint, load_checkpoint
+from stepscope.pipeline.stages.plans import PLANS
+from stepscope.policy.checkpoint.load import inspect_checkpoint, load_checkpoint
 from stepscope.policy.rollouts import sample_responses
 from stepscope.policy.vectors import dot, norm
 from stepscope.results import Rollouts
 from stepscope.runs import LOCK, locked
 from stepscope.stats import Estimate
-from stepscope.tasks.worker import shared_worker
+from stepscope.tasks.judge.worker import shared_worker
 
 TASK = ["--task", "arithmetic:terms=2,digits=2,ops=+"]
 SETTINGS = [
@@ -405,7 +405,7 @@ def test_a_failure_later_keeps_what_is_finished(measured, checkpoint, tmp_path, 
     def broken(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("stepscope.pipeline.stages.measure_changes", broken)
+    monkeypatch.setattr("stepscope.pipeline.stages.plans.measure_changes", broken)
     result = CliRunner().invoke(cli.app, ["measure", str(checkpoint), "--out", str(out), *QUICK])
     assert isinstance(result.exception, ZeroDivisionError)
     monkeypatch.undo()
@@ -416,7 +416,7 @@ def test_a_failure_later_keeps_what_is_finished(measured, checkpoint, tmp_path, 
 
 def test_a_failure_first_leaves_no_folder(checkpoint, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    monkeypatch.setattr("stepscope.pipeline.stages.batch_figures", lambda *a: 1 / 0)
+    monkeypatch.setattr("stepscope.pipeline.stages.plans.batch_figures", lambda *a: 1 / 0)
     result = CliRunner().invoke(cli.app, ["measure", str(checkpoint), "--out", str(out), *QUICK])
     assert isinstance(result.exception, ZeroDivisionError)
     assert not out.exists()

@@ -12,9 +12,9 @@ import torch
 
 from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy, random_step
 from stepscope.errors import MeasurementError
-from stepscope.measure.change import measure_change, measure_changes
-from stepscope.measure.estimators import ESTIMATORS
-from stepscope.measure.quantities import (
+from stepscope.measure.change.sweep import measure_change, measure_changes
+from stepscope.measure.quantity.estimators import ESTIMATORS
+from stepscope.measure.quantity.quantities import (
     NORMALISATIONS,
     QUANTITIES,
     VERSIONS,

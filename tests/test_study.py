@@ -18,7 +18,7 @@ import pytest
 from stepscope.config import StudyConfig, build_config, load_config
 from stepscope.errors import ConfigError, RunFolderError
 from stepscope.pipeline import run_report, run_study
-from stepscope.pipeline.study import study_cells
+from stepscope.pipeline.study.run import study_cells
 from stepscope.runs import locked
 
 

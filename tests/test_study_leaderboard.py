@@ -14,7 +14,7 @@ import pytest
 
 from stepscope.config import MeasureConfig, StudyConfig, build_config, load_config
 from stepscope.pipeline import run_report, run_study
-from stepscope.pipeline.study_leaderboard import RANKED, STATISTICS, standing_rows, summarise_standings
+from stepscope.pipeline.study.leaderboard import RANKED, STATISTICS, standing_rows, summarise_standings
 from stepscope.stats import Estimate
 
 SHARES = ("0.01", "0.1")

@@ -13,26 +13,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stepscope.errors import StepscopeError
     from stepscope.evaluation import evaluate
-    from stepscope.measure.change import Change, ChangePoint, measure_change
-    from stepscope.measure.criteria import Criterion, TokenFacts, known_criteria
-    from stepscope.measure.fisher import fisher_kernel
-    from stepscope.measure.influence import Influence, influence
-    from stepscope.measure.leaderboard import Leaderboard, rank_criteria
-    from stepscope.measure.noise_scale import noise_scale
-    from stepscope.measure.properties import property_study
-    from stepscope.measure.quantities import Quantity, make_quantity
-    from stepscope.measure.restep import drop_rules, resteps
-    from stepscope.measure.rounding import RoundedStep, rounded_step
-    from stepscope.measure.step import Step, reconstruct_step
-    from stepscope.policy.checkpoint import load_checkpoint
+    from stepscope.measure.change.sweep import Change, ChangePoint, measure_change
+    from stepscope.measure.criteria.known import Criterion, TokenFacts, known_criteria
+    from stepscope.measure.criteria.leaderboard import Leaderboard, rank_criteria
+    from stepscope.measure.criteria.pareto import drop_rules, resteps
+    from stepscope.measure.criteria.properties import property_study
+    from stepscope.measure.influence.attribution import Influence, influence
+    from stepscope.measure.kernel.fisher import fisher_kernel
+    from stepscope.measure.noise.scale import noise_scale
+    from stepscope.measure.quantity.quantities import Quantity, make_quantity
+    from stepscope.measure.step.reconstruct import Step, reconstruct_step
+    from stepscope.measure.step.rounding import RoundedStep, rounded_step
+    from stepscope.policy.checkpoint.load import load_checkpoint
+    from stepscope.policy.loss.settings import StepSettings
     from stepscope.policy.rollouts import sample_rollouts
-    from stepscope.policy.settings import StepSettings
     from stepscope.policy.state import OptimizerState, Policy
     from stepscope.report import write_report
     from stepscope.results import Rollouts
     from stepscope.stats import Estimate
     from stepscope.tasks import Task, load_task
-    from stepscope.training.probes import StepProbe
+    from stepscope.training.probe.callback import StepProbe
 
     __version__: str
 
@@ -75,38 +75,38 @@ __all__ = [
 ]
 
 _HOME = {
-    "Change": "measure.change",
-    "ChangePoint": "measure.change",
-    "Criterion": "measure.criteria",
+    "Change": "measure.change.sweep",
+    "ChangePoint": "measure.change.sweep",
+    "Criterion": "measure.criteria.known",
     "Estimate": "stats",
-    "Influence": "measure.influence",
-    "Leaderboard": "measure.leaderboard",
+    "Influence": "measure.influence.attribution",
+    "Leaderboard": "measure.criteria.leaderboard",
     "OptimizerState": "policy.state",
     "Policy": "policy.state",
-    "Quantity": "measure.quantities",
+    "Quantity": "measure.quantity.quantities",
     "Rollouts": "results",
-    "RoundedStep": "measure.rounding",
-    "Step": "measure.step",
-    "StepProbe": "training.probes",
-    "StepSettings": "policy.settings",
+    "RoundedStep": "measure.step.rounding",
+    "Step": "measure.step.reconstruct",
+    "StepProbe": "training.probe.callback",
+    "StepSettings": "policy.loss.settings",
     "StepscopeError": "errors",
     "Task": "tasks",
-    "TokenFacts": "measure.criteria",
-    "drop_rules": "measure.restep",
+    "TokenFacts": "measure.criteria.known",
+    "drop_rules": "measure.criteria.pareto",
     "evaluate": "evaluation",
-    "fisher_kernel": "measure.fisher",
-    "influence": "measure.influence",
-    "known_criteria": "measure.criteria",
-    "load_checkpoint": "policy.checkpoint",
+    "fisher_kernel": "measure.kernel.fisher",
+    "influence": "measure.influence.attribution",
+    "known_criteria": "measure.criteria.known",
+    "load_checkpoint": "policy.checkpoint.load",
     "load_task": "tasks",
-    "make_quantity": "measure.quantities",
-    "measure_change": "measure.change",
-    "noise_scale": "measure.noise_scale",
-    "property_study": "measure.properties",
-    "rank_criteria": "measure.leaderboard",
-    "reconstruct_step": "measure.step",
-    "resteps": "measure.restep",
-    "rounded_step": "measure.rounding",
+    "make_quantity": "measure.quantity.quantities",
+    "measure_change": "measure.change.sweep",
+    "noise_scale": "measure.noise.scale",
+    "property_study": "measure.criteria.properties",
+    "rank_criteria": "measure.criteria.leaderboard",
+    "reconstruct_step": "measure.step.reconstruct",
+    "resteps": "measure.criteria.pareto",
+    "rounded_step": "measure.step.rounding",
     "sample_rollouts": "policy.rollouts",
     "write_report": "report",
 }

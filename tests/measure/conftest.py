@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stepscope.measure.step import Step, reconstruct_step
-from stepscope.policy.objective import advantages
+from stepscope.measure.step.reconstruct import Step, reconstruct_step
+from stepscope.policy.loss.surrogate import advantages
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts

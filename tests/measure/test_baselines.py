@@ -5,7 +5,7 @@ import pytest
 
 from enumerable import EOS, PROMPTS, enumerable_policy, random_step
 from stepscope.errors import MeasurementError
-from stepscope.measure.baselines import (
+from stepscope.measure.quantity.baselines import (
     LADDER,
     _choose,
     fit_baseline,
@@ -13,9 +13,9 @@ from stepscope.measure.baselines import (
     position_mean,
     ridge_critic,
 )
-from stepscope.measure.estimators import Probe, returns
-from stepscope.measure.line import TokenTable, derivatives, hidden_states, response_mask, values_at
-from stepscope.measure.quantities import make_quantity
+from stepscope.measure.quantity.estimators import Probe, returns
+from stepscope.measure.quantity.quantities import make_quantity
+from stepscope.measure.quantity.values import TokenTable, derivatives, hidden_states, response_mask, values_at
 from stepscope.reference import exact_rollouts, sample_exact
 
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stepscope.measure.batch_size import BatchSizes, batch_sizes, loss_scale
-from stepscope.measure.noise_scale import from_products, group_products, noise_scale
-from stepscope.policy.objective import advantages, token_weights
+from stepscope.measure.noise.batch_size import BatchSizes, batch_sizes, loss_scale
+from stepscope.measure.noise.scale import from_products, group_products, noise_scale
+from stepscope.policy.loss.surrogate import advantages, token_weights
 from stepscope.results import FloatArray
 
 DIM = 200

@@ -10,12 +10,12 @@ import torch
 
 from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy, random_step
 from stepscope.errors import MeasurementError
-from stepscope.measure import change as measured
-from stepscope.measure.change import sweep_of
-from stepscope.measure.resample import resample_change
-from stepscope.measure.series import _flagged
-from stepscope.measure.step import reconstruct_step
-from stepscope.measure.weights import WeightCheck
+from stepscope.measure.change import sweep as measured
+from stepscope.measure.change.fresh_samples import resample_change
+from stepscope.measure.change.series import _flagged
+from stepscope.measure.change.sweep import sweep_of
+from stepscope.measure.quantity.importance_weights import WeightCheck
+from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy.state import Policy
 from stepscope.reference import exact_change, exact_rollouts, sample_exact
 from stepscope.results import Rollouts

@@ -10,15 +10,15 @@ import torch
 
 from enumerable import EOS, digit_reward, enumerable_policy, random_step
 from stepscope.intervals import proportion
-from stepscope.measure.baselines import fit_baseline, length_baseline
-from stepscope.measure.estimators import ESTIMATORS, Probe, linear, per_decision, value
-from stepscope.measure.line import derivatives, hidden_states, response_mask, values_at
-from stepscope.measure.noise_limits import noise_limits
-from stepscope.measure.quantities import NORMALISATIONS, make_quantity
-from stepscope.measure.series import make_change
-from stepscope.measure.step import weighted_logprobs
+from stepscope.measure.change.series import make_change
+from stepscope.measure.noise.limits import noise_limits
+from stepscope.measure.quantity.baselines import fit_baseline, length_baseline
+from stepscope.measure.quantity.estimators import ESTIMATORS, Probe, linear, per_decision, value
+from stepscope.measure.quantity.quantities import NORMALISATIONS, make_quantity
+from stepscope.measure.quantity.values import derivatives, hidden_states, response_mask, values_at
+from stepscope.measure.step.reconstruct import weighted_logprobs
 from stepscope.policy.gradients import gradient
-from stepscope.policy.products import group_gradients
+from stepscope.policy.per_sequence.products import group_gradients
 from stepscope.reference import exact_change, exact_derivatives, exact_rollouts, exact_value
 from stepscope.results import FloatArray
 from stepscope.stats import Estimate, pass_at_k

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from stepscope.errors import BatchError, MeasurementError
-from stepscope.measure.criteria import Criterion, TokenFacts, known_criteria, token_facts
+from stepscope.measure.criteria.known import Criterion, TokenFacts, known_criteria, token_facts
 
 L = np.log(2.0)
 CRITERIA = {c.name: c for c in known_criteria()}

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy, random_step
-from stepscope.measure.baselines import fit_baseline, length_baseline
-from stepscope.measure.estimators import (
+from stepscope.measure.change.second_order import second
+from stepscope.measure.quantity.baselines import fit_baseline, length_baseline
+from stepscope.measure.quantity.estimators import (
     ESTIMATORS,
     Probe,
     Sampled,
@@ -15,9 +16,8 @@ from stepscope.measure.estimators import (
     value,
     whole_sequence,
 )
-from stepscope.measure.line import TokenTable, derivatives, hidden_states, response_mask, values_at
-from stepscope.measure.quantities import make_quantity
-from stepscope.measure.second_order import second
+from stepscope.measure.quantity.quantities import make_quantity
+from stepscope.measure.quantity.values import TokenTable, derivatives, hidden_states, response_mask, values_at
 from stepscope.reference import exact_rollouts, sample_exact
 from stepscope.stats import jackknife_ratio
 

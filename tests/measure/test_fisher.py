@@ -13,19 +13,19 @@ import torch
 from safetensors.numpy import load_file
 
 from stepscope.errors import BatchError, MeasurementError
-from stepscope.measure.fisher import fisher_kernel, split_tokens
-from stepscope.measure.kernel_structure import (
+from stepscope.measure.change.logprob_change import predict_logprobs
+from stepscope.measure.kernel.fisher import fisher_kernel, split_tokens
+from stepscope.measure.kernel.structure import (
     cosine_form,
     effective_rank,
     kernel_structure,
     shared_prefix_length,
     token_signs,
 )
-from stepscope.measure.logprob_change import predict_logprobs
-from stepscope.measure.step import reconstruct_step
+from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.gradients import directional_derivative, response_logprob
-from stepscope.policy.objective import advantages
+from stepscope.policy.loss.surrogate import advantages
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import shifted

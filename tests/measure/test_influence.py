@@ -13,10 +13,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from stepscope.errors import MeasurementError
-from stepscope.measure.change import measure_change
-from stepscope.measure.influence import Influence, influence, write_influence
-from stepscope.measure.probe_gradient import bind_quantity, probe_gradient
-from stepscope.measure.step import (
+from stepscope.measure.change.sweep import measure_change
+from stepscope.measure.influence.attribution import Influence, influence, write_influence
+from stepscope.measure.influence.probe_gradient import bind_quantity, probe_gradient
+from stepscope.measure.step.reconstruct import (
     Step,
     assemble_step,
     reconstruct_step,
@@ -25,10 +25,10 @@ from stepscope.measure.step import (
 )
 from stepscope.policy import vectors
 from stepscope.policy.gradients import gradient
-from stepscope.policy.objective import advantages
-from stepscope.policy.precision import lift_model
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.loss.surrogate import advantages
+from stepscope.policy.numerics.precision import lift_model
 from stepscope.policy.rollouts import score_rollouts
-from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
 from stepscope.results import Rollouts
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from stepscope.measure.fisher import fisher_kernel
-from stepscope.measure.kernel_structure import (
+from stepscope.measure.kernel.fisher import fisher_kernel
+from stepscope.measure.kernel.structure import (
     KernelStructure,
     eigenvalues,
     kernel_structure,

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from stepscope.errors import BatchError, MeasurementError
-from stepscope.measure.criteria import Criterion, known_criteria
-from stepscope.measure.influence import influence
-from stepscope.measure.leaderboard import Leaderboard, rank_criteria
-from stepscope.measure.leaderboard_truths import Truth, token_truths
-from stepscope.measure.step import reconstruct_step
-from stepscope.policy.differentiation import whole_function
+from stepscope.measure.criteria.known import Criterion, known_criteria
+from stepscope.measure.criteria.leaderboard import Leaderboard, rank_criteria
+from stepscope.measure.criteria.truths import Truth, token_truths
+from stepscope.measure.influence.attribution import influence
+from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy.forward import forward, make_batch
-from stepscope.policy.settings import StepSettings
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.numerics.differentiation import whole_function
 from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import kendalltau, mannwhitneyu, pearsonr, spearmanr
 
-from stepscope.measure.leaderboard_statistics import LARGE, SHARES, Comparison, compare, resample_counts
+from stepscope.measure.criteria.statistics import LARGE, SHARES, Comparison, compare, resample_counts
 
 NUM, PROMPTS = 60, 6
 
@@ -110,7 +110,7 @@ def test_a_constant_score_has_no_correlation():
 
 
 def test_many_items_are_resampled_in_blocks(monkeypatch, case, found):
-    monkeypatch.setattr("stepscope.measure.leaderboard_statistics.BLOCK", 5 * NUM)
+    monkeypatch.setattr("stepscope.measure.criteria.statistics.BLOCK", 5 * NUM)
     again = compare(*case, num_resamples=12, seed=3)
     np.testing.assert_array_equal(again.spearman, found.spearman)
     np.testing.assert_array_equal(again.captured, found.captured)

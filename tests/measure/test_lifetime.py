@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from stepscope.errors import CheckpointError
-from stepscope.measure.lifetime import carried, lifetime
-from stepscope.measure.step import Step
+from stepscope.measure.step.lifetime import carried, lifetime
+from stepscope.measure.step.reconstruct import Step
 from stepscope.policy.state import ParameterGroup, Policy
 
 

@@ -11,12 +11,18 @@ import torch.nn.functional as F  # noqa: N812
 
 from enumerable import ARCHITECTURES, EOS, PROMPTS, enumerable_policy, random_step
 from stepscope.errors import MeasurementError
-from stepscope.measure import nested
-from stepscope.measure.change import measure_change
-from stepscope.measure.line import derivatives, hidden_states, response_mask, second_doubt, values_at
-from stepscope.measure.nested import SmoothActivations
-from stepscope.measure.quantities import make_quantity
+from stepscope.measure.change.sweep import measure_change
+from stepscope.measure.quantity.quantities import make_quantity
+from stepscope.measure.quantity.values import (
+    derivatives,
+    hidden_states,
+    response_mask,
+    second_doubt,
+    values_at,
+)
 from stepscope.policy import forward
+from stepscope.policy.numerics import nested
+from stepscope.policy.numerics.nested import SmoothActivations
 from stepscope.policy.vectors import scale
 from stepscope.reference import exact_rollouts
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from stepscope.errors import BatchError
-from stepscope.measure.noise_scale import effect_noise_scale, from_products, noise_scale
-from stepscope.measure.step import sequence_direction
+from stepscope.measure.noise.scale import effect_noise_scale, from_products, noise_scale
+from stepscope.measure.step.reconstruct import sequence_direction
 from stepscope.policy import vectors
 from stepscope.results import FloatArray
 from stepscope.stats import NOT_FINITE

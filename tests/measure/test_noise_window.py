@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepscope.measure.noise_window import window_noise_scale
+from stepscope.measure.noise.window import window_noise_scale
 from stepscope.results import FloatArray
 
 BETA = 0.9

@@ -7,8 +7,8 @@ import pytest
 from scipy.stats import linregress
 
 from stepscope.errors import MeasurementError
-from stepscope.measure.criteria import TokenFacts
-from stepscope.measure.properties import property_study, regress
+from stepscope.measure.criteria.known import TokenFacts
+from stepscope.measure.criteria.properties import property_study, regress
 
 
 def sandwich(design: np.ndarray, residual: np.ndarray, clusters: np.ndarray) -> np.ndarray:

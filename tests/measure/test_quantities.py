@@ -9,10 +9,9 @@ from torch import nn
 
 from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy, random_step
 from stepscope.errors import MeasurementError
-from stepscope.measure.baselines import position_mean
-from stepscope.measure.change import measure_change
-from stepscope.measure.line import derivatives, response_mask
-from stepscope.measure.quantities import (
+from stepscope.measure.change.sweep import measure_change
+from stepscope.measure.quantity.baselines import position_mean
+from stepscope.measure.quantity.quantities import (
     QuantityValues,
     make_quantity,
     mean_per_token,
@@ -20,9 +19,10 @@ from stepscope.measure.quantities import (
     to_go,
     unit_of,
 )
-from stepscope.policy.adapters import REFERENCE
+from stepscope.measure.quantity.values import derivatives, response_mask
+from stepscope.policy.checkpoint.adapters import REFERENCE
 from stepscope.policy.gradients import directional_derivative
-from stepscope.policy.precision import lift_model, true_float64
+from stepscope.policy.numerics.precision import lift_model, true_float64
 from stepscope.reference import exact_rollouts, sample_exact
 
 

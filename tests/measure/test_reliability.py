@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
-from stepscope.measure.influence import influence, influences
-from stepscope.measure.reliability import (
+from stepscope.measure.influence.attribution import influence, influences
+from stepscope.measure.influence.reliability import (
     halvings,
     implied_gain,
     prompts_for,
@@ -19,7 +19,7 @@ from stepscope.measure.reliability import (
     spearman_brown,
     split_half,
 )
-from stepscope.measure.shrinkage import shrink, shrunk_influence
+from stepscope.measure.influence.shrinkage import shrink, shrunk_influence
 
 EQUAL = np.full(8, 1 / 8)
 

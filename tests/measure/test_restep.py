@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from stepscope.errors import MeasurementError
-from stepscope.measure.change import measure_change
-from stepscope.measure.leaderboard import rank_criteria
-from stepscope.measure.restep import drop_rules, resteps
-from stepscope.measure.step import assemble_step, weighted_logprobs
+from stepscope.measure.change.sweep import measure_change
+from stepscope.measure.criteria.leaderboard import rank_criteria
+from stepscope.measure.criteria.pareto import drop_rules, resteps
+from stepscope.measure.step.reconstruct import assemble_step, weighted_logprobs
 from stepscope.policy.gradients import gradient
 
 

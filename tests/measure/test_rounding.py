@@ -14,15 +14,15 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from enumerable import EOS, PROMPTS, VOCABULARY
 from stepscope.errors import MeasurementError
-from stepscope.measure.change import measure_change
-from stepscope.measure.rounding import RoundedStep, rounded_step
-from stepscope.measure.step import Step, reconstruct_step
+from stepscope.measure.change.sweep import measure_change
+from stepscope.measure.step.reconstruct import Step, reconstruct_step
+from stepscope.measure.step.rounding import RoundedStep, rounded_step
+from stepscope.policy.checkpoint.optimizer_state import match_optimizer
 from stepscope.policy.forward import forward, make_batch
-from stepscope.policy.objective import policy_loss
-from stepscope.policy.optimizer_state import match_optimizer
-from stepscope.policy.precision import lift_model
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.loss.surrogate import policy_loss
+from stepscope.policy.numerics.precision import lift_model
 from stepscope.policy.rollouts import score_rollouts
-from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import Policy
 from stepscope.policy.stored import rounding_doubt
 from stepscope.reference import exact_change, exact_rollouts, exact_value

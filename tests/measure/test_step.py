@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from stepscope.errors import BatchError, CheckpointError, MeasurementError
-from stepscope.measure.step import (
+from stepscope.measure.step.reconstruct import (
     Step,
     adamw_components,
     assemble_step,
@@ -23,13 +23,13 @@ from stepscope.measure.step import (
     step_summary,
 )
 from stepscope.policy import vectors
+from stepscope.policy.checkpoint.optimizer_state import match_optimizer
+from stepscope.policy.checkpoint.parameter_order import decay_parameter_names
 from stepscope.policy.forward import forward, make_batch
-from stepscope.policy.objective import advantages, policy_loss
-from stepscope.policy.optimizer_state import match_optimizer
-from stepscope.policy.parameter_order import decay_parameter_names
-from stepscope.policy.precision import lift_model
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.loss.surrogate import advantages, policy_loss
+from stepscope.policy.numerics.precision import lift_model
 from stepscope.policy.rollouts import score_rollouts
-from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 
@@ -351,7 +351,7 @@ def test_a_token_weight_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPa
     update = draw_batch(policy, 9)
     weights = [np.ones(n) for n in update.num_tokens]
     weights[4][-1] = np.nan
-    monkeypatch.setattr("stepscope.measure.step.token_weights", lambda *args, **kwargs: weights)
+    monkeypatch.setattr("stepscope.measure.step.reconstruct.token_weights", lambda *args, **kwargs: weights)
     place = rf"sequence 4 \(p1\), response token {len(weights[4]) - 1} is not finite"
     with pytest.raises(MeasurementError, match=place):
         reconstruct_step(policy, update)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from stepscope.errors import MeasurementError
-from stepscope.measure.influence import influence, influences, neglected_share
-from stepscope.measure.probe_gradient import bind_quantity, probe_gradient
-from stepscope.measure.step import Step, reconstruct_step
-from stepscope.measure.step_derivative import step_derivative
+from stepscope.measure.influence.attribution import influence, influences, neglected_share
+from stepscope.measure.influence.probe_gradient import bind_quantity, probe_gradient
+from stepscope.measure.step.derivative import step_derivative
+from stepscope.measure.step.reconstruct import Step, reconstruct_step
 from stepscope.policy import vectors
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.state import OptimizerState, Policy

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from stepscope.errors import MeasurementError
-from stepscope.measure.change import measure_change
-from stepscope.measure.influence import influence
-from stepscope.measure.step import reconstruct_step
-from stepscope.measure.validation import Validation, compare, remake_steps
-from stepscope.policy.objective import advantages
+from stepscope.measure.change.sweep import measure_change
+from stepscope.measure.influence.attribution import influence
+from stepscope.measure.influence.validation import Validation, compare, remake_steps
+from stepscope.measure.step.reconstruct import reconstruct_step
+from stepscope.policy.loss.surrogate import advantages
 
 
 def validate_influence(policy, step, probe, found, **how) -> Validation:

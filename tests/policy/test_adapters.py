@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.adapters import load_adapter, reference_adapter
-from stepscope.policy.precision import matching_precision
+from stepscope.policy.checkpoint.adapters import load_adapter, reference_adapter
+from stepscope.policy.numerics.precision import matching_precision
 
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8]])
 TARGETS = ["q_proj", "down_proj"]

@@ -20,19 +20,19 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from stepscope.errors import CheckpointError
-from stepscope.measure.step import reconstruct_step
+from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy import vectors
-from stepscope.policy.adapters import reference_adapter
-from stepscope.policy.checkpoint import (
+from stepscope.policy.checkpoint.adapters import reference_adapter
+from stepscope.policy.checkpoint.load import (
     checkpoint_digest,
     inspect_checkpoint,
     load_checkpoint,
     load_model,
     read_settings,
 )
-from stepscope.policy.precision import is_float64
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.numerics.precision import is_float64
 from stepscope.policy.rollouts import score_rollouts
-from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 

@@ -13,15 +13,15 @@ from peft import LoHaConfig, LoraConfig, RandLoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm as torch_layer_norm
 
-from stepscope.measure.change import measure_change
+from stepscope.measure.change.sweep import measure_change
+from stepscope.policy.checkpoint.examination import examine
 from stepscope.policy.derivative_check import random_direction
-from stepscope.policy.differentiation import differentiable, layer_norm
-from stepscope.policy.examination import examine
 from stepscope.policy.gradients import directional_derivative, gradient, response_logprob
-from stepscope.policy.precision import lift_model, true_float64
-from stepscope.policy.products import per_sequence_dot
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.numerics.differentiation import differentiable, layer_norm
+from stepscope.policy.numerics.precision import lift_model, true_float64
+from stepscope.policy.per_sequence.products import per_sequence_dot
 from stepscope.policy.rollouts import sample_rollouts, score_rollouts
-from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import shifted
 

@@ -17,10 +17,10 @@ from enumerable import MIXTURES
 from made_tokenizers import CHAT, byte_level
 from stepscope.errors import CheckpointError, MeasurementError
 from stepscope.policy import forward as forward_module
+from stepscope.policy.checkpoint.examination import Finding, _asking, computed_types, examine
 from stepscope.policy.derivative_check import random_direction
-from stepscope.policy.examination import Finding, _asking, computed_types, examine
-from stepscope.policy.precision import lift_model
-from stepscope.policy.settings import StepSettings
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.numerics.precision import lift_model
 from stepscope.policy.state import Policy
 
 

@@ -17,11 +17,11 @@ from stepscope.policy.derivative_check import random_direction
 from stepscope.policy.experts import router_coefficient, router_gradient, router_loss
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.gradients import directional_derivative, gradient, response_logprob
-from stepscope.policy.layer_gradient import LayerGradient
-from stepscope.policy.per_sequence import stream
-from stepscope.policy.precision import lift_model
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.numerics.precision import lift_model
+from stepscope.policy.per_sequence.layer_gradient import LayerGradient
+from stepscope.policy.per_sequence.stream import stream
 from stepscope.policy.rollouts import sample_rollouts
-from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import shifted
 

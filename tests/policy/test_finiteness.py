@@ -15,9 +15,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.checkpoint import inspect_checkpoint, load_checkpoint, load_model, read_settings
+from stepscope.policy.checkpoint.load import inspect_checkpoint, load_checkpoint, load_model, read_settings
 from stepscope.policy.finiteness import first_not_finite, refuse_broken_weights
-from stepscope.policy.settings import StepSettings
+from stepscope.policy.loss.settings import StepSettings
 
 NAN, INF = float("nan"), float("inf")
 PART = "layers.1.mlp.up_proj.weight"

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepscope.errors import BatchError, MeasurementError
-from stepscope.measure.nested import SmoothActivations
 from stepscope.policy.forward import TokenBatch, TokenOutputs, batches, forward, make_batch
-from stepscope.policy.precision import lift_model, true_float64
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.numerics.nested import SmoothActivations
+from stepscope.policy.numerics.precision import lift_model, true_float64
 from stepscope.policy.rollouts import score_rollouts
-from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 

@@ -14,15 +14,20 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from stepscope.errors import MeasurementError
-from stepscope.policy import coverage
 from stepscope.policy.forward import TokenBatch, TokenOutputs, forward, make_batch
-from stepscope.policy.gradient_store import GradientStore
 from stepscope.policy.gradients import directional_derivative, gradient
-from stepscope.policy.gram import gram, grams
-from stepscope.policy.layer_gradient import LayerGradient, Whole
-from stepscope.policy.precision import lift_model
-from stepscope.policy.products import group_gradients, paired_dots, per_sequence_dot, per_sequence_dots
-from stepscope.policy.settings import StepSettings
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.numerics.precision import lift_model
+from stepscope.policy.per_sequence import coverage
+from stepscope.policy.per_sequence.gram import gram, grams
+from stepscope.policy.per_sequence.layer_gradient import LayerGradient, Whole
+from stepscope.policy.per_sequence.products import (
+    group_gradients,
+    paired_dots,
+    per_sequence_dot,
+    per_sequence_dots,
+)
+from stepscope.policy.per_sequence.store import GradientStore
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 
@@ -187,8 +192,8 @@ def test_a_large_square_is_exact_off_the_diagonal_too(tied: Policy, monkeypatch:
     update = draw(7)
     P = random_vector(tied)
     expected = gram(tied, update, objective, preconditioner=P)
-    monkeypatch.setattr("stepscope.policy.gradient_store.ROW_BLOCK", 2)
-    monkeypatch.setattr("stepscope.policy.gradient_store.CHUNK_BYTES", 200)
+    monkeypatch.setattr("stepscope.policy.per_sequence.store.ROW_BLOCK", 2)
+    monkeypatch.setattr("stepscope.policy.per_sequence.store.CHUNK_BYTES", 200)
     assert error(gram(tied, update, objective, preconditioner=P), expected) < 1e-12
 
 

@@ -9,9 +9,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.checkpoint import inspect_checkpoint, load_checkpoint
-from stepscope.policy.layouts import layout_of
-from stepscope.policy.optimizer_state import read_optimizer
+from stepscope.policy.checkpoint.layouts import layout_of
+from stepscope.policy.checkpoint.load import inspect_checkpoint, load_checkpoint
+from stepscope.policy.checkpoint.optimizer_state import read_optimizer
 
 
 def touch(folder: Path, *names: str) -> Path:

@@ -25,12 +25,12 @@ from transformers import (
 from trl import GRPOConfig
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.checkpoint import inspect_checkpoint, load_model
-from stepscope.policy.examination import examine
-from stepscope.policy.settings import StepSettings
+from stepscope.policy.checkpoint.examination import examine
+from stepscope.policy.checkpoint.load import inspect_checkpoint, load_model
+from stepscope.policy.checkpoint.training_args import base_revision
+from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.state import Policy
 from stepscope.policy.stored import rounding_doubt, stored_types
-from stepscope.policy.training_args import base_revision
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from stepscope.errors import BatchError, ConfigError, MeasurementError
 from stepscope.policy.forward import forward, make_batch
-from stepscope.policy.objective import advantages, policy_loss, token_weights
-from stepscope.policy.settings import StepSettings
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.loss.surrogate import advantages, policy_loss, token_weights
 from stepscope.results import Rollouts
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [8, 9], [8, 9]]

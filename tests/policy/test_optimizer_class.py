@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.optimizer_class import adamw_entries
-from stepscope.policy.optimizer_state import match_optimizer, read_optimizer
+from stepscope.policy.checkpoint.optimizer_class import adamw_entries
+from stepscope.policy.checkpoint.optimizer_state import match_optimizer, read_optimizer
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:

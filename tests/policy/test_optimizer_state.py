@@ -14,8 +14,8 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.optimizer_state import match_optimizer, read_optimizer
-from stepscope.policy.parameter_order import decay_parameter_names
+from stepscope.policy.checkpoint.optimizer_state import match_optimizer, read_optimizer
+from stepscope.policy.checkpoint.parameter_order import decay_parameter_names
 
 
 def stepped(groups: Any, **settings: Any) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.optimizer_state import match_optimizer
-from stepscope.policy.parameter_order import decay_parameter_names
+from stepscope.policy.checkpoint.optimizer_state import match_optimizer
+from stepscope.policy.checkpoint.parameter_order import decay_parameter_names
 
 
 def check(model: nn.Module, groups: Sequence[Sequence[str]], lrs: Sequence[float] | None = None) -> None:

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepscope.errors import MeasurementError
 from stepscope.policy.forward import TokenBatch, forward, make_batch
-from stepscope.policy.precision import is_float64, lift_model, matching_precision, true_float64
+from stepscope.policy.numerics.precision import is_float64, lift_model, matching_precision, true_float64
 
 PROMPTS = [(5, 6, 7, 8, 9, 3), (8, 9), (10, 11, 12)]
 RESPONSES = [(10, 1), (15, 16, 17, 18, 19), (13, 14, 1)]

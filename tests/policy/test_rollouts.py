@@ -14,10 +14,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from stepscope.errors import BatchError, MeasurementError
-from stepscope.policy.objective import advantages
-from stepscope.policy.precision import lift_model
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.loss.surrogate import advantages
+from stepscope.policy.numerics.precision import lift_model
 from stepscope.policy.rollouts import sample_rollouts, score_rollouts
-from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import Policy
 from stepscope.tasks import load_task
 from stepscope.tasks.problem import Problem, Score, Task

@@ -14,9 +14,9 @@ from trl.experimental.gmpo import GMPOConfig
 from trl.experimental.sdpo import SDPOConfig
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.run_settings import run_settings
-from stepscope.policy.settings import StepSettings
-from stepscope.policy.trl_run import run_notes
+from stepscope.policy.checkpoint.run_settings import run_settings
+from stepscope.policy.checkpoint.trl_run import run_notes
+from stepscope.policy.loss.settings import StepSettings
 
 FLAGS = {
     "loss_type": "grpo",

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.settings import StepSettings
+from stepscope.policy.loss.settings import StepSettings
 
 
 def test_saved_settings_come_back_equal(tmp_path: Path) -> None:

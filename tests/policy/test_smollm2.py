@@ -11,9 +11,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from stepscope.policy.adapters import ADAPTER_CONFIG, load_adapter
+from stepscope.policy.checkpoint.adapters import ADAPTER_CONFIG, load_adapter
+from stepscope.policy.checkpoint.models import load_model
 from stepscope.policy.forward import forward, make_batch
-from stepscope.policy.models import load_model
 
 pytestmark = pytest.mark.slow
 

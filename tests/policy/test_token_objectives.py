@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from stepscope.errors import CheckpointError, ConfigError, MeasurementError
-from stepscope.policy.objective import policy_loss
-from stepscope.policy.settings import StepSettings
-from stepscope.policy.token_objectives import UNCLIPPED, TokenTable, objective_problem, token_advantages
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.loss.surrogate import policy_loss
+from stepscope.policy.loss.token_objectives import UNCLIPPED, TokenTable, objective_problem, token_advantages
 
 
 def table(**changes: Any) -> TokenTable:

@@ -15,7 +15,7 @@ from test_study_page import CHECKPOINTS, SETTINGS, write_study
 
 from stepscope.errors import RunFolderError
 from stepscope.intervals import student
-from stepscope.pipeline.study_leaderboard import STATISTICS, summarise_standings
+from stepscope.pipeline.study.leaderboard import STATISTICS, summarise_standings
 from stepscope.report import write_study_report
 
 STEPS = ["runs/a/checkpoints/step-60", "runs/a/checkpoints/step-10", "runs/a/checkpoints/step-30"]

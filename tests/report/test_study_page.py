@@ -16,7 +16,7 @@ from test_page import LARGEST_PAGE, Page
 from stepscope import runs
 from stepscope.errors import RunFolderError
 from stepscope.intervals import student
-from stepscope.pipeline.study_table import summarise
+from stepscope.pipeline.study.table import summarise
 from stepscope.report import write_study_report
 from stepscope.stats import loglog_fit
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from stepscope.tasks.equality import MAX_CHARACTERS, equal
 from stepscope.tasks.equality.numbers import Number
 from stepscope.tasks.equality.quantities import read_quantity
-from stepscope.tasks.worker import Worker, shared_worker
+from stepscope.tasks.judge.worker import Worker, shared_worker
 
 PAIRS = [
     json.loads(line) for line in Path(__file__).with_name("answers.jsonl").read_text("utf-8").splitlines()

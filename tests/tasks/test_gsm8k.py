@@ -8,7 +8,7 @@ import pytest
 
 from stepscope.errors import TaskError
 from stepscope.tasks import load_task
-from stepscope.tasks.gsm8k import Gsm8k
+from stepscope.tasks.sources.gsm8k import Gsm8k
 
 
 def test_all_demonstrations_are_correct(gsm8k_folder: Path) -> None:

@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 
 from stepscope.errors import TaskError
-from stepscope.tasks.worker import Worker
+from stepscope.tasks.judge.worker import Worker
 
 PROGRAM = """
 import json, traceback
 from pathlib import Path
-from stepscope.tasks.forking import Operations, Server
+from stepscope.tasks.judge.forking import Operations, Server
 
 REWARD = [0.0]
 
@@ -263,7 +263,8 @@ def wait_for(condition: Callable[[], Any]) -> Any:
 
 def test_children_that_cannot_score_are_noticed() -> None:
     """Otherwise every answer would count as wrong."""
-    worker = Worker("from stepscope.tasks import worker_main as w; w.answer_to = lambda *_: 1 / 0; w.main()")
+    serve = "from stepscope.tasks.judge import worker_main as w; w.answer_to = lambda *_: 1 / 0; w.main()"
+    worker = Worker(serve)
     with pytest.raises(TaskError, match=r"cannot prepare equal .*a child gives no right verdict"):
         worker.ask({"op": "equal", "reference": "18", "answer": "9*2"}, time_limit=60)
     worker.close()
@@ -275,7 +276,7 @@ def test_lower_limits_stay() -> None:
 import resource
 resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
 from stepscope.errors import TaskError
-from stepscope.tasks.worker import Worker
+from stepscope.tasks.judge.worker import Worker
 worker = Worker()
 assert worker.ask({"op": "equal", "reference": "18", "answer": "9*2"}, time_limit=60) == {"value": True}
 worker.close()

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stepscope.errors import TaskError
-from stepscope.tasks import Problem, TemplatedTask, load_task, rows
+from stepscope.tasks import Problem, TemplatedTask, load_task
+from stepscope.tasks.sources import rows
 
 
 def test_split_by_hash_is_stable_and_disjoint(jsonl_file: Path) -> None:

@@ -9,9 +9,10 @@ from importlib.metadata import version
 import pytest
 
 from stepscope.errors import TaskError
-from stepscope.tasks import load_task, reasoning
-from stepscope.tasks.guards import EVALUATING, evaluates, require_expression
-from stepscope.tasks.worker import Worker, shared_worker
+from stepscope.tasks import load_task
+from stepscope.tasks.judge.guards import EVALUATING, evaluates, require_expression
+from stepscope.tasks.judge.worker import Worker, shared_worker
+from stepscope.tasks.sources import reasoning
 
 SPECS = [
     "rg:chain_sum:size=500,min_terms=2",

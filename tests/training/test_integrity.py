@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from stepscope.config import TrainConfig
 from stepscope.errors import CheckpointError
-from stepscope.policy.checkpoint import load_checkpoint
-from stepscope.policy.manifest import MANIFEST, damage, sha256
+from stepscope.policy.checkpoint.load import load_checkpoint
+from stepscope.policy.checkpoint.manifest import MANIFEST, damage, sha256
 from stepscope.training import train
 from stepscope.training.integrity import set_damaged_aside
 

@@ -22,13 +22,13 @@ from trl import GRPOTrainer
 
 import stepscope
 from stepscope.errors import ConfigError, MeasurementError
-from stepscope.measure.step import reconstruct_step
-from stepscope.measure.token_influence import objective_influences
+from stepscope.measure.influence.objective import objective_influences
+from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy import vectors
-from stepscope.policy.checkpoint import load_checkpoint
+from stepscope.policy.checkpoint.load import load_checkpoint
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.loss.token_objectives import UNCLIPPED, TokenTable, token_advantages
 from stepscope.policy.rollouts import score_rollouts
-from stepscope.policy.settings import StepSettings
-from stepscope.policy.token_objectives import UNCLIPPED, TokenTable, token_advantages
 from stepscope.results import Rollouts
 from stepscope.training.rl import OnPolicyTrainer, step_settings
 

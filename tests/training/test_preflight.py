@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from stepscope import cli
 from stepscope.config import TrainConfig
 from stepscope.errors import ConfigError, RunFolderError, TrainingError
-from stepscope.policy.devices import usable_device
+from stepscope.policy.checkpoint.devices import usable_device
 from stepscope.training import run, train
 from stepscope.training.rl import reinforce
 from stepscope.training.start import starting_model, writing

@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import stepscope as ss
 from stepscope.results import read_table
-from stepscope.training.probes_source import TrainerSource
+from stepscope.training.probe.source import TrainerSource
 
 TASK = "arithmetic:terms=2,digits=1,ops=+"
 TEMPLATE = (

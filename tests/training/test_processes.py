@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from stepscope.config import MeasureConfig, build_config
-from stepscope.measure.step import reconstruct_step
+from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.pipeline import run_measure
 from stepscope.policy import vectors
-from stepscope.policy.checkpoint import load_checkpoint
+from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts, read_table

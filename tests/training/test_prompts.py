@@ -20,7 +20,7 @@ from stepscope.errors import CheckpointError, ConfigError
 from stepscope.evaluation import evaluate
 from stepscope.pipeline.logged_prompts import prompt_conflict
 from stepscope.pipeline.session import open_task
-from stepscope.policy.checkpoint import inspect_checkpoint, load_checkpoint, read_settings
+from stepscope.policy.checkpoint.load import inspect_checkpoint, load_checkpoint, read_settings
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.tasks import load_task
 from stepscope.tasks.prompts import Chat, encode_prompt

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from stepscope.config import TrainConfig
 from stepscope.errors import ConfigError, RunFolderError
-from stepscope.policy.checkpoint import load_checkpoint
-from stepscope.policy.settings import StepSettings
+from stepscope.policy.checkpoint.load import load_checkpoint
+from stepscope.policy.loss.settings import StepSettings
 from stepscope.tasks import Problem
 from stepscope.training import last_checkpoint, train
 from stepscope.training.rl import OnPolicyTrainer, prompt_rows

@@ -8,7 +8,7 @@ import pytest
 
 from stepscope.config import LoraConfig, ModelConfig, SftConfig, TinyModelConfig, TrainConfig
 from stepscope.errors import ConfigError
-from stepscope.policy.settings import StepSettings
+from stepscope.policy.loss.settings import StepSettings
 from stepscope.tasks import load_task
 from stepscope.training.sft import demonstration_rows, warm_up
 from stepscope.training.start import starting_model

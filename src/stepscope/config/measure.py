@@ -89,8 +89,8 @@ class ProbeConfig(BatchConfig):
 class LossConfig(Section):
     """Loss settings of the run a checkpoint came from, added to those it has; null keeps what it says.
 
-    Names and meanings are those of :class:`stepscope.policy.settings.StepSettings`; ``without`` names what a
-    run did that no measurement follows, to measure its next step without that.
+    Names and meanings are those of :class:`stepscope.policy.loss.settings.StepSettings`; ``without`` names
+    what a run did that no measurement follows, to measure its next step without that.
     """
 
     loss_type: Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "luspo", "sapo", "vespo"] | None = None

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from stepscope.pipeline.evaluate import run_eval
     from stepscope.pipeline.measure import run_measure
     from stepscope.pipeline.report import run_comparison, run_report
-    from stepscope.pipeline.study import run_study
+    from stepscope.pipeline.study.run import run_study
     from stepscope.pipeline.train import run_train
 
 __all__ = [
@@ -35,7 +35,7 @@ _HOME = {
     "run_eval": "evaluate",
     "run_measure": "measure",
     "run_report": "report",
-    "run_study": "study",
+    "run_study": "study.run",
     "run_train": "train",
 }
 

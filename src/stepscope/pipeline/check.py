@@ -21,11 +21,11 @@ from stepscope.config import (
 )
 from stepscope.errors import CheckpointError, ConfigError, StepscopeError
 from stepscope.tasks import load_task
+from stepscope.tasks.judge.worker import shared_worker
 from stepscope.tasks.response import TAGS
-from stepscope.tasks.worker import shared_worker
 
 if TYPE_CHECKING:
-    from stepscope.policy.examination import Finding
+    from stepscope.policy.checkpoint.examination import Finding
 
 _SPLITS = {"train": "training", "test": "test"}
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -51,7 +51,7 @@ def run_check(target: Path, overrides: Sequence[str] = (), *, task: str | None =
         return _check_config(target, overrides, task)
     values = {"checkpoint": str(target), "out": "unused", "task": task}
     config = load_config(MeasureConfig, None, overrides, values)
-    from stepscope.policy.examination import Finding
+    from stepscope.policy.checkpoint.examination import Finding
 
     found = check_checkpoint(config)
     found.append(Finding(*_isolation()))
@@ -69,8 +69,8 @@ def check_checkpoint(config: MeasureConfig) -> list[Finding]:
     from stepscope.pipeline.fitness import findings
     from stepscope.pipeline.logged_prompts import prompt_conflict
     from stepscope.pipeline.session import open_reference, open_task
-    from stepscope.policy.checkpoint import inspect_loaded
-    from stepscope.policy.examination import Finding
+    from stepscope.policy.checkpoint.examination import Finding
+    from stepscope.policy.checkpoint.load import inspect_loaded
 
     found, policy = inspect_loaded(
         config.checkpoint, precision=config.precision, device=config.device, overrides=config.loss.given()

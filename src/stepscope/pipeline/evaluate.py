@@ -30,8 +30,8 @@ from stepscope.pipeline.data import hold_data, say_what_is_shared, tasks_of
 from stepscope.pipeline.logged_prompts import prompt_conflict
 from stepscope.pipeline.processes import is_main_process
 from stepscope.pipeline.session import open_policy, open_task
-from stepscope.policy.checkpoint import checkpoint_digest, read_settings
-from stepscope.policy.devices import usable_device
+from stepscope.policy.checkpoint.devices import usable_device
+from stepscope.policy.checkpoint.load import checkpoint_digest, read_settings
 from stepscope.policy.state import Policy
 from stepscope.report import evaluated, write_evaluation
 from stepscope.results import FloatArray

@@ -10,12 +10,12 @@ from peft import PeftModel
 
 from stepscope.config import MeasureSettings, Stage
 from stepscope.errors import MeasurementError
-from stepscope.measure.line import derivatives
-from stepscope.measure.quantities import make_quantity
+from stepscope.measure.quantity.quantities import make_quantity
+from stepscope.measure.quantity.values import derivatives
+from stepscope.policy.checkpoint.examination import Finding, examine, made_up_sequences
+from stepscope.policy.checkpoint.foreign import reads_foreign
 from stepscope.policy.derivative_check import random_direction
-from stepscope.policy.examination import Finding, examine, made_up_sequences
-from stepscope.policy.foreign import reads_foreign
-from stepscope.policy.objective import has_bonus, refuse_cut_bonus
+from stepscope.policy.loss.surrogate import has_bonus, refuse_cut_bonus
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 

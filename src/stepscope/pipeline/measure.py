@@ -10,8 +10,8 @@ from stepscope.pipeline.console import say, say_result
 from stepscope.pipeline.data import hold_data
 from stepscope.pipeline.processes import is_main_process
 from stepscope.pipeline.session import Session
-from stepscope.pipeline.stages import PAGE, PLANS, write_summary
-from stepscope.policy.checkpoint import checkpoint_digest
+from stepscope.pipeline.stages.plans import PAGE, PLANS, write_summary
+from stepscope.policy.checkpoint.load import checkpoint_digest
 from stepscope.policy.state import Policy
 from stepscope.report import measured
 from stepscope.runs import RunFolder, locked

@@ -12,22 +12,22 @@ import numpy as np
 
 from stepscope.config import LossConfig, MeasureConfig
 from stepscope.errors import BatchError, ConfigError, MeasurementError, TaskError
-from stepscope.measure.influence import NUM_FOLDS, Influence, influences
-from stepscope.measure.quantities import Quantity, make_quantity
-from stepscope.measure.rounding import RoundedStep, rounded_step
-from stepscope.measure.step import Step, reconstruct_step
-from stepscope.measure.step_derivative import THROUGHS, Through
-from stepscope.measure.token_influence import objective_influences
+from stepscope.measure.influence.attribution import NUM_FOLDS, Influence, influences
+from stepscope.measure.influence.objective import objective_influences
+from stepscope.measure.quantity.quantities import Quantity, make_quantity
+from stepscope.measure.step.derivative import THROUGHS, Through
+from stepscope.measure.step.reconstruct import Step, reconstruct_step
+from stepscope.measure.step.rounding import RoundedStep, rounded_step
 from stepscope.pipeline.console import on_terminal
 from stepscope.pipeline.data import say_what_is_shared
 from stepscope.pipeline.fitness import findings
 from stepscope.pipeline.logged_prompts import prompt_conflict
-from stepscope.policy.checkpoint import load_checkpoint, load_model, read_settings
+from stepscope.policy.checkpoint.load import load_checkpoint, load_model, read_settings
+from stepscope.policy.checkpoint.optimizer_state import OPTIMIZER_FILE, read_optimizer
 from stepscope.policy.derivative_check import derivative_errors
 from stepscope.policy.finiteness import first_not_finite
 from stepscope.policy.forward import batches, vocabulary_size
-from stepscope.policy.objective import advantages
-from stepscope.policy.optimizer_state import OPTIMIZER_FILE, read_optimizer
+from stepscope.policy.loss.surrogate import advantages
 from stepscope.policy.rollouts import response_text, sample_responses, sample_rollouts, score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.policy.stored import rounding_doubt
@@ -35,7 +35,7 @@ from stepscope.policy.vectors import ParameterVector, load
 from stepscope.results import Rollouts
 from stepscope.runs import RunFolder, read_json, verified
 from stepscope.tasks import TemplatedTask, load_task
-from stepscope.tasks.guards import evaluates
+from stepscope.tasks.judge.guards import evaluates
 
 OWN_PROMPTS_SEED = 2**31
 """Added to the update batch's seed for fresh responses to its prompts, which must not be its own again."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepscope.errors import MeasurementError
-from stepscope.policy.differentiation import whole_function
 from stepscope.policy.forward import TokenBatch, excluded_logit, forward
+from stepscope.policy.numerics.differentiation import whole_function
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from stepscope.policy.forward import base_model, forward_inputs, make_batch, plain_experts
-from stepscope.policy.precision import matching_precision
+from stepscope.policy.numerics.precision import matching_precision
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 

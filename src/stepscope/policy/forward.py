@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from stepscope.errors import BatchError, MeasurementError
-from stepscope.policy.differentiation import differentiable
-from stepscope.policy.precision import matching_precision
+from stepscope.policy.numerics.differentiation import differentiable
+from stepscope.policy.numerics.precision import matching_precision
 from stepscope.results import Rollouts
 
 

@@ -22,8 +22,8 @@ from transformers import (
 
 from stepscope.errors import BatchError, CheckpointError, MeasurementError, shown
 from stepscope.policy.forward import base_model, batches, forward, plain_experts
-from stepscope.policy.objective import advantages
-from stepscope.policy.precision import matching_precision
+from stepscope.policy.loss.surrogate import advantages
+from stepscope.policy.numerics.precision import matching_precision
 from stepscope.policy.state import Policy
 from stepscope.policy.texts import ResponseText
 from stepscope.results import FloatArray, Rollouts, same_text

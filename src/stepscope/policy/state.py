@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stepscope.policy.settings import StepSettings
+from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.stored import HALF_TYPES, type_name
 from stepscope.results import Brief
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from stepscope.errors import TaskError
-from stepscope.tasks.arithmetic import Arithmetic
-from stepscope.tasks.gsm8k import Gsm8k
-from stepscope.tasks.jsonl import JsonLines
 from stepscope.tasks.problem import Problem, Score, Source, Task
 from stepscope.tasks.prompts import Chat
-from stepscope.tasks.reasoning import ReasoningGym
 from stepscope.tasks.response import TAGS, AnswerFormat, load_answer_format
+from stepscope.tasks.sources.arithmetic import Arithmetic
+from stepscope.tasks.sources.gsm8k import Gsm8k
+from stepscope.tasks.sources.jsonl import JsonLines
+from stepscope.tasks.sources.reasoning import ReasoningGym
 from stepscope.tasks.templates import BOXED, HASH, LAST_NUMBER, PLAIN, R1, SHORT, Template, load_template
 
 FORMS = {

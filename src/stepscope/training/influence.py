@@ -11,15 +11,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from stepscope.measure.token_influence import token_influences
+from stepscope.measure.influence.objective import token_influences
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.loss.token_objectives import TokenTable
 from stepscope.policy.rollouts import response_text
-from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import Policy
-from stepscope.policy.token_objectives import TokenTable
 from stepscope.results import FloatArray
 from stepscope.tasks import Task
-from stepscope.training.probes_batch import Captured, as_rollouts
-from stepscope.training.probes_state import adamw_of, optimizer_state, undisturbed
+from stepscope.training.probe.batch import Captured, as_rollouts
+from stepscope.training.probe.state import adamw_of, optimizer_state, undisturbed
 
 
 class InfluenceMeter:

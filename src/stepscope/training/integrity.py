@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_pt_utils import safe_globals
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.manifest import MANIFEST, damage, has_manifest
+from stepscope.policy.checkpoint.manifest import MANIFEST, damage, has_manifest
 
 _PARSING = (
     *(AttributeError, EOFError, LookupError, OSError, RuntimeError, TypeError, ValueError),

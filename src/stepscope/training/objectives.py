@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from stepscope.config import EntropyBonusConfig, RlConfig
 from stepscope.policy.forward import TokenBatch, TokenOutputs, forward
-from stepscope.policy.settings import StepSettings
-from stepscope.policy.token_objectives import (
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.loss.token_objectives import (
     ENTROPY_BONUS,
     INFLUENCE,
     OBJECTIVES,

@@ -17,10 +17,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from stepscope.config import RlConfig, TrainConfig
 from stepscope.errors import ConfigError
-from stepscope.policy.manifest import write_manifest
-from stepscope.policy.settings import StepSettings
+from stepscope.policy.checkpoint.manifest import write_manifest
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.loss.token_objectives import ENTROPY_BONUS, UNCLIPPED
 from stepscope.policy.texts import ResponseText
-from stepscope.policy.token_objectives import ENTROPY_BONUS, UNCLIPPED
 from stepscope.results import FloatArray, IntArray, same_text
 from stepscope.tasks.load import TemplatedTask, asked_through
 from stepscope.tasks.problem import Problem, Score, Task
@@ -28,7 +28,7 @@ from stepscope.tasks.prompts import encode_prompt
 from stepscope.training.arguments import diverged, install_callbacks, shared_arguments
 from stepscope.training.curriculum import BUCKETS, Curriculum
 from stepscope.training.objectives import bonus_arguments, objective_record, shaper_for
-from stepscope.training.probes import StepProbe
+from stepscope.training.probe.callback import StepProbe
 from stepscope.training.start import adapter, writing
 
 

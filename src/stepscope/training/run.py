@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from stepscope.config import TrainConfig
 from stepscope.errors import RunFolderError
-from stepscope.policy.settings import StepSettings
+from stepscope.policy.loss.settings import StepSettings
 from stepscope.tasks.load import TemplatedTask, changed_data, load_task
 from stepscope.tasks.problem import Task
 from stepscope.training.arguments import quiet_libraries

@@ -15,8 +15,8 @@ from trl import SFTTrainer
 
 from stepscope.config import TrainConfig
 from stepscope.errors import ConfigError
+from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.rollouts import sample_rollouts
-from stepscope.policy.settings import StepSettings
 from stepscope.policy.state import Policy
 from stepscope.tasks.load import asked_through
 from stepscope.tasks.problem import Problem, Task

@@ -17,8 +17,8 @@ from torch import nn
 
 from stepscope.config import LoraConfig, ModelConfig
 from stepscope.errors import ConfigError, RunFolderError
-from stepscope.policy.checkpoint import load_model
-from stepscope.policy.manifest import write_manifest
+from stepscope.policy.checkpoint.load import load_model
+from stepscope.policy.checkpoint.manifest import write_manifest
 from stepscope.training.tiny import build_tiny
 
 PACKAGE = "package:"

@@ -37,7 +37,7 @@ from stepscope.tasks.equality.kinds import SIGN, Parts, Value, Words, at_every_c
 from stepscope.tasks.equality.numbers import Number
 from stepscope.tasks.equality.quantities import Quantity, in_sentence, statement
 from stepscope.tasks.equality.text import tidy
-from stepscope.tasks.worker import shared_worker
+from stepscope.tasks.judge.worker import shared_worker
 
 __all__ = ["MAX_CHARACTERS", "TIME_LIMIT", "equal"]
 

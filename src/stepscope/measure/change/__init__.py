@@ -1,0 +1,1 @@
+"""What the step does to a quantity: true, linear and second order, with errors."""

@@ -1,0 +1,98 @@
+"""How a step moves the log-probs of given texts, and which sequences of its batch move them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from stepscope.errors import MeasurementError
+from stepscope.measure.step.reconstruct import Step, weighted_logprobs
+from stepscope.policy import vectors
+from stepscope.policy.gradients import response_logprob
+from stepscope.policy.per_sequence.gram import MEMORY_BYTES, gram
+from stepscope.policy.per_sequence.products import per_sequence_dots
+from stepscope.policy.state import Policy
+from stepscope.results import FloatArray, Rollouts
+
+
+@dataclass(frozen=True)
+class LogprobChange:
+    """First-order change of texts' log-probs under a step, per unit of lr.
+
+    Attributes:
+        total: (text,) dS/dlr along the whole direction.
+        momentum: (text,) part of the momentum.
+        decay: (text,) part of weight decay.
+        sequences: (text, update seq) part of each sequence of the update batch.
+        bonus: (text,) part of an entropy bonus; zero where the loss has none.
+        router: (text,) part of the router loss of a mixture of experts; zero where the loss has none.
+    """
+
+    total: FloatArray
+    momentum: FloatArray
+    decay: FloatArray
+    sequences: FloatArray
+    bonus: FloatArray
+    router: FloatArray
+
+
+def predict_logprobs(
+    policy: Policy,
+    step: Step,
+    texts: Rollouts,
+    *,
+    memory_bytes: int = MEMORY_BYTES,
+    max_sequences: int = 16,
+    progress: bool = False,
+) -> LogprobChange:
+    """How the step moves the log-prob S = sum_k l_k of any given responses, and which sequences move it.
+
+    dS/dlr = grad S . direction; the part of sequence i is grad S . P sum_k w_ik grad l_ik, the kernel between
+    the text and the weighted sequence.
+
+    Args:
+        policy: where the step starts.
+        step: the step.
+        texts: prompts and responses, as a batch; only their token ids matter.
+        memory_bytes: budget for gradients held.
+        max_sequences: micro-batch size.
+        progress: show progress bars.
+
+    Raises:
+        MeasurementError: the parts do not add up to the total.
+    """
+    none = vectors.zeros_like(step.decay)
+    directions = (step.direction, step.momentum, step.decay, step.bonus or none, step.router or none)
+    stacked = {n: torch.stack([d[n] for d in directions]) for n in step.direction}
+    total, momentum, decay, bonus, router = per_sequence_dots(
+        policy,
+        texts,
+        response_logprob,
+        stacked,
+        as_trained=False,
+        max_sequences=max_sequences,
+        progress=progress,
+    )
+    parts = gram(
+        policy,
+        step.update,
+        weighted_logprobs(step.token_weights),
+        preconditioner=step.preconditioner,
+        other=(texts, response_logprob),
+        other_as_trained=False,
+        memory_bytes=memory_bytes,
+        max_sequences=max_sequences,
+        progress=progress,
+    ).numpy()
+    others = np.stack([momentum, decay, bonus, router])
+    whole = parts.sum(1) + others.sum(0)
+    scale = np.abs(parts).sum(1) + np.abs(others).sum(0)
+    miss = float((np.abs(whole - total) / np.maximum(scale, 1e-300)).max())
+    if not miss <= 1e-2:
+        raise MeasurementError(
+            f"the parts of the predicted log-prob change differ from the total by {miss:.1e}; "
+            "measure with --precision float64"
+        )
+    return LogprobChange(total, momentum, decay, parts, bonus, router)

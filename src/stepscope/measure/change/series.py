@@ -1,0 +1,374 @@
+"""The records of a measured change, and how they come out of the tables of a probe batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from stepscope.errors import MeasurementError
+from stepscope.measure.change.second_order import linear_up_to, measurable_from, round_off_floor, second
+from stepscope.measure.change.uncertainty import Evidence, Statistic, estimate
+from stepscope.measure.quantity.baselines import Baseline
+from stepscope.measure.quantity.estimators import ESTIMATORS, Probe, Sampled, linear, value
+from stepscope.measure.quantity.importance_weights import (
+    WeightCheck,
+    check_weights,
+    importance_weights,
+    last_weights,
+)
+from stepscope.measure.quantity.quantities import Quantity, unit_of
+from stepscope.measure.quantity.values import TokenTable
+from stepscope.results import Brief
+from stepscope.stats import Estimate, LogLogFit, loglog_fit
+
+AS_TAKEN = math.inf
+"""Stands among the learning rates for the parameters as a training in a half type leaves them."""
+
+
+UNRESOLVED = "the change without rounding is within four standard errors of zero"
+"""Why a ratio to it says nothing."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The change at the step's own learning rate by a training that rounds its weights, and without rounding.
+
+    Attributes:
+        true: F(theta') - F(theta), theta' as the training leaves it.
+        unrounded: F(params + lr * direction) - F(params), from the same samples.
+        difference: true - unrounded, with the error of the paired difference.
+        ratio: true / unrounded, with the error of the paired ratio; None where nothing changes without
+            rounding.
+        effective_sample_size: of the importance weights at theta'.
+        pareto_k: tail of those weights; nan if they hardly differ.
+    """
+
+    true: Estimate
+    unrounded: Estimate
+    difference: Estimate
+    ratio: Estimate | None
+    effective_sample_size: float
+    pareto_k: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-ready dictionary."""
+        return {
+            "true": self.true.to_dict(),
+            "unrounded": self.unrounded.to_dict(),
+            "difference": self.difference.to_dict(),
+            "ratio": self.ratio.to_dict() if self.ratio else None,
+            "effective_sample_size": self.effective_sample_size,
+            "pareto_k": self.pareto_k,
+        }
+
+
+@dataclass(frozen=True)
+class ChangePoint:
+    """The change at one learning rate.
+
+    Attributes:
+        lr: learning rate; the parameters move by ``lr * direction``.
+        true: F(params + lr * direction) - F(params), from the same samples.
+        linear: lr * grad F . direction.
+        second_order: lr^2/2 * direction' (Hess F) direction; None if not asked for.
+        excess: true - linear, with the error of the paired difference.
+        odd: half the difference of the true changes at +lr and -lr, free of second order; None if not asked
+            for.
+        effective_sample_size: of the importance weights.
+        pareto_k: tail of the importance weights; nan if they hardly differ.
+    """
+
+    lr: float
+    true: Estimate
+    linear: Estimate
+    second_order: Estimate | None
+    excess: Estimate
+    odd: Estimate | None
+    effective_sample_size: float
+    pareto_k: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-ready dictionary."""
+        return {
+            "lr": self.lr,
+            "true": self.true.to_dict(),
+            "linear": self.linear.to_dict(),
+            "second_order": self.second_order.to_dict() if self.second_order else None,
+            "excess": self.excess.to_dict(),
+            "odd": self.odd.to_dict() if self.odd else None,
+            "effective_sample_size": self.effective_sample_size,
+            "pareto_k": self.pareto_k,
+        }
+
+
+@dataclass(frozen=True, repr=False)
+class Change(Brief):
+    """The change of one quantity, in one normalisation and version, over a sweep of learning rates.
+
+    Attributes:
+        quantity: its name.
+        normalisation: ``per_token`` or ``per_seq``.
+        version: ``on_policy`` or ``fixed_prefix``.
+        lr: the step's own learning rate.
+        points: by increasing learning rate.
+        fit: log|true| against log lr over the reliable points up to ``linear_up_to`` or the own lr, whichever
+            is larger (all, where ``linear_up_to`` is not known); None with fewer than two.
+        value: the quantity before the step.
+        slope: grad F . direction.
+        curvature: direction' (Hess F) direction; None if not asked for.
+        baseline: rung of the baseline ladder in use.
+        baseline_stderr: standard error of ``slope`` that each rung tried leaves.
+        baseline_explained: share of the variance of the returns that the baseline in use explains.
+        estimator: of the true change.
+        round_off: round-off error of a true change, in the quantity's unit.
+        measurable_from: lr at which the linear change is ten times ``round_off``.
+        linear_up_to: lr at which second order is a tenth of linear; None if second order was not asked for or
+            is in doubt.
+        taken: the change by the rounded step of a training in a half type; None where nothing is rounded.
+    """
+
+    quantity: str
+    normalisation: str
+    version: str
+    lr: float
+    points: tuple[ChangePoint, ...]
+    fit: LogLogFit | None
+    value: Estimate
+    slope: Estimate
+    curvature: Estimate | None
+    baseline: str
+    baseline_stderr: dict[str, float]
+    baseline_explained: float
+    estimator: str
+    round_off: float
+    measurable_from: float
+    linear_up_to: float | None
+    taken: Taken | None = None
+
+    def at(self, lr: float) -> ChangePoint:
+        """The point at a learning rate of the sweep.
+
+        Raises:
+            MeasurementError: the sweep has no such point.
+        """
+        for point in self.points:
+            if np.isclose(point.lr, lr, rtol=1e-9, atol=0):
+                return point
+        raise MeasurementError(
+            f"the sweep has no lr {lr:g}, only {', '.join(f'{p.lr:g}' for p in self.points)}; add it to lrs"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-ready dictionary."""
+        return {
+            "quantity": self.quantity,
+            "normalisation": self.normalisation,
+            "version": self.version,
+            "lr": self.lr,
+            "points": [p.to_dict() for p in self.points],
+            "fit": self.fit.to_dict() if self.fit else None,
+            "value": self.value.to_dict(),
+            "slope": self.slope.to_dict(),
+            "curvature": self.curvature.to_dict() if self.curvature else None,
+            "baseline": self.baseline,
+            "baseline_stderr": dict(self.baseline_stderr),
+            "baseline_explained": self.baseline_explained,
+            "estimator": self.estimator,
+            "round_off": self.round_off,
+            "measurable_from": self.measurable_from,
+            "linear_up_to": self.linear_up_to,
+            "taken": self.taken.to_dict() if self.taken else None,
+        }
+
+
+def doubted(change: Change, reason: str, *, true: bool) -> Change:
+    """The series with a reason not to trust its derivatives, and its true changes along the line where asked.
+
+    The change by the step as taken does not depend on the line.
+    """
+
+    def flag(estimate: Estimate | None) -> Estimate | None:
+        return None if estimate is None else estimate.doubted(reason)
+
+    points = tuple(
+        replace(
+            point,
+            true=point.true.doubted(reason) if true else point.true,
+            linear=point.linear.doubted(reason),
+            second_order=flag(point.second_order),
+            excess=point.excess.doubted(reason),
+            odd=flag(point.odd) if true else point.odd,
+        )
+        for point in change.points
+    )
+    return replace(
+        change, points=points, slope=change.slope.doubted(reason), curvature=flag(change.curvature)
+    )
+
+
+def make_change(
+    quantity: Quantity,
+    probe: Probe,
+    slopes: Sequence[TokenTable],
+    moved: Mapping[float, TokenTable],
+    *,
+    own_lr: float,
+    sweep: Sequence[float],
+    tiny: Sequence[float],
+    baseline: Baseline,
+    estimator: str,
+    errors: str = "delta",
+    taken_words: str = "",
+) -> Change:
+    """Estimate one series from tables; no model is needed.
+
+    Args:
+        quantity: what the tables hold.
+        probe: values at the parameters; its baseline is replaced by ``baseline``.
+        slopes: first, or first and second, derivatives along the step.
+        moved: values at shifted parameters by learning rate; where -lr is there too the odd part is given,
+            and where ``AS_TAKEN`` is there the change by the rounded step.
+        own_lr: the step's own learning rate.
+        sweep: learning rates of the points, increasing.
+        tiny: learning rates from which the round-off floor is read.
+        baseline: the fitted baseline.
+        estimator: of the true change.
+        errors: ``delta``, ``jackknife`` or ``bootstrap``.
+        taken_words: how the rounded step came about.
+    """
+    per_token = "per token" if probe.per_token else "per sequence"
+    words = f"{per_token}, {'on policy' if probe.on_policy else 'fixed prefixes'}"
+    level = unit_of(quantity, "per_token" if probe.per_token else "per_seq")
+    evidence = Evidence(probe.with_baseline(baseline.values), tuple(slopes), moved)
+    floor = round_off_floor(evidence.probe, slopes[0], {lr: moved[lr] for lr in tiny})
+
+    def estimated(statistic: Statistic, method: str, unit: str = level) -> Estimate:
+        return estimate(evidence, statistic, errors=errors, unit=unit, method=method)
+
+    def before(e: Evidence) -> Sampled:
+        return value(e.probe)
+
+    def slope(e: Evidence, lr: float = 1.0) -> Sampled:
+        return linear(e.probe, e.slopes[0]).scaled(lr)
+
+    def bend(e: Evidence, factor: float = 1.0) -> Sampled:
+        return second(e.probe, e.slopes[0], e.slopes[1]).scaled(factor)
+
+    def true(e: Evidence, lr: float) -> Sampled:
+        return ESTIMATORS[estimator](e.probe, e.moved[lr])
+
+    def excess(e: Evidence, lr: float) -> Sampled:
+        return true(e, lr).plus(slope(e), -lr)
+
+    def odd(e: Evidence, lr: float) -> Sampled:
+        return true(e, lr).plus(true(e, -lr), -1.0).scaled(0.5)
+
+    def rounding_effect(e: Evidence, lr: float) -> Sampled:
+        return true(e, AS_TAKEN).plus(true(e, lr), -1.0)
+
+    def kept(e: Evidence, lr: float) -> Sampled:
+        whole, left = true(e, lr), true(e, AS_TAKEN)
+        ratio = left.value / whole.value
+        return Sampled(ratio, (left.influence - ratio * whole.influence) / whole.value)
+
+    along = f"forward-mode derivative, {words}, baseline {baseline.kind}"
+    weighted = f"{estimator} importance weights, {words}, baseline {baseline.kind}"
+    curved = len(slopes) > 1
+    doubt = slopes[1].doubt if curved else ""
+    points = []
+    for lr in sweep:
+        check = _check(evidence.probe, moved[lr])
+        bent = bend(evidence, lr**2 / 2).value if curved and not doubt else 0.0
+        expected = slope(evidence, lr).value + bent
+        apart = estimated(partial(excess, lr=lr), f"paired difference, {weighted}")
+        points.append(
+            ChangePoint(
+                lr=lr,
+                true=_flagged(estimated(partial(true, lr=lr), weighted), check, floor, expected),
+                linear=estimated(partial(slope, lr=lr), along),
+                second_order=estimated(partial(bend, factor=lr**2 / 2), f"second {along}").doubted(doubt)
+                if curved
+                else None,
+                excess=_flagged(apart, check, floor),
+                odd=estimated(partial(odd, lr=lr), f"odd part of {weighted}") if -lr in moved else None,
+                effective_sample_size=check.effective_sample_size,
+                pareto_k=check.pareto_k,
+            )
+        )
+    taken = None
+    if AS_TAKEN in moved:
+        check = _check(evidence.probe, moved[AS_TAKEN])
+        how = f"{weighted}, {taken_words}"
+        without = next(point.true for point in points if np.isclose(point.lr, own_lr, rtol=1e-9, atol=0))
+        gap = estimated(partial(rounding_effect, lr=own_lr), f"paired difference, {how}")
+        share = None
+        if without.value:
+            resolved = abs(without.value) > 4 * without.stderr
+            share = estimated(partial(kept, lr=own_lr), f"paired ratio, {how}", "1").doubted(
+                check.reason, "" if resolved else UNRESOLVED
+            )
+        taken = Taken(
+            true=_flagged(estimated(partial(true, lr=AS_TAKEN), how), check, floor),
+            unrounded=without,
+            difference=_flagged(gap, check, floor),
+            ratio=share,
+            effective_sample_size=check.effective_sample_size,
+            pareto_k=check.pareto_k,
+        )
+    along_slope = estimated(slope, along, f"{level}/lr")
+    curvature = estimated(bend, f"second {along}", f"{level}/lr^2").doubted(doubt) if curved else None
+    end = linear_up_to(along_slope.value, curvature.value) if curvature and not doubt else None
+    regime = float("inf") if end is None else max(end, own_lr * (1 + 1e-9))
+    trusted = [p for p in points if p.true.reliable and p.lr <= regime]
+    return Change(
+        quantity=quantity.name,
+        normalisation="per_token" if probe.per_token else "per_seq",
+        version="on_policy" if probe.on_policy else "fixed_prefix",
+        lr=own_lr,
+        points=tuple(points),
+        fit=loglog_fit([p.lr for p in trusted], [p.true.value for p in trusted])
+        if len(trusted) > 1
+        else None,
+        value=estimated(before, words),
+        slope=along_slope,
+        curvature=curvature,
+        baseline=baseline.kind,
+        baseline_stderr=baseline.stderr,
+        baseline_explained=baseline.explained,
+        estimator=estimator,
+        round_off=floor,
+        measurable_from=measurable_from(along_slope.value, floor),
+        linear_up_to=end,
+        taken=taken,
+    )
+
+
+def _check(probe: Probe, moved: TokenTable) -> WeightCheck:
+    """Trust in the weights; with fixed prefixes there are none, and all sequences count fully."""
+    if not probe.on_policy:
+        return WeightCheck(float(len(probe.mask)), float("nan"), len(probe.mask), "")
+    weights = importance_weights(probe.table.logprobs, moved.logprobs)
+    token_dependent = bool((moved.token != 0).any())
+    return check_weights(
+        last_weights(weights, probe.mask.sum(1), token_dependent=token_dependent), probe.sequence_weights
+    )
+
+
+def _flagged(estimate: Estimate, check: WeightCheck, floor: float, expected: float | None = None) -> Estimate:
+    """The estimate with the verdict of its weights and of the round-off floor added to its own.
+
+    Round-off can lift a value over its floor by chance, so that a value below ten floors must also be
+    ``expected`` (from the derivatives, which have no such floor) above three.
+    """
+    reasons = [r for r in (estimate.reason, check.reason) if r]
+    size = abs(estimate.value)
+    if expected is not None and size < 10 * floor:
+        size = float(np.minimum(size, abs(expected)))
+    if not size >= 3 * floor:
+        reasons.append(f"below three times the round-off floor of {floor:.1e}")
+    return replace(estimate, reliable=not reasons, reason="; ".join(reasons))

@@ -1,0 +1,463 @@
+"""The leaderboard: cheap criteria against the measured effect of every token on the entropy.
+
+Truths are those of :mod:`stepscope.measure.criteria.truths`. Signed criteria are compared with the truth,
+magnitude criteria with its size. Every figure has a bootstrap error over the update batch's prompts, and
+every criterion is compared with the best trivial control of its kind on the same resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stepscope.errors import MeasurementError
+from stepscope.measure.criteria.known import Criterion, TokenFacts, known_criteria, token_facts
+from stepscope.measure.criteria.statistics import SHARES, Comparison, compare
+from stepscope.measure.criteria.truths import PRECONDITIONERS, TRUTHS, Truth, token_truths
+from stepscope.measure.step.reconstruct import Step
+from stepscope.policy.gradients import Mode
+from stepscope.policy.state import Policy
+from stepscope.results import Brief, FloatArray, IntArray, Rollouts
+from stepscope.stats import Estimate
+
+FEWEST = 3
+"""A rank correlation needs at least so many items."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One criterion against one truth.
+
+    Attributes:
+        criterion: its name.
+        level: ``token`` or ``sequence``.
+        kind: ``literature`` or ``control``.
+        target: ``signed`` or ``magnitude``.
+        truth: ``column``, ``row`` or ``diagonal``.
+        preconditioner: ``sgd`` or ``adamw``.
+        version: ``on_policy`` or ``fixed_prefix``.
+        spearman: rank correlation.
+        kendall: Kendall's tau-b.
+        pearson: linear correlation.
+        captured: share of tokens selected to share of the total |truth| on them.
+        sign_agreement: share of items whose sign is right; None for magnitudes.
+        auc: how well the size of the score finds the tenth of the items with the largest |truth|.
+        gain_over_control: Spearman less that of the best control, turned to be positive; None for controls.
+        best_control: the control with the largest |Spearman| of the same level and target; None where no
+            control has one.
+    """
+
+    criterion: str
+    level: str
+    kind: str
+    target: str
+    truth: str
+    preconditioner: str
+    version: str
+    spearman: Estimate
+    kendall: Estimate
+    pearson: Estimate
+    captured: Mapping[str, Estimate]
+    sign_agreement: Estimate | None
+    auc: Estimate
+    gain_over_control: Estimate | None
+    best_control: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-ready dictionary, with the quantity."""
+        data: dict[str, Any] = {"quantity": "entropy"}
+        for name, value in vars(self).items():
+            if isinstance(value, Estimate):
+                data[name] = value.to_dict()
+            elif name == "captured":
+                data[name] = {share: figure.to_dict() for share, figure in value.items()}
+            else:
+                data[name] = value
+        return data
+
+
+@dataclass(frozen=True)
+class TruthSummary:
+    """What is known about one truth itself.
+
+    Attributes:
+        level: ``token`` or ``sequence``.
+        truth: ``column``, ``row`` or ``diagonal``.
+        preconditioner: ``sgd`` or ``adamw``.
+        version: ``on_policy`` or ``fixed_prefix``.
+        num_items: tokens (sequences) that are ranked.
+        method: how it was computed.
+        best_possible: share of the items to the share of the total |truth| on the largest ones.
+        reliability: rank correlation r between the truths from each half of the probe prompts; by Spearman
+            and Brown a perfect criterion would correlate with this truth at about sqrt(2 r/(1 + r)). None
+            where no probe batch enters.
+    """
+
+    level: str
+    truth: str
+    preconditioner: str
+    version: str
+    num_items: int
+    method: str
+    best_possible: Mapping[str, Estimate]
+    reliability: Estimate | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-ready dictionary."""
+        return {
+            **vars(self),
+            "best_possible": {share: figure.to_dict() for share, figure in self.best_possible.items()},
+            "reliability": None if self.reliability is None else self.reliability.to_dict(),
+        }
+
+
+@dataclass(frozen=True, repr=False)
+class Leaderboard(Brief):
+    """All criteria against all truths.
+
+    Attributes:
+        standings: one per criterion and truth.
+        truths: the truths about tokens.
+        summaries: one per level and truth.
+        criteria: what was ranked.
+        facts: the token table.
+        scores: (tok,) scores of the token criteria by name.
+    """
+
+    standings: tuple[Standing, ...]
+    truths: tuple[Truth, ...]
+    summaries: tuple[TruthSummary, ...]
+    criteria: tuple[Criterion, ...]
+    facts: TokenFacts
+    scores: Mapping[str, FloatArray]
+
+    def truth(self, kind: str, preconditioner: str, version: str = "fixed_prefix") -> Truth:
+        """One truth by its names.
+
+        Raises:
+            MeasurementError: there is none of these names.
+        """
+        for truth in self.truths:
+            if (truth.kind, truth.preconditioner, truth.version) == (kind, preconditioner, version):
+                return truth
+        raise MeasurementError(
+            f"no truth {kind} {preconditioner} {version}; there are {', '.join(t.name for t in self.truths)}"
+        )
+
+    def standing(self, criterion: str, truth: Truth, *, level: str = "token") -> Standing:
+        """One criterion against one truth.
+
+        Raises:
+            MeasurementError: that criterion was not ranked against it.
+        """
+        wanted = (criterion, level, truth.kind, truth.preconditioner, truth.version)
+        for s in self.standings:
+            if (s.criterion, s.level, s.truth, s.preconditioner, s.version) == wanted:
+                return s
+        raise MeasurementError(f"criterion {criterion} was not ranked against {truth.name} of {level}s")
+
+    def concentration(self, truth: Truth, *, level: str = "token") -> Mapping[str, Estimate]:
+        """Share of the tokens to the share of the total |truth| on the largest ones.
+
+        Raises:
+            MeasurementError: too few items to rank, so that there is no such figure.
+        """
+        wanted = (level, truth.kind, truth.preconditioner, truth.version)
+        for s in self.summaries:
+            if (s.level, s.truth, s.preconditioner, s.version) == wanted:
+                return s.best_possible
+        raise MeasurementError(f"{truth.name} has fewer than {FEWEST} {level}s to rank; use a larger batch")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Content of ``criteria.json``."""
+        return {
+            "truths": list(TRUTHS),
+            "preconditioners": list(PRECONDITIONERS),
+            "shares": [_label(share) for share in SHARES],
+            "rows": [s.to_dict() for s in self.standings],
+            "tables": [t.to_dict() for t in self.summaries],
+            "definitions": {c.name: c.definition() for c in self.criteria},
+        }
+
+    def token_columns(self) -> dict[str, Any]:
+        """Columns of ``criteria_tokens.parquet``: one row per token, criteria and truths by name."""
+        return {
+            "sequence_id": self.facts.sequence,
+            "position": self.facts.position,
+            **self.scores,
+            **{truth.name: truth.values for truth in self.truths},
+        }
+
+
+def rank_criteria(
+    policy: Policy,
+    step: Step,
+    probe: Rollouts,
+    *,
+    criteria: Sequence[Criterion] | None = None,
+    baseline: str = "best",
+    max_diagonal: int = 512,
+    micro_batch_size: int = 8,
+    num_resamples: int = 200,
+    seed: int = 0,
+    mode: Mode = "auto",
+    max_sequences: int = 16,
+    progress: bool = False,
+) -> Leaderboard:
+    """Compute the truths about an update batch's tokens, and rank criteria against them.
+
+    Args:
+        policy: where the step starts; not changed.
+        step: the step.
+        probe: samples of the policy that are not in the update batch.
+        criteria: what to rank; all known ones by default.
+        baseline: rung of the baseline ladder of the on-policy entropy's gradient.
+        max_diagonal: most tokens whose diagonal is computed.
+        micro_batch_size: sequences over which micro-batch criteria centre.
+        num_resamples: bootstrap resamples of the update prompts.
+        seed: of the resamples and of the choice of diagonal tokens.
+        mode: how token derivatives are taken, see ``directional_derivative``.
+        max_sequences: micro-batch size of the computation.
+        progress: show progress bars.
+
+    Raises:
+        MeasurementError: two criteria of one name, or one that returns something else than a score.
+        BatchError: a batch that cannot carry it, see ``token_truths``.
+    """
+    chosen = known_criteria() if criteria is None else tuple(criteria)
+    names = [c.name for c in chosen]
+    if twice := sorted({n for n in names if names.count(n) > 1}):
+        raise MeasurementError(f"criterion {twice[0]} is there twice; give each a name of its own")
+    facts = token_facts(policy, step.update, micro_batch_size=micro_batch_size, max_sequences=max_sequences)
+    scores = {c.name: c(facts) for c in chosen}
+    truths = token_truths(
+        policy,
+        step,
+        probe,
+        baseline=baseline,
+        max_diagonal=max_diagonal,
+        seed=seed,
+        mode=mode,
+        max_sequences=max_sequences,
+        progress=progress,
+    )
+    standings: list[Standing] = []
+    summaries: list[TruthSummary] = []
+    tokens = [c for c in chosen if c.level == "token"]
+    for board in _token_boards(facts, tokens, scores, truths):
+        _rank(board, num_resamples, seed, standings, summaries)
+    for board in _sequence_boards(facts, chosen, scores, truths):
+        _rank(board, num_resamples, seed, standings, summaries)
+    return Leaderboard(
+        standings=tuple(standings),
+        truths=truths,
+        summaries=tuple(summaries),
+        criteria=chosen,
+        facts=facts,
+        scores={c.name: scores[c.name] for c in tokens},
+    )
+
+
+@dataclass(frozen=True)
+class _Board:
+    """Scores and truths about the same items.
+
+    Attributes:
+        level: ``token`` or ``sequence``.
+        criteria: of the scores.
+        scores: (criterion, item).
+        truths: which truths.
+        values: (truth, item).
+        halves: (truth, 2, item), nan where a truth has none.
+        clusters: (item,) prompts.
+    """
+
+    level: str
+    criteria: Sequence[Criterion]
+    scores: FloatArray
+    truths: Sequence[Truth]
+    values: FloatArray
+    halves: FloatArray
+    clusters: IntArray
+
+
+def _token_boards(
+    facts: TokenFacts,
+    criteria: Sequence[Criterion],
+    scores: Mapping[str, FloatArray],
+    truths: Sequence[Truth],
+) -> list[_Board]:
+    """One board per kind of truth: truths of one kind are about the same tokens."""
+    boards = []
+    for kind in TRUTHS:
+        own = [t for t in truths if t.kind == kind]
+        items = own[0].chosen
+        if len(items) >= FEWEST and criteria:
+            boards.append(
+                _Board(
+                    "token",
+                    criteria,
+                    np.stack([scores[c.name][items] for c in criteria]),
+                    own,
+                    np.stack([t.values[items] for t in own]),
+                    np.stack([_halves(t)[:, items] for t in own]),
+                    facts.prompt[facts.sequence[items]],
+                )
+            )
+    return boards
+
+
+def _sequence_boards(
+    facts: TokenFacts,
+    criteria: Sequence[Criterion],
+    scores: Mapping[str, FloatArray],
+    truths: Sequence[Truth],
+) -> list[_Board]:
+    """Columns and rows summed over each response; signed token criteria by their sums."""
+    ranked = [c for c in criteria if c.level == "sequence" or c.target == "signed"]
+    boards = []
+    for kind in ("column", "row"):
+        own = [t for t in truths if t.kind == kind]
+        items = np.unique(facts.sequence[own[0].chosen])
+        if len(items) < FEWEST or not ranked:
+            continue
+        table = [
+            scores[c.name] if c.level == "sequence" else facts.per_sequence(scores[c.name]) for c in ranked
+        ]
+        halves = [np.stack([facts.per_sequence(h) for h in _halves(t)]) for t in own]
+        boards.append(
+            _Board(
+                "sequence",
+                ranked,
+                np.stack(table)[:, items],
+                own,
+                np.stack([facts.per_sequence(t.values) for t in own])[:, items],
+                np.stack(halves)[..., items],
+                facts.prompt[items],
+            )
+        )
+    return boards
+
+
+def _halves(truth: Truth) -> FloatArray:
+    return np.full((2, len(truth.values)), np.nan) if truth.halves is None else truth.halves
+
+
+def _rank(
+    board: _Board,
+    num_resamples: int,
+    seed: int,
+    standings: list[Standing],
+    summaries: list[TruthSummary],
+) -> None:
+    signed = np.array([c.target == "signed" for c in board.criteria])
+    count = len(np.unique(board.clusters))
+    found = compare(
+        board.scores, signed, board.values, board.clusters, num_resamples=num_resamples, seed=seed
+    )
+    for t, truth in enumerate(board.truths):
+        for c in range(len(board.criteria)):
+            standings.append(_standing(board, found, c, t, count))
+        summaries.append(
+            TruthSummary(
+                level=board.level,
+                truth=truth.kind,
+                preconditioner=truth.preconditioner,
+                version=truth.version,
+                num_items=board.values.shape[1],
+                method=truth.method + ("" if board.level == "token" else "; summed over each response"),
+                best_possible={
+                    _label(share): _estimate(found.best[q, :, t], count, "share of the total")
+                    for q, share in enumerate(SHARES)
+                },
+                reliability=_reliability(board, t, num_resamples, seed, count),
+            )
+        )
+
+
+def _standing(board: _Board, found: Comparison, c: int, t: int, count: int) -> Standing:
+    criterion, truth = board.criteria[c], board.truths[t]
+    control = _best_control(board, found, c, t)
+    gain = None
+    if control is not None and criterion.kind != "control":
+        other = found.spearman[:, control, t]
+        gain = _estimate(found.spearman[:, c, t] - np.sign(other[0]) * other, count, "correlation")
+    return Standing(
+        criterion=criterion.name,
+        level=board.level,
+        kind=criterion.kind,
+        target=criterion.target,
+        truth=truth.kind,
+        preconditioner=truth.preconditioner,
+        version=truth.version,
+        spearman=_estimate(found.spearman[:, c, t], count, "correlation"),
+        kendall=_estimate(found.kendall[:, c, t], count, "correlation"),
+        pearson=_estimate(found.pearson[:, c, t], count, "correlation"),
+        captured={
+            _label(share): _estimate(found.captured[q, :, c, t], count, "share of the total")
+            for q, share in enumerate(SHARES)
+        },
+        sign_agreement=(
+            _estimate(found.sign_agreement[:, c, t], count, "share of items")
+            if criterion.target == "signed"
+            else None
+        ),
+        auc=_estimate(found.auc[:, c, t], count, "probability"),
+        gain_over_control=gain,
+        best_control=None if control is None else board.criteria[control].name,
+    )
+
+
+def _best_control(board: _Board, found: Comparison, c: int, t: int) -> int | None:
+    """The control with the largest |Spearman| of the criterion's target."""
+    sizes = {
+        i: abs(float(found.spearman[0, i, t]))
+        for i, other in enumerate(board.criteria)
+        if other.kind == "control" and other.target == board.criteria[c].target
+    }
+    known = {i: size for i, size in sizes.items() if np.isfinite(size)}
+    return max(known, key=known.__getitem__) if known else None
+
+
+def _reliability(board: _Board, t: int, num_resamples: int, seed: int, count: int) -> Estimate | None:
+    first, second = board.halves[t]
+    if not np.isfinite(first).all():
+        return None
+    halves = compare(
+        first[None],
+        np.array([True]),
+        second[None],
+        board.clusters,
+        num_resamples=num_resamples,
+        seed=seed,
+    ).spearman[:, 0, 0]
+    return _estimate(halves, count, "correlation")
+
+
+def _label(share: float) -> str:
+    return f"{share:g}"
+
+
+def _estimate(draws: FloatArray, count: int, unit: str) -> Estimate:
+    """The first entry with the spread of the others; what no resample or too few prompts give is flagged."""
+    value, others = float(draws[0]), draws[1:][np.isfinite(draws[1:])]
+    reason = ""
+    if not np.isfinite(value):
+        reason = "undefined: the criterion or the truth is the same for all"
+    elif count < 2:
+        reason = f"{count} prompt: an error needs at least two"
+    elif len(others) < 0.9 * (len(draws) - 1):
+        reason = f"undefined in {len(draws) - 1 - len(others)} of {len(draws) - 1} resamples"
+    stderr = float(others.std(ddof=1)) if count > 1 and len(others) > 1 else float("nan")
+    return Estimate(
+        value,
+        stderr,
+        count,
+        unit,
+        f"bootstrap over {count} update prompts, conditional on the probe batch",
+        reliable=not reason,
+        reason=reason,
+    )

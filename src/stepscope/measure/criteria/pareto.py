@@ -1,0 +1,295 @@
+"""What rules of the kind "drop these tokens" buy: the step taken again without them, and measured again.
+
+A rule scores the tokens of the update batch; the tokens with the lowest scores below zero are dropped, that
+is their part of the gradient is left out. The AdamW step is then made anew (clipping, second moment) and its
+true effect on entropy and reward measured on the probe batch. Against the full step, paired on the same
+samples,
+
+    entropy kept     = change of the entropy without the tokens - change with them
+    reward given up  = change of the reward with the tokens - change without them
+
+Errors are over probe prompts, given the update batch.
+
+A rule that looked at the probe is judged on the half of its prompts that it did not see: tokens chosen by one
+half, the step measured on the other, both ways, every probe sequence counted where it did not choose
+(cross-fitting, Chernozhukov et al. 2018). Chosen and judged on the same prompts such a rule looks better than
+it is, since it picks their noise, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+from torch import Tensor
+
+from stepscope.errors import MeasurementError
+from stepscope.measure.criteria.known import Criterion
+from stepscope.measure.criteria.leaderboard import Leaderboard
+from stepscope.measure.influence.probe_gradient import BoundQuantity, bind_quantity
+from stepscope.measure.quantity.estimators import Sampled, per_decision, weights_of
+from stepscope.measure.quantity.importance_weights import check_weights, last_weights
+from stepscope.measure.quantity.values import values_at
+from stepscope.measure.step.reconstruct import Step, assemble_step, weighted_logprobs
+from stepscope.policy.experts import router_gradient
+from stepscope.policy.gradients import gradient
+from stepscope.policy.state import Policy
+from stepscope.policy.vectors import ParameterVector
+from stepscope.results import BoolArray, FloatArray, IntArray, Rollouts
+from stepscope.stats import Estimate
+
+CRITERIA = ("disc_v", "cov_batch", "steer_thm", "npg", "top_ent_mask", "neg_A_missing")
+"""Criteria that are tried as rules unless others are named."""
+
+
+@dataclass(frozen=True)
+class Restep:
+    """One re-made step.
+
+    Attributes:
+        rule: what chose the tokens.
+        share: share of the tokens it was allowed to drop.
+        num_dropped: tokens dropped; the mean of both choices where each half of the probe made one.
+        cross_fitted: whether it looked at the probe, and was judged on the half that it did not see.
+        entropy_change: true change of the entropy per token by the step without them.
+        reward_change: true change of the expected reward by the same.
+        entropy_kept: entropy change less that of the full step.
+        reward_given_up: reward change of the full step less this one's.
+    """
+
+    rule: str
+    share: float
+    num_dropped: int
+    cross_fitted: bool
+    entropy_change: Estimate
+    reward_change: Estimate
+    entropy_kept: Estimate
+    reward_given_up: Estimate
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-ready dictionary."""
+        return {n: v.to_dict() if isinstance(v, Estimate) else v for n, v in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Pareto:
+    """Entropy kept against reward given up, by rule and share of tokens.
+
+    Attributes:
+        lr: learning rate of all steps.
+        full_entropy_change: true change of the entropy per token by the full step.
+        full_reward_change: true change of the expected reward by the full step.
+        points: the re-made steps.
+    """
+
+    lr: float
+    full_entropy_change: Estimate
+    full_reward_change: Estimate
+    points: tuple[Restep, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Content of ``pareto.json``."""
+        return {
+            "lr": self.lr,
+            "full_entropy_change": self.full_entropy_change.to_dict(),
+            "full_reward_change": self.full_reward_change.to_dict(),
+            "points": [point.to_dict() for point in self.points],
+        }
+
+
+def drop_rules(
+    board: Leaderboard,
+    *,
+    reward_influence: FloatArray,
+    criteria: Sequence[str] = CRITERIA,
+    seed: int = 0,
+) -> dict[str, FloatArray]:
+    """Scores of the rules worth comparing, lowest dropped first; (2, tok) where halves of the probe choose.
+
+    ``influence`` drops the tokens that lower the entropy most; ``influence_fixed_prefix`` those that do so at
+    given prefixes, which is known from fewer prompts; ``influence_no_reward`` only those among the first
+    that do not raise the expected reward; ``random`` any; a signed criterion those it predicts to lower the
+    entropy most, a magnitude criterion those it scores highest.
+
+    Args:
+        board: the leaderboard of the update batch.
+        reward_influence: (2, tok) influence of each token on the expected reward through each half of the
+            probe prompts, as the truths of the board divide them (``Truth.probe_half``).
+        criteria: names of token criteria of the board.
+        seed: of ``random``.
+
+    Raises:
+        MeasurementError: the board has no such token criterion.
+    """
+    truth = board.truth("column", "adamw", "on_policy")
+    exact, at_prefixes = truth.halves, board.truth("column", "adamw", "fixed_prefix").halves
+    assert exact is not None
+    assert at_prefixes is not None
+    if unknown := sorted(set(criteria) - set(board.scores)):
+        raise MeasurementError(
+            f"no token criterion {unknown[0]} to drop by; choose from {', '.join(sorted(board.scores))}"
+        )
+    targets: dict[str, Criterion] = {c.name: c for c in board.criteria}
+    return {
+        "influence": exact,
+        "influence_fixed_prefix": at_prefixes,
+        "influence_no_reward": np.where(reward_influence <= 0, exact, 0.0),
+        "random": -np.random.default_rng(seed).uniform(0.5, 1.0, len(truth.values)),
+        **{n: board.scores[n] if targets[n].target == "signed" else -board.scores[n] for n in criteria},
+    }
+
+
+def resteps(
+    policy: Policy,
+    step: Step,
+    probe: Rollouts,
+    rules: Mapping[str, FloatArray],
+    *,
+    probe_half: IntArray | None = None,
+    shares: Sequence[float] = (0.02, 0.1),
+    lr: float | None = None,
+    baseline: str = "best",
+    max_sequences: int = 16,
+    progress: bool = False,
+) -> Pareto:
+    """Take the step again without the tokens that each rule drops, and measure entropy and reward.
+
+    Costs, for each rule and share, one gradient over the sequences that lose a token and one forward pass
+    over the probe batch; twice that for a rule with scores from halves.
+
+    Args:
+        policy: where the step starts, with AdamW's state; restored bitwise.
+        step: the full step.
+        probe: the probe batch.
+        rules: name to (tok,) scores; the lowest below zero are dropped. (2, tok) scores of a rule that looked
+            at one half of the probe prompts each are judged on the other. See :func:`drop_rules`.
+        probe_half: (probe seq,) 0 or 1, the half of each probe sequence.
+        shares: of the tokens with a weight; at least one is dropped.
+        lr: learning rate of the steps; the step's own by default.
+        baseline: rung of the baseline ladder.
+        max_sequences: micro-batch size.
+        progress: show a progress bar.
+
+    Raises:
+        MeasurementError: a learning rate of zero, a share outside (0, 1), scores of another batch, or scores
+            from halves that are not named.
+    """
+    rate = step.lr if lr is None else lr
+    if not rate > 0:
+        raise MeasurementError("re-steps need a learning rate above 0; the step's own is 0, pass lr=")
+    weights = np.concatenate(step.token_weights)
+    for name, scores in rules.items():
+        if scores.ndim == 2 and (probe_half is None or set(np.unique(probe_half)) != {0, 1}):
+            raise MeasurementError(
+                f"rule {name}: scores from halves of the probe batch, and probe_half does not divide it in "
+                "two; pass probe_half= as Truth.probe_half gives it"
+            )
+        if scores.shape not in (weights.shape, (2, *weights.shape)):
+            raise MeasurementError(
+                f"rule {name}: {scores.shape} scores for {len(weights)} tokens; score the step's own batch"
+            )
+    if wrong := [share for share in shares if not 0 < share < 1]:
+        raise MeasurementError(f"share of tokens to drop: got {wrong[0]}, expected between 0 and 1")
+    bound = [
+        bind_quantity(
+            policy,
+            probe,
+            name,
+            direction=step.direction,
+            normalisation=normalisation,
+            baseline=baseline,
+            max_sequences=max_sequences,
+        )
+        for name, normalisation in (("entropy", "per_token"), ("reward", "per_seq"))
+    ]
+
+    def measured(direction: ParameterVector) -> tuple[list[Sampled], str]:
+        table = values_at(
+            policy, probe, [b.quantity for b in bound], direction, rate, max_sequences=max_sequences
+        )
+        moved = [table.quantity(i) for i in range(len(bound))]
+        last = last_weights(weights_of(bound[1].probe, moved[1]), probe.num_tokens, token_dependent=True)
+        changes = [per_decision(b.probe, m) for b, m in zip(bound, moved, strict=True)]
+        return changes, check_weights(last).reason
+
+    ascent = gradient(policy, step.update, weighted_logprobs(step.token_weights), max_sequences=max_sequences)
+    router = router_gradient(policy, step.update)
+    full, full_reason = measured(step.direction)
+    points = []
+    jobs = [(name, scores, share) for name, scores in rules.items() for share in shares]
+    for name, scores, share in track(jobs, description="re-made steps", disable=not progress):
+        dropped = [_dropped(own, weights, share) for own in np.atleast_2d(scores)]
+        made = [measured(_without(policy, step, ascent, router, own, max_sequences)) for own in dropped]
+        changes, reason = made[0]
+        words = f"per decision at lr {rate:g}, given the update batch"
+        if len(made) == 2:
+            assert probe_half is not None
+            changes = [_unseen(*both, probe_half) for both in zip(made[0][0], made[1][0], strict=True)]
+            reason = "; ".join(dict.fromkeys(r for _, r in made if r))
+            words += ", tokens chosen by the other half of the probe prompts"
+        absolute = [_estimate(b, change, words, reason) for b, change in zip(bound, changes, strict=True)]
+        both = "; ".join(dict.fromkeys(r for r in (full_reason, reason) if r))
+        paired = f"{words}, paired with the full step"
+        points.append(
+            Restep(
+                rule=name,
+                share=share,
+                num_dropped=round(float(np.mean([own.sum() for own in dropped]))),
+                cross_fitted=len(made) == 2,
+                entropy_change=absolute[0],
+                reward_change=absolute[1],
+                entropy_kept=_estimate(bound[0], changes[0].plus(full[0], -1.0), paired, both),
+                reward_given_up=_estimate(bound[1], full[1].plus(changes[1], -1.0), paired, both),
+            )
+        )
+    whole = [
+        _estimate(b, f, f"per decision at lr {rate:g}, given the update batch", full_reason)
+        for b, f in zip(bound, full, strict=True)
+    ]
+    return Pareto(rate, whole[0], whole[1], tuple(points))
+
+
+def _unseen(first: Sampled, second: Sampled, half: IntArray) -> Sampled:
+    """The change of each probe sequence under the step that the other half of the prompts chose."""
+    changes = np.where(half == 1, first.value + first.influence, second.value + second.influence)
+    return Sampled(float(changes.mean()), changes - changes.mean())
+
+
+def _dropped(scores: FloatArray, weights: FloatArray, share: float) -> BoolArray:
+    """(tok,) True on the lowest scores below zero of tokens with a weight; ties in the batch's order."""
+    eligible = np.flatnonzero((weights != 0) & (scores < 0))
+    most = max(1, int(share * np.count_nonzero(weights)))
+    chosen = eligible[np.argsort(scores[eligible], kind="stable")[:most]]
+    dropped = np.zeros(len(weights), dtype=bool)
+    dropped[chosen] = True
+    return dropped
+
+
+def _without(
+    policy: Policy,
+    step: Step,
+    ascent: ParameterVector,
+    router: dict[str, Tensor],
+    dropped: BoolArray,
+    max_sequences: int,
+) -> ParameterVector:
+    """Direction of the step made without some tokens: their gradient is taken off that of the batch."""
+    cuts = np.cumsum(step.update.num_tokens)[:-1]
+    masks = np.split(dropped, cuts)
+    touched = [i for i, mask in enumerate(masks) if mask.any()]
+    kept = tuple(np.where(mask, 0.0, w) for mask, w in zip(masks, step.token_weights, strict=True))
+    rest = {n: t.clone() for n, t in ascent.items()}
+    if touched:
+        gone = [np.where(masks[i], step.token_weights[i], 0.0) for i in touched]
+        part = gradient(
+            policy, step.update.select(touched), weighted_logprobs(gone), max_sequences=max_sequences
+        )
+        rest = {n: t - part[n] for n, t in rest.items()}
+    return assemble_step(policy, step.update, kept, rest, router=router).direction
+
+
+def _estimate(bound: BoundQuantity, sampled: Sampled, method: str, reason: str) -> Estimate:
+    return bound.probe.estimate(sampled, unit=bound.unit, method=method).doubted(reason)

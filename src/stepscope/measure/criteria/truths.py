@@ -1,0 +1,241 @@
+"""Three truths about tokens and the entropy, which a criterion may or may not know.
+
+With K[s, t] = w_t grad H_s . P . grad l_t, the effect of token t's part of the step on the entropy at s,
+
+    column   sum over s: influence of token t on the policy's entropy, over a probe batch
+    row      sum over t in the update batch: change of the entropy at position s
+    diagonal K[t, t]: what token t does to the entropy at its own position
+
+each with P = 1 (a plain gradient step, ``sgd``) and with the optimizer's P (``adamw``; momentum and decay are
+not part of it). Columns come in both versions of the entropy; rows and diagonals are of given prefixes. All
+are per unit of lr. Rows and columns are forward-mode derivatives, the diagonal a pair of gradients per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from stepscope.errors import BatchError
+from stepscope.measure.influence.probe_gradient import bind_quantity, probe_gradient
+from stepscope.measure.kernel.fisher import split_tokens
+from stepscope.measure.quantity.quantities import VERSIONS
+from stepscope.measure.step.reconstruct import Step, weighted_logprobs
+from stepscope.policy import vectors
+from stepscope.policy.forward import TokenBatch, TokenOutputs
+from stepscope.policy.gradients import Mode, directional_derivative, gradient, response_logprob
+from stepscope.policy.per_sequence.products import paired_dots
+from stepscope.policy.state import Policy
+from stepscope.policy.vectors import ParameterVector
+from stepscope.results import FloatArray, IntArray, Rollouts
+
+TRUTHS = ("column", "row", "diagonal")
+PRECONDITIONERS = ("sgd", "adamw")
+
+
+@dataclass(frozen=True)
+class Truth:
+    """One truth about the tokens of an update batch.
+
+    Attributes:
+        kind: ``column``, ``row`` or ``diagonal``.
+        preconditioner: ``sgd`` or ``adamw``.
+        version: ``on_policy`` or ``fixed_prefix``.
+        values: (tok,) over the whole update batch; nan where it was not computed.
+        chosen: tokens it ranks, counted over the batch: all positions for rows; for columns those with a
+            token weight, since the others have no effect; for diagonals a random part of those.
+        halves: (2, tok) the same from each half of the probe prompts; None where no probe batch enters.
+        probe_half: (probe seq,) which half of the probe prompts each probe sequence is in; None likewise.
+        method: in words.
+    """
+
+    kind: str
+    preconditioner: str
+    version: str
+    values: FloatArray
+    chosen: IntArray
+    halves: FloatArray | None
+    probe_half: IntArray | None
+    method: str
+
+    @property
+    def name(self) -> str:
+        """Column of ``criteria_tokens.parquet``."""
+        version = f"_{self.version}" if self.kind == "column" else ""
+        return f"{self.kind}_{self.preconditioner}{version}"
+
+
+def token_truths(
+    policy: Policy,
+    step: Step,
+    probe: Rollouts,
+    *,
+    baseline: str = "best",
+    max_diagonal: int = 512,
+    seed: int = 0,
+    mode: Mode = "auto",
+    max_sequences: int = 16,
+    progress: bool = False,
+) -> tuple[Truth, ...]:
+    """All truths about the tokens of ``step.update``.
+
+    Costs two gradient passes over the probe batch, ten forward-mode passes over the update batch, and two
+    gradient passes over as many sequences as the diagonal has tokens.
+
+    Args:
+        policy: where the step starts; not changed.
+        step: the step.
+        probe: samples of the policy that are not in the update batch; for the columns.
+        baseline: rung of the baseline ladder of the on-policy entropy's gradient.
+        max_diagonal: most tokens whose diagonal is computed, drawn at random.
+        seed: of that draw and of the halves of the probe prompts.
+        mode: how token derivatives are taken, see ``directional_derivative``.
+        max_sequences: micro-batch size.
+        progress: show progress bars.
+
+    Raises:
+        BatchError: the probe batch has one prompt only, or ``max_diagonal`` is above 4096.
+    """
+    if probe.num_prompts < 2:
+        raise BatchError("probe batch: one prompt only, and truths are checked on halves; use 2 or more")
+    weights = np.concatenate(step.token_weights)
+    pushed = np.flatnonzero(weights)
+    metrics: dict[str, ParameterVector | None] = {"sgd": None, "adamw": step.preconditioner}
+    found: list[Truth] = []
+    for version in VERSIONS:
+        parts, half = _halves(policy, step, probe, version, baseline, seed, max_sequences, progress)
+        for name, metric in metrics.items():
+            slopes = np.stack(
+                [
+                    np.concatenate(_slopes(policy, step.update, part, metric, mode, max_sequences))
+                    for part in parts
+                ]
+            )
+            halves = weights * slopes
+            sizes = np.bincount(half, minlength=2)
+            found.append(
+                Truth(
+                    "column",
+                    name,
+                    version,
+                    sizes / sizes.sum() @ halves,
+                    pushed,
+                    halves,
+                    half,
+                    f"influence of each token on the {version} entropy per token of {len(probe)} probe "
+                    f"responses, per unit of lr, {_METRIC[name]}; {len(pushed)} tokens with a weight",
+                )
+            )
+    ascent = gradient(policy, step.update, weighted_logprobs(step.token_weights), max_sequences=max_sequences)
+    for name, direction in (("sgd", ascent), ("adamw", step.sequences)):
+        change = directional_derivative(
+            policy,
+            step.update,
+            _entropies,
+            direction,
+            mode=mode,
+            as_trained=False,
+            max_sequences=max_sequences,
+        )
+        values = np.concatenate([d.double().cpu().numpy() for d in change])
+        found.append(
+            Truth(
+                "row",
+                name,
+                "fixed_prefix",
+                values,
+                np.arange(len(values)),
+                None,
+                None,
+                f"change of the entropy at each position by the whole update batch, per unit of lr, "
+                f"{_METRIC[name]}; {len(values)} positions",
+            )
+        )
+    chosen = pushed
+    if len(pushed) > max_diagonal:
+        chosen = np.sort(np.random.default_rng(seed).choice(pushed, max_diagonal, replace=False))
+    single, _ = split_tokens(step.update, chosen)
+    own = paired_dots(
+        policy,
+        single,
+        response_logprob,
+        _entropies,
+        metrics,
+        second_as_trained=False,
+        max_sequences=max_sequences,
+        progress=progress,
+    )
+    for name in metrics:
+        values = np.full(len(weights), np.nan)
+        values[chosen] = weights[chosen] * own[name]
+        drawn = "" if len(chosen) == len(pushed) else f" drawn at random from {len(pushed)}"
+        found.append(
+            Truth(
+                "diagonal",
+                name,
+                "fixed_prefix",
+                values,
+                chosen,
+                None,
+                None,
+                f"effect of each token's own gradient on the entropy at its own position, per unit of lr, "
+                f"{_METRIC[name]}; {len(chosen)} tokens{drawn}",
+            )
+        )
+    return tuple(found)
+
+
+_METRIC = {"sgd": "P = 1", "adamw": "the optimizer's P"}
+
+
+def _entropies(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
+    return outputs.entropies
+
+
+def _halves(
+    policy: Policy,
+    step: Step,
+    probe: Rollouts,
+    version: str,
+    baseline: str,
+    seed: int,
+    max_sequences: int,
+    progress: bool,
+) -> tuple[list[dict[str, Tensor]], IntArray]:
+    """The entropy's gradient on each half of the probe prompts, and the half of each probe sequence."""
+    bound = bind_quantity(
+        policy,
+        probe,
+        "entropy",
+        direction=step.direction,
+        version=version,
+        baseline=baseline,
+        max_sequences=max_sequences,
+    )
+    prompts = np.random.default_rng(seed).permutation(probe.num_prompts) % 2
+    half = prompts[probe.prompt_index]
+    slope = probe_gradient(
+        policy, probe, bound, groups=half, errors=False, max_sequences=max_sequences, progress=progress
+    )
+    sizes = np.bincount(half, minlength=2)
+    parts = [{n: t[h] / int(sizes[h]) for n, t in slope.parts.items()} for h in range(2)]
+    return parts, half
+
+
+def _slopes(
+    policy: Policy,
+    update: Rollouts,
+    slope: ParameterVector,
+    metric: Mapping[str, Tensor] | None,
+    mode: Mode,
+    max_sequences: int,
+) -> list[FloatArray]:
+    """(P slope) . grad l_k of every token, per sequence."""
+    u = slope if metric is None else vectors.multiply(metric, slope)
+    found = directional_derivative(
+        policy, update, response_logprob, u, mode=mode, max_sequences=max_sequences
+    )
+    return [d.double().cpu().numpy() for d in found]

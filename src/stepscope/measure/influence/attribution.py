@@ -1,0 +1,515 @@
+"""Influence: the share of a step's first-order effect that each sequence and each token of the update has.
+
+With direction = momentum + decay + sum_i P c_i, c_i = sum_k w_ik grad l_ik, and u = P grad F,
+
+    dF/dlr = grad F . momentum + grad F . decay + sum_ik w_ik (u . grad l_ik)
+
+The last sum runs over the tokens of the update batch: token (i, k) has influence w_ik (u . grad l_ik), and
+the derivatives u . grad l_ik of all tokens come from one forward-mode pass in direction u. (P is symmetric,
+so it may stand with grad F.) All values are per unit of the learning rate.
+
+That holds P and the clip coefficient ``fixed``, although both depend on the batch: it splits the change of
+the step as it is. Through the ``optimizer``, u is grad F times the step's total derivative instead
+(:mod:`stepscope.measure.step.derivative`): a token's influence is then the derivative of the change with
+respect to that token's weight, the answer to "what if it counted a little less?". The first adds up to the
+linear change, the second does not; for a gradient that is clipped its sum over the batch is about 0, since
+scaling the batch moves nothing.
+
+u is taken from each of a few folds of the probe prompts by itself: the derivatives are linear in u, so the
+folds add up to the whole, and how far they differ says how sure each token's influence and the ranks of all
+are (:mod:`stepscope.measure.influence.reliability`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stepscope import runs
+from stepscope.errors import MeasurementError
+from stepscope.measure.influence.probe_gradient import Folds, ProbeGradient, bind_quantity, probe_gradient
+from stepscope.measure.quantity.quantities import Quantity
+from stepscope.measure.step.derivative import THROUGHS, Through, step_derivative
+from stepscope.measure.step.reconstruct import Step, weighted_logprobs
+from stepscope.policy.gradients import Mode, directional_derivative, response_logprob
+from stepscope.policy.per_sequence.gram import gram
+from stepscope.policy.per_sequence.products import per_sequence_dots
+from stepscope.policy.state import Policy
+from stepscope.results import Brief, FloatArray, IntArray, Rollouts
+from stepscope.stats import Estimate, estimate_from_sums
+
+NUM_FOLDS = 8
+"""Folds of the probe prompts by default: 35 ways to halve them, seven degrees of freedom for an error."""
+
+DISAGREEMENT_LIMIT = {torch.float64: 1e-8, torch.float32: 1e-2}
+"""Largest difference between the two ways to a sequence's influence, relative to the largest influence."""
+
+YOUNG = 20
+"""Steps of AdamW before which a batch makes much of the second moment that divides it."""
+
+NEGLECTED_LIMIT = 0.2
+"""Share of the tokens' influence that may go through what is held fixed; above it the sum is unreliable."""
+
+
+_SUMS = {
+    "fixed": "sum over the update batch, preconditioner and clip coefficient fixed",
+    "optimizer": "sum over the update batch, through preconditioner and clip coefficient",
+}
+
+
+class InfluenceOptions(TypedDict, total=False):
+    """What :func:`influence` hands on to :func:`influences`, by name."""
+
+    quantity: str | Quantity
+    normalisation: str
+    version: str
+    baseline: str
+    reference: nn.Module | None
+    probe_resolved: bool
+    mode: Mode
+    groups: IntArray | None
+    num_folds: int
+    max_groups: int
+    memory_bytes: int
+    max_sequences: int
+    progress: bool
+
+
+@dataclass(frozen=True, repr=False)
+class Influence(Brief):
+    """What every sequence and token of the update batch does to a quantity, to first order.
+
+    Attributes:
+        quantity: its name.
+        through: ``fixed`` or ``optimizer``: whether preconditioner and clip coefficient are held.
+        normalisation: ``per_token`` or ``per_seq``.
+        version: ``on_policy`` or ``fixed_prefix``.
+        baseline: rung of the baseline ladder in use.
+        lr: the step's own learning rate; multiply by it for the effect of the step that was to be taken.
+        unit: of every value here: the quantity's unit per unit of lr.
+        sequences: (seq,) influence of each sequence of the update batch.
+        stderr: (seq,) standard errors, clustered by probe prompt, for a given update batch.
+        reach: (seq,) half widths of their 95 % intervals.
+        tokens: per sequence (tok,) influence of each token; they add up to ``sequences``.
+        folds: parts of the probe batch from which influence was taken one by one.
+        fold_tokens: (fold, tok) influence of each token of the batch through each fold alone; weighted by the
+            folds' shares they add up to ``tokens``.
+        momentum: effect of the momentum part of the direction.
+        decay: effect of weight decay.
+        bonus: effect of an entropy bonus; None where the loss has none.
+        router: effect of the router loss of a mixture of experts; None where the loss has none.
+        total: the linear change per unit of lr: fixed sequences + momentum + decay + bonus + router.
+        sum_of_sequences: sum of ``sequences``, with its error: the update batch's own part of the change
+            (fixed), or the derivative with respect to the weight of the whole batch (optimizer).
+        disagreement: largest difference between sequence influences by forward and by reverse mode, relative
+            to the largest.
+        probe_resolved: (probe sequence, update sequence) effect of each update sequence through each probe
+            sequence; its mean over probe sequences is ``sequences``. None unless asked for.
+    """
+
+    quantity: str
+    through: Through
+    normalisation: str
+    version: str
+    baseline: str
+    lr: float
+    unit: str
+    sequences: FloatArray
+    stderr: FloatArray
+    reach: FloatArray
+    tokens: tuple[FloatArray, ...]
+    folds: Folds
+    fold_tokens: FloatArray
+    momentum: Estimate
+    decay: Estimate
+    total: Estimate
+    sum_of_sequences: Estimate
+    disagreement: float
+    probe_resolved: FloatArray | None = None
+    bonus: Estimate | None = None
+    router: Estimate | None = None
+
+    @property
+    def token_stderr(self) -> FloatArray:
+        """(tok,) standard errors over the batch's tokens, from the folds; nan with fewer than two.
+
+        stderr^2 = G/(G-1) sum_g share_g^2 (x_g - x)^2 over G folds, for a given update batch. From eight
+        folds the error itself is known to a quarter or so.
+        """
+        count = len(self.fold_tokens)
+        if count < 2:
+            return np.full(self.fold_tokens.shape[1], np.nan)
+        away = self.folds.shares[:, None] * (self.fold_tokens - np.concatenate(self.tokens))
+        return np.asarray(np.sqrt(count / (count - 1) * (away**2).sum(0)), dtype=np.float64)
+
+    @property
+    def fold_sequences(self) -> FloatArray:
+        """(fold, seq) influence of each sequence through each fold alone."""
+        parts = np.split(self.fold_tokens, np.cumsum([len(t) for t in self.tokens[:-1]]), axis=1)
+        return np.stack([part.sum(1) for part in parts], axis=1)
+
+    def sequence_columns(self) -> dict[str, list[Any]]:
+        """Rows of ``influence_sequences.parquet``: one per sequence, then the other parts of the change."""
+        count = len(self.sequences)
+        others: dict[str, Estimate] = {}
+        if self.through == "fixed":
+            others = {"momentum": self.momentum, "decay": self.decay}
+            further = {"bonus": self.bonus, "router": self.router}
+            others |= {name: part for name, part in further.items() if part is not None}
+        return {
+            "component": ["sequence"] * count + list(others),
+            "sequence_id": [*range(count), *[None] * len(others)],
+            "quantity": [self.quantity] * (count + len(others)),
+            "through": [self.through] * (count + len(others)),
+            "influence": [*self.sequences.tolist(), *(e.value for e in others.values())],
+            "stderr": [*self.stderr.tolist(), *(e.stderr for e in others.values())],
+            "low": [*(self.sequences - self.reach).tolist(), *(e.low for e in others.values())],
+            "high": [*(self.sequences + self.reach).tolist(), *(e.high for e in others.values())],
+        }
+
+    def token_columns(self, shrunk: FloatArray | None = None) -> dict[str, list[Any]]:
+        """Rows of ``influence_tokens.parquet``: one per response token.
+
+        Args:
+            shrunk: (tok,) the same shrunk towards its prior, if known; see
+                :mod:`stepscope.measure.influence.shrinkage`.
+        """
+        lengths = [len(t) for t in self.tokens]
+        return {
+            "sequence_id": np.repeat(np.arange(len(lengths)), lengths).tolist(),
+            "position": np.concatenate([np.arange(n) for n in lengths]).tolist(),
+            "quantity": [self.quantity] * sum(lengths),
+            "through": [self.through] * sum(lengths),
+            "influence": np.concatenate(self.tokens).tolist(),
+            "stderr": self.token_stderr.tolist(),
+            "shrunk": [math.nan] * sum(lengths) if shrunk is None else shrunk.tolist(),
+        }
+
+
+def influence(
+    policy: Policy,
+    step: Step,
+    update: Rollouts,
+    probe: Rollouts,
+    *,
+    through: Through = "fixed",
+    **options: Unpack[InfluenceOptions],
+) -> Influence:
+    """The first-order effect of every sequence and token of an update on a quantity.
+
+    Costs a forward and backward pass over the probe batch (two per token and on policy, the second for the
+    mean length), one over the update batch, and a forward-mode pass over the update batch for each fold,
+    whatever the number of sequences; besides what the baseline needs.
+
+    Args:
+        policy: where the step starts; not changed.
+        step: the step, from ``reconstruct_step`` on ``update``.
+        update: the batch that makes the step.
+        probe: samples of the policy that are not in the update batch.
+        through: ``fixed`` splits the change of the step, with preconditioner and clip coefficient as they
+            are; ``optimizer`` differentiates through both, which says what a change of the batch would do.
+        **options: as :func:`influences` takes them: quantity, normalisation, version, baseline and the rest.
+
+    Returns:
+        Influences per unit of lr. Tokens add up to sequences exactly; ``fixed`` sequences, momentum and
+        decay add up to the linear change of ``measure_change`` to round-off.
+
+    Raises:
+        MeasurementError: the step is not of this update batch, an unknown ``through``, or forward and
+            reverse mode disagree.
+    """
+    return influences(policy, step, update, probe, throughs=(through,), **options)[0]
+
+
+def influences(
+    policy: Policy,
+    step: Step,
+    update: Rollouts,
+    probe: Rollouts,
+    *,
+    throughs: Sequence[Through] = THROUGHS,
+    quantity: str | Quantity = "entropy",
+    normalisation: str = "per_token",
+    version: str = "on_policy",
+    baseline: str = "best",
+    reference: nn.Module | None = None,
+    probe_resolved: bool = False,
+    mode: Mode = "auto",
+    groups: IntArray | None = None,
+    num_folds: int = NUM_FOLDS,
+    max_groups: int = 64,
+    memory_bytes: int = 2 * 2**30,
+    max_sequences: int = 16,
+    progress: bool = False,
+) -> tuple[Influence, ...]:
+    """:func:`influence` for several ``throughs`` from the same passes over the probe batch.
+
+    Each beyond the first costs a forward-mode pass over the update batch for each fold. Where both are asked
+    for, the sum of the fixed one is flagged where much goes through what it holds.
+
+    Args:
+        policy: where the step starts; not changed.
+        step: the step, from ``reconstruct_step`` on ``update``.
+        update: the batch that makes the step.
+        probe: samples of the policy that are not in the update batch.
+        throughs: ``fixed``, ``optimizer``, or both.
+        quantity: a name, or a quantity bound to ``probe``.
+        normalisation: ``per_token`` or ``per_seq``.
+        version: ``on_policy`` (prefixes move too) or ``fixed_prefix``.
+        baseline: rung of the baseline ladder or ``best``, as in ``measure_change``.
+        reference: reference model of ``kl``.
+        probe_resolved: also compute the fixed effect through every single probe sequence, which holds the
+            update's gradients in ``memory_bytes``.
+        mode: how token derivatives are taken, see ``directional_derivative``.
+        groups: (probe seq,) groups of whole probe prompts to keep apart for the errors; by default prompts,
+            or random pools of them.
+        num_folds: folds of the probe that tokens are told apart by, made of the groups; 1 saves passes, and
+            leaves tokens without errors.
+        max_groups: most groups of probe prompts kept apart by default.
+        memory_bytes: budget for what is kept in parameter space.
+        max_sequences: micro-batch size.
+        progress: show progress bars.
+
+    Raises:
+        MeasurementError: as :func:`influence`.
+    """
+    for through in throughs:
+        if through not in THROUGHS:
+            raise MeasurementError(
+                f"through: got {through!r}, expected one of {', '.join(THROUGHS)}; use one of these"
+            )
+    _check_update(step, update)
+    bound = bind_quantity(
+        policy,
+        probe,
+        quantity,
+        direction=step.direction,
+        normalisation=normalisation,
+        version=version,
+        baseline=baseline,
+        reference=reference,
+        max_sequences=max_sequences,
+    )
+    slope = probe_gradient(
+        policy,
+        probe,
+        bound,
+        groups=groups,
+        max_groups=max_groups,
+        memory_bytes=memory_bytes // (1 + len(throughs)),
+        max_sequences=max_sequences,
+        progress=progress,
+    )
+    folds = slope.folds(num_folds)
+    momentum, decay = slope.dots(step.momentum), slope.dots(step.decay)
+    bonus = slope.dots(step.bonus) if step.bonus else None
+    router = slope.dots(step.router) if step.router else None
+    others = momentum + decay + sum(part for part in (bonus, router) if part is not None)
+    linear = slope.dots(step.direction)
+    rows = slope.num_groups + 1
+    pulled: dict[str, Tensor] = {}
+    for through in throughs:
+        own = step_derivative(policy, step, through).pulled(slope.parts)
+        pulled = {n: torch.cat([pulled[n], t]) for n, t in own.items()} if pulled else own
+    objective = weighted_logprobs(step.token_weights)
+    products = per_sequence_dots(
+        policy, update, objective, pulled, max_sequences=max_sequences, progress=progress
+    )
+    resolved = None
+    if probe_resolved:
+        resolved = gram(
+            policy,
+            update,
+            objective,
+            preconditioner=step.preconditioner,
+            other=(probe, bound.objective),
+            other_as_trained=False,
+            memory_bytes=memory_bytes,
+            max_sequences=max_sequences,
+            keep_logits=bound.quantity.needs_logits,
+            progress=progress,
+        ).numpy()
+    unit = f"{bound.unit}/lr"
+    parts = "sequences, momentum and decay" + ("" if bonus is None else ", entropy bonus")
+    parts += "" if router is None else ", router loss"
+    found = []
+    for i, through in enumerate(throughs):
+        part = slice(i * rows, (i + 1) * rows)
+        own = {n: t[part] for n, t in pulled.items()}
+        fold_tokens = token_products(policy, step, own, folds.mixing, mode=mode, max_sequences=max_sequences)
+        tokens = tuple(np.split(folds.shares @ fold_tokens, np.cumsum(update.num_tokens)[:-1]))
+        sequences = np.array([t.sum() for t in tokens])
+        own_products = products[part]
+        stderr, reach = slope.errors(own_products)
+        whole = None  # of what does not add up, the linear change itself
+        if through == "fixed":
+            whole = float(sequences.sum() + others[:-1].sum() / len(probe))
+        found.append(
+            Influence(
+                quantity=bound.quantity.name,
+                through=through,
+                normalisation=normalisation,
+                version=version,
+                baseline=bound.baseline,
+                lr=step.lr,
+                unit=unit,
+                sequences=sequences,
+                stderr=stderr,
+                reach=reach,
+                tokens=tokens,
+                folds=folds,
+                fold_tokens=fold_tokens,
+                momentum=_estimate(slope, momentum, unit, "grad F . momentum"),
+                decay=_estimate(slope, decay, unit, "grad F . decay"),
+                total=_estimate(slope, linear, unit, f"sum over {parts}", value=whole),
+                sum_of_sequences=_estimate(
+                    slope, own_products.sum(1), unit, _SUMS[through], value=float(sequences.sum())
+                ),
+                disagreement=_disagreement(policy, sequences, own_products[:-1].sum(0) / len(probe)),
+                probe_resolved=resolved if through == "fixed" else None,
+                bonus=None if bonus is None else _estimate(slope, bonus, unit, "grad F . entropy bonus"),
+                router=None if router is None else _estimate(slope, router, unit, "grad F . router loss"),
+            )
+        )
+    by_name = {f.through: f for f in found}
+    if len(by_name) < len(THROUGHS):
+        return tuple(found)
+    doubt = fixed_doubt(policy, step, by_name["fixed"], by_name["optimizer"])
+    return tuple(_doubted(f, doubt) if f.through == "fixed" else f for f in found)
+
+
+def token_products(
+    policy: Policy,
+    step: Step,
+    pulled: dict[str, Tensor],
+    mixing: FloatArray,
+    *,
+    mode: Mode = "auto",
+    max_sequences: int = 16,
+) -> FloatArray:
+    """(fold, tok) w_ik (u . grad l_ik) of every token of the step's batch, one forward-mode pass for each u.
+
+    Args:
+        policy: where the step starts; not changed.
+        step: the step.
+        pulled: name to (part, ...parameter shape).
+        mixing: (fold, part) makes the vectors u from the parts.
+        mode: how token derivatives are taken, see ``directional_derivative``.
+        max_sequences: micro-batch size.
+    """
+    found = []
+    for row in mixing:
+        u = {
+            n: torch.tensordot(torch.as_tensor(row, dtype=t.dtype, device=t.device), t, 1)
+            for n, t in pulled.items()
+        }
+        slopes = directional_derivative(
+            policy, step.update, response_logprob, u, mode=mode, max_sequences=max_sequences
+        )
+        found.append(np.concatenate([d.double().cpu().numpy() for d in slopes]))
+    return np.asarray(np.concatenate(step.token_weights) * np.stack(found), dtype=np.float64)
+
+
+def neglected_share(fixed: Influence, optimizer: Influence) -> Estimate:
+    """Sum over tokens of |optimizer - fixed| / |fixed|: what goes through preconditioner and clipping.
+
+    No error: for this update and this probe batch. Above 0.2, for a clipped gradient and in AdamW's first
+    steps it is flagged: the fixed influence then splits the change of the step, and no longer says what a
+    change of the batch would do.
+    """
+    one, other = np.concatenate(fixed.tokens), np.concatenate(optimizer.tokens)
+    whole = float(np.abs(one).sum())
+    share = float(np.abs(other - one).sum()) / whole if whole > 0 else float("nan")
+    return Estimate(
+        share,
+        float("nan"),
+        fixed.sum_of_sequences.n,
+        "share of |influence|",
+        "sum over tokens of |influence through the optimizer - fixed influence| / sum of |fixed influence|",
+        reliable=share <= NEGLECTED_LIMIT,
+        reason="" if share <= NEGLECTED_LIMIT else f"more than {NEGLECTED_LIMIT:.0%}",
+    )
+
+
+def fixed_doubt(policy: Policy, step: Step, fixed: Influence, optimizer: Influence) -> str:
+    """Why the fixed influence is not what a change of the batch would do; empty where it nearly is."""
+    assert policy.optimizer is not None
+    reasons = []
+    if step.clip_coefficient < 1:
+        reasons.append(f"the gradient is clipped (c = {step.clip_coefficient:.2g})")
+    age = max(policy.optimizer.steps.values()) + 1
+    if age < YOUNG:
+        reasons.append(f"AdamW is at step {age}, so the batch makes much of its own second moment")
+    share = neglected_share(fixed, optimizer)
+    if not share.reliable:
+        reasons.append(f"{share.value:.0%} of the tokens' influence goes through what is held fixed")
+    if not reasons:
+        return ""
+    held = "preconditioner and clip coefficient are held fixed"
+    return f"{held}, and {', and '.join(reasons)}: see through=optimizer"
+
+
+def _doubted(found: Influence, doubt: str) -> Influence:
+    return replace(found, sum_of_sequences=found.sum_of_sequences.doubted(doubt)) if doubt else found
+
+
+def _check_update(step: Step, update: Rollouts) -> None:
+    if update.response_token_ids != step.update.response_token_ids:
+        raise MeasurementError(
+            f"the step was made by another batch ({len(step.update)} sequences) than the update given "
+            f"({len(update)} sequences); pass step.update or rebuild the step"
+        )
+
+
+def _estimate(
+    slope: ProbeGradient, products: FloatArray, unit: str, how: str, *, value: float | None = None
+) -> Estimate:
+    level = float(products[:-1].sum()) / len(slope.groups) if value is None else value
+    pooled = "" if slope.by_prompt else " (pooled at random)"
+    errors = f"clustered by probe prompts{pooled}, given the update batch"
+    method = f"{how}, first order, baseline {slope.bound.baseline}, {errors}"
+    return estimate_from_sums(level, slope.residuals(products[:, None])[:, 0], unit=unit, method=method)
+
+
+def _disagreement(policy: Policy, by_tokens: FloatArray, by_sequences: FloatArray) -> float:
+    largest = float(np.abs(by_sequences).max())
+    found = float(np.abs(by_tokens - by_sequences).max()) / largest if largest != 0 else 0.0
+    limit = DISAGREEMENT_LIMIT.get(policy.dtype, 0.1)
+    if not found <= limit:
+        raise MeasurementError(
+            f"influence by forward mode and by reverse mode differ by {found:.1e} of the largest "
+            f"sequence's, expected less than {limit:g}; measure with --precision float64, and report this "
+            "architecture if that does not help"
+        )
+    return found
+
+
+def write_influence(
+    found: Sequence[Influence],
+    sequences_path: Path,
+    tokens_path: Path,
+    *,
+    shrunk: Sequence[FloatArray | None] | None = None,
+) -> None:
+    """Write ``influence_sequences.parquet`` and ``influence_tokens.parquet``, atomically.
+
+    Args:
+        found: influences on one update batch, one per quantity.
+        sequences_path: where the table of sequences goes.
+        tokens_path: where the table of tokens goes.
+        shrunk: (tok,) shrunken influence of each, where known.
+    """
+    beside = [None] * len(found) if shrunk is None else shrunk
+    for path, columns in (
+        (sequences_path, [f.sequence_columns() for f in found]),
+        (tokens_path, [f.token_columns(s) for f, s in zip(found, beside, strict=True)]),
+    ):
+        merged = {name: [value for c in columns for value in c[name]] for name in columns[0]}
+        runs.write_table(path, merged)

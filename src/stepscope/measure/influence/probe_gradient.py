@@ -1,0 +1,324 @@
+"""The gradient of a quantity on a probe batch, with what is needed to put errors on its inner products.
+
+grad F is a mean over probe sequences, so an inner product grad F . x is a mean too, and its sampling error
+follows from its parts: one partial sum per group of prompts. Per token F is a ratio, and the delta method
+adds the terms for the mean length and for Fbar, exactly as ``measure.estimators.linear`` does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stepscope.errors import MeasurementError
+from stepscope.intervals import studentised
+from stepscope.measure.quantity.baselines import fit_baseline, length_baseline
+from stepscope.measure.quantity.estimators import Probe, after
+from stepscope.measure.quantity.estimators import value as quantity_value
+from stepscope.measure.quantity.quantities import (
+    Quantity,
+    QuantityValues,
+    make_quantity,
+    quantity_objective,
+    unit_of,
+    why_trivial,
+)
+from stepscope.measure.quantity.values import TokenTable, derivatives, hidden_states, response_mask, values_at
+from stepscope.measure.step.reconstruct import weighted_logprobs
+from stepscope.policy.gradients import Objective, gradient
+from stepscope.policy.per_sequence.products import group_gradients
+from stepscope.policy.state import Policy
+from stepscope.policy.vectors import ParameterVector
+from stepscope.results import Brief, FloatArray, IntArray, Rollouts
+
+
+@dataclass(frozen=True)
+class BoundQuantity:
+    """A quantity on a probe batch at the policy's parameters, ready to be differentiated.
+
+    Attributes:
+        quantity: bound to the batch; its base values are those of the policy itself.
+        probe: values, mask, prompts and baselines, as the linear change uses them.
+        objective: (seq,) surrogate; its gradient averaged over sequences is grad F.
+        baseline: rung of the baseline ladder in use.
+        normalisation: ``per_token`` or ``per_seq``.
+        version: ``on_policy`` or ``fixed_prefix``.
+    """
+
+    quantity: Quantity
+    probe: Probe
+    objective: Objective
+    baseline: str
+    normalisation: str
+    version: str
+
+    @property
+    def unit(self) -> str:
+        """Of the quantity in its normalisation."""
+        return unit_of(self.quantity, self.normalisation)
+
+
+def bind_quantity(
+    policy: Policy,
+    rollouts: Rollouts,
+    quantity: str | Quantity,
+    *,
+    direction: ParameterVector,
+    normalisation: str = "per_token",
+    version: str = "on_policy",
+    baseline: str = "best",
+    reference: nn.Module | None = None,
+    max_sequences: int = 16,
+) -> BoundQuantity:
+    """Evaluate a quantity and fit its baseline exactly as ``measure_change`` does on the same batch.
+
+    Args:
+        policy: the policy.
+        rollouts: the probe batch.
+        quantity: a name, or a quantity bound to ``rollouts``.
+        direction: of the step; with baseline ``best`` the rungs are judged on the change along it, which
+            costs a forward-mode pass.
+        normalisation: ``per_token`` or ``per_seq``.
+        version: ``on_policy`` or ``fixed_prefix``.
+        baseline: ``best``, or a rung of the ladder (``Change.baseline`` saves the pass).
+        reference: reference model of ``kl``.
+        max_sequences: micro-batch size.
+
+    Raises:
+        MeasurementError: the combination is constant by definition, or an unknown name.
+    """
+    bound = (
+        make_quantity(quantity, rollouts, policy=policy, reference=reference, max_sequences=max_sequences)
+        if isinstance(quantity, str)
+        else quantity
+    )
+    trivial = why_trivial(bound, normalisation, version)
+    if trivial:
+        raise MeasurementError(trivial)
+    table = values_at(policy, rollouts, (bound,), max_sequences=max_sequences).quantity(0)
+    lengths = rollouts.num_tokens
+    base = QuantityValues(_ragged(table.prefix, lengths), _ragged(table.token, lengths))
+    bound = cast(Quantity, replace(cast(Any, bound), base=base))
+    mask = response_mask(rollouts)
+    probe = Probe(
+        table=table,
+        mask=mask,
+        clusters=rollouts.prompt_index,
+        per_token=normalisation == "per_token",
+        on_policy=version == "on_policy",
+        baseline=np.zeros(mask.shape),
+        length_baseline=length_baseline(mask, rollouts.prompt_index),
+    )
+    nothing = np.zeros(mask.shape)
+    slopes = TokenTable(nothing, nothing, nothing)
+    features = None
+    if probe.on_policy and baseline == "best":
+        slopes = derivatives(policy, rollouts, (bound,), direction, max_sequences=max_sequences)[0].quantity(
+            0
+        )
+    if probe.on_policy and baseline in ("best", "ridge"):
+        features = hidden_states(policy, rollouts, max_sequences=max_sequences)
+    fitted = fit_baseline(baseline, probe, slopes, features=features)
+    objective = quantity_objective(
+        bound,
+        rollouts,
+        normalisation=normalisation,
+        version=version,
+        baseline=fitted.per_sequence(lengths) if probe.on_policy else None,
+    )
+    return BoundQuantity(
+        bound, probe.with_baseline(fitted.values), objective, fitted.kind, normalisation, version
+    )
+
+
+def _ragged(table: FloatArray, lengths: IntArray) -> tuple[FloatArray, ...]:
+    return tuple(row[:n] for row, n in zip(table, lengths, strict=True))
+
+
+@dataclass(frozen=True, repr=False)
+class Folds(Brief):
+    """Disjoint parts of a probe batch, made of whole prompts.
+
+    Attributes:
+        labels: (probe seq,) fold of each probe sequence.
+        shares: (fold,) share of the probe sequences.
+        mixing: (fold, group + 1) what makes products with the fold's own gradient from those of the parts.
+    """
+
+    labels: IntArray
+    shares: FloatArray
+    mixing: FloatArray
+
+
+@dataclass(frozen=True)
+class ProbeGradient:
+    """grad F in parts: what each group of prompts contributes.
+
+    Attributes:
+        bound: the quantity.
+        parts: name to (group + 1, ...parameter shape): sums of the surrogate's gradient over each group's
+            sequences, and last the gradient of the mean length (zero where it does not enter, nan where
+            errors were not asked for).
+        groups: (seq,) group of each probe sequence.
+        by_prompt: whether each group is one prompt.
+    """
+
+    bound: BoundQuantity
+    parts: dict[str, Tensor]
+    groups: IntArray
+    by_prompt: bool
+
+    @property
+    def num_groups(self) -> int:
+        """Number of groups."""
+        return int(self.groups.max()) + 1
+
+    def mean(self) -> dict[str, Tensor]:
+        """Grad F."""
+        return {n: t[:-1].sum(0) / len(self.groups) for n, t in self.parts.items()}
+
+    def dots(self, vector: ParameterVector) -> FloatArray:
+        """(group + 1,) inner products of the parts with one vector."""
+        total = torch.zeros(self.num_groups + 1, dtype=torch.float64)
+        for name, part in self.parts.items():
+            total += (part.flatten(1).double() @ vector[name].reshape(-1).to(part.device).double()).cpu()
+        return total.numpy()
+
+    def residuals(self, products: FloatArray) -> FloatArray:
+        """What each group adds to the error of inner products with grad F, for ``estimate_from_sums``.
+
+        r_g / n with r_g the sum over group g of the influence values of the estimator: product - value, and
+        per token (product - value * length / N) - (f - Fbar length) / N * dN / N with dN the product with the
+        gradient of the mean length N.
+
+        Args:
+            products: (group + 1, item) inner products of the parts, as :meth:`dots` gives them.
+
+        Returns:
+            (group, item); they add up to zero over the groups.
+        """
+        return np.asarray(self._residuals() @ products / len(self.groups), dtype=np.float64)
+
+    def errors(self, products: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Standard errors of inner products with grad F, by group, and half widths of 95 % intervals.
+
+        ``stderr^2 = G/(G-1) sum_g r_g^2`` with :meth:`residuals`.
+
+        Args:
+            products: (group + 1, item) inner products of the parts, as :meth:`dots` gives them.
+
+        Returns:
+            Both (item,); nan with fewer than two groups.
+        """
+        residual = self.residuals(products)
+        count = len(residual)
+        if count < 2:
+            nothing = np.full(residual.shape[1], np.nan)
+            return nothing, nothing
+        stderr = np.sqrt(count / (count - 1) * (residual**2).sum(0))
+        return stderr, np.where(stderr > 0, studentised(residual), 0.0) * stderr
+
+    def _residuals(self) -> FloatArray:
+        """(group, group + 1) what makes r_g times the sequences from the products of the parts."""
+        count, num, probe = self.num_groups, len(self.groups), self.bound.probe
+        share = probe.lengths / probe.mean_length if probe.per_token else np.ones(num)
+        found = np.zeros((count, count + 1))
+        found[:, :-1] = np.eye(count) - np.bincount(self.groups, weights=share)[:, None] / num
+        if probe.per_token and probe.on_policy:
+            excess = np.bincount(self.groups, weights=quantity_value(probe).influence)
+            found[:, -1] = -excess / probe.mean_length
+        return found
+
+    def folds(self, count: int) -> Folds:
+        """The probe batch in disjoint parts of whole groups, each with a gradient of its own.
+
+        A fold's gradient is grad F + sum r_g / its sequences, to first order what the fold alone would give;
+        weighted by its share of the sequences the folds add up to grad F.
+
+        Args:
+            count: folds wanted; as many as there are groups where those are fewer.
+        """
+        groups = self.num_groups
+        count = min(count, groups)
+        fold = np.arange(groups)
+        if count < groups:
+            fold = np.random.default_rng(1).permutation(fold % count)
+        members = fold == np.arange(count)[:, None]
+        labels = np.asarray(fold[self.groups], dtype=np.int64)
+        sizes = np.bincount(labels, minlength=count)
+        mixing = members @ self._residuals() / sizes[:, None]
+        mixing[:, :-1] += 1 / len(self.groups)
+        return Folds(labels, sizes / sizes.sum(), mixing)
+
+
+def probe_gradient(
+    policy: Policy,
+    rollouts: Rollouts,
+    bound: BoundQuantity,
+    *,
+    groups: IntArray | None = None,
+    errors: bool = True,
+    max_groups: int = 64,
+    memory_bytes: int = 2 * 2**30,
+    max_sequences: int = 16,
+    progress: bool = False,
+) -> ProbeGradient:
+    """Differentiate a quantity on its probe batch: one pass, and one for the errors of what is per token.
+
+    Args:
+        policy: its trainable parameters are differentiated.
+        rollouts: the probe batch.
+        bound: the quantity, from :func:`bind_quantity`.
+        groups: (seq,) groups of whole prompts, 0, 1, ..., to be kept apart; by default prompts, or random
+            pools of them.
+        errors: whether errors are wanted; for a quantity per token and on policy they take the pass for the
+            gradient of the mean length.
+        max_groups: most groups of prompts kept apart by default; with more prompts, whole prompts are pooled
+            at random.
+        memory_bytes: most memory for the parts; fewer groups by default if they do not fit.
+        max_sequences: micro-batch size.
+        progress: show a progress bar.
+    """
+    if groups is None:
+        per_group = sum(p.numel() * max(4, p.element_size()) for p in policy.parameters.values())
+        groups = _grouping(rollouts.prompt_index, min(max_groups, max(1, memory_bytes // per_group - 2)))
+    parts = group_gradients(
+        policy,
+        rollouts,
+        bound.objective,
+        groups,
+        as_trained=False,
+        keep_logits=bound.quantity.needs_logits,
+        max_sequences=max_sequences,
+        progress=progress,
+    )
+    probe = bound.probe
+    slope = {n: torch.full_like(t[0], 0.0 if errors else math.nan) for n, t in parts.items()}
+    if errors and probe.per_token and probe.on_policy:
+        ahead = after(probe.mask.astype(np.float64)) - probe.length_baseline
+        weights = _ragged(ahead / len(rollouts), rollouts.num_tokens)
+        slope = gradient(
+            policy, rollouts, weighted_logprobs(weights), as_trained=False, max_sequences=max_sequences
+        )
+    return ProbeGradient(
+        bound=bound,
+        parts={n: torch.cat([t, slope[n].to(t.dtype).unsqueeze(0)]) for n, t in parts.items()},
+        groups=groups,
+        by_prompt=int(groups.max()) + 1 == rollouts.num_prompts,
+    )
+
+
+def _grouping(prompts: Sequence[int] | IntArray, most: int) -> IntArray:
+    """(seq,) group of each sequence: its prompt, or one of ``most`` random pools of prompts of equal size."""
+    index = np.asarray(prompts, dtype=np.int64)
+    count = int(index.max()) + 1
+    if count <= most:
+        return index
+    pool = np.random.default_rng(0).permutation(np.arange(count) % most)
+    return np.asarray(pool[index], dtype=np.int64)

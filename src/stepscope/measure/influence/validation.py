@@ -1,0 +1,435 @@
+"""Ground truth for influence: change the weights of sequences, redo the AdamW step, measure again.
+
+Three counterfactuals, from little to much: the weight of one sequence changes a little (``reweighted``, a
+derivative), one sequence is left out, and a random half is left out. Two ways of leaving out, which are not
+the same either:
+
+- ``zeroed``: its gradient is gone, everything else as it was (what influence claims to predict);
+- ``recomputed``: the advantages of its group are those of the remaining responses (what training without it
+  would have used). The divisor of the loss stays that of the full batch in both.
+
+A re-step goes through clipping and the second moment anew, so it holds AdamW's own nonlinearity too. The
+linear datamodelling score is the rank correlation over random subsets of summed influence with the true
+change (Park et al. 2023, arXiv:2303.14186).
+
+Prediction and truth on one probe batch share its noise: their agreement says that the change is linear, not
+that the ranking would be found again. That is said by predictions from one half of the probe prompts against
+the truth on the other, stepped up to two whole probes (:mod:`stepscope.measure.influence.reliability`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from rich.progress import track
+from scipy.stats import pearsonr, spearmanr
+
+from stepscope.errors import MeasurementError
+from stepscope.measure.influence.attribution import Influence
+from stepscope.measure.influence.probe_gradient import BoundQuantity, Folds, bind_quantity
+from stepscope.measure.influence.reliability import SplitHalf, split_half
+from stepscope.measure.quantity.estimators import per_decision
+from stepscope.measure.quantity.quantities import Quantity
+from stepscope.measure.quantity.values import values_at
+from stepscope.measure.step.derivative import Through
+from stepscope.measure.step.reconstruct import Step, assemble_step, weighted_logprobs
+from stepscope.policy.experts import router_gradient
+from stepscope.policy.loss.surrogate import advantages, token_weights
+from stepscope.policy.per_sequence.products import weighted_gradients
+from stepscope.policy.state import Policy
+from stepscope.results import BoolArray, FloatArray, Rollouts
+from stepscope.stats import Estimate, bootstrap
+
+Removal = Literal["zeroed", "recomputed"]
+REMOVALS: tuple[Removal, ...] = ("zeroed", "recomputed")
+
+REWEIGHTING = 1e-3
+"""Relative change of a sequence's weight on either side, for the derivative with respect to it."""
+
+
+@dataclass(frozen=True)
+class Remade:
+    """True changes of a quantity under steps made again with other weights of the sequences.
+
+    Attributes:
+        quantity: name of the quantity.
+        removal: how sequences were taken out.
+        lr: learning rate of the re-made steps.
+        subsets: (subset, seq) True where the sequence stayed.
+        subset_true: (subset,) change under the step re-made from the sequences that stayed.
+        single_index: (single,) sequences left out, or reweighted, one at a time.
+        single_true: (single,) change under the full step minus that without the sequence.
+        reweighted_true: (single,) derivative of the change with respect to the sequence's relative weight;
+            none where advantages are recomputed.
+        subset_folds: (fold, subset) ``subset_true`` on each fold of the probe alone.
+        single_folds: (fold, single) the same of ``single_true``.
+    """
+
+    quantity: str
+    removal: Removal
+    lr: float
+    subsets: BoolArray
+    subset_true: FloatArray
+    single_index: tuple[int, ...]
+    single_true: FloatArray
+    reweighted_true: FloatArray
+    subset_folds: FloatArray
+    single_folds: FloatArray
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How predictions agree with true changes.
+
+    Attributes:
+        pearson: Pearson correlation.
+        spearman: Spearman correlation.
+        slope: sum predicted x true / sum predicted^2: 1 where predictions have the right size.
+        error: |true - predicted| / |true|, Euclidean norms.
+        predicted: (case,) predictions.
+        true: (case,) true changes.
+    """
+
+    pearson: Estimate
+    spearman: Estimate
+    slope: float
+    error: float
+    predicted: FloatArray
+    true: FloatArray
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-ready dictionary."""
+        return {
+            "pearson": self.pearson.to_dict(),
+            "spearman": self.spearman.to_dict(),
+            "slope": self.slope if np.isfinite(self.slope) else None,
+            "error": self.error if np.isfinite(self.error) else None,
+            "predicted": self.predicted.tolist(),
+            "true": self.true.tolist(),
+        }
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Influence against true changes of re-made steps.
+
+    Attributes:
+        quantity: name of the quantity.
+        removal: how sequences were taken out.
+        through: of the influence: ``fixed`` or ``optimizer``.
+        lr: learning rate of the re-made steps.
+        subsets: (subset, seq) True where the sequence stayed.
+        single_index: (single,) sequences left out one at a time.
+        half: over subsets, the change against lr (linear change - influence of what was left out).
+        single: over single sequences, the change that goes with it against lr times its influence.
+        reweighted: over single sequences, the derivative with respect to its weight against the same.
+        half_across: rank correlation over subsets, prediction and truth from different halves of the probe.
+        single_across: Pearson correlation over single sequences, likewise.
+    """
+
+    quantity: str
+    removal: Removal
+    through: Through
+    lr: float
+    subsets: BoolArray
+    single_index: tuple[int, ...]
+    half: Agreement
+    single: Agreement
+    reweighted: Agreement
+    half_across: SplitHalf
+    single_across: SplitHalf
+
+    @property
+    def lds(self) -> Estimate:
+        """Spearman correlation over random subsets: the linear datamodelling score."""
+        return self.half.spearman
+
+    @property
+    def leave_one_out(self) -> Estimate:
+        """Pearson correlation over single sequences left out."""
+        return self.single.pearson
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-ready dictionary; subsets as lists of the sequences that stayed."""
+        return {
+            "quantity": self.quantity,
+            "removal": self.removal,
+            "through": self.through,
+            "lr": self.lr,
+            "lds": self.half.spearman.to_dict(),
+            "lds_pearson": self.half.pearson.to_dict(),
+            "leave_one_out": self.single.pearson.to_dict(),
+            "leave_one_out_spearman": self.single.spearman.to_dict(),
+            "lds_across": self.half_across.whole.to_dict(),
+            "lds_across_halves": self.half_across.halves.to_dict(),
+            "leave_one_out_across": self.single_across.whole.to_dict(),
+            "leave_one_out_across_halves": self.single_across.halves.to_dict(),
+            "subsets": [np.flatnonzero(row).tolist() for row in self.subsets],
+            "subset_true": self.half.true.tolist(),
+            "subset_predicted": self.half.predicted.tolist(),
+            "single_index": list(self.single_index),
+            "single_true": self.single.true.tolist(),
+            "single_predicted": self.single.predicted.tolist(),
+            "half": self.half.to_dict(),
+            "single": self.single.to_dict(),
+            "reweighted": self.reweighted.to_dict(),
+        }
+
+
+def remake_steps(
+    policy: Policy,
+    step: Step,
+    probe: Rollouts,
+    found: Influence,
+    *,
+    quantity: str | Quantity | None = None,
+    removal: Removal = "zeroed",
+    lr: float | None = None,
+    num_subsets: int = 64,
+    subset_share: float = 0.5,
+    num_single: int = 32,
+    seed: int = 0,
+    max_sequences: int = 16,
+    progress: bool = False,
+) -> Remade:
+    """Make a step again with other weights of its sequences, and measure each.
+
+    Costs one forward and backward pass over the update batch for all re-made gradients together, and one
+    forward pass over the probe batch for each subset and each sequence left out, two for each reweighted. Use
+    float64: in float32 the effect of one sequence drowns in round-off.
+
+    Args:
+        policy: where the step starts, with AdamW's state; restored bitwise.
+        step: the full step.
+        probe: the batch on which changes are measured.
+        found: what says of which quantity: its name, normalisation, version and baseline.
+        quantity: as it was given to ``influence``; by default the quantity of that name.
+        removal: ``zeroed`` or ``recomputed``.
+        lr: learning rate of the steps; the step's own by default.
+        num_subsets: random subsets; 0 for none.
+        subset_share: share of the sequences that stay in a subset.
+        num_single: sequences left out one at a time, drawn at random; 0 for none.
+        seed: of subsets and sequences.
+        max_sequences: micro-batch size.
+        progress: show a progress bar.
+
+    Raises:
+        MeasurementError: an unknown removal, a learning rate of zero, or a loss whose token weights are not
+            proportional to the advantage (a KL penalty, an off-policy batch), for ``recomputed``.
+    """
+    rate = step.lr if lr is None else lr
+    if removal not in REMOVALS:
+        raise MeasurementError(f"unknown removal {removal!r}; choose from {', '.join(REMOVALS)}")
+    if not rate > 0:
+        raise MeasurementError("validation needs a learning rate above 0; the step's own is 0, pass lr=")
+    bound = bind_quantity(
+        policy,
+        probe,
+        found.quantity if quantity is None else quantity,
+        direction=step.direction,
+        normalisation=found.normalisation,
+        version=found.version,
+        baseline=found.baseline,
+        max_sequences=max_sequences,
+    )
+    count = len(step.update)
+    rng = np.random.default_rng(seed)
+    kept = max(1, min(count - 1, round(subset_share * count)))
+    subsets = np.zeros((num_subsets, count), dtype=bool)
+    for row in subsets:
+        row[rng.choice(count, kept, replace=False)] = True
+    singles = np.sort(rng.choice(count, min(num_single, count), replace=False))
+    without = np.ones((len(singles), count), dtype=bool)
+    without[np.arange(len(singles)), singles] = False
+    masks = np.concatenate([np.ones((1, count), dtype=bool), subsets, without])
+    if removal == "zeroed":
+        per_unit, shares = step.token_weights, masks.astype(np.float64)
+        little = np.ones((len(singles), count))
+        little[np.arange(len(singles)), singles] = 0.0
+        shares = np.concatenate([shares, 1 + REWEIGHTING * (1 - little), 1 - REWEIGHTING * (1 - little)])
+    else:
+        per_unit, shares = _unit_weights(policy, step), _advantages_within(policy, step.update, masks)
+    truth, by_fold = _true_changes(
+        policy, step, probe, bound, per_unit, shares, rate, found.folds, max_sequences, progress
+    )
+    parts = np.cumsum([1, num_subsets, len(singles), len(singles)])
+    whole, halves, alone, more, less = np.split(truth, parts)
+    whole_folds, halves_folds, alone_folds, *_ = np.split(by_fold, parts, axis=1)
+    if removal == "recomputed":
+        more = less = np.empty(0)
+    return Remade(
+        quantity=found.quantity,
+        removal=removal,
+        lr=rate,
+        subsets=subsets,
+        subset_true=halves,
+        single_index=tuple(int(i) for i in singles),
+        single_true=whole[0] - alone,
+        reweighted_true=(more - less) / (2 * REWEIGHTING),
+        subset_folds=halves_folds,
+        single_folds=whole_folds - alone_folds,
+    )
+
+
+def compare(remade: Remade, found: Influence) -> Validation:
+    """Hold influences against the true changes of re-made steps.
+
+    Args:
+        remade: true changes, from :func:`remake_steps` on the same batches.
+        found: influences on the same quantity.
+    """
+    lr, removal, count = remade.lr, remade.removal, len(found.sequences)
+    singles = list(remade.single_index)
+    kept = int(remade.subsets[0].sum()) if len(remade.subsets) else 0
+    half = lr * (found.total.value - ~remade.subsets @ found.sequences)
+    single = lr * found.sequences[singles]
+    one = f"{len(singles)} of {count} sequences"
+    folds, shares = found.fold_sequences, found.folds.shares
+    return Validation(
+        quantity=found.quantity,
+        removal=removal,
+        through=found.through,
+        lr=lr,
+        subsets=remade.subsets,
+        single_index=remade.single_index,
+        half=_agreement(
+            half,
+            remade.subset_true,
+            f"{removal}, {len(remade.subsets)} subsets of {kept} of {count} sequences",
+        ),
+        single=_agreement(single, remade.single_true, f"{removal}, {one} left out one at a time"),
+        reweighted=_agreement(
+            single[: len(remade.reweighted_true)], remade.reweighted_true, f"{one} reweighted one at a time"
+        ),
+        half_across=split_half(
+            folds @ remade.subsets.T.astype(np.float64),
+            shares,
+            remade.subset_folds,
+            what=f"predicted and true changes ({removal}, {len(remade.subsets)} subsets)",
+        ),
+        single_across=split_half(
+            folds[:, singles],
+            shares,
+            remade.single_folds,
+            rank=False,
+            what=f"predicted and true changes ({removal}, {one} left out one at a time)",
+        ),
+    )
+
+
+def _true_changes(
+    policy: Policy,
+    step: Step,
+    probe: Rollouts,
+    bound: BoundQuantity,
+    per_unit: Sequence[FloatArray],
+    shares: FloatArray,
+    lr: float,
+    folds: Folds,
+    max_sequences: int,
+    progress: bool,
+) -> tuple[FloatArray, FloatArray]:
+    """True change of the quantity under the step re-made with each (case, seq) row of shares.
+
+    (case,) on the whole probe batch, and (fold, case) on each fold of it.
+    """
+    members = folds.labels == np.arange(len(folds.shares))[:, None]
+    members = members / members.sum(1, keepdims=True)
+    sums = weighted_gradients(
+        policy,
+        step.update,
+        weighted_logprobs(per_unit),
+        shares,
+        max_sequences=max_sequences,
+        progress=progress,
+    )
+    router = router_gradient(policy, step.update)
+    changes = np.empty(len(shares))
+    by_fold = np.empty((len(members), len(shares)))
+    for row in track(range(len(shares)), description="re-made steps", disable=not progress):
+        ascent = {n: t[row].to(policy.dtype) for n, t in sums.items()}
+        remade = assemble_step(policy, step.update, step.token_weights, ascent, router=router)
+        moved = values_at(
+            policy, probe, (bound.quantity,), remade.direction, lr, max_sequences=max_sequences
+        ).quantity(0)
+        change = per_decision(bound.probe, moved)
+        changes[row] = change.value
+        by_fold[:, row] = change.value + members @ change.influence
+    return changes, by_fold
+
+
+def _unit_weights(policy: Policy, step: Step) -> tuple[FloatArray, ...]:
+    """Token weights per unit of advantage, on-policy: w_ik = A_i times these.
+
+    Raises:
+        MeasurementError: the step's weights are not of that form.
+    """
+    update = step.update
+    assert update.advantages is not None
+    settings = replace(policy.settings, objective=None)
+    unit = token_weights(replace(update, advantages=np.ones(len(update))), settings)
+    proportional = settings == policy.settings and settings.beta == 0.0
+    proportional = proportional and all(
+        np.allclose(a * b, w, rtol=1e-6, atol=1e-12)
+        for a, b, w in zip(update.advantages, unit, step.token_weights, strict=True)
+    )
+    if not proportional:
+        raise MeasurementError(
+            "recomputed advantages: this loss's token weights are not proportional to the advantage (a KL "
+            "penalty, an objective that weighs tokens, or a batch sampled by another policy); validate with "
+            "removal='zeroed'"
+        )
+    return unit
+
+
+def _advantages_within(policy: Policy, update: Rollouts, masks: BoolArray) -> FloatArray:
+    """(mask, seq) advantages among the sequences of each mask, zero for the others."""
+    found = np.zeros(masks.shape)
+    for row, mask in enumerate(masks):
+        found[row, mask] = advantages(
+            update.rewards[mask], update.group_index[mask], policy.settings.scale_rewards
+        )
+    return found
+
+
+def _agreement(predicted: FloatArray, true: FloatArray, words: str) -> Agreement:
+    size, missed = float(np.linalg.norm(true)), float(np.linalg.norm(true - predicted))
+    square = float(predicted @ predicted)
+    return Agreement(
+        pearson=_correlation(predicted, true, words, rank=False),
+        spearman=_correlation(predicted, true, words, rank=True),
+        slope=float(predicted @ true) / square if square > 0 else float("nan"),
+        error=missed / size if size > 0 else float("nan"),
+        predicted=predicted,
+        true=true,
+    )
+
+
+def _correlation(predicted: FloatArray, true: FloatArray, words: str, *, rank: bool) -> Estimate:
+    """Spearman's or Pearson's correlation with a bootstrap error over subsets (or sequences)."""
+    count = len(true)
+    name = "Spearman" if rank else "Pearson"
+    method = f"{name} correlation of predicted and true change, {words}, bootstrap error"
+
+    def statistic(index: Any) -> float:
+        x, y = predicted[index], true[index]
+        if np.ptp(x) == 0 or np.ptp(y) == 0:
+            return float("nan")
+        return float(spearmanr(x, y).statistic if rank else pearsonr(x, y).statistic)
+
+    if count < 3:
+        return Estimate(
+            float("nan"),
+            float("nan"),
+            count,
+            "correlation",
+            method,
+            reliable=False,
+            reason=f"{count} points: a correlation needs at least three",
+        )
+    value = statistic(np.arange(count))
+    error = bootstrap(statistic, np.arange(count), num_resamples=400).stderr
+    return Estimate(value, error, count, "correlation", method)

@@ -1,0 +1,1 @@
+"""The Fisher kernel that couples sequences, and its structure."""

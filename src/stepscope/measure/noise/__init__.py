@@ -1,0 +1,1 @@
+"""The gradient noise scale, its limits, and what it says about the batch size."""

@@ -1,0 +1,242 @@
+"""Batch size and learning rate from the noise scale: noise-to-signal at other batch sizes than this one.
+
+If prompt groups are independent and the loss averages over them, the gradient of m groups has noise tr S/m,
+falling like 1/m. That is checked, not assumed: the update batch is cut into disjoint batches of m groups in
+the order in which they were sampled, each with the loss's own normalisation over its sequences and tokens,
+and the variance between their gradients is compared with tr S/m. Order effects (a curriculum, repeated
+prompts) and losses that are no mean over groups (bnpo, dapo, rewards scaled by the batch) show as a ratio
+other than 1. Drift of the policy between steps, which the noise scale of a window of training steps contains,
+has no part in it: everything here is measured at one checkpoint.
+
+With B = noise scale, the largest step that still pays grows with the batch like 1/(1 + B/m) for SGD
+(McCandlish et al. 2018, arXiv:1812.06162, eq. 2.6) and like its square root for Adam where noise dominates
+(the lower end of the exponents 0.5 to 1 found there).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.loss.surrogate import advantages
+from stepscope.policy.loss.surrogate import token_weights as loss_token_weights
+from stepscope.results import FloatArray, IntArray, Rollouts
+from stepscope.stats import Estimate
+
+CHUNKS = 8
+"""Parts of the batch that the slope is jackknifed over; its largest batches are as large as one of them."""
+
+STEP = 1e-6
+"""Relative step of the derivative by which the error of the noise scale goes on."""
+
+Scale = Callable[[IntArray], float]
+"""Groups of a smaller batch to the factor between its gradient and the mean of their shares of the whole."""
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """Noise and signal at one batch size.
+
+    Attributes:
+        prompts: prompt groups m.
+        sequences: the same in sequences.
+        batches: disjoint batches of that size that the update batch holds.
+        noise: variance of the gradient between them; None with fewer than two.
+        over_law: ``noise`` over tr S/m: 1 where the noise falls like 1/m; None with fewer than two.
+        noise_to_signal: noise scale over m, by the law.
+        lr_sgd: learning rate admitted relative to the run's batch size, SGD.
+        lr_adam: the same for Adam: the square root.
+    """
+
+    prompts: int
+    sequences: float
+    batches: int
+    noise: Estimate | None
+    over_law: Estimate | None
+    noise_to_signal: Estimate
+    lr_sgd: Estimate
+    lr_adam: Estimate
+
+
+@dataclass(frozen=True)
+class BatchSizes:
+    """Noise and signal at several batch sizes.
+
+    Attributes:
+        run_prompts: prompt groups per step of the run, which learning rates are relative to.
+        slope: of log noise on log m over the batch sizes up to an eighth of the update batch; -1 where the
+            noise falls like 1/m.
+        rows: one per batch size.
+    """
+
+    run_prompts: int
+    slope: Estimate
+    rows: tuple[BatchSize, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-ready dictionary."""
+        return asdict(self)
+
+
+def batch_sizes(
+    products: FloatArray,
+    *,
+    noise: Estimate,
+    noise_scale: Estimate,
+    group_size: float,
+    run_prompts: int,
+    scale: Scale | None = None,
+) -> BatchSizes:
+    """Noise-to-signal and admitted learning rates at powers of two and at multiples of the run's batch size.
+
+    Args:
+        products: (prompt, prompt) inner products of the groups' gradients, in the order of sampling.
+        noise: tr S, variance of one group.
+        noise_scale: B, in prompt groups.
+        group_size: responses per prompt.
+        run_prompts: prompt groups per step of the run.
+        scale: normalisation of a smaller batch (:func:`loss_scale`), or None where the loss is a plain mean.
+    """
+    count = len(products)
+    sizes = {2**k for k in range((4 * count).bit_length())} | {count, *(run_prompts * k for k in (1, 2, 4))}
+    slope_sizes = [2**k for k in range(max(1, count // CHUNKS).bit_length())]
+    return BatchSizes(
+        run_prompts=run_prompts,
+        slope=_slope(products, slope_sizes, scale),
+        rows=tuple(
+            _row(products, m, noise, noise_scale, group_size, run_prompts, scale)
+            for m in sorted(sizes)
+            if m <= 4 * max(count, run_prompts)
+        ),
+    )
+
+
+def loss_scale(update: Rollouts, settings: StepSettings, token_weights: Sequence[FloatArray]) -> Scale:
+    """How a batch of some of the groups would be weighted by the loss, relative to the mean of their shares.
+
+    Taken along the weights in the whole batch: exact where the loss's normalisation is one number per batch.
+
+    Args:
+        update: the update batch.
+        settings: the loss.
+        token_weights: w_ik in the whole batch.
+    """
+    index = update.prompt_index
+
+    def scale(groups: IntArray) -> float:
+        members = np.flatnonzero(np.isin(index, groups))
+        part = update.select(members)
+        there = np.concatenate([token_weights[int(i)] for i in members])
+        if not there.any():
+            return 1.0
+        own = advantages(part.rewards, part.group_index, settings.scale_rewards)
+        here = np.concatenate(loss_token_weights(replace(part, advantages=own), settings))
+        return float(here @ there / (there @ there)) * len(groups) / update.num_prompts
+
+    return scale
+
+
+def _row(
+    products: FloatArray,
+    m: int,
+    noise: Estimate,
+    noise_scale: Estimate,
+    group_size: float,
+    run_prompts: int,
+    scale: Scale | None,
+) -> BatchSize:
+    batches = len(products) // m
+    found = _noise(products, m, scale, noise) if batches >= 2 else None
+    law = noise.value / m
+
+    def estimate(of: Callable[[float], float], method: str) -> Estimate:
+        """A monotone function of the noise scale B."""
+        ends = sorted(of(end) for end in (noise_scale.low, noise_scale.high))
+        B = noise_scale.value
+        slope = (of(B * (1 + STEP)) - of(B * (1 - STEP))) / (2 * STEP * B) if B > 0 else float("nan")
+        return replace(
+            noise_scale,
+            value=of(B),
+            stderr=abs(slope) * noise_scale.stderr,
+            unit="1",
+            method=f"{method}, noise scale {noise_scale.method}",
+            low=ends[0],
+            high=ends[1],
+        )
+
+    def admitted(B: float) -> float:
+        return m / run_prompts if np.isinf(B) else (1 + B / run_prompts) / (1 + B / m)
+
+    return BatchSize(
+        prompts=m,
+        sequences=m * group_size,
+        batches=batches,
+        noise=found,
+        over_law=None if found is None else found.scaled(1 / law, unit="1"),
+        noise_to_signal=estimate(lambda B: B / m, "noise scale / batch size"),
+        lr_sgd=estimate(admitted, "(1 + B/run)/(1 + B/m)"),
+        lr_adam=estimate(lambda B: float(np.sqrt(admitted(B))), "square root of (1 + B/run)/(1 + B/m)"),
+    )
+
+
+def _noise(products: FloatArray, m: int, scale: Scale | None, like: Estimate) -> Estimate:
+    """Variance between disjoint batches of m groups, jackknifed over them."""
+    between = _between(products, m, scale)
+    batches = len(between)
+    value = _variance(between)
+    how = f"variance between {batches} disjoint batches in the order of sampling"
+    if batches < 3:
+        reason = f"{batches} batches of this size: too few for an error"
+        return Estimate(value, float("nan"), batches, like.unit, how, reliable=False, reason=reason)
+    keep = [np.delete(np.arange(batches), k) for k in range(batches)]
+    without = np.array([_variance(between[np.ix_(k, k)]) for k in keep])
+    error = float(np.sqrt((batches - 1) / batches * ((without - without.mean()) ** 2).sum()))
+    return Estimate(value, error, batches, like.unit, f"{how}, jackknife over them")
+
+
+def _between(products: FloatArray, m: int, scale: Scale | None) -> FloatArray:
+    """(batch, batch) inner products of the gradients of disjoint batches of m groups."""
+    batches = len(products) // m
+    groups = np.arange(batches * m).reshape(batches, m)
+    member = np.zeros((len(products), batches))
+    for k, chosen in enumerate(groups):
+        member[chosen, k] = (1.0 if scale is None else scale(chosen)) / m
+    return np.asarray(member.T @ products @ member)
+
+
+def _variance(between: FloatArray) -> float:
+    """Unbiased variance of vectors from their inner products."""
+    count = len(between)
+    return float((np.trace(between) - between.sum() / count) / (count - 1))
+
+
+def _slope(products: FloatArray, sizes: Sequence[int], scale: Scale | None) -> Estimate:
+    """Least squares of log noise on log m, jackknifed over eighths of the batch."""
+    how = f"log noise on log batch size, {', '.join(map(str, sizes))} prompts; jackknife over {CHUNKS} parts"
+    nan = float("nan")
+    if len(sizes) < 2:
+        reason = f"{len(products)} prompts, expected at least {2 * CHUNKS}"
+        return Estimate(nan, nan, len(products), "1", how, reliable=False, reason=reason)
+    largest = sizes[-1]
+    used = CHUNKS * largest
+    between = {m: _between(products[:used, :used], m, scale) for m in sizes}
+
+    def slope(without: int | None) -> float:
+        logs = []
+        for m in sizes:
+            chunk = np.arange(used // m) * m // largest
+            keep = np.flatnonzero(chunk != without)
+            variance = _variance(between[m][np.ix_(keep, keep)])
+            logs.append(np.log(variance) if variance > 0 else nan)
+        return float(np.polyfit(np.log(sizes), logs, 1)[0]) if np.isfinite(logs).all() else nan
+
+    drawn = np.array([slope(chunk) for chunk in range(CHUNKS)])
+    error = float(np.sqrt((CHUNKS - 1) / CHUNKS * ((drawn - drawn.mean()) ** 2).sum()))
+    if not np.isfinite(error):
+        reason = "too few groups have a gradient"
+        return Estimate(slope(None), nan, CHUNKS, "1", how, reliable=False, reason=reason)
+    return Estimate(slope(None), error, CHUNKS, "1", how)

@@ -1,0 +1,271 @@
+"""Gradient noise scale: how many prompt groups a batch needs before its gradient is more signal than noise.
+
+The unit is the prompt group, because the responses of a group share a baseline. With g_b the gradient of
+group b, scaled so that their mean is the batch's gradient, and A = g_b' M g_b' (M = 1, or the optimizer's P),
+
+    |G|^2 = (B |mean g|^2 - mean |g_b|^2) / (B - 1)        unbiased: the mean off-diagonal entry of A
+    tr S  = (mean |g_b|^2 - |mean g|^2) B / (B - 1)        noise of one group
+    noise scale = tr S / |G|^2                             prompt groups (McCandlish et al. 2018, appendix A)
+
+Numerator and denominator are averaged separately. Everything follows from inner products between sequences;
+no (seq, params) matrix outlives the pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from stepscope.errors import BatchError
+from stepscope.intervals import FEWEST
+from stepscope.measure.influence.attribution import Influence
+from stepscope.measure.noise.batch_size import BatchSizes, batch_sizes, loss_scale
+from stepscope.measure.noise.limits import noise_limits
+from stepscope.measure.step.reconstruct import weighted_logprobs
+from stepscope.policy.loss.surrogate import token_weights as loss_token_weights
+from stepscope.policy.per_sequence.gram import MEMORY_BYTES, grams
+from stepscope.policy.state import Policy
+from stepscope.policy.vectors import ParameterVector
+from stepscope.results import Brief, FloatArray, IntArray, Rollouts
+from stepscope.stats import Estimate
+
+
+@dataclass(frozen=True, repr=False)
+class NoiseScale(Brief):
+    """Signal and noise of one gradient metric, or of one quantity's response to the step.
+
+    Attributes:
+        signal: squared norm of the true gradient (squared effect, for a quantity).
+        noise: variance that one prompt group has around it.
+        within_prompts: part of ``noise`` from drawing this group's responses; its bias is of order 1/group
+            size, because a group's responses share a baseline.
+        between_prompts: the rest, from drawing the prompt.
+        prompts: noise / signal: the batch, in prompt groups, at which the two are equal, with the limits of
+            :mod:`stepscope.measure.noise.limits`; no number where the signal is not resolved.
+        sequences: the same in sequences, at this group size.
+        at_least: lower 95 % limit of ``prompts``; finite even where the signal is not resolved.
+        share_of_noise: expected share of noise in the squared norm of this batch's gradient.
+    """
+
+    signal: Estimate
+    noise: Estimate
+    within_prompts: Estimate
+    between_prompts: Estimate
+    prompts: Estimate
+    sequences: Estimate
+    at_least: float
+    share_of_noise: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-ready dictionary."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, repr=False)
+class NoiseScales(Brief):
+    """Noise scales of one update batch.
+
+    Attributes:
+        sgd: of the loss gradient in the Euclidean metric.
+        preconditioned: in the metric of the optimizer's P; None without P.
+        effects: quantity name to noise scale of the batch's effect on it: how many prompts until the sign and
+            size of that effect are resolved.
+        batch_sizes: metric to noise-to-signal at other batch sizes, and the learning rates they admit.
+    """
+
+    sgd: NoiseScale
+    preconditioned: NoiseScale | None
+    effects: Mapping[str, NoiseScale]
+    batch_sizes: Mapping[str, BatchSizes]
+
+    @property
+    def noise_scale(self) -> Estimate:
+        """The headline: prompts, Euclidean metric."""
+        return self.sgd.prompts
+
+    def to_dict(self) -> dict[str, Any]:
+        """Content of ``noise.json``."""
+        found: dict[str, Any] = {"noise_scale": self.noise_scale.to_dict(), "sgd": self.sgd.to_dict()}
+        if self.preconditioned is not None:
+            found["preconditioned"] = self.preconditioned.to_dict()
+        found["effects"] = {name: scale.to_dict() for name, scale in self.effects.items()}
+        found["batch_sizes"] = {name: sizes.to_dict() for name, sizes in self.batch_sizes.items()}
+        return found
+
+
+def noise_scale(
+    policy: Policy,
+    update: Rollouts,
+    *,
+    preconditioner: ParameterVector | None = None,
+    token_weights: tuple[FloatArray, ...] | None = None,
+    influences: tuple[Influence, ...] = (),
+    memory_bytes: int = MEMORY_BYTES,
+    max_sequences: int = 16,
+    progress: bool = False,
+) -> NoiseScales:
+    """Noise scales of the loss gradient, and of the batch's effect on quantities.
+
+    Args:
+        policy: its trainable parameters are differentiated.
+        update: sequences with advantages; at least two prompts.
+        preconditioner: P, for the noise scale in the optimizer's metric.
+        token_weights: w_ik of the step, where it was rebuilt already; otherwise from the loss. An entropy
+            bonus has none, and no part in the noise.
+        influences: influences of ``update``, for the noise scale of their quantities.
+        memory_bytes: budget for gradients held.
+        max_sequences: micro-batch size.
+        progress: show a progress bar.
+
+    Raises:
+        BatchError: fewer than two prompts, or no reward variance.
+    """
+    if update.num_prompts < 2:
+        raise BatchError(
+            f"noise scale: the update batch has {update.num_prompts} prompt, expected at least 2; "
+            "the unit is the prompt group, so sample more prompts"
+        )
+    weights = token_weights or loss_token_weights(update, policy.settings, step=policy.step)
+    metrics: dict[str, ParameterVector | None] = {"sgd": None}
+    if preconditioner is not None:
+        metrics["preconditioned"] = preconditioner
+    found = grams(
+        policy,
+        update,
+        weighted_logprobs(weights),
+        metrics=metrics,
+        memory_bytes=memory_bytes,
+        max_sequences=max_sequences,
+        progress=progress,
+    ).square
+    prompts = update.prompt_index
+    scales = {
+        name: from_products(K.numpy(), prompts, unit="squared gradient norm", method=f"{name} metric")
+        for name, K in found.items()
+    }
+    sizes = {
+        name: batch_sizes(
+            group_products(found[name].numpy(), prompts),
+            noise=scale.noise,
+            noise_scale=scale.prompts,
+            group_size=len(update) / update.num_prompts,
+            run_prompts=policy.settings.prompts_per_step,
+            # a KL penalty needs the reference's log-probs and is a mean over groups for the most part
+            scale=loss_scale(update, policy.settings, weights) if policy.settings.beta == 0 else None,
+        )
+        for name, scale in scales.items()
+    }
+    return NoiseScales(
+        sgd=scales["sgd"],
+        preconditioned=scales.get("preconditioned"),
+        effects={
+            f"{i.quantity}_{i.normalisation}": effect_noise_scale(i.sequences, prompts, unit=i.unit)
+            for i in influences
+        },
+        batch_sizes=sizes,
+    )
+
+
+def effect_noise_scale(sequences: FloatArray, prompts: IntArray, *, unit: str) -> NoiseScale:
+    """Noise scale of a scalar effect: how many prompts until the batch's effect on a quantity is resolved.
+
+    The effect is one number per sequence, so its inner products are products of numbers: the formulas are
+    those of the gradient in one dimension, the direction u. Momentum and decay have no part in it.
+
+    Args:
+        sequences: (seq,) influence of each sequence of the update batch.
+        prompts: (seq,) prompt of each.
+        unit: of the influence.
+    """
+    return from_products(
+        np.outer(sequences, sequences), prompts, unit=f"({unit})^2", method="effect of the update batch"
+    )
+
+
+def group_products(K: FloatArray, prompts: IntArray) -> FloatArray:
+    """(prompt, prompt) inner products of the group gradients g_b, whose mean is the gradient of the batch.
+
+    Args:
+        K: (seq, seq) inner products of c_i, where sum_i c_i is the gradient of the batch.
+        prompts: (seq,) prompt of each sequence, numbered from 0.
+    """
+    count = int(prompts.max()) + 1
+    member = (prompts[:, None] == np.arange(count)[None, :]).astype(np.float64)
+    return np.asarray(count**2 * member.T @ K @ member)
+
+
+def from_products(K: FloatArray, prompts: IntArray, *, unit: str, method: str) -> NoiseScale:
+    """Noise scale from the inner products of all sequences' contributions to the batch's gradient.
+
+    Args:
+        K: (seq, seq) inner products of c_i, where sum_i c_i is the gradient of the batch.
+        prompts: (seq,) prompt of each sequence.
+        unit: of the inner products.
+        method: recorded.
+    """
+    labels, index = np.unique(prompts, return_inverse=True)
+    count = len(labels)
+    sizes = np.bincount(index).astype(np.float64)
+    products = group_products(K, index)
+    own = np.array([float(np.trace(K[np.ix_(index == b, index == b)])) for b in range(count)])
+    scatter = count**2 * sizes * own - np.diag(products)
+    within = np.divide(scatter, sizes - 1, out=np.full(count, np.nan), where=sizes > 1)
+    everything = np.arange(count)
+
+    def signal(keep: IntArray) -> float:
+        part = products[np.ix_(keep, keep)]
+        size = len(keep)
+        return float((part.sum() - np.trace(part)) / (size * (size - 1)))
+
+    def noise(keep: IntArray) -> float:
+        return float(np.trace(products[np.ix_(keep, keep)]) / len(keep)) - signal(keep)
+
+    def inside(keep: IntArray) -> float:
+        return float(within[keep].mean())
+
+    def quotient(keep: IntArray) -> float:
+        strength = signal(keep)  # exactly 0 where fewer than two groups have a gradient at all
+        return noise(keep) / strength if strength else float("nan")
+
+    def estimate(statistic: Callable[[IntArray], float], of: str, in_unit: str) -> Estimate:
+        value = statistic(everything)
+        without = np.array([statistic(np.delete(everything, b)) for b in everything])
+        error = float(np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum()))
+        how = f"{of}, {method}, jackknife over prompts"
+        if count < 3 or not np.isfinite(error):
+            reason = f"{count} prompts with {int(sizes.min())} responses or more: too few for an error"
+            return Estimate(value, float("nan"), count, in_unit, how, reliable=False, reason=reason)
+        return Estimate(value, error, count, in_unit, how)
+
+    strength, spread = estimate(signal, "signal", unit), estimate(noise, "noise of one group", unit)
+    found = estimate(quotient, "noise / signal", "prompts")
+    low, high = noise_limits(products)
+    ratio = replace(found, method=f"{found.method}, limits by inverting a test", low=low, high=high)
+    if not np.isfinite(high):
+        nan = float("nan")
+        doubt = (
+            f"the signal ({strength.value:.2g} ± {strength.stderr:.2g}) is not resolved from zero, so there "
+            f"is no noise scale, at most a lower limit ({low:.3g} prompts); sample more prompts"
+        )
+        ratio = Estimate(nan, nan, count, "prompts", ratio.method, False, doubt, low=low, high=high)
+    elif count < FEWEST:
+        ratio = ratio.doubted(f"{count} prompts, expected at least {FEWEST} for limits")
+    group = float(sizes.mean())
+    total = strength.value + spread.value / count
+    return NoiseScale(
+        signal=strength,
+        noise=spread,
+        within_prompts=estimate(inside, "within-prompt part of the noise", unit),
+        between_prompts=estimate(
+            lambda keep: noise(keep) - inside(keep), "between-prompt part of the noise", unit
+        ),
+        prompts=ratio,
+        sequences=replace(
+            ratio.scaled(group, unit="sequences"), method=f"{ratio.method}, {group:g} responses a prompt"
+        ),
+        at_least=low,
+        share_of_noise=spread.value / count / total if total > 0 else float("nan"),
+    )

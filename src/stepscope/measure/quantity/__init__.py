@@ -1,0 +1,1 @@
+"""Quantities of a policy: their values per token, estimators, baselines and importance weights."""

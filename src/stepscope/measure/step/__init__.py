@@ -1,0 +1,1 @@
+"""The optimizer's step: rebuilt with its components, its derivative, its rounding, its lifetime."""

@@ -1,0 +1,450 @@
+"""The step AdamW would take from a checkpoint, as a sum: momentum + weight decay + one term per sequence.
+
+An entropy bonus and the router loss of a mixture of experts, which belong to no sequence, are further terms.
+
+With g = grad Loss, clip coefficient c = min(1, max_norm / (|g| + 1e-6)) and AdamW's state (m, v, t =
+steps after this one), per parameter,
+
+    v' = b2 v + (1 - b2) (c g)^2        (AMSGrad: v' = max(v', vmax))
+    D  = sqrt(v') / sqrt(1 - b2^t) + eps
+    P  = (1 - b1) c / ((1 - b1^t) D)
+    direction = - b1 m / ((1 - b1^t) D)     [momentum]
+                - wd params                 [decay]
+                + P sum_ik w_ik grad l_ik   [sequences]
+
+where w_ik = -dLoss/dl_ik are the token weights. The parameters after the step are params + lr * direction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+
+from stepscope.errors import BatchError, CheckpointError, MeasurementError
+from stepscope.policy import vectors
+from stepscope.policy.checkpoint.adapters import reference_adapter
+from stepscope.policy.experts import router_gradient
+from stepscope.policy.finiteness import first_not_finite
+from stepscope.policy.forward import TokenBatch, TokenOutputs
+from stepscope.policy.gradients import Objective, gradient
+from stepscope.policy.loss.surrogate import bonus_weights, token_weights
+from stepscope.policy.rollouts import score_discriminators, score_rollouts
+from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
+from stepscope.results import Brief, FloatArray, Rollouts
+
+CLIP_EPSILON = 1e-6
+"""``torch.nn.utils.clip_grad_norm_`` adds this to the norm."""
+
+DRIFT_LIMIT = 0.05
+"""Mean |difference| of log-probs, in nats, above which a batch cannot be called this policy's own."""
+
+
+@dataclass(frozen=True, repr=False)
+class Step(Brief):
+    """One AdamW step in components.
+
+    All vectors are keyed by ``named_parameters()`` names and per unit of ``lr``. With several learning rates,
+    ``lr`` is the first group's and the parts of group j are scaled by lr_j / lr.
+
+    Attributes:
+        momentum: what the first moment contributes.
+        decay: what weight decay contributes.
+        sequences: what the update batch contributes, summed over its sequences.
+        direction: the sum of all parts, (params' - params) / lr.
+        preconditioner: P, elementwise, from sum_ik w_ik grad l_ik to ``sequences``.
+        ascent: -grad Loss before clipping: sum_ik w_ik grad l_ik, and the bonus's gradient.
+        token_weights: w_ik = -dLoss/dl_ik, one (tok,) array per sequence.
+        lr: learning rate of the step.
+        grad_norm: |g| before clipping.
+        clip_coefficient: c; 1 where nothing was clipped.
+        update: the batch that makes the step.
+        bonus: what an entropy bonus contributes; empty where the loss has none.
+        router: what the router loss of a mixture of experts contributes; empty where the loss has none.
+    """
+
+    momentum: dict[str, Tensor]
+    decay: dict[str, Tensor]
+    sequences: dict[str, Tensor]
+    direction: dict[str, Tensor]
+    preconditioner: dict[str, Tensor]
+    ascent: dict[str, Tensor]
+    token_weights: tuple[FloatArray, ...]
+    lr: float
+    grad_norm: float
+    clip_coefficient: float
+    update: Rollouts
+    bonus: dict[str, Tensor] = field(default_factory=dict)
+    router: dict[str, Tensor] = field(default_factory=dict)
+
+
+def reconstruct_step(
+    policy: Policy,
+    update: Rollouts,
+    *,
+    reference: Policy | None = None,
+    influences: tuple[Sequence[FloatArray], Sequence[FloatArray]] | None = None,
+    off_policy: bool = False,
+    max_sequences: int = 16,
+    progress: bool = False,
+) -> Step:
+    """Rebuild the AdamW step that a checkpoint would take on an update batch: one forward and one backward.
+
+    Args:
+        policy: with AdamW's state; its settings give the loss and the clipping.
+        update: sequences with advantages.
+        reference: the policy of the KL penalty, needed when ``settings.beta`` is not zero and the policy
+            is no PEFT adapter (an adapter's reference is the model without it, or under TRL's adapter
+            ``ref``).
+        influences: what the objective ``influence`` looks at, from ``token_influence.objective_influences``.
+        off_policy: the batch was sampled by another policy, whose log-probs it carries; they enter the ratio.
+        max_sequences: most sequences in one micro-batch.
+        progress: show a progress bar on standard error.
+
+    Raises:
+        CheckpointError: no optimizer state, or one that does not fit the parameters.
+        BatchError: no reward variance, or a batch that this policy did not sample.
+        MeasurementError: a KL penalty without a reference, an entropy bonus over micro-batches, or the
+            objective ``influence`` without its influences.
+
+    Exact up to round-off; pinned against ``torch.optim.AdamW.step()`` in ``tests/measure/test_step.py``.
+    Source: Loshchilov & Hutter 2019 (arXiv:1711.05101), ``torch/optim/adam.py``.
+    """
+    _optimizer(policy)
+    logprobs, entropies = (
+        score_rollouts(policy, update, max_sequences=max_sequences) if off_policy else (None, None)
+    )
+    form = (policy.settings.objective or {}).get("form")
+    weights = token_weights(
+        update,
+        policy.settings,
+        logprobs=logprobs,
+        entropies=entropies,
+        discriminators=score_discriminators(policy, update, max_sequences=max_sequences)
+        if form == "vocabulary"
+        else None,
+        influences=influences,
+        step=policy.step,
+        ref_logprobs=_reference_logprobs(policy, update, reference, max_sequences),
+    )
+    for i, row in enumerate(weights):
+        if not np.isfinite(row).all():
+            raise MeasurementError(
+                f"update batch: the token weight of sequence {i} ({update.prompt_ids[i]}), response token "
+                f"{int(np.flatnonzero(~np.isfinite(row))[0])} is not finite; check the loss settings"
+            )
+    rewarded = bonus_weights(update, policy.settings)
+    drift = _Drift(update)
+    with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
+        task = bar.add_task("gradient of the update batch", total=len(update))
+        weighted = weighted_logprobs(weights)
+
+        def objective(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
+            drift.add(outputs, batch)
+            bar.update(task, advance=len(batch))
+            return weighted(outputs, batch)
+
+        ascent = gradient(policy, update, objective, max_sequences=max_sequences)
+    if not off_policy:
+        drift.check()
+    bonus: dict[str, Tensor] = {}
+    if rewarded:
+        bonus = gradient(policy, update, weighted_entropies(rewarded), max_sequences=max_sequences)
+    return assemble_step(policy, update, weights, ascent, bonus=bonus)
+
+
+def assemble_step(
+    policy: Policy,
+    update: Rollouts,
+    weights: Sequence[FloatArray],
+    ascent: dict[str, Tensor],
+    *,
+    bonus: dict[str, Tensor] | None = None,
+    router: dict[str, Tensor] | None = None,
+) -> Step:
+    """The step that AdamW makes of a gradient: clipping, moments and preconditioner as it would have them.
+
+    Args:
+        policy: with AdamW's state.
+        update: the batch the gradient is of.
+        weights: its token weights w_ik, one (tok,) array per sequence.
+        ascent: sum_ik w_ik grad l_ik, that is -grad Loss but for a bonus and a router loss.
+        bonus: coefficient x gradient of the mean entropy, where the loss has that bonus.
+        router: the batch's :func:`router_gradient`, for whoever makes many steps of one batch; None computes
+            it.
+
+    Raises:
+        CheckpointError: no optimizer state, or one that does not fit the parameters.
+        MeasurementError: the loss has an entropy bonus and its gradient is not given, or the gradient or the
+            step is not finite.
+    """
+    state = _optimizer(policy)
+    if bonus is None and bonus_weights(update, policy.settings):
+        raise MeasurementError(
+            "the loss has an entropy bonus, which belongs to no sequence, so a step without some of them is "
+            "not defined; measure without re-made steps"
+        )
+    balance = router_gradient(policy, update) if router is None else router
+    whole = vectors.add(ascent, *(part for part in (bonus, balance) if part))
+    norm = vectors.norm(whole)
+    _refuse_broken("gradient", whole)
+    limit = policy.settings.max_grad_norm
+    clip = min(1.0, limit / (norm + CLIP_EPSILON)) if limit > 0 else 1.0
+    lr = next((g.lr for g in state.groups if g.names and g.lr > 0), 0.0)
+    momentum, decay, preconditioner = adamw_components(policy, state, whole, clip=clip, lr=lr)
+    rewarded = vectors.multiply(preconditioner, bonus) if bonus else {}
+    balanced = vectors.multiply(preconditioner, balance) if balance else {}
+    sequences = vectors.multiply(preconditioner, ascent)
+    direction = vectors.add(momentum, decay, sequences, *(part for part in (rewarded, balanced) if part))
+    _refuse_broken("direction of the step", direction)
+    return Step(
+        momentum=momentum,
+        decay=decay,
+        sequences=sequences,
+        direction=direction,
+        preconditioner=preconditioner,
+        ascent=whole,
+        token_weights=tuple(weights),
+        lr=lr,
+        grad_norm=norm,
+        clip_coefficient=clip,
+        update=update,
+        bonus=rewarded,
+        router=balanced,
+    )
+
+
+def _refuse_broken(what: str, vector: dict[str, Tensor]) -> None:
+    if problem := first_not_finite(vector.items()):
+        raise MeasurementError(
+            f"the {what} is not finite: {problem}; measure with --precision float64, or an earlier checkpoint"
+        )
+
+
+@dataclass(frozen=True)
+class AdamWTerms:
+    """What AdamW makes of one parameter's gradient, rounded as ``torch.optim.AdamW`` does.
+
+    Attributes:
+        name: of the parameter.
+        group: its hyperparameters.
+        ratio: the group's learning rate over the one that a direction is per unit of.
+        correction: 1 - b1^t.
+        first: m, the first moment before the step.
+        clipped: -c g.
+        root: sqrt(v') of the second moment after the step.
+        root_scale: sqrt(1 - b2^t).
+        fresh: where this step's gradient has part in ``root``: everywhere but where AMSGrad's maximum is
+            older.
+    """
+
+    name: str
+    group: ParameterGroup
+    ratio: float
+    correction: float
+    first: Tensor
+    clipped: Tensor
+    root: Tensor
+    root_scale: float
+    fresh: Tensor | None
+
+    @property
+    def denominator(self) -> Tensor:
+        """D."""
+        return (self.root / self.root_scale).add_(self.group.eps)
+
+
+def adamw_terms(
+    state: OptimizerState, ascent: dict[str, Tensor], *, clip: float, lr: float
+) -> Iterator[AdamWTerms]:
+    """The terms of AdamW's update, parameter by parameter.
+
+    Args:
+        state: AdamW's state before the step.
+        ascent: -grad Loss before clipping.
+        clip: clip coefficient c; 1 where ``ascent`` is clipped already.
+        lr: learning rate that the direction is per unit of.
+    """
+    for group in state.groups:
+        beta1, beta2 = group.betas
+        for name in group.names:
+            first, second = state.exp_avg[name], state.exp_avg_sq[name]
+            steps = state.steps[name] + 1
+            clipped = clip * ascent[name].to(first.dtype)
+            moment = second.mul(beta2).addcmul_(clipped, clipped, value=1 - beta2)
+            fresh = None
+            if group.amsgrad:
+                fresh = moment > state.max_exp_avg_sq[name]
+                moment = torch.maximum(moment, state.max_exp_avg_sq[name])
+            yield AdamWTerms(
+                name=name,
+                group=group,
+                ratio=group.lr / lr if lr > 0 else 1.0,
+                correction=1 - beta1**steps,
+                first=first,
+                clipped=clipped,
+                root=moment.sqrt(),
+                root_scale=(1 - beta2**steps) ** 0.5,
+                fresh=fresh,
+            )
+
+
+def adamw_components(
+    policy: Policy, state: OptimizerState, ascent: dict[str, Tensor], *, clip: float, lr: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Momentum, decay and preconditioner.
+
+    Args:
+        policy: its parameters decay.
+        state: AdamW's state before the step.
+        ascent: -grad Loss before clipping.
+        clip: clip coefficient c; 1 where ``ascent`` is clipped already.
+        lr: learning rate that the parts are per unit of.
+    """
+    momentum: dict[str, Tensor] = {}
+    decay: dict[str, Tensor] = {}
+    preconditioner: dict[str, Tensor] = {}
+    for terms in adamw_terms(state, ascent, clip=clip, lr=lr):
+        name, beta1, denominator = terms.name, terms.group.betas[0], terms.denominator
+        scale = terms.ratio / terms.correction
+        momentum[name] = -scale * beta1 * terms.first / denominator
+        parameter = policy.parameters[name].detach().to(terms.first.dtype)
+        rate = terms.ratio * terms.group.weight_decay
+        # a bias that excludes a token with -inf is in a group without decay, and 0 x inf is no number
+        decay[name] = -rate * parameter if rate else torch.zeros_like(parameter)
+        preconditioner[name] = scale * (1 - beta1) * clip / denominator
+    return momentum, decay, preconditioner
+
+
+def sequence_direction(policy: Policy, step: Step, index: int) -> dict[str, Tensor]:
+    """What sequence ``index`` of the update batch contributes to the direction: P sum_k w_ik grad l_ik.
+
+    The clip coefficient and the second moment are those of the whole batch, so the contributions of all
+    sequences add up to ``step.sequences``.
+    """
+    own = weighted_logprobs([step.token_weights[index]])
+    ascent = gradient(policy, step.update.select([index]), own)
+    return vectors.multiply(step.preconditioner, {n: ascent[n] for n in step.preconditioner})
+
+
+def weighted_logprobs(weights: Sequence[FloatArray]) -> Objective:
+    """The objective sum_k w_ik l_ik, (seq, tok): its gradient is -grad Loss.
+
+    Args:
+        weights: one (tok,) array per sequence of the batch it will be used on.
+    """
+    return lambda outputs, batch: _weigh(weights, outputs.logprobs, batch)
+
+
+def weighted_entropies(weights: Sequence[FloatArray]) -> Objective:
+    """The objective sum_k w_ik H_ik, (seq, tok), of an entropy bonus.
+
+    Args:
+        weights: one (tok,) array per sequence of the batch it will be used on.
+    """
+    return lambda outputs, batch: _weigh(weights, outputs.entropies, batch)
+
+
+def _weigh(weights: Sequence[FloatArray], values: Tensor, batch: TokenBatch) -> Tensor:
+    """(seq, tok) values of a micro-batch times the weights of its sequences."""
+    factor = torch.zeros_like(values)
+    for row, i in enumerate(batch.seq_index.tolist()):
+        factor[row, : len(weights[i])] = torch.as_tensor(weights[i], dtype=factor.dtype, device=factor.device)
+    return factor * values
+
+
+def step_summary(step: Step) -> dict[str, Any]:
+    """The figures of a step for ``step.json``.
+
+    ``norm_X`` is the Euclidean norm of component X per unit of lr; ``share_X`` = <X, direction> /
+    |direction|^2, so that the shares add up to 1 (one may be negative); ``cosine_X`` is the cosine of X
+    and the direction.
+    """
+    parts = {"momentum": step.momentum, "decay": step.decay, "sequences": step.sequences}
+    parts |= {name: part for name, part in (("bonus", step.bonus), ("router", step.router)) if part}
+    total = vectors.norm(step.direction)
+    summary: dict[str, Any] = {
+        "lr": step.lr,
+        "grad_norm": step.grad_norm,
+        "clip_coefficient": step.clip_coefficient,
+        "norm_direction": total,
+        "norm_displacement": step.lr * total,
+        "num_parameters": sum(t.numel() for t in step.direction.values()),
+        "num_sequences": len(step.update),
+        "num_prompts": step.update.num_prompts,
+        "num_tokens": int(step.update.num_tokens.sum()),
+    }
+    for name, part in parts.items():
+        summary[f"norm_{name}"] = vectors.norm(part)
+        summary[f"share_{name}"] = vectors.dot(part, step.direction) / total**2
+        cosine = vectors.cosine(part, step.direction)
+        summary[f"cosine_{name}"] = cosine if cosine == cosine else None
+    return summary
+
+
+class _Drift:
+    """How far the policy's log-probs are from those the batch carries."""
+
+    def __init__(self, update: Rollouts) -> None:
+        self.update = update
+        self.total = 0.0
+        self.count = 0
+
+    def add(self, outputs: TokenOutputs, batch: TokenBatch) -> None:
+        """Take in one micro-batch."""
+        for row, i in enumerate(batch.seq_index.tolist()):
+            now = outputs.logprobs[row][batch.response_mask[row]].detach().double().cpu()
+            self.total += float((now - torch.from_numpy(self.update.logprobs[i])).abs().sum())
+            self.count += len(now)
+
+    def check(self) -> None:
+        """Refuse a batch of another policy."""
+        mean = self.total / self.count
+        if not mean <= DRIFT_LIMIT:
+            raise BatchError(
+                f"update batch: its log-probs differ from this policy's by {mean:.3g} nats per token on "
+                f"average, expected less than {DRIFT_LIMIT}; sample it from this checkpoint, or pass "
+                "off_policy=True"
+            )
+
+
+def _optimizer(policy: Policy) -> OptimizerState:
+    state = policy.optimizer
+    where = policy.path or "this policy"
+    if state is None:
+        raise CheckpointError(
+            f"{where}: no optimizer state, and a step cannot be rebuilt without it; load a checkpoint "
+            "that has optimizer.pt"
+        )
+    known, own = {n for g in state.groups for n in g.names}, set(policy.parameters)
+    if known != own:
+        odd = sorted(known ^ own)[0]
+        raise CheckpointError(
+            f"{where}: {odd} is "
+            f"{'in the optimizer state only' if odd in known else 'without optimizer state'}; the "
+            "trainable parameters must be those the optimizer has, reload the checkpoint"
+        )
+    return state
+
+
+def _reference_logprobs(
+    policy: Policy, update: Rollouts, reference: Policy | None, max_sequences: int
+) -> tuple[FloatArray, ...] | None:
+    if policy.settings.beta == 0.0:
+        return None
+    if reference is not None:
+        return score_rollouts(reference, update, max_sequences=max_sequences)[0]
+    if not isinstance(policy.model, PeftModel):
+        raise MeasurementError(
+            f"the loss has a KL penalty (beta = {policy.settings.beta}) and the policy is a full model; "
+            "pass the policy it is held to as reference"
+        )
+    with reference_adapter(policy.model):
+        return score_rollouts(policy, update, max_sequences=max_sequences)[0]

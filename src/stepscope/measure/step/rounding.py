@@ -1,0 +1,156 @@
+"""The step as a training takes it that keeps its weights in a half type: torch's own AdamW and its roundings.
+
+With weights theta, moments and gradients in bfloat16 (8 significant bits) AdamW rounds after every operation,
+and theta' = round(theta + lr direction) is theta itself wherever the step is below half the spacing of the
+numbers around it, |lr direction| < 2^-9 |theta| or so. The step here is taken by ``torch.optim.AdamW`` on
+copies of the weights, in the implementation that the checkpoint names (fused rounds the weights once, the
+others after every operation), after ``torch.nn.utils.clip_grad_norm_`` on the gradient in that type. What is
+not the training's own is the gradient: computed at the measurement's precision and rounded, where the
+training ran its backward pass in the half type.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepscope.errors import MeasurementError
+from stepscope.measure.step.reconstruct import Step
+from stepscope.policy import vectors
+from stepscope.policy.finiteness import first_not_finite
+from stepscope.policy.state import OptimizerState, Policy
+from stepscope.policy.stored import finer_than_kept
+from stepscope.results import Brief
+
+
+@dataclass(frozen=True, repr=False)
+class RoundedStep(Brief):
+    """Where a training in a half type is after the step, and how that differs from params + lr * direction.
+
+    Attributes:
+        parameters: theta', in the types the training keeps them in; each is exact in float32.
+        kept_in: those half types, by name.
+        kernel: which of torch's implementations took the step, ``fused``, ``foreach`` or ``single tensor``.
+        lr: learning rate of the step.
+        share_moved: share of the coordinates with theta' != theta.
+        cosine: of theta' - theta and the direction before rounding; nan where nothing moves.
+        norm_ratio: |theta' - theta| / |lr * direction|.
+    """
+
+    parameters: dict[str, Tensor]
+    kept_in: str
+    kernel: str
+    lr: float
+    share_moved: float
+    cosine: float
+    norm_ratio: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures for ``step.json``."""
+        cosine = self.cosine if self.cosine == self.cosine else None
+        return {
+            "kept_in": self.kept_in,
+            "kernel": self.kernel,
+            "lr": self.lr,
+            "share_moved": self.share_moved,
+            "cosine": cosine,
+            "norm_ratio": self.norm_ratio,
+        }
+
+
+def rounded_step(policy: Policy, step: Step, lr: float) -> RoundedStep | None:
+    """Take the step the way a training with weights in a half type takes it.
+
+    Args:
+        policy: with AdamW's state, its moments exact as stored.
+        step: rebuilt from it.
+        lr: learning rate, the step's own or one in its place where that is 0.
+
+    Returns:
+        None where no parameter was in a half type: AdamW's moments have the type of their parameter.
+
+    Raises:
+        MeasurementError: the weights are no numbers of the type that their moments say, or the step is not
+            finite in that type.
+
+    Pinned by ``tests/measure/test_rounding.py`` on trainings in bfloat16 and on the operations one by one.
+    """
+    state = policy.optimizer
+    if state is None or not state.half_types or not lr > 0:
+        return None
+    if odd := finer_than_kept(policy.parameters, state.moment_types):
+        raise MeasurementError(f"{odd}; measure a checkpoint as its training wrote it")
+    start = {name: policy.parameters[name].detach() for name in step.direction}
+    copies: dict[str, nn.Parameter] = {}
+    for name, value in start.items():
+        kept = state.moment_types.get(name, value.dtype)
+        copies[name] = nn.Parameter(value.to(kept, copy=True))
+        copies[name].grad = -step.ascent[name].to(kept)
+    if policy.settings.max_grad_norm > 0:
+        nn.utils.clip_grad_norm_(copies.values(), policy.settings.max_grad_norm)
+    kernel = _take(state, copies, lr / step.lr if step.lr > 0 else None, lr)
+    parameters = {name: copy.detach() for name, copy in copies.items()}
+    if problem := first_not_finite(parameters.items()):
+        raise MeasurementError(
+            f"the step of a training in {'/'.join(state.half_types)} is not finite: {problem}; AdamW's eps "
+            "or second moments are 0 in that type, and the training ends here; measure an earlier checkpoint"
+        )
+    moved = {name: parameters[name].float() - start[name].float() for name in parameters}
+    length = lr * vectors.norm(step.direction)
+    return RoundedStep(
+        parameters=parameters,
+        kept_in="/".join(state.half_types),
+        kernel=kernel,
+        lr=lr,
+        share_moved=sum(int(t.count_nonzero()) for t in moved.values())
+        / sum(t.numel() for t in moved.values()),
+        cosine=vectors.cosine(moved, step.direction),
+        norm_ratio=vectors.norm(moved) / length if length > 0 else float("nan"),
+    )
+
+
+def _take(state: OptimizerState, copies: dict[str, nn.Parameter], scale: float | None, lr: float) -> str:
+    """One step of torch's AdamW on parameters with gradients, from a checkpoint's state.
+
+    Args:
+        state: the checkpoint's.
+        copies: the parameters by name, with gradients.
+        scale: factor of every group's learning rate; None gives all the same.
+        lr: that one.
+
+    Returns:
+        The implementation.
+    """
+    groups = [group for group in state.groups if group.names]
+    optimizer = torch.optim.AdamW(
+        [
+            {
+                "params": [copies[name] for name in group.names],
+                "lr": lr if scale is None else scale * group.lr,
+                "betas": group.betas,
+                "eps": group.eps,
+                "weight_decay": group.weight_decay,
+                "amsgrad": group.amsgrad,
+                "foreach": group.foreach,
+                "fused": group.fused,
+            }
+            for group in groups
+        ]
+    )
+    entries: dict[int, dict[str, Tensor]] = {}
+    for name in (name for group in groups for name in group.names):
+        entries[len(entries)] = {
+            "step": torch.tensor(float(state.steps[name])),
+            "exp_avg": state.exp_avg[name],
+            "exp_avg_sq": state.exp_avg_sq[name],
+        } | ({"max_exp_avg_sq": state.max_exp_avg_sq[name]} if name in state.max_exp_avg_sq else {})
+    # torch casts the moments to the type of the parameters, which is exact for what was stored in it
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
+    optimizer.step()
+    if any(group.fused for group in groups):
+        return "fused"
+    on_gpu = next(iter(copies.values())).is_cuda and all(group.foreach is None for group in groups)
+    return "foreach" if on_gpu or any(group.foreach for group in groups) else "single tensor"

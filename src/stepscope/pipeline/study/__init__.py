@@ -1,0 +1,1 @@
+"""``stepscope study``: many measurements and what they say together."""

@@ -1,0 +1,478 @@
+"""Examining a loaded policy: is what it computes fit to be measured?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from stepscope.errors import MeasurementError, StepscopeError, TaskError
+from stepscope.policy.checkpoint.adapters import base_is_rewritten
+from stepscope.policy.checkpoint.foreign import reads_foreign
+from stepscope.policy.checkpoint.models import brief, type_in_files
+from stepscope.policy.checkpoint.trl_run import run_notes
+from stepscope.policy.derivative_check import derivative_errors, random_direction
+from stepscope.policy.experts import router_coefficient
+from stepscope.policy.forward import (
+    base_model,
+    excluded_logit,
+    forward,
+    forward_inputs,
+    make_batch,
+    plain_experts,
+)
+from stepscope.policy.gradients import lacks_a_rule
+from stepscope.policy.loss.settings import SETTINGS_FILE, UNKNOWN
+from stepscope.policy.loss.surrogate import LOSS_TYPES
+from stepscope.policy.numerics.precision import matching_precision
+from stepscope.policy.rollouts import end_tokens
+from stepscope.policy.state import Policy
+from stepscope.policy.stored import HALF_TYPES, finer_than_kept, rounding_doubt
+from stepscope.tasks.load import default_template
+from stepscope.tasks.prompts import encode_prompt, tokens_after
+from stepscope.tasks.templates import FIELD, load_template
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 0.5}
+"""Largest difference of log-probs, in nats, that round-off may make between two ways to batch."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found about a checkpoint.
+
+    Attributes:
+        level: ``ok``; ``warn`` for what limits a measurement; ``fail`` for what prevents it.
+        what: what was found.
+        cure: what to do; empty when all is well.
+    """
+
+    level: Literal["ok", "warn", "fail"]
+    what: str
+    cure: str = ""
+
+    @classmethod
+    def from_error(cls, error: StepscopeError) -> Finding:
+        """A failure: our errors end with the cure, after the last semicolon."""
+        what, _, cure = str(error).rpartition("; ")
+        return cls("fail", what or cure, cure if what else "")
+
+
+@reads_foreign
+def examine(policy: Policy) -> list[Finding]:
+    """Findings about optimizer state, settings, dropout, types, tied weights, and the forward pass itself."""
+    return [
+        *_settings(policy),
+        *_optimizer(policy),
+        *_sampling(policy),
+        *_asking(policy),
+        _dropout(policy),
+        _types(policy),
+        _stored(policy),
+        *_base(policy),
+        _tied(policy.model),
+        *_mixture(policy),
+        *_reference(policy),
+        *_forward(policy),
+        *_positions(policy),
+        *_derivatives(policy),
+    ]
+
+
+def _settings(policy: Policy) -> list[Finding]:
+    """What is measured as the run's loss, and what of the run is not."""
+    settings = policy.settings
+    if settings is UNKNOWN:
+        return []
+    said = {
+        "T": settings.temperature,
+        "L": settings.max_response_tokens,
+        "advantages scaled by": settings.scale_rewards,
+        "beta": settings.beta,
+        "max_grad_norm": settings.max_grad_norm,
+        "mask_truncated": settings.mask_truncated,
+    }
+    loss = settings.loss_type + (f" with {settings.objective['name']}" if settings.objective else "")
+    found = [Finding("ok", f"loss {loss}, " + ", ".join(f"{k} {v}" for k, v in said.items()))]
+    if settings.loss_type not in LOSS_TYPES:
+        known = f"give loss.loss_type, one of {', '.join(LOSS_TYPES)}"
+        found = [Finding("fail", f"the loss {settings.loss_type[:40]!r} is not known here", known)]
+    if settings.without:
+        left_out = f"the step is measured without the run's {', '.join(settings.without)}"
+        found.append(Finding("warn", left_out, "say so beside every figure"))
+    if policy.path is not None and not (policy.path / SETTINGS_FILE).is_file():
+        found += [Finding("warn", note, "keep it in mind") for note in run_notes(policy.path)]
+    return found
+
+
+def _optimizer(policy: Policy) -> list[Finding]:
+    state = policy.optimizer
+    if state is None:
+        return []
+    count = sum(p.numel() for p in policy.parameters.values())
+    lrs = sorted({g.lr for g in state.groups if g.names})
+    found = [
+        Finding(
+            "ok",
+            f"AdamW state of {len(state.steps)} tensors ({count} parameters) in "
+            f"{sum(bool(g.names) for g in state.groups)} groups matched by name, next lr "
+            f"{', '.join(map(str, lrs))}",
+        )
+    ]
+    if lrs == [0.0]:
+        found.append(
+            Finding(
+                "warn",
+                "the learning rate of the next step is 0, the end of the schedule",
+                "give learning rates yourself (lrs), or measure an earlier checkpoint",
+            )
+        )
+    taken = Counter(state.steps.values())
+    if set(taken) != {policy.step}:
+        found.append(
+            Finding(
+                "warn",
+                f"the optimizer has taken {sorted(taken)} steps and trainer_state.json says {policy.step}",
+                "make sure that optimizer.pt belongs to this checkpoint; skipped steps explain a small "
+                "difference",
+            )
+        )
+    return found
+
+
+def _sampling(policy: Policy) -> list[Finding]:
+    found = []
+    if policy.settings.top_p != 1.0:
+        found.append(
+            Finding(
+                "warn",
+                f"the run sampled with top_p = {policy.settings.top_p}; measurements sample from the "
+                "policy itself",
+                "train with top_p = 1 if the two shall be comparable",
+            )
+        )
+    if (ended := ended_prompts(policy)) is not None:
+        found.append(ended)
+    if not end_tokens(policy):
+        found.append(
+            Finding(
+                "warn",
+                "neither tokenizer nor generation config has an end-of-sequence token: all responses "
+                "are truncated",
+                "set eos_token in the tokenizer's config",
+            )
+        )
+    return found
+
+
+def _asking(policy: Policy) -> list[Finding]:
+    """How problems are asked, or why they cannot be."""
+    settings, tokenizer = policy.settings, policy.tokenizer
+    if tokenizer is None:
+        return []
+    try:
+        template = load_template(
+            settings.prompt_template or default_template(settings.task, settings.answer_format),
+            system_prompt=settings.system_prompt,
+            prefill=settings.prefill,
+            chat_template_kwargs=settings.chat_template_kwargs,
+        )
+        template.opening(tokenizer)
+        text = encode_prompt(template.ask(FIELD, tokenizer), tokenizer).text
+    except TaskError as error:
+        return [replace(Finding.from_error(error), level="warn")]
+    shown = text if len(text) <= 120 else f"{text[:60]} ... {text[-50:]}"
+    known = settings.prompt_template or settings.task
+    cure = "" if known else "give loss.prompt_template if the run asked otherwise"
+    return [Finding("ok", f"problems are asked as {shown!r}", cure)]
+
+
+def ended_prompts(policy: Policy) -> Finding | None:
+    """A warning where a foreign run's plain prompts were asked with an end-of-sequence token behind them."""
+    foreign = policy.path is not None and not (policy.path / SETTINGS_FILE).is_file()
+    if not foreign or policy.tokenizer is None or not tokens_after(policy.tokenizer):
+        return None
+    return Finding(
+        "warn",
+        "the tokenizer puts an end-of-sequence token after every text: TRL trains on plain prompts (not on "
+        "messages) with that end, and measurements ask them without it",
+        "train with add_eos_token set to false in tokenizer_config.json",
+    )
+
+
+def _dropout(policy: Policy) -> Finding:
+    """Whether the model computes at random as it trains: two passes in training mode with different seeds."""
+    if not _random_in_training(policy):
+        return Finding("ok", "no dropout: two passes in training mode agree")
+    model = policy.model
+    modules = [] if policy.settings.disable_dropout else _dropout_modules(model)
+    config = getattr(base_model(model), "config", None)
+    rates = {k: v for k, v in vars(config).items() if "drop" in k and isinstance(v, float) and v > 0}
+    named = [f"{len(modules)} modules, {modules[0][0]} among them"] if modules else []
+    where = ", ".join([*named, *(f"{k} = {v}" for k, v in rates.items())])
+    return Finding(
+        "warn",
+        f"the model computes at random while it trains (dropout{': ' + where if where else ''}), which the "
+        "measurement leaves out",
+        "train without dropout, so that a step is a function of its batch",
+    )
+
+
+def _dropout_modules(model: nn.Module) -> list[tuple[str, nn.Dropout]]:
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Dropout) and m.p > 0]
+
+
+def _random_in_training(policy: Policy) -> bool:
+    """Modules that ``disable_dropout`` switched off are so here too; modes and random states come back."""
+    model = policy.model
+    modes = [(m, m.training) for m in model.modules()]
+    off = [m for _, m in _dropout_modules(model)] if policy.settings.disable_dropout else []
+    rates = [m.p for m in off]
+    prompts, responses = made_up_sequences(policy)
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            for switched in off:
+                switched.p = 0.0
+            model.train()
+            passes = []
+            for seed in (0, 1):
+                torch.manual_seed(seed)
+                passes.append(_logprobs(policy, prompts, responses))
+    finally:
+        for switched, rate in zip(off, rates, strict=True):
+            switched.p = rate
+        for module, mode in modes:
+            module.training = mode
+    return not all(torch.equal(a, b) for a, b in zip(*passes, strict=True))
+
+
+class _TypeRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Collects the floating-point types of the results of all operations."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.types: set[torch.dtype] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                self.types.add(value.dtype)
+        return result
+
+
+def computed_types(policy: Policy) -> set[torch.dtype]:
+    """Floating-point types of every intermediate result of one forward pass on made-up sequences."""
+    prompts, responses = made_up_sequences(policy)
+    recorder = _TypeRecorder()
+    with recorder:
+        _logprobs(policy, prompts, responses)
+    return recorder.types
+
+
+def _types(policy: Policy) -> Finding:
+    computed = computed_types(policy)
+    stages: dict[str, set[torch.dtype]] = {
+        "weights": {p.dtype for p in policy.model.parameters() if p.is_floating_point()},
+        "trainable": {p.dtype for p in policy.parameters.values()},
+        "constants": {b.dtype for b in policy.model.buffers() if b.is_floating_point()},
+    }
+    if policy.optimizer is not None:
+        stages["moments"] = {t.dtype for t in policy.optimizer.exp_avg_sq.values()}
+    stages["computation"] = computed
+    text = ", ".join(
+        f"{name} {'/'.join(sorted(str(t).removeprefix('torch.') for t in types))}"
+        for name, types in stages.items()
+        if types
+    )
+    if torch.float16 in stages["weights"] | stages["trainable"] | stages["constants"]:
+        return Finding("warn", f"types: {text}", "load at float32 or bfloat16; float16 overflows")
+    if torch.float64 in stages["weights"] and computed != {torch.float64}:
+        return Finding(
+            "fail",
+            f"types: {text}: a float64 policy computes in less somewhere",
+            "measure with --precision float32, and report the architecture",
+        )
+    return Finding("ok", f"types: {text}")
+
+
+def _stored(policy: Policy) -> Finding:
+    """The types of the trained weights on disk: a half type means that the training rounds every step."""
+    kinds = "/".join(policy.stored_dtypes) or "nowhere"
+    state = policy.optimizer
+    doubt = rounding_doubt(policy.stored_dtypes, state.moment_types if state else None)
+    if not doubt:
+        return Finding("ok", f"trained weights are stored as {kinds}")
+    if state is not None and state.half_types:
+        if odd := finer_than_kept(policy.parameters, state.moment_types):
+            return Finding("fail", odd, "measure a checkpoint as its training wrote it")
+        return Finding(
+            "warn",
+            f"trained weights are kept as {'/'.join(state.half_types)} and rounded after every step; the "
+            "change is that of the rounded step, shares and influences those of the step before rounding",
+            "read them so, or train with float32 weights (bf16=True autocasts them)",
+        )
+    return Finding(
+        "warn",
+        f"{doubt}; figures that depend on the step are flagged",
+        "train with float32 weights (bf16=True autocasts them), or read the figures as those of such a step",
+    )
+
+
+def _base(policy: Policy) -> list[Finding]:
+    """The type of the base of a foreign run's adapter, in which the training computed if it loaded it so."""
+    kind = type_in_files(base_model(policy.model))
+    foreign = policy.path is not None and not (policy.path / SETTINGS_FILE).is_file()
+    if not foreign or base_model(policy.model) is policy.model or kind not in HALF_TYPES:
+        return []
+    what = (
+        f"the base of the adapter is stored in {kind}: if the training loaded it so, it computed in it, and "
+        "a step in float32 differs by about a percent"
+    )
+    return [Finding("warn", what, "keep it in mind, or train with the base in float32")]
+
+
+def _mixture(policy: Policy) -> list[Finding]:
+    coefficient = router_coefficient(policy)
+    config: Any = getattr(base_model(policy.model), "config", None)
+    if config is None or not hasattr(config.get_text_config(), "output_router_logits"):
+        return []
+    loss = f"router loss x {coefficient:g}" if coefficient else "no router loss"
+    found = [Finding("ok", f"mixture of experts, measured with a loop over experts; {loss} in the training")]
+    size, whole = (
+        policy.settings.micro_batch_size,
+        policy.settings.group_size * policy.settings.prompts_per_step,
+    )
+    if coefficient and size is not None and size < whole:
+        found.append(
+            Finding(
+                "warn",
+                f"the router loss was taken of each {size} of a batch's {whole} sequences, cut at random; "
+                "the step measured is that of a batch cut in its own order",
+                "train with the whole batch in one piece, or with router_aux_loss_coef=0",
+            )
+        )
+    return found
+
+
+def _reference(policy: Policy) -> list[Finding]:
+    if policy.settings.beta == 0.0 or not base_is_rewritten(policy.model):
+        return []
+    return [
+        Finding(
+            "warn",
+            "the adapter's initialisation took its share out of the base, and TRL's KL penalty held the "
+            "policy to what is left of it; the step is rebuilt so, the quantity kl is to the base as it was",
+            "train with an initialisation that keeps the base where the penalty shall be to the start",
+        )
+    ]
+
+
+def _positions(policy: Policy) -> list[Finding]:
+    """Whether a trainer that passes no positions, as TRL, trains on others than these in padded batches."""
+    prompts, responses = made_up_sequences(policy)
+    batch = make_batch(prompts, responses, device=policy.device)
+    inputs = forward_inputs(policy.model, batch, positions=batch.response_ids.shape[1] + 1)
+    if "position_ids" not in inputs:
+        return []
+    with torch.no_grad(), matching_precision(policy.model), plain_experts(policy.model):
+        given, left = (policy.model(**i).logits for i in (inputs, {**inputs, "position_ids": None}))
+    rows = batch.attention_mask[:, -given.shape[1] :].bool()
+    gap = float((given.float().log_softmax(-1) - left.float().log_softmax(-1))[rows].nan_to_num().abs().max())
+    if gap <= TOLERANCE.get(policy.dtype, 1e-3):
+        return []
+    return [
+        Finding(
+            "warn",
+            "positions are counted from the first token of a prompt, as in sampling; TRL's loss counts them "
+            f"from the padding on its left (log-probs differ by up to {gap:.2g} nats), so its step on "
+            "prompts of unequal lengths is another",
+            "train such a model on prompts of one length, or with one prompt per micro-batch",
+        )
+    ]
+
+
+def _derivatives(policy: Policy) -> list[Finding]:
+    """Whether slopes of this model are derivatives of its changes."""
+    if not policy.parameters:
+        return []
+    prompts, responses = made_up_sequences(policy)
+    batch = make_batch(prompts, responses, device=policy.device)
+    try:
+        errors = derivative_errors(
+            policy, batch, random_direction(policy), temperature=policy.settings.temperature
+        )
+    except MeasurementError as error:
+        return [Finding.from_error(error)]
+    except (NotImplementedError, RuntimeError) as error:
+        if not lacks_a_rule(error):
+            raise
+        cure = "load the model without custom kernels, or use an adapter of another kind"
+        return [
+            Finding("fail", f"torch cannot differentiate this model in forward mode ({brief(error)})", cure)
+        ]
+    if errors.doubt:
+        cure = "read true changes; slopes and influences of this model are flagged"
+        return [Finding("warn", errors.doubt, cure)]
+    worst = max(errors.forward, errors.reverse)
+    return [Finding("ok", f"derivatives are those of the function to {max(worst, 1e-6):.1g}")]
+
+
+def _tied(model: nn.Module) -> Finding:
+    base: Any = base_model(model)
+    inner, outer = base.get_input_embeddings(), base.get_output_embeddings()
+    tied = outer is not None and inner is not None and inner.weight is outer.weight
+    return Finding("ok", "input and output embeddings are " + ("one tied parameter" if tied else "separate"))
+
+
+def _forward(policy: Policy) -> list[Finding]:
+    """Determinism, and invariance to batch size, order and padding, on made-up sequences."""
+    prompts, responses = made_up_sequences(policy)
+    together = _logprobs(policy, prompts, responses)
+    again = _logprobs(policy, prompts, responses)
+    alone = [_logprobs(policy, [p], [r])[0] for p, r in zip(prompts, responses, strict=True)]
+    same = all(torch.equal(a, b) for a, b in zip(together, again, strict=True))
+    gap = float(torch.cat([(a - b).abs() for a, b in zip(together, alone, strict=True)]).max())
+    limit = TOLERANCE.get(next(policy.model.parameters()).dtype, 1e-3)
+    found = [
+        Finding("ok", "two forward passes agree bit for bit")
+        if same
+        else Finding("fail", "two equal forward passes differ", "switch off what is random in the model")
+    ]
+    if not gap <= limit:
+        cure = "the model must honour attention_mask and position_ids; use float32, or another architecture"
+        found.append(
+            Finding("fail", f"log-probs depend on batch size and padding by up to {gap:.2g} nats", cure)
+        )
+    else:
+        found.append(Finding("ok", f"log-probs depend on batch size and padding by at most {gap:.2g} nats"))
+    return found
+
+
+def made_up_sequences(policy: Policy) -> tuple[list[list[int]], list[list[int]]]:
+    """Made-up prompts and responses of different lengths, of tokens that the model does not exclude."""
+    with torch.no_grad(), matching_precision(policy.model), plain_experts(policy.model):
+        logits = policy.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=policy.device)).logits[
+            0, -1
+        ]
+    possible = (~(logits < excluded_logit(logits.dtype))).nonzero().flatten().cpu()
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        chosen: list[int] = possible[torch.randint(0, len(possible), (count,), generator=generator)].tolist()
+        return chosen
+
+    return [tokens(n) for n in (3, 9, 5, 1)], [tokens(n) for n in (6, 2, 1, 8)]
+
+
+def _logprobs(policy: Policy, prompts: list[list[int]], responses: list[list[int]]) -> list[Tensor]:
+    batch = make_batch(prompts, responses, device=policy.device)
+    with torch.no_grad():
+        outputs = forward(policy.model, batch, temperature=policy.settings.temperature)
+    return [row[mask] for row, mask in zip(outputs.logprobs, batch.response_mask, strict=True)]

@@ -1,0 +1,212 @@
+"""The settings of a run that decide its next step; stored beside a checkpoint as ``stepscope.json``."""
+
+from __future__ import annotations
+
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from stepscope.errors import CheckpointError, shown
+from stepscope.policy.loss.token_objectives import objective_problem
+
+SETTINGS_FILE = "stepscope.json"
+"""Name of the settings file inside a checkpoint folder."""
+
+SETTINGS_VERSION = 1
+"""Version written into the settings file; other versions are refused."""
+
+
+_Range = tuple[str, Callable[[float], bool]]
+_COUNT: _Range = ("at least 1", lambda v: v >= 1)
+_POSITIVE: _Range = ("a finite number above 0", lambda v: 0 < v < math.inf)
+_NOT_NEGATIVE: _Range = ("a finite number, at least 0", lambda v: 0 <= v < math.inf)
+_RANGES: dict[str, _Range] = {
+    "group_size": _COUNT,
+    "prompts_per_step": _COUNT,
+    "temperature": _POSITIVE,
+    "max_response_tokens": _COUNT,
+    "max_prompt_tokens": _COUNT,
+    "router_loss": _NOT_NEGATIVE,
+    "micro_batch_size": _COUNT,
+    "max_grad_norm": ("a finite number, at least 0 (which switches clipping off)", _NOT_NEGATIVE[1]),
+    "epsilon_low": _NOT_NEGATIVE,
+    "epsilon_high": _NOT_NEGATIVE,
+    "beta": _NOT_NEGATIVE,
+    "top_p": ("above 0 and at most 1", lambda v: 0 < v <= 1),
+    "seed": _NOT_NEGATIVE,
+    "format_weight": ("from 0 to 1", lambda v: 0 <= v <= 1),
+    "num_iterations": _COUNT,
+}
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """Everything beside weights and optimizer state that a step depends on.
+
+    Attributes:
+        loss_type: TRL's name of the loss, one of :data:`~stepscope.policy.loss.surrogate.LOSS_TYPES`.
+        scale_rewards: how advantages are scaled: ``none``, ``group`` or ``batch`` standard deviation.
+        group_size: responses per prompt.
+        prompts_per_step: prompt groups per optimizer step.
+        temperature: sampling temperature.
+        max_response_tokens: L, the longest response; also Dr. GRPO's divisor.
+        max_prompt_tokens: longest prompt kept (its end), or None.
+        max_grad_norm: gradient clipping threshold; 0 switches clipping off.
+        epsilon_low: lower clip range of the ratio.
+        epsilon_high: upper clip range of the ratio.
+        beta: weight of the KL penalty (k3) to the reference policy.
+        top_p: nucleus of the sampling; 1 is the policy itself.
+        task: specification of the task, for example ``arithmetic``; empty if unknown.
+        prompt_template: name of the template or a template text with ``{question}``; empty means the default.
+        seed: the run's seed.
+        bias_correction_kl: multiply the KL penalty by the ratio, which makes its gradient the reverse KL's
+            (TRL's ``use_bias_correction_kl``, on by default there).
+        mask_truncated: truncated responses do not enter the loss (TRL's ``mask_truncated_completions``).
+        format_weight: part of the reward that keeping the format earns, whatever the answer.
+        objective: what is changed in the loss, as
+            :func:`~stepscope.policy.loss.token_objectives.token_advantages` takes it, or the entropy bonus
+            with its weight in the next step; None for the loss as it is.
+        system_prompt: system message of the chat template; empty for none.
+        prefill: text that the response's turn begins with, at the end of the prompt.
+        chat_template_kwargs: variables of the chat template (TRL's ``chat_template_kwargs``), or None.
+        answer_format: where in a response its answer stands, see :mod:`stepscope.tasks.response`.
+        num_iterations: optimizer steps on each batch; the next step is the first on its batch, so on-policy.
+        task_digest: state of the task's data in the training, as the task has it; empty if unknown.
+        router_loss: weight of the loss that balances a mixture of experts; None for the model's own (TRL's
+            ``router_aux_loss_coef``).
+        micro_batch_size: sequences whose router loss is taken together; None for the whole batch.
+        disable_dropout: training switched off the model's dropout modules (TRL's name).
+        on_policy_only: the loss is known here at ratio 1 alone (ratios per sequence, a bound ``delta``).
+        without: what else the run did that its next step is measured without, by name.
+    """
+
+    loss_type: str = "dr_grpo"
+    scale_rewards: str = "none"
+    group_size: int = 8
+    prompts_per_step: int = 16
+    temperature: float = 1.0
+    max_response_tokens: int = 64
+    max_prompt_tokens: int | None = None
+    max_grad_norm: float = 1.0
+    epsilon_low: float = 0.2
+    epsilon_high: float = 0.2
+    beta: float = 0.0
+    top_p: float = 1.0
+    task: str = ""
+    prompt_template: str = ""
+    seed: int = 0
+    bias_correction_kl: bool = True
+    mask_truncated: bool = False
+    format_weight: float = 0.0
+    objective: dict[str, Any] | None = field(default=None, hash=False)
+    system_prompt: str = ""
+    prefill: str = ""
+    chat_template_kwargs: dict[str, Any] | None = field(default=None, hash=False)
+    answer_format: str = "tags"
+    num_iterations: int = 1
+    task_digest: str = ""
+    router_loss: float | None = None
+    micro_batch_size: int | None = None
+    disable_dropout: bool = False
+    on_policy_only: bool = False
+    without: list[str] = field(default_factory=list, hash=False)
+
+    def __post_init__(self) -> None:
+        """Refuse values that no run can have, whoever sets them.
+
+        Raises:
+            CheckpointError: naming all of them.
+        """
+        problems = [
+            f"{name}: got {shown(value)}, expected {expected}"
+            for name, (expected, possible) in _RANGES.items()
+            if (value := getattr(self, name)) is not None and not possible(value)
+        ]
+        if problems:
+            raise CheckpointError(f"settings out of range ({'; '.join(problems)}); mend these keys")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a JSON-ready dictionary, with the version of the format."""
+        return {"version": SETTINGS_VERSION, **asdict(self)}
+
+    def save(self, path: Path) -> None:
+        """Write the settings as JSON, atomically; ``path`` is the file or the checkpoint folder."""
+        file = path / SETTINGS_FILE if path.is_dir() else path
+        partial = file.with_name(file.name + ".partial")
+        partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        partial.replace(file)
+
+    @classmethod
+    def load(cls, path: Path) -> StepSettings:
+        """Read settings written by :meth:`save`; ``path`` is the file or the checkpoint folder.
+
+        Raises:
+            CheckpointError: the file is missing, is not JSON, has another version, an unknown key or a
+                value of the wrong type.
+        """
+        file = path / SETTINGS_FILE if path.is_dir() else path
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise CheckpointError(
+                f"{file}: settings cannot be read ({error}); copy or write the file again"
+            ) from error
+        if not isinstance(data, dict):
+            raise CheckpointError(
+                f"{file}: got {type(data).__name__}, expected a JSON object; write it again"
+            )
+        version = data.pop("version", None)
+        if version != SETTINGS_VERSION:
+            raise CheckpointError(
+                f"{file}: settings of version {shown(version)}, expected {SETTINGS_VERSION}; "
+                "use the stepscope version that wrote it"
+            )
+        return cls.from_dict(data, where=str(file))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str) -> StepSettings:
+        """Settings from plain data; keys left out keep their default.
+
+        Args:
+            data: field names and values.
+            where: what to name in an error.
+
+        Raises:
+            CheckpointError: a key is unknown, a value has the wrong type or is out of range; all are named at
+                once.
+        """
+        types_by_name = typing.get_type_hints(cls)
+        problems = [f"{key}: unknown" for key in sorted(set(data) - {f.name for f in fields(cls)})]
+        values: dict[str, Any] = {}
+        for name, wanted in types_by_name.items():
+            if name not in data:
+                continue
+            value = data[name]
+            if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+                value = float(value)
+            choices = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+            allowed = [typing.get_origin(choice) or choice for choice in choices]
+            if type(value) not in allowed:
+                problems.append(
+                    f"{name}: got {shown(value)}, expected {' or '.join(t.__name__ for t in allowed)}"
+                )
+            values[name] = value
+        if isinstance(objective := values.get("objective"), dict) and (odd := objective_problem(objective)):
+            problems.append(f"objective: {odd}")
+        if problems:
+            raise CheckpointError(
+                f"{where}: settings not understood ({'; '.join(problems)}); mend these keys"
+            )
+        try:
+            return cls(**values)
+        except CheckpointError as error:
+            raise CheckpointError(f"{where}: {error}") from error
+
+
+UNKNOWN = StepSettings(loss_type="")
+"""Stands for settings that nothing says, to look at the rest of a checkpoint."""

@@ -1,0 +1,1 @@
+"""How torch is made to compute what is meant: precision and differentiation."""

@@ -1,0 +1,1 @@
+"""Gradients of single sequences by hooks on layers, and what is computed from them."""

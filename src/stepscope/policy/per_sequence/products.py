@@ -1,0 +1,244 @@
+"""Products of per-sequence gradients with given vectors, and their sums over groups, from one stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Unpack
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stepscope.errors import MeasurementError
+from stepscope.policy.gradients import Objective
+from stepscope.policy.per_sequence.layer_gradient import LayerGradient, restore
+from stepscope.policy.per_sequence.store import GradientStore
+from stepscope.policy.per_sequence.stream import StreamOptions, by_length, stream
+from stepscope.policy.state import Policy
+from stepscope.policy.vectors import ParameterVector
+from stepscope.results import FloatArray, IntArray, Rollouts
+
+CHUNK_BYTES = 32 * 2**20
+"""Working memory of one slice of a layer's dense gradients."""
+
+
+def per_sequence_dot(
+    policy: Policy,
+    rollouts: Rollouts,
+    objective: Objective,
+    u: ParameterVector,
+    **options: Unpack[StreamOptions],
+) -> FloatArray:
+    """(seq,) inner products u . grad objective_i, in memory that does not grow with the number of sequences.
+
+    For a matrix parameter U: sum_t d_t' U x_t with layer inputs x and output gradients d; no gradient matrix
+    is ever made.
+
+    Args:
+        policy: its trainable parameters are differentiated.
+        rollouts: the sequences.
+        objective: (seq,) or (seq, tok).
+        u: a vector over all trainable parameters, by name.
+        **options: see :class:`stepscope.policy.per_sequence.stream.StreamOptions`.
+
+    Raises:
+        MeasurementError: u lacks a trainable parameter or has one of another shape.
+    """
+    check_vector(policy, u, "u")
+    direction: dict[str, Tensor] = {}
+    order = by_length(rollouts)
+    total = torch.zeros(len(rollouts), dtype=torch.float64, device=policy.device)
+
+    def consume(gradient: LayerGradient, rows: slice) -> None:
+        name = gradient.name
+        if name not in direction:
+            direction[name] = gradient.oriented(u[name]).to(policy.device, compute_dtype(u[name]))
+        total[rows] += gradient.dot(direction[name])
+
+    stream(policy, rollouts, objective, consume, order=order, **options)
+    result = np.empty(len(rollouts))
+    result[order] = total.cpu().numpy()
+    return result
+
+
+def per_sequence_dots(
+    policy: Policy,
+    rollouts: Rollouts,
+    objective: Objective,
+    directions: Mapping[str, Tensor],
+    **options: Unpack[StreamOptions],
+) -> FloatArray:
+    """(direction, seq) inner products with many vectors at once, for little more than the price of one.
+
+    Args:
+        policy: its trainable parameters are differentiated.
+        rollouts: the sequences.
+        objective: (seq,) or (seq, tok).
+        directions: name to (direction, ...parameter shape), as :func:`group_gradients` gives.
+        **options: see :class:`stepscope.policy.per_sequence.stream.StreamOptions`.
+    """
+    order = by_length(rollouts)
+    count = len(next(iter(directions.values())))
+    stacks: dict[str, Tensor] = {}
+    total = torch.zeros(count, len(rollouts), dtype=torch.float64, device=policy.device)
+
+    def consume(gradient: LayerGradient, rows: slice) -> None:
+        name = gradient.name
+        if name not in stacks:
+            stacks[name] = torch.stack([gradient.oriented(t) for t in directions[name]])
+        stack = stacks[name]
+        size = rows.stop - rows.start
+        for start, stop in gradient.row_slices(size, CHUNK_BYTES, stack.element_size()):
+            total[:, rows] += stack[:, start:stop].flatten(1) @ gradient.dense(start, stop).flatten(1).T
+
+    stream(policy, rollouts, objective, consume, order=order, **options)
+    result = np.empty((count, len(rollouts)))
+    result[:, order] = total.cpu().numpy()
+    return result
+
+
+def paired_dots(
+    policy: Policy,
+    rollouts: Rollouts,
+    first: Objective,
+    second: Objective,
+    metrics: Mapping[str, ParameterVector | None],
+    *,
+    second_as_trained: bool = True,
+    memory_bytes: int = 2 * 2**30,
+    **options: Unpack[StreamOptions],
+) -> dict[str, FloatArray]:
+    """(seq,) inner products grad first_i . P . grad second_i of two gradients of the same sequence.
+
+    Costs two gradient passes. The first gradients of a micro-batch are held while the second stream past, so
+    a micro-batch has as many sequences as ``memory_bytes`` holds, at most ``max_sequences``.
+
+    Args:
+        policy: its trainable parameters are differentiated.
+        rollouts: the sequences.
+        first: (seq,) or (seq, tok).
+        second: (seq,) or (seq, tok).
+        metrics: name to diagonal P (by parameter name), or None for the identity.
+        second_as_trained: the option ``as_trained`` of the gradients of ``second``.
+        memory_bytes: budget for the gradients held.
+        **options: see :class:`stepscope.policy.per_sequence.stream.StreamOptions`.
+
+    Raises:
+        MeasurementError: a metric does not fit the policy.
+    """
+    for name, weights in metrics.items():
+        if weights is not None:
+            check_vector(policy, weights, f"metric {name!r}")
+    order = by_length(rollouts)
+    own = sum(p.numel() * max(4, p.element_size()) for p in policy.parameters.values())
+    size = max(1, min(options.get("max_sequences", 16), memory_bytes // own))
+    found = {m: np.zeros(len(order)) for m in metrics}
+    for start in range(0, len(order), size):
+        block = order[start : start + size]
+        store = GradientStore(len(block))
+
+        def consume(
+            gradient: LayerGradient,
+            rows: slice,
+            store: GradientStore = store,
+            block: list[int] = block,
+        ) -> None:
+            for metric, products in store.paired(gradient, metrics).items():
+                found[metric][block] += products.numpy()
+
+        within: StreamOptions = {**options, "max_sequences": size, "max_tokens": None, "progress": False}
+        stream(policy, rollouts, first, store.put, order=block, **within)
+        within["as_trained"] = second_as_trained
+        stream(policy, rollouts, second, consume, order=block, **within)
+    return found
+
+
+def group_gradients(
+    policy: Policy,
+    rollouts: Rollouts,
+    objective: Objective,
+    groups: IntArray,
+    **options: Unpack[StreamOptions],
+) -> dict[str, Tensor]:
+    """Gradients summed within groups of sequences, by one pass: name to (group, ...parameter shape).
+
+    Args:
+        policy: its trainable parameters are differentiated.
+        rollouts: the sequences.
+        objective: (seq,) or (seq, tok).
+        groups: (seq,) group number of each sequence, 0, 1, ...
+        **options: see :class:`stepscope.policy.per_sequence.stream.StreamOptions`.
+    """
+    members = np.asarray(groups)[None, :] == np.arange(int(groups.max()) + 1)[:, None]
+    return weighted_gradients(policy, rollouts, objective, members.astype(np.float64), **options)
+
+
+def weighted_gradients(
+    policy: Policy,
+    rollouts: Rollouts,
+    objective: Objective,
+    weights: FloatArray,
+    **options: Unpack[StreamOptions],
+) -> dict[str, Tensor]:
+    """Weighted sums of the sequences' gradients, many in one pass: name to (sum, ...parameter shape).
+
+    Args:
+        policy: its trainable parameters are differentiated.
+        rollouts: the sequences.
+        objective: (seq,) or (seq, tok).
+        weights: (sum, seq) weight of each sequence's gradient in each sum.
+        **options: see :class:`stepscope.policy.per_sequence.stream.StreamOptions`.
+    """
+    order = by_length(rollouts)
+    params = policy.parameters
+    share = torch.as_tensor(weights[:, order], device=policy.device)
+    total: dict[str, Tensor] = {}
+    transposed: dict[str, bool] = {}
+
+    def consume(gradient: LayerGradient, rows: slice) -> None:
+        name = gradient.name
+        if name not in total:
+            dtype = compute_dtype(params[name])
+            total[name] = torch.zeros(len(weights), *gradient.shape, dtype=dtype, device=policy.device)
+            transposed[name] = gradient.transposed
+        target = total[name]
+        size = rows.stop - rows.start
+        own = share[:, rows].to(target.dtype)
+        for start, stop in gradient.row_slices(size, CHUNK_BYTES, target.element_size()):
+            block = own @ gradient.dense(start, stop).flatten(1)
+            target[:, start:stop] += block.view(len(own), stop - start, -1)
+
+    stream(policy, rollouts, objective, consume, order=order, **options)
+    return {
+        n: restore(total[n], transposed[n]).reshape(len(weights), *p.shape)
+        if n in total
+        else torch.zeros(len(weights), *p.shape, dtype=compute_dtype(p), device=policy.device)
+        for n, p in params.items()
+    }
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """The type gradients are computed in: float32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def check_vector(policy: Policy, vector: ParameterVector, what: str) -> None:
+    """Refuse a parameter vector that does not fit the policy's trainable parameters.
+
+    Raises:
+        MeasurementError: a parameter is missing, unknown, or of another shape.
+    """
+    params = policy.parameters
+    missing = [n for n in params if n not in vector]
+    extra = [n for n in vector if n not in params]
+    if missing or extra:
+        raise MeasurementError(
+            f"{what} does not fit the policy: {len(missing)} trainable parameters missing "
+            f"({', '.join(missing[:2])}), {len(extra)} unknown ({', '.join(extra[:2])}); "
+            "build it from this policy's own parameters"
+        )
+    for name, param in params.items():
+        if vector[name].shape != param.shape:
+            raise MeasurementError(
+                f"{what}: {name} has shape {tuple(vector[name].shape)}, expected {tuple(param.shape)}"
+            )

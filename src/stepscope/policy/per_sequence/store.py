@@ -1,0 +1,210 @@
+"""Per-sequence gradients of a block of sequences, held in memory or on disk, and their inner products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from stepscope.policy.per_sequence.layer_gradient import LayerGradient, ghost_inner, orient
+
+CHUNK_BYTES = 32 * 2**20
+ROW_BLOCK = 32
+"""Smallest block of rows in square products; of more rows than this, one triangle of blocks is multiplied."""
+
+
+class GradientStore:
+    """The gradients of ``count`` sequences, one matrix per parameter.
+
+    A parameter is kept as a dense (seq, rows * cols) matrix or, where that takes less than half the room (a
+    vocabulary-sized matrix against a short text), as the factors it came in. With a directory, dense matrices
+    live in memory-mapped files there.
+    """
+
+    def __init__(self, count: int, *, directory: Path | None = None) -> None:
+        self._count = count
+        self._directory = directory
+        self._dense: dict[str, Tensor] = {}
+        self._factors: dict[str, list[tuple[slice, LayerGradient]]] = {}
+        self._shapes: dict[str, tuple[int, int]] = {}
+        self._transposed: dict[str, bool] = {}
+
+    def put(self, gradient: LayerGradient, rows: slice) -> None:
+        """Keep the gradient of the sequences at ``rows`` of this block."""
+        name, (height, width) = gradient.name, gradient.shape
+        if name not in self._shapes:
+            self._shapes[name], self._transposed[name] = gradient.shape, gradient.transposed
+            if 2 * gradient.factor_numel >= height * width:
+                self._dense[name] = self._allocate(name, height * width, gradient)
+        if name in self._dense:
+            out = self._dense[name][rows].view(rows.stop - rows.start, height, width)
+            gradient.dense(out=out)
+        else:
+            self._factors.setdefault(name, []).append((rows, gradient))
+
+    def hold(self, gradient: LayerGradient, rows: slice) -> None:
+        """Keep the gradient in the form it came in, without a copy."""
+        self._shapes[gradient.name], self._transposed[gradient.name] = gradient.shape, gradient.transposed
+        self._factors.setdefault(gradient.name, []).append((rows, gradient))
+
+    def _allocate(self, name: str, numel: int, gradient: LayerGradient) -> Tensor:
+        like, size = gradient.dense(0, 1), self._count * numel
+        if self._directory is not None:
+            path = self._directory / f"{len(self._dense)}.gradients"
+            found = torch.from_file(str(path), shared=True, size=size, dtype=like.dtype)
+        else:
+            found = torch.zeros(size, dtype=like.dtype, device=like.device)
+        return found.view(self._count, numel)
+
+    def _chunks(self, name: str, itemsize: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Slices of the parameter's rows and the (seq, numbers) matrix of this block there."""
+        height, width = self._shapes[name]
+        step = max(1, min(height, CHUNK_BYTES // max(1, self._count * width * itemsize)))
+        for start in range(0, height, step):
+            stop = min(start + step, height)
+            if name in self._dense:
+                yield start, stop, self._dense[name][:, start * width : stop * width]
+            else:
+                pieces = self._factors[name]
+                parts = [g.dense(start, stop).flatten(1) for _, g in pieces]
+                chunk = torch.cat(parts) if len(parts) > 1 else parts[0]
+                if len(chunk) != self._count:
+                    full = chunk.new_zeros(self._count, chunk.shape[1])
+                    full[torch.cat([torch.arange(r.start, r.stop) for r, _ in pieces])] = chunk
+                    chunk = full
+                yield start, stop, chunk
+
+    def square(
+        self, metrics: Mapping[str, Mapping[str, Tensor] | None], *, double: bool = False
+    ) -> dict[str, Tensor]:
+        """(seq, seq) float64 inner products g_i' P g_j of this block's gradients, for each metric P.
+
+        Args:
+            metrics: name to diagonal P by parameter name; None is the identity.
+            double: multiply in float64 even where gradients are float32.
+        """
+        total: dict[str, Tensor] = {}
+        for name in self._shapes:
+            flat = {
+                metric: None if w is None else orient(w[name], self._shapes[name], self._transposed[name])
+                for metric, w in metrics.items()
+            }
+            ghost = self._ghost(name) if None in metrics.values() else None
+            if ghost is not None:
+                for metric in (m for m, w in metrics.items() if w is None):
+                    _accumulate(total, metric, ghost)
+            if ghost is not None and all(w is None for w in metrics.values()):
+                continue
+            for start, stop, chunk in self._chunks(name, 8 if double else 4):
+                matrix = chunk.double() if double else chunk
+                for metric, weights in flat.items():
+                    if weights is None and ghost is not None:
+                        continue
+                    weighted = _weigh(matrix, weights, start, stop)
+                    _accumulate(total, metric, _symmetric_product(weighted, matrix))
+        return total
+
+    def _ghost(self, name: str) -> Tensor | None:
+        """Inner products straight from the factors where that costs less than making the matrices."""
+        pieces = self._factors.get(name)
+        if not pieces:
+            return None
+        height, width = self._shapes[name]
+        positions = max(g.factor_numel for _, g in pieces) / (height + width)
+        if positions**2 * (height + width) >= height * width * (1 + positions / self._count):
+            return None
+        result = torch.zeros(self._count, self._count, dtype=torch.float64)
+        for rows, a in pieces:
+            for cols, b in pieces:
+                if rows.start <= cols.start:
+                    product = ghost_inner(a, b)
+                    if product is None:
+                        return None
+                    result[rows, cols] = product.double().cpu()
+                    result[cols, rows] = product.double().cpu().T
+        return result
+
+    def paired(
+        self, gradient: LayerGradient, metrics: Mapping[str, Mapping[str, Tensor] | None]
+    ) -> dict[str, Tensor]:
+        """(seq,) float64 inner products h_i' P g_i with other gradients h of the block's own sequences."""
+        total: dict[str, Tensor] = {}
+        if gradient.name not in self._shapes:
+            return total
+        flat = _oriented(gradient, metrics)
+        for start, stop, chunk in self._chunks(gradient.name, 4):
+            others = gradient.dense(start, stop).flatten(1)
+            for metric, weights in flat.items():
+                _accumulate(total, metric, torch.linalg.vecdot(_weigh(others, weights, start, stop), chunk))
+        return total
+
+    def cross(
+        self,
+        gradient: LayerGradient,
+        metrics: Mapping[str, Mapping[str, Tensor] | None],
+        *,
+        double: bool = False,
+    ) -> dict[str, Tensor]:
+        """(other, seq) float64 inner products h_e' P g_i with the gradients h of other sequences."""
+        total: dict[str, Tensor] = {}
+        if gradient.name not in self._shapes:
+            return total
+        flat = _oriented(gradient, metrics)
+        for start, stop, chunk in self._chunks(gradient.name, 8 if double else 4):
+            others = gradient.dense(start, stop).flatten(1)
+            left = others.double() if double else others
+            right = chunk.double() if double else chunk
+            for metric, weights in flat.items():
+                weighted = _weigh(left, weights, start, stop)
+                _accumulate(total, metric, weighted @ right.T)
+        return total
+
+
+def square_norms(
+    gradient: LayerGradient, metrics: Mapping[str, Mapping[str, Tensor] | None]
+) -> dict[str, Tensor]:
+    """(seq,) float64 squared norms h' P h of the gradients of one parameter, for each metric."""
+    total: dict[str, Tensor] = {}
+    size = len(gradient.dense(0, 1))
+    flat = _oriented(gradient, metrics)
+    for start, stop in gradient.row_slices(size, CHUNK_BYTES, 4):
+        matrix = gradient.dense(start, stop).flatten(1)
+        for metric, weights in flat.items():
+            weighted = _weigh(matrix, weights, start, stop)
+            _accumulate(total, metric, torch.linalg.vecdot(weighted, matrix))
+    return total
+
+
+def _oriented(
+    gradient: LayerGradient, metrics: Mapping[str, Mapping[str, Tensor] | None]
+) -> dict[str, Tensor | None]:
+    return {m: None if w is None else gradient.oriented(w[gradient.name]) for m, w in metrics.items()}
+
+
+def _weigh(matrix: Tensor, weights: Tensor | None, start: int, stop: int) -> Tensor:
+    return matrix if weights is None else matrix * weights[start:stop].reshape(-1).to(matrix.dtype)
+
+
+def _symmetric_product(a: Tensor, b: Tensor) -> Tensor:
+    """A b' known to be symmetric: only its lower triangle of blocks is multiplied."""
+    count = len(a)
+    size = max(ROW_BLOCK, count // 32)
+    if count <= size:
+        return a @ b.T
+    result = a.new_empty(count, count)
+    for start in range(0, count, size):
+        stop = min(start + size, count)
+        block = a[start:] @ b[start:stop].T
+        result[start:, start:stop] = block
+        result[start:stop, start:] = block.T
+    return result
+
+
+def _accumulate(total: dict[str, Tensor], key: str, value: Tensor) -> None:
+    more = value.detach().double().cpu()
+    if key in total:
+        total[key] += more
+    else:
+        total[key] = more

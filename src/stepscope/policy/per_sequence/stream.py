@@ -1,0 +1,276 @@
+"""Per-sequence gradients of any objective, streamed layer by layer at about the cost of one plain backward.
+
+The objective of a micro-batch is differentiated once, for all its sequences together: sequences do not see
+each other, so the rows of every layer's output gradient belong to one sequence each. No (seq, params) matrix
+is made here; whoever consumes the stream decides what to keep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import TypedDict, Unpack
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from stepscope.policy.forward import TokenBatch, TokenOutputs, forward, make_batch
+from stepscope.policy.gradients import Objective
+from stepscope.policy.numerics.differentiation import has_detached_parts, whole_function
+from stepscope.policy.per_sequence.capture import Capture
+from stepscope.policy.per_sequence.coverage import Coverage, NotSeparableError, classify, known, settle
+from stepscope.policy.per_sequence.layer_gradient import LayerGradient, Whole, matrix_shape
+from stepscope.policy.state import Policy
+from stepscope.results import Rollouts
+
+Consume = Callable[[LayerGradient, slice], None]
+"""Receives one parameter's gradients and which entries of ``order`` they belong to."""
+
+
+class StreamOptions(TypedDict, total=False):
+    """How a stream of gradients is taken, and cut into micro-batches.
+
+    Attributes:
+        as_trained: leave out what a training does (embeddings of padding tokens, DoRA's norm); otherwise the
+            gradients are those of the function. True unless given.
+        max_sequences: most sequences in a micro-batch; 16 unless given.
+        max_tokens: most padded tokens in a micro-batch; no limit unless given.
+        keep_logits: whether the objective needs logits.
+        progress: show a progress bar.
+    """
+
+    as_trained: bool
+    max_sequences: int
+    max_tokens: int | None
+    keep_logits: bool
+    progress: bool
+
+
+CHECK_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+
+
+def by_length(rollouts: Rollouts) -> list[int]:
+    """Sequences from the longest to the shortest, prompt included: the order with the least padding."""
+    totals = [
+        len(p) + len(r) for p, r in zip(rollouts.prompt_token_ids, rollouts.response_token_ids, strict=True)
+    ]
+    return sorted(range(len(totals)), key=lambda i: (-totals[i], i))
+
+
+def stream(
+    policy: Policy,
+    rollouts: Rollouts,
+    objective: Objective,
+    consume: Consume,
+    *,
+    order: Sequence[int] | None = None,
+    **options: Unpack[StreamOptions],
+) -> None:
+    """Pass each sequence's gradient of its own objective to ``consume``, parameter by parameter.
+
+    For sequence i: grad_params of ``objective`` summed over the tokens of row i. Order of the parameters is
+    that of the backward pass and each comes once per micro-batch, tied uses added up; a parameter that the
+    objective does not depend on does not come at all.
+
+    Args:
+        policy: its trainable parameters are differentiated.
+        rollouts: the sequences.
+        objective: (seq,) or (seq, tok) function of the policy's outputs.
+        consume: called with a :class:`LayerGradient` of some rows and their slice of ``order``.
+        order: which sequences, in which order; default all, longest first.
+        **options: see :class:`StreamOptions`.
+
+    Raises:
+        MeasurementError: no trainable parameters, or a module mixes sequences.
+    """
+    chosen = by_length(rollouts) if order is None else list(order)
+    keep_logits = options.get("keep_logits", False)
+    pieces = list(
+        _micro_batches(rollouts, chosen, options.get("max_sequences", 16), options.get("max_tokens"))
+    )
+    as_trained = options.get("as_trained", True)
+    with ExitStack() as stack:
+        if not as_trained:
+            stack.enter_context(whole_function(policy.model))
+        coverage = coverage_of(policy, rollouts, as_trained=as_trained)
+        capture = Capture(policy.model, coverage, policy.parameters)
+        stack.enter_context(capture.installed())
+        for piece in track(pieces, description="gradients", disable=not options.get("progress", False)):
+            batch = _gather(policy, rollouts, chosen[piece])
+            _differentiate(
+                policy, capture, batch, objective, rollouts.temperature, keep_logits, _to(consume, piece)
+            )
+            for gradient in _one_by_one(
+                policy, coverage.slow, batch, objective, rollouts.temperature, keep_logits
+            ):
+                consume(gradient, piece)
+
+
+def _to(consume: Consume, piece: slice) -> Callable[[LayerGradient], None]:
+    return lambda gradient: consume(gradient, piece)
+
+
+def _micro_batches(
+    rollouts: Rollouts, order: Sequence[int], max_sequences: int, max_tokens: int | None
+) -> Iterator[slice]:
+    start, widest = 0, 0
+    for stop, i in enumerate(order):
+        width = max(widest, len(rollouts.prompt_token_ids[i]) + len(rollouts.response_token_ids[i]))
+        count = stop - start
+        if count and (
+            count == max_sequences or (max_tokens is not None and width * (count + 1) > max_tokens)
+        ):
+            yield slice(start, stop)
+            start = stop
+            width = len(rollouts.prompt_token_ids[i]) + len(rollouts.response_token_ids[i])
+        widest = width
+    if len(order) > start:
+        yield slice(start, len(order))
+
+
+def num_micro_batches(rollouts: Rollouts, order: Sequence[int], **options: Unpack[StreamOptions]) -> int:
+    """How many micro-batches :func:`stream` makes of these sequences."""
+    pieces = _micro_batches(rollouts, order, options.get("max_sequences", 16), options.get("max_tokens"))
+    return sum(1 for _ in pieces)
+
+
+def _gather(policy: Policy, rollouts: Rollouts, chosen: Sequence[int]) -> TokenBatch:
+    return make_batch(
+        [rollouts.prompt_token_ids[i] for i in chosen],
+        [rollouts.response_token_ids[i] for i in chosen],
+        device=policy.device,
+        seq_index=chosen,
+    )
+
+
+def _differentiate(
+    policy: Policy,
+    capture: Capture,
+    batch: TokenBatch,
+    objective: Objective,
+    temperature: float,
+    keep_logits: bool,
+    deliver: Callable[[LayerGradient], None],
+) -> None:
+    with torch.enable_grad():
+        with capture.recording(len(batch)):
+            outputs = forward(policy.model, batch, temperature=temperature, keep_logits=keep_logits)
+        value = objective(outputs, batch).sum()
+    capture.backward(value, deliver)
+
+
+def _one_by_one(
+    policy: Policy,
+    names: Sequence[str],
+    batch: TokenBatch,
+    objective: Objective,
+    temperature: float,
+    keep_logits: bool,
+) -> Iterator[LayerGradient]:
+    """The slow path: one forward and backward per sequence, by autograd alone."""
+    if not names:
+        return
+    every = dict(policy.model.named_parameters())
+    params = [every[name] for name in names]
+    rows = []
+    try:
+        for param in params:
+            param.requires_grad_(True)
+        for row in range(len(batch)):
+            with torch.enable_grad():
+                single = _row(batch, row)
+                outputs = forward(policy.model, single, temperature=temperature, keep_logits=keep_logits)
+                value = objective(outputs, single).sum()
+            rows.append(_grad(value, params))
+    finally:
+        for param in params:
+            param.requires_grad_(False)
+    for name, param, grads in zip(names, params, zip(*rows, strict=True), strict=True):
+        shape = matrix_shape(param.shape)
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        values = torch.stack(grads).to(dtype).reshape(len(grads), *shape)
+        yield LayerGradient(name, shape, (Whole(values),))
+
+
+def _grad(value: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    if not value.requires_grad:
+        return [torch.zeros_like(p) for p in params]
+    grads = torch.autograd.grad(value, params, allow_unused=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
+
+
+def _row(batch: TokenBatch, row: int) -> TokenBatch:
+    keep = slice(row, row + 1)
+    return TokenBatch(
+        input_ids=batch.input_ids[keep],
+        attention_mask=batch.attention_mask[keep],
+        position_ids=batch.position_ids[keep],
+        response_ids=batch.response_ids[keep],
+        response_mask=batch.response_mask[keep],
+        seq_index=batch.seq_index[keep],
+    )
+
+
+def coverage_of(policy: Policy, rollouts: Rollouts, *, as_trained: bool = True) -> Coverage:
+    """How each trainable parameter is covered: verified on two short rows at first use, then remembered.
+
+    The rows have different lengths, so padding and mixing between sequences are put to the test too. For each
+    parameter and row, the captured gradient and autograd's are compared along a random direction.
+    """
+    variant = as_trained or not has_detached_parts(policy.model)
+    found = known(policy, variant)
+    if found is not None:
+        return found
+    coverage = classify(policy)
+    batch = make_batch(
+        [rollouts.prompt_token_ids[0][-6:], rollouts.prompt_token_ids[-1][-4:]],
+        [rollouts.response_token_ids[0][:4], rollouts.response_token_ids[-1][:3]],
+        device=policy.device,
+    )
+    while True:
+        try:
+            wrong = _mismatches(policy, coverage, batch)
+            break
+        except NotSeparableError as error:
+            coverage = coverage.without({name for _, name in error.tap.params})
+    coverage = coverage.without(wrong)
+    settle(policy, variant, coverage)
+    return coverage
+
+
+def _check_objective(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
+    return outputs.logprobs + outputs.entropies
+
+
+def _mismatches(policy: Policy, coverage: Coverage, batch: TokenBatch) -> set[str]:
+    params = policy.parameters
+    captured: dict[str, Tensor] = {}
+
+    def probe(name: str, like: Tensor) -> Tensor:
+        seed = sum(ord(c) * (k + 1) for k, c in enumerate(name))
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(like.shape, generator=generator).to(like.device, like.dtype)
+
+    def consume(gradient: LayerGradient) -> None:
+        dtype = torch.promote_types(params[gradient.name].dtype, torch.float32)
+        along = probe(gradient.name, params[gradient.name]).to(dtype)
+        captured[gradient.name] = gradient.dot(gradient.oriented(along))
+
+    capture = Capture(policy.model, coverage, params)
+    with capture.installed():
+        _differentiate(policy, capture, batch, _check_objective, 1.0, False, consume)
+    wrong: set[str] = set()
+    for row in range(len(batch)):
+        single = _row(batch, row)
+        with torch.enable_grad():
+            value = _check_objective(forward(policy.model, single, temperature=1.0), single).sum()
+        for (name, param), grad in zip(params.items(), _grad(value, list(params.values())), strict=True):
+            if name in coverage.slow:
+                continue
+            expected = float((grad * probe(name, param)).sum())
+            got = float(captured[name][row]) if name in captured else 0.0
+            scale = float(grad.norm()) + 1e-12
+            if not abs(got - expected) <= CHECK_TOLERANCE[param.dtype] * scale:
+                wrong.add(name)
+    return wrong

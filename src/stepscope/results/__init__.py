@@ -1,0 +1,24 @@
+"""Frozen result records shared by all layers, and how they are stored; plain numpy, no torch.
+
+Axes are named ``prompt, seq, tok, vocab, lr``. Ragged token data are tuples with one array per sequence.
+"""
+
+from __future__ import annotations
+
+from stepscope.results.brief import Brief
+from stepscope.results.records import BoolArray, FloatArray, IntArray, Number, Record
+from stepscope.results.rollouts import Rollouts, same_text
+from stepscope.results.tables import read_table, write_table
+
+__all__ = [
+    "BoolArray",
+    "Brief",
+    "FloatArray",
+    "IntArray",
+    "Number",
+    "Record",
+    "Rollouts",
+    "read_table",
+    "same_text",
+    "write_table",
+]

@@ -1,0 +1,379 @@
+"""A batch of sampled responses, to disk and back."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from stepscope.errors import BatchError, RunFolderError
+from stepscope.results.brief import Brief
+from stepscope.results.records import BoolArray, FloatArray, IntArray
+from stepscope.results.tables import read_table, write_table
+
+_T = TypeVar("_T")
+
+
+def same_text(text: str) -> str:
+    """What two texts have in common that ask the same: NFC, one kind of line end, no white space around.
+
+    Nothing else is evened out: case, inner white space and compatibility forms (``x²``) can be what is asked.
+    """
+    return unicodedata.normalize("NFC", text.replace("\r\n", "\n")).strip()
+
+
+@dataclass(frozen=True, repr=False)
+class Rollouts(Brief):
+    """A batch of sampled responses, one entry per sequence on every field.
+
+    Attributes:
+        prompt_ids: global id of the prompt, for example ``arithmetic/train/12``; equal ids form a group
+            whose responses share a baseline.
+        prompts: the prompt as given to the tokenizer; empty where it is not known.
+        responses: the decoded response.
+        prompt_token_ids: token ids of the prompt, no padding.
+        response_token_ids: token ids of the response, no padding; the end-of-sequence token counts.
+        rewards: (seq,) total reward; nan where nobody graded the response.
+        correct: (seq,) whether the answer was verified correct.
+        truncated: (seq,) whether the response was cut at ``max_response_tokens`` without an end-of-sequence
+            token.
+        logprobs: per sequence (tok,) log-prob of each response token at ``temperature``, in nats.
+        entropies: per sequence (tok,) entropy of the policy before each response token, in nats.
+        temperature: sampling temperature; the policy is the softmax of logits / temperature.
+        max_response_tokens: L, the longest response allowed.
+        advantages: (seq,) or None where the batch makes no step.
+        questions: what was asked, as the task has it, or None where that is not known. Equal questions are
+            one prompt, whatever their ids; without questions equal ``prompts`` are, without these equal ids.
+    """
+
+    prompt_ids: tuple[str, ...]
+    prompts: tuple[str, ...]
+    responses: tuple[str, ...]
+    prompt_token_ids: tuple[tuple[int, ...], ...]
+    response_token_ids: tuple[tuple[int, ...], ...]
+    rewards: FloatArray
+    correct: BoolArray
+    truncated: BoolArray
+    logprobs: tuple[FloatArray, ...]
+    entropies: tuple[FloatArray, ...]
+    temperature: float
+    max_response_tokens: int
+    advantages: FloatArray | None = None
+    questions: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse fields of different length, and numbers that are not finite.
+
+        Raises:
+            BatchError: naming the field and the sequence.
+        """
+        for name in (
+            "prompts",
+            "responses",
+            "prompt_token_ids",
+            "response_token_ids",
+            "rewards",
+            "correct",
+            "truncated",
+            "logprobs",
+            "entropies",
+        ):
+            if len(getattr(self, name)) != len(self.prompt_ids):
+                raise BatchError(
+                    f"rollouts: {name} has {len(getattr(self, name))} entries, "
+                    f"expected {len(self.prompt_ids)}, one per sequence"
+                )
+        if self.advantages is not None and len(self.advantages) != len(self.prompt_ids):
+            raise BatchError(
+                f"rollouts: {len(self.advantages)} advantages for {len(self.prompt_ids)} sequences"
+            )
+        if self.questions is not None and len(self.questions) != len(self.prompt_ids):
+            raise BatchError(
+                f"rollouts: {len(self.questions)} questions for {len(self.prompt_ids)} sequences"
+            )
+        for name in ("logprobs", "entropies"):
+            for i, (values, ids) in enumerate(zip(getattr(self, name), self.response_token_ids, strict=True)):
+                if len(values) != len(ids):
+                    raise BatchError(
+                        f"rollouts: sequence {i} has {len(values)} {name} for {len(ids)} response tokens"
+                    )
+        for name in ("rewards", "advantages"):
+            per_sequence = getattr(self, name)
+            if per_sequence is None:
+                continue
+            broken = np.isinf(per_sequence) if name == "rewards" else ~np.isfinite(per_sequence)
+            self._refuse(broken, name, per_sequence)
+        for name in ("logprobs", "entropies"):
+            rows = getattr(self, name)
+            if rows and not np.isfinite(np.concatenate(rows)).all():
+                i = next(i for i, row in enumerate(rows) if not np.isfinite(row).all())
+                position = int(np.flatnonzero(~np.isfinite(rows[i]))[0])
+                raise BatchError(
+                    f"rollouts: sequence {i} ({self.prompt_ids[i]}), response token {position}: {name} holds "
+                    f"{rows[i][position]}, expected a finite number; sample the batch again"
+                )
+
+    def _refuse(self, broken: BoolArray, name: str, values: FloatArray) -> None:
+        if broken.any():
+            i = int(np.flatnonzero(broken)[0])
+            raise BatchError(
+                f"rollouts: sequence {i} ({self.prompt_ids[i]}): {name} holds {values[i]}, expected a finite "
+                "number; mend the scores, or leave the sequence out"
+            )
+
+    def refuse_ungraded(self) -> None:
+        """Refuse a batch with a reward that is not known.
+
+        Raises:
+            BatchError: naming the sequence.
+        """
+        self._refuse(np.isnan(self.rewards), "rewards", self.rewards)
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.prompt_ids)
+
+    @cached_property
+    def num_tokens(self) -> IntArray:
+        """(seq,) response lengths in tokens."""
+        return np.array([len(ids) for ids in self.response_token_ids], dtype=np.int64)
+
+    @cached_property
+    def prompt_keys(self) -> tuple[str, ...]:
+        """What each sequence's prompt is: its question, else its text, else its id; see :func:`same_text`."""
+        texts = self.prompts if self.questions is None else self.questions
+        return tuple(same_text(text) or own for text, own in zip(texts, self.prompt_ids, strict=True))
+
+    @cached_property
+    def asked(self) -> frozenset[str]:
+        """All that the batch's prompts go by: ids, prompts and questions, so that others can avoid them."""
+        return frozenset({*self.prompt_ids, *map(same_text, self.prompts), *self.prompt_keys} - {""})
+
+    @cached_property
+    def prompt_index(self) -> IntArray:
+        """(seq,) cluster of each sequence: the number of its prompt, in order of first appearance.
+
+        Responses to copies of a prompt are no more independent than responses to one.
+        """
+        return _numbered(self.prompt_keys)
+
+    @cached_property
+    def group_index(self) -> IntArray:
+        """(seq,) number of each sequence's group; copies of a prompt that were asked twice are two groups."""
+        return _numbered(self.prompt_ids)
+
+    @property
+    def num_prompts(self) -> int:
+        """Number of distinct prompts."""
+        return len(set(self.prompt_keys))
+
+    @cached_property
+    def entropy_per_seq(self) -> FloatArray:
+        """(seq,) sum of the position entropies of each response, in nats."""
+        return np.array([float(h.sum()) for h in self.entropies])
+
+    def select(self, indices: Sequence[int] | IntArray) -> Rollouts:
+        """The sub-batch at ``indices``, in that order."""
+        idx = [int(i) for i in indices]
+
+        def pick(values: tuple[_T, ...]) -> tuple[_T, ...]:
+            return tuple(values[i] for i in idx)
+
+        return replace(
+            self,
+            prompt_ids=pick(self.prompt_ids),
+            prompts=pick(self.prompts),
+            responses=pick(self.responses),
+            prompt_token_ids=pick(self.prompt_token_ids),
+            response_token_ids=pick(self.response_token_ids),
+            rewards=self.rewards[idx],
+            correct=self.correct[idx],
+            truncated=self.truncated[idx],
+            logprobs=pick(self.logprobs),
+            entropies=pick(self.entropies),
+            advantages=None if self.advantages is None else self.advantages[idx],
+            questions=None if self.questions is None else pick(self.questions),
+        )
+
+    def to_parquet(
+        self,
+        sequences_path: Path,
+        tokens_path: Path,
+        *,
+        tokens: Sequence[Sequence[str]],
+        token_weights: Sequence[FloatArray] | None = None,
+    ) -> None:
+        """Write the batch as two tables: a row per sequence and a row per response token.
+
+        ``sequence_id`` is the position in the batch. Floats are stored as they are, so that
+        :meth:`from_parquet` gives back the same bits. Each file appears whole or not at all.
+
+        Args:
+            sequences_path: table of sequences (``update.parquet``).
+            tokens_path: table of tokens (``update_tokens.parquet``).
+            tokens: decoded text of every response token, per sequence.
+            token_weights: w_k = -dLoss/dl_k per sequence (tok,), for a batch that makes a step.
+
+        Raises:
+            BatchError: ``tokens`` or ``token_weights`` do not match the response lengths.
+        """
+        for name, ragged in (("tokens", tokens), ("token_weights", token_weights)):
+            if ragged is not None and [len(r) for r in ragged] != self.num_tokens.tolist():
+                raise BatchError(f"rollouts: {name} do not match the response lengths")
+        count = len(self)
+        sequences: dict[str, Any] = {
+            "sequence_id": pa.array(range(count), pa.int64()),
+            "prompt_id": list(self.prompt_ids),
+            "question": pa.array(self.questions or [None] * count, pa.string()),
+            "prompt": list(self.prompts),
+            "response": list(self.responses),
+            "prompt_token_ids": pa.array([list(r) for r in self.prompt_token_ids], pa.list_(pa.int64())),
+            "response_token_ids": pa.array([list(r) for r in self.response_token_ids], pa.list_(pa.int64())),
+            "reward": pa.array(self.rewards, pa.float64()),
+            "advantage": pa.nulls(count, pa.float64())
+            if self.advantages is None
+            else pa.array(self.advantages, pa.float64()),
+            "correct": pa.array(self.correct, pa.bool_()),
+            "num_tokens": pa.array(self.num_tokens, pa.int64()),
+            "logprob": pa.array([float(v.sum()) for v in self.logprobs], pa.float64()),
+            "entropy_mean": pa.array([float(v.mean()) for v in self.entropies], pa.float64()),
+            "truncated": pa.array(self.truncated, pa.bool_()),
+        }
+        flat: dict[str, Any] = {
+            "sequence_id": np.repeat(np.arange(count, dtype=np.int64), self.num_tokens),
+            "position": np.concatenate([np.arange(n, dtype=np.int64) for n in self.num_tokens]),
+            "token_id": pa.array([t for row in self.response_token_ids for t in row], pa.int64()),
+            "token": pa.array([t for row in tokens for t in row], pa.string()),
+            "logprob": np.concatenate(self.logprobs).astype(np.float64, copy=False),
+            "entropy": np.concatenate(self.entropies).astype(np.float64, copy=False),
+        }
+        if token_weights is not None:
+            flat["token_weight"] = np.concatenate(list(token_weights)).astype(np.float64, copy=False)
+        settings = {
+            "stepscope.temperature": repr(float(self.temperature)),
+            "stepscope.max_response_tokens": str(self.max_response_tokens),
+        }
+        write_table(pa.table(flat), tokens_path)
+        write_table(pa.table(sequences).replace_schema_metadata(settings), sequences_path)
+
+    @classmethod
+    def from_parquet(cls, sequences_path: Path, tokens_path: Path) -> Rollouts:
+        """Read back what :meth:`to_parquet` wrote, bit for bit.
+
+        Raises:
+            RunFolderError: a file is missing, damaged, lacks a column, or holds one of another type or with
+                nulls.
+            BatchError: a number in it is not finite.
+        """
+        sequences, flat = read_table(sequences_path), read_table(tokens_path)
+        settings = sequences.schema.metadata or {}
+        sequences = _typed(sequences, _SEQUENCE_TYPES, sequences_path)
+        flat = _typed(flat, _TOKEN_TYPES, tokens_path)
+        if b"stepscope.temperature" not in settings:
+            raise RunFolderError(
+                f"{sequences_path}: no sampling temperature in its metadata, so it was not written by "
+                "stepscope; sample the batch again with `stepscope measure --stages rollouts`"
+            )
+        rows = sequences.to_pydict()
+        lengths = np.array(rows["num_tokens"], dtype=np.int64)
+        if not lengths.size:
+            raise RunFolderError(f"{sequences_path}: no sequences; sample the batch again")
+        if int(lengths.sum()) != flat.num_rows:
+            raise RunFolderError(
+                f"{tokens_path}: {flat.num_rows} tokens, but {sequences_path.name} counts "
+                f"{int(lengths.sum())}; the two files belong to different batches"
+            )
+        owners = np.repeat(np.arange(len(lengths)), lengths)
+        if not np.array_equal(flat.column("sequence_id").to_numpy(), owners):
+            raise RunFolderError(
+                f"{tokens_path}: its rows are not in the order of the sequences of {sequences_path.name}; "
+                "sort them by sequence_id and position, or sample the batch again"
+            )
+        cuts = np.cumsum(lengths)[:-1]
+        advantages, questions = rows["advantage"], rows.get("question", [None])
+        if None in advantages and any(a is not None for a in advantages):
+            raise RunFolderError(
+                f"{sequences_path}: advantage of sequence {advantages.index(None)} is null and others are "
+                "not; give all or none"
+            )
+        found = cls(
+            prompt_ids=tuple(rows["prompt_id"]),
+            prompts=tuple(rows["prompt"]),
+            responses=tuple(rows["response"]),
+            prompt_token_ids=tuple(tuple(r) for r in rows["prompt_token_ids"]),
+            response_token_ids=tuple(tuple(r) for r in rows["response_token_ids"]),
+            rewards=np.array(rows["reward"], dtype=np.float64),
+            correct=np.array(rows["correct"], dtype=np.bool_),
+            truncated=np.array(rows["truncated"], dtype=np.bool_),
+            logprobs=tuple(np.split(_floats(flat, "logprob"), cuts)),
+            entropies=tuple(np.split(_floats(flat, "entropy"), cuts)),
+            temperature=float(settings[b"stepscope.temperature"]),
+            max_response_tokens=int(settings[b"stepscope.max_response_tokens"]),
+            advantages=None if advantages[0] is None else np.array(advantages, dtype=np.float64),
+            questions=None if None in questions else tuple(questions),
+        )
+        found.refuse_ungraded()
+        return found
+
+
+def _numbered(names: Sequence[str]) -> IntArray:
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
+
+
+_SEQUENCE_TYPES: dict[str, pa.DataType] = {
+    "prompt_id": pa.string(),
+    "question": pa.string(),
+    "prompt": pa.string(),
+    "response": pa.string(),
+    "prompt_token_ids": pa.list_(pa.int64()),
+    "response_token_ids": pa.list_(pa.int64()),
+    "reward": pa.float64(),
+    "advantage": pa.float64(),
+    "correct": pa.bool_(),
+    "truncated": pa.bool_(),
+    "num_tokens": pa.int64(),
+}
+_TOKEN_TYPES: dict[str, pa.DataType] = {
+    "sequence_id": pa.int64(),
+    "logprob": pa.float64(),
+    "entropy": pa.float64(),
+}
+
+_NULLABLE = ("advantage", "question")
+_OPTIONAL = ("question",)
+
+
+def _typed(table: pa.Table, types: Mapping[str, pa.DataType], path: Path) -> pa.Table:
+    """The columns asked for, of their types and without nulls where there can be none."""
+    cure = "sample the batch again with `stepscope measure --stages rollouts`"
+    types = {n: t for n, t in types.items() if n in table.column_names or n not in _OPTIONAL}
+    if missing := [name for name in types if name not in table.column_names]:
+        raise RunFolderError(f"{path}: column(s) {', '.join(missing)} missing; {cure}")
+    columns = []
+    for name, wanted in types.items():
+        column = table.column(name)
+        try:
+            column = column.cast(wanted)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise RunFolderError(
+                f"{path}: column {name} is {column.type}, expected {wanted}; {cure}"
+            ) from error
+        nulls = column.null_count
+        if pa.types.is_list(wanted):
+            nulls += pc.list_flatten(column).null_count
+        if nulls and name not in _NULLABLE:
+            raise RunFolderError(f"{path}: column {name} holds {nulls} nulls, expected none; {cure}")
+        columns.append(column)
+    return pa.table(columns, names=list(types), metadata=table.schema.metadata)
+
+
+def _floats(table: pa.Table, column: str) -> FloatArray:
+    return np.array(table.column(column).to_numpy(), dtype=np.float64)

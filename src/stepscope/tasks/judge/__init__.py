@@ -1,0 +1,1 @@
+"""Answers judged in isolation: a helper process that answers cannot get out of."""

@@ -1,0 +1,201 @@
+"""The batch of the step under way, as TRL's loss sees it: sequences, log-probs and token weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from stepscope.errors import MeasurementError
+from stepscope.measure.noise.scale import from_products
+from stepscope.measure.step.reconstruct import CLIP_EPSILON, weighted_logprobs
+from stepscope.policy.per_sequence.gram import gram
+from stepscope.policy.state import Policy
+from stepscope.policy.texts import ResponseText
+from stepscope.results import FloatArray, Rollouts
+from stepscope.stats import Estimate
+
+MIN_PROMPTS = 3
+"""Fewest prompts in a batch whose noise scale has an error."""
+
+SAME_NORM = 0.01
+"""Largest relative difference between the gradient in use and that of the captured token weights."""
+
+Captured = tuple[tuple[int, ...], tuple[int, ...], FloatArray, FloatArray, FloatArray]
+"""One sequence: prompt ids, response ids, log-probs, entropies, token weights."""
+
+
+@dataclass
+class _MicroBatch:
+    """What one forward pass of the loss gave; all (seq, pos) but for the weights that backward adds.
+
+    Position j of ``logprobs``, ``entropies`` and ``scored`` belongs to token j + 1 of ``ids``.
+    """
+
+    ids: Tensor
+    attention: Tensor
+    scored: Tensor
+    logprobs: Tensor
+    entropies: Tensor
+    weights: Tensor | None = None
+
+    def take_gradient(self, gradient: Tensor) -> None:
+        """Keep dLoss/dlogprob, with its sign turned."""
+        self.weights = -gradient.detach()
+
+
+@dataclass
+class BatchRecorder:
+    """Reads the batch off the forward and backward passes of the loss, without a hand in either.
+
+    TRL computes its loss from ``log_probs`` that the model's own forward returns. A hook keeps them, and a
+    hook on their gradient keeps the token weights w_ik = -dLoss/dl_ik: exact for every loss, clipping, mask
+    and scaling, because they are what the loss itself sent back.
+
+    Attributes:
+        model: the model that is trained, without wrappers.
+    """
+
+    model: nn.Module
+    _seen: list[_MicroBatch] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Start to record."""
+        self._handle = self.model.register_forward_hook(self._keep, with_kwargs=True)
+
+    def stop(self) -> None:
+        """Record no more."""
+        self._handle.remove()
+
+    def _keep(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        logprobs = getattr(output, "log_probs", None)
+        if logprobs is None or not logprobs.requires_grad:
+            return
+        micro = _MicroBatch(
+            ids=kwargs["input_ids"],
+            attention=kwargs["attention_mask"].bool(),
+            scored=output.label_mask,
+            logprobs=logprobs.detach(),
+            entropies=output.entropy.detach(),
+        )
+        logprobs.register_hook(micro.take_gradient)
+        self._seen.append(micro)
+
+    def gather(self) -> list[Captured]:
+        """The sequences of the whole step, those of all processes; every process has to call this.
+
+        Weights are divided by the number of processes, since their gradients are averaged.
+        """
+        own = [sequence for micro in self._seen if micro.weights is not None for sequence in _rows(micro)]
+        if torch.distributed.is_initialized() and (world := torch.distributed.get_world_size()) > 1:
+            every = gather_object(own)
+            return [(*rest, weights / world) for *rest, weights in every]
+        return own
+
+
+def _rows(micro: _MicroBatch) -> list[Captured]:
+    """The sequences of a micro-batch, without padding."""
+    assert micro.weights is not None
+    found = []
+    start = int(micro.scored.any(0).int().argmax()) + 1
+    for row in range(len(micro.ids)):
+        mask = micro.scored[row]
+        if not mask.any():  # taken out of the loss
+            continue
+        real = micro.attention[row].clone()
+        real[start:] = False
+        found.append(
+            (
+                tuple(micro.ids[row][real].tolist()),
+                tuple(micro.ids[row, 1:][mask].tolist()),
+                _numbers(micro.logprobs[row][mask]),
+                _numbers(micro.entropies[row][mask]),
+                _numbers(micro.weights[row][mask]),
+            )
+        )
+    return found
+
+
+def _numbers(values: Tensor) -> FloatArray:
+    return np.asarray(values.double().cpu().numpy(), dtype=np.float64)
+
+
+def as_rollouts(
+    captured: list[Captured],
+    tokenizer: Any,
+    read: ResponseText,
+    *,
+    temperature: float,
+    max_response_tokens: int,
+) -> tuple[Rollouts, tuple[FloatArray, ...]]:
+    """The captured sequences as an update batch, and its token weights; rewards are not known.
+
+    Responses are as ``read`` reads them. Equal prompts form a group.
+
+    Raises:
+        MeasurementError: nothing was captured, so the loss does not use the log-probs of TRL's model output.
+    """
+    if not captured:
+        raise MeasurementError(
+            "the loss took no log-probs from the model's output, so the batch of the step cannot be seen; "
+            "train with TRL's GRPOTrainer, or set noise=False and top_tokens=0"
+        )
+    prompts, responses, logprobs, entropies, weights = zip(*captured, strict=True)
+    texts = tokenizer.batch_decode([list(ids) for ids in prompts])
+    count = len(captured)
+    rollouts = Rollouts(
+        prompt_ids=tuple(" ".join(map(str, ids)) for ids in prompts),
+        prompts=tuple(texts),
+        responses=tuple(read.whole(ids) for ids in responses),
+        prompt_token_ids=prompts,
+        response_token_ids=responses,
+        rewards=np.full(count, np.nan),
+        correct=np.zeros(count, dtype=np.bool_),
+        truncated=np.zeros(count, dtype=np.bool_),
+        logprobs=logprobs,
+        entropies=entropies,
+        temperature=temperature,
+        max_response_tokens=max_response_tokens,
+    )
+    return rollouts, weights
+
+
+def products_of_batch(
+    policy: Policy, update: Rollouts, weights: tuple[FloatArray, ...], max_sequences: int
+) -> FloatArray:
+    """(seq, seq) inner products of the sequences' gradients."""
+    found = gram(policy, update, weighted_logprobs(weights), max_sequences=max_sequences)
+    return np.asarray(found.numpy(), dtype=np.float64)
+
+
+def noise_of_batch(products: FloatArray, update: Rollouts, norm: float, limit: float) -> Estimate:
+    """The noise scale of the batch in prompts, flagged where the captured weights do not give its gradient.
+
+    Args:
+        products: (seq, seq) inner products of the sequences' gradients.
+        update: the batch.
+        norm: of the gradient in use.
+        limit: clipping threshold; 0 for none.
+    """
+    count = update.num_prompts
+    if count < MIN_PROMPTS:
+        nan = float("nan")
+        reason = f"{count} prompts in the batch, a noise scale with an error needs {MIN_PROMPTS}"
+        return Estimate(nan, nan, count, "prompts", "sgd metric", reliable=False, reason=reason)
+    full = math.sqrt(max(0.0, float(products.sum())))
+    expected = full * min(1.0, limit / (full + CLIP_EPSILON)) if limit > 0 else full
+    found = from_products(
+        products, update.prompt_index, unit="squared gradient norm", method="sgd metric"
+    ).prompts
+    if abs(expected - norm) <= SAME_NORM * max(expected, norm):
+        return found
+    reason = (
+        f"the token weights give a gradient of norm {expected:.3g}, the optimizer gets {norm:.3g}: "
+        "the loss has a part that does not go through the log-probs"
+    )
+    return replace(found, reliable=False, reason=reason)

@@ -1,0 +1,136 @@
+"""The first half of a probe: what the step under way will do, from its own gradient and a probe batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from stepscope.measure.change.online import BASELINE, Prediction, predict_change
+from stepscope.measure.influence.attribution import influence
+from stepscope.measure.step.reconstruct import Step, adamw_components
+from stepscope.policy import vectors
+from stepscope.policy.rollouts import response_text
+from stepscope.policy.state import Policy
+from stepscope.results import Rollouts
+from stepscope.stats import Estimate, clustered_mean
+from stepscope.training.probe.batch import Captured, as_rollouts, noise_of_batch, products_of_batch
+
+
+@dataclass
+class Pending:
+    """A probe between the two sides of a step."""
+
+    prediction: Prediction
+    figures: dict[str, Estimate]
+    tokens: dict[str, list[Any]]
+    grad_norm: float
+    seconds: float = 0.0
+
+
+def predict(
+    policy: Policy,
+    probe: Rollouts,
+    captured: list[Captured],
+    args: Any,
+    *,
+    noise: bool,
+    top_tokens: int,
+    max_sequences: int,
+) -> Pending:
+    """The change by each part of the step, the noise scale of its batch, and its strongest tokens.
+
+    Args:
+        policy: before the step, with the gradient in use and the optimizer's state.
+        probe: samples of the policy.
+        captured: the sequences of the step.
+        args: of the trainer.
+        noise: compute the noise scale.
+        top_tokens: tokens to record.
+        max_sequences: micro-batch size of the probe.
+    """
+    assert policy.optimizer is not None
+    state = policy.optimizer
+    lr = next(g.lr for g in state.groups if g.names and g.lr > 0)
+    used = {name for group in state.groups for name in group.names}
+    ascent = {n: -p.grad for n, p in policy.parameters.items() if n in used and p.grad is not None}
+    momentum, decay, preconditioner = adamw_components(policy, state, ascent, clip=1.0, lr=lr)
+    batch = vectors.multiply(preconditioner, ascent)
+    prediction = predict_change(
+        policy,
+        {"momentum": momentum, "decay": decay, "batch": batch},
+        probe,
+        lr=lr,
+        max_sequences=max_sequences,
+    )
+    norm = vectors.norm(ascent)
+    pending = Pending(prediction, {"reward": _mean_reward(probe)}, {}, norm)
+    if not noise and not top_tokens:
+        return pending
+    update, weights = as_rollouts(
+        captured,
+        policy.tokenizer,
+        response_text(policy),
+        temperature=policy.settings.temperature,
+        max_response_tokens=policy.settings.max_response_tokens,
+    )
+    products = products_of_batch(policy, update, weights, args.per_device_train_batch_size)
+    if noise:
+        pending.figures["noise_scale"] = noise_of_batch(products, update, norm, args.max_grad_norm)
+    if top_tokens and norm > 0:
+        scale = norm / math.sqrt(products.sum())
+        step = Step(
+            momentum=momentum,
+            decay=decay,
+            sequences=batch,
+            direction=vectors.add(momentum, decay, batch),
+            preconditioner=preconditioner,
+            ascent=vectors.scale(ascent, 1 / scale),
+            token_weights=tuple(scale * w for w in weights),
+            lr=lr,
+            grad_norm=norm / scale,
+            clip_coefficient=scale,
+            update=update,
+        )
+        pending.tokens = _strongest_tokens(policy, step, probe, count=top_tokens, max_sequences=max_sequences)
+    return pending
+
+
+def _mean_reward(probe: Rollouts) -> Estimate:
+    """Mean reward of the graded responses."""
+    graded = ~np.isnan(probe.rewards)
+    if not graded.any():
+        nan = float("nan")
+        return Estimate(nan, nan, 0, "reward", "mean", reliable=False, reason="the responses are not graded")
+    index = np.asarray(probe.prompt_index)[graded]
+    return clustered_mean(probe.rewards[graded], index, unit="reward", method="mean over probe responses")
+
+
+def _strongest_tokens(
+    policy: Policy, step: Step, probe: Rollouts, *, count: int, max_sequences: int
+) -> dict[str, list[Any]]:
+    """The tokens of the update batch with the largest influence on the probe's entropy."""
+    shares = influence(
+        policy, step, step.update, probe, baseline=BASELINE, num_folds=1, max_sequences=max_sequences
+    )
+    rows = np.repeat(np.arange(len(step.update)), step.update.num_tokens)
+    columns = np.concatenate([np.arange(n) for n in step.update.num_tokens])
+    values = step.lr * np.concatenate(shares.tokens)
+    chosen = np.argsort(-np.abs(values), kind="stable")[:count]
+    places = [(int(rows[i]), int(columns[i])) for i in chosen]
+    ids = [step.update.response_token_ids[i][k] for i, k in places]
+    read = response_text(policy)
+    texts = {i: read.by_token(step.update.response_token_ids[i]) for i in {i for i, _ in places}}
+    return {
+        "prompt": [step.update.prompts[i] for i, _ in places],
+        "response": [step.update.responses[i] for i, _ in places],
+        "position": [k for _, k in places],
+        "token_id": ids,
+        "token": [texts[i][k] for i, k in places],
+        "influence": values[chosen].tolist(),
+        "token_weight": [float(step.token_weights[i][k]) for i, k in places],
+        "logprob": [float(step.update.logprobs[i][k]) for i, k in places],
+        "entropy": [float(step.update.entropies[i][k]) for i, k in places],
+    }
