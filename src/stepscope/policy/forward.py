@@ -265,7 +265,7 @@ def forward(
         keep_hidden: also return the last hidden states.
         keep_squares: also return the sums over pi_v^2, ``collisions`` and ``discriminators``.
 
-    A model whose parameters are float64 computes in float64 throughout (:func:`true_float64`); logits in
+    A model whose parameters are float64 computes in float64 throughout (``true_float64``); logits in
     bfloat16 or float16 are divided and normalised in float32.
 
     Raises:

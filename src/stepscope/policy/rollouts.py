@@ -208,7 +208,7 @@ def score_discriminators(
 def _score(
     policy: Policy, rollouts: Rollouts, names: Sequence[str], max_sequences: int, bar: Progress | None
 ) -> list[tuple[FloatArray, ...]]:
-    """Fields of :class:`TokenOutputs` under the policy, each one (tok,) array per sequence."""
+    """Fields of ``policy.forward.TokenOutputs`` under the policy, each one (tok,) array per sequence."""
     found: dict[str, dict[int, FloatArray]] = {name: {} for name in names}
     advance = _advancing(bar, "scoring", len(rollouts))
     squares = "discriminators" in names

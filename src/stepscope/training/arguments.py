@@ -77,7 +77,7 @@ def shared_arguments(optimizer: OptimizerConfig, *, seed: int, report_to: list[s
     """Keyword arguments of ``TrainingArguments`` that both stages use.
 
     Computation is in the dtype of the weights (no autocast), so that a step can be rebuilt from a checkpoint.
-    TensorBoard is left to :func:`callbacks`, which decides where its files go.
+    TensorBoard is left to :func:`install_callbacks`, which decides where its files go.
     """
     return {
         "learning_rate": optimizer.lr,

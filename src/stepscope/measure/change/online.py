@@ -2,7 +2,7 @@
 
 ``measure.change`` moves the parameters along a direction and puts them back. Here the optimizer itself moves
 them: the tables of a probe batch are taken before its step, one more after it, and the estimators are the
-same (``measure.estimators``). The prediction is split into the parts of the direction.
+same (``measure.quantity.estimators``). The prediction is split into the parts of the direction.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Second order of the change, lr^2/2 direction' (Hess F) direction, and the lrs where a line is enough.
 
-The second derivative is that of the importance-weighted estimator of ``measure.estimators`` itself,
+The second derivative is that of the importance-weighted estimator of ``measure.quantity.estimators`` itself,
 
     F'' = E[ sum_k (rho_{<=k} - rho_{<k})'' (R_k - b_k) + 2 l'_k R'_k + f''_k ],
     (rho_{<=k} - rho_{<k})'' = l''_k + l'_k (2 sum_{j<k} l'_j + l'_k)

@@ -2,7 +2,7 @@
 
 All series are made from one set of passes over the probe batch: values at the parameters, derivatives along
 the direction, values at ``params + lr * direction`` for every lr. The estimators are in
-``measure.estimators``.
+``measure.quantity.estimators``.
 Errors are conditional on the update batch (the direction is given) and clustered by probe prompt.
 """
 
@@ -138,7 +138,7 @@ def measure_changes(
         estimator: of the true change: ``per_decision``, ``self_normalised``, ``whole_sequence``,
             ``regression``.
         errors: standard errors by ``delta`` method, ``jackknife`` or ``bootstrap``; see
-            ``measure.uncertainty``.
+            ``measure.change.uncertainty``.
         second_order: whether to compute the second derivative.
         antithetic: whether to also evaluate at -lr, for the odd part of the true change.
         reference: reference model of ``kl``.

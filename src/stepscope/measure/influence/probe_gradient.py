@@ -2,7 +2,7 @@
 
 grad F is a mean over probe sequences, so an inner product grad F . x is a mean too, and its sampling error
 follows from its parts: one partial sum per group of prompts. Per token F is a ratio, and the delta method
-adds the terms for the mean length and for Fbar, exactly as ``measure.estimators.linear`` does.
+adds the terms for the mean length and for Fbar, exactly as ``measure.quantity.estimators.linear`` does.
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ def fisher_kernel(
     """Kernels between the sequences of an update batch, and between those and a probe batch.
 
     All metrics and both kernels come from one pass over each batch while the update's gradients fit
-    ``memory_bytes``; see ``policy.gram`` for what happens beyond. The null takes one more pass over the
+    ``memory_bytes``; see ``policy.per_sequence.gram``. The null takes one more pass over the
     update batch; token weights that differ within a response take two. Exact unless ``projection`` is given.
 
     Args:

@@ -1,6 +1,7 @@
 """Estimators of a quantity's change: algebra on per-token tables, in float64, without a model.
 
-With the importance weights rho of ``measure.weights`` and any b_k that is a function of the prefix,
+With the importance weights rho of ``measure.quantity.importance_weights`` and any
+b_k that is a function of the prefix,
 
     F(params') - F = E[ sum_k (rho_{<=k} - rho_{<k}) (R'_k - b_k) + sum_k (f'_k - f_k) ]
 

@@ -116,7 +116,7 @@ def load_checkpoint(
 def read_settings(
     path: str | Path, *, overrides: Mapping[str, Any] | None = None, for_step: bool = True
 ) -> StepSettings:
-    """The loss settings of a checkpoint, some of them changed; see :func:`~.run_settings.run_settings`."""
+    """The loss settings of a checkpoint, some of them changed; see ``policy.checkpoint.run_settings``."""
     return run_settings(_folder(Path(path).expanduser()), overrides, for_step=for_step)
 
 

@@ -48,7 +48,7 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
     entropy per token (on policy) is computed along each part of the very step to come: ``momentum``,
     ``decay`` and ``batch``. After the step the realised change is measured on the same samples. The gradient
     noise scale comes from this step's own batch (``noise``), and at every step from the gradients of
-    successive steps (``measure.noise_window``).
+    successive steps (``measure.noise.window``).
 
     Without a ``task`` the probe asks what the training asks: rows of the trainer's ``eval_dataset``, or else
     of its ``train_dataset`` outside the batch under way, through the trainer's own chat template and
