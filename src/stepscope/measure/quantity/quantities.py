@@ -355,7 +355,7 @@ def quantity_objective(
         rollouts: the probe batch.
         normalisation: ``per_token`` or ``per_seq``.
         version: ``on_policy`` or ``fixed_prefix``.
-        baseline: b_k per sequence (tok,), functions of the prefix (``measure.quantity.baselines``); None is zero.
+        baseline: b_k per sequence (tok,), see ``measure.quantity.baselines``; None is zero.
         sequence_weights: (seq,) weights that sum to one, where the batch is an enumeration; None is equal.
 
     Returns:
