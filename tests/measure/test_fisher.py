@@ -113,7 +113,7 @@ def test_contributions_add_up_to_the_step(tiny_policy: Policy) -> None:
     kernel = fisher_kernel(
         tiny_policy, step.update, preconditioner=step.preconditioner, token_weights=step.token_weights
     )
-    total = float(sum((step.ascent[n] * step.sequences[n]).sum() for n in step.ascent))
+    total = float(sum((step.ascent[n] * step.components["sequences"][n]).sum() for n in step.ascent))
     assert kernel.update["contributions"].sum() == pytest.approx(total, rel=1e-9)
     assert list(kernel.metrics) == ["contributions", "raw", "preconditioned"]
 
@@ -145,7 +145,7 @@ def test_predicted_logprob_change(tiny_policy: Policy, padding: int) -> None:
     found = predict_logprobs(tiny_policy, step, texts)
     along = directional_derivative(tiny_policy, texts, response_logprob, step.direction, as_trained=False)
     np.testing.assert_allclose(found.total, [float(d.sum()) for d in along], rtol=1e-9)
-    parts = found.sequences.sum(1) + found.momentum + found.decay
+    parts = found.sequences.sum(1) + sum(found.components.values())
     np.testing.assert_allclose(parts, found.total, rtol=1e-8)
     assert found.sequences.shape == (4, 9)
 

@@ -18,11 +18,11 @@ from stepscope.measure.influence.attribution import Influence, influence, write_
 from stepscope.measure.influence.probe_gradient import bind_quantity, probe_gradient
 from stepscope.measure.step.reconstruct import (
     Step,
-    assemble_step,
     reconstruct_step,
     sequence_direction,
     step_summary,
 )
+from stepscope.measure.step.terms import term_gradients
 from stepscope.policy import vectors
 from stepscope.policy.gradients import gradient
 from stepscope.policy.loss.settings import StepSettings
@@ -114,8 +114,12 @@ def test_parts_add_up_to_the_linear_change_with_its_error(
     how = {"quantity": quantity, "normalisation": normalisation, "version": version}
     shares = influence(policy, step, step.update, probe, **how)
     change = measure_change(policy, step, probe, lrs=[1e-4], **how)
-    whole = shares.sequences.sum() + shares.momentum.value + shares.decay.value
-    scale = np.abs(shares.sequences).sum() + abs(shares.momentum.value) + abs(shares.decay.value)
+    whole = shares.sequences.sum() + shares.components["momentum"].value + shares.components["decay"].value
+    scale = (
+        np.abs(shares.sequences).sum()
+        + abs(shares.components["momentum"].value)
+        + abs(shares.components["decay"].value)
+    )
     assert [t.sum() for t in shares.tokens] == pytest.approx(shares.sequences.tolist(), rel=1e-12)
     assert [len(t) for t in shares.tokens] == step.update.num_tokens.tolist()
     assert whole == pytest.approx(change.slope.value, abs=1e-10 * scale)
@@ -146,7 +150,11 @@ def test_sampled_padding_tokens_are_not_trained_but_move_the_quantity(mode: str)
     step = reconstruct_step(policy, update)
     shares = influence(policy, step, update, probe, mode=mode, probe_resolved=True)
     change = measure_change(policy, step, probe, lrs=[1e-4])
-    scale = np.abs(shares.sequences).sum() + abs(shares.momentum.value) + abs(shares.decay.value)
+    scale = (
+        np.abs(shares.sequences).sum()
+        + abs(shares.components["momentum"].value)
+        + abs(shares.components["decay"].value)
+    )
     assert shares.disagreement < 1e-10
     assert shares.total.value == pytest.approx(change.slope.value, abs=1e-10 * scale)
     assert shares.probe_resolved is not None
@@ -163,16 +171,15 @@ def test_an_entropy_bonus_has_a_share_of_its_own() -> None:
     shares = influence(policy, step, step.update, probe, baseline="position")
     change = measure_change(policy, step, probe, lrs=[1e-4], baseline="position")
     assert shares.total.value == pytest.approx(change.slope.value, rel=1e-8)
-    assert shares.bonus is not None
-    rest = shares.sequences.sum() + shares.momentum.value + shares.decay.value
-    assert shares.bonus.value == pytest.approx(shares.total.value - rest, rel=1e-8)
-    assert shares.bonus.value > 0
+    rest = shares.sequences.sum() + shares.components["momentum"].value + shares.components["decay"].value
+    assert shares.components["bonus"].value == pytest.approx(shares.total.value - rest, rel=1e-8)
+    assert shares.components["bonus"].value > 0
     assert shares.sequence_columns()["component"][-3:] == ["momentum", "decay", "bonus"]
     summary = step_summary(step)
     parts = ("momentum", "decay", "bonus", "sequences")
     assert sum(summary[f"share_{part}"] for part in parts) == pytest.approx(1.0)
     with pytest.raises(MeasurementError, match="belongs to no sequence"):
-        assemble_step(policy, step.update, step.token_weights, step.sequences)
+        term_gradients(policy, step.update, remade=True)
 
 
 def test_sequence_is_its_own_part_of_the_step(setting: tuple[Policy, Step, Rollouts]) -> None:
@@ -195,7 +202,7 @@ def test_token_is_its_own_part_of_the_step(setting: tuple[Policy, Step, Rollouts
         weights[i] = np.where(np.arange(len(weights[i])) == k, weights[i], 0.0)
         alone = sequence_direction(policy, replace(step, token_weights=tuple(weights)), i)
         change = measure_change(
-            policy, replace(step, direction=alone), probe, lrs=[1e-4], baseline="position"
+            policy, replace(step, components={"sequences": alone}), probe, lrs=[1e-4], baseline="position"
         )
         assert shares.tokens[i][k] == pytest.approx(change.slope.value, rel=1e-8, abs=1e-12)
 
@@ -212,7 +219,7 @@ def test_sequence_errors_are_those_of_its_own_change(setting: tuple[Policy, Step
     policy, step, probe = setting
     shares = influence(policy, step, step.update, probe, baseline="ridge")
     for i in (0, 5):
-        own = replace(step, direction=sequence_direction(policy, step, i))
+        own = replace(step, components={"sequences": sequence_direction(policy, step, i)})
         change = measure_change(policy, own, probe, lrs=[1e-4], baseline="ridge")
         assert shares.stderr[i] == pytest.approx(change.slope.stderr, rel=1e-8)
 
@@ -259,7 +266,7 @@ def test_memory_decides_the_number_of_groups(setting: tuple[Policy, Step, Rollou
     assert not few.by_prompt
     one = probe_gradient(policy, probe, bound, memory_bytes=size)
     assert one.num_groups == 1
-    assert np.isnan(one.errors(one.dots(step.momentum)[:, None])).all()
+    assert np.isnan(one.errors(one.dots(step.components["momentum"])[:, None])).all()
 
 
 def test_groups_of_ones_own_and_no_errors(setting: tuple[Policy, Step, Rollouts]) -> None:
@@ -269,11 +276,11 @@ def test_groups_of_ones_own_and_no_errors(setting: tuple[Policy, Step, Rollouts]
     odd = probe.prompt_index % 2
     parts = probe_gradient(policy, probe, bound, groups=odd, errors=False)
     assert parts.num_groups == 2
-    by_prompt = whole.dots(step.momentum)[:-1]
+    by_prompt = whole.dots(step.components["momentum"])[:-1]
     halves = [by_prompt[0::2].sum(), by_prompt[1::2].sum()]
-    np.testing.assert_allclose(parts.dots(step.momentum)[:-1], halves, rtol=1e-9)
-    assert np.isnan(parts.errors(parts.dots(step.momentum)[:, None])).all()
-    assert np.isfinite(whole.errors(whole.dots(step.momentum)[:, None])).all()
+    np.testing.assert_allclose(parts.dots(step.components["momentum"])[:-1], halves, rtol=1e-9)
+    assert np.isnan(parts.errors(parts.dots(step.components["momentum"])[:, None])).all()
+    assert np.isfinite(whole.errors(whole.dots(step.components["momentum"])[:, None])).all()
 
 
 def test_tables(setting: tuple[Policy, Step, Rollouts], tmp_path) -> None:

@@ -82,7 +82,8 @@ def test_share_of_a_batch_by_arithmetic_alone(
         moment = {n: 0.9 * moment[n] + 0.1 * gradient[n] for n in like}
     scale = 1 / (1 - 0.9**t)
     sequences = {n: 0.1 * scale * g for n, g in gradient.items()}
-    made = replace(step, sequences=sequences, direction={n: scale * m for n, m in moment.items()})
+    momentum = {n: scale * m - sequences[n] for n, m in moment.items()}
+    made = replace(step, components={"momentum": momentum, "sequences": sequences})
     aged = replace(policy, optimizer=replace(state, steps=dict.fromkeys(state.steps, t - 1)))
     found = lifetime(aged, made)
     assert found.step == t
@@ -100,7 +101,7 @@ def test_groups_count_by_the_length_they_have(tiny_policy: Policy, draw_update: 
     young = set(state.groups[0].names)
     ages = {n: 0 if n in young else 99 for n in state.steps}
     found = lifetime(replace(tiny_policy, optimizer=replace(state, steps=ages)), step)
-    length = {n: float((t**2).sum()) for n, t in step.sequences.items()}
+    length = {n: float((t**2).sum()) for n, t in step.components["sequences"].items()}
     share = sum(length[n] for n in young) / sum(length.values())
     first, second = (carried(group, t, 10) for group, t in zip(state.groups, (1, 100), strict=True))
     assert found.effect[10] == pytest.approx(share * first + (1 - share) * second, rel=1e-9)

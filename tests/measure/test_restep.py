@@ -35,7 +35,7 @@ def test_a_restep_is_the_step_of_the_other_tokens(case):
     masks = np.split(dropped, np.cumsum(step.update.num_tokens)[:-1])
     kept = tuple(np.where(m, 0.0, w) for m, w in zip(masks, step.token_weights, strict=True))
     ascent = gradient(policy, step.update, weighted_logprobs(kept))
-    other = assemble_step(policy, step.update, kept, ascent)
+    other = assemble_step(policy, step.update, kept, ascent, {})
     for quantity, normalisation, point, full, sign, paired in (
         ("entropy", "per_token", few.entropy_change, found.full_entropy_change, 1, few.entropy_kept),
         ("reward", "per_seq", few.reward_change, found.full_reward_change, -1, few.reward_given_up),
@@ -66,6 +66,7 @@ def test_dropping_what_lowers_the_entropy_keeps_entropy(case):
         step.update,
         step.token_weights,
         gradient(policy, step.update, weighted_logprobs(step.token_weights)),
+        {},
     )
     board = rank_criteria(policy, step, probe, baseline="none", num_resamples=20)
     truth = board.truth("column", "adamw", "on_policy")

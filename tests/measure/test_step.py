@@ -199,11 +199,11 @@ def float32_step(request: pytest.FixtureRequest) -> tuple[Policy, Step]:
 def test_parts_add_up_in_float32(float32_step: tuple[Policy, Step]) -> None:
     _, step = float32_step
     whole = vectors.norm(step.direction)
-    residual = vectors.add(
-        step.direction, *(vectors.scale(p, -1.0) for p in (step.momentum, step.decay, step.sequences))
-    )
+    parts = step.components.values()
+    residual = vectors.add(step.direction, *(vectors.scale(p, -1.0) for p in parts))
+    assert set(step.components) == {"momentum", "decay", "sequences"}
     assert vectors.norm(residual) <= 1e-6 * whole
-    assert min(map(vectors.norm, (step.momentum, step.decay, step.sequences))) > 1e-2 * whole
+    assert min(map(vectors.norm, parts)) > 1e-2 * whole
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -213,9 +213,10 @@ def test_directions_of_the_sequences_add_up(kind: str, dtype: torch.dtype, toler
     policy, _ = trained(kind, dtype, max_grad_norm=0.02)
     step = reconstruct_step(policy, draw_batch(policy, 99))
     parts = [sequence_direction(policy, step, i) for i in range(len(step.update))]
-    gap = vectors.add(*parts, vectors.scale(step.sequences, -1.0))
-    assert vectors.norm(gap) <= tolerance * vectors.norm(step.sequences)
-    assert min(map(vectors.norm, parts)) > 1e-3 * vectors.norm(step.sequences)
+    whole = step.components["sequences"]
+    gap = vectors.add(*parts, vectors.scale(whole, -1.0))
+    assert vectors.norm(gap) <= tolerance * vectors.norm(whole)
+    assert min(map(vectors.norm, parts)) > 1e-3 * vectors.norm(whole)
 
 
 def test_summary_shares_add_up(float32_step: tuple[Policy, Step]) -> None:
@@ -308,7 +309,7 @@ def test_a_gradient_that_is_not_finite_names_its_parameter(value: float) -> None
     with pytest.raises(
         MeasurementError, match=r"gradient is not finite: model\.layers\.1\.mlp\.up_proj\.weight"
     ):
-        assemble_step(policy, update, [np.zeros(n) for n in update.num_tokens], ascent)
+        assemble_step(policy, update, [np.zeros(n) for n in update.num_tokens], ascent, {})
 
 
 def test_a_step_that_is_not_finite_names_its_parameter() -> None:
@@ -330,7 +331,7 @@ def test_a_step_that_is_not_finite_names_its_parameter() -> None:
     with pytest.raises(
         MeasurementError, match=r"direction of the step is not finite: .*layers\.0\.mlp\.up_proj"
     ):
-        assemble_step(replace(policy, optimizer=state), update, weights, ascent)
+        assemble_step(replace(policy, optimizer=state), update, weights, ascent, {})
 
 
 def test_a_bias_of_minus_infinity_without_decay_stays_where_it_is() -> None:

@@ -9,7 +9,6 @@ import torch
 
 from stepscope.errors import MeasurementError
 from stepscope.measure.step.reconstruct import Step, weighted_logprobs
-from stepscope.policy import vectors
 from stepscope.policy.gradients import response_logprob
 from stepscope.policy.per_sequence.gram import MEMORY_BYTES, gram
 from stepscope.policy.per_sequence.products import per_sequence_dots
@@ -23,19 +22,13 @@ class LogprobChange:
 
     Attributes:
         total: (text,) dS/dlr along the whole direction.
-        momentum: (text,) part of the momentum.
-        decay: (text,) part of weight decay.
+        components: (text,) part of each component of the step but the sequences, by name.
         sequences: (text, update seq) part of each sequence of the update batch.
-        bonus: (text,) part of an entropy bonus; zero where the loss has none.
-        router: (text,) part of the router loss of a mixture of experts; zero where the loss has none.
     """
 
     total: FloatArray
-    momentum: FloatArray
-    decay: FloatArray
+    components: dict[str, FloatArray]
     sequences: FloatArray
-    bonus: FloatArray
-    router: FloatArray
 
 
 def predict_logprobs(
@@ -63,10 +56,9 @@ def predict_logprobs(
     Raises:
         MeasurementError: the parts do not add up to the total.
     """
-    none = vectors.zeros_like(step.decay)
-    directions = (step.direction, step.momentum, step.decay, step.bonus or none, step.router or none)
-    stacked = {n: torch.stack([d[n] for d in directions]) for n in step.direction}
-    total, momentum, decay, bonus, router = per_sequence_dots(
+    others = {name: vector for name, vector in step.components.items() if name != "sequences"}
+    stacked = {n: torch.stack([d[n] for d in (step.direction, *others.values())]) for n in step.direction}
+    total, *rest = per_sequence_dots(
         policy,
         texts,
         response_logprob,
@@ -86,13 +78,12 @@ def predict_logprobs(
         max_sequences=max_sequences,
         progress=progress,
     ).numpy()
-    others = np.stack([momentum, decay, bonus, router])
-    whole = parts.sum(1) + others.sum(0)
-    scale = np.abs(parts).sum(1) + np.abs(others).sum(0)
+    whole = parts.sum(1) + np.sum(rest, 0)
+    scale = np.abs(parts).sum(1) + np.abs(rest).sum(0)
     miss = float((np.abs(whole - total) / np.maximum(scale, 1e-300)).max())
     if not miss <= 1e-2:
         raise MeasurementError(
             f"the parts of the predicted log-prob change differ from the total by {miss:.1e}; "
             "measure with --precision float64"
         )
-    return LogprobChange(total, momentum, decay, parts, bonus, router)
+    return LogprobChange(total, dict(zip(others, rest, strict=True)), parts)

@@ -34,7 +34,7 @@ from stepscope.measure.quantity.estimators import Sampled, per_decision, weights
 from stepscope.measure.quantity.importance_weights import check_weights, last_weights
 from stepscope.measure.quantity.values import values_at
 from stepscope.measure.step.reconstruct import Step, assemble_step, weighted_logprobs
-from stepscope.policy.experts import router_gradient
+from stepscope.measure.step.terms import term_gradients
 from stepscope.policy.gradients import gradient
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
@@ -216,13 +216,13 @@ def resteps(
         return changes, check_weights(last).reason
 
     ascent = gradient(policy, step.update, weighted_logprobs(step.token_weights), max_sequences=max_sequences)
-    router = router_gradient(policy, step.update)
+    terms = term_gradients(policy, step.update, remade=True, max_sequences=max_sequences)
     full, full_reason = measured(step.direction)
     points = []
     jobs = [(name, scores, share) for name, scores in rules.items() for share in shares]
     for name, scores, share in track(jobs, description="re-made steps", disable=not progress):
         dropped = [_dropped(own, weights, share) for own in np.atleast_2d(scores)]
-        made = [measured(_without(policy, step, ascent, router, own, max_sequences)) for own in dropped]
+        made = [measured(_without(policy, step, ascent, terms, own, max_sequences)) for own in dropped]
         changes, reason = made[0]
         words = f"per decision at lr {rate:g}, given the update batch"
         if len(made) == 2:
@@ -272,7 +272,7 @@ def _without(
     policy: Policy,
     step: Step,
     ascent: ParameterVector,
-    router: dict[str, Tensor],
+    terms: Mapping[str, dict[str, Tensor]],
     dropped: BoolArray,
     max_sequences: int,
 ) -> ParameterVector:
@@ -288,7 +288,7 @@ def _without(
             policy, step.update.select(touched), weighted_logprobs(gone), max_sequences=max_sequences
         )
         rest = {n: t - part[n] for n, t in rest.items()}
-    return assemble_step(policy, step.update, kept, rest, router=router).direction
+    return assemble_step(policy, step.update, kept, rest, terms).direction
 
 
 def _estimate(bound: BoundQuantity, sampled: Sampled, method: str, reason: str) -> Estimate:

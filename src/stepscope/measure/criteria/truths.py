@@ -130,7 +130,7 @@ def token_truths(
                 )
             )
     ascent = gradient(policy, step.update, weighted_logprobs(step.token_weights), max_sequences=max_sequences)
-    for name, direction in (("sgd", ascent), ("adamw", step.sequences)):
+    for name, direction in (("sgd", ascent), ("adamw", step.components["sequences"])):
         change = directional_derivative(
             policy,
             step.update,

@@ -101,11 +101,8 @@ class Influence(Brief):
         folds: parts of the probe batch from which influence was taken one by one.
         fold_tokens: (fold, tok) influence of each token of the batch through each fold alone; weighted by the
             folds' shares they add up to ``tokens``.
-        momentum: effect of the momentum part of the direction.
-        decay: effect of weight decay.
-        bonus: effect of an entropy bonus; None where the loss has none.
-        router: effect of the router loss of a mixture of experts; None where the loss has none.
-        total: the linear change per unit of lr: fixed sequences + momentum + decay + bonus + router.
+        components: effect of each component of the step but the sequences, by name.
+        total: the linear change per unit of lr: fixed sequences + components.
         sum_of_sequences: sum of ``sequences``, with its error: the update batch's own part of the change
             (fixed), or the derivative with respect to the weight of the whole batch (optimizer).
         disagreement: largest difference between sequence influences by forward and by reverse mode, relative
@@ -127,14 +124,11 @@ class Influence(Brief):
     tokens: tuple[FloatArray, ...]
     folds: Folds
     fold_tokens: FloatArray
-    momentum: Estimate
-    decay: Estimate
+    components: dict[str, Estimate]
     total: Estimate
     sum_of_sequences: Estimate
     disagreement: float
     probe_resolved: FloatArray | None = None
-    bonus: Estimate | None = None
-    router: Estimate | None = None
 
     @property
     def token_stderr(self) -> FloatArray:
@@ -158,11 +152,7 @@ class Influence(Brief):
     def sequence_columns(self) -> dict[str, list[Any]]:
         """Rows of ``influence_sequences.parquet``: one per sequence, then the other parts of the change."""
         count = len(self.sequences)
-        others: dict[str, Estimate] = {}
-        if self.through == "fixed":
-            others = {"momentum": self.momentum, "decay": self.decay}
-            further = {"bonus": self.bonus, "router": self.router}
-            others |= {name: part for name, part in further.items() if part is not None}
+        others = self.components if self.through == "fixed" else {}
         return {
             "component": ["sequence"] * count + list(others),
             "sequence_id": [*range(count), *[None] * len(others)],
@@ -308,10 +298,7 @@ def influences(
         progress=progress,
     )
     folds = slope.folds(num_folds)
-    momentum, decay = slope.dots(step.momentum), slope.dots(step.decay)
-    bonus = slope.dots(step.bonus) if step.bonus else None
-    router = slope.dots(step.router) if step.router else None
-    others = momentum + decay + sum(part for part in (bonus, router) if part is not None)
+    others = {name: slope.dots(part) for name, part in step.components.items() if name != "sequences"}
     linear = slope.dots(step.direction)
     rows = slope.num_groups + 1
     pulled: dict[str, Tensor] = {}
@@ -337,8 +324,8 @@ def influences(
             progress=progress,
         ).numpy()
     unit = f"{bound.unit}/lr"
-    parts = "sequences, momentum and decay" + ("" if bonus is None else ", entropy bonus")
-    parts += "" if router is None else ", router loss"
+    parts = ", ".join(["sequences", *others])
+    components = {name: _estimate(slope, by, unit, f"grad F . {name}") for name, by in others.items()}
     found = []
     for i, through in enumerate(throughs):
         part = slice(i * rows, (i + 1) * rows)
@@ -350,7 +337,7 @@ def influences(
         stderr, reach = slope.errors(own_products)
         whole = None  # of what does not add up, the linear change itself
         if through == "fixed":
-            whole = float(sequences.sum() + others[:-1].sum() / len(probe))
+            whole = float(sequences.sum() + np.sum(list(others.values()), 0)[:-1].sum() / len(probe))
         found.append(
             Influence(
                 quantity=bound.quantity.name,
@@ -366,16 +353,13 @@ def influences(
                 tokens=tokens,
                 folds=folds,
                 fold_tokens=fold_tokens,
-                momentum=_estimate(slope, momentum, unit, "grad F . momentum"),
-                decay=_estimate(slope, decay, unit, "grad F . decay"),
+                components=components,
                 total=_estimate(slope, linear, unit, f"sum over {parts}", value=whole),
                 sum_of_sequences=_estimate(
                     slope, own_products.sum(1), unit, _SUMS[through], value=float(sequences.sum())
                 ),
                 disagreement=_disagreement(policy, sequences, own_products[:-1].sum(0) / len(probe)),
                 probe_resolved=resolved if through == "fixed" else None,
-                bonus=None if bonus is None else _estimate(slope, bonus, unit, "grad F . entropy bonus"),
-                router=None if router is None else _estimate(slope, router, unit, "grad F . router loss"),
             )
         )
     by_name = {f.through: f for f in found}

@@ -15,6 +15,7 @@ from stepscope.errors import MeasurementError
 from stepscope.measure.change.online import BASELINE
 from stepscope.measure.influence.probe_gradient import bind_quantity, probe_gradient
 from stepscope.measure.step.reconstruct import assemble_step, weighted_logprobs
+from stepscope.measure.step.terms import term_gradients
 from stepscope.policy import vectors
 from stepscope.policy.gradients import directional_derivative, gradient, response_logprob
 from stepscope.policy.loss.surrogate import token_weights
@@ -67,7 +68,8 @@ def token_influences(
     seed = int(np.random.SeedSequence([policy.settings.seed, policy.step, 2]).generate_state(1)[0])
     probe = sample_rollouts(policy, task, num_prompts=objective["num_prompts"], group_size=1, seed=seed)
     ascent = gradient(policy, update, weighted_logprobs(weights), max_sequences=max_sequences)
-    step = assemble_step(policy, update, weights, ascent)
+    terms = term_gradients(policy, update, max_sequences=max_sequences)
+    step = assemble_step(policy, update, weights, ascent, terms)
     found = [tuple(np.zeros(n) for n in update.num_tokens)] * len(QUANTITIES)
     for i, (name, normalisation) in enumerate(QUANTITIES[: 1 + (objective["price"] > 0)]):
         bound = bind_quantity(

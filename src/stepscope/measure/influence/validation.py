@@ -36,7 +36,7 @@ from stepscope.measure.quantity.quantities import Quantity
 from stepscope.measure.quantity.values import values_at
 from stepscope.measure.step.derivative import Through
 from stepscope.measure.step.reconstruct import Step, assemble_step, weighted_logprobs
-from stepscope.policy.experts import router_gradient
+from stepscope.measure.step.terms import term_gradients
 from stepscope.policy.loss.surrogate import advantages, token_weights
 from stepscope.policy.per_sequence.products import weighted_gradients
 from stepscope.policy.state import Policy
@@ -346,12 +346,12 @@ def _true_changes(
         max_sequences=max_sequences,
         progress=progress,
     )
-    router = router_gradient(policy, step.update)
+    terms = term_gradients(policy, step.update, remade=True, max_sequences=max_sequences)
     changes = np.empty(len(shares))
     by_fold = np.empty((len(members), len(shares)))
     for row in track(range(len(shares)), description="re-made steps", disable=not progress):
         ascent = {n: t[row].to(policy.dtype) for n, t in sums.items()}
-        remade = assemble_step(policy, step.update, step.token_weights, ascent, router=router)
+        remade = assemble_step(policy, step.update, step.token_weights, ascent, terms)
         moved = values_at(
             policy, probe, (bound.quantity,), remade.direction, lr, max_sequences=max_sequences
         ).quantity(0)

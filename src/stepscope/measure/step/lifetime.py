@@ -140,13 +140,15 @@ def lifetime(policy: Policy, step: Step, *, horizons: tuple[int, ...] = HORIZONS
         values = torch.tensor(list(found.values()), dtype=torch.float64, device=lengths.device)
         return float((lengths * values).sum() / lengths.sum())
 
+    own = step.components["sequences"]
+
     def after(count: int) -> float:
-        return average(step.sequences, lambda group, age: carried(group, age, count))
+        return average(own, lambda group, age: carried(group, age, count))
 
     return Lifetime(
         step=max(ages.values()),
         effect={n: after(n) for n in horizons},
-        share=vectors.dot(step.sequences, step.direction) / vectors.norm(step.direction) ** 2,
+        share=vectors.dot(own, step.direction) / vectors.norm(step.direction) ** 2,
         white_noise_share=average(
             step.direction, lambda g, t: (1 - g.betas[0] ** 2) / (1 - g.betas[0] ** (2 * t))
         ),

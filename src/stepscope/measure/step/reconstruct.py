@@ -1,6 +1,6 @@
 """The step AdamW would take from a checkpoint, as a sum: momentum + weight decay + one term per sequence.
 
-An entropy bonus and the router loss of a mixture of experts, which belong to no sequence, are further terms.
+What else the loss has that belongs to no sequence (:data:`TERMS`) makes further components.
 
 With g = grad Loss, clip coefficient c = min(1, max_norm / (|g| + 1e-6)) and AdamW's state (m, v, t =
 steps after this one), per parameter,
@@ -17,8 +17,9 @@ where w_ik = -dLoss/dl_ik are the token weights. The parameters after the step a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,13 @@ from rich.progress import Progress
 from torch import Tensor
 
 from stepscope.errors import BatchError, CheckpointError, MeasurementError
+from stepscope.measure.step.terms import term_gradients, weigh
 from stepscope.policy import vectors
 from stepscope.policy.checkpoint.adapters import reference_adapter
-from stepscope.policy.experts import router_gradient
 from stepscope.policy.finiteness import first_not_finite
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients import Objective, gradient
-from stepscope.policy.loss.surrogate import bonus_weights, token_weights
+from stepscope.policy.loss.surrogate import token_weights
 from stepscope.policy.rollouts import score_discriminators, score_rollouts
 from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
 from stepscope.results import Brief, FloatArray, Rollouts
@@ -55,25 +56,18 @@ class Step(Brief):
     ``lr`` is the first group's and the parts of group j are scaled by lr_j / lr.
 
     Attributes:
-        momentum: what the first moment contributes.
-        decay: what weight decay contributes.
-        sequences: what the update batch contributes, summed over its sequences.
-        direction: the sum of all parts, (params' - params) / lr.
+        components: what each contributes, by name: ``momentum``, ``decay``, ``sequences`` (the update batch,
+            summed over its sequences), and of :data:`TERMS` those that the loss has.
         preconditioner: P, elementwise, from sum_ik w_ik grad l_ik to ``sequences``.
-        ascent: -grad Loss before clipping: sum_ik w_ik grad l_ik, and the bonus's gradient.
+        ascent: -grad Loss before clipping: sum_ik w_ik grad l_ik, and the gradients of the terms.
         token_weights: w_ik = -dLoss/dl_ik, one (tok,) array per sequence.
         lr: learning rate of the step.
         grad_norm: |g| before clipping.
         clip_coefficient: c; 1 where nothing was clipped.
         update: the batch that makes the step.
-        bonus: what an entropy bonus contributes; empty where the loss has none.
-        router: what the router loss of a mixture of experts contributes; empty where the loss has none.
     """
 
-    momentum: dict[str, Tensor]
-    decay: dict[str, Tensor]
-    sequences: dict[str, Tensor]
-    direction: dict[str, Tensor]
+    components: Mapping[str, dict[str, Tensor]]
     preconditioner: dict[str, Tensor]
     ascent: dict[str, Tensor]
     token_weights: tuple[FloatArray, ...]
@@ -81,8 +75,11 @@ class Step(Brief):
     grad_norm: float
     clip_coefficient: float
     update: Rollouts
-    bonus: dict[str, Tensor] = field(default_factory=dict)
-    router: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def direction(self) -> dict[str, Tensor]:
+        """(params' - params) / lr, the sum of all components."""
+        return vectors.add(*self.components.values())
 
 
 def reconstruct_step(
@@ -140,7 +137,7 @@ def reconstruct_step(
                 f"update batch: the token weight of sequence {i} ({update.prompt_ids[i]}), response token "
                 f"{int(np.flatnonzero(~np.isfinite(row))[0])} is not finite; check the loss settings"
             )
-    rewarded = bonus_weights(update, policy.settings)
+    terms = term_gradients(policy, update, max_sequences=max_sequences)
     drift = _Drift(update)
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
         task = bar.add_task("gradient of the update batch", total=len(update))
@@ -154,10 +151,7 @@ def reconstruct_step(
         ascent = gradient(policy, update, objective, max_sequences=max_sequences)
     if not off_policy:
         drift.check()
-    bonus: dict[str, Tensor] = {}
-    if rewarded:
-        bonus = gradient(policy, update, weighted_entropies(rewarded), max_sequences=max_sequences)
-    return assemble_step(policy, update, weights, ascent, bonus=bonus)
+    return assemble_step(policy, update, weights, ascent, terms)
 
 
 def assemble_step(
@@ -165,9 +159,7 @@ def assemble_step(
     update: Rollouts,
     weights: Sequence[FloatArray],
     ascent: dict[str, Tensor],
-    *,
-    bonus: dict[str, Tensor] | None = None,
-    router: dict[str, Tensor] | None = None,
+    terms: Mapping[str, dict[str, Tensor]],
 ) -> Step:
     """The step that AdamW makes of a gradient: clipping, moments and preconditioner as it would have them.
 
@@ -175,40 +167,25 @@ def assemble_step(
         policy: with AdamW's state.
         update: the batch the gradient is of.
         weights: its token weights w_ik, one (tok,) array per sequence.
-        ascent: sum_ik w_ik grad l_ik, that is -grad Loss but for a bonus and a router loss.
-        bonus: coefficient x gradient of the mean entropy, where the loss has that bonus.
-        router: the batch's :func:`router_gradient`, for whoever makes many steps of one batch; None computes
-            it.
+        ascent: sum_ik w_ik grad l_ik, that is -grad Loss but for the terms that belong to no sequence.
+        terms: -grad of those, by name, as :func:`term_gradients` gives them.
 
     Raises:
         CheckpointError: no optimizer state, or one that does not fit the parameters.
-        MeasurementError: the loss has an entropy bonus and its gradient is not given, or the gradient or the
-            step is not finite.
+        MeasurementError: the gradient or the step is not finite.
     """
     state = _optimizer(policy)
-    if bonus is None and bonus_weights(update, policy.settings):
-        raise MeasurementError(
-            "the loss has an entropy bonus, which belongs to no sequence, so a step without some of them is "
-            "not defined; measure without re-made steps"
-        )
-    balance = router_gradient(policy, update) if router is None else router
-    whole = vectors.add(ascent, *(part for part in (bonus, balance) if part))
+    whole = vectors.add(ascent, *terms.values())
     norm = vectors.norm(whole)
     _refuse_broken("gradient", whole)
     limit = policy.settings.max_grad_norm
     clip = min(1.0, limit / (norm + CLIP_EPSILON)) if limit > 0 else 1.0
     lr = next((g.lr for g in state.groups if g.names and g.lr > 0), 0.0)
     momentum, decay, preconditioner = adamw_components(policy, state, whole, clip=clip, lr=lr)
-    rewarded = vectors.multiply(preconditioner, bonus) if bonus else {}
-    balanced = vectors.multiply(preconditioner, balance) if balance else {}
-    sequences = vectors.multiply(preconditioner, ascent)
-    direction = vectors.add(momentum, decay, sequences, *(part for part in (rewarded, balanced) if part))
-    _refuse_broken("direction of the step", direction)
-    return Step(
-        momentum=momentum,
-        decay=decay,
-        sequences=sequences,
-        direction=direction,
+    gradients = {"sequences": ascent, **terms}
+    step = Step(
+        components={"momentum": momentum, "decay": decay}
+        | {name: vectors.multiply(preconditioner, part) for name, part in gradients.items()},
         preconditioner=preconditioner,
         ascent=whole,
         token_weights=tuple(weights),
@@ -216,9 +193,9 @@ def assemble_step(
         grad_norm=norm,
         clip_coefficient=clip,
         update=update,
-        bonus=rewarded,
-        router=balanced,
     )
+    _refuse_broken("direction of the step", step.direction)
+    return step
 
 
 def _refuse_broken(what: str, vector: dict[str, Tensor]) -> None:
@@ -327,7 +304,7 @@ def sequence_direction(policy: Policy, step: Step, index: int) -> dict[str, Tens
     """What sequence ``index`` of the update batch contributes to the direction: P sum_k w_ik grad l_ik.
 
     The clip coefficient and the second moment are those of the whole batch, so the contributions of all
-    sequences add up to ``step.sequences``.
+    sequences add up to the component ``sequences``.
     """
     own = weighted_logprobs([step.token_weights[index]])
     ascent = gradient(policy, step.update.select([index]), own)
@@ -340,24 +317,7 @@ def weighted_logprobs(weights: Sequence[FloatArray]) -> Objective:
     Args:
         weights: one (tok,) array per sequence of the batch it will be used on.
     """
-    return lambda outputs, batch: _weigh(weights, outputs.logprobs, batch)
-
-
-def weighted_entropies(weights: Sequence[FloatArray]) -> Objective:
-    """The objective sum_k w_ik H_ik, (seq, tok), of an entropy bonus.
-
-    Args:
-        weights: one (tok,) array per sequence of the batch it will be used on.
-    """
-    return lambda outputs, batch: _weigh(weights, outputs.entropies, batch)
-
-
-def _weigh(weights: Sequence[FloatArray], values: Tensor, batch: TokenBatch) -> Tensor:
-    """(seq, tok) values of a micro-batch times the weights of its sequences."""
-    factor = torch.zeros_like(values)
-    for row, i in enumerate(batch.seq_index.tolist()):
-        factor[row, : len(weights[i])] = torch.as_tensor(weights[i], dtype=factor.dtype, device=factor.device)
-    return factor * values
+    return lambda outputs, batch: weigh(weights, outputs.logprobs, batch)
 
 
 def step_summary(step: Step) -> dict[str, Any]:
@@ -367,8 +327,6 @@ def step_summary(step: Step) -> dict[str, Any]:
     |direction|^2, so that the shares add up to 1 (one may be negative); ``cosine_X`` is the cosine of X
     and the direction.
     """
-    parts = {"momentum": step.momentum, "decay": step.decay, "sequences": step.sequences}
-    parts |= {name: part for name, part in (("bonus", step.bonus), ("router", step.router)) if part}
     total = vectors.norm(step.direction)
     summary: dict[str, Any] = {
         "lr": step.lr,
@@ -381,7 +339,7 @@ def step_summary(step: Step) -> dict[str, Any]:
         "num_prompts": step.update.num_prompts,
         "num_tokens": int(step.update.num_tokens.sum()),
     }
-    for name, part in parts.items():
+    for name, part in step.components.items():
         summary[f"norm_{name}"] = vectors.norm(part)
         summary[f"share_{name}"] = vectors.dot(part, step.direction) / total**2
         cosine = vectors.cosine(part, step.direction)

@@ -123,8 +123,7 @@ def rebuild_step(session: Session) -> Summary:
             unit="share of the step",
             method=f"<{part}, direction>/|direction|^2, exact for this update batch",
         )
-        for part in ("momentum", "decay", "bonus", "router", "sequences")
-        if f"share_{part}" in figures
+        for part in step.components
     }
     found = shares | later.figures(count)
     doubted = {name: figure.doubted(session.step_doubt) for name, figure in found.items()}
@@ -254,10 +253,7 @@ def attribute_change(session: Session) -> Summary:
         "influence_sequences_optimizer": optimizer.sum_of_sequences,
         "influence_sequences_own_prompts": None if asked is None else asked.sum_of_sequences,
         "influence_neglected": neglected_share(fixed, optimizer),
-        "influence_momentum": fixed.momentum,
-        "influence_decay": fixed.decay,
-        "influence_bonus": fixed.bonus,
-        "influence_router": fixed.router,
+        **{f"influence_{name}": part for name, part in fixed.components.items()},
         "influence_total": fixed.total,
     }
     doubts = (session.step_doubt, session.derivative_doubt)

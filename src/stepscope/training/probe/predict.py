@@ -82,10 +82,7 @@ def predict(
     if top_tokens and norm > 0:
         scale = norm / math.sqrt(products.sum())
         step = Step(
-            momentum=momentum,
-            decay=decay,
-            sequences=batch,
-            direction=vectors.add(momentum, decay, batch),
+            components={"momentum": momentum, "decay": decay, "sequences": batch},
             preconditioner=preconditioner,
             ascent=vectors.scale(ascent, 1 / scale),
             token_weights=tuple(scale * w for w in weights),
