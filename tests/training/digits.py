@@ -11,7 +11,7 @@ from typing import Any
 from stepscope.config import ModelConfig, TinyModelConfig, TrainConfig, build_config
 from stepscope.tasks.problem import Problem, Score
 from stepscope.training.rl import reinforce
-from stepscope.training.start import starting_model
+from stepscope.training.setup.start import starting_model
 
 SHAPE = TinyModelConfig(hidden_size=16, layers=1, heads=2, kv_heads=1, intermediate_size=32)
 

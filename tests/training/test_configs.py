@@ -8,7 +8,7 @@ import pytest
 from stepscope.config import ModelConfig, RlConfig, TrainConfig, load_config
 from stepscope.errors import ConfigError
 from stepscope.training.rl import grpo_arguments, step_settings
-from stepscope.training.start import resolve_source, starting_model
+from stepscope.training.setup.start import resolve_source, starting_model
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from stepscope.config import CurriculumConfig
 from stepscope.errors import CheckpointError, ConfigError
-from stepscope.training.curriculum import CURRICULUM_FILE, Curriculum
+from stepscope.training.shaping.curriculum import CURRICULUM_FILE, Curriculum
 
 CONFIG = CurriculumConfig(hard=1.0, medium=2.0, easy=1.0, hard_below=0.25, easy_above=0.75, decay=0.5)
 

@@ -18,7 +18,7 @@ from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.policy.checkpoint.manifest import MANIFEST, damage, sha256
 from stepscope.training import train
-from stepscope.training.integrity import set_damaged_aside
+from stepscope.training.setup.integrity import set_damaged_aside
 
 
 def flip(path: Path) -> None:

@@ -22,8 +22,8 @@ from stepscope.errors import ConfigError, RunFolderError, TrainingError
 from stepscope.policy.checkpoint.devices import usable_device
 from stepscope.training import run, train
 from stepscope.training.rl import reinforce
-from stepscope.training.start import starting_model, writing
-from stepscope.training.tiny import build_tokenizer
+from stepscope.training.setup.start import starting_model, writing
+from stepscope.training.setup.tiny import build_tokenizer
 
 MODEL = {"source": "tiny", "tiny": {"hidden_size": 16, "layers": 1, "heads": 2, "kv_heads": 1}}
 

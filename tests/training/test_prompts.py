@@ -26,8 +26,8 @@ from stepscope.tasks import load_task
 from stepscope.tasks.prompts import Chat, encode_prompt
 from stepscope.training import train
 from stepscope.training.rl import OnPolicyTrainer, reinforce
+from stepscope.training.setup.start import reload_model
 from stepscope.training.sft import demonstration_rows
-from stepscope.training.start import reload_model
 
 QUESTIONS = ("3+8=", "11 and 5?", "so, the sum", "naïve 😀")
 ADDS_BOS, ADDS_BOTH = f"{BOS} $A", f"{BOS} $A {EOS}"

@@ -17,8 +17,9 @@ from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.tasks import Problem
 from stepscope.training import last_checkpoint, train
-from stepscope.training.rl import OnPolicyTrainer, prompt_rows
-from stepscope.training.tiny import build_tokenizer
+from stepscope.training.rl import OnPolicyTrainer
+from stepscope.training.setup.prompts import prompt_rows
+from stepscope.training.setup.tiny import build_tokenizer
 
 
 def test_a_checkpoint_holds_all_that_a_step_needs(small_run: Path) -> None:

@@ -10,8 +10,8 @@ from stepscope.config import LoraConfig, ModelConfig, SftConfig, TinyModelConfig
 from stepscope.errors import ConfigError
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.tasks import load_task
+from stepscope.training.setup.start import starting_model
 from stepscope.training.sft import demonstration_rows, warm_up
-from stepscope.training.start import starting_model
 
 TASK = load_task("arithmetic:terms=2,digits=1,ops=+")
 SETTINGS = StepSettings(max_response_tokens=20)

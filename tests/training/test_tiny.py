@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from stepscope.config import TinyModelConfig
 from stepscope.errors import ConfigError
-from stepscope.training.tiny import build_tiny, build_tokenizer
+from stepscope.training.setup.tiny import build_tiny, build_tokenizer
 
 TEXT = "12+7-5=<think>12+7=19;19-5=14</think><answer>14</answer>"
 

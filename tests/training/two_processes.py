@@ -12,8 +12,8 @@ import torch
 from accelerate.utils import gather_object
 from digits import DigitTask, digit_config, reinforced
 
-from stepscope.training import objectives
 from stepscope.training.rl import OnPolicyTrainer
+from stepscope.training.shaping import objectives
 
 seen: list[dict[str, Any]] = []
 whole = objectives.token_advantages

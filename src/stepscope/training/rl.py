@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
-from datasets import Dataset
 from torch import Tensor
 from trl import GRPOConfig, GRPOTrainer
 
@@ -24,12 +23,12 @@ from stepscope.policy.texts import ResponseText
 from stepscope.results import FloatArray, IntArray, same_text
 from stepscope.tasks.load import TemplatedTask, asked_through
 from stepscope.tasks.problem import Problem, Score, Task
-from stepscope.tasks.prompts import encode_prompt
-from stepscope.training.arguments import diverged, install_callbacks, shared_arguments
-from stepscope.training.curriculum import BUCKETS, Curriculum
-from stepscope.training.objectives import bonus_arguments, objective_record, shaper_for
 from stepscope.training.probe.callback import StepProbe
-from stepscope.training.start import adapter, writing
+from stepscope.training.setup.arguments import diverged, install_callbacks, shared_arguments
+from stepscope.training.setup.prompts import prompt_rows
+from stepscope.training.setup.start import adapter, writing
+from stepscope.training.shaping.curriculum import BUCKETS, Curriculum
+from stepscope.training.shaping.objectives import bonus_arguments, objective_record, shaper_for
 
 
 class TaskReward:
@@ -297,38 +296,6 @@ def step_settings(config: TrainConfig) -> StepSettings:
         objective=objective_record(rl),
         num_iterations=rl.num_iterations,
         micro_batch_size=rl.micro_batch_size,
-    )
-
-
-def prompt_rows(
-    task: Task, problems: Sequence[Problem], tokenizer: Any, *, longest: int | None, distinct: bool = False
-) -> Dataset:
-    """A row per problem: prompt, its token ids, problem index; prompts over ``longest`` tokens are left out.
-
-    With ``distinct`` the copies of a prompt are left out, too.
-
-    Raises:
-        ConfigError: no prompt is short enough.
-        TaskError: a prompt cannot be rendered.
-    """
-    prompts = [encode_prompt(task.prompt(problem, tokenizer), tokenizer) for problem in problems]
-    kept = list(range(len(prompts)))
-    if longest is not None:
-        lengths = [len(prompt.token_ids) for prompt in prompts]
-        kept = [i for i in kept if lengths[i] <= longest]
-        if not kept:
-            raise ConfigError(
-                f"rl.max_prompt_tokens: {longest} is shorter than every prompt, the shortest has "
-                f"{min(lengths)} tokens; raise it"
-            )
-    if distinct:
-        kept = sorted({same_text(problems[i].question): i for i in reversed(kept)}.values())
-    return Dataset.from_dict(
-        {
-            "prompt": [prompts[i].text for i in kept],
-            "prompt_token_ids": [list(prompts[i].token_ids) for i in kept],
-            "index": kept,
-        }
     )
 
 

@@ -16,12 +16,12 @@ from stepscope.errors import RunFolderError
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.tasks.load import TemplatedTask, changed_data, load_task
 from stepscope.tasks.problem import Task
-from stepscope.training.arguments import quiet_libraries
-from stepscope.training.integrity import set_damaged_aside, step_of, trained_checkpoints
-from stepscope.training.preflight import require_fit, require_trackers
 from stepscope.training.rl import reinforce, step_settings
+from stepscope.training.setup.arguments import quiet_libraries
+from stepscope.training.setup.integrity import set_damaged_aside, step_of, trained_checkpoints
+from stepscope.training.setup.preflight import require_fit, require_trackers
+from stepscope.training.setup.start import reload_model, resolve_source, save_base, starting_model
 from stepscope.training.sft import warm_up
-from stepscope.training.start import reload_model, resolve_source, save_base, starting_model
 
 
 def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:

@@ -21,9 +21,9 @@ from stepscope.policy.state import Policy
 from stepscope.tasks.load import asked_through
 from stepscope.tasks.problem import Problem, Task
 from stepscope.tasks.prompts import encode_prompt
-from stepscope.training.arguments import install_callbacks, shared_arguments
-from stepscope.training.preflight import require_room
-from stepscope.training.start import adapter
+from stepscope.training.setup.arguments import install_callbacks, shared_arguments
+from stepscope.training.setup.preflight import require_room
+from stepscope.training.setup.start import adapter
 
 
 def demonstration_rows(task: Task, problems: Sequence[Problem], tokenizer: Any) -> Dataset:

@@ -1,8 +1,8 @@
 """Activations that torch cannot differentiate twice in forward mode, written out in functions that it can.
 
 ``layer_norm``, whose nested rule is there but wrong, is replaced by ``policy.numerics.differentiation`` in
-every forward pass; these have no nested rule at all and are replaced only where it is needed. What a model may
-use beyond them is guarded by a check against finite differences in ``measure.quantity.values``.
+every forward pass; these have no nested rule at all and are replaced only where it is needed. What a model
+may use beyond them is guarded by a check against finite differences in ``measure.quantity.values``.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from stepscope.policy.loss.token_objectives import (
     token_advantages,
 )
 from stepscope.tasks import Task
-from stepscope.training.influence import InfluenceMeter
+from stepscope.training.shaping.influence import InfluenceMeter
 
 
 def objective_record(rl: RlConfig) -> dict[str, Any] | None:

@@ -19,7 +19,7 @@ from stepscope.config import LoraConfig, ModelConfig
 from stepscope.errors import ConfigError, RunFolderError
 from stepscope.policy.checkpoint.load import load_model
 from stepscope.policy.checkpoint.manifest import write_manifest
-from stepscope.training.tiny import build_tiny
+from stepscope.training.setup.tiny import build_tiny
 
 PACKAGE = "package:"
 

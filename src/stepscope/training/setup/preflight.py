@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from stepscope.config import LoraConfig, RlConfig, TrainConfig
 from stepscope.errors import ConfigError
 from stepscope.tasks.problem import Task
-from stepscope.training.rl import prompt_rows
+from stepscope.training.setup.prompts import prompt_rows
 
 PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "flyte": "flytekit"}
 """Packages of trackers that are not called like them."""

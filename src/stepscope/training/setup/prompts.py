@@ -1,0 +1,45 @@
+"""The prompts of a training, as rows of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from datasets import Dataset
+
+from stepscope.errors import ConfigError
+from stepscope.results import same_text
+from stepscope.tasks.problem import Problem, Task
+from stepscope.tasks.prompts import encode_prompt
+
+
+def prompt_rows(
+    task: Task, problems: Sequence[Problem], tokenizer: Any, *, longest: int | None, distinct: bool = False
+) -> Dataset:
+    """A row per problem: prompt, its token ids, problem index; prompts over ``longest`` tokens are left out.
+
+    With ``distinct`` the copies of a prompt are left out, too.
+
+    Raises:
+        ConfigError: no prompt is short enough.
+        TaskError: a prompt cannot be rendered.
+    """
+    prompts = [encode_prompt(task.prompt(problem, tokenizer), tokenizer) for problem in problems]
+    kept = list(range(len(prompts)))
+    if longest is not None:
+        lengths = [len(prompt.token_ids) for prompt in prompts]
+        kept = [i for i in kept if lengths[i] <= longest]
+        if not kept:
+            raise ConfigError(
+                f"rl.max_prompt_tokens: {longest} is shorter than every prompt, the shortest has "
+                f"{min(lengths)} tokens; raise it"
+            )
+    if distinct:
+        kept = sorted({same_text(problems[i].question): i for i in reversed(kept)}.values())
+    return Dataset.from_dict(
+        {
+            "prompt": [prompts[i].text for i in kept],
+            "prompt_token_ids": [list(prompts[i].token_ids) for i in kept],
+            "index": kept,
+        }
+    )
