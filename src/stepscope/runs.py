@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import yaml
@@ -29,7 +29,10 @@ from filelock import FileLock, Timeout
 
 from stepscope import results
 from stepscope.errors import ConfigError, RunFolderError
+from stepscope.results import Record
 from stepscope.yaml_text import parse_yaml
+
+R = TypeVar("R", bound=Record)
 
 CONFIG = "config.yaml"
 PROVENANCE = "provenance.json"
@@ -52,6 +55,25 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, data: Any) -> None:
     """Write strict JSON (nan and infinity become null); the file appears whole or not at all."""
     write_text(path, json.dumps(_plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write a record as JSON; the file appears whole or not at all."""
+    write_text(path, record.to_json())
+
+
+def read_record(kind: type[R], path: Path) -> R:
+    """Read a JSON artifact of a run by the class that wrote it.
+
+    Raises:
+        RunFolderError: it is missing, damaged, not what its stage wrote, or of another version.
+    """
+    try:
+        text = verified(path).read_bytes()
+    except OSError as error:
+        reason = "no such file" if not path.exists() else str(error)
+        raise RunFolderError(f"{path}: cannot be read ({reason}); run the stage that writes it") from error
+    return kind.from_json(text, str(path))
 
 
 def write_yaml(path: Path, data: Mapping[str, Any]) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BeforeValidator, model_validator
 from scipy.special import gammaln
 
 from stepscope.intervals import FEWEST, FLAT, FloatArray, student, studentised
@@ -20,6 +21,9 @@ IntArray = npt.NDArray[np.int64]
 
 NOT_FINITE = "not a finite number"
 """Reason of an estimate that nobody expected to be NaN or infinite."""
+
+Number = Annotated[float, BeforeValidator(lambda value: float("nan") if value is None else value)]
+"""A number of a record that may be nan, which is null in its file."""
 
 MIN_TAIL = 5
 """Fewest tail points to which :func:`pareto_k` fits a shape."""
@@ -42,8 +46,8 @@ class Estimate:
         high: its upper end.
     """
 
-    value: float
-    stderr: float
+    value: Number
+    stderr: Number
     n: int
     unit: str
     method: str
@@ -51,6 +55,17 @@ class Estimate:
     reason: str = ""
     low: float = float("nan")
     high: float = float("nan")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ends(cls, data: Any) -> Any:
+        """The ends as a file has them, where null is infinite, or nan where no interval is known at all."""
+        if not isinstance(data, Mapping):
+            return data
+        low, high = data.get("low"), data.get("high")
+        known = None not in (data.get("value"), data.get("stderr")) and data.get("n") != 1
+        end = float("inf") if known or not low is high is None else float("nan")
+        return {**data, "low": -end if low is None else low, "high": end if high is None else high}
 
     def __post_init__(self) -> None:
         """Take the trust from what is not a number, whoever gave it; Student's interval by default."""
@@ -83,11 +98,6 @@ class Estimate:
         """The fields as a JSON-ready dictionary."""
         return asdict(self)
 
-    def doubted(self, *reasons: str) -> Estimate:
-        """The same number, no longer reliable, with these reasons added to its own; empty ones are none."""
-        given = [reason for reason in (self.reason, *reasons) if reason]
-        return replace(self, reliable=self.reliable and not any(reasons), reason="; ".join(given))
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Estimate:
         """Read back what :meth:`to_dict` gave; JSON's null stands for nan, at one end for infinity."""
@@ -96,6 +106,11 @@ class Estimate:
             values[name] = float("nan") if values[name] is None else float(values[name])
         low, high = interval_of(data.get("low"), data.get("high"))
         return cls(**values, low=low, high=high)
+
+    def doubted(self, *reasons: str) -> Estimate:
+        """The same number, no longer reliable, with these reasons added to its own; empty ones are none."""
+        given = [reason for reason in (self.reason, *reasons) if reason]
+        return replace(self, reliable=self.reliable and not any(reasons), reason="; ".join(given))
 
 
 def interval_of(low: float | None, high: float | None) -> tuple[float, float]:
@@ -440,12 +455,12 @@ class LogLogFit:
         slope_stderr: standard error of the slope from the scatter about the line; nan with two points.
     """
 
-    slope: float
-    intercept: float
-    r2: float
+    slope: Number
+    intercept: Number
+    r2: Number
     n: int
     lrs: tuple[float, ...]
-    slope_stderr: float = float("nan")
+    slope_stderr: Number = float("nan")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-ready dictionary."""

@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stepscope.measure.noise.batch_size import BatchSizes, batch_sizes, loss_scale
+from stepscope.measure.noise.batch_size import batch_sizes, loss_scale
 from stepscope.measure.noise.scale import from_products, group_products, noise_scale
 from stepscope.policy.loss.surrogate import advantages, token_weights
 from stepscope.results import FloatArray
+from stepscope.results.noise import BatchSizes
 
 DIM = 200
 
@@ -105,7 +106,7 @@ def test_noise_scale_carries_the_batch_sizes(tiny_policy, draw_update) -> None:
     step = draw_update(tiny_policy, num_prompts=4, group_size=3)
     found = noise_scale(tiny_policy, step.update, preconditioner=step.preconditioner)
     assert set(found.batch_sizes) == {"sgd", "preconditioned"}
-    rows = found.to_dict()["batch_sizes"]["sgd"]["rows"]
-    assert [row["prompts"] for row in rows] == [1, 2, 4, 8, 16]
-    assert rows[0]["noise"]["value"] == pytest.approx(found.sgd.noise.value)
-    assert rows[1]["sequences"] == 6
+    rows = found.batch_sizes["sgd"].rows
+    assert [row.prompts for row in rows] == [1, 2, 4, 8, 16]
+    assert rows[0].noise.value == pytest.approx(found.sgd.noise.value)
+    assert rows[1].sequences == 6

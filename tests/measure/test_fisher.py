@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 
 from stepscope.errors import BatchError, MeasurementError
 from stepscope.measure.change.logprob_change import predict_logprobs
@@ -29,7 +27,8 @@ from stepscope.policy.loss.surrogate import advantages
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import shifted
-from stepscope.results import FloatArray, Rollouts
+from stepscope.results import FloatArray, Rollouts, read_arrays, write_arrays
+from stepscope.results.kernel import KernelReport
 
 VOCAB = 12
 
@@ -184,16 +183,15 @@ def test_files(tiny_policy: Policy, tmp_path: Path) -> None:
     update, probe = draw(tiny_policy, 1, 3, 3), draw(tiny_policy, 2, 4, 1)
     P = reconstruct_step(tiny_policy, update).preconditioner
     kernel = fisher_kernel(tiny_policy, update, probe, preconditioner=P)
-    kernel.save(tmp_path / "kernel.safetensors", tmp_path / "kernel.json")
-    arrays = load_file(tmp_path / "kernel.safetensors")
-    report = json.loads((tmp_path / "kernel.json").read_text())
+    write_arrays(kernel.arrays(), tmp_path / "kernel.safetensors")
+    arrays = read_arrays(tmp_path / "kernel.safetensors")
+    report = KernelReport.from_json(kernel.report().to_json(), "kernel.json")
+    assert report.to_json() == kernel.report().to_json()
     np.testing.assert_array_equal(arrays["update_preconditioned"], kernel.update["preconditioned"])
     assert arrays["probe_raw_cosine"].shape == (4, 9)
     assert arrays["update_sequence_id"].tolist() == list(range(9))
-    assert set(report["matrices"]) <= set(arrays)
-    assert report["structure"]["preconditioned_cosine"]["effective_rank"]["value"] == pytest.approx(
-        kernel.effective_rank.value
-    )
+    assert {name: arrays[name].shape for name in report.matrices} == dict(report.matrices)
+    assert report.structure["preconditioned_cosine"].effective_rank == kernel.effective_rank
     assert not list(tmp_path.glob("*.partial"))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -13,6 +11,7 @@ from stepscope.measure.noise.scale import effect_noise_scale, from_products, noi
 from stepscope.measure.step.reconstruct import sequence_direction
 from stepscope.policy import vectors
 from stepscope.results import FloatArray
+from stepscope.results.noise import NoiseScales
 from stepscope.stats import NOT_FINITE
 
 
@@ -101,7 +100,7 @@ def test_policy_gradients(tiny_policy, draw_update) -> None:
     again = noise_scale(tiny_policy, step.update, token_weights=step.token_weights)
     assert again.sgd.noise.value == pytest.approx(found.sgd.noise.value, rel=1e-9)
     assert again.preconditioned is None
-    assert json.dumps(found.to_dict())
+    assert NoiseScales.from_json(found.to_json(), "noise.json").to_json() == found.to_json()
 
 
 def test_one_prompt_is_refused(tiny_policy, draw_update) -> None:

@@ -5,8 +5,9 @@ Axes are named ``prompt, seq, tok, vocab, lr``. Ragged token data are tuples wit
 
 from __future__ import annotations
 
+from stepscope.results.arrays import read_arrays, write_arrays
 from stepscope.results.brief import Brief
-from stepscope.results.records import BoolArray, FloatArray, IntArray, Number, Record
+from stepscope.results.records import BoolArray, FloatArray, IntArray, Record
 from stepscope.results.rollouts import Rollouts, same_text
 from stepscope.results.tables import read_table, write_table
 
@@ -15,10 +16,11 @@ __all__ = [
     "Brief",
     "FloatArray",
     "IntArray",
-    "Number",
     "Record",
     "Rollouts",
+    "read_arrays",
     "read_table",
     "same_text",
+    "write_arrays",
     "write_table",
 ]

@@ -1,83 +1,97 @@
 """Records: frozen dataclasses that are written to a JSON artifact and read back by the class that wrote it.
 
-The fields' types say everything: how a record becomes JSON, and what a file must hold to be read. A number
-that is not finite is null in the file (strict JSON knows neither nan nor infinity).
+The fields' types say everything: how a record becomes JSON, and what a file must hold to be read. Strict JSON
+knows neither nan nor infinity, so both are null in the file, and null is read by the field's type: nan
+(``stats.Number``, arrays), None (``... | None``), an infinite end (``stats.Estimate``). Properties are not
+written: what a file holds, a field holds.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import (
-    BeforeValidator,
-    ConfigDict,
-    PlainSerializer,
-    PlainValidator,
-    TypeAdapter,
-    ValidationError,
-)
+from pydantic import ConfigDict, GetPydanticSchema, TypeAdapter, ValidationError
+from pydantic_core import CoreSchema, core_schema
 
 from stepscope.errors import RunFolderError
+from stepscope.results.brief import Brief
 
-VERSION = "version"
+VERSION = "format_version"
 """Key under which a file has the version of its record."""
 
-
-def _number(value: Any) -> Any:
-    return float("nan") if value is None else value
+_CURE = "delete it and run the stage that writes it again"
 
 
-def _floats(value: Any) -> npt.NDArray[np.float64]:
-    return np.array(value, dtype=np.float64)  # None becomes nan
+def _listed(values: npt.NDArray[Any]) -> list[Any]:
+    """A (row,) array as JSON has it."""
+    plain: list[Any] = values.tolist()
+    if values.dtype.kind != "f" or np.isfinite(values).all():
+        return plain
+    return [value if np.isfinite(value) else None for value in plain]
 
 
-def _finite_or_none(values: npt.NDArray[np.float64]) -> Any:
-    plain = values.astype(object)
-    plain[~np.isfinite(values)] = None
-    return plain.tolist()
+def _array(dtype: type[np.generic], item: CoreSchema) -> GetPydanticSchema:
+    """A (row,) array: a list of one kind of values in the file."""
+    schema = core_schema.no_info_after_validator_function(
+        lambda found: np.array(found, dtype=dtype),  # None becomes nan
+        core_schema.list_schema(item),
+        serialization=core_schema.plain_serializer_function_ser_schema(_listed),
+    )
+    return GetPydanticSchema(lambda _source, _handler: schema)
 
 
-Number = Annotated[float, BeforeValidator(_number)]
-"""A number of a record that may be nan."""
-
-FloatArray = Annotated[npt.NDArray[np.float64], PlainValidator(_floats), PlainSerializer(_finite_or_none)]
-"""An array of numbers of a record, any of which may be nan."""
+FloatArray = Annotated[
+    npt.NDArray[np.float64], _array(np.float64, core_schema.nullable_schema(core_schema.float_schema()))
+]
+"""Numbers of a record, any of which may be nan."""
 
 IntArray = Annotated[
-    npt.NDArray[np.int64],
-    PlainValidator(lambda value: np.array(value, dtype=np.int64)),
-    PlainSerializer(lambda values: values.tolist()),
+    npt.NDArray[np.int64], _array(np.int64, core_schema.int_schema(ge=-(2**63), le=2**63 - 1))
 ]
 
-BoolArray = Annotated[
-    npt.NDArray[np.bool_],
-    PlainValidator(lambda value: np.array(value, dtype=np.bool_)),
-    PlainSerializer(lambda values: values.tolist()),
-]
+BoolArray = Annotated[npt.NDArray[np.bool_], _array(np.bool_, core_schema.bool_schema())]
 
 
-class Record:
+class Record(Brief):
     """Base of what is written to a file of its own, or is part of such a record.
 
-    Subclasses are frozen dataclasses whose fields are numbers (:data:`Number`), arrays, texts, estimates,
-    other records, and tuples and mappings of those.
+    Subclasses are frozen dataclasses whose fields are numbers (``stats.Number`` where one may be nan), texts,
+    arrays, estimates, other records, and tuples and mappings of those.
     """
 
-    version: ClassVar[int] = 1
+    format_version: ClassVar[int] = 1
     """Raised when a field is added, removed or means something else."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
-        extra="forbid", strict=True, arbitrary_types_allowed=True, ser_json_inf_nan="null"
+        extra="forbid", strict=True, ser_json_inf_nan="null"
     )
 
+    def to_plain(self) -> dict[str, Any]:
+        """The fields in their order, as plain JSON values."""
+        plain: dict[str, Any] = json.loads(_adapter(type(self)).dump_json(self))
+        return plain
+
     def to_json(self) -> str:
-        """The file's text: the version, then the fields in their order."""
-        plain = {VERSION: self.version, **json.loads(_adapter(type(self)).dump_json(self))}
+        """The file's text: the version, then the fields."""
+        plain = {VERSION: self.format_version, **self.to_plain()}
         return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_plain(cls, data: Any, where: str) -> Self:
+        """The record from plain JSON values without a version.
+
+        Raises:
+            RunFolderError: a field is missing, unknown or of another kind.
+        """
+        try:
+            found: Self = _adapter(cls).validate_json(json.dumps(data))
+        except (ValidationError, RecursionError) as error:
+            raise RunFolderError(f"{where}: damaged ({_why(error)}); {_CURE}") from error
+        return found
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str) -> Self:
@@ -90,47 +104,47 @@ class Record:
         Raises:
             RunFolderError: it is not JSON, of another version, or lacks a field, or one is of another kind.
         """
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise RunFolderError(f"{where}: cannot be read as JSON ({error}); {_CURE}") from error
-        if not isinstance(data, Mapping):
-            raise RunFolderError(f"{where}: got a {type(data).__name__}, expected a JSON object; {_CURE}")
-        fields = dict(data)
-        version = fields.pop(VERSION, None)
-        if version != cls.version:
+        fields = parse_object(text, where)
+        if (found := fields.pop(VERSION, None)) != cls.format_version:
             raise RunFolderError(
-                f"{where}: version {version}, and this stepscope reads version {cls.version} of a "
-                f"{cls.__name__}; {_CURE}"
+                f"{where}: {VERSION} {str(found)[:20]}, and this stepscope reads version "
+                f"{cls.format_version} of a {cls.__name__}; {_CURE}"
             )
         return cls.from_plain(fields, where)
 
-    @classmethod
-    def from_plain(cls, data: Any, where: str) -> Self:
-        """The record from plain JSON values without a version.
 
-        Raises:
-            RunFolderError: a field is missing, unknown or of another kind.
-        """
-        try:
-            found: Self = _adapter(cls).validate_json(json.dumps(data))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = ".".join(map(str, first["loc"])) or "the whole"
-            got = repr(first["input"])
-            raise RunFolderError(
-                f"{where}: damaged ({place}: {first['msg']}; got {got[:80]}); {_CURE}"
-            ) from error
-        return found
+def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        RunFolderError: it is not strict JSON, or something else.
+    """
+    try:
+        data = json.loads(text, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        raise RunFolderError(f"{where}: cannot be read as JSON ({error}); {_CURE}") from error
+    if not isinstance(data, Mapping):
+        raise RunFolderError(f"{where}: got a {type(data).__name__}, expected a JSON object; {_CURE}")
+    return dict(data)
 
 
-_CURE = "delete it and run the stage that writes it again"
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
 
 
-_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
+def _why(error: ValidationError | RecursionError) -> str:
+    """The first thing that is wrong, in a line."""
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"])) or "the whole"
+    return f"{place}: {first['msg']}; got {repr(first['input'])[:80]}"
 
 
-def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+_ADAPTERS: dict[type[Record], TypeAdapter[Any]] = {}
+
+
+def _adapter(kind: type[Record]) -> TypeAdapter[Any]:
     """Pydantic's reader and writer of a record, built when first asked for."""
     if kind not in _ADAPTERS:
         _ADAPTERS[kind] = TypeAdapter(kind)

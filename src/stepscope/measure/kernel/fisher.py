@@ -12,16 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 from torch import Tensor
 
-from stepscope import runs
 from stepscope.errors import BatchError, MeasurementError
 from stepscope.measure.kernel.structure import (
-    KernelStructure,
     cosine_between,
     cosine_form,
     kernel_structure,
@@ -34,6 +30,7 @@ from stepscope.policy.per_sequence.projection import Sketch, sketches
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import Brief, FloatArray, IntArray, Rollouts
+from stepscope.results.kernel import KernelReport, KernelStructure
 from stepscope.stats import Estimate
 
 MOST_TOKENS = 4096
@@ -143,40 +140,37 @@ class FisherKernel(Brief):
                 named[f"tokens_{metric}"] = self.tokens[metric]
         return named
 
-    def to_dict(self) -> dict[str, Any]:
-        """Content of ``kernel.json``: what the matrices are, and the structure report of each metric."""
+    def arrays(self) -> dict[str, FloatArray | IntArray]:
+        """Content of ``kernel.safetensors``: the matrices and the sequence ids of their rows and columns."""
+        found: dict[str, FloatArray | IntArray] = dict(self.matrices())
+        found["update_sequence_id"] = np.arange(len(self.update_rollouts), dtype=np.int64)
+        if self.probe_rollouts is not None:
+            found["probe_sequence_id"] = np.arange(len(self.probe_rollouts), dtype=np.int64)
+        if self.tokens:
+            found["token_index"] = self.token_index
+        return found
+
+    def report(self) -> KernelReport:
+        """What the matrices are, and the structure of each."""
         update, probe = self.update_rollouts, self.probe_rollouts
-        return {
-            "matrices": {name: list(K.shape) for name, K in self.matrices().items()},
-            "rows": {
+        return KernelReport(
+            matrices={name: K.shape for name, K in self.matrices().items()},
+            rows={
                 "update": "update sequence_id",
                 "null": "update sequence_id",
                 "probe": "probe sequence_id",
                 "tokens": "token_index (sequence_id, position)",
             },
-            "update_prompt_ids": list(update.prompt_ids),
-            "probe_prompt_ids": [] if probe is None else list(probe.prompt_ids),
-            "num_params": self.num_params,
-            "projection_error": None if self.projection_error is None else self.projection_error.to_dict(),
-            "structure": {
-                f"{metric}{'_cosine' if cosine else ''}": self.structure(metric, cosine=cosine).to_dict()
+            update_prompt_ids=update.prompt_ids,
+            probe_prompt_ids=() if probe is None else probe.prompt_ids,
+            num_params=self.num_params,
+            projection_error=self.projection_error,
+            structure={
+                f"{metric}{'_cosine' if cosine else ''}": self.structure(metric, cosine=cosine)
                 for metric in self.metrics
                 for cosine in (False, True)
             },
-        }
-
-    def save(self, matrices_path: Path, json_path: Path) -> None:
-        """Write ``kernel.safetensors`` (float64 matrices and ids) and ``kernel.json``, atomically."""
-        arrays: dict[str, Any] = {n: np.ascontiguousarray(K) for n, K in self.matrices().items()}
-        arrays["update_sequence_id"] = np.arange(len(self.update_rollouts), dtype=np.int64)
-        if self.probe_rollouts is not None:
-            arrays["probe_sequence_id"] = np.arange(len(self.probe_rollouts), dtype=np.int64)
-        if self.tokens:
-            arrays["token_index"] = np.ascontiguousarray(self.token_index)
-        partial = matrices_path.with_name(matrices_path.name + ".partial")
-        save_file(arrays, str(partial))
-        partial.replace(matrices_path)
-        runs.write_json(json_path, self.to_dict())
+        )
 
 
 def fisher_kernel(

@@ -16,13 +16,12 @@ cosines, shared prefixes); means of inner products are over all sequences, which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from stepscope.results import BoolArray, FloatArray, IntArray, Rollouts
+from stepscope.results.kernel import KernelStructure, MeanZero, PairMean, PrefixMean
 from stepscope.stats import Estimate
 
 PREFIX_BINS = (0, 1, 2, 4, 8, 16, 32, 64)
@@ -32,106 +31,6 @@ SIGN_DRAWS = 2000
 
 UNLIKELY = 1e-3
 """Share of those signs below which a mean of K counts as different from zero."""
-
-
-@dataclass(frozen=True)
-class PairMean:
-    """Mean of K over one kind of pair.
-
-    Attributes:
-        mean: with an error by deleting prompts one at a time.
-        count: number of pairs (unordered).
-        std: standard deviation over the pairs.
-    """
-
-    mean: Estimate
-    count: int
-    std: float
-
-
-@dataclass(frozen=True)
-class MeanZero:
-    """Check of E K(i, j) = 0 over pairs of different sequences that one policy sampled and is measured at.
-
-    Attributes:
-        mean: of K over the pairs; its standard error sqrt(sum K^2) / pairs is exact under the identity, which
-            makes the entries uncorrelated. Flagged where random signs hardly ever give so large a mean.
-        z: mean over its error.
-        p: share of random signs of the sequences under which the mean is at least as far from zero.
-    """
-
-    mean: Estimate
-    z: float
-    p: float
-
-
-@dataclass(frozen=True)
-class PrefixMean:
-    """Mean of K over pairs of responses to one prompt that share their first tokens.
-
-    Attributes:
-        shared_from: fewest shared response tokens in this bin.
-        shared_to: most.
-        mean: of K.
-        count: pairs.
-    """
-
-    shared_from: int
-    shared_to: int
-    mean: float
-    count: int
-
-
-@dataclass(frozen=True)
-class KernelStructure:
-    """Structure report of one (seq, seq) kernel.
-
-    Attributes:
-        distinct: sequences left when identical responses to a prompt, and gradients of zero, are merged.
-        diagonal: K(i, i).
-        same_prompt: pairs of different sequences of one prompt.
-        different_prompts: pairs of sequences of different prompts.
-        mean_zero: for a kernel of log-probs that is not in cosine form, the check of its mean-zero identity
-            over all pairs (``off_diagonal``) and those of one prompt (``same_prompt``).
-        spectrum: eigenvalues of the distinct sequences, largest first.
-        effective_rank: exp of the entropy of eigenvalues / trace (Roy & Vetterli 2007).
-        participation_ratio: (sum of eigenvalues)^2 / sum of their squares.
-        top_shares: share of the trace in the largest 1, 2, 4, 8, ... eigenvalues.
-        null_spectrum: eigenvalues of the same gradients with random signs on their tokens.
-        null_effective_rank: of those.
-        rank_deficit: null_effective_rank - effective_rank: not zero where responses are coupled; shared
-            directions take rank away, directions of the prompts can add some.
-        components: variance components of a gradient as common + prompt + own: means of K over different
-            prompts, same prompt minus that, diagonal minus that; each as a share of the mean diagonal. For
-            kernels of log-probs on policy the first two are zero but for noise; for contributions the first
-            is the share of the squared mean gradient.
-        shared_prefix: mean of K over same-prompt pairs by the number of response tokens they share.
-    """
-
-    distinct: int
-    diagonal: PairMean
-    same_prompt: PairMean
-    different_prompts: PairMean
-    mean_zero: Mapping[str, MeanZero]
-    spectrum: FloatArray
-    effective_rank: Estimate
-    participation_ratio: float
-    top_shares: dict[int, float]
-    null_spectrum: FloatArray
-    null_effective_rank: float
-    rank_deficit: Estimate
-    components: dict[str, Estimate]
-    shared_prefix: tuple[PrefixMean, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary."""
-        return {
-            **asdict(self),
-            "spectrum": self.spectrum.tolist(),
-            "null_spectrum": self.null_spectrum.tolist(),
-            "top_shares": {str(k): v for k, v in self.top_shares.items()},
-            "shared_prefix": [asdict(p) for p in self.shared_prefix],
-        }
 
 
 def kernel_structure(

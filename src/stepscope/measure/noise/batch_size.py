@@ -16,8 +16,7 @@ With B = noise scale, the largest step that still pays grows with the batch like
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.loss.surrogate import advantages
 from stepscope.policy.loss.surrogate import token_weights as loss_token_weights
 from stepscope.results import FloatArray, IntArray, Rollouts
+from stepscope.results.noise import BatchSize, BatchSizes
 from stepscope.stats import Estimate
 
 CHUNKS = 8
@@ -35,51 +35,6 @@ STEP = 1e-6
 
 Scale = Callable[[IntArray], float]
 """Groups of a smaller batch to the factor between its gradient and the mean of their shares of the whole."""
-
-
-@dataclass(frozen=True)
-class BatchSize:
-    """Noise and signal at one batch size.
-
-    Attributes:
-        prompts: prompt groups m.
-        sequences: the same in sequences.
-        batches: disjoint batches of that size that the update batch holds.
-        noise: variance of the gradient between them; None with fewer than two.
-        over_law: ``noise`` over tr S/m: 1 where the noise falls like 1/m; None with fewer than two.
-        noise_to_signal: noise scale over m, by the law.
-        lr_sgd: learning rate admitted relative to the run's batch size, SGD.
-        lr_adam: the same for Adam: the square root.
-    """
-
-    prompts: int
-    sequences: float
-    batches: int
-    noise: Estimate | None
-    over_law: Estimate | None
-    noise_to_signal: Estimate
-    lr_sgd: Estimate
-    lr_adam: Estimate
-
-
-@dataclass(frozen=True)
-class BatchSizes:
-    """Noise and signal at several batch sizes.
-
-    Attributes:
-        run_prompts: prompt groups per step of the run, which learning rates are relative to.
-        slope: of log noise on log m over the batch sizes up to an eighth of the update batch; -1 where the
-            noise falls like 1/m.
-        rows: one per batch size.
-    """
-
-    run_prompts: int
-    slope: Estimate
-    rows: tuple[BatchSize, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary."""
-        return asdict(self)
 
 
 def batch_sizes(

@@ -13,87 +13,24 @@ no (seq, params) matrix outlives the pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from stepscope.errors import BatchError
 from stepscope.intervals import FEWEST
 from stepscope.measure.influence.attribution import Influence
-from stepscope.measure.noise.batch_size import BatchSizes, batch_sizes, loss_scale
+from stepscope.measure.noise.batch_size import batch_sizes, loss_scale
 from stepscope.measure.noise.limits import noise_limits
 from stepscope.measure.step.reconstruct import weighted_logprobs
 from stepscope.policy.loss.surrogate import token_weights as loss_token_weights
 from stepscope.policy.per_sequence.gram import MEMORY_BYTES, grams
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
-from stepscope.results import Brief, FloatArray, IntArray, Rollouts
+from stepscope.results import FloatArray, IntArray, Rollouts
+from stepscope.results.noise import NoiseScale, NoiseScales
 from stepscope.stats import Estimate
-
-
-@dataclass(frozen=True, repr=False)
-class NoiseScale(Brief):
-    """Signal and noise of one gradient metric, or of one quantity's response to the step.
-
-    Attributes:
-        signal: squared norm of the true gradient (squared effect, for a quantity).
-        noise: variance that one prompt group has around it.
-        within_prompts: part of ``noise`` from drawing this group's responses; its bias is of order 1/group
-            size, because a group's responses share a baseline.
-        between_prompts: the rest, from drawing the prompt.
-        prompts: noise / signal: the batch, in prompt groups, at which the two are equal, with the limits of
-            :mod:`stepscope.measure.noise.limits`; no number where the signal is not resolved.
-        sequences: the same in sequences, at this group size.
-        at_least: lower 95 % limit of ``prompts``; finite even where the signal is not resolved.
-        share_of_noise: expected share of noise in the squared norm of this batch's gradient.
-    """
-
-    signal: Estimate
-    noise: Estimate
-    within_prompts: Estimate
-    between_prompts: Estimate
-    prompts: Estimate
-    sequences: Estimate
-    at_least: float
-    share_of_noise: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, repr=False)
-class NoiseScales(Brief):
-    """Noise scales of one update batch.
-
-    Attributes:
-        sgd: of the loss gradient in the Euclidean metric.
-        preconditioned: in the metric of the optimizer's P; None without P.
-        effects: quantity name to noise scale of the batch's effect on it: how many prompts until the sign and
-            size of that effect are resolved.
-        batch_sizes: metric to noise-to-signal at other batch sizes, and the learning rates they admit.
-    """
-
-    sgd: NoiseScale
-    preconditioned: NoiseScale | None
-    effects: Mapping[str, NoiseScale]
-    batch_sizes: Mapping[str, BatchSizes]
-
-    @property
-    def noise_scale(self) -> Estimate:
-        """The headline: prompts, Euclidean metric."""
-        return self.sgd.prompts
-
-    def to_dict(self) -> dict[str, Any]:
-        """Content of ``noise.json``."""
-        found: dict[str, Any] = {"noise_scale": self.noise_scale.to_dict(), "sgd": self.sgd.to_dict()}
-        if self.preconditioned is not None:
-            found["preconditioned"] = self.preconditioned.to_dict()
-        found["effects"] = {name: scale.to_dict() for name, scale in self.effects.items()}
-        found["batch_sizes"] = {name: sizes.to_dict() for name, sizes in self.batch_sizes.items()}
-        return found
 
 
 def noise_scale(
@@ -159,6 +96,7 @@ def noise_scale(
         for name, scale in scales.items()
     }
     return NoiseScales(
+        noise_scale=scales["sgd"].prompts,
         sgd=scales["sgd"],
         preconditioned=scales.get("preconditioned"),
         effects={

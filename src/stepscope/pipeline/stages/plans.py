@@ -33,7 +33,7 @@ from stepscope.pipeline.console import on_terminal
 from stepscope.pipeline.session import Line, Session
 from stepscope.policy import vectors
 from stepscope.report import write_report
-from stepscope.results import FloatArray, Rollouts
+from stepscope.results import FloatArray, Rollouts, write_arrays
 from stepscope.runs import RunFolder
 from stepscope.stats import NOT_FINITE, Estimate, LogLogFit, clustered_mean
 
@@ -331,7 +331,8 @@ def couple_sequences(session: Session) -> Summary:
         max_sequences=config.batch_size,
         progress=on_terminal(),
     )
-    kernel.save(session.run.file("kernel.safetensors"), session.run.file("kernel.json"))
+    write_arrays(kernel.arrays(), session.run.file("kernel.safetensors"))
+    runs.write_record(session.run.file("kernel.json"), kernel.report())
     return {"effective_rank": kernel.effective_rank}
 
 
@@ -364,7 +365,7 @@ def weigh_noise(session: Session) -> Summary:
                 update.prompt_index,
                 unit=f"{unit_of(quantity, normalisation)}/lr",
             )
-    runs.write_json(session.run.file("noise.json"), replace(found, effects=effects).to_dict())
+    runs.write_record(session.run.file("noise.json"), replace(found, effects=effects))
     return {"noise_scale": found.noise_scale}
 
 
