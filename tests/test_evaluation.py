@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+import cases
 from stepscope.errors import MeasurementError, RunFolderError
 from stepscope.evaluation import (
     EvaluationRow,
@@ -53,12 +54,12 @@ def stored(task: TemplatedTask, *, prompts: int = 7, samples: int = 5, seed: int
             rows.append((problem, text, int(generator.integers(1, 30))))
     lengths = [n for _, _, n in rows]
     scores = [task.score(problem, text) for problem, text, _ in rows]
-    return Rollouts(
+    return cases.rollouts(
+        [(1, 2)] * len(rows),
+        [range(n) for n in lengths],
         prompt_ids=tuple(p.prompt_id for p, _, _ in rows),
         prompts=tuple(task.prompt(p, None) for p, _, _ in rows),
         responses=tuple(text for _, text, _ in rows),
-        prompt_token_ids=tuple((1, 2) for _ in rows),
-        response_token_ids=tuple(tuple(range(n)) for n in lengths),
         rewards=np.array([s.reward for s in scores]),
         correct=np.array([s.correct for s in scores]),
         truncated=generator.random(len(rows)) < 0.2,
@@ -302,30 +303,9 @@ def test_batch_size_halves_until_it_fits() -> None:
 
 @pytest.fixture(scope="module")
 def policy() -> Policy:
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-
-    words = ["<pad>", "</s>", "<think>", "</think>", "<answer>", "</answer>", *"0123456789+-=;"]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="="))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?(?:think|answer)>|."), "isolated")
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>")
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(words),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
+    words = ["<pad>", "</s>", "<think>", "</think>", "<answer>", "</answer>", *"0123456789+-=;?"]
     settings = StepSettings(temperature=0.9, max_response_tokens=12)
-    return Policy(Qwen2ForCausalLM(config).eval(), tokenizer, settings, step=7)
+    return Policy(cases.model(vocab_size=len(words)), cases.tokenizer(words), settings, step=7)
 
 
 def test_tiny_policy(policy: Policy, task: TemplatedTask) -> None:

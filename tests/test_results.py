@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import cases
 from stepscope.errors import BatchError, RunFolderError
 from stepscope.results import FloatArray, Rollouts, read_table, write_table
 from stepscope.stats import clustered_mean
@@ -48,21 +49,9 @@ def assert_same(a: Rollouts, b: Rollouts) -> None:
 
 def asked(texts: list[str], rewards: FloatArray) -> Rollouts:
     """One response to each row of a file that asks these texts: every row has an id of its own."""
-    count = len(texts)
-    return Rollouts(
-        prompt_ids=tuple(f"jsonl:own/test/{i}" for i in range(count)),
-        prompts=tuple(texts),
-        responses=("",) * count,
-        prompt_token_ids=((1,),) * count,
-        response_token_ids=((2,),) * count,
-        rewards=rewards,
-        correct=rewards > 0,
-        truncated=np.zeros(count, dtype=np.bool_),
-        logprobs=(np.zeros(1),) * count,
-        entropies=(np.zeros(1),) * count,
-        temperature=1.0,
-        max_response_tokens=1,
-    )
+    ids = tuple(f"jsonl:own/test/{i}" for i in range(len(texts)))
+    same = [(1,)] * len(texts)
+    return cases.rollouts(same, same, prompt_ids=ids, prompts=tuple(texts), rewards=rewards)
 
 
 def test_a_prompt_is_its_text_and_a_group_its_id():

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import cases
 from stepscope.measure.noise.batch_size import batch_sizes, loss_scale
 from stepscope.measure.noise.scale import from_products, group_products, noise_scale
 from stepscope.policy.loss.surrogate import advantages, token_weights
@@ -85,9 +86,9 @@ def test_small_batches_say_that_they_are() -> None:
     assert rows[8].noise is None
 
 
-def test_normalisation_of_the_loss(tiny_policy, draw_update) -> None:
+def test_normalisation_of_the_loss(tiny_policy) -> None:
     """A loss over the number of tokens weights part of a batch by its own; a mean over groups does not."""
-    update = draw_update(tiny_policy, num_prompts=4, group_size=3).update
+    update = cases.step(tiny_policy, num_prompts=4, group_size=3).update
     groups = np.array([0, 2])
     members = np.flatnonzero(np.isin(update.prompt_index, groups))
     tokens = update.num_tokens
@@ -102,8 +103,8 @@ def test_normalisation_of_the_loss(tiny_policy, draw_update) -> None:
         assert loss_scale(update, settings, whole)(groups) == pytest.approx(expected), loss_type
 
 
-def test_noise_scale_carries_the_batch_sizes(tiny_policy, draw_update) -> None:
-    step = draw_update(tiny_policy, num_prompts=4, group_size=3)
+def test_noise_scale_carries_the_batch_sizes(tiny_policy) -> None:
+    step = cases.step(tiny_policy, num_prompts=4, group_size=3)
     found = noise_scale(tiny_policy, step.update, preconditioner=step.preconditioner)
     assert set(found.batch_sizes) == {"sgd", "preconditioned"}
     rows = found.batch_sizes["sgd"].rows

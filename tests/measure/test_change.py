@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import cases
 from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy, random_step
 from stepscope.errors import MeasurementError
 from stepscope.measure.change import sweep as measured
@@ -230,9 +231,8 @@ def test_sampling_afresh_agrees(policy: Policy) -> None:
         resample_change(policy, step, sample, lr=lr, quantity="length")
 
 
-def test_a_real_step_of_a_real_optimizer_is_measured(build_policy: object) -> None:
-    assert callable(build_policy)
-    policy = build_policy(group_size=2, max_response_tokens=2)
+def test_a_real_step_of_a_real_optimizer_is_measured() -> None:
+    policy = cases.policy(group_size=2, max_response_tokens=2)
     rollouts, probabilities = exact_rollouts(policy, PROMPTS, eos_id=EOS, reward=digit_reward)
     drawn, _ = sample_exact(rollouts, probabilities, num_prompts=4, group_size=2, seed=0)
     update = replace(drawn, advantages=drawn.rewards - drawn.rewards.mean())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import cases
 from stepscope.errors import BatchError, MeasurementError
 from stepscope.measure.criteria.known import Criterion, TokenFacts, known_criteria, token_facts
 
@@ -202,8 +203,8 @@ def test_disc_v_is_the_exact_derivative_of_a_tabular_softmax_policy(seed):
     np.testing.assert_allclose(CRITERIA["disc_v"](facts), (pushes @ slope).numpy(), rtol=0, atol=1e-10)
 
 
-def test_facts_are_those_of_the_whole_distribution(tiny_policy, draw_rollouts):
-    update = draw_rollouts(tiny_policy, num_prompts=3, group_size=2)
+def test_facts_are_those_of_the_whole_distribution(tiny_policy):
+    update = cases.batch(tiny_policy, num_prompts=3, group_size=2)
     facts = token_facts(tiny_policy, update, micro_batch_size=4, max_sequences=4)
     assert len(facts) == update.num_tokens.sum()
     np.testing.assert_allclose(facts.ratio, 1, atol=1e-12)
@@ -222,12 +223,12 @@ def test_facts_are_those_of_the_whole_distribution(tiny_policy, draw_rollouts):
         at += len(response)
 
 
-def test_what_a_criterion_must_not_return(tiny_policy, draw_rollouts):
+def test_what_a_criterion_must_not_return(tiny_policy):
     with pytest.raises(MeasurementError, match=r"criterion half: returned shape \(2,\), expected \(5,\)"):
         Criterion("half", lambda f: f.logprob[:2], "half of it")(FACTS)
     with pytest.raises(MeasurementError, match="5 of its values are not finite"):
         Criterion("broken", lambda f: np.full(len(f), np.nan), "nan")(FACTS)
     with pytest.raises(BatchError, match="no advantages"):
         token_facts(
-            tiny_policy, replace(draw_rollouts(tiny_policy, num_prompts=1, group_size=2), advantages=None)
+            tiny_policy, replace(cases.batch(tiny_policy, num_prompts=1, group_size=2), advantages=None)
         )

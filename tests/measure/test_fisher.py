@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import cases
 from stepscope.errors import BatchError, MeasurementError
 from stepscope.measure.change.logprob_change import predict_logprobs
 from stepscope.measure.kernel.fisher import fisher_kernel, split_tokens
@@ -23,7 +23,6 @@ from stepscope.measure.kernel.structure import (
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.gradients import directional_derivative, response_logprob
-from stepscope.policy.loss.surrogate import advantages
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import shifted
@@ -31,32 +30,6 @@ from stepscope.results import FloatArray, Rollouts, read_arrays, write_arrays
 from stepscope.results.kernel import KernelReport
 
 VOCAB = 12
-
-
-def draw(policy: Policy, seed: int, num_prompts: int, group_size: int) -> Rollouts:
-    rng = np.random.default_rng(seed)
-    count = num_prompts * group_size
-    prompts = [tuple(rng.integers(2, VOCAB, rng.integers(2, 5)).tolist()) for _ in range(num_prompts)]
-    responses = [tuple(rng.integers(1, VOCAB, rng.integers(1, 6)).tolist()) for _ in range(count)]
-    index = np.repeat(np.arange(num_prompts), group_size)
-    rewards = rng.random(count)
-    drawn = Rollouts(
-        prompt_ids=tuple(f"p{seed}/{i}" for i in index),
-        prompts=("",) * count,
-        responses=("",) * count,
-        prompt_token_ids=tuple(prompts[i] for i in index),
-        response_token_ids=tuple(responses),
-        rewards=rewards,
-        correct=np.zeros(count, dtype=bool),
-        truncated=np.zeros(count, dtype=bool),
-        logprobs=tuple(np.zeros(len(r)) for r in responses),
-        entropies=tuple(np.zeros(len(r)) for r in responses),
-        temperature=policy.settings.temperature,
-        max_response_tokens=6,
-        advantages=advantages(rewards, index, "none"),
-    )
-    logprobs, entropies = score_rollouts(policy, drawn)
-    return replace(drawn, logprobs=logprobs, entropies=entropies)
 
 
 def token_jacobian(policy: Policy, rollouts: Rollouts) -> FloatArray:
@@ -73,7 +46,10 @@ def token_jacobian(policy: Policy, rollouts: Rollouts) -> FloatArray:
 
 
 def test_kernels_equal_explicit_gradients(tiny_policy: Policy) -> None:
-    update, probe = draw(tiny_policy, 1, 3, 3), draw(tiny_policy, 2, 4, 1)
+    update, probe = (
+        cases.batch(tiny_policy, num_prompts=3, group_size=3, seed=1),
+        cases.batch(tiny_policy, num_prompts=4, group_size=1, seed=2),
+    )
     P = reconstruct_step(tiny_policy, update).preconditioner
     p = torch.cat([P[n].reshape(-1) for n in tiny_policy.parameters]).numpy()
     T, H = token_jacobian(tiny_policy, update), token_jacobian(tiny_policy, probe)
@@ -108,7 +84,7 @@ def test_kernels_equal_explicit_gradients(tiny_policy: Policy) -> None:
 
 def test_contributions_add_up_to_the_step(tiny_policy: Policy) -> None:
     """All entries: |sum_i c_i|^2 in the metric P, the first-order decrease of the loss."""
-    step = reconstruct_step(tiny_policy, draw(tiny_policy, 1, 3, 3))
+    step = cases.step(tiny_policy, num_prompts=3, group_size=3, seed=1)
     kernel = fisher_kernel(
         tiny_policy, step.update, preconditioner=step.preconditioner, token_weights=step.token_weights
     )
@@ -119,7 +95,7 @@ def test_contributions_add_up_to_the_step(tiny_policy: Policy) -> None:
 
 def test_preconditioner_enters_once(tiny_policy: Policy) -> None:
     """K_P(i, j) is the change of S_i under an Adam-scaled step on S_j: P once, not P^2."""
-    update = draw(tiny_policy, 1, 2, 2)
+    update = cases.batch(tiny_policy, num_prompts=2, group_size=2, seed=1)
     P = reconstruct_step(tiny_policy, update).preconditioner
     kernel = fisher_kernel(tiny_policy, update, preconditioner=P).update["preconditioned"]
     lr = 1e-8
@@ -139,7 +115,10 @@ def test_preconditioner_enters_once(tiny_policy: Policy) -> None:
 @pytest.mark.parametrize("padding", [0, 3], ids=["padding unused", "padding sampled"])
 def test_predicted_logprob_change(tiny_policy: Policy, padding: int) -> None:
     tiny_policy.model.get_input_embeddings().padding_idx = padding
-    update, texts = draw(tiny_policy, 1, 3, 3), draw(tiny_policy, 5, 4, 1)
+    update, texts = (
+        cases.batch(tiny_policy, num_prompts=3, group_size=3, seed=1),
+        cases.batch(tiny_policy, num_prompts=4, group_size=1, seed=5),
+    )
     step = reconstruct_step(tiny_policy, update)
     found = predict_logprobs(tiny_policy, step, texts)
     along = directional_derivative(tiny_policy, texts, response_logprob, step.direction, as_trained=False)
@@ -149,9 +128,12 @@ def test_predicted_logprob_change(tiny_policy: Policy, padding: int) -> None:
     assert found.sequences.shape == (4, 9)
 
 
-def test_projection_states_its_error(build_policy: Callable[..., Policy]) -> None:
-    policy = build_policy(dtype=torch.float32)
-    update, probe = draw(policy, 1, 6, 4), draw(policy, 2, 5, 1)
+def test_projection_states_its_error() -> None:
+    policy = cases.policy(dtype=torch.float32)
+    update, probe = (
+        cases.batch(policy, num_prompts=6, group_size=4, seed=1),
+        cases.batch(policy, num_prompts=5, group_size=1, seed=2),
+    )
     P = reconstruct_step(policy, update).preconditioner
     exact = fisher_kernel(policy, update, probe, preconditioner=P)
     found = {
@@ -170,7 +152,7 @@ def test_projection_states_its_error(build_policy: Callable[..., Policy]) -> Non
 
 
 def test_sketches_are_unbiased_and_the_same_for_any_batch_size(tiny_policy: Policy) -> None:
-    update = draw(tiny_policy, 1, 2, 2)
+    update = cases.batch(tiny_policy, num_prompts=2, group_size=2, seed=1)
     exact = fisher_kernel(tiny_policy, update).update["raw"]
     draws = [fisher_kernel(tiny_policy, update, projection=32, seed=s).update["raw"] for s in range(24)]
     error = np.std(draws, axis=0) / np.sqrt(24)
@@ -180,7 +162,10 @@ def test_sketches_are_unbiased_and_the_same_for_any_batch_size(tiny_policy: Poli
 
 
 def test_files(tiny_policy: Policy, tmp_path: Path) -> None:
-    update, probe = draw(tiny_policy, 1, 3, 3), draw(tiny_policy, 2, 4, 1)
+    update, probe = (
+        cases.batch(tiny_policy, num_prompts=3, group_size=3, seed=1),
+        cases.batch(tiny_policy, num_prompts=4, group_size=1, seed=2),
+    )
     P = reconstruct_step(tiny_policy, update).preconditioner
     kernel = fisher_kernel(tiny_policy, update, probe, preconditioner=P)
     write_arrays(kernel.arrays(), tmp_path / "kernel.safetensors")
@@ -196,30 +181,14 @@ def test_files(tiny_policy: Policy, tmp_path: Path) -> None:
 
 
 def test_too_many_tokens_are_refused(tiny_policy: Policy) -> None:
-    batch = draw(tiny_policy, 1, 2, 2)
+    batch = cases.batch(tiny_policy, num_prompts=2, group_size=2, seed=1)
     with pytest.raises(BatchError, match="at most 4096"):
         split_tokens(batch.select([0] * 5000))
 
 
 def batch_of(prompts: list[int], responses: list[tuple[int, ...]] | None = None) -> Rollouts:
-    count = len(prompts)
-    ids = responses or [(1,)] * count
-    nothing = tuple(np.zeros(len(r)) for r in ids)
-    zeros = np.zeros(count)
-    return Rollouts(
-        prompt_ids=tuple(map(str, prompts)),
-        prompts=("",) * count,
-        responses=("",) * count,
-        prompt_token_ids=((1,),) * count,
-        response_token_ids=tuple(ids),
-        rewards=zeros,
-        correct=zeros > 0,
-        truncated=zeros > 0,
-        logprobs=nothing,
-        entropies=nothing,
-        temperature=1.0,
-        max_response_tokens=99,
-    )
+    ids = responses or [(1,)] * len(prompts)
+    return cases.rollouts([(1,)] * len(ids), ids, prompt_ids=tuple(map(str, prompts)))
 
 
 def test_components_of_a_constructed_kernel() -> None:
@@ -265,7 +234,7 @@ def test_shared_prefixes() -> None:
 
 
 def test_a_kernel_that_is_not_finite_is_refused(tiny_policy: Policy) -> None:
-    kernel = fisher_kernel(tiny_policy, draw(tiny_policy, 1, 2, 2))
+    kernel = fisher_kernel(tiny_policy, cases.batch(tiny_policy, num_prompts=2, group_size=2, seed=1))
     broken = kernel.update["raw"].copy()
     broken[2, 1] = np.inf
     with pytest.raises(MeasurementError, match="kernel update_raw: row 2 is not finite"):

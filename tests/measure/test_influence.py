@@ -8,10 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
+import cases
 from stepscope.errors import MeasurementError
 from stepscope.measure.change.sweep import measure_change
 from stepscope.measure.influence.attribution import Influence, influence, write_influence
@@ -26,9 +24,7 @@ from stepscope.measure.step.terms import term_gradients
 from stepscope.policy import vectors
 from stepscope.policy.gradients import gradient
 from stepscope.policy.loss.settings import StepSettings
-from stepscope.policy.loss.surrogate import advantages
 from stepscope.policy.numerics.precision import lift_model
-from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
 from stepscope.results import Rollouts
 
@@ -37,20 +33,9 @@ VOCAB = 13
 
 def build_policy(kind: str = "full", dtype: torch.dtype = torch.float64) -> Policy:
     """A random Llama with tied embeddings and an AdamW state in mid-training."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-    )
-    model: nn.Module = LlamaForCausalLM(config)
+    model = cases.model("llama", vocab_size=VOCAB, tie_word_embeddings=True)
     if kind == "lora":
-        model = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
+        model = cases.adapted(model, r=3, target_modules="all-linear")
     if dtype == torch.float64:
         model = lift_model(model)
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -64,36 +49,14 @@ def build_policy(kind: str = "full", dtype: torch.dtype = torch.float64) -> Poli
     return Policy(model.eval(), None, settings, optimizer)
 
 
-def draw(policy: Policy, seed: int, num_prompts: int, group_size: int) -> Rollouts:
-    rng = np.random.default_rng(seed)
-    count = num_prompts * group_size
-    prompts = [tuple(rng.integers(2, VOCAB, rng.integers(2, 6)).tolist()) for _ in range(num_prompts)]
-    responses = [tuple(rng.integers(0, VOCAB, rng.integers(1, 8)).tolist()) for _ in range(count)]
-    index = np.repeat(np.arange(num_prompts), group_size)
-    rewards = rng.random(count)
-    drawn = Rollouts(
-        prompt_ids=tuple(f"p{seed}/{i}" for i in index),
-        prompts=("",) * count,
-        responses=("",) * count,
-        prompt_token_ids=tuple(prompts[i] for i in index),
-        response_token_ids=tuple(responses),
-        rewards=rewards,
-        correct=np.zeros(count, dtype=bool),
-        truncated=np.zeros(count, dtype=bool),
-        logprobs=tuple(np.zeros(len(r)) for r in responses),
-        entropies=tuple(np.zeros(len(r)) for r in responses),
-        temperature=policy.settings.temperature,
-        max_response_tokens=policy.settings.max_response_tokens,
-        advantages=advantages(rewards, index, "none"),
-    )
-    logprobs, entropies = score_rollouts(policy, drawn)
-    return replace(drawn, logprobs=logprobs, entropies=entropies)
-
-
 @pytest.fixture(scope="module")
 def setting() -> tuple[Policy, Step, Rollouts]:
     policy = build_policy()
-    return policy, reconstruct_step(policy, draw(policy, 1, 3, 4)), draw(policy, 2, 6, 2)
+    return (
+        policy,
+        cases.step(policy, num_prompts=3, group_size=4, seed=1),
+        cases.batch(policy, num_prompts=6, group_size=2, seed=2),
+    )
 
 
 @pytest.mark.parametrize(
@@ -132,8 +95,8 @@ def test_parts_add_up_to_the_linear_change_with_its_error(
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_float32_adds_up(kind: str) -> None:
     policy = build_policy(kind, torch.float32)
-    step = reconstruct_step(policy, draw(policy, 1, 3, 4))
-    probe = draw(policy, 2, 6, 2)
+    step = cases.step(policy, num_prompts=3, group_size=4, seed=1)
+    probe = cases.batch(policy, num_prompts=6, group_size=2, seed=2)
     shares = influence(policy, step, step.update, probe, baseline="position")
     change = measure_change(policy, step, probe, lrs=[1e-4], baseline="position")
     assert shares.total.value == pytest.approx(change.slope.value, rel=1e-5)
@@ -145,7 +108,10 @@ def test_sampled_padding_tokens_are_not_trained_but_move_the_quantity(mode: str)
     """torch gives the padding embedding no gradient: the step has none, the derivative of the policy does."""
     policy = build_policy()
     policy.model.get_input_embeddings().padding_idx = 7
-    update, probe = draw(policy, 1, 3, 4), draw(policy, 2, 6, 2)
+    update, probe = (
+        cases.batch(policy, num_prompts=3, group_size=4, seed=1),
+        cases.batch(policy, num_prompts=6, group_size=2, seed=2),
+    )
     assert any(7 in ids[:-1] for batch in (update, probe) for ids in batch.response_token_ids)
     step = reconstruct_step(policy, update)
     shares = influence(policy, step, update, probe, mode=mode, probe_resolved=True)
@@ -166,8 +132,8 @@ def test_an_entropy_bonus_has_a_share_of_its_own() -> None:
     policy = build_policy()
     objective = {"name": "entropy_bonus", "coefficient": 0.3, "micro_batch_size": None}
     policy = replace(policy, settings=replace(policy.settings, objective=objective))
-    step = reconstruct_step(policy, draw(policy, 1, 3, 4))
-    probe = draw(policy, 2, 6, 2)
+    step = cases.step(policy, num_prompts=3, group_size=4, seed=1)
+    probe = cases.batch(policy, num_prompts=6, group_size=2, seed=2)
     shares = influence(policy, step, step.update, probe, baseline="position")
     change = measure_change(policy, step, probe, lrs=[1e-4], baseline="position")
     assert shares.total.value == pytest.approx(change.slope.value, rel=1e-8)
@@ -226,8 +192,8 @@ def test_sequence_errors_are_those_of_its_own_change(setting: tuple[Policy, Step
 
 def test_pooled_prompts_give_errors_of_the_same_size() -> None:
     policy = build_policy()
-    step = reconstruct_step(policy, draw(policy, 1, 3, 4))
-    probe = draw(policy, 3, 60, 1)
+    step = cases.step(policy, num_prompts=3, group_size=4, seed=1)
+    probe = cases.batch(policy, num_prompts=60, group_size=1, seed=3)
     exact = influence(policy, step, step.update, probe, baseline="position")
     pooled = influence(policy, step, step.update, probe, baseline="position", max_groups=20)
     np.testing.assert_allclose(pooled.sequences, exact.sequences, rtol=1e-9)
@@ -240,8 +206,8 @@ def test_pooled_prompts_give_errors_of_the_same_size() -> None:
 def test_errors_cover_the_spread_over_probe_batches() -> None:
     """Standard errors against the scatter of the estimate over independent probes of a real sampler."""
     policy = build_policy()
-    step = reconstruct_step(policy, draw(policy, 1, 2, 4))
-    population = draw(policy, 4, 1200, 1)
+    step = cases.step(policy, num_prompts=2, group_size=4, seed=1)
+    population = cases.batch(policy, num_prompts=1200, group_size=1, seed=4)
     found: list[Influence] = []
     for b in range(30):
         part = population.select(np.arange(40 * b, 40 * b + 40))

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import cases
 from stepscope.measure.kernel.fisher import fisher_kernel
 from stepscope.measure.kernel.structure import (
     KernelStructure,
@@ -23,22 +24,7 @@ PROMPTS, GROUP, TOKENS, DIM = 32, 4, 6, 2048
 
 
 def batch(responses: list[tuple[int, ...]], prompts: FloatArray) -> Rollouts:
-    count = len(responses)
-    nothing, zeros = tuple(np.zeros(len(r)) for r in responses), np.zeros(count)
-    return Rollouts(
-        prompt_ids=tuple(map(str, prompts)),
-        prompts=("",) * count,
-        responses=("",) * count,
-        prompt_token_ids=((1,),) * count,
-        response_token_ids=tuple(responses),
-        rewards=zeros,
-        correct=zeros > 0,
-        truncated=zeros > 0,
-        logprobs=nothing,
-        entropies=nothing,
-        temperature=1.0,
-        max_response_tokens=TOKENS,
-    )
+    return cases.rollouts([(1,)] * len(responses), responses, prompt_ids=tuple(map(str, prompts)))
 
 
 class Gradients:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import cases
 from stepscope.errors import BatchError, MeasurementError
 from stepscope.measure.criteria.known import Criterion, known_criteria
 from stepscope.measure.criteria.leaderboard import Leaderboard, rank_criteria
@@ -52,9 +53,9 @@ def tabular_policy() -> Policy:
 
 
 @pytest.fixture
-def tabular_board(tabular_policy, draw_rollouts) -> Leaderboard:
-    update = draw_rollouts(tabular_policy, num_prompts=6, group_size=4)
-    probe = draw_rollouts(tabular_policy, num_prompts=4, group_size=2, seed=5)
+def tabular_board(tabular_policy) -> Leaderboard:
+    update = cases.batch(tabular_policy, num_prompts=6, group_size=4)
+    probe = cases.batch(tabular_policy, num_prompts=4, group_size=2, seed=5)
     step = reconstruct_step(tabular_policy, update)
     return rank_criteria(tabular_policy, step, probe, baseline="none", num_resamples=20)
 
@@ -79,9 +80,9 @@ def test_the_tabular_criterion_is_perfect_on_a_tabular_policy(tabular_board):
 
 
 @pytest.fixture
-def case(tiny_policy, draw_update, draw_rollouts):
-    step = draw_update(tiny_policy, num_prompts=2, group_size=3)
-    probe = draw_rollouts(tiny_policy, num_prompts=4, group_size=2, seed=9)
+def case(tiny_policy):
+    step = cases.step(tiny_policy, num_prompts=2, group_size=3)
+    probe = cases.batch(tiny_policy, num_prompts=4, group_size=2, seed=9)
     return tiny_policy, step, probe
 
 
@@ -103,12 +104,12 @@ def jacobians(policy: Policy, rollouts) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("padding", [0, 9], ids=["padding unused", "padding sampled"])
-def test_truths_are_sums_of_the_explicit_matrix(tiny_policy, draw_update, draw_rollouts, padding):
+def test_truths_are_sums_of_the_explicit_matrix(tiny_policy, padding):
     """Tokens push as trained, not through the padding embedding; entropies move through it all the same."""
     policy = tiny_policy
     policy.model.get_input_embeddings().padding_idx = padding
-    step = draw_update(policy, num_prompts=2, group_size=3)
-    probe = draw_rollouts(policy, num_prompts=4, group_size=2, seed=9)
+    step = cases.step(policy, num_prompts=2, group_size=3)
+    probe = cases.batch(policy, num_prompts=4, group_size=2, seed=9)
     for batch in (step.update, probe):
         assert any(padding in ids[:-1] for ids in batch.response_token_ids) == (padding > 0)
     truths = by_name(token_truths(policy, step, probe, baseline="none"))
@@ -214,7 +215,7 @@ def test_what_is_stored(tabular_board):
     assert len({len(c) for c in columns.values()}) == 1
 
 
-def test_refusals(case, draw_rollouts):
+def test_refusals(case):
     policy, step, _ = case
     with pytest.raises(BatchError, match="one prompt only"):
-        token_truths(policy, step, draw_rollouts(policy, num_prompts=1, group_size=4, seed=3))
+        token_truths(policy, step, cases.batch(policy, num_prompts=1, group_size=4, seed=3))

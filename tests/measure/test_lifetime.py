@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
+import cases
 from stepscope.errors import CheckpointError
 from stepscope.measure.step.lifetime import carried, lifetime
-from stepscope.measure.step.reconstruct import Step
 from stepscope.policy.state import ParameterGroup, Policy
 
 
@@ -66,11 +65,11 @@ def test_known_values() -> None:
 
 @pytest.mark.parametrize("constant", [False, True], ids=["white noise", "constant"])
 def test_share_of_a_batch_by_arithmetic_alone(
-    constant: bool, draw_update: Callable[..., Step], build_policy: Callable[..., Policy]
+    constant: bool,
 ) -> None:
     """A step made of simulated gradients has the share that is said of it, and so a relative share of 1."""
-    policy = build_policy()
-    step = draw_update(policy, num_prompts=2, group_size=2)
+    policy = cases.policy()
+    step = cases.step(policy, num_prompts=2, group_size=2)
     state, t = policy.optimizer, 11
     assert state is not None
     generator = torch.Generator().manual_seed(0)
@@ -94,8 +93,8 @@ def test_share_of_a_batch_by_arithmetic_alone(
     assert found.effect == pytest.approx({n: carried(state.groups[0], t, n) for n in (1, 10, 40)}, rel=1e-2)
 
 
-def test_groups_count_by_the_length_they_have(tiny_policy: Policy, draw_update: Callable[..., Step]) -> None:
-    step = draw_update(tiny_policy, num_prompts=2, group_size=2)
+def test_groups_count_by_the_length_they_have(tiny_policy: Policy) -> None:
+    step = cases.step(tiny_policy, num_prompts=2, group_size=2)
     state = tiny_policy.optimizer
     assert state is not None
     young = set(state.groups[0].names)
@@ -114,7 +113,7 @@ def test_groups_count_by_the_length_they_have(tiny_policy: Policy, draw_update: 
     }
 
 
-def test_a_policy_without_optimizer_is_refused(tiny_policy: Policy, draw_update: Callable[..., Step]) -> None:
-    step = draw_update(tiny_policy, num_prompts=2, group_size=2)
+def test_a_policy_without_optimizer_is_refused(tiny_policy: Policy) -> None:
+    step = cases.step(tiny_policy, num_prompts=2, group_size=2)
     with pytest.raises(CheckpointError, match="no optimizer state"):
         lifetime(replace(tiny_policy, optimizer=None), step)

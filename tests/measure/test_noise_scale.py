@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import cases
 from stepscope.errors import BatchError
 from stepscope.measure.noise.scale import effect_noise_scale, from_products, noise_scale
 from stepscope.measure.step.reconstruct import sequence_direction
@@ -83,8 +84,8 @@ def test_effect_is_one_dimensional() -> None:
     assert found.signal.value == pytest.approx(x.mean() ** 2 - x.var(ddof=1) / 9)
 
 
-def test_policy_gradients(tiny_policy, draw_update) -> None:
-    step = draw_update(tiny_policy, num_prompts=4, group_size=3)
+def test_policy_gradients(tiny_policy) -> None:
+    step = cases.step(tiny_policy, num_prompts=4, group_size=3)
     found = noise_scale(tiny_policy, step.update, preconditioner=step.preconditioner)
     P = step.preconditioner
     parts = [sequence_direction(tiny_policy, step, i) for i in range(12)]
@@ -103,8 +104,8 @@ def test_policy_gradients(tiny_policy, draw_update) -> None:
     assert NoiseScales.from_json(found.to_json(), "noise.json").to_json() == found.to_json()
 
 
-def test_one_prompt_is_refused(tiny_policy, draw_update) -> None:
-    step = draw_update(tiny_policy, num_prompts=2, group_size=3)
+def test_one_prompt_is_refused(tiny_policy) -> None:
+    step = cases.step(tiny_policy, num_prompts=2, group_size=3)
     with pytest.raises(BatchError, match="at least 2"):
         noise_scale(tiny_policy, step.update.select([0, 1, 2]))
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+import cases
 from stepscope.measure.influence.attribution import influence, influences
 from stepscope.measure.influence.reliability import (
     halvings,
@@ -127,9 +128,9 @@ def test_the_gain_is_the_factor_of_the_noise() -> None:
 
 
 @pytest.fixture
-def case(tiny_policy, draw_update, draw_rollouts):
-    step = draw_update(tiny_policy, num_prompts=4, group_size=3)
-    return tiny_policy, step, draw_rollouts(tiny_policy, num_prompts=16, group_size=2, seed=9)
+def case(tiny_policy):
+    step = cases.step(tiny_policy, num_prompts=4, group_size=3)
+    return tiny_policy, step, cases.batch(tiny_policy, num_prompts=16, group_size=2, seed=9)
 
 
 def test_folds_are_influence_through_each_part_of_the_probe(case) -> None:

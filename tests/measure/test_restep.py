@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import cases
 from stepscope.errors import MeasurementError
 from stepscope.measure.change.sweep import measure_change
 from stepscope.measure.criteria.leaderboard import rank_criteria
@@ -17,9 +18,9 @@ from stepscope.policy.gradients import gradient
 
 
 @pytest.fixture
-def case(tiny_policy, draw_update, draw_rollouts):
-    step = draw_update(tiny_policy, num_prompts=3, group_size=3)
-    return tiny_policy, step, draw_rollouts(tiny_policy, num_prompts=6, group_size=2, seed=9)
+def case(tiny_policy):
+    step = cases.step(tiny_policy, num_prompts=3, group_size=3)
+    return tiny_policy, step, cases.batch(tiny_policy, num_prompts=6, group_size=2, seed=9)
 
 
 def test_a_restep_is_the_step_of_the_other_tokens(case):

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
+import cases
 from enumerable import EOS, PROMPTS, VOCABULARY
 from stepscope.errors import MeasurementError
 from stepscope.measure.change.sweep import measure_change
 from stepscope.measure.step.reconstruct import Step, reconstruct_step
 from stepscope.measure.step.rounding import RoundedStep, rounded_step
 from stepscope.policy.checkpoint.optimizer_state import match_optimizer
-from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.loss.settings import StepSettings
-from stepscope.policy.loss.surrogate import policy_loss
 from stepscope.policy.numerics.precision import lift_model
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy
@@ -28,7 +25,6 @@ from stepscope.policy.stored import rounding_doubt
 from stepscope.reference import exact_change, exact_rollouts, exact_value
 from stepscope.results import Rollouts
 
-Draw = Callable[..., Rollouts]
 HALF = torch.bfloat16
 LRS = (1e-6, 1e-5, 1e-4)
 KERNELS = ({}, {"foreach": True}, {"fused": True})
@@ -39,30 +35,17 @@ class Training:
 
     def __init__(
         self,
-        draw: Draw,
         *,
         kind: torch.dtype = HALF,
         clip: float = 0.05,
         **optimizer: Any,
     ) -> None:
-        torch.manual_seed(0)
-        config = Qwen2Config(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            initializer_range=0.3,
-            tie_word_embeddings=True,
-            pad_token_id=None,
-            eos_token_id=EOS,
-            bos_token_id=None,
-        )
         settings = StepSettings(
             loss_type="dr_grpo", temperature=0.9, max_response_tokens=3, max_grad_norm=clip
         )
-        model = cast(Qwen2ForCausalLM(config).eval(), kind)
+        model = cast(
+            cases.model(hidden_size=32, intermediate_size=64, vocab_size=VOCABULARY, pad_token_id=None), kind
+        )
         self.policy = Policy(model, None, settings)
         named = self.policy.parameters
         self.optimizer = torch.optim.AdamW(
@@ -75,24 +58,16 @@ class Training:
             **optimizer,
         )
         for seed in range(3):
-            self.step(draw(self.policy, num_prompts=4, group_size=4, seed=seed))
+            self.step(cases.batch(self.policy, num_prompts=4, group_size=4, seed=seed))
 
     def step(self, batch: Rollouts, gradient: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """A step for real, of the batch or of a gradient; the parameters after it."""
-        self.optimizer.zero_grad()
         if gradient is None:
-            tokens = make_batch(batch.prompt_token_ids, batch.response_token_ids)
-            outputs = forward(self.policy.model, tokens, temperature=batch.temperature)
-            mask = tokens.response_mask
-            now, advantages = outputs.logprobs, torch.as_tensor(batch.advantages)
-            policy_loss(now, now.detach(), advantages, mask, self.policy.settings).backward()
+            cases.take_step(self.policy, self.optimizer, batch)
         else:
             for name, parameter in self.policy.parameters.items():
                 parameter.grad = gradient[name].to(parameter.dtype)
-        if self.policy.settings.max_grad_norm > 0:
-            params = self.policy.parameters.values()
-            torch.nn.utils.clip_grad_norm_(params, self.policy.settings.max_grad_norm)
-        self.optimizer.step()
+            cases.clipped_step(self.policy, self.optimizer)
         return {n: p.detach().clone() for n, p in self.policy.parameters.items()}
 
     def checkpoint(self, lr: float, dtype: torch.dtype = torch.float32) -> Policy:
@@ -130,13 +105,11 @@ def apart(ours: dict[str, Tensor], real: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=["single", "foreach", "fused"])
 @pytest.mark.parametrize("lr", LRS)
-def test_a_gradient_moves_the_weights_as_in_the_training(
-    draw_rollouts: Draw, kernel: dict[str, bool], lr: float
-) -> None:
+def test_a_gradient_moves_the_weights_as_in_the_training(kernel: dict[str, bool], lr: float) -> None:
     """From the state of a checkpoint and the same gradient torch's own weights come out, bit for bit."""
-    training = Training(draw_rollouts, **kernel)
+    training = Training(**kernel)
     policy = training.checkpoint(lr)
-    batch = draw_rollouts(policy, num_prompts=4, group_size=4, seed=9)
+    batch = cases.batch(policy, num_prompts=4, group_size=4, seed=9)
     step, taken = rebuilt(policy, batch)
     assert 0 < taken.share_moved < 1
     assert taken.kept_in == "bfloat16"
@@ -146,15 +119,13 @@ def test_a_gradient_moves_the_weights_as_in_the_training(
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=["single", "foreach", "fused"])
 @pytest.mark.parametrize("lr", LRS)
-def test_a_batch_moves_the_weights_as_in_the_training(
-    draw_rollouts: Draw, kernel: dict[str, bool], lr: float
-) -> None:
+def test_a_batch_moves_the_weights_as_in_the_training(kernel: dict[str, bool], lr: float) -> None:
     """With a backward pass in bfloat16 all weights are the same but for one where the last bit of a gradient
     depends on the order in which the loss is summed; with one in float32 few round otherwise.
     """
-    training = Training(draw_rollouts, **kernel)
+    training = Training(**kernel)
     same, finer = training.checkpoint(lr, HALF), training.checkpoint(lr)
-    batch = draw_rollouts(same, num_prompts=4, group_size=4, seed=9)
+    batch = cases.batch(same, num_prompts=4, group_size=4, seed=9)
     (_, exact), (_, near) = rebuilt(same, batch), rebuilt(finer, batch)
     real = training.step(batch)
     assert apart(exact.parameters, real) < 1e-4
@@ -165,12 +136,12 @@ def test_a_batch_moves_the_weights_as_in_the_training(
 
 @pytest.mark.parametrize("kernel", KERNELS[::2], ids=["single", "fused"])
 @pytest.mark.parametrize("lr", LRS)
-def test_the_change_is_that_of_the_training(draw_rollouts: Draw, kernel: dict[str, bool], lr: float) -> None:
+def test_the_change_is_that_of_the_training(kernel: dict[str, bool], lr: float) -> None:
     """The entropy of all responses before and after a real step in bfloat16, against what is reported."""
-    training = Training(draw_rollouts, **kernel)
+    training = Training(**kernel)
     policy = training.checkpoint(lr, torch.float64)
     rollouts, probabilities = exact_rollouts(policy, PROMPTS, eos_id=EOS)
-    step, taken = rebuilt(policy, draw_rollouts(policy, num_prompts=4, group_size=4, seed=9))
+    step, taken = rebuilt(policy, cases.batch(policy, num_prompts=4, group_size=4, seed=9))
     found = measure_change(
         policy, step, rollouts, lrs=[lr], taken=taken, sequence_weights=probabilities, baseline="none"
     )
@@ -189,11 +160,11 @@ def test_the_change_is_that_of_the_training(draw_rollouts: Draw, kernel: dict[st
     assert abs(real) < 0.5 * abs(whole)
 
 
-def test_operations_are_rounded_one_by_one(draw_rollouts: Draw) -> None:
+def test_operations_are_rounded_one_by_one() -> None:
     """Decay, moments, denominator and quotient in float32, each brought to bfloat16 before the next."""
-    training = Training(draw_rollouts, clip=0.0)
+    training = Training(clip=0.0)
     policy = training.checkpoint(1e-3)
-    step, taken = rebuilt(policy, draw_rollouts(policy, num_prompts=4, group_size=4, seed=9))
+    step, taken = rebuilt(policy, cases.batch(policy, num_prompts=4, group_size=4, seed=9))
     state = policy.optimizer
     assert state is not None
     for group in state.groups:
@@ -214,21 +185,21 @@ def round_half(values: Tensor) -> Tensor:
     return values.to(HALF).float()
 
 
-def test_decay_and_small_steps_do_nothing_at_all(draw_rollouts: Draw) -> None:
+def test_decay_and_small_steps_do_nothing_at_all() -> None:
     """1 - lr x decay is 1 to bfloat16; what moves are weights near zero."""
-    training = Training(draw_rollouts)
+    training = Training()
     policy = training.checkpoint(1e-6)
-    step, taken = rebuilt(policy, draw_rollouts(policy, num_prompts=4, group_size=4, seed=9))
+    step, taken = rebuilt(policy, cases.batch(policy, num_prompts=4, group_size=4, seed=9))
     for name, parameter in policy.parameters.items():
         start, end = parameter.detach(), taken.parameters[name].float()
         still = start.abs() > 2**9 * 2 * taken.lr * step.direction[name].abs()
         assert torch.equal(end[still], start[still]), name
 
 
-def test_parameters_are_left_alone_and_rates_stand_in_for_zero(draw_rollouts: Draw) -> None:
-    training = Training(draw_rollouts)
+def test_parameters_are_left_alone_and_rates_stand_in_for_zero() -> None:
+    training = Training()
     policy = training.checkpoint(1e-4)
-    batch = draw_rollouts(policy, num_prompts=4, group_size=4, seed=9)
+    batch = cases.batch(policy, num_prompts=4, group_size=4, seed=9)
     before = {n: p.detach().clone() for n, p in policy.parameters.items()}
     step, taken = rebuilt(policy, batch)
     measure_change(policy, step, batch, lrs=[1e-4], taken=taken, baseline="none")
@@ -242,13 +213,13 @@ def test_parameters_are_left_alone_and_rates_stand_in_for_zero(draw_rollouts: Dr
     assert all(torch.equal(again.parameters[n], taken.parameters[n]) for n in before)
 
 
-def test_only_parameters_in_a_half_type_are_rounded(draw_rollouts: Draw) -> None:
-    policy = Training(draw_rollouts).checkpoint(1e-5)
+def test_only_parameters_in_a_half_type_are_rounded() -> None:
+    policy = Training().checkpoint(1e-5)
     state = policy.optimizer
     assert state is not None
     types = {n: torch.float32 if "norm" in n else kind for n, kind in state.moment_types.items()}
     policy = replace(policy, optimizer=replace(state, moment_types=types))
-    step, taken = rebuilt(policy, draw_rollouts(policy, num_prompts=4, group_size=4, seed=9))
+    step, taken = rebuilt(policy, cases.batch(policy, num_prompts=4, group_size=4, seed=9))
     norms = [n for n in taken.parameters if "norm" in n]
     assert {taken.parameters[n].dtype for n in norms} == {torch.float32}
     for name in norms:
@@ -256,30 +227,30 @@ def test_only_parameters_in_a_half_type_are_rounded(draw_rollouts: Draw) -> None
         torch.testing.assert_close(moved, 1e-5 * step.direction[name], rtol=0.02, atol=1e-7)
 
 
-def test_what_was_never_rounded_has_no_rounded_step(draw_rollouts: Draw) -> None:
-    policy = Training(draw_rollouts, kind=torch.float32).checkpoint(1e-4)
-    step = reconstruct_step(policy, draw_rollouts(policy, num_prompts=4, group_size=4, seed=9))
+def test_what_was_never_rounded_has_no_rounded_step() -> None:
+    policy = Training(kind=torch.float32).checkpoint(1e-4)
+    step = reconstruct_step(policy, cases.batch(policy, num_prompts=4, group_size=4, seed=9))
     assert rounded_step(policy, step, 1e-4) is None
     assert rounding_doubt(("float32",), policy.optimizer.moment_types) == ""  # type: ignore[union-attr]
     finer = rounding_doubt(("bfloat16",), policy.optimizer.moment_types)  # type: ignore[union-attr]
     assert "had finer weights" in finer
 
 
-def test_weights_that_the_type_does_not_have_are_refused(draw_rollouts: Draw) -> None:
-    policy = Training(draw_rollouts).checkpoint(1e-4)
+def test_weights_that_the_type_does_not_have_are_refused() -> None:
+    policy = Training().checkpoint(1e-4)
     with torch.no_grad():
         next(iter(policy.parameters.values())).mul_(1.001)
-    step = reconstruct_step(policy, draw_rollouts(policy, num_prompts=4, group_size=4, seed=9))
+    step = reconstruct_step(policy, cases.batch(policy, num_prompts=4, group_size=4, seed=9))
     with pytest.raises(MeasurementError, match=r"is no bfloat16 number although AdamW's moments are"):
         rounded_step(policy, step, 1e-4)
 
 
-def test_a_training_that_float16_ends_is_refused(draw_rollouts: Draw) -> None:
+def test_a_training_that_float16_ends_is_refused() -> None:
     """eps = 1e-8 is 0 in float16: a second moment of 0 divides by it."""
-    training = Training(draw_rollouts)
+    training = Training()
     cast(training.policy.model, torch.float16)
     training.optimizer.load_state_dict(training.optimizer.state_dict())
     policy = training.checkpoint(1e-4)
-    step = reconstruct_step(policy, draw_rollouts(policy, num_prompts=4, group_size=4, seed=9))
+    step = reconstruct_step(policy, cases.batch(policy, num_prompts=4, group_size=4, seed=9))
     with pytest.raises(MeasurementError, match=r"a training in float16 is not finite: .* the training ends"):
         rounded_step(policy, step, 1e-4)

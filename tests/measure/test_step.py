@@ -9,10 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
+import cases
 from stepscope.errors import BatchError, CheckpointError, MeasurementError
 from stepscope.measure.step.reconstruct import (
     Step,
@@ -25,9 +24,7 @@ from stepscope.measure.step.reconstruct import (
 from stepscope.policy import vectors
 from stepscope.policy.checkpoint.optimizer_state import match_optimizer
 from stepscope.policy.checkpoint.parameter_order import decay_parameter_names
-from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.loss.settings import StepSettings
-from stepscope.policy.loss.surrogate import advantages, policy_loss
 from stepscope.policy.numerics.precision import lift_model
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy
@@ -35,71 +32,10 @@ from stepscope.results import Rollouts
 
 
 def build(kind: str, dtype: torch.dtype) -> nn.Module:
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=19,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        initializer_range=0.3,
-        tie_word_embeddings=True,
-    )
-    model: nn.Module = Qwen2ForCausalLM(config)
+    model = cases.model(vocab_size=19)
     if kind == "lora":
-        model = get_peft_model(
-            model, LoraConfig(r=3, target_modules=["q_proj", "v_proj", "up_proj"], init_lora_weights=False)
-        )
+        model = cases.adapted(model, r=3, target_modules=["q_proj", "v_proj", "up_proj"])
     return (lift_model(model) if dtype == torch.float64 else model).eval()
-
-
-def draw_batch(policy: Policy, seed: int, num_prompts: int = 3, group_size: int = 3) -> Rollouts:
-    """Random token ids as responses: a step does not care who wrote them, the ratio is 1."""
-    rng = np.random.default_rng(seed)
-    count = num_prompts * group_size
-    prompts = [tuple(rng.integers(2, 19, rng.integers(2, 6)).tolist()) for _ in range(num_prompts)]
-    responses = [tuple(rng.integers(0, 19, rng.integers(1, 8)).tolist()) for _ in range(count)]
-    index = np.repeat(np.arange(num_prompts), group_size)
-    rewards = rng.random(count)
-    rollouts = Rollouts(
-        prompt_ids=tuple(f"p{i}" for i in index),
-        prompts=("",) * count,
-        responses=("",) * count,
-        prompt_token_ids=tuple(prompts[i] for i in index),
-        response_token_ids=tuple(responses),
-        rewards=rewards,
-        correct=np.zeros(count, dtype=bool),
-        truncated=np.zeros(count, dtype=bool),
-        logprobs=tuple(np.zeros(len(r)) for r in responses),
-        entropies=tuple(np.zeros(len(r)) for r in responses),
-        temperature=policy.settings.temperature,
-        max_response_tokens=policy.settings.max_response_tokens,
-        advantages=advantages(rewards, index, policy.settings.scale_rewards),
-    )
-    logprobs, entropies = score_rollouts(policy, rollouts)
-    return replace(rollouts, logprobs=logprobs, entropies=entropies)
-
-
-def take_step(policy: Policy, optimizer: torch.optim.Optimizer, batch: Rollouts) -> float:
-    """What a trainer does: loss, backward, clip, step. Returns the norm before clipping."""
-    tokens = make_batch(batch.prompt_token_ids, batch.response_token_ids)
-    outputs = forward(policy.model, tokens, temperature=batch.temperature)
-    assert batch.advantages is not None
-    loss = policy_loss(
-        outputs.logprobs,
-        outputs.logprobs.detach(),
-        torch.as_tensor(batch.advantages, dtype=policy.dtype),
-        tokens.response_mask,
-        policy.settings,
-    )
-    optimizer.zero_grad()
-    loss.backward()
-    limit = policy.settings.max_grad_norm
-    params = list(policy.parameters.values())
-    norm = torch.nn.utils.clip_grad_norm_(params, limit if limit > 0 else float("inf"))
-    optimizer.step()
-    return float(norm)
 
 
 def trained(
@@ -133,7 +69,7 @@ def trained(
     ]
     optimizer = torch.optim.AdamW(groups, lr=lr, amsgrad=amsgrad)
     for seed in range(3):
-        take_step(policy, optimizer, draw_batch(policy, seed))
+        cases.take_step(policy, optimizer, cases.batch(policy, seed=seed))
     return with_state(policy, optimizer), optimizer
 
 
@@ -146,7 +82,7 @@ def real_direction(
     policy: Policy, optimizer: torch.optim.Optimizer, update: Rollouts, lr: float
 ) -> tuple[dict[str, Tensor], float]:
     before = {n: p.detach().clone() for n, p in policy.parameters.items()}
-    norm = take_step(policy, optimizer, update)
+    norm = cases.take_step(policy, optimizer, update)
     return {n: (p.detach().double() - before[n].double()) / lr for n, p in policy.parameters.items()}, norm
 
 
@@ -168,7 +104,7 @@ def test_direction_is_the_step_adamw_takes(
     policy, optimizer = trained(
         kind, dtype, max_grad_norm=max_grad_norm, amsgrad=amsgrad, second_lr=second_lr, lr=lr
     )
-    update = draw_batch(policy, 99)
+    update = cases.batch(policy, seed=99)
     step = reconstruct_step(policy, update, max_sequences=4)
     direction, norm = real_direction(policy, optimizer, update, lr)
     assert vectors.cosine(step.direction, direction) >= 1 - tolerance
@@ -184,7 +120,7 @@ def test_direction_is_the_step_adamw_takes(
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo"])
 def test_every_loss_type_makes_its_own_step(loss_type: str) -> None:
     policy, optimizer = trained("full", torch.float64, loss_type=loss_type)
-    update = draw_batch(policy, 99)
+    update = cases.batch(policy, seed=99)
     step = reconstruct_step(policy, update, max_sequences=2)
     direction, _ = real_direction(policy, optimizer, update, 3e-3)
     assert vectors.cosine(step.direction, direction) >= 1 - 1e-10
@@ -193,7 +129,7 @@ def test_every_loss_type_makes_its_own_step(loss_type: str) -> None:
 @pytest.fixture(params=["full", "lora"])
 def float32_step(request: pytest.FixtureRequest) -> tuple[Policy, Step]:
     policy, _ = trained(request.param, torch.float32, max_grad_norm=0.02)
-    return policy, reconstruct_step(policy, draw_batch(policy, 99))
+    return policy, cases.step(policy, seed=99)
 
 
 def test_parts_add_up_in_float32(float32_step: tuple[Policy, Step]) -> None:
@@ -211,7 +147,7 @@ def test_parts_add_up_in_float32(float32_step: tuple[Policy, Step]) -> None:
 def test_directions_of_the_sequences_add_up(kind: str, dtype: torch.dtype, tolerance: float) -> None:
     """In float32 the preconditioner magnifies the round-off of gradients that are nearly zero."""
     policy, _ = trained(kind, dtype, max_grad_norm=0.02)
-    step = reconstruct_step(policy, draw_batch(policy, 99))
+    step = cases.step(policy, seed=99)
     parts = [sequence_direction(policy, step, i) for i in range(len(step.update))]
     whole = step.components["sequences"]
     gap = vectors.add(*parts, vectors.scale(whole, -1.0))
@@ -232,7 +168,7 @@ def test_summary_shares_add_up(float32_step: tuple[Policy, Step]) -> None:
 
 def test_micro_batches_do_not_matter() -> None:
     policy, _ = trained("lora", torch.float64)
-    update = draw_batch(policy, 99)
+    update = cases.batch(policy, seed=99)
     one, many = (reconstruct_step(policy, update, max_sequences=n) for n in (1, 9))
     for name in one.direction:
         torch.testing.assert_close(one.direction[name], many.direction[name], rtol=1e-9, atol=1e-12)
@@ -241,7 +177,7 @@ def test_micro_batches_do_not_matter() -> None:
 def test_learning_rate_zero_still_has_a_direction() -> None:
     """The last checkpoint of a linear schedule has lr = 0; the direction does not depend on it."""
     policy, optimizer = trained("full", torch.float64)
-    update = draw_batch(policy, 99)
+    update = cases.batch(policy, seed=99)
     expected = reconstruct_step(policy, update)
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -253,7 +189,7 @@ def test_learning_rate_zero_still_has_a_direction() -> None:
 
 def test_kl_penalty_uses_the_model_without_its_adapter() -> None:
     policy, _ = trained("lora", torch.float64)
-    update = draw_batch(policy, 99)
+    update = cases.batch(policy, seed=99)
     held = replace(policy, settings=replace(policy.settings, beta=0.5))
     step = reconstruct_step(held, update)
     bare = Policy(model=policy.model.get_base_model(), tokenizer=None, settings=policy.settings)  # type: ignore[operator]
@@ -267,7 +203,7 @@ def test_kl_penalty_uses_the_model_without_its_adapter() -> None:
 
 def test_kl_penalty_of_a_full_model_needs_its_reference() -> None:
     policy, _ = trained("full", torch.float64)
-    update = draw_batch(policy, 99)
+    update = cases.batch(policy, seed=99)
     held = replace(policy, settings=replace(policy.settings, beta=0.5))
     with pytest.raises(MeasurementError, match="pass the policy it is held to as reference"):
         reconstruct_step(held, update)
@@ -278,7 +214,7 @@ def test_kl_penalty_of_a_full_model_needs_its_reference() -> None:
 def test_a_batch_of_another_policy_is_refused_unless_said_so() -> None:
     policy, _ = trained("full", torch.float64)
     other = Policy(model=build("full", torch.float64), tokenizer=None, settings=policy.settings)
-    update = draw_batch(other, 99)
+    update = cases.batch(other, seed=99)
     with pytest.raises(BatchError, match="off_policy=True"):
         reconstruct_step(policy, update)
     step = reconstruct_step(policy, update, off_policy=True)
@@ -292,7 +228,7 @@ def test_a_batch_of_another_policy_is_refused_unless_said_so() -> None:
 
 def test_no_optimizer_state_is_an_error_not_a_fresh_optimizer() -> None:
     policy, _ = trained("full", torch.float64)
-    update = draw_batch(policy, 99)
+    update = cases.batch(policy, seed=99)
     with pytest.raises(CheckpointError, match="no optimizer state"):
         reconstruct_step(replace(policy, optimizer=None), update)
     next(iter(policy.parameters.values())).requires_grad_(False)
@@ -303,7 +239,7 @@ def test_no_optimizer_state_is_an_error_not_a_fresh_optimizer() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_names_its_parameter(value: float) -> None:
     policy, _ = trained("full", torch.float64)
-    update = draw_batch(policy, 9)
+    update = cases.batch(policy, seed=9)
     ascent = {n: torch.zeros_like(p) for n, p in policy.parameters.items()}
     ascent["model.layers.1.mlp.up_proj.weight"][2, 3] = value
     with pytest.raises(
@@ -325,7 +261,7 @@ def test_a_step_that_is_not_finite_names_its_parameter() -> None:
         exp_avg={**policy.optimizer.exp_avg, name: zero},
         exp_avg_sq={**policy.optimizer.exp_avg_sq, name: zero},
     )
-    update = draw_batch(policy, 9)
+    update = cases.batch(policy, seed=9)
     ascent = {n: torch.zeros_like(p) for n, p in policy.parameters.items()}
     weights = [np.zeros(n) for n in update.num_tokens]
     with pytest.raises(
@@ -349,10 +285,10 @@ def test_a_bias_of_minus_infinity_without_decay_stays_where_it_is() -> None:
 
 def test_a_token_weight_that_is_not_finite_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, _ = trained("full", torch.float64)
-    update = draw_batch(policy, 9)
+    update = cases.batch(policy, seed=9)
     weights = [np.ones(n) for n in update.num_tokens]
     weights[4][-1] = np.nan
     monkeypatch.setattr("stepscope.measure.step.reconstruct.token_weights", lambda *args, **kwargs: weights)
-    place = rf"sequence 4 \(p1\), response token {len(weights[4]) - 1} is not finite"
+    place = rf"sequence 4 \(p9/1\), response token {len(weights[4]) - 1} is not finite"
     with pytest.raises(MeasurementError, match=place):
         reconstruct_step(policy, update)

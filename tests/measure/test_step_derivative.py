@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import cases
 from stepscope.errors import MeasurementError
 from stepscope.measure.influence.attribution import influence, influences, neglected_share
 from stepscope.measure.influence.probe_gradient import bind_quantity, probe_gradient
@@ -116,8 +116,6 @@ class _Forward(torch.nn.Module):
 
 @pytest.mark.parametrize(("steps", "kept", "amsgrad", "beta2", "second_rate"), STATES)
 def test_influence_through_the_optimizer_is_what_torch_does(
-    build_policy: Callable[..., Policy],
-    draw_rollouts: Callable[..., object],
     steps: int,
     kept: float,
     amsgrad: bool,
@@ -125,11 +123,11 @@ def test_influence_through_the_optimizer_is_what_torch_does(
     second_rate: float,
 ) -> None:
     """Of single tokens, of a sequence and of the whole batch, by central differences in their weights."""
-    policy = build_policy()
-    update = draw_rollouts(policy, num_prompts=3, group_size=3)
+    policy = cases.policy()
+    update = cases.batch(policy, num_prompts=3, group_size=3)
     policy = with_state(policy, reconstruct_step(policy, update), steps, kept, amsgrad, beta2, second_rate)
     step = reconstruct_step(policy, update)
-    probe = draw_rollouts(policy, num_prompts=6, group_size=1, seed=5)
+    probe = cases.batch(policy, num_prompts=6, group_size=1, seed=5)
     bound = bind_quantity(policy, probe, "entropy", direction=step.direction, baseline="position")
     slope = probe_gradient(policy, probe, bound, errors=False).mean()
     found = influence(policy, step, update, probe, baseline="position", through="optimizer")
@@ -161,9 +159,9 @@ def test_influence_through_the_optimizer_is_what_torch_does(
         assert abs(found.sequences.sum()) < 1e-4 * scale or steps < 1
 
 
-def test_along_and_pulled_are_transposes(build_policy, draw_rollouts) -> None:
-    policy = build_policy(max_grad_norm=0.01)
-    step = reconstruct_step(policy, draw_rollouts(policy, num_prompts=3, group_size=3))
+def test_along_and_pulled_are_transposes() -> None:
+    policy = cases.policy(max_grad_norm=0.01)
+    step = cases.step(policy, num_prompts=3, group_size=3)
     assert step.clip_coefficient < 0.5
     derivative = step_derivative(policy, step, "optimizer")
     generator = torch.Generator().manual_seed(0)
@@ -178,10 +176,8 @@ def test_along_and_pulled_are_transposes(build_policy, draw_rollouts) -> None:
     )
 
 
-def test_fixed_and_optimizer_agree_where_the_batch_hardly_moves_the_second_moment(
-    build_policy, draw_rollouts
-) -> None:
-    policy = build_policy(max_grad_norm=0.0)
+def test_fixed_and_optimizer_agree_where_the_batch_hardly_moves_the_second_moment() -> None:
+    policy = cases.policy(max_grad_norm=0.0)
     state = policy.optimizer
     old = replace(
         state,
@@ -189,8 +185,8 @@ def test_fixed_and_optimizer_agree_where_the_batch_hardly_moves_the_second_momen
         exp_avg_sq={n: 1e4 * v for n, v in state.exp_avg_sq.items()},
     )
     policy = replace(policy, optimizer=old)
-    update = draw_rollouts(policy, num_prompts=3, group_size=3)
-    probe = draw_rollouts(policy, num_prompts=12, group_size=1, seed=5)
+    update = cases.batch(policy, num_prompts=3, group_size=3)
+    probe = cases.batch(policy, num_prompts=12, group_size=1, seed=5)
     step = reconstruct_step(policy, update)
     fixed, optimizer = influences(policy, step, update, probe, baseline="position")
     assert (fixed.through, optimizer.through) == ("fixed", "optimizer")
@@ -202,10 +198,10 @@ def test_fixed_and_optimizer_agree_where_the_batch_hardly_moves_the_second_momen
     np.testing.assert_allclose(alone.stderr, optimizer.stderr, rtol=1e-9)
 
 
-def test_what_is_held_fixed_lowers_the_trust(build_policy, draw_rollouts) -> None:
-    policy = build_policy(max_grad_norm=0.01)
-    update = draw_rollouts(policy, num_prompts=3, group_size=3)
-    probe = draw_rollouts(policy, num_prompts=12, group_size=1, seed=5)
+def test_what_is_held_fixed_lowers_the_trust() -> None:
+    policy = cases.policy(max_grad_norm=0.01)
+    update = cases.batch(policy, num_prompts=3, group_size=3)
+    probe = cases.batch(policy, num_prompts=12, group_size=1, seed=5)
     step = reconstruct_step(policy, update)
     fixed, optimizer = influences(policy, step, update, probe, baseline="position")
     assert not fixed.sum_of_sequences.reliable

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import cases
 from stepscope.errors import MeasurementError
 from stepscope.measure.change.sweep import measure_change
 from stepscope.measure.influence.attribution import influence
@@ -24,10 +25,10 @@ HOW = {"quantity": "entropy", "baseline": "position"}
 
 
 @pytest.fixture
-def case(build_policy, draw_update, draw_rollouts):
-    policy = build_policy(max_grad_norm=0.0)
-    step = draw_update(policy, num_prompts=4, group_size=3)
-    probe = draw_rollouts(policy, num_prompts=8, group_size=2, seed=9)
+def case():
+    policy = cases.policy(max_grad_norm=0.0)
+    step = cases.step(policy, num_prompts=4, group_size=3)
+    probe = cases.batch(policy, num_prompts=8, group_size=2, seed=9)
     return policy, step, probe, influence(policy, step, step.update, probe, **HOW)
 
 

@@ -14,6 +14,7 @@ from peft.tuners.lora import preprocess_loraga
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+import cases
 from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.adapters import load_adapter, reference_adapter
 from stepscope.policy.numerics.precision import matching_precision
@@ -46,8 +47,8 @@ class Saved:
 
 
 @pytest.fixture
-def base(build_model: Callable[..., nn.Module], tokenizer: Any, tmp_path: Path) -> Path:
-    build_model("llama").save_pretrained(tmp_path / "base")  # type: ignore[operator]
+def base(tokenizer: Any, tmp_path: Path) -> Path:
+    cases.model("llama").save_pretrained(tmp_path / "base")  # type: ignore[operator]
     tokenizer.save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 

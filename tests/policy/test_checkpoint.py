@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
+import cases
 from stepscope.errors import CheckpointError
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy import vectors
@@ -119,8 +120,6 @@ def run_trl(
 
 @pytest.fixture(scope="module")
 def runs(
-    build_model: Callable[..., nn.Module],
-    build_tokenizer: Callable[[], Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Run]:
     made = {}
@@ -136,8 +135,8 @@ def runs(
     ):
         made[name] = run_trl(
             tmp_path_factory.mktemp(name),
-            build_model(architecture),
-            build_tokenizer(),
+            cases.model(architecture),
+            cases.tokenizer(),
             peft=peft,
             loss_type=loss_type,
             accumulation=accumulation,
@@ -145,8 +144,8 @@ def runs(
         )
     made["lora-ref"] = run_trl(
         tmp_path_factory.mktemp("lora-ref"),
-        build_model(),
-        build_tokenizer(),
+        cases.model(),
+        cases.tokenizer(),
         peft=None,
         loss_type="dr_grpo",
         beta=0.2,
@@ -163,33 +162,15 @@ def copied(runs: dict[str, Run], tmp_path: Path) -> Callable[[str], Path]:
     return copy
 
 
-def as_rollouts(policy: Policy, batch: dict[str, Tensor]) -> Rollouts:
-    """TRL's padded batch as Rollouts."""
-
-    def ragged(ids: Tensor, mask: Tensor) -> tuple[tuple[int, ...], ...]:
-        return tuple(tuple(row[keep.bool()].tolist()) for row, keep in zip(ids, mask, strict=True))
-
-    prompts = ragged(batch["prompt_ids"], batch["prompt_mask"])
-    responses = ragged(batch["completion_ids"], batch["completion_mask"])
-    zeros = tuple(np.zeros(len(r)) for r in responses)
-    n = len(prompts)
-    rollouts = Rollouts(
-        prompt_ids=tuple(str(p) for p in prompts),
-        prompts=("",) * n,
-        responses=("",) * n,
-        prompt_token_ids=prompts,
-        response_token_ids=responses,
-        rewards=np.zeros(n),
-        correct=np.zeros(n, dtype=bool),
-        truncated=np.array([r[-1] != 1 for r in responses]),
-        logprobs=zeros,
-        entropies=zeros,
-        temperature=policy.settings.temperature,
-        max_response_tokens=policy.settings.max_response_tokens,
-        advantages=batch["advantages"].double().numpy(),
+def trained_on(policy: Policy, batch: dict[str, Tensor]) -> Rollouts:
+    return cases.scored(
+        policy,
+        cases.from_trl(
+            [batch],
+            temperature=policy.settings.temperature,
+            max_response_tokens=policy.settings.max_response_tokens,
+        ),
     )
-    logprobs, entropies = score_rollouts(policy, rollouts)
-    return replace(rollouts, logprobs=logprobs, entropies=entropies)
 
 
 NEXT_STEPS = [
@@ -212,7 +193,7 @@ def test_the_next_step_of_a_trl_run_is_predicted(runs: dict[str, Run], name: str
     for k in (1, 2):
         before = load_checkpoint(run.checkpoint(k), precision=precision)
         after = load_checkpoint(run.checkpoint(k + 1), precision=precision)
-        step = reconstruct_step(before, as_rollouts(before, run.batches[k]), max_sequences=5)
+        step = reconstruct_step(before, trained_on(before, run.batches[k]), max_sequences=5)
         assert step.lr == pytest.approx(LR * (1 - k / STEPS))
         assert 0 < step.clip_coefficient < 1
         assert ("router" in step.components) == (name in ("mixtral", "qwen3_moe"))
@@ -228,7 +209,7 @@ def test_the_next_step_of_a_trl_run_is_predicted(runs: dict[str, Run], name: str
 def test_the_starting_adapter_is_the_reference_of_a_continued_run(runs: dict[str, Run]) -> None:
     policy = load_checkpoint(runs["lora-ref"].checkpoint(2), precision="float64")
     start = load_checkpoint(runs["lora"].checkpoint(3), precision="float64")
-    batch = as_rollouts(policy, runs["lora-ref"].batches[2])
+    batch = trained_on(policy, runs["lora-ref"].batches[2])
     names = set(policy.parameters)
     with reference_adapter(policy.model):
         found, _ = score_rollouts(policy, batch)

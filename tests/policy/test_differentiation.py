@@ -13,6 +13,7 @@ from peft import LoHaConfig, LoraConfig, RandLoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm as torch_layer_norm
 
+import cases
 from stepscope.measure.change.sweep import measure_change
 from stepscope.policy.checkpoint.examination import examine
 from stepscope.policy.derivative_check import random_direction
@@ -74,10 +75,10 @@ ADAPTERS = {
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_both_modes_differentiate_the_function_or_what_training_does(
-    name: str, build_model: Callable[..., nn.Module], letters: Any, tokenizer: Any
+    name: str, letters: Any, tokenizer: Any
 ) -> None:
     """Of the function: against central differences. As trained: against plain autograd on PEFT's own code."""
-    model: Any = get_peft_model(build_model("llama"), ADAPTERS[name])  # type: ignore[arg-type]
+    model: Any = get_peft_model(cases.model("llama"), ADAPTERS[name])  # type: ignore[arg-type]
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -125,9 +126,7 @@ def test_both_modes_differentiate_the_function_or_what_training_does(
     assert (abs(trained * 2e-6 - (sides[0] - sides[1])) > 1e-9) == name.startswith("dora")
 
 
-def test_derivatives_that_are_not_the_functions_are_doubted(
-    build_model: Callable[..., nn.Module], tokenizer: Any, letters: Any
-) -> None:
+def test_derivatives_that_are_not_the_functions_are_doubted(tokenizer: Any, letters: Any) -> None:
     """A norm detached by whoever wrote the model, which no list of ours knows."""
 
     class Detaching(nn.Module):
@@ -139,7 +138,7 @@ def test_derivatives_that_are_not_the_functions_are_doubted(
             scaled: Tensor = self.inner(x) / self.inner.weight.norm().detach()
             return scaled
 
-    model: Any = build_model("llama")
+    model: Any = cases.model("llama")
     sound = Policy(model, tokenizer, StepSettings(max_response_tokens=6))
     rollouts = sample_rollouts(sound, letters, num_prompts=4, group_size=1, seed=0)
     step = RandomStep(random_direction(sound), 1e-3)

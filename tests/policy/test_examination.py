@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, FalconConfig, OPTConfig, PhiConfig, PhiForCausalLM
 from trl.trainer.utils import disable_dropout_in_model
 
-from enumerable import MIXTURES
+import cases
 from made_tokenizers import CHAT, byte_level
 from stepscope.errors import CheckpointError, MeasurementError
 from stepscope.policy import forward as forward_module
@@ -32,19 +31,15 @@ def levels(policy: Policy) -> dict[str, str]:
     return {f.what: f.level for f in examine(policy)}
 
 
-def test_float64_computes_in_float64_at_every_stage(
-    build_model: Callable[..., nn.Module], tokenizer: Any, architecture: str
-) -> None:
-    assert computed_types(policy_of(lift_model(build_model(architecture)), tokenizer)) == {torch.float64}
-    assert computed_types(policy_of(build_model(architecture), tokenizer)) == {torch.float32}
-    assert torch.bfloat16 in computed_types(policy_of(build_model(architecture).bfloat16(), tokenizer))
+def test_float64_computes_in_float64_at_every_stage(tokenizer: Any, architecture: str) -> None:
+    assert computed_types(policy_of(lift_model(cases.model(architecture)), tokenizer)) == {torch.float64}
+    assert computed_types(policy_of(cases.model(architecture), tokenizer)) == {torch.float32}
+    assert torch.bfloat16 in computed_types(policy_of(cases.model(architecture).bfloat16(), tokenizer))
 
 
-def test_a_float64_model_that_computes_in_less_fails(
-    build_model: Callable[..., nn.Module], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_float64_model_that_computes_in_less_fails(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the lifting, the casts inside the norms show."""
-    policy = policy_of(lift_model(build_model("llama")), tokenizer)
+    policy = policy_of(lift_model(cases.model("llama")), tokenizer)
     assert "fail" not in levels(policy).values()
     monkeypatch.setattr(forward_module, "matching_precision", lambda model: nullcontext())
     failed = [what for what, level in levels(policy).items() if level == "fail"]
@@ -56,25 +51,23 @@ class Random(nn.Module):
         return x + 0.01 * torch.randn_like(x)
 
 
-def test_randomness_in_the_model_fails(build_model: Callable[..., nn.Module], tokenizer: Any) -> None:
-    model: Any = build_model()
+def test_randomness_in_the_model_fails(tokenizer: Any) -> None:
+    model: Any = cases.model()
     model.model.norm = nn.Sequential(model.model.norm, Random())
     found = levels(policy_of(model, tokenizer))
     assert found["two equal forward passes differ"] == "fail"
 
 
-def test_a_model_that_ignores_padding_fails(build_model: Callable[..., nn.Module], tokenizer: Any) -> None:
-    model: Any = build_model()
+def test_a_model_that_ignores_padding_fails(tokenizer: Any) -> None:
+    model: Any = cases.model()
     inner = model.model.forward
     model.model.forward = lambda input_ids, **ignored: inner(input_ids=input_ids)
     failed = [what for what, level in levels(policy_of(model, tokenizer)).items() if level == "fail"]
     assert any("depend on batch size and padding by up to" in what for what in failed)
 
 
-def test_dropout_and_missing_end_token_are_warnings(
-    build_model: Callable[..., nn.Module], tokenizer: Any
-) -> None:
-    model: Any = build_model("gpt2")
+def test_dropout_and_missing_end_token_are_warnings(tokenizer: Any) -> None:
+    model: Any = cases.model("gpt2")
     tokenizer.eos_token = None
     model.generation_config.eos_token_id = None
     warned = [what for what, level in levels(policy_of(model, tokenizer)).items() if level == "warn"]
@@ -96,9 +89,7 @@ def random_in_training(model: nn.Module) -> bool:
 @pytest.mark.parametrize("disabled", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["opt", "falcon", "gpt2", "qwen2"])
-def test_dropout_is_found_where_it_acts(
-    build_model: Callable[..., nn.Module], tokenizer: Any, kind: str, dropout: float, disabled: bool
-) -> None:
+def test_dropout_is_found_where_it_acts(tokenizer: Any, kind: str, dropout: float, disabled: bool) -> None:
     """OPT and Falcon call the function, which TRL's ``disable_dropout`` leaves on; GPT-2 has modules."""
     size: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "num_attention_heads": 2}
     if kind == "opt":
@@ -115,7 +106,7 @@ def test_dropout_is_found_where_it_acts(
             **size, num_hidden_layers=2, hidden_dropout=dropout, attention_dropout=0.0, ffn_hidden_size=32
         )
     else:
-        config = build_model(kind).config  # type: ignore[assignment]
+        config = cases.model(kind).config  # type: ignore[assignment]
         if kind == "gpt2":
             config.resid_pdrop, config.embd_pdrop, config.attn_pdrop = dropout, 0.0, 0.0
         else:
@@ -135,9 +126,9 @@ def test_dropout_is_found_where_it_acts(
         assert found[0].level == "warn", "the modules are off, the function is not"
 
 
-def test_tied_and_separate_embeddings(build_model: Callable[..., nn.Module], tokenizer: Any) -> None:
-    assert "input and output embeddings are one tied parameter" in levels(policy_of(build_model(), tokenizer))
-    assert "input and output embeddings are separate" in levels(policy_of(build_model("llama"), tokenizer))
+def test_tied_and_separate_embeddings(tokenizer: Any) -> None:
+    assert "input and output embeddings are one tied parameter" in levels(policy_of(cases.model(), tokenizer))
+    assert "input and output embeddings are separate" in levels(policy_of(cases.model("llama"), tokenizer))
 
 
 @pytest.mark.parametrize(
@@ -150,8 +141,8 @@ def test_tied_and_separate_embeddings(build_model: Callable[..., nn.Module], tok
         ({"prompt_template": "chat:{question}"}, None, "warn", "the tokenizer has no chat template"),
     ],
 )
-def test_how_problems_are_asked(build_model, settings, chat, level, words) -> None:
-    policy = Policy(build_model(), byte_level(chat=chat), StepSettings(**settings))
+def test_how_problems_are_asked(settings, chat, level, words) -> None:
+    policy = Policy(cases.model(), byte_level(chat=chat), StepSettings(**settings))
     (found,) = [finding for finding in _asking(policy) if words in finding.what]
     assert found.level == level
 
@@ -172,23 +163,23 @@ def excluding(model: nn.Module, spoilt: float | None = None) -> nn.Module:
     return model
 
 
-def test_a_model_that_excludes_tokens_is_fine(build_model: Callable[..., nn.Module], tokenizer: Any) -> None:
-    found = levels(policy_of(excluding(build_model("llama")), tokenizer))
+def test_a_model_that_excludes_tokens_is_fine(tokenizer: Any) -> None:
+    found = levels(policy_of(excluding(cases.model("llama")), tokenizer))
     assert "fail" not in found.values()
     assert any("log-probs depend on batch size and padding by at most" in what for what in found)
 
 
-def test_a_nan_in_some_batches_is_not_dropped(build_model: Callable[..., nn.Module], tokenizer: Any) -> None:
+def test_a_nan_in_some_batches_is_not_dropped(tokenizer: Any) -> None:
     with pytest.raises(MeasurementError, match="logits before it are not finite"):
-        examine(policy_of(excluding(build_model("llama"), float("nan")), tokenizer))
+        examine(policy_of(excluding(cases.model("llama"), float("nan")), tokenizer))
 
 
-@pytest.mark.parametrize("architecture", MIXTURES)
+@pytest.mark.parametrize("architecture", cases.MIXTURES)
 @pytest.mark.parametrize("double", [False, True])
 def test_mixtures_of_experts_are_examined_at_every_precision(
-    build_model: Callable[..., nn.Module], tokenizer: Any, architecture: str, double: bool
+    tokenizer: Any, architecture: str, double: bool
 ) -> None:
-    model = build_model(architecture)
+    model = cases.model(architecture)
     assert "fail" not in levels(policy_of(lift_model(model) if double else model, tokenizer)).values()
 
 
@@ -211,21 +202,19 @@ def test_a_bias_that_excludes_tokens_stays_put(tokenizer: Any, fill: float) -> N
     ("size", "coefficient", "told"), [(4, None, True), (12, None, False), (4, 0.0, False)]
 )
 def test_a_router_loss_of_pieces_of_a_batch_is_told(
-    build_model: Callable[..., nn.Module], tokenizer: Any, size: int, coefficient: float | None, told: bool
+    tokenizer: Any, size: int, coefficient: float | None, told: bool
 ) -> None:
     """TRL shuffles a batch before it is cut, and the loss of a piece is no sum over its sequences."""
     settings = StepSettings(group_size=4, prompts_per_step=3, micro_batch_size=size, router_loss=coefficient)
-    found = examine(Policy(build_model("mixtral"), tokenizer, settings))
+    found = examine(Policy(cases.model("mixtral"), tokenizer, settings))
     assert any(f.level == "warn" and "cut at random" in f.what for f in found) == told
 
 
-def test_an_adapter_that_hardly_says_anything_is_no_false_alarm(
-    build_model: Callable[..., nn.Module], tokenizer: Any
-) -> None:
+def test_an_adapter_that_hardly_says_anything_is_no_false_alarm(tokenizer: Any) -> None:
     """AdaLoRA multiplies three small matrices: they move many times their size before log-probs move much."""
     config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, target_modules=["q_proj", "down_proj"])
     torch.manual_seed(0)
-    model: Any = get_peft_model(build_model("llama"), config).eval()
+    model: Any = get_peft_model(cases.model("llama"), config).eval()
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 5e-3 * torch.randn_like(parameter).sign()

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
-from enumerable import MIXTURES
+import cases
 from stepscope.policy.derivative_check import random_direction
 from stepscope.policy.experts import router_coefficient, router_gradient, router_loss
 from stepscope.policy.forward import forward, make_batch
@@ -26,9 +24,9 @@ from stepscope.policy.state import Policy
 from stepscope.policy.vectors import shifted
 
 
-@pytest.fixture(params=MIXTURES)
-def policy(request: pytest.FixtureRequest, build_model: Callable[..., nn.Module], tokenizer: Any) -> Policy:
-    model: Any = lift_model(build_model(request.param))
+@pytest.fixture(params=cases.MIXTURES)
+def policy(request: pytest.FixtureRequest, tokenizer: Any) -> Policy:
+    model: Any = lift_model(cases.model(request.param))
     model.config.output_router_logits = True
     return Policy(model, tokenizer, StepSettings(max_response_tokens=5))
 
@@ -91,8 +89,8 @@ def test_the_router_loss_is_the_models_own_and_its_gradient_is_right(policy: Pol
     assert router_gradient(silent, rollouts) == {}
 
 
-def test_a_dense_model_has_no_router_loss(build_model: Callable[..., nn.Module], tokenizer: Any) -> None:
-    assert router_coefficient(Policy(build_model(), tokenizer, StepSettings())) == 0.0
+def test_a_dense_model_has_no_router_loss(tokenizer: Any) -> None:
+    assert router_coefficient(Policy(cases.model(), tokenizer, StepSettings())) == 0.0
 
 
 def test_masked_responses_have_no_part_in_the_router_loss(policy: Policy, letters: Any) -> None:

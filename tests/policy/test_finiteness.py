@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+import cases
 from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.load import inspect_checkpoint, load_checkpoint, load_model, read_settings
 from stepscope.policy.finiteness import first_not_finite, refuse_broken_weights
@@ -39,15 +40,15 @@ def save(model: nn.Module, tokenizer: Any, folder: Path, change: Callable[[dict[
 
 
 @pytest.fixture
-def saved(build_model: Callable[..., nn.Module], tokenizer: Any, tmp_path: Path) -> Path:
-    return save(build_model(), tokenizer, tmp_path / "sound", lambda state: None)
+def saved(tokenizer: Any, tmp_path: Path) -> Path:
+    return save(cases.model(), tokenizer, tmp_path / "sound", lambda state: None)
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_a_weight_that_is_not_finite_is_named_by_load_and_check(
-    build_model: Callable[..., nn.Module], tokenizer: Any, tmp_path: Path, value: float
+    tokenizer: Any, tmp_path: Path, value: float
 ) -> None:
-    model = build_model()
+    model = cases.model()
     with torch.no_grad():
         model.get_parameter(f"model.{PART}")[3, 2] = value
     folder = save(model, tokenizer, tmp_path / "broken", lambda state: None)
@@ -58,10 +59,8 @@ def test_a_weight_that_is_not_finite_is_named_by_load_and_check(
     assert "earlier checkpoint" in found.cure
 
 
-def test_weights_of_an_adapter_are_named(
-    build_model: Callable[..., nn.Module], tokenizer: Any, tmp_path: Path
-) -> None:
-    build_model().save_pretrained(tmp_path / "base")  # type: ignore[operator]
+def test_weights_of_an_adapter_are_named(tokenizer: Any, tmp_path: Path) -> None:
+    cases.model().save_pretrained(tmp_path / "base")  # type: ignore[operator]
     tokenizer.save_pretrained(tmp_path / "base")
     base, _ = load_model(tmp_path / "base", dtype=torch.float32)
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))  # type: ignore[arg-type]
@@ -74,8 +73,8 @@ def test_weights_of_an_adapter_are_named(
         load_checkpoint(folder)
 
 
-def test_a_bias_of_logits_may_exclude_tokens(build_model: Callable[..., nn.Module]) -> None:
-    model: Any = build_model("llama")
+def test_a_bias_of_logits_may_exclude_tokens() -> None:
+    model: Any = cases.model("llama")
     model.lm_head = nn.Linear(16, 23)
     with torch.no_grad():
         model.lm_head.bias[20:] = -INF
@@ -135,23 +134,20 @@ def group(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
     ],
 )
 def test_impossible_optimizer_states_are_refused_by_load_and_check(
-    build_model: Callable[..., nn.Module],
     tokenizer: Any,
     tmp_path: Path,
     change: Callable[[dict[str, Any]], None],
     message: str,
 ) -> None:
-    folder = save(build_model(), tokenizer, tmp_path / "state", change)
+    folder = save(cases.model(), tokenizer, tmp_path / "state", change)
     with pytest.raises(CheckpointError, match=message) as caught:
         load_checkpoint(folder)
     assert str(folder / "optimizer.pt") in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_check_fails_for_an_impossible_state(
-    build_model: Callable[..., nn.Module], tokenizer: Any, tmp_path: Path
-) -> None:
-    folder = save(build_model(), tokenizer, tmp_path / "state", entry("exp_avg", NAN))
+def test_check_fails_for_an_impossible_state(tokenizer: Any, tmp_path: Path) -> None:
+    folder = save(cases.model(), tokenizer, tmp_path / "state", entry("exp_avg", NAN))
     assert any(f.level == "fail" and "exp_avg" in f.what for f in inspect_checkpoint(folder))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import cases
 from stepscope.errors import BatchError, MeasurementError
 from stepscope.policy.forward import TokenBatch, TokenOutputs, batches, forward, make_batch
 from stepscope.policy.loss.settings import StepSettings
@@ -37,34 +38,17 @@ def naive(
     return TokenOutputs(torch.log(chosen), torch.distributions.Categorical(probs=p).entropy())
 
 
-def make_rollouts(order: list[int] | None = None) -> Rollouts:
-    idx = list(range(len(PROMPTS))) if order is None else order
-    zeros = tuple(np.zeros(len(RESPONSES[i])) for i in idx)
-    n = len(idx)
-    return Rollouts(
-        prompt_ids=tuple(f"p{i}" for i in idx),
-        prompts=("",) * n,
-        responses=("",) * n,
-        prompt_token_ids=tuple(PROMPTS[i] for i in idx),
-        response_token_ids=tuple(RESPONSES[i] for i in idx),
-        rewards=np.zeros(n),
-        correct=np.zeros(n, dtype=bool),
-        truncated=np.zeros(n, dtype=bool),
-        logprobs=zeros,
-        entropies=zeros,
-        temperature=0.7,
-        max_response_tokens=6,
-    )
+def make_rollouts(order: Sequence[int] = (*range(5),)) -> Rollouts:
+    prompts, responses = ([ids[i] for i in order] for ids in (PROMPTS, RESPONSES))
+    return cases.rollouts(prompts, responses, temperature=0.7)
 
 
 def policy_of(model: nn.Module) -> Policy:
     return Policy(model=model, tokenizer=None, settings=StepSettings(temperature=0.7))
 
 
-def test_padded_batch_agrees_with_unpadded_sequences(
-    build_model: Callable[..., nn.Module], architecture: str
-) -> None:
-    model = lift_model(build_model(architecture))
+def test_padded_batch_agrees_with_unpadded_sequences(architecture: str) -> None:
+    model = lift_model(cases.model(architecture))
     batch = make_batch(PROMPTS, RESPONSES)
     with torch.no_grad():
         outputs = forward(model, batch, temperature=0.7, keep_logits=True, keep_hidden=True)
@@ -82,8 +66,8 @@ def test_padded_batch_agrees_with_unpadded_sequences(
         assert not outputs.entropies[i, n:].any()
 
 
-def test_sums_of_squares_are_there_on_request(build_model: Callable[..., nn.Module]) -> None:
-    model = lift_model(build_model())
+def test_sums_of_squares_are_there_on_request() -> None:
+    model = lift_model(cases.model())
     batch = make_batch(PROMPTS, RESPONSES)
     with torch.no_grad():
         out = forward(model, batch, temperature=0.7, keep_logits=True, keep_squares=True)
@@ -99,10 +83,8 @@ def test_sums_of_squares_are_there_on_request(build_model: Callable[..., nn.Modu
     torch.testing.assert_close(out.discriminators, inner * mask, rtol=1e-12, atol=1e-14)
 
 
-def test_batch_size_order_and_padding_do_not_matter(
-    build_model: Callable[..., nn.Module], architecture: str
-) -> None:
-    policy = policy_of(lift_model(build_model(architecture)))
+def test_batch_size_order_and_padding_do_not_matter(architecture: str) -> None:
+    policy = policy_of(lift_model(cases.model(architecture)))
     together, entropies = score_rollouts(policy, make_rollouts(), max_sequences=8)
     order = [3, 1, 4, 0, 2]
     alone, entropies_alone = score_rollouts(policy, make_rollouts(order), max_sequences=1)
@@ -111,8 +93,8 @@ def test_batch_size_order_and_padding_do_not_matter(
         np.testing.assert_allclose(entropies_alone[place], entropies[i], rtol=0, atol=1e-13)
 
 
-def test_the_end_of_sequence_token_counts(build_model: Callable[..., nn.Module]) -> None:
-    model = build_model()
+def test_the_end_of_sequence_token_counts() -> None:
+    model = cases.model()
     (logprobs, _) = score_rollouts(policy_of(model), make_rollouts())
     assert [len(row) for row in logprobs] == [len(r) for r in RESPONSES]
     with torch.no_grad():
@@ -121,8 +103,8 @@ def test_the_end_of_sequence_token_counts(build_model: Callable[..., nn.Module])
     assert logprobs[2][-1] < -0.1
 
 
-def test_what_stands_on_padding_changes_nothing(build_model: Callable[..., nn.Module]) -> None:
-    model = build_model()
+def test_what_stands_on_padding_changes_nothing() -> None:
+    model = cases.model()
     found = []
     for pad in (0, 17):
         with torch.no_grad():
@@ -142,9 +124,9 @@ def test_micro_batches_respect_their_limits() -> None:
         assert len(batch) == 1 or int(batch.attention_mask.sum(1).max()) * len(batch) <= 16
 
 
-def test_given_params_replace_the_models_own_and_lora_works(build_model: Callable[..., nn.Module]) -> None:
+def test_given_params_replace_the_models_own_and_lora_works() -> None:
     model = get_peft_model(
-        build_model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        cases.model(), LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     ).eval()
     batch = make_batch(PROMPTS, RESPONSES)
     params = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
@@ -159,8 +141,8 @@ def test_given_params_replace_the_models_own_and_lora_works(build_model: Callabl
     assert float((own - base).abs().max()) > 1e-2
 
 
-def test_bfloat16_logits_are_normalised_in_float32(build_model: Callable[..., nn.Module]) -> None:
-    model = build_model().to(torch.bfloat16)
+def test_bfloat16_logits_are_normalised_in_float32() -> None:
+    model = cases.model().to(torch.bfloat16)
     batch = make_batch(PROMPTS, RESPONSES)
     with torch.no_grad():
         outputs = forward(model, batch, temperature=0.7, keep_logits=True)
@@ -190,15 +172,15 @@ class Positionless(Bare):
         return self.model(input_ids=input_ids, attention_mask=attention_mask)
 
 
-def test_models_with_fewer_arguments(build_model: Callable[..., nn.Module]) -> None:
-    model, batch = build_model(), make_batch(PROMPTS, RESPONSES)
+def test_models_with_fewer_arguments() -> None:
+    model, batch = cases.model(), make_batch(PROMPTS, RESPONSES)
     with torch.no_grad():
         full = forward(Bare(model), batch, temperature=1.0).logprobs
         torch.testing.assert_close(full, forward(model, batch, temperature=1.0).logprobs, rtol=0, atol=1e-6)
         own = forward(Positionless(model), batch, temperature=1.0).logprobs
         torch.testing.assert_close(own, full, rtol=0, atol=1e-5)
     with pytest.raises(MeasurementError, match="Positionless: its forward takes no position_ids and what it"):
-        forward(Positionless(build_model("gpt2")), batch, temperature=1.0)
+        forward(Positionless(cases.model("gpt2")), batch, temperature=1.0)
 
 
 def test_empty_prompt_or_response_is_refused() -> None:
@@ -249,9 +231,9 @@ def of_kept(outputs: TokenOutputs) -> tuple[Tensor, ...]:
     ],
 )
 def test_excluded_tokens_add_nothing_in_any_order_and_mode(
-    build_model: Callable[..., nn.Module], fill: float, temperature: float, double: bool
+    fill: float, temperature: float, double: bool
 ) -> None:
-    model = lift_model(build_model()) if double else build_model()
+    model = lift_model(cases.model()) if double else cases.model()
     close: dict[str, Any] = {"rtol": 1e-10, "atol": 1e-12} if double else {"rtol": 1e-3, "atol": 2e-5}
     masked(model, fill)
     batch = possible_batch()
@@ -291,8 +273,8 @@ def test_excluded_tokens_add_nothing_in_any_order_and_mode(
         torch.testing.assert_close(found, right, **close)
 
 
-def test_uniform_over_the_possible_tokens(build_model: Callable[..., nn.Module]) -> None:
-    model = masked(lift_model(build_model()), -torch.inf)
+def test_uniform_over_the_possible_tokens() -> None:
+    model = masked(lift_model(cases.model()), -torch.inf)
     with torch.no_grad():
         out = forward(model, possible_batch(), temperature=1e15, keep_squares=True)
     mask = possible_batch().response_mask
@@ -304,15 +286,15 @@ def test_uniform_over_the_possible_tokens(build_model: Callable[..., nn.Module])
     assert out.discriminators[mask].abs().max() < 1e-14
 
 
-def test_a_response_token_that_the_policy_excludes_is_named(build_model: Callable[..., nn.Module]) -> None:
-    model = masked(build_model(), -torch.inf)
+def test_a_response_token_that_the_policy_excludes_is_named() -> None:
+    model = masked(cases.model(), -torch.inf)
     with pytest.raises(MeasurementError, match=r"sequence 1, response token 2 \(id 17\): .* probability 0"):
         forward(model, make_batch(PROMPTS, RESPONSES), temperature=1.0)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_logits_that_are_not_finite_are_named(build_model: Callable[..., nn.Module], value: float) -> None:
-    model = build_model()
+def test_logits_that_are_not_finite_are_named(value: float) -> None:
+    model = cases.model()
 
     def spoil(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
         output = output.clone()

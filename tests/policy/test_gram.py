@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+import cases
 from stepscope.errors import MeasurementError
 from stepscope.policy.forward import TokenBatch, TokenOutputs, forward, make_batch
 from stepscope.policy.gradients import directional_derivative, gradient
@@ -45,19 +45,8 @@ def draw(count: int, seed: int = 0, longest: int = 8) -> Rollouts:
     prompts = [tuple(rng.integers(2, TOKENS, rng.integers(1, 6)).tolist()) for _ in range(count)]
     responses = [tuple(rng.integers(2, TOKENS, rng.integers(1, longest + 1)).tolist()) for _ in range(count)]
     prompts[1], responses[1] = prompts[0], responses[0]
-    return Rollouts(
-        prompt_ids=tuple(f"p{i // 2}" for i in range(count)),
-        prompts=("",) * count,
-        responses=("",) * count,
-        prompt_token_ids=tuple(prompts),
-        response_token_ids=tuple(responses),
-        rewards=np.zeros(count),
-        correct=np.zeros(count, dtype=bool),
-        truncated=np.zeros(count, dtype=bool),
-        logprobs=tuple(np.zeros(len(r)) for r in responses),
-        entropies=tuple(np.zeros(len(r)) for r in responses),
-        temperature=0.8,
-        max_response_tokens=9,
+    return cases.rollouts(
+        prompts, responses, prompt_ids=tuple(f"p{i // 2}" for i in range(count)), temperature=0.8
     )
 
 
@@ -68,15 +57,7 @@ def as_policy(model: nn.Module, dtype: torch.dtype = torch.float64) -> Policy:
 def with_adapter(model: nn.Module, architecture: str) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_peft_model(
-            model,
-            LoraConfig(
-                r=3,
-                target_modules="all-linear",
-                fan_in_fan_out=architecture == "gpt2",
-                init_lora_weights=False,
-            ),
-        )
+        return cases.adapted(model, r=3, target_modules="all-linear", fan_in_fan_out=architecture == "gpt2")
 
 
 def jacobian(policy: Policy, rollouts: Rollouts) -> Tensor:
@@ -109,9 +90,9 @@ def error(got: Tensor, expected: Tensor) -> float:
 )
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_everything_equals_autograd(
-    build_model: Build, architecture: str, kind: str, dtype: torch.dtype, tolerance: float
+    architecture: str, kind: str, dtype: torch.dtype, tolerance: float
 ) -> None:
-    model = build_model(architecture)
+    model = cases.model(architecture)
     policy = as_policy(with_adapter(model, architecture) if kind == "lora" else model, dtype)
     update, probe = draw(7), draw(5, 3)
     P, u = random_vector(policy), random_vector(policy, 6)
@@ -141,9 +122,9 @@ def test_everything_equals_autograd(
 
 
 @pytest.fixture
-def tied(build_model: Build) -> Policy:
+def tied() -> Policy:
     """Full fine-tuning of a model whose output matrix is its embedding."""
-    return as_policy(build_model("smollm"))
+    return as_policy(cases.model("smollm"))
 
 
 def test_tied_uses_add_up_before_products(tied: Policy) -> None:
@@ -216,8 +197,8 @@ def test_float64_products_of_float32_gradients() -> None:
 
 
 @pytest.mark.parametrize("source", ["gpt2", "qwen2", "gemma3"])
-def test_two_gradients_of_the_same_sequence(build_model: Build, source: str) -> None:
-    policy = as_policy(build_model(source))
+def test_two_gradients_of_the_same_sequence(source: str) -> None:
+    policy = as_policy(cases.model(source))
     rollouts, P = draw(6), random_vector(policy)
     whole = gram(
         policy,
@@ -242,9 +223,9 @@ def test_two_gradients_of_the_same_sequence(build_model: Build, source: str) -> 
         paired_dots(policy, rollouts, objective, objective, {"P": {}})
 
 
-def test_wide_vocabulary_stays_in_factors(build_model: Build) -> None:
+def test_wide_vocabulary_stays_in_factors() -> None:
     """A vocabulary-sized matrix against short texts: kept as factors, inner products without matrices."""
-    policy = as_policy(build_model("llama", vocab=3000))
+    policy = as_policy(cases.model("llama", vocab_size=3000))
     update = draw(4, longest=2)
     J = jacobian(policy, update)
     P = random_vector(policy)
@@ -300,9 +281,9 @@ class Flattening(nn.Module):
     ids=["unknown module", "weight used without its module", "tokens reordered across sequences"],
 )
 def test_what_hooks_cannot_see_goes_the_slow_way_announced(
-    build_model: Build, wrap: Callable[[nn.Module], nn.Module], name: str
+    wrap: Callable[[nn.Module], nn.Module], name: str
 ) -> None:
-    policy = as_policy(build_model("llama"))
+    policy = as_policy(cases.model("llama"))
     layer = policy.model.model.layers[0]
     layer.mlp = wrap(layer.mlp)
     update = draw(5)
@@ -313,8 +294,8 @@ def test_what_hooks_cannot_see_goes_the_slow_way_announced(
     assert all(p.requires_grad for p in policy.model.parameters())
 
 
-def test_the_policy_is_left_as_it_was(build_model: Build) -> None:
-    policy = as_policy(build_model("qwen3"))
+def test_the_policy_is_left_as_it_was() -> None:
+    policy = as_policy(cases.model("qwen3"))
     before = dict(policy.model.named_parameters())
     values = {n: p.detach().clone() for n, p in before.items()}
     update = draw(4)
@@ -332,9 +313,9 @@ def test_the_policy_is_left_as_it_was(build_model: Build) -> None:
     assert sum(hooks) == 0
 
 
-def test_other_passes_inside_the_objective_are_not_recorded(build_model: Build) -> None:
+def test_other_passes_inside_the_objective_are_not_recorded() -> None:
     """A KL objective runs the reference, which may be the same modules with the adapter off."""
-    policy = as_policy(with_adapter(build_model("qwen2"), "qwen2"))
+    policy = as_policy(with_adapter(cases.model("qwen2"), "qwen2"))
     update = draw(5)
 
     def divergence(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
@@ -347,8 +328,8 @@ def test_other_passes_inside_the_objective_are_not_recorded(build_model: Build) 
     np.testing.assert_allclose(by_reverse, [float(d.sum()) for d in by_forward], rtol=1e-10)
 
 
-def test_double_backward_equals_forward_mode(build_model: Build, architecture: str) -> None:
-    policy = as_policy(build_model(architecture))
+def test_double_backward_equals_forward_mode(architecture: str) -> None:
+    policy = as_policy(cases.model(architecture))
     update, u = draw(4), random_vector(policy)
     forward_mode = directional_derivative(policy, update, objective, u, mode="forward")
     both = directional_derivative(policy, update, objective, u, mode="double_backward")
@@ -359,9 +340,9 @@ def test_double_backward_equals_forward_mode(build_model: Build, architecture: s
 
 
 @pytest.mark.parametrize("mode", ["forward", "double_backward"])
-def test_sampled_padding_tokens_count_as_asked(build_model: Build, mode: str) -> None:
+def test_sampled_padding_tokens_count_as_asked(mode: str) -> None:
     """Whole gradients, per-sequence gradients and token derivatives leave out the same, or nothing."""
-    policy = as_policy(build_model("llama"))
+    policy = as_policy(cases.model("llama"))
     policy.model.get_input_embeddings().padding_idx = 7
     rollouts, u = draw(6), random_vector(policy)
     assert any(7 in ids[:-1] for ids in rollouts.response_token_ids)
@@ -398,8 +379,8 @@ class NoForwardMode(torch.autograd.Function):
         return 2 * grad
 
 
-def test_a_model_without_forward_mode_says_so(build_model: Build, caplog: pytest.LogCaptureFixture) -> None:
-    policy = as_policy(build_model("llama"))
+def test_a_model_without_forward_mode_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    policy = as_policy(cases.model("llama"))
     update, u = draw(4), random_vector(policy)
 
     def doubled(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
@@ -412,8 +393,8 @@ def test_a_model_without_forward_mode_says_so(build_model: Build, caplog: pytest
         torch.testing.assert_close(a, b)
 
 
-def test_refusals(build_model: Build) -> None:
-    policy = as_policy(build_model("llama"))
+def test_refusals() -> None:
+    policy = as_policy(cases.model("llama"))
     update = draw(3)
     u = random_vector(policy)
     with pytest.raises(MeasurementError, match="1 trainable parameters missing"):

@@ -24,6 +24,7 @@ from transformers import (
 )
 from trl import GRPOConfig
 
+import cases
 from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.examination import examine
 from stepscope.policy.checkpoint.load import inspect_checkpoint, load_model
@@ -34,9 +35,9 @@ from stepscope.policy.stored import rounding_doubt, stored_types
 
 
 @pytest.fixture
-def saved(build_model: Callable[..., Any], tokenizer: Any, tmp_path: Path) -> Callable[..., Path]:
+def saved(tokenizer: Any, tmp_path: Path) -> Callable[..., Path]:
     def save(architecture: str = "llama", dtype: torch.dtype = torch.float32) -> Path:
-        build_model(architecture).to(dtype).save_pretrained(tmp_path / architecture)
+        cases.model(architecture).to(dtype).save_pretrained(tmp_path / architecture)
         tokenizer.save_pretrained(tmp_path / architecture)
         return tmp_path / architecture
 
@@ -62,10 +63,10 @@ def test_a_config_with_fewer_layers_than_the_file_is_refused(saved: Callable[...
         load_model(folder, dtype=torch.float32)
 
 
-def test_a_config_that_contradicts_itself_is_refused(saved: Callable[..., Path], build_model: Any) -> None:
+def test_a_config_that_contradicts_itself_is_refused(saved: Callable[..., Path]) -> None:
     """Architectures that list the kind of every layer: transformers' own validation refuses them."""
     folder = saved()
-    build_model("qwen2").save_pretrained(folder)
+    cases.model("qwen2").save_pretrained(folder)
     change_config(folder, num_hidden_layers=1)
     with pytest.raises(
         CheckpointError, match=r"cannot be loaded \(.*num_hidden_layers.*must be equal to.*layer_types"
@@ -179,12 +180,10 @@ def test_stored_types_are_read_and_half_types_doubted(saved: Callable[..., Path]
     shutil.rmtree(folder)
 
 
-def test_an_adapter_on_a_base_in_a_half_type_says_so(
-    saved: Callable[..., Path], build_model: Any, tmp_path: Path
-) -> None:
+def test_an_adapter_on_a_base_in_a_half_type_says_so(saved: Callable[..., Path], tmp_path: Path) -> None:
     """PEFT keeps the adapter in float32, and the file of the adapter tells nothing of its base."""
     base = saved(dtype=torch.bfloat16)
-    adapted = get_peft_model(build_model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted = get_peft_model(cases.model("llama"), LoraConfig(r=2, target_modules=["q_proj"]))
     adapted.peft_config["default"].base_model_name_or_path = str(base)
     folder = tmp_path / "adapter"
     adapted.save_pretrained(folder)
@@ -198,7 +197,7 @@ def test_an_adapter_on_a_base_in_a_half_type_says_so(
     assert [w.startswith("the base of the adapter is stored in bfloat16") for w in warned()] == [True]
     torch.save(GRPOConfig(**args, model_init_kwargs={"dtype": "bfloat16"}), folder / "training_args.bin")
     assert len(warned()) == 2
-    build_model("llama").save_pretrained(base)
+    cases.model("llama").save_pretrained(base)
     assert [w.startswith("the model was loaded in bfloat16") for w in warned()] == [True]
 
 
@@ -233,9 +232,7 @@ def test_models_that_find_positions_themselves_are_measured(
     assert {f.level for f in examine(Policy(model, tokenizer, StepSettings()))} == {"ok"}
 
 
-def test_positions_that_trl_counts_from_the_padding_are_told(
-    build_model: Callable[..., nn.Module], tokenizer: Any
-) -> None:
+def test_positions_that_trl_counts_from_the_padding_are_told(tokenizer: Any) -> None:
     for architecture, told in (("gpt2", True), ("llama", False), ("gemma3", False)):
-        found = examine(Policy(build_model(architecture), tokenizer, StepSettings()))
+        found = examine(Policy(cases.model(architecture), tokenizer, StepSettings()))
         assert any("TRL's loss counts them from the padding" in f.what for f in found) == told

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from torch import nn
 from trl import GRPOConfig, GRPOTrainer
 
+import cases
 from stepscope.errors import BatchError, ConfigError, MeasurementError
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.loss.settings import StepSettings
@@ -27,8 +25,6 @@ REWARDS = np.array([1.0, 0.25, 0.0, 2.0])
 
 @pytest.fixture(scope="module")
 def trainer(
-    build_model: Callable[..., nn.Module],
-    build_tokenizer: Callable[[], Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> GRPOTrainer:
     config = GRPOConfig(
@@ -44,11 +40,11 @@ def trainer(
         epsilon_high=0.3,
     )
     made = GRPOTrainer(
-        model=build_model(),
+        model=cases.model(),
         reward_funcs=lambda completions, **kwargs: [0.0] * len(completions),
         args=config,
         train_dataset=Dataset.from_dict({"prompt": ["1+1=", "2+2="]}),
-        processing_class=build_tokenizer(),
+        processing_class=cases.tokenizer(),
     )
     made.current_gradient_accumulation_steps = 1
     made.args.steps_per_generation = 1
@@ -118,9 +114,7 @@ def test_loss_and_its_gradient_equal_trls(
 
 
 @pytest.mark.parametrize("scale", ["none", "group", "batch"])
-def test_advantages_equal_what_trl_computes_while_training(
-    build_model: Callable[..., nn.Module], build_tokenizer: Callable[[], Any], tmp_path: Path, scale: str
-) -> None:
+def test_advantages_equal_what_trl_computes_while_training(tmp_path: Path, scale: str) -> None:
     seen: list[dict[str, torch.Tensor]] = []
 
     class Recording(GRPOTrainer):
@@ -150,11 +144,11 @@ def test_advantages_equal_what_trl_computes_while_training(
         disable_tqdm=True,
     )
     trainer = Recording(
-        model=build_model(),
+        model=cases.model(),
         reward_funcs=reward,
         args=config,
         train_dataset=Dataset.from_dict({"prompt": ["1+1=", "2+2="]}),
-        processing_class=build_tokenizer(),
+        processing_class=cases.tokenizer(),
     )
     trainer.train()
     ours = advantages(np.array(rewards[0]), np.array([0] * 4 + [1] * 4), scale)
@@ -183,22 +177,16 @@ def test_non_finite_reward_and_unknown_scaling_are_refused() -> None:
 
 def make_rollouts(rewards: np.ndarray = REWARDS, **changes: Any) -> Rollouts:
     rng = np.random.default_rng(0)
-    base = Rollouts(
-        prompt_ids=("a", "a", "b", "b"),
-        prompts=("p",) * 4,
-        responses=("r",) * 4,
-        prompt_token_ids=tuple(map(tuple, PROMPTS)),
-        response_token_ids=tuple(map(tuple, RESPONSES)),
-        rewards=rewards,
-        correct=np.zeros(4, dtype=bool),
-        truncated=np.array([False, False, True, False]),
-        logprobs=tuple(-rng.random(len(r)) for r in RESPONSES),
-        entropies=tuple(rng.random(len(r)) for r in RESPONSES),
-        temperature=1.0,
-        max_response_tokens=6,
-        advantages=advantages(rewards, np.array([0, 0, 1, 1]), "none"),
-    )
-    return dataclasses.replace(base, **changes)
+    known: dict[str, Any] = {
+        "prompt_ids": ("a", "a", "b", "b"),
+        "rewards": rewards,
+        "truncated": np.array([False, False, True, False]),
+        "logprobs": tuple(-rng.random(len(r)) for r in RESPONSES),
+        "entropies": tuple(rng.random(len(r)) for r in RESPONSES),
+        "max_response_tokens": 6,
+        "advantages": advantages(rewards, np.array([0, 0, 1, 1]), "none"),
+    }
+    return cases.rollouts(PROMPTS, RESPONSES, **(known | changes))
 
 
 def test_on_policy_weights_are_the_closed_form_of_each_loss() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import cases
 from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.optimizer_class import adamw_entries
 from stepscope.policy.checkpoint.optimizer_state import match_optimizer, read_optimizer
@@ -127,8 +127,8 @@ def bitsandbytes_state(
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_bitsandbytes_in_32_bits_is_adamw(build_model: Callable[..., nn.Module], nested: bool) -> None:
-    model = build_model()
+def test_bitsandbytes_in_32_bits_is_adamw(nested: bool) -> None:
+    model = cases.model()
     saved = state_of(torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1))
     ours = match_optimizer(bitsandbytes_state(saved, nested=nested), model, where="here")
     theirs = match_optimizer(saved, model, where="here")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
 from transformers import Trainer, TrainingArguments
 
+import cases
 from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.optimizer_state import match_optimizer, read_optimizer
 from stepscope.policy.checkpoint.parameter_order import decay_parameter_names
@@ -29,10 +28,8 @@ def stepped(groups: Any, **settings: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_decay_groups_are_those_of_the_trainer(
-    build_model: Callable[..., nn.Module], architecture: str, lora: bool, tmp_path: Path
-) -> None:
-    model = build_model(architecture)
+def test_decay_groups_are_those_of_the_trainer(architecture: str, lora: bool, tmp_path: Path) -> None:
+    model = cases.model(architecture)
     if lora:
         model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     trainer = Trainer(model=model, args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
@@ -51,8 +48,8 @@ def test_decay_groups_are_those_of_the_trainer(
         assert float(matched.exp_avg_sq[name].flatten()[0]) == pytest.approx(0.001 * (i + 1) ** 2)
 
 
-def test_hyperparameters_are_read_per_group(build_model: Callable[..., nn.Module]) -> None:
-    model = build_model()
+def test_hyperparameters_are_read_per_group() -> None:
+    model = cases.model()
     decaying = decay_parameter_names(model)
     params = dict(model.named_parameters())
     saved = stepped(
@@ -71,20 +68,20 @@ def test_hyperparameters_are_read_per_group(build_model: Callable[..., nn.Module
     assert set(match_optimizer(saved, model, where="here").max_exp_avg_sq) == set(params)
 
 
-def test_moments_are_widened_never_narrowed(build_model: Callable[..., nn.Module]) -> None:
+def test_moments_are_widened_never_narrowed() -> None:
     for stored, asked, expected in (
         (torch.bfloat16, None, torch.float32),
         (torch.float32, None, torch.float32),
         (torch.float64, None, torch.float64),
         (torch.float32, torch.float64, torch.float64),
     ):
-        model = build_model().to(stored)
+        model = cases.model().to(stored)
         matched = match_optimizer(stepped(model.parameters()), model, where="here", dtype=asked)
         assert {t.dtype for t in (*matched.exp_avg.values(), *matched.exp_avg_sq.values())} == {expected}
 
 
-def test_what_is_not_adamw_is_refused(build_model: Callable[..., nn.Module]) -> None:
-    model = build_model()
+def test_what_is_not_adamw_is_refused() -> None:
+    model = cases.model()
     for optimizer, message in (
         (torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), "that of SGD"),
         (torch.optim.Adafactor(model.parameters()), "that of Adafactor"),
@@ -99,8 +96,8 @@ def test_what_is_not_adamw_is_refused(build_model: Callable[..., nn.Module]) -> 
         assert str(caught.value).startswith("optimizer.pt: ")
 
 
-def test_groups_that_no_known_order_explains_are_refused(build_model: Callable[..., nn.Module]) -> None:
-    model = build_model()
+def test_groups_that_no_known_order_explains_are_refused() -> None:
+    model = cases.model()
     params = list(model.parameters())
     with pytest.raises(CheckpointError, match="3 parameter groups with learning rates"):
         match_optimizer(

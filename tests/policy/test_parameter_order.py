@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+import cases
 from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.optimizer_state import match_optimizer
 from stepscope.policy.checkpoint.parameter_order import decay_parameter_names
@@ -48,41 +49,39 @@ def by_rule(model: nn.Module, *exempted: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("exempted", [("bias",), ("bias", "layernorm", "rmsnorm")])
-def test_groups_of_older_trainers(
-    build_model: Callable[..., nn.Module], architecture: str, exempted: tuple[str, ...]
-) -> None:
+def test_groups_of_older_trainers(architecture: str, exempted: tuple[str, ...]) -> None:
     """Up to transformers 4.49 only LayerNorm and biases went without decay."""
-    model = build_model(architecture)
+    model = cases.model(architecture)
     check(model, by_rule(model, *exempted))
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_frozen_embeddings_are_found(build_model: Callable[..., nn.Module], kind: str) -> None:
+def test_frozen_embeddings_are_found(kind: str) -> None:
     """With an output matrix of the same shape behind the layers, and tied to it."""
-    model = build_model(kind)
+    model = cases.model(kind)
     today = by_rule(model, "bias", "layernorm", "rmsnorm", r"(?:^|\.)norm(?:$|\.)")
     check(model, [[n for n in names if "embed_tokens" not in n] for names in today])
 
 
-def test_equal_layers_that_were_frozen_are_not_guessed(build_model: Callable[..., nn.Module]) -> None:
-    model = build_model()
+def test_equal_layers_that_were_frozen_are_not_guessed() -> None:
+    model = cases.model()
     kept = [n for n, _ in model.named_parameters() if ".layers.0." not in n]
     with pytest.raises(CheckpointError, match="so layers were frozen, and the shapes do not tell which"):
         match_optimizer(stepped(model, [kept]), model, where="here")
 
 
-def test_two_rates_that_shapes_tell_apart(build_model: Callable[..., nn.Module]) -> None:
-    model = build_model()
+def test_two_rates_that_shapes_tell_apart() -> None:
+    model = cases.model()
     names = [n for n, _ in model.named_parameters()]
     embedding = [n for n in names if "embed" in n]
     check(model, [embedding, [n for n in names if n not in embedding]], [1e-4, 1e-3])
-    adapted = get_peft_model(build_model(), LoraConfig(r=3, target_modules=["q_proj", "v_proj", "down_proj"]))
+    adapted = get_peft_model(cases.model(), LoraConfig(r=3, target_modules=["q_proj", "v_proj", "down_proj"]))
     names = [n for n, p in adapted.named_parameters() if p.requires_grad]
     check(adapted, [[n for n in names if part in n] for part in ("lora_A", "lora_B")], [1e-4, 1.6e-3])
 
 
-def test_two_rates_that_shapes_do_not_tell_apart(build_model: Callable[..., nn.Module]) -> None:
-    model = build_model()
+def test_two_rates_that_shapes_do_not_tell_apart() -> None:
+    model = cases.model()
     names = [n for n, _ in model.named_parameters()]
     first = [n for n in names if ".layers.0." in n]
     saved = stepped(model, [first, [n for n in names if n not in first]], [1e-4, 1e-3])

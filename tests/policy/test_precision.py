@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import cases
 from stepscope.errors import MeasurementError
 from stepscope.policy.forward import TokenBatch, forward, make_batch
 from stepscope.policy.numerics.precision import is_float64, lift_model, matching_precision, true_float64
@@ -52,21 +52,19 @@ def forward_mode(model: nn.Module, direction: dict[str, Tensor]) -> float:
     return float(slope)
 
 
-def test_a_step_of_1e_9_is_seen(build_model: Callable[..., nn.Module], architecture: str) -> None:
+def test_a_step_of_1e_9_is_seen(architecture: str) -> None:
     """Round-off of the sum is about 1e-15, so the slope at 1e-9 is good to 1e-5; in float32 it is noise."""
-    model = lift_model(build_model(architecture))
+    model = lift_model(cases.model(architecture))
     direction = random_direction(trainable(model))
     slope = forward_mode(model, direction)
     assert central_difference(model, direction, 1e-9) == pytest.approx(slope, rel=1e-5)
-    narrow = build_model(architecture)
+    narrow = cases.model(architecture)
     assert central_difference(narrow, direction, 1e-9) != pytest.approx(slope, rel=0.5)
 
 
-def test_without_lifting_the_casts_a_double_model_has_float32_round_off(
-    build_model: Callable[..., nn.Module],
-) -> None:
+def test_without_lifting_the_casts_a_double_model_has_float32_round_off() -> None:
     """What the lifting buys: the same parameters, the same inputs, the casts left in place."""
-    model: Any = lift_model(build_model("llama"))
+    model: Any = lift_model(cases.model("llama"))
     batch = make_batch(PROMPTS, RESPONSES)
     inputs = {
         "input_ids": batch.input_ids,
@@ -129,8 +127,8 @@ def hand_written(model: Any, tokens: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "smollm"])
-def test_forward_equals_one_written_by_hand(build_model: Callable[..., nn.Module], architecture: str) -> None:
-    model = lift_model(build_model(architecture))
+def test_forward_equals_one_written_by_hand(architecture: str) -> None:
+    model = lift_model(cases.model(architecture))
     batch = make_batch(PROMPTS, RESPONSES)
     with torch.no_grad():
         outputs = forward(model, batch, temperature=0.8, keep_logits=True)
@@ -143,10 +141,8 @@ def test_forward_equals_one_written_by_hand(build_model: Callable[..., nn.Module
         torch.testing.assert_close(outputs.entropies[i, : len(response)], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_backward_forward_mode_and_nested_forward_mode_agree(
-    build_model: Callable[..., nn.Module], architecture: str
-) -> None:
-    model = lift_model(build_model(architecture))
+def test_backward_forward_mode_and_nested_forward_mode_agree(architecture: str) -> None:
+    model = lift_model(cases.model(architecture))
     params = trainable(model)
     direction = random_direction(params)
     leaves = {n: p.clone().requires_grad_(True) for n, p in params.items()}
@@ -173,9 +169,9 @@ def forward_mode_at(model: nn.Module, values: dict[str, Tensor], direction: dict
         return float(torch.func.jvp(lambda v: entropy(model, v), (values,), (direction,))[1])
 
 
-def test_adapters_are_lifted_with_their_base(build_model: Callable[..., nn.Module]) -> None:
+def test_adapters_are_lifted_with_their_base() -> None:
     model = get_peft_model(
-        build_model("qwen2"), LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        cases.model("qwen2"), LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
     ).eval()
     lift_model(model)
     direction = random_direction(trainable(model))
@@ -242,8 +238,8 @@ def test_all_is_restored_afterwards() -> None:
     assert x.float().dtype == torch.float32
 
 
-def test_other_precisions_are_left_alone(build_model: Callable[..., nn.Module]) -> None:
-    model = build_model()
+def test_other_precisions_are_left_alone() -> None:
+    model = cases.model()
     assert not is_float64(model)
     with matching_precision(model):
         assert torch.ones(1).dtype == torch.float32
@@ -253,17 +249,17 @@ def test_other_precisions_are_left_alone(build_model: Callable[..., nn.Module]) 
         assert forward(lift_model(model), batch, temperature=1.0).logprobs.dtype == torch.float64
 
 
-def test_constants_are_derived_anew(build_model: Callable[..., nn.Module]) -> None:
+def test_constants_are_derived_anew() -> None:
     for architecture, theta in (("llama", 10000.0), ("smollm", 100000.0)):
-        rotary: Any = lift_model(build_model(architecture)).model.rotary_emb  # type: ignore[union-attr]
+        rotary: Any = lift_model(cases.model(architecture)).model.rotary_emb  # type: ignore[union-attr]
         expected = torch.tensor([theta ** (-j / 8) for j in range(0, 8, 2)], dtype=torch.float64)
         torch.testing.assert_close(rotary.inv_freq, expected, rtol=1e-15, atol=0)
-    gemma: Any = lift_model(build_model("gemma3"))
+    gemma: Any = lift_model(cases.model("gemma3"))
     assert float(gemma.model.embed_tokens.embed_scale) == 4.0
 
 
-def test_frequencies_changed_after_construction_are_refused(build_model: Callable[..., nn.Module]) -> None:
-    model: Any = build_model("llama")
+def test_frequencies_changed_after_construction_are_refused() -> None:
+    model: Any = cases.model("llama")
     model.model.rotary_emb.inv_freq.mul_(1.1)
     with pytest.raises(MeasurementError, match=r"model\.rotary_emb\.inv_freq: .* --precision float32"):
         lift_model(model)

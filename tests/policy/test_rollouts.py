@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+import cases
 from stepscope.errors import BatchError, MeasurementError
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.loss.surrogate import advantages
@@ -26,8 +26,8 @@ SETTINGS = StepSettings(temperature=0.8, max_response_tokens=7, scale_rewards="g
 
 
 @pytest.fixture
-def policy(build_model: Callable[..., nn.Module], tokenizer: Any) -> Policy:
-    return Policy(model=build_model(), tokenizer=tokenizer, settings=SETTINGS)
+def policy(tokenizer: Any) -> Policy:
+    return Policy(model=cases.model(), tokenizer=tokenizer, settings=SETTINGS)
 
 
 def test_same_seed_same_batch_and_global_state_untouched(policy: Policy, letters: Any) -> None:
@@ -237,20 +237,16 @@ def test_float64_and_adapters_sample_from_their_own_policy(policy: Policy, lette
     assert sampled.response_token_ids != batch.response_token_ids
 
 
-def test_logits_that_are_not_finite_are_no_token(
-    build_model: Callable[..., nn.Module], tokenizer: Any, letters: Task
-) -> None:
-    model: Any = build_model("llama")
+def test_logits_that_are_not_finite_are_no_token(tokenizer: Any, letters: Task) -> None:
+    model: Any = cases.model("llama")
     model.lm_head.register_forward_hook(lambda module, inputs, output: output + float("nan"))
     policy = Policy(model, tokenizer, StepSettings(max_response_tokens=4))
     with pytest.raises(MeasurementError, match="logits for response token 0 are not finite"):
         sample_rollouts(policy, letters, num_prompts=2, group_size=2, seed=0)
 
 
-def test_excluded_tokens_are_neither_sampled_nor_counted(
-    build_model: Callable[..., nn.Module], tokenizer: Any, letters: Task
-) -> None:
-    model: Any = build_model("llama")
+def test_excluded_tokens_are_neither_sampled_nor_counted(tokenizer: Any, letters: Task) -> None:
+    model: Any = cases.model("llama")
 
     def exclude(module: nn.Module, inputs: Any, output: Any) -> Any:
         return torch.cat([output[..., :12], torch.full_like(output[..., 12:], -torch.inf)], -1)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stepscope.config import TrainConfig
+import cases
 from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.policy.checkpoint.manifest import MANIFEST, damage, sha256
@@ -66,27 +66,25 @@ def test_damage_is_found_and_the_checkpoint_before_is_gone_on_from(
 
 
 def test_from_the_checkpoint_before_the_training_ends_with_the_same_bits(
-    small_config: Callable[..., TrainConfig], small_run: Path, run: Path, last: Path
+    small_run: Path, run: Path, last: Path
 ) -> None:
     flip(last / "optimizer.pt")
     with pytest.warns(UserWarning, match="goes on from step-2"):
-        assert train(small_config(), run, resume=True) == last
+        assert train(cases.training(), run, resume=True) == last
     for name in ("model.safetensors", "optimizer.pt"):
         assert sha256(last / name) == sha256(small_run / "checkpoints" / "step-4" / name)
     weights = load_file(small_run / "checkpoints/step-4/model.safetensors")
     assert all(torch.equal(v, weights[k]) for k, v in load_file(last / "model.safetensors").items())
 
 
-def test_without_a_sound_checkpoint_nothing_is_trained(
-    small_config: Callable[..., TrainConfig], run: Path, last: Path
-) -> None:
+def test_without_a_sound_checkpoint_nothing_is_trained(run: Path, last: Path) -> None:
     flip(last / "model.safetensors")
     cut(last.with_name("step-2") / MANIFEST)
     expected = (
         r"no checkpoint is sound \(step-4: model.safetensors is not .*; step-2: manifest.json cannot be read"
     )
     with pytest.raises(CheckpointError, match=expected):
-        train(small_config(), run, resume=True)
+        train(cases.training(), run, resume=True)
     assert last.is_dir()
 
 
@@ -103,10 +101,10 @@ def test_what_is_measured_is_what_was_trained(last: Path) -> None:
     assert load_checkpoint(last, require_optimizer=False).step == 4
 
 
-def test_a_damaged_base_is_refused(small_config: Callable[..., TrainConfig], run: Path) -> None:
+def test_a_damaged_base_is_refused(run: Path) -> None:
     flip(run / "base" / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"base: model.safetensors is not what was written"):
-        train(small_config(), run, resume=True)
+        train(cases.training(), run, resume=True)
 
 
 @pytest.mark.parametrize(

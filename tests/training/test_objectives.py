@@ -20,6 +20,7 @@ from digits import DigitTask, digit_config, log_of, reinforced
 from safetensors.torch import load_file
 from trl import GRPOTrainer
 
+import cases
 import stepscope
 from stepscope.errors import ConfigError, MeasurementError
 from stepscope.measure.influence.objective import objective_influences
@@ -29,7 +30,6 @@ from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.loss.token_objectives import UNCLIPPED, TokenTable, token_advantages
 from stepscope.policy.rollouts import score_rollouts
-from stepscope.results import Rollouts
 from stepscope.training.rl import OnPolicyTrainer, step_settings
 
 TASK = DigitTask(num_dead=0)
@@ -116,32 +116,6 @@ def recorded(monkeypatch: pytest.MonkeyPatch, seen: list[dict[str, torch.Tensor]
     monkeypatch.setattr(OnPolicyTrainer, "_prepare_inputs", recording)
 
 
-def as_rollouts(seen: list[dict[str, torch.Tensor]]) -> Rollouts:
-    rows: dict[str, list[Any]] = {"prompt": [], "response": [], "advantage": []}
-    for inputs in seen:
-        for kind, part in (("prompt", "prompt"), ("response", "completion")):
-            ids, mask = inputs[f"{part}_ids"], inputs[f"{part}_mask"].bool()
-            rows[kind] += [tuple(i[m].tolist()) for i, m in zip(ids, mask, strict=True)]
-        rows["advantage"] += inputs["advantages"].double().tolist()
-    count = len(rows["prompt"])
-    empty = tuple(np.zeros(len(r)) for r in rows["response"])
-    return Rollouts(
-        prompt_ids=tuple(map(str, rows["prompt"])),
-        prompts=("",) * count,
-        responses=("",) * count,
-        prompt_token_ids=tuple(rows["prompt"]),
-        response_token_ids=tuple(rows["response"]),
-        rewards=np.zeros(count),
-        correct=np.zeros(count, dtype=bool),
-        truncated=np.zeros(count, dtype=bool),
-        logprobs=empty,
-        entropies=empty,
-        temperature=1.0,
-        max_response_tokens=16,
-        advantages=np.array(rows["advantage"]),
-    )
-
-
 @pytest.mark.parametrize(
     "objective",
     [
@@ -169,7 +143,7 @@ def test_the_measured_direction_is_the_next_step_that_trl_takes(
     policy = load_checkpoint(after.with_name("step-1"), precision="float64")
     assert policy.settings.objective is not None
     assert policy.settings.objective["name"] == objective["name"]
-    update = as_rollouts(seen)
+    update = cases.from_trl(seen)
     logprobs, entropies = score_rollouts(policy, update)
     update = replace(update, logprobs=logprobs, entropies=entropies)
     step = reconstruct_step(policy, update, influences=objective_influences(policy, update, TASK))
@@ -193,7 +167,7 @@ def test_a_bonus_over_micro_batches_is_recorded_with_its_weight_and_not_measured
     start = StepSettings.load(last.with_name("step-0")).objective
     assert start == {**record, "coefficient": 0.0}
     policy = load_checkpoint(last)
-    update = as_rollouts(
+    update = cases.from_trl(
         [
             {
                 "prompt_ids": torch.tensor([[5, 6]] * 2),

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+import cases
 from stepscope import cli
 from stepscope.config import TrainConfig
 from stepscope.errors import ConfigError, RunFolderError, TrainingError
@@ -76,27 +77,25 @@ def refused(config: TrainConfig, out: Path) -> str:
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_the_warm_up(
-    small_config: Callable[..., TrainConfig], tmp_path: Path, changes: dict[str, Any], message: str
+    tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    found = refused(small_config(**changes), tmp_path / "run")
+    found = refused(cases.training(**changes), tmp_path / "run")
     assert re.search(message, found), found
 
 
-def test_a_tokenizer_without_an_end_is_refused(
-    small_config: Callable[..., TrainConfig], small_run: Path, tmp_path: Path
-) -> None:
+def test_a_tokenizer_without_an_end_is_refused(small_run: Path, tmp_path: Path) -> None:
     tokenizer = build_tokenizer()
     tokenizer.eos_token = None
     AutoModelForCausalLM.from_pretrained(small_run / "base").save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    message = refused(small_config(model={"source": str(tmp_path / "model")}), tmp_path / "run")
+    message = refused(cases.training(model={"source": str(tmp_path / "model")}), tmp_path / "run")
     assert "has no end-of-sequence token" in message
 
 
-def test_long_prompts_are_counted_and_named(small_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+def test_long_prompts_are_counted_and_named(tmp_path: Path) -> None:
     """Sums of numbers of 1 or 2 digits have 4 to 6 tokens; 1018 + 6 fit into 1024 positions."""
     mixed = {"task": "arithmetic:terms=2,digits=2,ops=+", "sft": None}
-    message = refused(small_config(**mixed, rl={"max_response_tokens": 1019}), tmp_path / "run")
+    message = refused(cases.training(**mixed, rl={"max_response_tokens": 1019}), tmp_path / "run")
     assert "6 tokens) exceed the model's 1024 positions; set rl.max_prompt_tokens to 5, which" in message
 
 
@@ -119,10 +118,8 @@ def test_a_policy_that_cannot_be_sampled_has_diverged(tmp_path: Path) -> None:
         reinforce(config, model, tokenizer, DigitTask(0), tmp_path, resume=None)
 
 
-def test_a_diverged_warm_up_is_one_line(small_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    sft = small_config().sft
-    assert sft is not None
-    config = small_config(sft=sft.model_dump() | {"optimizer": {"lr": 1e30, "max_grad_norm": 0.0}})
+def test_a_diverged_warm_up_is_one_line(tmp_path: Path) -> None:
+    config = cases.training(sft=cases.TRAINING["sft"] | {"optimizer": {"lr": 1e30, "max_grad_norm": 0.0}})
     with pytest.raises(TrainingError, match=r"sft: the training diverged at step \d+: .*sft.optimizer.lr"):
         train(config, tmp_path / "run")
 

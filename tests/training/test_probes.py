@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
+import cases
 import stepscope as ss
-from stepscope.config import TrainConfig
 from stepscope.errors import ConfigError
 from stepscope.results import read_table
 from stepscope.training import train
@@ -53,17 +52,16 @@ def test_prediction_and_outcome_agree_within_their_errors(probed_run: Path) -> N
 
 
 def test_a_small_step_does_what_was_predicted(
-    probed_config: Callable[..., TrainConfig],
-    start_from: Callable[[Path, Path], Path],
     small_run: Path,
     tmp_path: Path,
 ) -> None:
-    out = start_from(small_run, tmp_path / "run")
-    config = probed_config(
-        {"every": 1, "num_prompts": 8},
-        optimizer={"lr": 1e-7, "weight_decay": 0.1, "max_grad_norm": 0.05},
-        steps=2,
-        save_every=2,
+    out = cases.start_from(small_run, tmp_path / "run")
+    config = cases.training(
+        rl={
+            "probe": {"every": 1, "num_prompts": 8},
+            "optimizer": {"lr": 1e-7, "weight_decay": 0.1, "max_grad_norm": 0.05},
+            "steps": 2,
+        }
     )
     in_float64 = config.model.model_copy(update={"dtype": "float64"})
     train(config.model_copy(update={"model": in_float64}), out, resume=True)

@@ -8,12 +8,11 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
+import cases
 from stepscope.config import MeasureConfig, build_config
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.pipeline import run_measure
@@ -65,34 +64,10 @@ rl:
 
 def batch_of(folder: Path, step: int, policy: Policy) -> Rollouts:
     """The batch that both processes sampled before ``step``, as one."""
-    rows: list[dict[str, Any]] = []
-    for rank in (0, 1):
-        parts = torch.load(folder / f"batch-{step}-{rank}.pt", weights_only=False)
-        for i, advantage in enumerate(parts["advantages"].tolist()):
-            rows.append(
-                {
-                    "prompt": tuple(parts["prompt_ids"][i][parts["prompt_mask"][i].bool()].tolist()),
-                    "response": tuple(
-                        parts["completion_ids"][i][parts["completion_mask"][i].bool()].tolist()
-                    ),
-                    "advantage": advantage,
-                }
-            )
-    zeros = tuple(np.zeros(len(row["response"])) for row in rows)
-    return Rollouts(
-        prompt_ids=tuple(str(row["prompt"]) for row in rows),
-        prompts=("",) * len(rows),
-        responses=("",) * len(rows),
-        prompt_token_ids=tuple(row["prompt"] for row in rows),
-        response_token_ids=tuple(row["response"] for row in rows),
-        rewards=np.zeros(len(rows)),
-        correct=np.zeros(len(rows), dtype=np.bool_),
-        truncated=np.zeros(len(rows), dtype=np.bool_),
-        logprobs=zeros,
-        entropies=zeros,
-        temperature=policy.settings.temperature,
-        max_response_tokens=policy.settings.max_response_tokens,
-        advantages=np.array([row["advantage"] for row in rows]),
+    parts = [torch.load(folder / f"batch-{step}-{rank}.pt", weights_only=False) for rank in (0, 1)]
+    settings = policy.settings
+    return cases.from_trl(
+        parts, temperature=settings.temperature, max_response_tokens=settings.max_response_tokens
     )
 
 

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 from typer.testing import CliRunner
 
+import cases
 from made_tokenizers import BOS, CHAT, EOS, TAGS, byte_level
 from stepscope import cli
 from stepscope.errors import CheckpointError, ConfigError
@@ -136,9 +137,9 @@ def test_training_asks_what_measuring_asks(tmp_path, monkeypatch) -> None:
     assert tokenizer.decode(row["input_ids"][:start]).endswith("<|assistant|><think>\n")
 
 
-def test_tags_that_are_special_tokens_change_nothing(small_run, small_config, start_from, tmp_path) -> None:
+def test_tags_that_are_special_tokens_change_nothing(small_run, tmp_path) -> None:
     """One policy with its tags as ordinary and as special tokens: the same verdicts and training."""
-    base = start_from(small_run, tmp_path / "run") / "base"
+    base = cases.start_from(small_run, tmp_path / "run") / "base"
     special = AutoTokenizer.from_pretrained(base)
     special.add_special_tokens({"additional_special_tokens": list(TAGS)})
     special.save_pretrained(base)
@@ -152,7 +153,7 @@ def test_tags_that_are_special_tokens_change_nothing(small_run, small_config, st
         rollouts = sample_rollouts(policy, task, num_prompts=8, group_size=4, seed=0)
         assert any("<answer>" in text for text in rollouts.responses)
         if tokenizer is not None:
-            last = train(small_config(), folder, resume=True)
+            last = train(cases.training(), folder, resume=True)
             assert [e["reward"] for e in log_of(last)] == [
                 e["reward"] for e in log_of(small_run / "checkpoints" / "step-4")
             ]
@@ -161,10 +162,8 @@ def test_tags_that_are_special_tokens_change_nothing(small_run, small_config, st
     assert ordinary.format_rate == as_special.format_rate > 0
 
 
-def test_a_tokenizer_without_an_end_is_refused_in_training_and_measured(
-    small_run, start_from, tmp_path
-) -> None:
-    base = start_from(small_run, tmp_path / "run") / "base"
+def test_a_tokenizer_without_an_end_is_refused_in_training_and_measured(small_run, tmp_path) -> None:
+    base = cases.start_from(small_run, tmp_path / "run") / "base"
     config = json.loads((base / "tokenizer_config.json").read_text())
     (base / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
     with pytest.raises(

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import cases
 from stepscope.config import TrainConfig, load_config
 from stepscope.errors import RunFolderError
 from stepscope.pipeline import run_train
@@ -100,12 +100,11 @@ def write_config(config: TrainConfig, folder: Path) -> Path:
 
 def test_a_training_killed_between_two_checkpoints_ends_as_if_it_had_not_been(
     every_step: TrainConfig,
-    start_from: Callable[[Path, Path], Path],
     small_run: Path,
     probed_run: Path,
     tmp_path: Path,
 ) -> None:
-    out = start_from(small_run, tmp_path / "run")
+    out = cases.start_from(small_run, tmp_path / "run")
     process = start(write_config(every_step, tmp_path), out)
     wait_for(out / "checkpoints" / "step-2", process)
     time.sleep(random.uniform(0.0, 0.5))
@@ -119,15 +118,13 @@ def test_a_training_killed_between_two_checkpoints_ends_as_if_it_had_not_been(
 
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_leave_no_trace(
-    probed_config: Callable[..., TrainConfig],
-    start_from: Callable[[Path, Path], Path],
     small_run: Path,
     tmp_path: Path,
 ) -> None:
     probe = {"every": 3, "num_prompts": 4, "window": 8, "top_tokens": 2}
-    path = write_config(probed_config(probe, steps=24, save_every=2), tmp_path)
+    path = write_config(cases.training(rl={"probe": probe, "steps": 24}), tmp_path)
     for name in ("once", "often"):
-        start_from(small_run, tmp_path / name)
+        cases.start_from(small_run, tmp_path / name)
     undisturbed = start(path, tmp_path / "once")
     begin = time.perf_counter()
     assert undisturbed.wait() == 0
@@ -172,12 +169,10 @@ def test_the_lock_of_a_killed_process_is_void(tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_what_a_killed_process_was_writing_is_removed(
-    small_config: Callable[..., TrainConfig], small_run: Path, tmp_path: Path
-) -> None:
+def test_what_a_killed_process_was_writing_is_removed(small_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(small_run, out)
     unfinished = out / "checkpoints" / "checkpoint-6"
     unfinished.mkdir()
-    train(small_config(), out, resume=True)
+    train(cases.training(), out, resume=True)
     assert not unfinished.exists()

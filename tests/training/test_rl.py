@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from digits import SHAPE, DigitTask, digit_config, log_of, reinforced
 from safetensors.torch import load_file
 
-from stepscope.config import TrainConfig
+import cases
 from stepscope.errors import ConfigError, RunFolderError
 from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.policy.loss.settings import StepSettings
@@ -62,25 +62,21 @@ def test_step_0_is_the_policy_before_the_first_step(small_run: Path) -> None:
     assert all(torch.equal(weights[name], base[name]) for name in base)
 
 
-def test_an_interrupted_run_continues_as_if_it_had_not_been(
-    small_config: Callable[..., TrainConfig], small_run: Path, tmp_path: Path
-) -> None:
+def test_an_interrupted_run_continues_as_if_it_had_not_been(small_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(small_run, out)
     shutil.rmtree(out / "checkpoints" / "step-4")
     with pytest.raises(RunFolderError, match="already holds a training"):
-        train(small_config(), out)
-    assert train(small_config(), out, resume=True) == out / "checkpoints" / "step-4"
+        train(cases.training(), out)
+    assert train(cases.training(), out, resume=True) == out / "checkpoints" / "step-4"
     again, once = (load_file(run / "checkpoints/step-4/model.safetensors") for run in (out, small_run))
     assert all(torch.equal(again[name], once[name]) for name in once)
     finished = last_checkpoint(out)
-    assert train(small_config(), out, resume=True) == finished
+    assert train(cases.training(), out, resume=True) == finished
 
 
-def test_an_adapter_finds_its_base_in_a_run_that_moved(
-    small_config: Callable[..., TrainConfig], tmp_path: Path
-) -> None:
-    config = small_config(
+def test_an_adapter_finds_its_base_in_a_run_that_moved(tmp_path: Path) -> None:
+    config = cases.training(
         model={"source": "tiny", "tiny": SHAPE.model_dump(), "lora": {"r": 2}},
         sft={"examples": 8, "batch_size": 8, "check_prompts": 4},
     )
