@@ -27,6 +27,7 @@ from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.precision import lift_model
 from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
 from stepscope.results import Rollouts
+from stepscope.rules import EntropyBonus
 
 VOCAB = 13
 
@@ -130,7 +131,7 @@ def test_sampled_padding_tokens_are_not_trained_but_move_the_quantity(mode: str)
 
 def test_an_entropy_bonus_has_a_share_of_its_own() -> None:
     policy = build_policy()
-    objective = {"name": "entropy_bonus", "coefficient": 0.3, "micro_batch_size": None}
+    objective = EntropyBonus(coefficient=0.3)
     policy = replace(policy, settings=replace(policy.settings, objective=objective))
     step = cases.step(policy, num_prompts=3, group_size=4, seed=1)
     probe = cases.batch(policy, num_prompts=6, group_size=2, seed=2)

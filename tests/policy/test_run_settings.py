@@ -17,6 +17,7 @@ from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.run_settings import run_settings
 from stepscope.policy.checkpoint.trl_run import run_notes
 from stepscope.policy.loss.settings import StepSettings
+from stepscope.rules import EntropyBonus, TopEntropy
 
 FLAGS = {
     "loss_type": "grpo",
@@ -81,11 +82,9 @@ def test_settings_of_a_grpo_run(tmp_path: Path) -> None:
 
 def test_trls_entropy_terms_are_objectives_of_a_batch_in_one_piece(tmp_path: Path) -> None:
     save_args(tmp_path, top_entropy_quantile=0.2, per_device_train_batch_size=8, num_generations=4)
-    record = {"name": "top_entropy", "fraction": 0.2, "micro_batch_size": 8}
-    assert run_settings(tmp_path).objective == record
+    assert run_settings(tmp_path).objective == TopEntropy(fraction=0.2, scope=8)
     save_args(tmp_path, entropy_coef=0.01)
-    record = {"name": "entropy_bonus", "coefficient": 0.01, "micro_batch_size": None}
-    assert run_settings(tmp_path).objective == record
+    assert run_settings(tmp_path).objective == EntropyBonus(coefficient=0.01)
 
 
 def test_flags_add_to_what_the_run_says(tmp_path: Path) -> None:

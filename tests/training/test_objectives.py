@@ -28,8 +28,8 @@ from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy import vectors
 from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.policy.loss.settings import StepSettings
-from stepscope.policy.loss.token_objectives import UNCLIPPED, TokenTable, token_advantages
 from stepscope.policy.rollouts import score_rollouts
+from stepscope.rules import UNCLIPPED, EntropyBonus, KlCov, Tokens, TopEntropy, token_advantages
 from stepscope.training.rl import OnPolicyTrainer, step_settings
 
 TASK = DigitTask(num_dead=0)
@@ -142,7 +142,7 @@ def test_the_measured_direction_is_the_next_step_that_trl_takes(
     assert len(seen) == 16 // size
     policy = load_checkpoint(after.with_name("step-1"), precision="float64")
     assert policy.settings.objective is not None
-    assert policy.settings.objective["name"] == objective["name"]
+    assert policy.settings.objective.name == objective["name"]
     update = cases.from_trl(seen)
     logprobs, entropies = score_rollouts(policy, update)
     update = replace(update, logprobs=logprobs, entropies=entropies)
@@ -162,10 +162,11 @@ def test_a_bonus_over_micro_batches_is_recorded_with_its_weight_and_not_measured
     """Entropy is below the target, so that the weight grows by delta after each step."""
     objective = {"name": "entropy_bonus", "coefficient": 0.1, "target": 9.0, "delta": 0.01}
     last = reinforced(digit_config(objective=objective), tmp_path, TASK)
-    record = StepSettings.load(last).objective
-    assert record == {"name": "entropy_bonus", "coefficient": pytest.approx(0.12), "micro_batch_size": 8}
+    bonus = StepSettings.load(last).objective
+    assert isinstance(bonus, EntropyBonus)
+    assert (bonus.coefficient, bonus.micro_batch_size) == (pytest.approx(0.12), 8)
     start = StepSettings.load(last.with_name("step-0")).objective
-    assert start == {**record, "coefficient": 0.0}
+    assert start == EntropyBonus(coefficient=0.0, scope=8)
     policy = load_checkpoint(last)
     update = cases.from_trl(
         [
@@ -186,20 +187,17 @@ def test_top_entropy_of_micro_batches_is_trls_own_mask() -> None:
     generator = torch.Generator().manual_seed(0)
     entropies = torch.rand((3, 7), generator=generator, dtype=torch.float64)
     mask = torch.arange(7) < torch.tensor([[7], [4], [5]])
-    table = TokenTable(
-        logprobs=-entropies,
-        old_logprobs=-entropies,
-        entropies=entropies,
-        advantages=torch.ones_like(entropies),
-        mask=mask,
-        epsilon_low=0.2,
-        epsilon_high=0.2,
+    tokens = Tokens(
+        sequence=torch.nonzero(mask)[:, 0].numpy(),
+        logprob=-entropies[mask].numpy(),
+        old_logprob=-entropies[mask].numpy(),
+        entropy=entropies[mask].numpy(),
+        advantages=np.ones(3),
     )
-    record = {"name": "top_entropy", "fraction": 0.3, "micro_batch_size": 3}
-    ours = token_advantages(record, table, seed=0, step=0)
+    ours = token_advantages(TopEntropy(fraction=0.3, scope=3), tokens, seed=0, step=0)
     trainer: Any = SimpleNamespace(accelerator=Accelerator(cpu=True))
     theirs = GRPOTrainer.get_high_entropy_mask(trainer, entropies, mask.long(), 1 - 0.3)
-    torch.testing.assert_close(ours, theirs.double())
+    np.testing.assert_array_equal(ours, theirs.double()[mask])
 
 
 @pytest.mark.slow
@@ -233,13 +231,10 @@ def test_checkpoints_record_what_the_next_step_needs(tmp_path: Path) -> None:
     config = digit_config(num_iterations=2, objective={"name": "kl_cov", "scope": "micro_batch"})
     settings = step_settings(config)
     assert (settings.epsilon_low, settings.epsilon_high, settings.num_iterations) == (1.0, UNCLIPPED, 2)
-    assert settings.objective == {
-        "name": "kl_cov",
-        "fraction": 2e-3,
-        "coefficient": 1.0,
-        "micro_batch_size": 8,
-    }
+    assert settings.objective == KlCov(scope=8)
     settings.save(tmp_path)
+    stored = json.loads((tmp_path / "stepscope.json").read_text())["objective"]
+    assert stored == {"name": "kl_cov", "fraction": 2e-3, "coefficient": 1.0, "micro_batch_size": 8}
     assert StepSettings.load(tmp_path) == settings
 
 

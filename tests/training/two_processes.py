@@ -20,9 +20,9 @@ whole = objectives.token_advantages
 prepare = OnPolicyTrainer._prepare_inputs
 
 
-def counted(record: Any, table: Any, **kwargs: Any) -> torch.Tensor:
-    seen.append({"tokens": int(table.mask.sum()), "sum": float(table.logprobs[table.mask].sum())})
-    return whole(record, table, **kwargs)
+def counted(intervention: Any, tokens: Any, **kwargs: Any) -> Any:
+    seen.append({"tokens": len(tokens), "sum": float(tokens.logprob.sum())})
+    return whole(intervention, tokens, **kwargs)
 
 
 def compared(self: OnPolicyTrainer, batch: Any) -> Any:

@@ -1,4 +1,7 @@
-"""Configuration of what ``stepscope train`` adds to TRL's loss: an objective, and a curriculum of prompts."""
+"""Configuration of what ``stepscope train`` adds to TRL's loss: an objective, and a curriculum of prompts.
+
+All objectives but the entropy bonus are the classes of :mod:`stepscope.rules` themselves.
+"""
 
 from __future__ import annotations
 
@@ -7,148 +10,21 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from stepscope.config.base import Section
-
-Scope = Literal["batch", "micro_batch"]
-"""What means, quantiles and maxima of an objective are taken over: all tokens of the optimizer step, or those
-of one micro-batch on one device, as most public code does."""
-
-
-class ClipCovConfig(Section):
-    """Clip-Cov: some tokens of high covariance between log-prob and advantage leave the loss.
-
-    The published runs nearly switch PPO's clipping off beside it: set ``rl.epsilon_low`` and
-    ``rl.epsilon_high`` to 1 for that. The default fraction is meant for batches of millions of tokens.
-
-    Attributes:
-        name: ``clip_cov``.
-        fraction: share of the tokens that leave the loss (at least one token).
-        low: smallest covariance of a candidate.
-        high: largest covariance of a candidate.
-        scope: what the covariance is centred over.
-    """
-
-    name: Literal["clip_cov"]
-    fraction: float = Field(default=2e-4, gt=0, le=1)
-    low: float = 1.0
-    high: float = 5.0
-    scope: Scope = "batch"
-
-    @model_validator(mode="after")
-    def _bounds(self) -> ClipCovConfig:
-        if self.low >= self.high:
-            raise ValueError(f"low {self.low} is not below high {self.high}; give a range of covariances")
-        return self
-
-
-class KlCovConfig(Section):
-    """KL-Cov: tokens of the highest covariance are held to the policy that sampled; PPO's clipping is off.
-
-    The penalty is the size of log pi - log pi_old, whose gradient vanishes while the two are the same policy:
-    it acts from the second update on a batch, so ``rl.num_iterations`` must be at least 2.
-
-    Attributes:
-        name: ``kl_cov``.
-        fraction: share of the tokens that are penalised (at least one token).
-        coefficient: weight of the penalty.
-        scope: what the covariance is centred over.
-    """
-
-    name: Literal["kl_cov"]
-    fraction: float = Field(default=2e-3, gt=0, le=1)
-    coefficient: float = Field(default=1.0, gt=0)
-    scope: Scope = "batch"
-
-
-class TopEntropyConfig(Section):
-    """Only tokens before which the policy is most uncertain stay in the loss.
-
-    Attributes:
-        name: ``top_entropy``.
-        fraction: share of the tokens that stay.
-        scope: what the quantile is taken over; TRL's own ``top_entropy_quantile`` means ``micro_batch``.
-    """
-
-    name: Literal["top_entropy"]
-    fraction: float = Field(default=0.2, gt=0, le=1)
-    scope: Scope = "batch"
-
-
-class ReweightingConfig(Section):
-    """Advantages reweighted by probability: A (alpha p + 1 - alpha), which plays improbable tokens down.
-
-    Attributes:
-        name: ``reweighting``.
-        alpha: 0 leaves the advantages as they are.
-    """
-
-    name: Literal["reweighting"]
-    alpha: float = Field(default=0.3, ge=0, le=1)
-
-
-class SteerConfig(Section):
-    """STEER: tokens count the less, the more their own tabular entropy change is.
-
-    Attributes:
-        name: ``steer``.
-        form: ``theorem`` for the change as derived, ``released`` for the authors' code, which divides the
-            advantage by the probability that sampled instead of multiplying with the ratio.
-        min_weight: weight of the token that changes entropy most.
-        scope: what that token is looked for in.
-    """
-
-    name: Literal["steer"]
-    form: Literal["theorem", "released"] = "theorem"
-    min_weight: float = Field(default=0.7, gt=0, lt=1)
-    scope: Scope = "batch"
-
-
-class DiscriminatorConfig(Section):
-    """Discriminator clipping: tokens of negative advantage that lower entropy most leave the loss.
-
-    Attributes:
-        name: ``discriminator``.
-        form: ``vocabulary`` centres each token's score over the vocabulary, which makes it the exact tabular
-            entropy change (Clip_V); ``batch`` centres it over the batch (Clip_B).
-        threshold: standard deviations of the score beyond which a token leaves; published: 8.5 for
-            ``vocabulary``, 2.5 for ``batch``.
-        max_fraction: largest share of the tokens that may leave.
-        scope: what mean and standard deviation are taken over.
-    """
-
-    name: Literal["discriminator"]
-    form: Literal["vocabulary", "batch"] = "vocabulary"
-    threshold: float = Field(default=2.5, ge=0)
-    max_fraction: float = Field(default=1.0, gt=0, le=1)
-    scope: Scope = "batch"
-
-
-class InfluenceConfig(Section):
-    """Measured influence: tokens that cost too much entropy for the reward they buy leave the loss.
-
-    Before every optimizer step the influence of each token of the batch on entropy and expected reward is
-    measured on a fresh probe batch, with AdamW's own preconditioner. That costs several times the step.
-
-    Attributes:
-        name: ``influence``.
-        fraction: largest share of the tokens that are chosen.
-        price: nats per token of entropy that a token may cost for a reward of 1 it buys; 0 chooses those
-            that lower entropy most, whatever they buy.
-        weight: what the chosen tokens' advantages are multiplied by; 0 takes the tokens out of the loss.
-        num_prompts: prompts of the probe batch, of the training split, with one response each.
-    """
-
-    name: Literal["influence"]
-    fraction: float = Field(default=0.02, gt=0, le=1)
-    price: float = Field(default=0.0, ge=0)
-    weight: float = Field(default=0.0, ge=0, lt=1)
-    num_prompts: int = Field(default=64, ge=2)
+from stepscope.rules import (
+    ClipCov,
+    DiscriminatorClipping,
+    InfluenceClipping,
+    KlCov,
+    Reweighting,
+    Steer,
+    TopEntropy,
+)
 
 
 class EntropyBonusConfig(Section):
     """Entropy bonus: the loss less ``coefficient`` times the mean entropy over tokens (TRL's own term).
 
     Attributes:
-        name: ``entropy_bonus``.
         coefficient: weight of the bonus; where it adapts, the weight to begin with.
         target: entropy in nats per token below which the bonus acts and its weight grows; above it the bonus
             rests and its weight shrinks. Null keeps the weight and lets it act always.
@@ -156,7 +32,7 @@ class EntropyBonusConfig(Section):
         max_coefficient: largest weight.
     """
 
-    name: Literal["entropy_bonus"]
+    name: Literal["entropy_bonus"] = "entropy_bonus"
     coefficient: float = Field(default=0.005, ge=0)
     target: float | None = Field(default=None, gt=0)
     delta: float = Field(default=0.005, gt=0)
@@ -170,13 +46,13 @@ class EntropyBonusConfig(Section):
 
 
 ObjectiveConfig = Annotated[
-    ClipCovConfig
-    | KlCovConfig
-    | TopEntropyConfig
-    | ReweightingConfig
-    | SteerConfig
-    | DiscriminatorConfig
-    | InfluenceConfig
+    ClipCov
+    | KlCov
+    | TopEntropy
+    | Reweighting
+    | Steer
+    | DiscriminatorClipping
+    | InfluenceClipping
     | EntropyBonusConfig,
     Field(discriminator="name"),
 ]

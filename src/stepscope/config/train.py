@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from stepscope.config.base import Section
 from stepscope.config.objectives import CurriculumConfig, EntropyBonusConfig, ObjectiveConfig
+from stepscope.rules import ScopedIntervention
 
 
 class TinyModelConfig(Section):
@@ -209,17 +210,17 @@ class RlConfig(Section):
         chosen = self.objective
         if chosen is None or isinstance(chosen, EntropyBonusConfig):
             return self
-        if chosen.name == "kl_cov" and self.num_iterations == 1:
+        if chosen.off_policy_only and self.num_iterations == 1:
             raise ValueError(
-                "objective kl_cov does nothing on the first update of a batch, where the policy is still the "
-                "one that sampled; set num_iterations to at least 2"
+                f"objective {chosen.name} does nothing on the first update of a batch, where the policy is "
+                "still the one that sampled; set num_iterations to at least 2"
             )
-        if chosen.name == "influence" and self.beta > 0:
+        if chosen.measures and self.beta > 0:
             raise ValueError(
-                "objective influence measures the step of the policy loss alone, and beta adds a KL penalty; "
-                "set beta to 0"
+                f"objective {chosen.name} measures the step of the policy loss alone, and beta adds a KL "
+                "penalty; set beta to 0"
             )
-        if getattr(chosen, "scope", "batch") == "micro_batch" and self.micro_batch_size == 1:
+        if isinstance(chosen, ScopedIntervention) and chosen.over(self.micro_batch_size).scope == 1:
             raise ValueError(
                 f"objective {chosen.name} compares tokens within a micro-batch, and one sequence has one "
                 "advantage; set micro_batch_size to at least 2, or scope to batch"

@@ -15,7 +15,7 @@ from stepscope.measure.quantity.values import derivatives
 from stepscope.policy.checkpoint.examination import Finding, examine, made_up_sequences
 from stepscope.policy.checkpoint.foreign import reads_foreign
 from stepscope.policy.derivative_check import random_direction
-from stepscope.policy.loss.surrogate import has_bonus, refuse_cut_bonus
+from stepscope.policy.loss.surrogate import adds_component, refuse_cut_component
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 
@@ -51,7 +51,7 @@ def _loss(policy: Policy, config: MeasureSettings) -> list[Finding]:
                 Finding("fail", "kl needs a reference, and a full model has no base beside it", cure)
             )
     try:
-        refuse_cut_bonus(policy.settings)
+        refuse_cut_component(policy.settings)
     except MeasurementError as error:
         found.append(Finding.from_error(error))
     return found
@@ -59,7 +59,7 @@ def _loss(policy: Policy, config: MeasureSettings) -> list[Finding]:
 
 def _remade_steps(policy: Policy, config: MeasureSettings, stages: list[Stage]) -> list[Finding]:
     """Steps taken again without some sequences or tokens: there are none of a loss with an entropy bonus."""
-    if not has_bonus(policy.settings):
+    if not adds_component(policy.settings):
         return []
     what = (
         "the loss has an entropy bonus, which belongs to no sequence, and {} takes steps again without some"

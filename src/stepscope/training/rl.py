@@ -18,9 +18,9 @@ from stepscope.config import RlConfig, TrainConfig
 from stepscope.errors import ConfigError
 from stepscope.policy.checkpoint.manifest import write_manifest
 from stepscope.policy.loss.settings import StepSettings
-from stepscope.policy.loss.token_objectives import ENTROPY_BONUS, UNCLIPPED
 from stepscope.policy.texts import ResponseText
 from stepscope.results import FloatArray, IntArray, same_text
+from stepscope.rules import UNCLIPPED, EntropyBonus
 from stepscope.tasks.load import TemplatedTask, asked_through
 from stepscope.tasks.problem import Problem, Score, Task
 from stepscope.training.probe.callback import StepProbe
@@ -28,7 +28,7 @@ from stepscope.training.setup.arguments import diverged, install_callbacks, shar
 from stepscope.training.setup.prompts import prompt_rows
 from stepscope.training.setup.start import adapter, writing
 from stepscope.training.shaping.curriculum import BUCKETS, Curriculum
-from stepscope.training.shaping.objectives import bonus_arguments, objective_record, shaper_for
+from stepscope.training.shaping.objectives import bonus_arguments, next_objective, shaper_for
 
 
 class TaskReward:
@@ -244,11 +244,11 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
     def settings_of_the_next_step(self) -> StepSettings:
         """The settings, with the weight that an adaptive entropy bonus will have."""
         objective = self.settings.objective
-        if objective is None or objective["name"] != ENTROPY_BONUS or not self.use_adaptive_entropy:
+        if not isinstance(objective, EntropyBonus) or not self.use_adaptive_entropy:
             return self.settings
         acts = self._last_world_entropy <= self.args.entropy_target
         coefficient = self.entropy_coef if acts else 0.0
-        return replace(self.settings, objective={**objective, "coefficient": coefficient})
+        return replace(self.settings, objective=objective.model_copy(update={"coefficient": coefficient}))
 
 
 def publish(folder: Path, settings: StepSettings) -> Path:
@@ -272,7 +272,8 @@ def publish(folder: Path, settings: StepSettings) -> Path:
 def step_settings(config: TrainConfig) -> StepSettings:
     """The settings of a configuration's reinforcement learning, as its checkpoints record them."""
     rl = config.rl or RlConfig()
-    unclipped = rl.objective is not None and rl.objective.name == "kl_cov"
+    objective = next_objective(rl)
+    unclipped = objective is not None and objective.unclipped
     return StepSettings(
         loss_type=rl.loss_type,
         scale_rewards=rl.scale_rewards,
@@ -293,7 +294,7 @@ def step_settings(config: TrainConfig) -> StepSettings:
         seed=config.seed,
         format_weight=config.format_weight,
         answer_format=config.answer_format,
-        objective=objective_record(rl),
+        objective=objective,
         num_iterations=rl.num_iterations,
         micro_batch_size=rl.micro_batch_size,
     )

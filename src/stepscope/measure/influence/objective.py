@@ -19,10 +19,10 @@ from stepscope.measure.step.terms import term_gradients
 from stepscope.policy import vectors
 from stepscope.policy.gradients import directional_derivative, gradient, response_logprob
 from stepscope.policy.loss.surrogate import token_weights
-from stepscope.policy.loss.token_objectives import INFLUENCE
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, Rollouts
+from stepscope.rules import InfluenceClipping
 from stepscope.tasks import Task
 
 QUANTITIES = (("entropy", "per_token"), ("reward", "per_seq"))
@@ -60,18 +60,18 @@ def token_influences(
         MeasurementError: the settings have another objective.
     """
     objective = policy.settings.objective
-    if objective is None or objective["name"] != INFLUENCE:
+    if not isinstance(objective, InfluenceClipping):
         raise MeasurementError(
-            f"token influences belong to the objective {INFLUENCE!r}, got {objective}; use measure.influence"
+            f"token influences belong to the objective influence, got {objective!r}; use measure.influence"
         )
     weights = token_weights(update, replace(policy.settings, objective=None), logprobs=logprobs)
     seed = int(np.random.SeedSequence([policy.settings.seed, policy.step, 2]).generate_state(1)[0])
-    probe = sample_rollouts(policy, task, num_prompts=objective["num_prompts"], group_size=1, seed=seed)
+    probe = sample_rollouts(policy, task, num_prompts=objective.num_prompts, group_size=1, seed=seed)
     ascent = gradient(policy, update, weighted_logprobs(weights), max_sequences=max_sequences)
     terms = term_gradients(policy, update, max_sequences=max_sequences)
     step = assemble_step(policy, update, weights, ascent, terms)
     found = [tuple(np.zeros(n) for n in update.num_tokens)] * len(QUANTITIES)
-    for i, (name, normalisation) in enumerate(QUANTITIES[: 1 + (objective["price"] > 0)]):
+    for i, (name, normalisation) in enumerate(QUANTITIES[: 1 + (objective.price > 0)]):
         bound = bind_quantity(
             policy,
             probe,
@@ -99,7 +99,6 @@ def objective_influences(
         task: of the training.
         max_sequences: micro-batch size.
     """
-    objective = policy.settings.objective
-    if objective is None or objective["name"] != INFLUENCE:
+    if not isinstance(policy.settings.objective, InfluenceClipping):
         return None
     return token_influences(policy, update, task, max_sequences=max_sequences)

@@ -118,14 +118,14 @@ def reconstruct_step(
     logprobs, entropies = (
         score_rollouts(policy, update, max_sequences=max_sequences) if off_policy else (None, None)
     )
-    form = (policy.settings.objective or {}).get("form")
+    chosen = policy.settings.objective
     weights = token_weights(
         update,
         policy.settings,
         logprobs=logprobs,
         entropies=entropies,
         discriminators=score_discriminators(policy, update, max_sequences=max_sequences)
-        if form == "vocabulary"
+        if chosen is not None and chosen.needs_discriminators
         else None,
         influences=influences,
         step=policy.step,

@@ -14,7 +14,7 @@ from stepscope.errors import MeasurementError
 from stepscope.policy.experts import router_gradient
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients import gradient
-from stepscope.policy.loss.surrogate import bonus_weights, has_bonus
+from stepscope.policy.loss.surrogate import adds_component, entropy_weights
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, Rollouts
 
@@ -25,7 +25,7 @@ def bonus_gradient(policy: Policy, update: Rollouts, max_sequences: int) -> dict
     Raises:
         MeasurementError: TRL took the mean entropy of each micro-batch, not of the batch.
     """
-    weights = bonus_weights(update, policy.settings)
+    weights = entropy_weights(update, policy.settings)
     if not weights:
         return {}
 
@@ -56,7 +56,7 @@ def term_gradients(
     Raises:
         MeasurementError: an entropy bonus that is not of the whole batch, or one in a re-made step.
     """
-    if remade and has_bonus(policy.settings):
+    if remade and adds_component(policy.settings):
         raise MeasurementError(
             "the loss has an entropy bonus, which belongs to no sequence, so a step without some of them is "
             "not defined; measure without re-made steps"

@@ -95,7 +95,7 @@ def _settings(policy: Policy) -> list[Finding]:
         "max_grad_norm": settings.max_grad_norm,
         "mask_truncated": settings.mask_truncated,
     }
-    loss = settings.loss_type + (f" with {settings.objective['name']}" if settings.objective else "")
+    loss = settings.loss_type + (f" with {settings.objective.name}" if settings.objective else "")
     found = [Finding("ok", f"loss {loss}, " + ", ".join(f"{k} {v}" for k, v in said.items()))]
     if settings.loss_type not in LOSS_TYPES:
         known = f"give loss.loss_type, one of {', '.join(LOSS_TYPES)}"

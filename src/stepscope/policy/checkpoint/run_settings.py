@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def run_settings(
     needed = REQUIRED_SETTINGS if for_step else SAMPLING_SETTINGS
     missing = [name for name in needed if name not in given]
     if (folder / SETTINGS_FILE).is_file():
-        known = asdict(StepSettings.load(folder / SETTINGS_FILE))
+        known = vars(StepSettings.load(folder / SETTINGS_FILE))
         return StepSettings.from_dict(known | given, where=str(folder / SETTINGS_FILE))
     file = folder / TRAINING_ARGS_FILE
     try:

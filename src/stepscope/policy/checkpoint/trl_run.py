@@ -16,7 +16,6 @@ from stepscope.policy.checkpoint.training_args import (
     read_training_args,
 )
 from stepscope.policy.loss.surrogate import LOSS_TYPES
-from stepscope.policy.loss.token_objectives import ENTROPY_BONUS
 from stepscope.policy.stored import HALF_TYPES
 
 _CARD = re.compile(r"This model was trained with ([^\s,.]+)")
@@ -182,7 +181,7 @@ def _objective(args: _Arguments) -> dict[str, Any] | None:
     if (kept := args.number("top_entropy_quantile", 1.0)) < 1.0:
         return {"name": "top_entropy", "fraction": kept, "micro_batch_size": args.micro_batch}
     if (coefficient := args.number("entropy_coef", 0.0)) != 0.0:
-        return {"name": ENTROPY_BONUS, "coefficient": coefficient, "micro_batch_size": None}
+        return {"name": "entropy_bonus", "coefficient": coefficient, "micro_batch_size": None}
     return None
 
 

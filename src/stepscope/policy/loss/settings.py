@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from stepscope.errors import CheckpointError, shown
-from stepscope.policy.loss.token_objectives import objective_problem
+from stepscope.errors import CheckpointError, ConfigError, shown
+from stepscope.rules import Intervention, intervention_from_record
 
 SETTINGS_FILE = "stepscope.json"
 """Name of the settings file inside a checkpoint folder."""
@@ -68,9 +68,8 @@ class StepSettings:
             (TRL's ``use_bias_correction_kl``, on by default there).
         mask_truncated: truncated responses do not enter the loss (TRL's ``mask_truncated_completions``).
         format_weight: part of the reward that keeping the format earns, whatever the answer.
-        objective: what is changed in the loss, as
-            :func:`~stepscope.policy.loss.token_objectives.token_advantages` takes it, or the entropy bonus
-            with its weight in the next step; None for the loss as it is.
+        objective: what is changed in the loss, with its parameters in the next step; None for the loss as it
+            is.
         system_prompt: system message of the chat template; empty for none.
         prefill: text that the response's turn begins with, at the end of the prompt.
         chat_template_kwargs: variables of the chat template (TRL's ``chat_template_kwargs``), or None.
@@ -103,7 +102,7 @@ class StepSettings:
     bias_correction_kl: bool = True
     mask_truncated: bool = False
     format_weight: float = 0.0
-    objective: dict[str, Any] | None = field(default=None, hash=False)
+    objective: Intervention | None = None
     system_prompt: str = ""
     prefill: str = ""
     chat_template_kwargs: dict[str, Any] | None = field(default=None, hash=False)
@@ -132,7 +131,8 @@ class StepSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a JSON-ready dictionary, with the version of the format."""
-        return {"version": SETTINGS_VERSION, **asdict(self)}
+        objective = None if self.objective is None else self.objective.to_record()
+        return {"version": SETTINGS_VERSION, **asdict(self), "objective": objective}
 
     def save(self, path: Path) -> None:
         """Write the settings as JSON, atomically; ``path`` is the file or the checkpoint folder."""
@@ -187,6 +187,14 @@ class StepSettings:
             if name not in data:
                 continue
             value = data[name]
+            if name == "objective" and isinstance(value, Mapping | Intervention):
+                try:
+                    made = intervention_from_record(value) if isinstance(value, Mapping) else value
+                except ConfigError as error:
+                    problems.append(f"objective: {error}")
+                else:
+                    values[name] = made
+                continue
             if wanted is float and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)
             choices = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
@@ -196,8 +204,6 @@ class StepSettings:
                     f"{name}: got {shown(value)}, expected {' or '.join(t.__name__ for t in allowed)}"
                 )
             values[name] = value
-        if isinstance(objective := values.get("objective"), dict) and (odd := objective_problem(objective)):
-            problems.append(f"objective: {odd}")
         if problems:
             raise CheckpointError(
                 f"{where}: settings not understood ({'; '.join(problems)}); mend these keys"

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from stepscope.errors import BatchError, ConfigError, MeasurementError
 from stepscope.policy.loss.settings import StepSettings
-from stepscope.policy.loss.token_objectives import ENTROPY_BONUS, TokenTable, token_advantages
 from stepscope.results import BoolArray, FloatArray, IntArray, Rollouts
+from stepscope.rules import Tokens, token_advantages
 
 LOSS_TYPES = ("grpo", "dr_grpo", "bnpo", "dapo", "cispo", "luspo", "sapo", "vespo")
 """Losses that :func:`policy_loss` knows, under TRL's names."""
@@ -166,8 +166,8 @@ def token_weights(
 ) -> tuple[FloatArray, ...]:
     """Token weights w_ik = -dLoss/dl_ik, by differentiating the loss with the log-probs as leaves.
 
-    The advantages are those of the settings' objective, where there is one. An entropy bonus is no function
-    of the log-probs and has no part in the weights: see :func:`bonus_weights`.
+    The advantages are those of the settings' objective, where there is one. A mean entropy is no function of
+    the log-probs and has no part in the weights: see :func:`entropy_weights`.
 
     Args:
         rollouts: the update batch, with advantages; its ``logprobs`` are those of the policy that sampled.
@@ -199,25 +199,30 @@ def token_weights(
     mask = _mask(rollouts, settings)
     old = _pad(rollouts.logprobs)
     now = old if logprobs is None else _pad(logprobs)
-    table = TokenTable(
-        logprobs=now,
-        old_logprobs=old,
-        entropies=_pad(rollouts.entropies if entropies is None else entropies),
-        advantages=torch.from_numpy(np.asarray(rollouts.advantages, dtype=np.float64))[:, None].expand_as(
-            old
-        ),
-        mask=mask,
+    inside = np.concatenate([mask[i, :n].numpy() for i, n in enumerate(rollouts.num_tokens)])
+
+    def in_loss(values: Sequence[FloatArray]) -> FloatArray:
+        return np.asarray(np.concatenate(values)[inside], dtype=np.float64)
+
+    tokens = Tokens(
+        sequence=np.repeat(np.arange(len(rollouts)), rollouts.num_tokens)[inside],
+        logprob=in_loss(rollouts.logprobs if logprobs is None else logprobs),
+        old_logprob=in_loss(rollouts.logprobs),
+        entropy=in_loss(rollouts.entropies if entropies is None else entropies),
+        advantages=np.asarray(rollouts.advantages, dtype=np.float64),
         epsilon_low=settings.epsilon_low,
         epsilon_high=settings.epsilon_high,
-        discriminators=None if discriminators is None else _pad(discriminators),
-        entropy_influence=None if influences is None else _pad(influences[0]),
-        reward_influence=None if influences is None else _pad(influences[1]),
+        discriminator=None if discriminators is None else in_loss(discriminators),
+        entropy_influence=None if influences is None else in_loss(influences[0]),
+        reward_influence=None if influences is None else in_loss(influences[1]),
     )
+    shaped = torch.zeros_like(old)
+    shaped[mask] = torch.from_numpy(_shaped_advantages(tokens, settings, step))
     leaves = now.clone().requires_grad_(True)
     loss = policy_loss(
         leaves,
         old,
-        _advantages_of_the_objective(table, settings, step),
+        shaped,
         mask,
         settings,
         None if ref_logprobs is None else _pad(ref_logprobs),
@@ -227,54 +232,51 @@ def token_weights(
     return tuple(weights[i, :n].copy() for i, n in enumerate(rollouts.num_tokens))
 
 
-def bonus_weights(rollouts: Rollouts, settings: StepSettings) -> tuple[FloatArray, ...]:
-    """Weights -dLoss/dH_ik of an entropy bonus: coefficient/N on each of the N tokens in the loss.
+def entropy_weights(rollouts: Rollouts, settings: StepSettings) -> tuple[FloatArray, ...]:
+    """Weights -dLoss/dH_ik of an objective that rewards entropy: its weight / N on the N tokens in the loss.
 
     Returns:
-        One (tok,) array per sequence; nothing where the next step has no bonus.
+        One (tok,) array per sequence; nothing where the next step's loss does not hold the entropy.
 
     Raises:
-        MeasurementError: TRL took the mean entropy of each micro-batch, not of the batch.
+        MeasurementError: see :func:`refuse_cut_component`.
     """
-    refuse_cut_bonus(settings)
-    if settings.objective is None or not has_bonus(settings):
+    refuse_cut_component(settings)
+    if not adds_component(settings):
         return ()
+    assert settings.objective is not None
     mask = _mask(rollouts, settings).double().numpy()
-    each = settings.objective["coefficient"] / max(mask.sum(), 1.0)
+    each = settings.objective.entropy_weight / max(mask.sum(), 1.0)
     return tuple(each * mask[i, :n] for i, n in enumerate(rollouts.num_tokens))
 
 
-def has_bonus(settings: StepSettings) -> bool:
-    """Whether the next step has an entropy bonus, a part that belongs to no sequence."""
-    objective = settings.objective
-    return objective is not None and objective["name"] == ENTROPY_BONUS and objective["coefficient"] != 0.0
+def adds_component(settings: StepSettings) -> bool:
+    """Whether the objective adds a component to the next step that belongs to no sequence."""
+    return settings.objective is not None and settings.objective.entropy_weight != 0.0
 
 
-def refuse_cut_bonus(settings: StepSettings) -> None:
-    """Refuse an entropy bonus whose value depends on how a batch was cut.
+def refuse_cut_component(settings: StepSettings) -> None:
+    """Refuse a component whose value depends on how a batch was cut.
 
     Raises:
         MeasurementError: TRL took the mean entropy of each micro-batch, not of the batch.
     """
-    cut = (settings.objective or {}).get("micro_batch_size")
-    if has_bonus(settings) and cut is not None:
+    objective = settings.objective
+    if objective is not None and adds_component(settings) and objective.micro_batch_size is not None:
         raise MeasurementError(
-            f"the entropy bonus is a mean over micro-batches of {cut} sequences, so the step depends on how "
-            "the batch was cut; train with rl.micro_batch_size the whole batch"
+            f"the entropy bonus is a mean over micro-batches of {objective.micro_batch_size} sequences, so "
+            "the step depends on how the batch was cut; train with rl.micro_batch_size the whole batch"
         )
 
 
-def _advantages_of_the_objective(table: TokenTable, settings: StepSettings, step: int) -> Tensor:
-    """(seq, tok) advantages. Micro-batches are cut from the batch in random order, as TRL cuts them."""
-    objective = settings.objective
-    if objective is None or objective["name"] == ENTROPY_BONUS:
-        return table.advantages
-    order = torch.arange(len(table.mask))
-    if objective["micro_batch_size"] is not None:
-        order = torch.from_numpy(np.random.default_rng([settings.seed, step, 1]).permutation(len(order)))
-    made = torch.empty_like(table.logprobs)
-    made[order] = token_advantages(objective, table.rows(order), seed=settings.seed, step=step)
-    return made
+def _shaped_advantages(tokens: Tokens, settings: StepSettings, step: int) -> FloatArray:
+    """(tok,) advantages. Micro-batches are cut from the batch in random order, as TRL cuts them."""
+    if settings.objective is None:
+        return tokens.advantage
+    order = None
+    if settings.objective.micro_batch_size is not None:
+        order = np.random.default_rng([settings.seed, step, 1]).permutation(len(tokens.advantages))
+    return token_advantages(settings.objective, tokens, seed=settings.seed, step=step, order=order)
 
 
 def _mask(rollouts: Rollouts, settings: StepSettings) -> Tensor:

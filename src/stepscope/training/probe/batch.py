@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,8 +27,33 @@ MIN_PROMPTS = 3
 SAME_NORM = 0.01
 """Largest relative difference between the gradient in use and that of the captured token weights."""
 
-Captured = tuple[tuple[int, ...], tuple[int, ...], FloatArray, FloatArray, FloatArray]
-"""One sequence: prompt ids, response ids, log-probs, entropies, token weights."""
+
+@dataclass(frozen=True)
+class SeenSequence:
+    """One sequence of the step under way.
+
+    Attributes:
+        prompt_ids: of its prompt.
+        response_ids: of the response tokens that are in the loss.
+        logprobs: (tok,) their log-probs.
+        entropies: (tok,) entropies before them.
+    """
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    logprobs: FloatArray
+    entropies: FloatArray
+
+
+@dataclass(frozen=True)
+class Captured(SeenSequence):
+    """One sequence as the loss saw it.
+
+    Attributes:
+        weights: (tok,) token weights -dLoss/dl that the loss sent back.
+    """
+
+    weights: FloatArray
 
 
 @dataclass
@@ -94,7 +120,7 @@ class BatchRecorder:
         own = [sequence for micro in self._seen if micro.weights is not None for sequence in _rows(micro)]
         if torch.distributed.is_initialized() and (world := torch.distributed.get_world_size()) > 1:
             every = gather_object(own)
-            return [(*rest, weights / world) for *rest, weights in every]
+            return [replace(sequence, weights=sequence.weights / world) for sequence in every]
         return own
 
 
@@ -110,12 +136,12 @@ def _rows(micro: _MicroBatch) -> list[Captured]:
         real = micro.attention[row].clone()
         real[start:] = False
         found.append(
-            (
-                tuple(micro.ids[row][real].tolist()),
-                tuple(micro.ids[row, 1:][mask].tolist()),
-                _numbers(micro.logprobs[row][mask]),
-                _numbers(micro.entropies[row][mask]),
-                _numbers(micro.weights[row][mask]),
+            Captured(
+                prompt_ids=tuple(micro.ids[row][real].tolist()),
+                response_ids=tuple(micro.ids[row, 1:][mask].tolist()),
+                logprobs=_numbers(micro.logprobs[row][mask]),
+                entropies=_numbers(micro.entropies[row][mask]),
+                weights=_numbers(micro.weights[row][mask]),
             )
         )
     return found
@@ -126,43 +152,40 @@ def _numbers(values: Tensor) -> FloatArray:
 
 
 def as_rollouts(
-    captured: list[Captured],
+    sequences: Sequence[SeenSequence],
     tokenizer: Any,
     read: ResponseText,
     *,
     temperature: float,
     max_response_tokens: int,
-) -> tuple[Rollouts, tuple[FloatArray, ...]]:
-    """The captured sequences as an update batch, and its token weights; rewards are not known.
+) -> Rollouts:
+    """The sequences as an update batch; rewards and advantages are not known.
 
     Responses are as ``read`` reads them. Equal prompts form a group.
 
     Raises:
         MeasurementError: nothing was captured, so the loss does not use the log-probs of TRL's model output.
     """
-    if not captured:
+    if not sequences:
         raise MeasurementError(
             "the loss took no log-probs from the model's output, so the batch of the step cannot be seen; "
             "train with TRL's GRPOTrainer, or set noise=False and top_tokens=0"
         )
-    prompts, responses, logprobs, entropies, weights = zip(*captured, strict=True)
-    texts = tokenizer.batch_decode([list(ids) for ids in prompts])
-    count = len(captured)
-    rollouts = Rollouts(
-        prompt_ids=tuple(" ".join(map(str, ids)) for ids in prompts),
-        prompts=tuple(texts),
-        responses=tuple(read.whole(ids) for ids in responses),
-        prompt_token_ids=prompts,
-        response_token_ids=responses,
+    count = len(sequences)
+    return Rollouts(
+        prompt_ids=tuple(" ".join(map(str, s.prompt_ids)) for s in sequences),
+        prompts=tuple(tokenizer.batch_decode([list(s.prompt_ids) for s in sequences])),
+        responses=tuple(read.whole(s.response_ids) for s in sequences),
+        prompt_token_ids=tuple(s.prompt_ids for s in sequences),
+        response_token_ids=tuple(s.response_ids for s in sequences),
         rewards=np.full(count, np.nan),
         correct=np.zeros(count, dtype=np.bool_),
         truncated=np.zeros(count, dtype=np.bool_),
-        logprobs=logprobs,
-        entropies=entropies,
+        logprobs=tuple(s.logprobs for s in sequences),
+        entropies=tuple(s.entropies for s in sequences),
         temperature=temperature,
         max_response_tokens=max_response_tokens,
     )
-    return rollouts, weights
 
 
 def products_of_batch(

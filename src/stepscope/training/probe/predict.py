@@ -69,13 +69,14 @@ def predict(
     pending = Pending(prediction, {"reward": _mean_reward(probe)}, {}, norm)
     if not noise and not top_tokens:
         return pending
-    update, weights = as_rollouts(
+    update = as_rollouts(
         captured,
         policy.tokenizer,
         response_text(policy),
         temperature=policy.settings.temperature,
         max_response_tokens=policy.settings.max_response_tokens,
     )
+    weights = tuple(sequence.weights for sequence in captured)
     products = products_of_batch(policy, update, weights, args.per_device_train_batch_size)
     if noise:
         pending.figures["noise_scale"] = noise_of_batch(products, update, norm, args.max_grad_norm)

@@ -9,16 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 
 from stepscope.measure.influence.objective import token_influences
 from stepscope.policy.loss.settings import StepSettings
-from stepscope.policy.loss.token_objectives import TokenTable
 from stepscope.policy.rollouts import response_text
 from stepscope.policy.state import Policy
-from stepscope.results import FloatArray
+from stepscope.rules import Tokens
 from stepscope.tasks import Task
-from stepscope.training.probe.batch import Captured, as_rollouts
+from stepscope.training.probe.batch import SeenSequence, as_rollouts
 from stepscope.training.probe.state import adamw_of, optimizer_state, undisturbed
 
 
@@ -44,10 +43,10 @@ class InfluenceMeter:
         optimizer: Any,
         accelerator: Accelerator,
         micro_batches: Sequence[Mapping[str, Any]],
-        table: TokenTable,
+        tokens: Tokens,
         *,
         step: int,
-    ) -> TokenTable:
+    ) -> Tokens:
         """The table with influences; all zero where no advantage is.
 
         Args:
@@ -55,47 +54,48 @@ class InfluenceMeter:
             optimizer: AdamW, before the step.
             accelerator: gathers from all processes.
             micro_batches: TRL's inputs of the step on this process.
-            table: the tokens of all processes.
+            tokens: of all processes.
             step: optimizer steps taken so far.
         """
-        names = ("prompt_ids", "prompt_mask", "completion_ids")
-        ids = {
-            n: accelerator.gather(
-                accelerator.pad_across_processes(torch.cat([m[n] for m in micro_batches]), dim=1)
-            )
-            for n in names
-        }
-        entropy, reward = (torch.zeros_like(table.logprobs) for _ in range(2))
-        kept = [i for i in range(len(table.mask)) if bool(table.mask[i].any())]
-        if any(bool(table.advantages[i].any()) for i in kept):
-            captured: list[Captured] = [
-                (
-                    tuple(ids["prompt_ids"][i][ids["prompt_mask"][i].bool()].tolist()),
-                    tuple(ids["completion_ids"][i][: table.mask.shape[1]][table.mask[i]].tolist()),
-                    _row(table.old_logprobs, table.mask, i),
-                    _row(table.entropies, table.mask, i),
-                    _row(table.advantages, table.mask, i),
+        prompts = _gathered_ids(accelerator, micro_batches, "prompt")
+        responses = _gathered_ids(accelerator, micro_batches, "completion")
+        kept, counts = np.unique(tokens.sequence, return_counts=True)
+        if not tokens.advantages[kept].any():
+            nothing = np.zeros(len(tokens))
+            return replace(tokens, entropy_influence=nothing, reward_influence=nothing)
+        cuts = np.cumsum(counts)[:-1]
+        old, now, entropies = (
+            np.split(values, cuts) for values in (tokens.old_logprob, tokens.logprob, tokens.entropy)
+        )
+        update = as_rollouts(
+            [
+                SeenSequence(
+                    prompt_ids=prompts[i], response_ids=responses[i], logprobs=logprobs, entropies=entropy
                 )
-                for i in kept
-            ]
-            update, own = as_rollouts(
-                captured,
-                self.tokenizer,
-                response_text(Policy(model, self.tokenizer, self.settings)),
-                temperature=self.settings.temperature,
-                max_response_tokens=self.settings.max_response_tokens,
-            )
-            update = replace(update, advantages=np.array([values[0] for values in own]))
-            now = [_row(table.logprobs, table.mask, i) for i in kept]
-            with undisturbed(model):
-                state = optimizer_state(adamw_of(optimizer), model, after_backward=False)
-                policy = Policy(model, self.tokenizer, self.settings, optimizer=state, step=step)
-                found = token_influences(policy, update, self.task, logprobs=now, max_sequences=32)
-            for into, values in zip((entropy, reward), found, strict=True):
-                for i, row in zip(kept, values, strict=True):
-                    into[i, table.mask[i]] = torch.from_numpy(row).to(into)
-        return replace(table, entropy_influence=entropy, reward_influence=reward)
+                for i, logprobs, entropy in zip(kept, old, entropies, strict=True)
+            ],
+            self.tokenizer,
+            response_text(Policy(model, self.tokenizer, self.settings)),
+            temperature=self.settings.temperature,
+            max_response_tokens=self.settings.max_response_tokens,
+        )
+        update = replace(update, advantages=tokens.advantages[kept])
+        with undisturbed(model):
+            state = optimizer_state(adamw_of(optimizer), model, after_backward=False)
+            policy = Policy(model, self.tokenizer, self.settings, optimizer=state, step=step)
+            found = token_influences(policy, update, self.task, logprobs=now, max_sequences=32)
+        on_entropy, on_reward = (np.concatenate(rows) for rows in found)
+        return replace(tokens, entropy_influence=on_entropy, reward_influence=on_reward)
 
 
-def _row(values: Tensor, mask: Tensor, i: int) -> FloatArray:
-    return np.asarray(values[i][mask[i]].double().cpu().numpy(), dtype=np.float64)
+def _gathered_ids(
+    accelerator: Accelerator, micro_batches: Sequence[Mapping[str, Any]], part: str
+) -> list[tuple[int, ...]]:
+    """Ids without padding of the prompts (completions) of all processes."""
+    ids, mask = (
+        accelerator.gather(
+            accelerator.pad_across_processes(torch.cat([m[f"{part}_{kind}"] for m in micro_batches]), dim=1)
+        )
+        for kind in ("ids", "mask")
+    )
+    return [tuple(row[kept.bool()].tolist()) for row, kept in zip(ids, mask, strict=True)]

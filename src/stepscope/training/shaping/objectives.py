@@ -12,32 +12,18 @@ from torch import Tensor, nn
 from stepscope.config import EntropyBonusConfig, RlConfig
 from stepscope.policy.forward import TokenBatch, TokenOutputs, forward
 from stepscope.policy.loss.settings import StepSettings
-from stepscope.policy.loss.token_objectives import (
-    ENTROPY_BONUS,
-    INFLUENCE,
-    OBJECTIVES,
-    TokenTable,
-    token_advantages,
-)
+from stepscope.rules import EntropyBonus, Intervention, ScopedIntervention, Tokens, token_advantages
 from stepscope.tasks import Task
 from stepscope.training.shaping.influence import InfluenceMeter
 
 
-def objective_record(rl: RlConfig) -> dict[str, Any] | None:
-    """The objective as a checkpoint records it, with the sequences its statistics are over; None for none."""
+def next_objective(rl: RlConfig) -> Intervention | None:
+    """The objective of a step, with the sequences its statistics are over; None for none."""
     chosen = rl.objective
-    if chosen is None:
-        return None
     if isinstance(chosen, EntropyBonusConfig):
         whole = rl.micro_batch_size == rl.prompts_per_step * rl.group_size
-        return {
-            "name": ENTROPY_BONUS,
-            "coefficient": chosen.coefficient,
-            "micro_batch_size": None if whole else rl.micro_batch_size,
-        }
-    record = chosen.model_dump()
-    in_micro_batch = record.pop("scope", "batch") == "micro_batch"
-    return {**record, "micro_batch_size": rl.micro_batch_size if in_micro_batch else None}
+        return EntropyBonus(coefficient=chosen.coefficient, scope="batch" if whole else rl.micro_batch_size)
+    return chosen.over(rl.micro_batch_size) if isinstance(chosen, ScopedIntervention) else chosen
 
 
 def bonus_arguments(rl: RlConfig) -> dict[str, Any]:
@@ -63,12 +49,16 @@ class AdvantageShaper:
     log-probs of the first update on a batch are those of the policy that sampled it.
 
     Args:
-        settings: their objective is one of :data:`OBJECTIVES`.
+        settings: of the run.
+        objective: makes the advantages.
         meter: measures influences for the objective that looks at them.
     """
 
-    def __init__(self, settings: StepSettings, meter: InfluenceMeter | None = None) -> None:
+    def __init__(
+        self, settings: StepSettings, objective: Intervention, meter: InfluenceMeter | None = None
+    ) -> None:
         self.settings = settings
+        self.objective = objective
         self.meter = meter
         self._old: Tensor | None = None
 
@@ -95,43 +85,42 @@ class AdvantageShaper:
         Returns:
             (seq, tok) advantages of each micro-batch, and the share of tokens whose advantage was changed.
         """
-        objective = self.settings.objective or {}
-        outputs = [self._score(model, inputs, objective) for inputs in micro_batches]
+        outputs = [self._score(model, inputs) for inputs in micro_batches]
         now = torch.cat([o.logprobs for o in outputs]).double()
         if first_update or self._old is None:
             self._old = now
-        mask = torch.cat([inputs["completion_mask"] for inputs in micro_batches]).long()
         own = torch.cat([inputs["advantages"] for inputs in micro_batches])
         found = {
-            "logprobs": now,
-            "old_logprobs": self._old,
-            "entropies": torch.cat([o.entropies for o in outputs]).double(),
-            "advantages": own.double()[:, None].expand_as(now).contiguous(),
-            "mask": mask,
+            "mask": torch.cat([inputs["completion_mask"] for inputs in micro_batches]).long(),
+            "logprob": now,
+            "old_logprob": self._old,
+            "entropy": torch.cat([o.entropies for o in outputs]),
         }
         if outputs[0].discriminators is not None:
-            found["discriminators"] = torch.cat([d for o in outputs if (d := o.discriminators) is not None])
-        everything = {
+            found["discriminator"] = torch.cat([d for o in outputs if (d := o.discriminators) is not None])
+        padded = {
             name: accelerator.gather(accelerator.pad_across_processes(values, dim=1))
             for name, values in found.items()
         }
-        everything["mask"] = everything["mask"].bool()
-        table = TokenTable(
-            **everything, epsilon_low=self.settings.epsilon_low, epsilon_high=self.settings.epsilon_high
+        mask = padded.pop("mask").bool()
+        tokens = Tokens(
+            sequence=torch.nonzero(mask)[:, 0].cpu().numpy(),
+            advantages=accelerator.gather(own).double().cpu().numpy(),
+            epsilon_low=self.settings.epsilon_low,
+            epsilon_high=self.settings.epsilon_high,
+            **{name: values[mask].double().cpu().numpy() for name, values in padded.items()},
         )
         if self.meter is not None:
-            table = self.meter(model, optimizer, accelerator, micro_batches, table, step=step)
-        made = token_advantages(objective, table, seed=self.settings.seed, step=step)
-        changed = (made != table.advantages)[table.mask].double().mean()
+            tokens = self.meter(model, optimizer, accelerator, micro_batches, tokens, step=step)
+        made = token_advantages(self.objective, tokens, seed=self.settings.seed, step=step)
+        shaped = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
+        shaped[mask] = torch.from_numpy(made).to(mask.device)
         start = accelerator.process_index * len(now)
-        rows = made[start : start + len(now), : now.shape[1]].to(own.dtype)
-        return list(torch.split(rows, [len(inputs["advantages"]) for inputs in micro_batches])), float(
-            changed
-        )
+        rows = shaped[start : start + len(now), : now.shape[1]].to(own.dtype)
+        pieces = torch.split(rows, [len(inputs["advantages"]) for inputs in micro_batches])
+        return list(pieces), float((made != tokens.advantage).mean())
 
-    def _score(
-        self, model: nn.Module, inputs: Mapping[str, Any], objective: Mapping[str, Any]
-    ) -> TokenOutputs:
+    def _score(self, model: nn.Module, inputs: Mapping[str, Any]) -> TokenOutputs:
         """What the policy says about the completions of one micro-batch of TRL."""
         attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         batch = TokenBatch(
@@ -147,14 +136,15 @@ class AdvantageShaper:
                 model,
                 batch,
                 temperature=self.settings.temperature,
-                keep_squares=objective.get("form") == "vocabulary",
+                keep_squares=self.objective.needs_discriminators,
             )
 
 
 def shaper_for(settings: StepSettings, task: Task, tokenizer: Any) -> AdvantageShaper | None:
     """What makes the advantages of these settings; None where the loss takes them as they are."""
     objective = settings.objective
-    if objective is None or objective["name"] not in OBJECTIVES:
+    if objective is None or not objective.shapes_advantages:
         return None
-    measured = objective["name"] == INFLUENCE
-    return AdvantageShaper(settings, InfluenceMeter(settings, task, tokenizer) if measured else None)
+    return AdvantageShaper(
+        settings, objective, InfluenceMeter(settings, task, tokenizer) if objective.measures else None
+    )
