@@ -35,6 +35,7 @@ from stepscope.measure.quantity.values import derivatives, hidden_states, respon
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.pipeline.session import open_task
 from stepscope.policy.checkpoint.load import load_checkpoint
+from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
@@ -90,7 +91,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         update, probe = sample(policy, options)
     step = reconstruct_step(policy, update)
     lr = (options.lr or step.lr) * options.lr_factor
-    size = {"max_sequences": options.batch}
+    size = {"budget": Budget(max_sequences=options.batch)}
     quantity = make_quantity(options.quantity, probe)
     base, forward_time = timed(lambda: values_at(policy, probe, [quantity], **size))
     moved, moved_time = timed(lambda: values_at(policy, probe, [quantity], step.direction, lr, **size))

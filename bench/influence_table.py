@@ -21,6 +21,7 @@ from stepscope.measure.quantity.quantities import make_quantity
 from stepscope.measure.quantity.values import values_at
 from stepscope.measure.step.reconstruct import reconstruct_step, sequence_direction
 from stepscope.policy.checkpoint.load import load_checkpoint
+from stepscope.policy.passes import Budget
 from stepscope.results import Rollouts
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     policy = load_checkpoint(options.checkpoint)
     update, probe = (read(options.measurement, name) for name in ("update", "probe"))
     step = reconstruct_step(policy, update)
-    size = {"max_sequences": options.batch}
+    size = {"budget": Budget(max_sequences=options.batch)}
 
     def table(u: Rollouts, p: Rollouts) -> float:
         own = reconstruct_step(policy, u, **size)

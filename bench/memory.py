@@ -16,6 +16,7 @@ import torch
 
 from cases import build
 from stepscope.policy.gradients import response_logprob
+from stepscope.policy.passes import Budget
 from stepscope.policy.per_sequence.gram import grams
 
 
@@ -36,7 +37,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     case = build("small", full=False, count=options.sequences)
     part = case.rollouts.select(range(64))
-    exact = grams(case.policy, part, response_logprob, metrics={"P": case.P}, max_sequences=options.batch)
+    exact = grams(
+        case.policy, part, response_logprob, metrics={"P": case.P}, budget=Budget(max_sequences=options.batch)
+    )
     for _ in range(2):
         start = time.perf_counter()
         case.floor(options.batch, count=64)
@@ -48,9 +51,7 @@ def main() -> None:
         case.rollouts,
         response_logprob,
         metrics={"P": case.P},
-        memory_bytes=int(options.gib * 2**30),
-        max_sequences=options.batch,
-        progress=True,
+        budget=Budget(max_sequences=options.batch, memory_bytes=int(options.gib * 2**30), progress=True),
     )
     seconds = time.perf_counter() - start
     size = sum(p.numel() for p in case.policy.parameters.values())

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from cases import Case
 from stepscope.policy.gradients import directional_derivative, response_logprob
+from stepscope.policy.passes import Budget
 from stepscope.policy.per_sequence.gram import gram
 from stepscope.policy.per_sequence.products import per_sequence_dot
 from stepscope.policy.per_sequence.stream import coverage_of
@@ -35,18 +36,20 @@ def stepscope(case: Case, size: int) -> Tasks:
     coverage_of(policy, rollouts)
 
     def kernel(P: dict[str, Tensor] | None) -> Tensor:
-        return gram(policy, rollouts, response_logprob, preconditioner=P, max_sequences=size)
+        return gram(policy, rollouts, response_logprob, preconditioner=P, budget=Budget(max_sequences=size))
 
     def tokens() -> Tensor:
         return torch.cat(
-            directional_derivative(policy, rollouts, response_logprob, case.u, max_sequences=size)
+            directional_derivative(
+                policy, rollouts, response_logprob, case.u, budget=Budget(max_sequences=size)
+            )
         )
 
     return {
         "kernel": lambda: kernel(None),
         "kernel_P": lambda: kernel(case.P),
         "influence": lambda: torch.from_numpy(
-            per_sequence_dot(policy, rollouts, response_logprob, case.u, max_sequences=size)
+            per_sequence_dot(policy, rollouts, response_logprob, case.u, budget=Budget(max_sequences=size))
         ),
         "tokens": tokens,
     }

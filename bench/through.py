@@ -25,6 +25,7 @@ from stepscope.measure.influence.attribution import influences, neglected_share
 from stepscope.measure.influence.validation import Agreement, compare, remake_steps
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy.checkpoint.load import load_checkpoint
+from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 
 
@@ -52,8 +53,8 @@ def row(name: str, policy: Policy, options: argparse.Namespace) -> dict[str, Any
     task = load_task(policy.settings.task, template=policy.settings.prompt_template or None)
     update = sample_rollouts(policy, task, num_prompts=16, group_size=8, seed=0)
     probe = sample_rollouts(policy, task, num_prompts=options.probe, group_size=1, seed=1, split="test")
-    step = reconstruct_step(policy, update, max_sequences=64)
-    ways = influences(policy, step, update, probe, baseline="position", max_sequences=64)
+    step = reconstruct_step(policy, update, budget=Budget(max_sequences=64))
+    ways = influences(policy, step, update, probe, baseline="position", budget=Budget(max_sequences=64))
     remade = remake_steps(
         policy,
         step,
@@ -61,8 +62,7 @@ def row(name: str, policy: Policy, options: argparse.Namespace) -> dict[str, Any
         ways[0],
         num_subsets=options.subsets,
         num_single=options.singles,
-        max_sequences=64,
-        progress=True,
+        budget=Budget(max_sequences=64, progress=True),
     )
     fixed, optimizer = ways
 

@@ -28,6 +28,7 @@ from stepscope.evaluation import (
     write_responses,
 )
 from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 from stepscope.tasks import TemplatedTask, load_task
@@ -322,7 +323,7 @@ def test_tiny_policy(policy: Policy, task: TemplatedTask) -> None:
     )  # nan, the length of no correct response, equals itself
     other = evaluate(policy, task, **{**arguments, "seed": 6})
     assert {p.prompt_id for p in other.prompts} != {p.prompt_id for p in row.prompts}
-    halved = evaluate(policy, task, **arguments, batch_size=5)
+    halved = evaluate(policy, task, **arguments, budget=Budget(max_sequences=5))
     assert halved.prompts[0].num_tokens == row.prompts[0].num_tokens
     assert halved.pass_at == row.pass_at
     assert halved.entropy_per_token == pytest.approx(row.entropy_per_token, rel=1e-5)

@@ -23,6 +23,7 @@ from stepscope.measure.quantity.quantities import (
 )
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients import gradient
+from stepscope.policy.passes import Budget
 from stepscope.reference import (
     exact_change,
     exact_derivatives,
@@ -93,7 +94,7 @@ def test_in_the_limit_every_estimate_is_exact(architecture: str, lora: bool | di
         second_order=True,
         reference=reference,
         sequence_weights=probabilities,
-        max_sequences=256,
+        budget=Budget(max_sequences=256),
     )
     assert len(found) == 15
     for change in found:
@@ -124,7 +125,7 @@ def test_in_the_limit_every_estimator_of_the_true_change_is_exact(estimator: str
         lrs=LRS,
         estimator=estimator,
         sequence_weights=probabilities,
-        max_sequences=256,
+        budget=Budget(max_sequences=256),
     ):
         for point in change.points:
             true = exact_change(
@@ -155,7 +156,7 @@ def test_the_surrogate_has_the_exact_gradient(normalisation: str, version: str) 
         def weighted(outputs: TokenOutputs, batch: TokenBatch) -> torch.Tensor:
             return surrogate(outputs, batch) * weights[batch.seq_index]  # noqa: B023 (used at once)
 
-        found = gradient(policy, rollouts, weighted, max_sequences=256)
+        found = gradient(policy, rollouts, weighted, budget=Budget(max_sequences=256))
         exact = exact_gradient(policy, rollouts, name, normalisation=normalisation, version=version)
         for parameter, expected in exact.items():
             torch.testing.assert_close(found[parameter], expected, rtol=0, atol=1e-9)
@@ -190,7 +191,7 @@ def test_a_sample_agrees_with_the_exact_value_within_its_errors() -> None:
         normalisations=NORMALISATIONS,
         lrs=(1e-3, 1e-2),
         second_order=True,
-        max_sequences=256,
+        budget=Budget(max_sequences=256),
     ):
         which = {"normalisation": change.normalisation}
         slope, curvature = exact_derivatives(policy, rollouts, change.quantity, step.direction, **which)

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepscope.errors import MeasurementError
-from stepscope.policy.forward import batches, forward
+from stepscope.policy.forward import TokenBatch, forward
 from stepscope.policy.numerics.differentiation import whole_function
+from stepscope.policy.passes import Budget, sweep
+from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import FloatArray, Rollouts
@@ -71,7 +73,6 @@ def exact_rollouts(
             "use a smaller vocabulary or shorter responses"
         )
     rows = [(i, tuple(p), r) for i, p in enumerate(prompts) for r in responses]
-    count = len(rows)
     blank = Rollouts(
         prompt_ids=tuple(f"exact/{i}" for i, _, _ in rows),
         prompts=tuple(" ".join(map(str, p)) for _, p, _ in rows),
@@ -86,22 +87,8 @@ def exact_rollouts(
         temperature=policy.settings.temperature,
         max_response_tokens=length,
     )
-    logprobs: list[FloatArray] = [np.zeros(0)] * count
-    entropies: list[FloatArray] = [np.zeros(0)] * count
-    for batch in batches(blank, max_sequences=256, device=policy.device):
-        with torch.no_grad():
-            outputs = forward(policy.model, batch, temperature=blank.temperature)
-        for row, i in enumerate(batch.seq_index.tolist()):
-            n = len(rows[i][2])
-            logprobs[i] = outputs.logprobs[row, :n].double().cpu().numpy()
-            entropies[i] = outputs.entropies[row, :n].double().cpu().numpy()
-    rollouts = Rollouts(
-        **{
-            **{name: getattr(blank, name) for name in blank.__dataclass_fields__},
-            "logprobs": tuple(logprobs),
-            "entropies": tuple(entropies),
-        }
-    )
+    logprobs, entropies = score_rollouts(policy, blank, budget=Budget(max_sequences=256))
+    rollouts = replace(blank, logprobs=logprobs, entropies=entropies)
     probabilities = np.exp([row.sum() for row in logprobs]) / len(prompts)
     return rollouts, probabilities
 
@@ -169,9 +156,8 @@ def exact_value(
         reference: reference model of ``kl``.
         params: values to use instead of the model's own.
     """
-    total = torch.zeros((), dtype=policy.dtype, device=policy.device)
-    length = torch.zeros_like(total)
-    for batch in batches(rollouts, max_sequences=4096, device=policy.device):
+
+    def sums(batch: TokenBatch) -> tuple[Tensor, Tensor]:
         outputs = forward(
             policy.model, batch, temperature=rollouts.temperature, params=params, keep_logits=True
         )
@@ -180,9 +166,9 @@ def exact_value(
             log_probability = outputs.logprobs.sum(-1)
         else:
             kept = [rollouts.logprobs[i].sum() for i in batch.seq_index.tolist()]
-            log_probability = torch.tensor(kept, dtype=total.dtype, device=total.device)
+            log_probability = torch.tensor(kept, dtype=policy.dtype, device=policy.device)
         probability = log_probability.exp() / (rollouts.group_index.max() + 1)
-        mask = batch.response_mask.to(total.dtype)
+        mask = batch.response_mask.to(policy.dtype)
         log_pi = outputs.logits.log_softmax(-1)
         if quantity == "entropy":
             values = (-(log_pi.exp() * log_pi).sum(-1) * mask).sum(-1)
@@ -198,11 +184,14 @@ def exact_value(
         elif quantity == "length":
             values = mask.sum(-1)
         elif quantity == "reward":
-            values = torch.tensor(rollouts.rewards, dtype=total.dtype, device=total.device)[batch.seq_index]
+            rewards = torch.tensor(rollouts.rewards, dtype=policy.dtype, device=policy.device)
+            values = rewards[batch.seq_index]
         else:
             raise MeasurementError(f"no exact twin of quantity {quantity!r}")
-        total = total + (probability * values).sum()
-        length = length + (probability * mask.sum(-1)).sum()
+        return (probability * values).sum(), (probability * mask.sum(-1)).sum()
+
+    parts = [found for _, found in sweep(policy, rollouts, sums, budget=Budget(max_sequences=4096))]
+    total, length = (torch.stack(part).sum() for part in zip(*parts, strict=True))
     return total / length if normalisation == "per_token" else total
 
 

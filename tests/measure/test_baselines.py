@@ -16,6 +16,7 @@ from stepscope.measure.quantity.baselines import (
 from stepscope.measure.quantity.estimators import Probe, returns
 from stepscope.measure.quantity.quantities import make_quantity
 from stepscope.measure.quantity.values import TokenTable, derivatives, hidden_states, response_mask, values_at
+from stepscope.policy.passes import Budget
 from stepscope.reference import exact_rollouts, sample_exact
 
 
@@ -72,8 +73,10 @@ def _probe(
     sample, _ = sample_exact(rollouts, probabilities, num_prompts=num_prompts, group_size=1, seed=seed)
     quantities = [make_quantity("entropy", sample)]
     mask = response_mask(sample)
-    table = values_at(policy, sample, quantities, max_sequences=256)
-    (first,) = derivatives(policy, sample, quantities, random_step(policy).direction, max_sequences=256)
+    table = values_at(policy, sample, quantities, budget=Budget(max_sequences=256))
+    (first,) = derivatives(
+        policy, sample, quantities, random_step(policy).direction, budget=Budget(max_sequences=256)
+    )
     probe = Probe(
         table.quantity(0),
         mask,
@@ -83,7 +86,7 @@ def _probe(
         baseline=np.zeros(mask.shape),
         length_baseline=length_baseline(mask, sample.prompt_index),
     )
-    return probe, first.quantity(0), hidden_states(policy, sample, max_sequences=256)
+    return probe, first.quantity(0), hidden_states(policy, sample, budget=Budget(max_sequences=256))
 
 
 def test_the_best_rung_leaves_the_smallest_error_and_all_are_reported() -> None:

@@ -17,13 +17,14 @@ from stepscope.measure.change.series import _flagged
 from stepscope.measure.change.sweep import sweep_of
 from stepscope.measure.quantity.importance_weights import WeightCheck
 from stepscope.measure.step.reconstruct import reconstruct_step
+from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.reference import exact_change, exact_rollouts, sample_exact
 from stepscope.results import Rollouts
 from stepscope.stats import Estimate
 
-measure_change = partial(measured.measure_change, max_sequences=128)
-measure_changes = partial(measured.measure_changes, max_sequences=128)
+measure_change = partial(measured.measure_change, budget=Budget(max_sequences=128))
+measure_changes = partial(measured.measure_changes, budget=Budget(max_sequences=128))
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +199,7 @@ def test_the_linear_change_of_a_larger_batch_is_a_control_variate(policy: Policy
     step = random_step(policy)
     lr = 3e-3
     point = measure_change(policy, step, probe, lrs=[lr]).at(lr)
-    slope = measured.measure_slope(policy, step, large, max_sequences=256)
+    slope = measured.measure_slope(policy, step, large, budget=Budget(max_sequences=256))
     found = measured.with_linear_control(point, slope)
     exact = exact_change(policy, rollouts, "entropy", step.direction, lr)
     assert found.stderr < 0.5 * point.true.stderr

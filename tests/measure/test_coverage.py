@@ -18,6 +18,7 @@ from stepscope.measure.quantity.quantities import NORMALISATIONS, make_quantity
 from stepscope.measure.quantity.values import derivatives, hidden_states, response_mask, values_at
 from stepscope.measure.step.reconstruct import weighted_logprobs
 from stepscope.policy.gradients import gradient
+from stepscope.policy.passes import Budget
 from stepscope.policy.per_sequence.products import group_gradients
 from stepscope.reference import exact_change, exact_derivatives, exact_rollouts, exact_value
 from stepscope.results import FloatArray
@@ -38,13 +39,16 @@ def test_intervals_cover() -> None:
     direction = random_step(policy).direction
     names = ("entropy", "reward")
     quantities = [make_quantity(name, rollouts) for name in names]
-    table = values_at(policy, rollouts, quantities, max_sequences=512)
-    slopes = derivatives(policy, rollouts, quantities, direction, order=2, max_sequences=512)
-    features = hidden_states(policy, rollouts, max_sequences=512)
+    table = values_at(policy, rollouts, quantities, budget=Budget(max_sequences=512))
+    slopes = derivatives(policy, rollouts, quantities, direction, order=2, budget=Budget(max_sequences=512))
+    features = hidden_states(policy, rollouts, budget=Budget(max_sequences=512))
     mask = response_mask(rollouts)
     speed = float(np.sqrt((slopes[0].logprobs[mask] ** 2).mean()))
     lrs = (1e-3 / speed, 1e-1 / speed)
-    moved = {lr: values_at(policy, rollouts, quantities, direction, lr, max_sequences=512) for lr in lrs}
+    moved = {
+        lr: values_at(policy, rollouts, quantities, direction, lr, budget=Budget(max_sequences=512))
+        for lr in lrs
+    }
     exact: dict[tuple[str, str], list[float]] = {}
     for name in names:
         for normalisation in NORMALISATIONS:
@@ -127,14 +131,16 @@ def few_prompts(temperature: float) -> dict[tuple[str, ...], tuple[float, float]
     quantities = [make_quantity(name, rollouts) for name in names]
     response = rollouts.select([int(np.argsort(probabilities)[-20])])
     towards = gradient(policy, response, weighted_logprobs((np.ones(response.num_tokens[0]),)))
-    table = values_at(policy, rollouts, quantities, max_sequences=512)
-    (first,) = derivatives(policy, rollouts, quantities, direction, max_sequences=512)
-    (other,) = derivatives(policy, rollouts, quantities, towards, max_sequences=512)
+    table = values_at(policy, rollouts, quantities, budget=Budget(max_sequences=512))
+    (first,) = derivatives(policy, rollouts, quantities, direction, budget=Budget(max_sequences=512))
+    (other,) = derivatives(policy, rollouts, quantities, towards, budget=Budget(max_sequences=512))
     mask = response_mask(rollouts)
     weights = probabilities[:, None] * mask
     speed = float(np.sqrt((first.logprobs**2 * weights).sum() / weights.sum()))
     lrs = (1e-3 / speed, 1e-1 / speed)
-    moved = [values_at(policy, rollouts, quantities, direction, lr, max_sequences=512) for lr in lrs]
+    moved = [
+        values_at(policy, rollouts, quantities, direction, lr, budget=Budget(max_sequences=512)) for lr in lrs
+    ]
     members = [np.flatnonzero(rollouts.prompt_index == p) for p in range(len(PROMPTS))]
     chances = [np.cumsum(probabilities[m]) / probabilities[m].sum() for m in members]
     covered: dict[tuple[str, ...], list[bool]] = defaultdict(list)
@@ -230,7 +236,12 @@ def test_limits_of_the_noise_scale_cover(temperature: float) -> None:
     count = len(rollouts)
     ones = tuple(np.ones(n) for n in rollouts.num_tokens)
     parts = group_gradients(
-        policy, rollouts, weighted_logprobs(ones), np.arange(count), as_trained=False, max_sequences=64
+        policy,
+        rollouts,
+        weighted_logprobs(ones),
+        np.arange(count),
+        as_trained=False,
+        budget=Budget(max_sequences=64),
     )
     scores = torch.cat([t.flatten(1) for t in parts.values()], 1).double().numpy()
     root = np.sqrt(probabilities)[:, None]

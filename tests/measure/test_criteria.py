@@ -11,6 +11,7 @@ import torch
 import cases
 from stepscope.errors import BatchError, MeasurementError
 from stepscope.measure.criteria.known import Criterion, TokenFacts, known_criteria, token_facts
+from stepscope.policy.passes import Budget
 
 L = np.log(2.0)
 CRITERIA = {c.name: c for c in known_criteria()}
@@ -205,7 +206,7 @@ def test_disc_v_is_the_exact_derivative_of_a_tabular_softmax_policy(seed):
 
 def test_facts_are_those_of_the_whole_distribution(tiny_policy):
     update = cases.batch(tiny_policy, num_prompts=3, group_size=2)
-    facts = token_facts(tiny_policy, update, micro_batch_size=4, max_sequences=4)
+    facts = token_facts(tiny_policy, update, micro_batch_size=4, budget=Budget(max_sequences=4))
     assert len(facts) == update.num_tokens.sum()
     np.testing.assert_allclose(facts.ratio, 1, atol=1e-12)
     np.testing.assert_allclose(facts.entropy, np.concatenate(update.entropies), atol=1e-12)

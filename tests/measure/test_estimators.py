@@ -18,6 +18,7 @@ from stepscope.measure.quantity.estimators import (
 )
 from stepscope.measure.quantity.quantities import make_quantity
 from stepscope.measure.quantity.values import TokenTable, derivatives, hidden_states, response_mask, values_at
+from stepscope.policy.passes import Budget
 from stepscope.reference import exact_rollouts, sample_exact
 from stepscope.stats import jackknife_ratio
 
@@ -31,12 +32,12 @@ def tables() -> tuple[TokenTable, tuple[TokenTable, ...], dict[float, TokenTable
     sample, _ = sample_exact(rollouts, probabilities, num_prompts=40, group_size=2, seed=0)
     direction = random_step(policy).direction
     quantities = [make_quantity("logprob", sample)]
-    slopes = derivatives(policy, sample, quantities, direction, order=2, max_sequences=128)
+    slopes = derivatives(policy, sample, quantities, direction, order=2, budget=Budget(max_sequences=128))
     moved = {
-        lr: values_at(policy, sample, quantities, direction, lr, max_sequences=128).quantity(0)
+        lr: values_at(policy, sample, quantities, direction, lr, budget=Budget(max_sequences=128)).quantity(0)
         for lr in (*LRS, *(-lr for lr in LRS), 1e-9)
     }
-    base = values_at(policy, sample, quantities, max_sequences=128).quantity(0)
+    base = values_at(policy, sample, quantities, budget=Budget(max_sequences=128)).quantity(0)
     return base, tuple(s.quantity(0) for s in slopes), moved, response_mask(sample), sample.prompt_index
 
 
@@ -164,15 +165,15 @@ def test_whole_sequence_weights_are_noisier_where_the_quantity_is_spread_over_po
     sample, _ = sample_exact(rollouts, probabilities, num_prompts=300, group_size=1, seed=0)
     quantities = [make_quantity("entropy", sample)]
     direction = random_step(policy).direction
-    (first,) = derivatives(policy, sample, quantities, direction, max_sequences=256)
+    (first,) = derivatives(policy, sample, quantities, direction, budget=Budget(max_sequences=256))
     base, moved = (
-        values_at(policy, sample, quantities, direction, lr, max_sequences=256).quantity(0)
+        values_at(policy, sample, quantities, direction, lr, budget=Budget(max_sequences=256)).quantity(0)
         for lr in (0, 1e-3)
     )
     mask, clusters = response_mask(sample), sample.prompt_index
     zeros = np.zeros(mask.shape)
     probe = Probe(base, mask, clusters, True, True, zeros, length_baseline(mask, clusters))
-    features = hidden_states(policy, sample, max_sequences=256)
+    features = hidden_states(policy, sample, budget=Budget(max_sequences=256))
     best = fit_baseline("best", probe, first.quantity(0), features=features)
     errors = {
         name: probe.estimate(s, unit="", method="").stderr

@@ -23,6 +23,7 @@ from stepscope.measure.kernel.structure import (
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.gradients import directional_derivative, response_logprob
+from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import shifted
@@ -57,7 +58,13 @@ def test_kernels_equal_explicit_gradients(tiny_policy: Policy) -> None:
     E = np.add.reduceat(H, np.append(0, np.cumsum(probe.num_tokens)[:-1]))
     weights = [np.random.default_rng(i).standard_normal(n) for i, n in enumerate(update.num_tokens)]
     kernel = fisher_kernel(
-        tiny_policy, update, probe, preconditioner=P, token_weights=weights, tokens=True, max_sequences=4
+        tiny_policy,
+        update,
+        probe,
+        preconditioner=P,
+        token_weights=weights,
+        tokens=True,
+        budget=Budget(max_sequences=4),
     )
     starts = np.append(0, np.cumsum(update.num_tokens)[:-1])
     signs, w = np.concatenate(token_signs(update)), np.concatenate(weights)
@@ -157,7 +164,9 @@ def test_sketches_are_unbiased_and_the_same_for_any_batch_size(tiny_policy: Poli
     draws = [fisher_kernel(tiny_policy, update, projection=32, seed=s).update["raw"] for s in range(24)]
     error = np.std(draws, axis=0) / np.sqrt(24)
     assert (np.abs(np.mean(draws, axis=0) - exact) < 6 * error).all()
-    again = fisher_kernel(tiny_policy, update, projection=32, seed=3, max_sequences=1).update["raw"]
+    again = fisher_kernel(tiny_policy, update, projection=32, seed=3, budget=Budget(max_sequences=1)).update[
+        "raw"
+    ]
     np.testing.assert_allclose(again, draws[3], rtol=1e-9)
 
 

@@ -25,6 +25,7 @@ from stepscope.policy import vectors
 from stepscope.policy.gradients import gradient
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.precision import lift_model
+from stepscope.policy.passes import Budget
 from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
 from stepscope.results import Rollouts
 from stepscope.rules import EntropyBonus
@@ -212,7 +213,9 @@ def test_errors_cover_the_spread_over_probe_batches() -> None:
     found: list[Influence] = []
     for b in range(30):
         part = population.select(np.arange(40 * b, 40 * b + 40))
-        found.append(influence(policy, step, step.update, part, baseline="none", max_sequences=40))
+        found.append(
+            influence(policy, step, step.update, part, baseline="none", budget=Budget(max_sequences=40))
+        )
     spread = np.std([f.sequences for f in found], axis=0, ddof=1)
     claimed = np.sqrt(np.mean([f.stderr**2 for f in found], axis=0))
     assert 0.75 < np.median(claimed / spread) < 1.3
@@ -228,10 +231,10 @@ def test_memory_decides_the_number_of_groups(setting: tuple[Policy, Step, Rollou
     policy, step, probe = setting
     bound = bind_quantity(policy, probe, "entropy", direction=step.direction, baseline="none")
     size = sum(p.numel() * p.element_size() for p in policy.parameters.values())
-    few = probe_gradient(policy, probe, bound, memory_bytes=5 * size)
+    few = probe_gradient(policy, probe, bound, budget=Budget(memory_bytes=5 * size))
     assert few.num_groups == 3
     assert not few.by_prompt
-    one = probe_gradient(policy, probe, bound, memory_bytes=size)
+    one = probe_gradient(policy, probe, bound, budget=Budget(memory_bytes=size))
     assert one.num_groups == 1
     assert np.isnan(one.errors(one.dots(step.components["momentum"])[:, None])).all()
 

@@ -20,6 +20,7 @@ from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.differentiation import whole_function
+from stepscope.policy.passes import Budget
 from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
 
 
@@ -146,7 +147,9 @@ def test_a_part_of_the_diagonal_and_tokens_without_weight(case):
     silent = replace(step, token_weights=(np.zeros(len(step.token_weights[0])), *step.token_weights[1:]))
     pushed = np.flatnonzero(np.concatenate(silent.token_weights))
     whole = by_name(token_truths(policy, silent, probe, baseline="none"))
-    part = by_name(token_truths(policy, silent, probe, baseline="none", max_diagonal=4, max_sequences=3))
+    part = by_name(
+        token_truths(policy, silent, probe, baseline="none", max_diagonal=4, budget=Budget(max_sequences=3))
+    )
     np.testing.assert_array_equal(whole["diagonal_sgd"].chosen, pushed)
     np.testing.assert_array_equal(whole["column_sgd_on_policy"].chosen, pushed)
     assert len(whole["row_sgd"].chosen) == step.update.num_tokens.sum()

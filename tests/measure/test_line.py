@@ -23,6 +23,7 @@ from stepscope.measure.quantity.values import (
 from stepscope.policy import forward
 from stepscope.policy.numerics import nested
 from stepscope.policy.numerics.nested import SmoothActivations
+from stepscope.policy.passes import Budget
 from stepscope.policy.vectors import scale
 from stepscope.reference import exact_rollouts
 
@@ -33,11 +34,14 @@ def test_derivatives_are_limits_of_differences(architecture: str) -> None:
     rollouts, _ = exact_rollouts(policy, PROMPTS[:1], eos_id=EOS)
     direction = random_step(policy).direction
     quantities = [make_quantity("entropy", rollouts), make_quantity("logprob", rollouts)]
-    (only,) = derivatives(policy, rollouts, quantities, direction, max_sequences=128)
-    first, second = derivatives(policy, rollouts, quantities, direction, order=2, max_sequences=128)
+    (only,) = derivatives(policy, rollouts, quantities, direction, budget=Budget(max_sequences=128))
+    first, second = derivatives(
+        policy, rollouts, quantities, direction, order=2, budget=Budget(max_sequences=128)
+    )
     h = 1e-4
     up, base, down = (
-        values_at(policy, rollouts, quantities, direction, lr, max_sequences=128) for lr in (h, 0.0, -h)
+        values_at(policy, rollouts, quantities, direction, lr, budget=Budget(max_sequences=128))
+        for lr in (h, 0.0, -h)
     )
     for name in ("logprobs", "prefix", "token"):
         plus, zero, minus = (getattr(t, name) for t in (up, base, down))
@@ -69,7 +73,10 @@ def test_micro_batches_do_not_matter() -> None:
     rollouts, _ = exact_rollouts(policy, PROMPTS, eos_id=EOS)
     quantities = [make_quantity("entropy", rollouts)]
     direction = random_step(policy).direction
-    few, many = (values_at(policy, rollouts, quantities, direction, 1e-2, max_sequences=m) for m in (7, 200))
+    few, many = (
+        values_at(policy, rollouts, quantities, direction, 1e-2, budget=Budget(max_sequences=m))
+        for m in (7, 200)
+    )
     np.testing.assert_allclose(few.prefix, many.prefix, atol=1e-12)
     np.testing.assert_allclose(few.logprobs, many.logprobs, atol=1e-12)
 
@@ -143,7 +150,7 @@ def test_a_missing_rule_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     quantities, direction = [make_quantity("entropy", rollouts)], random_step(policy).direction
     with pytest.raises(MeasurementError, match=r"order 2 \(.*silu.*without second order"):
         derivatives(policy, rollouts, quantities, direction, order=2)
-    assert len(derivatives(policy, rollouts, quantities, direction, max_sequences=128)) == 1
+    assert len(derivatives(policy, rollouts, quantities, direction, budget=Budget(max_sequences=128))) == 1
 
 
 @pytest.mark.parametrize("function", [F.silu, F.mish, F.glu])
@@ -185,7 +192,7 @@ def test_hidden_states_are_projected_only_when_wide() -> None:
     assert whole.shape == (*response_mask(rollouts).shape, 16)
     assert (whole[~response_mask(rollouts)] == 0).all()
     narrow = hidden_states(policy, rollouts, max_features=8)
-    again = hidden_states(policy, rollouts, max_features=8, max_sequences=3)
+    again = hidden_states(policy, rollouts, max_features=8, budget=Budget(max_sequences=3))
     assert narrow.shape[-1] == 8
     np.testing.assert_allclose(narrow, again, atol=1e-5)
     # prefixes are equal for responses that agree so far: the first position depends on the prompt alone

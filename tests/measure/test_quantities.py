@@ -23,6 +23,7 @@ from stepscope.measure.quantity.values import derivatives, response_mask
 from stepscope.policy.checkpoint.adapters import REFERENCE
 from stepscope.policy.gradients import directional_derivative
 from stepscope.policy.numerics.precision import lift_model, true_float64
+from stepscope.policy.passes import Budget
 from stepscope.reference import exact_rollouts, sample_exact
 
 
@@ -148,7 +149,7 @@ def test_a_baseline_changes_the_estimate_but_not_its_expectation() -> None:
             lrs=[1e-3],
             baseline=kind,
             sequence_weights=probabilities,
-            max_sequences=256,
+            budget=Budget(max_sequences=256),
         ).slope.value
         for kind in ("none", "current", "position", "ridge")
     }
@@ -165,7 +166,9 @@ def test_values_follow_the_sequences_when_the_batch_is_cut_otherwise() -> None:
     sample, _ = sample_exact(rollouts, probabilities, num_prompts=9, group_size=1, seed=0)
     step = replace(random_step(policy), lr=1e-2)
     values = [
-        measure_change(policy, step, sample, quantity="reward", lrs=[1e-2], max_sequences=m).at(1e-2)
+        measure_change(
+            policy, step, sample, quantity="reward", lrs=[1e-2], budget=Budget(max_sequences=m)
+        ).at(1e-2)
         for m in (1, 4, 9)
     ]
     for point in values[1:]:

@@ -26,6 +26,7 @@ from stepscope.policy.checkpoint.optimizer_state import match_optimizer
 from stepscope.policy.checkpoint.parameter_order import decay_parameter_names
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.precision import lift_model
+from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
@@ -105,7 +106,7 @@ def test_direction_is_the_step_adamw_takes(
         kind, dtype, max_grad_norm=max_grad_norm, amsgrad=amsgrad, second_lr=second_lr, lr=lr
     )
     update = cases.batch(policy, seed=99)
-    step = reconstruct_step(policy, update, max_sequences=4)
+    step = reconstruct_step(policy, update, budget=Budget(max_sequences=4))
     direction, norm = real_direction(policy, optimizer, update, lr)
     assert vectors.cosine(step.direction, direction) >= 1 - tolerance
     assert vectors.norm(step.direction) == pytest.approx(vectors.norm(direction), rel=tolerance)
@@ -121,7 +122,7 @@ def test_direction_is_the_step_adamw_takes(
 def test_every_loss_type_makes_its_own_step(loss_type: str) -> None:
     policy, optimizer = trained("full", torch.float64, loss_type=loss_type)
     update = cases.batch(policy, seed=99)
-    step = reconstruct_step(policy, update, max_sequences=2)
+    step = reconstruct_step(policy, update, budget=Budget(max_sequences=2))
     direction, _ = real_direction(policy, optimizer, update, 3e-3)
     assert vectors.cosine(step.direction, direction) >= 1 - 1e-10
 
@@ -169,7 +170,7 @@ def test_summary_shares_add_up(float32_step: tuple[Policy, Step]) -> None:
 def test_micro_batches_do_not_matter() -> None:
     policy, _ = trained("lora", torch.float64)
     update = cases.batch(policy, seed=99)
-    one, many = (reconstruct_step(policy, update, max_sequences=n) for n in (1, 9))
+    one, many = (reconstruct_step(policy, update, budget=Budget(max_sequences=n)) for n in (1, 9))
     for name in one.direction:
         torch.testing.assert_close(one.direction[name], many.direction[name], rtol=1e-9, atol=1e-12)
 

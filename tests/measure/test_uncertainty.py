@@ -7,6 +7,7 @@ from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy, random_ste
 from stepscope.errors import MeasurementError
 from stepscope.measure.change.sweep import Change, measure_change
 from stepscope.measure.change.uncertainty import estimate_ratio
+from stepscope.policy.passes import Budget
 from stepscope.reference import exact_rollouts, sample_exact
 from stepscope.stats import jackknife_ratio
 
@@ -25,7 +26,7 @@ def series() -> tuple[dict[str, Change], object]:
             errors=errors,
             second_order=True,
             antithetic=True,
-            max_sequences=128,
+            budget=Budget(max_sequences=128),
         )
         for errors in ("delta", "jackknife", "bootstrap")
     }

@@ -33,6 +33,7 @@ from stepscope.policy.checkpoint.load import (
 )
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.precision import is_float64
+from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
@@ -193,7 +194,7 @@ def test_the_next_step_of_a_trl_run_is_predicted(runs: dict[str, Run], name: str
     for k in (1, 2):
         before = load_checkpoint(run.checkpoint(k), precision=precision)
         after = load_checkpoint(run.checkpoint(k + 1), precision=precision)
-        step = reconstruct_step(before, trained_on(before, run.batches[k]), max_sequences=5)
+        step = reconstruct_step(before, trained_on(before, run.batches[k]), budget=Budget(max_sequences=5))
         assert step.lr == pytest.approx(LR * (1 - k / STEPS))
         assert 0 < step.clip_coefficient < 1
         assert ("router" in step.components) == (name in ("mixtral", "qwen3_moe"))

@@ -15,10 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import cases
 from stepscope.errors import BatchError, MeasurementError
-from stepscope.policy.forward import TokenBatch, TokenOutputs, batches, forward, make_batch
+from stepscope.policy.forward import TokenBatch, TokenOutputs, forward, make_batch
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.nested import SmoothActivations
 from stepscope.policy.numerics.precision import lift_model, true_float64
+from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
@@ -85,9 +86,9 @@ def test_sums_of_squares_are_there_on_request() -> None:
 
 def test_batch_size_order_and_padding_do_not_matter(architecture: str) -> None:
     policy = policy_of(lift_model(cases.model(architecture)))
-    together, entropies = score_rollouts(policy, make_rollouts(), max_sequences=8)
+    together, entropies = score_rollouts(policy, make_rollouts(), budget=Budget(max_sequences=8))
     order = [3, 1, 4, 0, 2]
-    alone, entropies_alone = score_rollouts(policy, make_rollouts(order), max_sequences=1)
+    alone, entropies_alone = score_rollouts(policy, make_rollouts(order), budget=Budget(max_sequences=1))
     for place, i in enumerate(order):
         np.testing.assert_allclose(alone[place], together[i], rtol=0, atol=1e-13)
         np.testing.assert_allclose(entropies_alone[place], entropies[i], rtol=0, atol=1e-13)
@@ -111,17 +112,6 @@ def test_what_stands_on_padding_changes_nothing() -> None:
             found.append(forward(model, make_batch(PROMPTS, RESPONSES, pad_id=pad), temperature=1.0))
     mask = make_batch(PROMPTS, RESPONSES).response_mask
     torch.testing.assert_close(found[0].logprobs[mask], found[1].logprobs[mask], rtol=0, atol=1e-6)
-
-
-def test_micro_batches_respect_their_limits() -> None:
-    rollouts = make_rollouts()
-    seen: list[int] = []
-    for batch in batches(rollouts, max_sequences=2):
-        assert len(batch) <= 2
-        seen += batch.seq_index.tolist()
-    assert sorted(seen) == list(range(5))
-    for batch in batches(rollouts, max_tokens=16, max_sequences=100):
-        assert len(batch) == 1 or int(batch.attention_mask.sum(1).max()) * len(batch) <= 16
 
 
 def test_given_params_replace_the_models_own_and_lora_works() -> None:

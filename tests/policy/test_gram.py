@@ -18,6 +18,7 @@ from stepscope.policy.forward import TokenBatch, TokenOutputs, forward, make_bat
 from stepscope.policy.gradients import directional_derivative, gradient
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.precision import lift_model
+from stepscope.policy.passes import Budget
 from stepscope.policy.per_sequence import coverage
 from stepscope.policy.per_sequence.gram import gram, grams
 from stepscope.policy.per_sequence.layer_gradient import LayerGradient, Whole
@@ -103,7 +104,7 @@ def test_everything_equals_autograd(
         objective,
         metrics={"raw": None, "P": P},
         other=(probe, objective),
-        max_sequences=3,
+        budget=Budget(max_sequences=3),
     )
     assert error(found.square["raw"], J @ J.T) < tolerance
     assert error(found.square["P"], (J * p) @ J.T) < tolerance
@@ -112,7 +113,7 @@ def test_everything_equals_autograd(
     assert error(found.other_norms["P"], (H * p * H).sum(1)) < tolerance
     assert error(torch.from_numpy(per_sequence_dot(policy, update, objective, u)), J @ flat(u)) < tolerance
     groups = probe.prompt_index
-    summed = group_gradients(policy, probe, objective, groups, max_sequences=2)
+    summed = group_gradients(policy, probe, objective, groups, budget=Budget(max_sequences=2))
     S = torch.stack([H[groups == g].sum(0) for g in range(groups.max() + 1)])
     assert error(torch.cat([t.flatten(1) for t in summed.values()], 1).double(), S) < tolerance
     dots = torch.from_numpy(per_sequence_dots(policy, update, objective, summed))
@@ -141,7 +142,9 @@ def test_blocks_disk_and_order_give_the_same_numbers(tied: Policy, tmp_path: Pat
     update, probe = draw(9), draw(4, 3)
     P = random_vector(tied)
     metrics = {"raw": None, "P": P}
-    whole = grams(tied, update, objective, metrics=metrics, other=(probe, objective), max_sequences=16)
+    whole = grams(
+        tied, update, objective, metrics=metrics, other=(probe, objective), budget=Budget(max_sequences=16)
+    )
     numbers = sum(p.numel() for p in tied.parameters.values())
     small = grams(
         tied,
@@ -149,13 +152,12 @@ def test_blocks_disk_and_order_give_the_same_numbers(tied: Policy, tmp_path: Pat
         objective,
         metrics=metrics,
         other=(probe, objective),
-        memory_bytes=8 * numbers * 2,
-        max_sequences=3,
+        budget=Budget(max_sequences=3, memory_bytes=8 * numbers * 2),
     )
-    disk = grams(tied, update, objective, metrics=metrics, directory=tmp_path, max_tokens=20)
-    at_once = grams(tied, update, objective, metrics=metrics, max_sequences=16)
+    disk = grams(tied, update, objective, metrics=metrics, budget=Budget(scratch=tmp_path, max_tokens=20))
+    at_once = grams(tied, update, objective, metrics=metrics, budget=Budget(max_sequences=16))
     shuffled = np.random.default_rng(0).permutation(len(update))
-    moved = grams(tied, update.select(shuffled), objective, metrics=metrics, max_sequences=4)
+    moved = grams(tied, update.select(shuffled), objective, metrics=metrics, budget=Budget(max_sequences=4))
     assert (whole.blocks, small.blocks > 2, disk.blocks) == (1, True, 1)
     assert not list(tmp_path.iterdir())
     for metric in metrics:
@@ -215,7 +217,7 @@ def test_two_gradients_of_the_same_sequence(source: str) -> None:
             lambda outputs, batch: outputs.entropies,
             lambda outputs, batch: outputs.logprobs,
             {"raw": None, "P": P},
-            memory_bytes=budget,
+            budget=Budget(memory_bytes=budget),
         )
         assert error(torch.from_numpy(found["P"]), whole) < 1e-12
         assert error(torch.from_numpy(found["raw"]), whole) > 1e-3
@@ -229,11 +231,16 @@ def test_wide_vocabulary_stays_in_factors() -> None:
     update = draw(4, longest=2)
     J = jacobian(policy, update)
     P = random_vector(policy)
-    found = grams(policy, update, objective, metrics={"raw": None, "P": P}, max_sequences=2)
+    found = grams(policy, update, objective, metrics={"raw": None, "P": P}, budget=Budget(max_sequences=2))
     assert error(found.square["raw"], J @ J.T) < 1e-12
     assert error(found.square["P"], (J * flat(P)) @ J.T) < 1e-12
     dense = 8 * sum(p.numel() for p in policy.parameters.values())
-    assert grams(policy, update, objective, metrics={"raw": None}, memory_bytes=4 * dense // 2).blocks == 1
+    assert (
+        grams(
+            policy, update, objective, metrics={"raw": None}, budget=Budget(memory_bytes=4 * dense // 2)
+        ).blocks
+        == 1
+    )
 
 
 class Gain(nn.Module):
@@ -289,7 +296,7 @@ def test_what_hooks_cannot_see_goes_the_slow_way_announced(
     update = draw(5)
     J = jacobian(policy, update)
     with pytest.warns(UserWarning, match=f"1 of .*{name}.*one sequence at a time"):
-        K = gram(policy, update, objective, max_sequences=2)
+        K = gram(policy, update, objective, budget=Budget(max_sequences=2))
     assert error(K, J @ J.T) < 1e-12
     assert all(p.requires_grad for p in policy.model.parameters())
 
@@ -403,7 +410,7 @@ def test_refusals() -> None:
     with pytest.raises(MeasurementError, match="expected"):
         gram(policy, update, objective, preconditioner={**u, first: u[first][:1]})
     with pytest.raises(MeasurementError, match="memory budget"):
-        gram(policy, update, objective, memory_bytes=10)
+        gram(policy, update, objective, budget=Budget(memory_bytes=10))
     for p in policy.model.parameters():
         p.requires_grad_(False)
     with pytest.raises(MeasurementError, match="no trainable parameter"):

@@ -17,6 +17,7 @@ from stepscope.errors import BatchError, MeasurementError
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.loss.surrogate import advantages
 from stepscope.policy.numerics.precision import lift_model
+from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import sample_rollouts, score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.tasks import load_task
@@ -55,7 +56,7 @@ def test_records_are_consistent(policy: Policy, letters: Any) -> None:
         assert 1 not in ids[:-1]
         assert len(ids) == 7 if cut else len(ids) <= 7
         assert response == policy.tokenizer.decode(ids, skip_special_tokens=True)
-    logprobs, entropies = score_rollouts(policy, batch, max_sequences=1)
+    logprobs, entropies = score_rollouts(policy, batch, budget=Budget(max_sequences=1))
     for i in range(32):
         np.testing.assert_allclose(batch.logprobs[i], logprobs[i], atol=1e-5)
         np.testing.assert_allclose(batch.entropies[i], entropies[i], atol=1e-5)
@@ -76,7 +77,9 @@ def test_tokens_follow_the_policy_itself(policy: Policy, hidden_defaults: bool) 
         model.generation_config.max_length = 3
     kept = model.generation_config
     short = replace(policy, settings=replace(SETTINGS, max_response_tokens=1))
-    batch = sample_rollouts(short, OneProblem(), num_prompts=1, group_size=4000, seed=1, batch_size=2000)
+    batch = sample_rollouts(
+        short, OneProblem(), num_prompts=1, group_size=4000, seed=1, budget=Budget(max_sequences=2000)
+    )
     assert model.generation_config is kept
     with torch.no_grad():
         logits = model(torch.tensor([[7, 12, 7, 13]])).logits[0, -1]
@@ -88,7 +91,12 @@ def test_tokens_follow_the_policy_itself(policy: Policy, hidden_defaults: bool) 
 
 def test_nucleus_leaves_out_the_tail(policy: Policy) -> None:
     short = replace(policy, settings=replace(SETTINGS, max_response_tokens=1))
-    arguments: dict[str, Any] = {"num_prompts": 1, "group_size": 4000, "seed": 2, "batch_size": 4000}
+    arguments: dict[str, Any] = {
+        "num_prompts": 1,
+        "group_size": 4000,
+        "seed": 2,
+        "budget": Budget(max_sequences=4000),
+    }
     batch = sample_rollouts(short, OneProblem(), top_p=0.6, **arguments)
     model: Any = policy.model
     with torch.no_grad():
@@ -108,7 +116,9 @@ def test_nucleus_leaves_out_the_tail(policy: Policy) -> None:
 
 def test_responses_do_not_depend_on_the_batch_size(policy: Policy, letters: Any) -> None:
     batches = [
-        sample_rollouts(policy, letters, num_prompts=9, group_size=3, seed=7, batch_size=size)
+        sample_rollouts(
+            policy, letters, num_prompts=9, group_size=3, seed=7, budget=Budget(max_sequences=size)
+        )
         for size in (1, 4, 27)
     ]
     assert batches[0].response_token_ids == batches[1].response_token_ids == batches[2].response_token_ids

@@ -13,7 +13,8 @@ from stepscope.errors import MeasurementError
 from stepscope.evaluation.rows import EvaluationRow, PromptResult, prompt_ratios
 from stepscope.evaluation.tables import write_responses
 from stepscope.intervals import proportion
-from stepscope.policy.rollouts import sample_rollouts
+from stepscope.policy.passes import Budget
+from stepscope.policy.rollouts import SAMPLING, sample_rollouts
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, Rollouts
 from stepscope.stats import clustered_ratio
@@ -32,9 +33,8 @@ def evaluate(
     split: str = "test",
     temperature: float | None = None,
     top_p: float = 1.0,
-    batch_size: int = 64,
     responses: Path | None = None,
-    progress: bool = False,
+    budget: Budget = SAMPLING,
 ) -> EvaluationRow:
     """Sample responses and evaluate them.
 
@@ -48,9 +48,8 @@ def evaluate(
         split: split of the task.
         temperature: sampling temperature; None means the settings' own.
         top_p: sample only from the smallest set of tokens that holds this much probability.
-        batch_size: sequences generated at a time; the figures do not depend on it.
         responses: parquet file to write the responses to (:func:`write_responses`), or None.
-        progress: show a progress bar.
+        budget: how many sequences are generated at a time; the figures do not depend on it.
 
     Raises:
         MeasurementError: a k is larger than ``samples_per_prompt``.
@@ -68,8 +67,7 @@ def evaluate(
         seed=seed,
         split=split,
         top_p=top_p,
-        batch_size=batch_size,
-        progress=progress,
+        budget=budget,
     )
     if responses is not None:
         write_responses(rollouts, task, responses)

@@ -9,11 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def on_terminal() -> bool:
-    """Whether standard error is a terminal, so that progress bars make sense."""
-    return sys.stderr.isatty()
-
-
 def say(text: str) -> None:
     """One line on standard error."""
     print(text, file=sys.stderr, flush=True)

@@ -25,13 +25,14 @@ from stepscope.evaluation import (
     write_eval,
 )
 from stepscope.measure.entropy_law import fit_run
-from stepscope.pipeline.console import on_terminal, say, say_result, timed
+from stepscope.pipeline.console import say, say_result, timed
 from stepscope.pipeline.data import hold_data, say_what_is_shared, tasks_of
 from stepscope.pipeline.logged_prompts import prompt_conflict
 from stepscope.pipeline.processes import is_main_process
 from stepscope.pipeline.session import open_policy, open_task
 from stepscope.policy.checkpoint.devices import usable_device
 from stepscope.policy.checkpoint.load import checkpoint_digest, read_settings
+from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.report import evaluated, write_evaluation
 from stepscope.results import FloatArray
@@ -264,9 +265,8 @@ class _Loaded:
             split=config.split,
             temperature=temperature,
             top_p=top_p,
-            batch_size=batch_size,
             responses=responses,
-            progress=on_terminal(),
+            budget=Budget(max_sequences=batch_size, progress=True),
         )
 
 

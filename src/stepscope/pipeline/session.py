@@ -18,7 +18,6 @@ from stepscope.measure.quantity.quantities import Quantity, make_quantity
 from stepscope.measure.step.derivative import THROUGHS, Through
 from stepscope.measure.step.reconstruct import Step, reconstruct_step
 from stepscope.measure.step.rounding import RoundedStep, rounded_step
-from stepscope.pipeline.console import on_terminal
 from stepscope.pipeline.data import say_what_is_shared
 from stepscope.pipeline.fitness import findings
 from stepscope.pipeline.logged_prompts import prompt_conflict
@@ -26,8 +25,9 @@ from stepscope.policy.checkpoint.load import load_checkpoint, load_model, read_s
 from stepscope.policy.checkpoint.optimizer_state import OPTIMIZER_FILE, read_optimizer
 from stepscope.policy.derivative_check import derivative_errors
 from stepscope.policy.finiteness import first_not_finite
-from stepscope.policy.forward import batches, vocabulary_size
+from stepscope.policy.forward import vocabulary_size
 from stepscope.policy.loss.surrogate import advantages
+from stepscope.policy.passes import Budget, longest
 from stepscope.policy.rollouts import response_text, sample_responses, sample_rollouts, score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.policy.stored import rounding_doubt
@@ -180,6 +180,17 @@ class Session:
             warnings.warn(f"{finding.what}; {finding.cure}", stacklevel=2)
         return [finding.what for finding in limits]
 
+    @property
+    def budget(self) -> Budget:
+        """What the computations may use, as the configuration says."""
+        scratch = self.config.scratch
+        return Budget(
+            max_sequences=self.config.batch_size,
+            memory_bytes=self.config.memory_bytes,
+            scratch=None if scratch is None else Path(scratch),
+            progress=True,
+        )
+
     @cached_property
     def quantities(self) -> list[Quantity]:
         """The quantities asked for, bound to the probe batch."""
@@ -190,7 +201,7 @@ class Session:
                 self.probe,
                 policy=self.policy,
                 reference=reference,
-                max_sequences=self.config.batch_size,
+                budget=self.budget,
             )
             for name in self.config.quantities
         ]
@@ -202,11 +213,8 @@ class Session:
             self.policy,
             self.update,
             reference=self.reference,
-            influences=objective_influences(
-                self.policy, self.update, self.task, max_sequences=self.config.batch_size
-            ),
-            max_sequences=self.config.batch_size,
-            progress=on_terminal(),
+            influences=objective_influences(self.policy, self.update, self.task, budget=self.budget),
+            budget=self.budget,
         )
 
     @property
@@ -226,7 +234,7 @@ class Session:
     @cached_property
     def derivative_doubt(self) -> str:
         """Why derivatives of this model are not those of its function; empty where they are."""
-        few = next(batches(self.probe, max_sequences=4, device=self.policy.device))
+        few = longest(self.policy, self.probe)
         temperature = self.policy.settings.temperature
         return derivative_errors(self.policy, few, self.line.direction, temperature=temperature).doubt
 
@@ -252,9 +260,7 @@ class Session:
             quantity=quantity,
             normalisation=quantity.normalisations[0],
             baseline=self.config.baseline,
-            memory_bytes=self.config.memory_bytes,
-            max_sequences=self.config.batch_size,
-            progress=on_terminal(),
+            budget=self.budget,
         )
 
     @cached_property
@@ -270,12 +276,10 @@ class Session:
             self.policy,
             self.update.prompt_token_ids,
             seed=OWN_PROMPTS_SEED + self.config.update.seed,
-            batch_size=self.config.batch_size,
+            budget=self.budget,
         )
         reference = None if self.reference is None else self.reference.model
-        quantity = make_quantity(
-            name, fresh, policy=self.policy, reference=reference, max_sequences=self.config.batch_size
-        )
+        quantity = make_quantity(name, fresh, policy=self.policy, reference=reference, budget=self.budget)
         (found,) = self._influences_on(fresh, quantity, throughs=("fixed",), num_folds=1)
         return found
 
@@ -316,8 +320,7 @@ class Session:
                 split=wanted.split,
                 require_reward_variance=self.config.resample > 0,
                 max_resample=self.config.resample,
-                batch_size=self.config.batch_size,
-                progress=on_terminal(),
+                budget=self.budget,
             )
         if update.advantages is None or not np.any(update.advantages):
             raise BatchError(
@@ -345,8 +348,7 @@ class Session:
                 seed=wanted.seed,
                 split=wanted.split,
                 exclude=update.asked,
-                batch_size=self.config.batch_size,
-                progress=on_terminal(),
+                budget=self.budget,
             )
         refuse_overlap(update, probe)
         return probe
@@ -359,7 +361,7 @@ class Session:
                 f"{key}: {path} was sampled at temperature {rollouts.temperature}, the checkpoint's is "
                 f"{self.policy.settings.temperature}; sample it again from this checkpoint"
             )
-        logprobs, entropies = score_rollouts(self.policy, rollouts, max_sequences=self.config.batch_size)
+        logprobs, entropies = score_rollouts(self.policy, rollouts, budget=self.budget)
         worst = float(np.abs(np.concatenate(logprobs) - np.concatenate(rollouts.logprobs)).max())
         if not worst < SAME_POLICY[self.config.precision]:
             raise BatchError(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -21,7 +22,7 @@ from transformers import PreTrainedConfig
 from stepscope.errors import BatchError, MeasurementError
 from stepscope.policy.numerics.differentiation import differentiable
 from stepscope.policy.numerics.precision import matching_precision
-from stepscope.results import Rollouts
+from stepscope.results import FloatArray
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,26 @@ class TokenBatch:
     def __len__(self) -> int:
         """Number of sequences."""
         return int(self.input_ids.shape[0])
+
+    def unpad(self, values: Tensor) -> tuple[Tensor, ...]:
+        """The rows of (seq,) or (seq, tok, ...) values, those of tokens without padding."""
+        if values.dim() == 1:
+            return values.unbind()
+        mask = self.response_mask.to(values.device)
+        counts: list[int] = mask.sum(1).tolist()
+        return torch.split(values[mask], counts)
+
+    def pad(self, rows: Sequence[FloatArray], like: Tensor) -> Tensor:
+        """(seq, tok) values of these sequences out of the (tok,) rows of the whole batch, zero on padding.
+
+        Args:
+            rows: one for each sequence of the whole batch.
+            like: (seq, tok) a tensor of the type and device wanted.
+        """
+        padded = np.zeros(like.shape)
+        for own, i in zip(padded, self.seq_index.tolist(), strict=True):
+            own[: len(rows[i])] = rows[i]
+        return torch.from_numpy(padded).to(like)
 
 
 @dataclass(frozen=True)
@@ -190,53 +211,6 @@ def make_batch(
         response_ids=input_ids[:, width:].to(device),
         response_mask=attention[:, width:].bool().to(device),
         seq_index=index.to(device),
-    )
-
-
-def batches(
-    rollouts: Rollouts,
-    *,
-    max_sequences: int = 16,
-    max_tokens: int | None = None,
-    device: torch.device | str = "cpu",
-    sort: bool = True,
-) -> Iterator[TokenBatch]:
-    """Cut a batch into padded micro-batches, longest sequences together.
-
-    Args:
-        rollouts: the sequences.
-        max_sequences: most sequences in one micro-batch.
-        max_tokens: most padded tokens in one micro-batch, or None for no limit.
-        device: where the tensors go.
-        sort: order by length (less padding); ``seq_index`` tells where each row belongs either way.
-    """
-    totals = [
-        len(p) + len(r) for p, r in zip(rollouts.prompt_token_ids, rollouts.response_token_ids, strict=True)
-    ]
-    order = (
-        sorted(range(len(rollouts)), key=lambda i: (-totals[i], i)) if sort else list(range(len(rollouts)))
-    )
-    chunk: list[int] = []
-    widest = 0
-    for i in order:
-        grown = max(widest, totals[i])
-        if chunk and (
-            len(chunk) == max_sequences or (max_tokens is not None and grown * (len(chunk) + 1) > max_tokens)
-        ):
-            yield _gather(rollouts, chunk, device)
-            chunk, grown = [], totals[i]
-        chunk.append(i)
-        widest = grown
-    if chunk:
-        yield _gather(rollouts, chunk, device)
-
-
-def _gather(rollouts: Rollouts, chunk: list[int], device: torch.device | str) -> TokenBatch:
-    return make_batch(
-        [rollouts.prompt_token_ids[i] for i in chunk],
-        [rollouts.response_token_ids[i] for i in chunk],
-        device=device,
-        seq_index=chunk,
     )
 
 

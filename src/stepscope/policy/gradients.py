@@ -14,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepscope.errors import MeasurementError
 from stepscope.policy.finiteness import first_not_finite
-from stepscope.policy.forward import TokenBatch, TokenOutputs, batches, forward
+from stepscope.policy.forward import TokenBatch, TokenOutputs, forward
 from stepscope.policy.numerics.differentiation import frozen_padding, whole_function
+from stepscope.policy.passes import Budget, sweep, sweep_rows
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import Rollouts
@@ -38,8 +39,8 @@ def gradient(
     objective: Objective,
     *,
     as_trained: bool = True,
-    max_sequences: int = 16,
     keep_logits: bool = False,
+    budget: Budget = Budget(),
 ) -> dict[str, Tensor]:
     """Gradient of the objective summed over all sequences (and tokens): one forward and one backward.
 
@@ -51,16 +52,19 @@ def gradient(
         objective: (seq,) or (seq, tok).
         as_trained: leave out what a training does (embeddings of padding tokens, DoRA's norm);
             otherwise the gradient is that of the function.
-        max_sequences: micro-batch size.
         keep_logits: whether the objective needs logits.
+        budget: how large micro-batches are.
     """
     params = policy.parameters
     total = {n: torch.zeros_like(p) for n, p in params.items()}
+
+    def pulled(batch: TokenBatch) -> tuple[Tensor | None, ...]:
+        outputs = forward(policy.model, batch, temperature=rollouts.temperature, keep_logits=keep_logits)
+        value = objective(outputs, batch).sum()
+        return torch.autograd.grad(value, list(params.values()), allow_unused=True)
+
     with nullcontext() if as_trained else whole_function(policy.model):
-        for batch in batches(rollouts, max_sequences=max_sequences, device=policy.device):
-            outputs = forward(policy.model, batch, temperature=rollouts.temperature, keep_logits=keep_logits)
-            value = objective(outputs, batch).sum()
-            grads = torch.autograd.grad(value, list(params.values()), allow_unused=True)
+        for _, grads in sweep(policy, rollouts, pulled, budget=budget, what="gradient"):
             for name, grad in zip(params, grads, strict=True):
                 if grad is not None:
                     total[name] += grad
@@ -80,8 +84,8 @@ def directional_derivative(
     *,
     mode: Mode = "auto",
     as_trained: bool = True,
-    max_sequences: int = 16,
     keep_logits: bool = False,
+    budget: Budget = Budget(),
 ) -> list[Tensor]:
     """Derivative of the objective along a direction, for every sequence or every token, exactly.
 
@@ -100,15 +104,16 @@ def directional_derivative(
         mode: how to differentiate.
         as_trained: leave out what a training does (embeddings of padding tokens, DoRA's norm);
             otherwise the derivative is that of the function.
-        max_sequences: micro-batch size.
         keep_logits: whether the objective needs logits.
+        budget: how large micro-batches are.
     """
     params = {n: policy.parameters[n].detach() for n in direction}
     tangent = {n: t.to(params[n].dtype) for n, t in direction.items()}
-    found: dict[int, Tensor] = {}
-    for batch in batches(rollouts, max_sequences=max_sequences, device=policy.device):
 
-        def value(values: dict[str, Tensor], batch: TokenBatch = batch) -> Tensor:
+    def along(batch: TokenBatch) -> Tensor:
+        nonlocal mode
+
+        def value(values: dict[str, Tensor]) -> Tensor:
             outputs = forward(
                 policy.model, batch, temperature=rollouts.temperature, params=values, keep_logits=keep_logits
             )
@@ -118,18 +123,15 @@ def directional_derivative(
         with sdpa_kernel(SDPBackend.MATH), meant:
             if mode != "double_backward":
                 try:
-                    derivative = _forward_mode(value, params, tangent)
+                    return _forward_mode(value, params, tangent)
                 except (NotImplementedError, RuntimeError) as error:
                     if mode == "forward" or not lacks_a_rule(error):
                         raise
                     logger.warning("token derivatives by double backward: %s", error)
                     mode = "double_backward"
-            if mode == "double_backward":
-                derivative = _double_backward(value, params, tangent)
-        for row, i in enumerate(batch.seq_index.tolist()):
-            entry = derivative[row]
-            found[i] = entry[batch.response_mask[row]] if entry.dim() else entry
-    return [found[i] for i in range(len(rollouts))]
+            return _double_backward(value, params, tangent)
+
+    return sweep_rows(policy, rollouts, along, budget=budget)
 
 
 def _forward_mode(

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -21,15 +19,18 @@ from transformers import (
 )
 
 from stepscope.errors import BatchError, CheckpointError, MeasurementError, shown
-from stepscope.policy.forward import base_model, batches, forward, plain_experts
+from stepscope.policy.forward import TokenBatch, base_model, forward, plain_experts
 from stepscope.policy.loss.surrogate import advantages
 from stepscope.policy.numerics.precision import matching_precision
+from stepscope.policy.passes import Budget, sweep_rows, track
 from stepscope.policy.state import Policy
 from stepscope.policy.texts import ResponseText
 from stepscope.results import FloatArray, Rollouts, same_text
 from stepscope.tasks.load import asked_through
 from stepscope.tasks.problem import Problem, Task
 from stepscope.tasks.prompts import Prompt, encode_prompt
+
+SAMPLING = Budget(max_sequences=64)
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,7 @@ def sample_rollouts(
     require_reward_variance: bool = False,
     max_resample: int = 10,
     top_p: float = 1.0,
-    batch_size: int = 64,
-    progress: bool = False,
+    budget: Budget = SAMPLING,
 ) -> Rollouts:
     """Sample ``group_size`` responses to each of ``num_prompts`` prompts and score them.
 
@@ -72,7 +72,7 @@ def sample_rollouts(
     :func:`stepscope.policy.forward.forward`.
 
     Every token is drawn by inverting the distribution function at a uniform number that belongs to its
-    sequence and position: the responses do not depend on ``batch_size`` (beyond round-off), policies that
+    sequence and position: the responses do not depend on ``budget`` (beyond round-off), policies that
     differ little give responses that differ little, and no global random state is touched. The same arguments
     give the same batch on the same machine.
 
@@ -88,8 +88,7 @@ def sample_rollouts(
         max_resample: rounds of replacement before giving up.
         top_p: sample only from the smallest set of tokens that holds this much probability; log-probs and
             entropies stay those of the whole policy.
-        batch_size: sequences generated at a time.
-        progress: show a progress bar on standard error.
+        budget: how many sequences are generated at a time.
 
     Raises:
         BatchError: too few prompts, a prompt too long for the model, or no reward variance after all rounds.
@@ -101,31 +100,30 @@ def sample_rollouts(
     pool = _different((problems[int(i)] for i in order), exclude)
     kept: list[list[_Sequence]] = []
     missing = num_prompts
-    with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
-        for attempt in range(max_resample + 1 if require_reward_variance else 1):
-            chosen = [problem for _, problem in zip(range(missing), pool, strict=False)]
-            if len(chosen) < missing:
-                raise BatchError(
-                    f"{split} split: {len(problems)} problems, less copies and those that are excluded, are "
-                    f"not enough for {num_prompts} different "
-                    f"prompts{' with reward variance' if require_reward_variance else ''}; ask for fewer "
-                    "prompts or use a larger task"
-                )
-            generator = np.random.default_rng([seed, 1 + attempt])
-            groups = _sample_groups(policy, task, chosen, group_size, generator, top_p, batch_size, bar)
-            kept += [g for g in groups if not require_reward_variance or len({s.reward for s in g}) > 1]
-            missing = num_prompts - len(kept)
-            if missing == 0:
-                break
-        if missing:
+    for attempt in range(max_resample + 1 if require_reward_variance else 1):
+        chosen = [problem for _, problem in zip(range(missing), pool, strict=False)]
+        if len(chosen) < missing:
             raise BatchError(
-                f"{missing} of {num_prompts} prompt groups still have no reward variance after "
-                f"{max_resample} rounds of resampling; use a larger group, a higher temperature or a "
-                "task the policy solves sometimes"
+                f"{split} split: {len(problems)} problems, less copies and those that are excluded, are "
+                f"not enough for {num_prompts} different "
+                f"prompts{' with reward variance' if require_reward_variance else ''}; ask for fewer "
+                "prompts or use a larger task"
             )
-        rollouts = _assemble(policy, [sequence for group in kept for sequence in group])
-        rollouts.refuse_ungraded()
-        logprobs, entropies = score_rollouts(policy, rollouts, max_sequences=batch_size, bar=bar)
+        generator = np.random.default_rng([seed, 1 + attempt])
+        groups = _sample_groups(policy, task, chosen, group_size, generator, top_p, budget)
+        kept += [g for g in groups if not require_reward_variance or len({s.reward for s in g}) > 1]
+        missing = num_prompts - len(kept)
+        if missing == 0:
+            break
+    if missing:
+        raise BatchError(
+            f"{missing} of {num_prompts} prompt groups still have no reward variance after "
+            f"{max_resample} rounds of resampling; use a larger group, a higher temperature or a "
+            "task the policy solves sometimes"
+        )
+    rollouts = _assemble(policy, [sequence for group in kept for sequence in group])
+    rollouts.refuse_ungraded()
+    logprobs, entropies = score_rollouts(policy, rollouts, budget=budget)
     rollouts = replace(rollouts, logprobs=logprobs, entropies=entropies)
     if group_size == 1:
         return rollouts
@@ -134,7 +132,7 @@ def sample_rollouts(
 
 
 def sample_responses(
-    policy: Policy, prompts: Sequence[tuple[int, ...]], *, seed: int, batch_size: int = 64
+    policy: Policy, prompts: Sequence[tuple[int, ...]], *, seed: int, budget: Budget = SAMPLING
 ) -> Rollouts:
     """One response to each of some prompts given as token ids, sampled as by :func:`sample_rollouts`.
 
@@ -142,7 +140,7 @@ def sample_responses(
         policy: with a tokenizer.
         prompts: a prompt as often as it is to be answered; each text is its own ``prompt_id``.
         seed: of the responses.
-        batch_size: sequences generated at a time.
+        budget: how many sequences are generated at a time.
 
     Returns:
         The batch; rewards are nan, because nobody graded it.
@@ -154,8 +152,8 @@ def sample_responses(
         _require_room(policy, len(ids))
     uniforms = _uniforms(np.random.default_rng([seed, 1]), len(prompts), policy.settings.max_response_tokens)
     responses: list[tuple[int, ...]] = []
-    for start in range(0, len(prompts), batch_size):
-        rows = slice(start, start + batch_size)
+    for start in range(0, len(prompts), budget.max_sequences):
+        rows = slice(start, start + budget.max_sequences)
         responses += _generate(policy, prompts[rows], uniforms[rows], 1.0)
     ends = set(end_tokens(policy))
     read = response_text(policy)
@@ -175,52 +173,48 @@ def sample_responses(
         for ids, text, response in zip(prompts, texts, responses, strict=True)
     ]
     rollouts = _assemble(policy, sampled)
-    logprobs, entropies = score_rollouts(policy, rollouts, max_sequences=batch_size)
+    logprobs, entropies = score_rollouts(policy, rollouts, budget=budget)
     return replace(rollouts, logprobs=logprobs, entropies=entropies)
 
 
 def score_rollouts(
-    policy: Policy, rollouts: Rollouts, *, max_sequences: int = 16, bar: Progress | None = None
+    policy: Policy, rollouts: Rollouts, *, budget: Budget = Budget()
 ) -> tuple[tuple[FloatArray, ...], tuple[FloatArray, ...]]:
     """Log-probs and entropies of given responses under the policy, in nats.
 
     Args:
         policy: the policy that scores; at the rollouts' temperature.
         rollouts: token ids; its own log-probs are not used.
-        max_sequences: most sequences in one forward pass.
-        bar: progress bar to advance, or None.
+        budget: how large micro-batches are.
 
     Returns:
         Log-probs and entropies, each one (tok,) array per sequence.
     """
-    logprobs, entropies = _score(policy, rollouts, ("logprobs", "entropies"), max_sequences, bar)
+    logprobs, entropies = _score(policy, rollouts, ("logprobs", "entropies"), budget)
     return logprobs, entropies
 
 
 def score_discriminators(
-    policy: Policy, rollouts: Rollouts, *, max_sequences: int = 16
+    policy: Policy, rollouts: Rollouts, *, budget: Budget = Budget()
 ) -> tuple[FloatArray, ...]:
     """sum_v pi_v^2 (log pi_v + H_k) at every response token, one (tok,) array per sequence."""
-    (found,) = _score(policy, rollouts, ("discriminators",), max_sequences, None)
+    (found,) = _score(policy, rollouts, ("discriminators",), budget)
     return found
 
 
 def _score(
-    policy: Policy, rollouts: Rollouts, names: Sequence[str], max_sequences: int, bar: Progress | None
+    policy: Policy, rollouts: Rollouts, names: Sequence[str], budget: Budget
 ) -> list[tuple[FloatArray, ...]]:
     """Fields of ``policy.forward.TokenOutputs`` under the policy, each one (tok,) array per sequence."""
-    found: dict[str, dict[int, FloatArray]] = {name: {} for name in names}
-    advance = _advancing(bar, "scoring", len(rollouts))
     squares = "discriminators" in names
-    for batch in batches(rollouts, max_sequences=max_sequences, device=policy.device):
+
+    def fields(batch: TokenBatch) -> Tensor:
         with torch.no_grad():
             outputs = forward(policy.model, batch, temperature=rollouts.temperature, keep_squares=squares)
-        for row, i in enumerate(batch.seq_index.tolist()):
-            mask = batch.response_mask[row]
-            for name, rows in found.items():
-                rows[i] = getattr(outputs, name)[row][mask].double().cpu().numpy()
-        advance(len(batch))
-    return [tuple(rows[i] for i in range(len(rollouts))) for rows in found.values()]
+        return torch.stack([getattr(outputs, name) for name in names], -1).double().cpu()
+
+    rows = sweep_rows(policy, rollouts, fields, budget=budget, what="scoring")
+    return [tuple(row[:, k].numpy().copy() for row in rows) for k in range(len(names))]
 
 
 def end_tokens(policy: Policy) -> list[int]:
@@ -275,19 +269,17 @@ def _sample_groups(
     group_size: int,
     generator: np.random.Generator,
     top_p: float,
-    batch_size: int,
-    bar: Progress,
+    budget: Budget,
 ) -> list[list[_Sequence]]:
     """``group_size`` scored responses to each problem."""
     prompts = [_prompt(policy, task, problem) for problem in problems]
     rows = [i for i in range(len(problems)) for _ in range(group_size)]
-    advance = _advancing(bar, "sampling", len(rows))
     responses: list[tuple[int, ...]] = []
-    for start in range(0, len(rows), batch_size):
-        chunk = rows[start : start + batch_size]
+    size = budget.max_sequences
+    for start in track(range(0, len(rows), size), "sampling", budget):
+        chunk = rows[start : start + size]
         uniforms = _uniforms(generator, len(chunk), policy.settings.max_response_tokens)
         responses += _generate(policy, [prompts[i].token_ids for i in chunk], uniforms, top_p)
-        advance(len(chunk))
     ends = set(end_tokens(policy))
     read = response_text(policy)
     groups: list[list[_Sequence]] = [[] for _ in problems]
@@ -397,13 +389,6 @@ def _generate(
         length = next((k + 1 for k, token in enumerate(row) if token in stops), len(row))
         found.append(tuple(row[:length]))
     return found
-
-
-def _advancing(bar: Progress | None, what: str, total: int) -> Callable[[int], None]:
-    if bar is None:
-        return lambda count: None
-    task = bar.add_task(what, total=total)
-    return lambda count: bar.update(task, advance=count)
 
 
 def _assemble(policy: Policy, sequences: Sequence[_Sequence]) -> Rollouts:

@@ -10,7 +10,8 @@ import torch
 from stepscope.errors import MeasurementError
 from stepscope.measure.step.reconstruct import Step, weighted_logprobs
 from stepscope.policy.gradients import response_logprob
-from stepscope.policy.per_sequence.gram import MEMORY_BYTES, gram
+from stepscope.policy.passes import Budget
+from stepscope.policy.per_sequence.gram import gram
 from stepscope.policy.per_sequence.products import per_sequence_dots
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, Rollouts
@@ -36,9 +37,7 @@ def predict_logprobs(
     step: Step,
     texts: Rollouts,
     *,
-    memory_bytes: int = MEMORY_BYTES,
-    max_sequences: int = 16,
-    progress: bool = False,
+    budget: Budget = Budget(),
 ) -> LogprobChange:
     """How the step moves the log-prob S = sum_k l_k of any given responses, and which sequences move it.
 
@@ -49,9 +48,7 @@ def predict_logprobs(
         policy: where the step starts.
         step: the step.
         texts: prompts and responses, as a batch; only their token ids matter.
-        memory_bytes: budget for gradients held.
-        max_sequences: micro-batch size.
-        progress: show progress bars.
+        budget: what may be used at a time.
 
     Raises:
         MeasurementError: the parts do not add up to the total.
@@ -64,8 +61,7 @@ def predict_logprobs(
         response_logprob,
         stacked,
         as_trained=False,
-        max_sequences=max_sequences,
-        progress=progress,
+        budget=budget,
     )
     parts = gram(
         policy,
@@ -74,9 +70,7 @@ def predict_logprobs(
         preconditioner=step.preconditioner,
         other=(texts, response_logprob),
         other_as_trained=False,
-        memory_bytes=memory_bytes,
-        max_sequences=max_sequences,
-        progress=progress,
+        budget=budget,
     ).numpy()
     whole = parts.sum(1) + np.sum(rest, 0)
     scale = np.abs(parts).sum(1) + np.abs(rest).sum(0)

@@ -20,6 +20,7 @@ from stepscope.measure.quantity.estimators import Probe, linear
 from stepscope.measure.quantity.quantities import Quantity, make_quantity, unit_of
 from stepscope.measure.quantity.values import TokenTable, derivatives, values_at
 from stepscope.policy import vectors
+from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import Rollouts
@@ -63,7 +64,7 @@ def predict_change(
     quantity: str = "entropy",
     normalisation: str = "per_token",
     version: str = "on_policy",
-    max_sequences: int = 16,
+    budget: Budget = Budget(),
 ) -> Prediction:
     """The linear change that each part of a step will make; call it before the parameters move.
 
@@ -77,13 +78,13 @@ def predict_change(
         quantity: its name.
         normalisation: ``per_token`` or ``per_seq``.
         version: ``on_policy`` or ``fixed_prefix``.
-        max_sequences: micro-batch size.
+        budget: what may be used at a time.
     """
-    bound = make_quantity(quantity, rollouts, policy=policy, max_sequences=max_sequences)
-    table = values_at(policy, rollouts, [bound], max_sequences=max_sequences).quantity(0)
+    bound = make_quantity(quantity, rollouts, policy=policy, budget=budget)
+    table = values_at(policy, rollouts, [bound], budget=budget).quantity(0)
     at = probe_of(table, rollouts, normalisation, version)
     slopes = {
-        name: derivatives(policy, rollouts, [bound], part, max_sequences=max_sequences)[0].quantity(0)
+        name: derivatives(policy, rollouts, [bound], part, budget=budget)[0].quantity(0)
         for name, part in parts.items()
         if vectors.norm(part) > 0
     }
@@ -115,25 +116,24 @@ def predict_change(
         slope=slope,
         baseline=baseline,
         tiny={
-            t: values_at(policy, rollouts, [bound], direction, t, max_sequences=max_sequences).quantity(0)
-            for t in stops
+            t: values_at(policy, rollouts, [bound], direction, t, budget=budget).quantity(0) for t in stops
         },
     )
 
 
-def realised_change(policy: Policy, prediction: Prediction, *, max_sequences: int = 16) -> Change:
+def realised_change(policy: Policy, prediction: Prediction, *, budget: Budget = Budget()) -> Change:
     """The change that the step made, on the samples it was predicted on; call it after the parameters moved.
 
     Args:
         policy: where the step ended.
         prediction: from before the step.
-        max_sequences: micro-batch size.
+        budget: what may be used at a time.
 
     Returns:
         A series of one point: ``true`` is the realised change, ``linear`` the predicted one, ``excess`` their
         difference with the error of the paired difference.
     """
-    after = values_at(policy, prediction.rollouts, [prediction.quantity], max_sequences=max_sequences)
+    after = values_at(policy, prediction.rollouts, [prediction.quantity], budget=budget)
     return make_change(
         prediction.quantity,
         prediction.probe,

@@ -13,8 +13,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import nn
 
 from stepscope.errors import MeasurementError
@@ -27,7 +25,7 @@ from stepscope.measure.quantity.quantities import Quantity, make_quantity, unit_
 from stepscope.measure.quantity.values import TokenTable, derivatives, hidden_states, response_mask, values_at
 from stepscope.measure.step.rounding import RoundedStep
 from stepscope.policy.derivative_check import derivative_errors
-from stepscope.policy.forward import batches
+from stepscope.policy.passes import Budget, longest, track
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector, placed
 from stepscope.results import FloatArray, Rollouts
@@ -75,8 +73,7 @@ def measure_change(
     reference: nn.Module | None = None,
     sequence_weights: FloatArray | None = None,
     taken: RoundedStep | None = None,
-    max_sequences: int = 16,
-    progress: bool = False,
+    budget: Budget = Budget(),
 ) -> Change:
     """One series of :func:`measure_changes`, which documents the arguments."""
     return measure_changes(
@@ -95,8 +92,7 @@ def measure_change(
         reference=reference,
         sequence_weights=sequence_weights,
         taken=taken,
-        max_sequences=max_sequences,
-        progress=progress,
+        budget=budget,
     )[0]
 
 
@@ -117,8 +113,7 @@ def measure_changes(
     reference: nn.Module | None = None,
     sequence_weights: FloatArray | None = None,
     taken: RoundedStep | None = None,
-    max_sequences: int = 16,
-    progress: bool = False,
+    budget: Budget = Budget(),
 ) -> tuple[Change, ...]:
     """The change of several quantities along one step, in several normalisations and versions.
 
@@ -145,8 +140,7 @@ def measure_changes(
         sequence_weights: (seq,) probabilities, where the probe enumerates all responses; errors are then 0.
         taken: the step as a training in a half type takes it; its change is measured beside the line's, at
             the step's own learning rate.
-        max_sequences: micro-batch size.
-        progress: show a progress bar on standard error.
+        budget: what may be used at a time.
 
     Returns:
         One series per quantity, normalisation and version, in that nesting; combinations that are constant by
@@ -164,33 +158,33 @@ def measure_changes(
         raise MeasurementError(f"unknown kind of errors {errors!r}; choose from {', '.join(ERRORS)}")
     sweep = sweep_of(step.lr, lrs)
     bound = [
-        make_quantity(q, probe, policy=policy, reference=reference, max_sequences=max_sequences)
+        make_quantity(q, probe, policy=policy, reference=reference, budget=budget)
         if isinstance(q, str)
         else q
         for q in quantities
     ]
     wanted = _combinations(bound, normalisations, versions)
     order = 2 if second_order else 1
-    table = values_at(policy, probe, bound, max_sequences=max_sequences)
-    slopes = derivatives(policy, probe, bound, step.direction, order=order, max_sequences=max_sequences)
+    table = values_at(policy, probe, bound, budget=budget)
+    slopes = derivatives(policy, probe, bound, step.direction, order=order, budget=budget)
     mask = response_mask(probe)
     features = None
     if baseline in ("best", "ridge") and any(version == "on_policy" for _, _, version in wanted):
-        features = hidden_states(policy, probe, max_sequences=max_sequences)
-    few = next(batches(probe, max_sequences=min(4, max_sequences), device=policy.device))
+        features = hidden_states(policy, probe, budget=budget)
+    few = longest(policy, probe, min(4, budget.max_sequences))
     doubt = derivative_errors(
         policy, few, step.direction, temperature=probe.temperature, reverse=False
     ).slope_doubt
     tiny = round_off_lrs(slopes[0], mask, torch.finfo(policy.dtype).eps)
     stops = [*tiny, *sweep, *([-lr for lr in sweep] if antithetic else [])]
     moved = {
-        lr: values_at(policy, probe, bound, step.direction, lr, max_sequences=max_sequences)
-        for lr in track(stops, description="true change", disable=not progress, console=Console(stderr=True))
+        lr: values_at(policy, probe, bound, step.direction, lr, budget=budget)
+        for lr in track(stops, "true change", budget)
     }
     taken_words = ""
     if taken is not None:
         with placed(policy.parameters, taken.parameters):
-            moved[AS_TAKEN] = values_at(policy, probe, bound, max_sequences=max_sequences)
+            moved[AS_TAKEN] = values_at(policy, probe, bound, budget=budget)
         forward = str(policy.dtype).removeprefix("torch.")
         taken_words = f"at the weights that AdamW leaves in {taken.kept_in}, forward pass in {forward}"
     found = []
@@ -224,7 +218,7 @@ def measure_slope(
     version: str = "on_policy",
     baseline: str = "best",
     reference: nn.Module | None = None,
-    max_sequences: int = 16,
+    budget: Budget = Budget(),
 ) -> Estimate:
     """Grad F . direction alone, without any shifted parameters: cheap enough for a much larger batch.
 
@@ -234,18 +228,18 @@ def measure_slope(
         MeasurementError: the combination is constant by definition, or an unknown name.
     """
     bound = (
-        make_quantity(quantity, probe, policy=policy, reference=reference, max_sequences=max_sequences)
+        make_quantity(quantity, probe, policy=policy, reference=reference, budget=budget)
         if isinstance(quantity, str)
         else quantity
     )
     trivial = why_trivial(bound, normalisation, version)
     if trivial:
         raise MeasurementError(trivial)
-    table = values_at(policy, probe, [bound], max_sequences=max_sequences).quantity(0)
-    (first,) = derivatives(policy, probe, [bound], step.direction, max_sequences=max_sequences)
+    table = values_at(policy, probe, [bound], budget=budget).quantity(0)
+    (first,) = derivatives(policy, probe, [bound], step.direction, budget=budget)
     features = None
     if baseline in ("best", "ridge") and version == "on_policy":
-        features = hidden_states(policy, probe, max_sequences=max_sequences)
+        features = hidden_states(policy, probe, budget=budget)
     at = probe_of(table, probe, normalisation, version)
     fitted = fit_baseline(baseline, at, first.quantity(0), features=features)
     found = linear(at.with_baseline(fitted.values), first.quantity(0))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from stepscope.errors import BatchError, MeasurementError
-from stepscope.policy.forward import batches, forward
+from stepscope.policy.forward import TokenBatch, forward
+from stepscope.policy.passes import Budget, sweep_rows
 from stepscope.policy.state import Policy
 from stepscope.results import Brief, FloatArray, IntArray, Rollouts
 
@@ -181,7 +182,7 @@ def token_facts(
     update: Rollouts,
     *,
     micro_batch_size: int = 8,
-    max_sequences: int = 16,
+    budget: Budget = Budget(),
 ) -> TokenFacts:
     """The token table of an update batch: one forward pass.
 
@@ -189,23 +190,24 @@ def token_facts(
         policy: whose step is looked at; its settings give the clip range.
         update: sequences with advantages.
         micro_batch_size: sequences over which micro-batch criteria centre.
-        max_sequences: micro-batch size of the forward pass; does not change the numbers.
+        budget: what may be used at a time.
 
     Raises:
         BatchError: the batch has no advantages.
     """
     if update.advantages is None:
         raise BatchError("update batch: it has no advantages, which criteria need; use groups of at least 2")
-    rows: dict[int, Tensor] = {}
-    for batch in batches(update, max_sequences=max_sequences, device=policy.device):
+
+    def fields(batch: TokenBatch) -> Tensor:
         with torch.no_grad():
             out = forward(policy.model, batch, temperature=update.temperature, keep_squares=True)
         assert out.collisions is not None
         assert out.discriminators is not None
-        stacked = torch.stack([out.logprobs, out.entropies, out.collisions, out.discriminators])
-        for row, i in enumerate(batch.seq_index.tolist()):
-            rows[i] = stacked[:, row, batch.response_mask[row]].double().cpu()
-    logprob, entropy, collision, discriminator = torch.cat([rows[i] for i in range(len(update))], 1).numpy()
+        stacked = torch.stack([out.logprobs, out.entropies, out.collisions, out.discriminators], -1)
+        return stacked.double().cpu()
+
+    rows = torch.cat(sweep_rows(policy, update, fields, budget=budget))
+    logprob, entropy, collision, discriminator = rows.T.contiguous().numpy()
     return TokenFacts(
         sequence=np.repeat(np.arange(len(update)), update.num_tokens),
         position=np.concatenate([np.arange(n) for n in update.num_tokens]),

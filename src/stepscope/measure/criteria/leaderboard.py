@@ -19,6 +19,7 @@ from stepscope.measure.criteria.statistics import SHARES, Comparison, compare
 from stepscope.measure.criteria.truths import PRECONDITIONERS, TRUTHS, Truth, token_truths
 from stepscope.measure.step.reconstruct import Step
 from stepscope.policy.gradients import Mode
+from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.results import Brief, FloatArray, IntArray, Rollouts
 from stepscope.stats import Estimate
@@ -204,8 +205,7 @@ def rank_criteria(
     num_resamples: int = 200,
     seed: int = 0,
     mode: Mode = "auto",
-    max_sequences: int = 16,
-    progress: bool = False,
+    budget: Budget = Budget(),
 ) -> Leaderboard:
     """Compute the truths about an update batch's tokens, and rank criteria against them.
 
@@ -220,8 +220,7 @@ def rank_criteria(
         num_resamples: bootstrap resamples of the update prompts.
         seed: of the resamples and of the choice of diagonal tokens.
         mode: how token derivatives are taken, see ``directional_derivative``.
-        max_sequences: micro-batch size of the computation.
-        progress: show progress bars.
+        budget: what may be used at a time.
 
     Raises:
         MeasurementError: two criteria of one name, or one that returns something else than a score.
@@ -231,7 +230,7 @@ def rank_criteria(
     names = [c.name for c in chosen]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise MeasurementError(f"criterion {twice[0]} is there twice; give each a name of its own")
-    facts = token_facts(policy, step.update, micro_batch_size=micro_batch_size, max_sequences=max_sequences)
+    facts = token_facts(policy, step.update, micro_batch_size=micro_batch_size, budget=budget)
     scores = {c.name: c(facts) for c in chosen}
     truths = token_truths(
         policy,
@@ -241,8 +240,7 @@ def rank_criteria(
         max_diagonal=max_diagonal,
         seed=seed,
         mode=mode,
-        max_sequences=max_sequences,
-        progress=progress,
+        budget=budget,
     )
     standings: list[Standing] = []
     summaries: list[TruthSummary] = []

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from rich.progress import track
 from torch import Tensor
 
 from stepscope.errors import MeasurementError
@@ -36,6 +35,7 @@ from stepscope.measure.quantity.values import values_at
 from stepscope.measure.step.reconstruct import Step, assemble_step, weighted_logprobs
 from stepscope.measure.step.terms import term_gradients
 from stepscope.policy.gradients import gradient
+from stepscope.policy.passes import Budget, track
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import BoolArray, FloatArray, IntArray, Rollouts
@@ -152,8 +152,7 @@ def resteps(
     shares: Sequence[float] = (0.02, 0.1),
     lr: float | None = None,
     baseline: str = "best",
-    max_sequences: int = 16,
-    progress: bool = False,
+    budget: Budget = Budget(),
 ) -> Pareto:
     """Take the step again without the tokens that each rule drops, and measure entropy and reward.
 
@@ -170,8 +169,7 @@ def resteps(
         shares: of the tokens with a weight; at least one is dropped.
         lr: learning rate of the steps; the step's own by default.
         baseline: rung of the baseline ladder.
-        max_sequences: micro-batch size.
-        progress: show a progress bar.
+        budget: what may be used at a time.
 
     Raises:
         MeasurementError: a learning rate of zero, a share outside (0, 1), scores of another batch, or scores
@@ -201,28 +199,26 @@ def resteps(
             direction=step.direction,
             normalisation=normalisation,
             baseline=baseline,
-            max_sequences=max_sequences,
+            budget=budget,
         )
         for name, normalisation in (("entropy", "per_token"), ("reward", "per_seq"))
     ]
 
     def measured(direction: ParameterVector) -> tuple[list[Sampled], str]:
-        table = values_at(
-            policy, probe, [b.quantity for b in bound], direction, rate, max_sequences=max_sequences
-        )
+        table = values_at(policy, probe, [b.quantity for b in bound], direction, rate, budget=budget)
         moved = [table.quantity(i) for i in range(len(bound))]
         last = last_weights(weights_of(bound[1].probe, moved[1]), probe.num_tokens, token_dependent=True)
         changes = [per_decision(b.probe, m) for b, m in zip(bound, moved, strict=True)]
         return changes, check_weights(last).reason
 
-    ascent = gradient(policy, step.update, weighted_logprobs(step.token_weights), max_sequences=max_sequences)
-    terms = term_gradients(policy, step.update, remade=True, max_sequences=max_sequences)
+    ascent = gradient(policy, step.update, weighted_logprobs(step.token_weights), budget=budget)
+    terms = term_gradients(policy, step.update, remade=True, budget=budget)
     full, full_reason = measured(step.direction)
     points = []
     jobs = [(name, scores, share) for name, scores in rules.items() for share in shares]
-    for name, scores, share in track(jobs, description="re-made steps", disable=not progress):
+    for name, scores, share in track(jobs, "re-made steps", budget):
         dropped = [_dropped(own, weights, share) for own in np.atleast_2d(scores)]
-        made = [measured(_without(policy, step, ascent, terms, own, max_sequences)) for own in dropped]
+        made = [measured(_without(policy, step, ascent, terms, own, budget)) for own in dropped]
         changes, reason = made[0]
         words = f"per decision at lr {rate:g}, given the update batch"
         if len(made) == 2:
@@ -274,7 +270,7 @@ def _without(
     ascent: ParameterVector,
     terms: Mapping[str, dict[str, Tensor]],
     dropped: BoolArray,
-    max_sequences: int,
+    budget: Budget,
 ) -> ParameterVector:
     """Direction of the step made without some tokens: their gradient is taken off that of the batch."""
     cuts = np.cumsum(step.update.num_tokens)[:-1]
@@ -284,9 +280,7 @@ def _without(
     rest = {n: t.clone() for n, t in ascent.items()}
     if touched:
         gone = [np.where(masks[i], step.token_weights[i], 0.0) for i in touched]
-        part = gradient(
-            policy, step.update.select(touched), weighted_logprobs(gone), max_sequences=max_sequences
-        )
+        part = gradient(policy, step.update.select(touched), weighted_logprobs(gone), budget=budget)
         rest = {n: t - part[n] for n, t in rest.items()}
     return assemble_step(policy, step.update, kept, rest, terms).direction
 

@@ -27,6 +27,7 @@ from stepscope.measure.step.reconstruct import Step, weighted_logprobs
 from stepscope.policy import vectors
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients import Mode, directional_derivative, gradient, response_logprob
+from stepscope.policy.passes import Budget
 from stepscope.policy.per_sequence.products import paired_dots
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
@@ -77,8 +78,7 @@ def token_truths(
     max_diagonal: int = 512,
     seed: int = 0,
     mode: Mode = "auto",
-    max_sequences: int = 16,
-    progress: bool = False,
+    budget: Budget = Budget(),
 ) -> tuple[Truth, ...]:
     """All truths about the tokens of ``step.update``.
 
@@ -93,8 +93,7 @@ def token_truths(
         max_diagonal: most tokens whose diagonal is computed, drawn at random.
         seed: of that draw and of the halves of the probe prompts.
         mode: how token derivatives are taken, see ``directional_derivative``.
-        max_sequences: micro-batch size.
-        progress: show progress bars.
+        budget: what may be used at a time.
 
     Raises:
         BatchError: the probe batch has one prompt only, or ``max_diagonal`` is above 4096.
@@ -106,13 +105,10 @@ def token_truths(
     metrics: dict[str, ParameterVector | None] = {"sgd": None, "adamw": step.preconditioner}
     found: list[Truth] = []
     for version in VERSIONS:
-        parts, half = _halves(policy, step, probe, version, baseline, seed, max_sequences, progress)
+        parts, half = _halves(policy, step, probe, version, baseline, seed, budget)
         for name, metric in metrics.items():
             slopes = np.stack(
-                [
-                    np.concatenate(_slopes(policy, step.update, part, metric, mode, max_sequences))
-                    for part in parts
-                ]
+                [np.concatenate(_slopes(policy, step.update, part, metric, mode, budget)) for part in parts]
             )
             halves = weights * slopes
             sizes = np.bincount(half, minlength=2)
@@ -129,7 +125,7 @@ def token_truths(
                     f"responses, per unit of lr, {_METRIC[name]}; {len(pushed)} tokens with a weight",
                 )
             )
-    ascent = gradient(policy, step.update, weighted_logprobs(step.token_weights), max_sequences=max_sequences)
+    ascent = gradient(policy, step.update, weighted_logprobs(step.token_weights), budget=budget)
     for name, direction in (("sgd", ascent), ("adamw", step.components["sequences"])):
         change = directional_derivative(
             policy,
@@ -138,7 +134,7 @@ def token_truths(
             direction,
             mode=mode,
             as_trained=False,
-            max_sequences=max_sequences,
+            budget=budget,
         )
         values = np.concatenate([d.double().cpu().numpy() for d in change])
         found.append(
@@ -165,8 +161,7 @@ def token_truths(
         _entropies,
         metrics,
         second_as_trained=False,
-        max_sequences=max_sequences,
-        progress=progress,
+        budget=budget,
     )
     for name in metrics:
         values = np.full(len(weights), np.nan)
@@ -202,8 +197,7 @@ def _halves(
     version: str,
     baseline: str,
     seed: int,
-    max_sequences: int,
-    progress: bool,
+    budget: Budget,
 ) -> tuple[list[dict[str, Tensor]], IntArray]:
     """The entropy's gradient on each half of the probe prompts, and the half of each probe sequence."""
     bound = bind_quantity(
@@ -213,13 +207,11 @@ def _halves(
         direction=step.direction,
         version=version,
         baseline=baseline,
-        max_sequences=max_sequences,
+        budget=budget,
     )
     prompts = np.random.default_rng(seed).permutation(probe.num_prompts) % 2
     half = prompts[probe.prompt_index]
-    slope = probe_gradient(
-        policy, probe, bound, groups=half, errors=False, max_sequences=max_sequences, progress=progress
-    )
+    slope = probe_gradient(policy, probe, bound, groups=half, errors=False, budget=budget)
     sizes = np.bincount(half, minlength=2)
     parts = [{n: t[h] / int(sizes[h]) for n, t in slope.parts.items()} for h in range(2)]
     return parts, half
@@ -231,11 +223,9 @@ def _slopes(
     slope: ParameterVector,
     metric: Mapping[str, Tensor] | None,
     mode: Mode,
-    max_sequences: int,
+    budget: Budget,
 ) -> list[FloatArray]:
     """(P slope) . grad l_k of every token, per sequence."""
     u = slope if metric is None else vectors.multiply(metric, slope)
-    found = directional_derivative(
-        policy, update, response_logprob, u, mode=mode, max_sequences=max_sequences
-    )
+    found = directional_derivative(policy, update, response_logprob, u, mode=mode, budget=budget)
     return [d.double().cpu().numpy() for d in found]

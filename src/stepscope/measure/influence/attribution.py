@@ -39,6 +39,7 @@ from stepscope.measure.quantity.quantities import Quantity
 from stepscope.measure.step.derivative import THROUGHS, Through, step_derivative
 from stepscope.measure.step.reconstruct import Step, weighted_logprobs
 from stepscope.policy.gradients import Mode, directional_derivative, response_logprob
+from stepscope.policy.passes import Budget
 from stepscope.policy.per_sequence.gram import gram
 from stepscope.policy.per_sequence.products import per_sequence_dots
 from stepscope.policy.state import Policy
@@ -77,9 +78,7 @@ class InfluenceOptions(TypedDict, total=False):
     groups: IntArray | None
     num_folds: int
     max_groups: int
-    memory_bytes: int
-    max_sequences: int
-    progress: bool
+    budget: Budget
 
 
 @dataclass(frozen=True, repr=False)
@@ -235,9 +234,7 @@ def influences(
     groups: IntArray | None = None,
     num_folds: int = NUM_FOLDS,
     max_groups: int = 64,
-    memory_bytes: int = 2 * 2**30,
-    max_sequences: int = 16,
-    progress: bool = False,
+    budget: Budget = Budget(),
 ) -> tuple[Influence, ...]:
     """:func:`influence` for several ``throughs`` from the same passes over the probe batch.
 
@@ -256,16 +253,14 @@ def influences(
         baseline: rung of the baseline ladder or ``best``, as in ``measure_change``.
         reference: reference model of ``kl``.
         probe_resolved: also compute the fixed effect through every single probe sequence, which holds the
-            update's gradients in ``memory_bytes``.
+            update's gradients in the budget's memory.
         mode: how token derivatives are taken, see ``directional_derivative``.
         groups: (probe seq,) groups of whole probe prompts to keep apart for the errors; by default prompts,
             or random pools of them.
         num_folds: folds of the probe that tokens are told apart by, made of the groups; 1 saves passes, and
             leaves tokens without errors.
         max_groups: most groups of probe prompts kept apart by default.
-        memory_bytes: budget for what is kept in parameter space.
-        max_sequences: micro-batch size.
-        progress: show progress bars.
+        budget: what may be used at a time.
 
     Raises:
         MeasurementError: as :func:`influence`.
@@ -285,7 +280,7 @@ def influences(
         version=version,
         baseline=baseline,
         reference=reference,
-        max_sequences=max_sequences,
+        budget=budget,
     )
     slope = probe_gradient(
         policy,
@@ -293,9 +288,7 @@ def influences(
         bound,
         groups=groups,
         max_groups=max_groups,
-        memory_bytes=memory_bytes // (1 + len(throughs)),
-        max_sequences=max_sequences,
-        progress=progress,
+        budget=replace(budget, memory_bytes=budget.memory_bytes // (1 + len(throughs))),
     )
     folds = slope.folds(num_folds)
     others = {name: slope.dots(part) for name, part in step.components.items() if name != "sequences"}
@@ -306,9 +299,7 @@ def influences(
         own = step_derivative(policy, step, through).pulled(slope.parts)
         pulled = {n: torch.cat([pulled[n], t]) for n, t in own.items()} if pulled else own
     objective = weighted_logprobs(step.token_weights)
-    products = per_sequence_dots(
-        policy, update, objective, pulled, max_sequences=max_sequences, progress=progress
-    )
+    products = per_sequence_dots(policy, update, objective, pulled, budget=budget)
     resolved = None
     if probe_resolved:
         resolved = gram(
@@ -318,10 +309,8 @@ def influences(
             preconditioner=step.preconditioner,
             other=(probe, bound.objective),
             other_as_trained=False,
-            memory_bytes=memory_bytes,
-            max_sequences=max_sequences,
+            budget=budget,
             keep_logits=bound.quantity.needs_logits,
-            progress=progress,
         ).numpy()
     unit = f"{bound.unit}/lr"
     parts = ", ".join(["sequences", *others])
@@ -330,7 +319,7 @@ def influences(
     for i, through in enumerate(throughs):
         part = slice(i * rows, (i + 1) * rows)
         own = {n: t[part] for n, t in pulled.items()}
-        fold_tokens = token_products(policy, step, own, folds.mixing, mode=mode, max_sequences=max_sequences)
+        fold_tokens = token_products(policy, step, own, folds.mixing, mode=mode, budget=budget)
         tokens = tuple(np.split(folds.shares @ fold_tokens, np.cumsum(update.num_tokens)[:-1]))
         sequences = np.array([t.sum() for t in tokens])
         own_products = products[part]
@@ -376,7 +365,7 @@ def token_products(
     mixing: FloatArray,
     *,
     mode: Mode = "auto",
-    max_sequences: int = 16,
+    budget: Budget = Budget(),
 ) -> FloatArray:
     """(fold, tok) w_ik (u . grad l_ik) of every token of the step's batch, one forward-mode pass for each u.
 
@@ -386,7 +375,7 @@ def token_products(
         pulled: name to (part, ...parameter shape).
         mixing: (fold, part) makes the vectors u from the parts.
         mode: how token derivatives are taken, see ``directional_derivative``.
-        max_sequences: micro-batch size.
+        budget: what may be used at a time.
     """
     found = []
     for row in mixing:
@@ -394,9 +383,7 @@ def token_products(
             n: torch.tensordot(torch.as_tensor(row, dtype=t.dtype, device=t.device), t, 1)
             for n, t in pulled.items()
         }
-        slopes = directional_derivative(
-            policy, step.update, response_logprob, u, mode=mode, max_sequences=max_sequences
-        )
+        slopes = directional_derivative(policy, step.update, response_logprob, u, mode=mode, budget=budget)
         found.append(np.concatenate([d.double().cpu().numpy() for d in slopes]))
     return np.asarray(np.concatenate(step.token_weights) * np.stack(found), dtype=np.float64)
 

@@ -19,6 +19,7 @@ from stepscope.measure.step.terms import term_gradients
 from stepscope.policy import vectors
 from stepscope.policy.gradients import directional_derivative, gradient, response_logprob
 from stepscope.policy.loss.surrogate import token_weights
+from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, Rollouts
@@ -34,7 +35,7 @@ def token_influences(
     task: Task,
     *,
     logprobs: Sequence[FloatArray] | None = None,
-    max_sequences: int = 16,
+    budget: Budget = Budget(),
 ) -> tuple[tuple[FloatArray, ...], tuple[FloatArray, ...]]:
     """Influence of each token of a batch on entropy per token and expected reward, on policy, per unit of lr.
 
@@ -50,7 +51,7 @@ def token_influences(
         update: the batch that makes the step.
         task: where probe prompts and rewards come from.
         logprobs: log-probs of the policy now, where it is not the one that sampled.
-        max_sequences: micro-batch size.
+        budget: what may be used at a time.
 
     Returns:
         Influences on entropy (nats per token) and on reward (zeros at price 0), each one (tok,) array per
@@ -67,8 +68,8 @@ def token_influences(
     weights = token_weights(update, replace(policy.settings, objective=None), logprobs=logprobs)
     seed = int(np.random.SeedSequence([policy.settings.seed, policy.step, 2]).generate_state(1)[0])
     probe = sample_rollouts(policy, task, num_prompts=objective.num_prompts, group_size=1, seed=seed)
-    ascent = gradient(policy, update, weighted_logprobs(weights), max_sequences=max_sequences)
-    terms = term_gradients(policy, update, max_sequences=max_sequences)
+    ascent = gradient(policy, update, weighted_logprobs(weights), budget=budget)
+    terms = term_gradients(policy, update, budget=budget)
     step = assemble_step(policy, update, weights, ascent, terms)
     found = [tuple(np.zeros(n) for n in update.num_tokens)] * len(QUANTITIES)
     for i, (name, normalisation) in enumerate(QUANTITIES[: 1 + (objective.price > 0)]):
@@ -79,17 +80,17 @@ def token_influences(
             direction=step.direction,
             normalisation=normalisation,
             baseline=BASELINE,
-            max_sequences=max_sequences,
+            budget=budget,
         )
-        slope = probe_gradient(policy, probe, bound, max_groups=1, errors=False, max_sequences=max_sequences)
+        slope = probe_gradient(policy, probe, bound, max_groups=1, errors=False, budget=budget)
         u = vectors.multiply(step.preconditioner, slope.mean())
-        along = directional_derivative(policy, update, response_logprob, u, max_sequences=max_sequences)
+        along = directional_derivative(policy, update, response_logprob, u, budget=budget)
         found[i] = tuple(w * d.double().cpu().numpy() for w, d in zip(weights, along, strict=True))
     return found[0], found[1]
 
 
 def objective_influences(
-    policy: Policy, update: Rollouts, task: Task, *, max_sequences: int = 16
+    policy: Policy, update: Rollouts, task: Task, *, budget: Budget = Budget()
 ) -> tuple[tuple[FloatArray, ...], tuple[FloatArray, ...]] | None:
     """What the objective ``influence`` looked at before this checkpoint's next step; None for all others.
 
@@ -97,8 +98,8 @@ def objective_influences(
         policy: with AdamW's state.
         update: the batch that makes the step, sampled by the policy.
         task: of the training.
-        max_sequences: micro-batch size.
+        budget: what may be used at a time.
     """
     if not isinstance(policy.settings.objective, InfluenceClipping):
         return None
-    return token_influences(policy, update, task, max_sequences=max_sequences)
+    return token_influences(policy, update, task, budget=budget)

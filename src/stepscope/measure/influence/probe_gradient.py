@@ -32,6 +32,7 @@ from stepscope.measure.quantity.quantities import (
 from stepscope.measure.quantity.values import TokenTable, derivatives, hidden_states, response_mask, values_at
 from stepscope.measure.step.reconstruct import weighted_logprobs
 from stepscope.policy.gradients import Objective, gradient
+from stepscope.policy.passes import Budget
 from stepscope.policy.per_sequence.products import group_gradients
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
@@ -74,7 +75,7 @@ def bind_quantity(
     version: str = "on_policy",
     baseline: str = "best",
     reference: nn.Module | None = None,
-    max_sequences: int = 16,
+    budget: Budget = Budget(),
 ) -> BoundQuantity:
     """Evaluate a quantity and fit its baseline exactly as ``measure_change`` does on the same batch.
 
@@ -88,20 +89,20 @@ def bind_quantity(
         version: ``on_policy`` or ``fixed_prefix``.
         baseline: ``best``, or a rung of the ladder (``Change.baseline`` saves the pass).
         reference: reference model of ``kl``.
-        max_sequences: micro-batch size.
+        budget: what may be used at a time.
 
     Raises:
         MeasurementError: the combination is constant by definition, or an unknown name.
     """
     bound = (
-        make_quantity(quantity, rollouts, policy=policy, reference=reference, max_sequences=max_sequences)
+        make_quantity(quantity, rollouts, policy=policy, reference=reference, budget=budget)
         if isinstance(quantity, str)
         else quantity
     )
     trivial = why_trivial(bound, normalisation, version)
     if trivial:
         raise MeasurementError(trivial)
-    table = values_at(policy, rollouts, (bound,), max_sequences=max_sequences).quantity(0)
+    table = values_at(policy, rollouts, (bound,), budget=budget).quantity(0)
     lengths = rollouts.num_tokens
     base = QuantityValues(_ragged(table.prefix, lengths), _ragged(table.token, lengths))
     bound = cast(Quantity, replace(cast(Any, bound), base=base))
@@ -119,11 +120,9 @@ def bind_quantity(
     slopes = TokenTable(nothing, nothing, nothing)
     features = None
     if probe.on_policy and baseline == "best":
-        slopes = derivatives(policy, rollouts, (bound,), direction, max_sequences=max_sequences)[0].quantity(
-            0
-        )
+        slopes = derivatives(policy, rollouts, (bound,), direction, budget=budget)[0].quantity(0)
     if probe.on_policy and baseline in ("best", "ridge"):
-        features = hidden_states(policy, rollouts, max_sequences=max_sequences)
+        features = hidden_states(policy, rollouts, budget=budget)
     fitted = fit_baseline(baseline, probe, slopes, features=features)
     objective = quantity_objective(
         bound,
@@ -265,9 +264,7 @@ def probe_gradient(
     groups: IntArray | None = None,
     errors: bool = True,
     max_groups: int = 64,
-    memory_bytes: int = 2 * 2**30,
-    max_sequences: int = 16,
-    progress: bool = False,
+    budget: Budget = Budget(),
 ) -> ProbeGradient:
     """Differentiate a quantity on its probe batch: one pass, and one for the errors of what is per token.
 
@@ -281,13 +278,13 @@ def probe_gradient(
             gradient of the mean length.
         max_groups: most groups of prompts kept apart by default; with more prompts, whole prompts are pooled
             at random.
-        memory_bytes: most memory for the parts; fewer groups by default if they do not fit.
-        max_sequences: micro-batch size.
-        progress: show a progress bar.
+        budget: what may be used at a time.
     """
     if groups is None:
         per_group = sum(p.numel() * max(4, p.element_size()) for p in policy.parameters.values())
-        groups = _grouping(rollouts.prompt_index, min(max_groups, max(1, memory_bytes // per_group - 2)))
+        groups = _grouping(
+            rollouts.prompt_index, min(max_groups, max(1, budget.memory_bytes // per_group - 2))
+        )
     parts = group_gradients(
         policy,
         rollouts,
@@ -295,17 +292,14 @@ def probe_gradient(
         groups,
         as_trained=False,
         keep_logits=bound.quantity.needs_logits,
-        max_sequences=max_sequences,
-        progress=progress,
+        budget=budget,
     )
     probe = bound.probe
     slope = {n: torch.full_like(t[0], 0.0 if errors else math.nan) for n, t in parts.items()}
     if errors and probe.per_token and probe.on_policy:
         ahead = after(probe.mask.astype(np.float64)) - probe.length_baseline
         weights = _ragged(ahead / len(rollouts), rollouts.num_tokens)
-        slope = gradient(
-            policy, rollouts, weighted_logprobs(weights), as_trained=False, max_sequences=max_sequences
-        )
+        slope = gradient(policy, rollouts, weighted_logprobs(weights), as_trained=False, budget=budget)
     return ProbeGradient(
         bound=bound,
         parts={n: torch.cat([t, slope[n].to(t.dtype).unsqueeze(0)]) for n, t in parts.items()},

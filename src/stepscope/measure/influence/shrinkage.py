@@ -26,6 +26,7 @@ from stepscope.measure.quantity.quantities import Quantity, make_quantity, why_t
 from stepscope.measure.step.derivative import step_derivative
 from stepscope.measure.step.reconstruct import Step
 from stepscope.policy.gradients import Mode
+from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.results import Brief, FloatArray, Rollouts
 from stepscope.stats import Estimate
@@ -68,7 +69,7 @@ def shrunk_influence(
     quantity: str | Quantity = "entropy",
     reference: nn.Module | None = None,
     mode: Mode = "auto",
-    max_sequences: int = 16,
+    budget: Budget = Budget(),
 ) -> Shrunk | None:
     """Shrink an on-policy influence towards that at fixed prefixes.
 
@@ -82,7 +83,7 @@ def shrunk_influence(
         quantity: as it was given to ``influence``.
         reference: reference model of ``kl``.
         mode: how token derivatives are taken, see ``directional_derivative``.
-        max_sequences: micro-batch size.
+        budget: what may be used at a time.
 
     Returns:
         None where there is nothing to shrink towards (a quantity of whole responses, few folds, an influence
@@ -92,7 +93,7 @@ def shrunk_influence(
         return None
     chosen = quantity
     if isinstance(chosen, str):
-        chosen = make_quantity(chosen, probe, policy=policy, reference=reference, max_sequences=max_sequences)
+        chosen = make_quantity(chosen, probe, policy=policy, reference=reference, budget=budget)
     if why_trivial(chosen, found.normalisation, "fixed_prefix"):
         return None
     bound = bind_quantity(
@@ -102,12 +103,12 @@ def shrunk_influence(
         direction=step.direction,
         normalisation=found.normalisation,
         version="fixed_prefix",
-        max_sequences=max_sequences,
+        budget=budget,
     )
-    slope = probe_gradient(policy, probe, bound, groups=found.folds.labels, max_sequences=max_sequences)
+    slope = probe_gradient(policy, probe, bound, groups=found.folds.labels, budget=budget)
     pulled = step_derivative(policy, step, found.through).pulled(slope.parts)
     own = slope.folds(len(found.fold_tokens))
-    prior = token_products(policy, step, pulled, own.mixing, mode=mode, max_sequences=max_sequences)
+    prior = token_products(policy, step, pulled, own.mixing, mode=mode, budget=budget)
     tokens, kept = shrink(found.fold_tokens, prior, found.folds.shares)
     return Shrunk(
         found.quantity,

@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-from rich.progress import track
 from scipy.stats import pearsonr, spearmanr
 
 from stepscope.errors import MeasurementError
@@ -38,6 +37,7 @@ from stepscope.measure.step.derivative import Through
 from stepscope.measure.step.reconstruct import Step, assemble_step, weighted_logprobs
 from stepscope.measure.step.terms import term_gradients
 from stepscope.policy.loss.surrogate import advantages, token_weights
+from stepscope.policy.passes import Budget, track
 from stepscope.policy.per_sequence.products import weighted_gradients
 from stepscope.policy.state import Policy
 from stepscope.results import BoolArray, FloatArray, Rollouts
@@ -192,8 +192,7 @@ def remake_steps(
     subset_share: float = 0.5,
     num_single: int = 32,
     seed: int = 0,
-    max_sequences: int = 16,
-    progress: bool = False,
+    budget: Budget = Budget(),
 ) -> Remade:
     """Make a step again with other weights of its sequences, and measure each.
 
@@ -213,8 +212,7 @@ def remake_steps(
         subset_share: share of the sequences that stay in a subset.
         num_single: sequences left out one at a time, drawn at random; 0 for none.
         seed: of subsets and sequences.
-        max_sequences: micro-batch size.
-        progress: show a progress bar.
+        budget: what may be used at a time.
 
     Raises:
         MeasurementError: an unknown removal, a learning rate of zero, or a loss whose token weights are not
@@ -233,7 +231,7 @@ def remake_steps(
         normalisation=found.normalisation,
         version=found.version,
         baseline=found.baseline,
-        max_sequences=max_sequences,
+        budget=budget,
     )
     count = len(step.update)
     rng = np.random.default_rng(seed)
@@ -252,9 +250,7 @@ def remake_steps(
         shares = np.concatenate([shares, 1 + REWEIGHTING * (1 - little), 1 - REWEIGHTING * (1 - little)])
     else:
         per_unit, shares = _unit_weights(policy, step), _advantages_within(policy, step.update, masks)
-    truth, by_fold = _true_changes(
-        policy, step, probe, bound, per_unit, shares, rate, found.folds, max_sequences, progress
-    )
+    truth, by_fold = _true_changes(policy, step, probe, bound, per_unit, shares, rate, found.folds, budget)
     parts = np.cumsum([1, num_subsets, len(singles), len(singles)])
     whole, halves, alone, more, less = np.split(truth, parts)
     whole_folds, halves_folds, alone_folds, *_ = np.split(by_fold, parts, axis=1)
@@ -329,8 +325,7 @@ def _true_changes(
     shares: FloatArray,
     lr: float,
     folds: Folds,
-    max_sequences: int,
-    progress: bool,
+    budget: Budget,
 ) -> tuple[FloatArray, FloatArray]:
     """True change of the quantity under the step re-made with each (case, seq) row of shares.
 
@@ -343,18 +338,15 @@ def _true_changes(
         step.update,
         weighted_logprobs(per_unit),
         shares,
-        max_sequences=max_sequences,
-        progress=progress,
+        budget=budget,
     )
-    terms = term_gradients(policy, step.update, remade=True, max_sequences=max_sequences)
+    terms = term_gradients(policy, step.update, remade=True, budget=budget)
     changes = np.empty(len(shares))
     by_fold = np.empty((len(members), len(shares)))
-    for row in track(range(len(shares)), description="re-made steps", disable=not progress):
+    for row in track(range(len(shares)), "re-made steps", budget):
         ascent = {n: t[row].to(policy.dtype) for n, t in sums.items()}
         remade = assemble_step(policy, step.update, step.token_weights, ascent, terms)
-        moved = values_at(
-            policy, probe, (bound.quantity,), remade.direction, lr, max_sequences=max_sequences
-        ).quantity(0)
+        moved = values_at(policy, probe, (bound.quantity,), remade.direction, lr, budget=budget).quantity(0)
         change = per_decision(bound.probe, moved)
         changes[row] = change.value
         by_fold[:, row] = change.value + members @ change.influence

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -25,7 +24,8 @@ from stepscope.measure.kernel.structure import (
 )
 from stepscope.measure.step.reconstruct import weighted_logprobs
 from stepscope.policy.gradients import Objective, response_logprob
-from stepscope.policy.per_sequence.gram import MEMORY_BYTES, Grams, Metrics, grams
+from stepscope.policy.passes import Budget
+from stepscope.policy.per_sequence.gram import Grams, Metrics, grams
 from stepscope.policy.per_sequence.projection import Sketch, sketches
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
@@ -182,16 +182,13 @@ def fisher_kernel(
     token_weights: Sequence[FloatArray] | None = None,
     tokens: bool = False,
     projection: int | None = None,
-    memory_bytes: int = MEMORY_BYTES,
-    directory: Path | None = None,
     seed: int = 0,
-    max_sequences: int = 16,
-    progress: bool = False,
+    budget: Budget = Budget(),
 ) -> FisherKernel:
     """Kernels between the sequences of an update batch, and between those and a probe batch.
 
     All metrics and both kernels come from one pass over each batch while the update's gradients fit
-    ``memory_bytes``; see ``policy.per_sequence.gram``. The null takes one more pass over the
+    the budget's memory; see ``policy.per_sequence.gram``. The null takes one more pass over the
     update batch; token weights that differ within a response take two. Exact unless ``projection`` is given.
 
     Args:
@@ -204,11 +201,8 @@ def fisher_kernel(
         tokens: also make the kernel between single tokens of the update batch (small batches only: costs one
             pass over as many sequences as there are tokens).
         projection: dimension of a random projection to use instead of the gradients themselves.
-        memory_bytes: budget for gradients held.
-        directory: hold gradients in files there instead.
         seed: of the projection.
-        max_sequences: micro-batch size.
-        progress: show progress bars.
+        budget: what may be used at a time.
 
     Raises:
         MeasurementError: P does not fit the policy, or the budget does not hold one sequence.
@@ -228,10 +222,7 @@ def fisher_kernel(
                 update,
                 objective,
                 metrics=chosen,
-                memory_bytes=memory_bytes,
-                directory=directory,
-                max_sequences=max_sequences,
-                progress=progress,
+                budget=budget,
             ).square
             return {m: k.numpy() for m, k in exact.items()}
         rows = sketches(
@@ -240,8 +231,7 @@ def fisher_kernel(
             objective,
             sketch,
             metrics=chosen,
-            max_sequences=max_sequences,
-            progress=progress,
+            budget=budget,
         )
         return {m: k.numpy() for m, k in _products(rows, rows).items()}
 
@@ -252,15 +242,10 @@ def fisher_kernel(
             response_logprob,
             metrics=metrics,
             other=None if probe is None else (probe, response_logprob),
-            memory_bytes=memory_bytes,
-            directory=directory,
-            max_sequences=max_sequences,
-            progress=progress,
+            budget=budget,
         )
     else:
-        found, error = _projected(
-            policy, update, probe, metrics, sketch, seed, memory_bytes, max_sequences, progress
-        )
+        found, error = _projected(policy, update, probe, metrics, sketch, seed, budget)
     kernels = {m: k.numpy() for m, k in found.square.items()}
     signs = token_signs(update, seed=seed)
     null = square(weighted_logprobs(signs), metrics)
@@ -277,10 +262,7 @@ def fisher_kernel(
             single,
             response_logprob,
             metrics=metrics,
-            memory_bytes=memory_bytes,
-            directory=directory,
-            max_sequences=4 * max_sequences,
-            progress=progress,
+            budget=replace(budget, max_sequences=4 * budget.max_sequences),
         ).square
     )
     return FisherKernel(
@@ -355,9 +337,7 @@ def _projected(
     metrics: dict[str, ParameterVector | None],
     sketch: Sketch,
     seed: int,
-    memory_bytes: int,
-    max_sequences: int,
-    progress: bool,
+    budget: Budget,
 ) -> tuple[Grams, Estimate]:
     """Kernels from random projections, and the error of their cosines on a random part of the batch."""
     left = sketches(
@@ -366,8 +346,7 @@ def _projected(
         response_logprob,
         sketch,
         metrics=metrics,
-        max_sequences=max_sequences,
-        progress=progress,
+        budget=budget,
     )
     right = (
         {}
@@ -378,8 +357,7 @@ def _projected(
             response_logprob,
             sketch,
             metrics=metrics,
-            max_sequences=max_sequences,
-            progress=progress,
+            budget=budget,
         )
     )
     square, cross = _products(left, left), _products(right, left)
@@ -392,9 +370,7 @@ def _projected(
         part,
         response_logprob,
         metrics=metrics,
-        memory_bytes=memory_bytes,
-        max_sequences=max_sequences,
-        progress=progress,
+        budget=budget,
     )
     off = ~np.eye(count, dtype=bool)
     misses = []

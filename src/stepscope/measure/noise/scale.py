@@ -25,7 +25,8 @@ from stepscope.measure.noise.batch_size import batch_sizes, loss_scale
 from stepscope.measure.noise.limits import noise_limits
 from stepscope.measure.step.reconstruct import weighted_logprobs
 from stepscope.policy.loss.surrogate import token_weights as loss_token_weights
-from stepscope.policy.per_sequence.gram import MEMORY_BYTES, grams
+from stepscope.policy.passes import Budget
+from stepscope.policy.per_sequence.gram import grams
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import FloatArray, IntArray, Rollouts
@@ -40,9 +41,7 @@ def noise_scale(
     preconditioner: ParameterVector | None = None,
     token_weights: tuple[FloatArray, ...] | None = None,
     influences: tuple[Influence, ...] = (),
-    memory_bytes: int = MEMORY_BYTES,
-    max_sequences: int = 16,
-    progress: bool = False,
+    budget: Budget = Budget(),
 ) -> NoiseScales:
     """Noise scales of the loss gradient, and of the batch's effect on quantities.
 
@@ -53,9 +52,7 @@ def noise_scale(
         token_weights: w_ik of the step, where it was rebuilt already; otherwise from the loss. An entropy
             bonus has none, and no part in the noise.
         influences: influences of ``update``, for the noise scale of their quantities.
-        memory_bytes: budget for gradients held.
-        max_sequences: micro-batch size.
-        progress: show a progress bar.
+        budget: what may be used at a time.
 
     Raises:
         BatchError: fewer than two prompts, or no reward variance.
@@ -74,9 +71,7 @@ def noise_scale(
         update,
         weighted_logprobs(weights),
         metrics=metrics,
-        memory_bytes=memory_bytes,
-        max_sequences=max_sequences,
-        progress=progress,
+        budget=budget,
     ).square
     prompts = update.prompt_index
     scales = {

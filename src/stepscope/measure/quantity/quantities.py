@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from stepscope.errors import MeasurementError
 from stepscope.policy.checkpoint.adapters import reference_adapter
-from stepscope.policy.forward import TokenBatch, TokenOutputs, batches, forward
+from stepscope.policy.forward import TokenBatch, TokenOutputs, forward
 from stepscope.policy.gradients import Objective
+from stepscope.policy.passes import Budget, sweep_rows
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, IntArray, Rollouts
 
@@ -124,7 +125,7 @@ class Reward:
 
     def token_values(self, outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
         """The reward on the last token, zero elsewhere."""
-        return _gather(self.base.token, batch, outputs.logprobs)
+        return batch.pad(self.base.token, outputs.logprobs)
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ def make_quantity(
     *,
     policy: Policy | None = None,
     reference: nn.Module | None = None,
-    max_sequences: int = 16,
+    budget: Budget = Budget(),
 ) -> Quantity:
     """The quantity called ``name``, bound to the batch it will be measured on.
 
@@ -244,7 +245,7 @@ def make_quantity(
         policy: the policy that sampled it; needed for ``kl`` only.
         reference: the reference model of ``kl``; without one a PEFT policy is compared with TRL's frozen copy
             of the adapter it started from (``ref``), or with its base model where there is none.
-        max_sequences: micro-batch size of the pass that ``kl`` needs.
+        budget: what may be used at a time.
 
     Raises:
         MeasurementError: unknown name, or ``kl`` without a policy or a reference.
@@ -266,14 +267,14 @@ def make_quantity(
     if policy is None:
         raise MeasurementError("kl needs the policy that sampled the batch; pass policy=")
     against = _reference(policy, reference, rollouts.temperature)
-    found: dict[int, FloatArray] = {}
-    for batch in batches(rollouts, max_sequences=max_sequences, device=policy.device):
+
+    def divergence(batch: TokenBatch) -> Tensor:
         with torch.no_grad():
             outputs = forward(policy.model, batch, temperature=rollouts.temperature, keep_logits=True)
-            divergence = _kl(outputs, batch, against)
-        for row, i in enumerate(batch.seq_index.tolist()):
-            found[i] = divergence[row][batch.response_mask[row]].double().cpu().numpy()
-    return KL(QuantityValues(tuple(found[i] for i in range(len(rollouts))), zeros), against)
+            return _kl(outputs, batch, against).double().cpu()
+
+    rows = sweep_rows(policy, rollouts, divergence, budget=budget)
+    return KL(QuantityValues(tuple(row.numpy() for row in rows), zeros), against)
 
 
 def _reference(policy: Policy, reference: nn.Module | None, temperature: float) -> Reference:
@@ -382,15 +383,7 @@ def quantity_objective(
         values = quantity.prefix_values(outputs, batch) + quantity.token_values(outputs, batch)
         values = values - offset * mask
         if advantage is not None:
-            values = values + _gather(advantage, batch, outputs.logprobs) * outputs.logprobs
+            values = values + batch.pad(advantage, outputs.logprobs) * outputs.logprobs
         return values.sum(-1) / divisor
 
     return objective
-
-
-def _gather(rows: Sequence[FloatArray], batch: TokenBatch, like: Tensor) -> Tensor:
-    """Ragged per-sequence arrays as a padded (seq, tok) tensor in the row order of the batch."""
-    padded = torch.zeros(like.shape, dtype=torch.float64)
-    for row, i in enumerate(batch.seq_index.tolist()):
-        padded[row, : len(rows[i])] = torch.from_numpy(np.asarray(rows[i], dtype=np.float64))
-    return padded.to(device=like.device, dtype=like.dtype)

@@ -15,15 +15,20 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pad_sequence
 
 from stepscope.errors import MeasurementError
 from stepscope.measure.quantity.quantities import Quantity
-from stepscope.policy.forward import TokenBatch, batches, forward
+from stepscope.policy.forward import TokenBatch, forward
 from stepscope.policy.numerics.differentiation import whole_function
 from stepscope.policy.numerics.nested import SmoothActivations
+from stepscope.policy.passes import Budget, sweep, sweep_rows
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector, shifted
 from stepscope.results import BoolArray, FloatArray, IntArray, Rollouts
+
+Slopes = tuple[tuple[Tensor, Tensor, Tensor], ...]
+"""For each order: derivatives of log-probs, prefix values and token values."""
 
 SHARE_OF_BEND = 0.1
 """Step of the differences that check second derivatives, of the distance at which some token changes."""
@@ -74,7 +79,7 @@ def values_at(
     direction: ParameterVector | None = None,
     lr: float = 0.0,
     *,
-    max_sequences: int = 16,
+    budget: Budget = Budget(),
 ) -> TokenTable:
     """Log-probs and quantity values at ``params + lr * direction``; the parameters are restored bitwise.
 
@@ -84,21 +89,38 @@ def values_at(
         quantities: what to evaluate, all in the same pass.
         direction: None evaluates at the parameters themselves.
         lr: learning rate.
-        max_sequences: micro-batch size.
+        budget: what may be used at a time.
 
     Raises:
         MeasurementError: a value is not finite.
     """
     table = _Collector(rollouts, len(quantities))
-    keep_logits = any(q.needs_logits for q in quantities)
     moved = {} if direction is None else direction
     with torch.no_grad(), shifted(policy.parameters, moved, lr):
-        for batch in batches(rollouts, max_sequences=max_sequences, device=policy.device):
-            outputs = forward(policy.model, batch, temperature=rollouts.temperature, keep_logits=keep_logits)
-            prefix = torch.stack([q.prefix_values(outputs, batch) for q in quantities])
-            token = torch.stack([q.token_values(outputs, batch) for q in quantities])
-            table.add(batch, outputs.logprobs, prefix, token)
+        values = _reader(policy, rollouts, quantities)
+        for batch, found in sweep(policy, rollouts, values, budget=budget):
+            table.add(batch, *found)
     return table.result(f"value at lr {lr:g}")
+
+
+def _reader(
+    policy: Policy, rollouts: Rollouts, quantities: Sequence[Quantity]
+) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Reads (seq, tok) log-probs, and (quantity, seq, tok) prefix and token values, off a micro-batch.
+
+    Its second argument are parameter values to use instead of the policy's own.
+    """
+    keep_logits = any(q.needs_logits for q in quantities)
+
+    def read(batch: TokenBatch, params: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        outputs = forward(
+            policy.model, batch, temperature=rollouts.temperature, params=params, keep_logits=keep_logits
+        )
+        prefix = torch.stack([q.prefix_values(outputs, batch) for q in quantities])
+        token = torch.stack([q.token_values(outputs, batch) for q in quantities])
+        return outputs.logprobs, prefix, token
+
+    return read
 
 
 def derivatives(
@@ -108,7 +130,7 @@ def derivatives(
     direction: ParameterVector,
     *,
     order: int = 1,
-    max_sequences: int = 16,
+    budget: Budget = Budget(),
 ) -> tuple[TokenTable, ...]:
     """First (and second) derivative in lr, at lr = 0, of every token's values, in forward mode.
 
@@ -123,7 +145,7 @@ def derivatives(
         quantities: what to differentiate, all in the same pass.
         direction: of the line.
         order: 1 or 2.
-        max_sequences: micro-batch size.
+        budget: what may be used at a time.
 
     Returns:
         One table per order.
@@ -134,21 +156,17 @@ def derivatives(
     """
     params = {n: policy.parameters[n].detach() for n in direction}
     tangent = {n: t.to(params[n].dtype) for n, t in direction.items()}
-    keep_logits = any(q.needs_logits for q in quantities)
+    read = _reader(policy, rollouts, quantities)
     tables = [_Collector(rollouts, len(quantities)) for _ in range(order)]
     zero = torch.zeros((), dtype=policy.dtype, device=policy.device)
     one = torch.ones_like(zero)
     doubt: str | None = None
-    for batch in batches(rollouts, max_sequences=max_sequences, device=policy.device):
 
-        def values(lr: Tensor, batch: TokenBatch = batch) -> tuple[Tensor, Tensor, Tensor]:
-            here = {n: p + lr * tangent[n] for n, p in params.items()}
-            outputs = forward(
-                policy.model, batch, temperature=rollouts.temperature, params=here, keep_logits=keep_logits
-            )
-            prefix = torch.stack([q.prefix_values(outputs, batch) for q in quantities])
-            token = torch.stack([q.token_values(outputs, batch) for q in quantities])
-            return outputs.logprobs, prefix, token
+    def along(batch: TokenBatch) -> Slopes:
+        nonlocal doubt
+
+        def values(lr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return read(batch, {n: p + lr * tangent[n] for n, p in params.items()})
 
         def slopes(lr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             found: tuple[Tensor, Tensor, Tensor] = torch.func.jvp(values, (lr,), (one,))[1]
@@ -157,17 +175,19 @@ def derivatives(
         whole = whole_function(policy.model)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), whole, _rules(order):
             if order == 1:
-                tables[0].add(batch, *slopes(zero))
-                continue
+                return (slopes(zero),)
             with SmoothActivations():
-                both = torch.func.jvp(slopes, (zero,), (one,))
-            tables[0].add(batch, *both[0])
-            tables[1].add(batch, *both[1])
+                both: Slopes = torch.func.jvp(slopes, (zero,), (one,))
             if doubt is None:
                 eps = torch.finfo(policy.dtype).eps
                 doubt = second_doubt(
                     lambda lr: slopes(lr)[0], both[0][0], both[1][0], batch.response_mask, eps
                 )
+            return both
+
+    for batch, found in sweep(policy, rollouts, along, budget=budget):
+        for table, slope in zip(tables, found, strict=True):
+            table.add(batch, *slope)
     first, *second = (t.result(f"derivative {i}") for i, t in enumerate(tables, 1))
     return (first, *(replace(table, doubt=doubt or "") for table in second))
 
@@ -259,7 +279,7 @@ class _Collector:
 
 
 def hidden_states(
-    policy: Policy, rollouts: Rollouts, *, max_features: int = 256, seed: int = 0, max_sequences: int = 16
+    policy: Policy, rollouts: Rollouts, *, max_features: int = 256, seed: int = 0, budget: Budget = Budget()
 ) -> FloatArray:
     """(seq, tok, feature) last hidden state before each response token, zero on padding.
 
@@ -271,11 +291,12 @@ def hidden_states(
         rollouts: the sequences.
         max_features: most features returned.
         seed: of the projection.
-        max_sequences: micro-batch size.
+        budget: what may be used at a time.
     """
-    found: dict[int, Tensor] = {}
     projection: Tensor | None = None
-    for batch in batches(rollouts, max_sequences=max_sequences, device=policy.device):
+
+    def states_of(batch: TokenBatch) -> Tensor:
+        nonlocal projection
         with torch.no_grad():
             outputs = forward(policy.model, batch, temperature=rollouts.temperature, keep_hidden=True)
         assert outputs.hidden is not None
@@ -286,10 +307,7 @@ def hidden_states(
                 projection = torch.randn(hidden.shape[-1], max_features, generator=generator)
                 projection = (projection / max_features**0.5).to(hidden.device)
             hidden = hidden @ projection
-        for row, i in enumerate(batch.seq_index.tolist()):
-            found[i] = hidden[row][batch.response_mask[row]].cpu()
-    shape = (len(rollouts), int(rollouts.num_tokens.max()), next(iter(found.values())).shape[-1])
-    states = np.zeros(shape)
-    for i, rows in found.items():
-        states[i, : len(rows)] = rows.numpy()
-    return states
+        return hidden.cpu()
+
+    rows = sweep_rows(policy, rollouts, states_of, budget=budget)
+    return np.asarray(pad_sequence(rows, batch_first=True).double().numpy(), dtype=np.float64)

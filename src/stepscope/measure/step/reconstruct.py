@@ -1,6 +1,7 @@
 """The step AdamW would take from a checkpoint, as a sum: momentum + weight decay + one term per sequence.
 
-What else the loss has that belongs to no sequence (:data:`TERMS`) makes further components.
+What else the loss has that belongs to no sequence (:data:`stepscope.measure.step.terms.TERMS`) makes further
+components.
 
 With g = grad Loss, clip coefficient c = min(1, max_norm / (|g| + 1e-6)) and AdamW's state (m, v, t =
 steps after this one), per parameter,
@@ -25,18 +26,17 @@ from typing import Any
 import numpy as np
 import torch
 from peft import PeftModel
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor
 
 from stepscope.errors import BatchError, CheckpointError, MeasurementError
-from stepscope.measure.step.terms import term_gradients, weigh
+from stepscope.measure.step.terms import term_gradients
 from stepscope.policy import vectors
 from stepscope.policy.checkpoint.adapters import reference_adapter
 from stepscope.policy.finiteness import first_not_finite
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients import Objective, gradient
 from stepscope.policy.loss.surrogate import token_weights
+from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import score_discriminators, score_rollouts
 from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
 from stepscope.results import Brief, FloatArray, Rollouts
@@ -57,7 +57,8 @@ class Step(Brief):
 
     Attributes:
         components: what each contributes, by name: ``momentum``, ``decay``, ``sequences`` (the update batch,
-            summed over its sequences), and of :data:`TERMS` those that the loss has.
+            summed over its sequences), and of :data:`stepscope.measure.step.terms.TERMS` those that the loss
+            has.
         preconditioner: P, elementwise, from sum_ik w_ik grad l_ik to ``sequences``.
         ascent: -grad Loss before clipping: sum_ik w_ik grad l_ik, and the gradients of the terms.
         token_weights: w_ik = -dLoss/dl_ik, one (tok,) array per sequence.
@@ -89,8 +90,7 @@ def reconstruct_step(
     reference: Policy | None = None,
     influences: tuple[Sequence[FloatArray], Sequence[FloatArray]] | None = None,
     off_policy: bool = False,
-    max_sequences: int = 16,
-    progress: bool = False,
+    budget: Budget = Budget(),
 ) -> Step:
     """Rebuild the AdamW step that a checkpoint would take on an update batch: one forward and one backward.
 
@@ -102,8 +102,7 @@ def reconstruct_step(
             ``ref``).
         influences: what the objective ``influence`` looks at, from ``token_influence.objective_influences``.
         off_policy: the batch was sampled by another policy, whose log-probs it carries; they enter the ratio.
-        max_sequences: most sequences in one micro-batch.
-        progress: show a progress bar on standard error.
+        budget: what may be used at a time.
 
     Raises:
         CheckpointError: no optimizer state, or one that does not fit the parameters.
@@ -115,21 +114,19 @@ def reconstruct_step(
     Source: Loshchilov & Hutter 2019 (arXiv:1711.05101), ``torch/optim/adam.py``.
     """
     _optimizer(policy)
-    logprobs, entropies = (
-        score_rollouts(policy, update, max_sequences=max_sequences) if off_policy else (None, None)
-    )
+    logprobs, entropies = score_rollouts(policy, update, budget=budget) if off_policy else (None, None)
     chosen = policy.settings.objective
     weights = token_weights(
         update,
         policy.settings,
         logprobs=logprobs,
         entropies=entropies,
-        discriminators=score_discriminators(policy, update, max_sequences=max_sequences)
+        discriminators=score_discriminators(policy, update, budget=budget)
         if chosen is not None and chosen.needs_discriminators
         else None,
         influences=influences,
         step=policy.step,
-        ref_logprobs=_reference_logprobs(policy, update, reference, max_sequences),
+        ref_logprobs=_reference_logprobs(policy, update, reference, budget),
     )
     for i, row in enumerate(weights):
         if not np.isfinite(row).all():
@@ -137,18 +134,15 @@ def reconstruct_step(
                 f"update batch: the token weight of sequence {i} ({update.prompt_ids[i]}), response token "
                 f"{int(np.flatnonzero(~np.isfinite(row))[0])} is not finite; check the loss settings"
             )
-    terms = term_gradients(policy, update, max_sequences=max_sequences)
+    terms = term_gradients(policy, update, budget=budget)
     drift = _Drift(update)
-    with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
-        task = bar.add_task("gradient of the update batch", total=len(update))
-        weighted = weighted_logprobs(weights)
+    weighted = weighted_logprobs(weights)
 
-        def objective(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
-            drift.add(outputs, batch)
-            bar.update(task, advance=len(batch))
-            return weighted(outputs, batch)
+    def objective(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
+        drift.add(outputs, batch)
+        return weighted(outputs, batch)
 
-        ascent = gradient(policy, update, objective, max_sequences=max_sequences)
+    ascent = gradient(policy, update, objective, budget=budget)
     if not off_policy:
         drift.check()
     return assemble_step(policy, update, weights, ascent, terms)
@@ -317,7 +311,7 @@ def weighted_logprobs(weights: Sequence[FloatArray]) -> Objective:
     Args:
         weights: one (tok,) array per sequence of the batch it will be used on.
     """
-    return lambda outputs, batch: weigh(weights, outputs.logprobs, batch)
+    return lambda outputs, batch: batch.pad(weights, outputs.logprobs) * outputs.logprobs
 
 
 def step_summary(step: Step) -> dict[str, Any]:
@@ -357,10 +351,9 @@ class _Drift:
 
     def add(self, outputs: TokenOutputs, batch: TokenBatch) -> None:
         """Take in one micro-batch."""
-        for row, i in enumerate(batch.seq_index.tolist()):
-            now = outputs.logprobs[row][batch.response_mask[row]].detach().double().cpu()
-            self.total += float((now - torch.from_numpy(self.update.logprobs[i])).abs().sum())
-            self.count += len(now)
+        now = outputs.logprobs.detach().double().cpu()
+        self.total += float((now - batch.pad(self.update.logprobs, now)).abs().sum())
+        self.count += int(batch.response_mask.sum())
 
     def check(self) -> None:
         """Refuse a batch of another policy."""
@@ -393,16 +386,16 @@ def _optimizer(policy: Policy) -> OptimizerState:
 
 
 def _reference_logprobs(
-    policy: Policy, update: Rollouts, reference: Policy | None, max_sequences: int
+    policy: Policy, update: Rollouts, reference: Policy | None, budget: Budget
 ) -> tuple[FloatArray, ...] | None:
     if policy.settings.beta == 0.0:
         return None
     if reference is not None:
-        return score_rollouts(reference, update, max_sequences=max_sequences)[0]
+        return score_rollouts(reference, update, budget=budget)[0]
     if not isinstance(policy.model, PeftModel):
         raise MeasurementError(
             f"the loss has a KL penalty (beta = {policy.settings.beta}) and the policy is a full model; "
             "pass the policy it is held to as reference"
         )
     with reference_adapter(policy.model):
-        return score_rollouts(policy, update, max_sequences=max_sequences)[0]
+        return score_rollouts(policy, update, budget=budget)[0]

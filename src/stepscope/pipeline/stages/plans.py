@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,6 @@ from stepscope.measure.quantity.quantities import unit_of
 from stepscope.measure.step.lifetime import lifetime
 from stepscope.measure.step.reconstruct import step_summary
 from stepscope.measure.step.rounding import RoundedStep
-from stepscope.pipeline.console import on_terminal
 from stepscope.pipeline.session import Line, Session
 from stepscope.policy import vectors
 from stepscope.report import write_report
@@ -163,8 +161,7 @@ def measure_sweep(session: Session) -> Summary:
         second_order=config.second_order,
         antithetic=config.antithetic,
         taken=session.taken,
-        max_sequences=config.batch_size,
-        progress=on_terminal(),
+        budget=session.budget,
     )
     primary, *others = found = tuple(doubted(s, session.step_doubt, true=True) for s in found)
     runs.write_json(
@@ -275,7 +272,7 @@ def _shrunk(session: Session) -> dict[tuple[str, str], Shrunk]:
             session.probe,
             optimizer,
             quantity=quantity,
-            max_sequences=session.config.batch_size,
+            budget=session.budget,
         )
         for quantity, (_, optimizer) in zip(session.quantities, session.influences, strict=True)
     ]
@@ -301,8 +298,7 @@ def validate_shares(session: Session) -> Summary:
             subset_share=config.validation.subset_share,
             num_single=config.validation.num_single,
             seed=config.validation.seed,
-            max_sequences=config.batch_size,
-            progress=on_terminal(),
+            budget=session.budget,
         )
         for way in ways:
             checked = compare(remade, way)
@@ -326,10 +322,7 @@ def couple_sequences(session: Session) -> Summary:
         preconditioner=session.step.preconditioner,
         token_weights=session.step.token_weights,
         projection=config.projection,
-        memory_bytes=config.memory_bytes,
-        directory=None if config.scratch is None else Path(config.scratch),
-        max_sequences=config.batch_size,
-        progress=on_terminal(),
+        budget=session.budget,
     )
     write_arrays(kernel.arrays(), session.run.file("kernel.safetensors"))
     runs.write_record(session.run.file("kernel.json"), kernel.report())
@@ -344,9 +337,7 @@ def weigh_noise(session: Session) -> Summary:
         update,
         preconditioner=session.step.preconditioner,
         token_weights=session.step.token_weights,
-        memory_bytes=session.config.memory_bytes,
-        max_sequences=session.config.batch_size,
-        progress=on_terminal(),
+        budget=session.budget,
     )
     effects = {}
     if session.run.is_done("influence"):
@@ -381,8 +372,7 @@ def judge_criteria(session: Session) -> Summary:
         micro_batch_size=config.criteria.micro_batch_size,
         num_resamples=config.criteria.resamples,
         seed=config.criteria.seed,
-        max_sequences=config.batch_size,
-        progress=on_terminal(),
+        budget=session.budget,
     )
     column = board.truth("column", "adamw", "on_policy")
     studies = property_study(
@@ -414,8 +404,7 @@ def _drop_tokens(session: Session, board: Leaderboard) -> Pareto:
             baseline=config.baseline,
             groups=half,
             num_folds=2,
-            max_sequences=config.batch_size,
-            progress=on_terminal(),
+            budget=session.budget,
         )
         rules = drop_rules(board, reward_influence=reward.fold_tokens, seed=config.criteria.seed)
     return resteps(
@@ -427,8 +416,7 @@ def _drop_tokens(session: Session, board: Leaderboard) -> Pareto:
         shares=config.criteria.drop_shares,
         lr=session.line.lr,
         baseline=config.baseline,
-        max_sequences=config.batch_size,
-        progress=on_terminal(),
+        budget=session.budget,
     )
 
 

@@ -19,22 +19,20 @@ from torch import Tensor
 
 from stepscope.errors import MeasurementError
 from stepscope.policy.gradients import Objective
+from stepscope.policy.passes import Budget, by_length, cut, lengths
 from stepscope.policy.per_sequence.coverage import Coverage
 from stepscope.policy.per_sequence.layer_gradient import LayerGradient, matrix_shape
 from stepscope.policy.per_sequence.products import check_vector, compute_dtype
 from stepscope.policy.per_sequence.store import GradientStore, square_norms
 from stepscope.policy.per_sequence.stream import (
     StreamOptions,
-    by_length,
     coverage_of,
-    num_micro_batches,
     stream,
 )
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import Rollouts
 
-MEMORY_BYTES = 4 * 2**30
 Metrics = Mapping[str, ParameterVector | None]
 logger = logging.getLogger(__name__)
 
@@ -64,8 +62,6 @@ def gram(
     preconditioner: ParameterVector | None = None,
     other: tuple[Rollouts, Objective] | None = None,
     other_as_trained: bool = True,
-    memory_bytes: int = MEMORY_BYTES,
-    directory: Path | None = None,
     double: bool = False,
     **options: Unpack[StreamOptions],
 ) -> Tensor:
@@ -77,8 +73,6 @@ def gram(
         metrics={"metric": preconditioner},
         other=other,
         other_as_trained=other_as_trained,
-        memory_bytes=memory_bytes,
-        directory=directory,
         double=double,
         **options,
     )
@@ -93,8 +87,6 @@ def grams(
     metrics: Metrics,
     other: tuple[Rollouts, Objective] | None = None,
     other_as_trained: bool = True,
-    memory_bytes: int = MEMORY_BYTES,
-    directory: Path | None = None,
     double: bool = False,
     **options: Unpack[StreamOptions],
 ) -> Grams:
@@ -107,10 +99,10 @@ def grams(
         metrics: name to diagonal P (by parameter name), or None for the identity.
         other: further sequences e and their objective, for the rectangular kernel.
         other_as_trained: the option ``as_trained`` of the gradients of ``other``.
-        memory_bytes: budget for the gradients held (activations of a micro-batch come on top).
-        directory: hold all gradients in files there instead (removed afterwards).
         double: multiply in float64 where gradients are float32; sums over parameters are in float64 anyway.
         **options: see :class:`stepscope.policy.per_sequence.stream.StreamOptions`.
+            Gradients are held in the budget's memory or, where it has a scratch folder, all in files there
+            (removed afterwards).
 
     Raises:
         MeasurementError: a metric does not fit the policy, or the budget does not hold one sequence.
@@ -120,19 +112,19 @@ def grams(
             check_vector(policy, weights, f"metric {name!r}")
     order = by_length(rollouts)
     coverage = coverage_of(policy, rollouts)
-    size = _block_size(policy, rollouts, coverage, memory_bytes) if directory is None else len(order)
+    budget = options.get("budget", Budget())
+    scratch = budget.scratch
+    size = len(order) if scratch else _block_size(policy, rollouts, coverage, budget.memory_bytes)
     blocks = [slice(start, min(start + size, len(order))) for start in range(0, len(order), size)]
     square = {m: torch.zeros(len(order), len(order), dtype=torch.float64) for m in metrics}
     num_other = 0 if other is None else len(other[0])
     cross = {m: torch.zeros(num_other, len(order), dtype=torch.float64) for m in metrics}
     norms = {m: torch.zeros(num_other, dtype=torch.float64) for m in metrics}
     for b, block in enumerate(blocks):
-        with tempfile.TemporaryDirectory(dir=directory) as files:
-            store = GradientStore(
-                block.stop - block.start, directory=None if directory is None else Path(files)
-            )
+        with tempfile.TemporaryDirectory(dir=scratch) as files:
+            store = GradientStore(block.stop - block.start, directory=Path(files) if scratch else None)
             alone = len(blocks) == 1 and other is None
-            if alone and num_micro_batches(rollouts, order, **options) == 1:
+            if alone and len(cut(rollouts, order, budget)) == 1:
                 _square_at_once(policy, rollouts, objective, order, metrics, square, double, options)
                 continue
             stream(policy, rollouts, objective, store.put, order=order[block], **options)
@@ -226,9 +218,7 @@ def _stream_past(
 def _block_size(policy: Policy, rollouts: Rollouts, coverage: Coverage, memory_bytes: int) -> int:
     """Sequences whose gradients fit the budget, in equal blocks; factors where they are the smaller form."""
     count = len(rollouts)
-    longest = max(
-        len(p) + len(r) for p, r in zip(rollouts.prompt_token_ids, rollouts.response_token_ids, strict=True)
-    )
+    longest = max(lengths(rollouts))
     factors: dict[str, int] = {}
     for tap in coverage.taps:
         for _, name in tap.params:
@@ -244,7 +234,7 @@ def _block_size(policy: Policy, rollouts: Rollouts, coverage: Coverage, memory_b
     if fits < 1:
         raise MeasurementError(
             f"the gradient of one sequence takes {per_sequence / 2**20:.0f} MiB, more than the memory budget "
-            f"of {memory_bytes / 2**20:.0f} MiB; raise it, give a directory, or use a random projection"
+            f"of {memory_bytes / 2**20:.0f} MiB; raise it, give a scratch folder, or use a random projection"
         )
     blocks = -(-count // fits)
     logger.info(

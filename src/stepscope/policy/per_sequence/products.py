@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Unpack
 
 import numpy as np
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from stepscope.errors import MeasurementError
 from stepscope.policy.gradients import Objective
+from stepscope.policy.passes import Budget, by_length
 from stepscope.policy.per_sequence.layer_gradient import LayerGradient, restore
 from stepscope.policy.per_sequence.store import GradientStore
-from stepscope.policy.per_sequence.stream import StreamOptions, by_length, stream
+from stepscope.policy.per_sequence.stream import StreamOptions, stream
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import FloatArray, IntArray, Rollouts
@@ -105,13 +107,12 @@ def paired_dots(
     metrics: Mapping[str, ParameterVector | None],
     *,
     second_as_trained: bool = True,
-    memory_bytes: int = 2 * 2**30,
     **options: Unpack[StreamOptions],
 ) -> dict[str, FloatArray]:
     """(seq,) inner products grad first_i . P . grad second_i of two gradients of the same sequence.
 
     Costs two gradient passes. The first gradients of a micro-batch are held while the second stream past, so
-    a micro-batch has as many sequences as ``memory_bytes`` holds, at most ``max_sequences``.
+    a micro-batch has as many sequences as the budget's memory holds, at most its ``max_sequences``.
 
     Args:
         policy: its trainable parameters are differentiated.
@@ -120,7 +121,6 @@ def paired_dots(
         second: (seq,) or (seq, tok).
         metrics: name to diagonal P (by parameter name), or None for the identity.
         second_as_trained: the option ``as_trained`` of the gradients of ``second``.
-        memory_bytes: budget for the gradients held.
         **options: see :class:`stepscope.policy.per_sequence.stream.StreamOptions`.
 
     Raises:
@@ -131,7 +131,9 @@ def paired_dots(
             check_vector(policy, weights, f"metric {name!r}")
     order = by_length(rollouts)
     own = sum(p.numel() * max(4, p.element_size()) for p in policy.parameters.values())
-    size = max(1, min(options.get("max_sequences", 16), memory_bytes // own))
+    budget = options.get("budget", Budget())
+    size = max(1, min(budget.max_sequences, budget.memory_bytes // own))
+    held = replace(budget, max_sequences=size, max_tokens=None, progress=False)
     found = {m: np.zeros(len(order)) for m in metrics}
     for start in range(0, len(order), size):
         block = order[start : start + size]
@@ -146,7 +148,7 @@ def paired_dots(
             for metric, products in store.paired(gradient, metrics).items():
                 found[metric][block] += products.numpy()
 
-        within: StreamOptions = {**options, "max_sequences": size, "max_tokens": None, "progress": False}
+        within: StreamOptions = {**options, "budget": held}
         stream(policy, rollouts, first, store.put, order=block, **within)
         within["as_trained"] = second_as_trained
         stream(policy, rollouts, second, consume, order=block, **within)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from stepscope.policy.gradients import Objective
+from stepscope.policy.passes import by_length
 from stepscope.policy.per_sequence.layer_gradient import LayerGradient
 from stepscope.policy.per_sequence.products import check_vector, compute_dtype
-from stepscope.policy.per_sequence.stream import StreamOptions, by_length, stream
+from stepscope.policy.per_sequence.stream import StreamOptions, stream
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import Rollouts

@@ -12,12 +12,12 @@ from contextlib import ExitStack
 from typing import TypedDict, Unpack
 
 import torch
-from rich.progress import track
 from torch import Tensor
 
 from stepscope.policy.forward import TokenBatch, TokenOutputs, forward, make_batch
 from stepscope.policy.gradients import Objective
 from stepscope.policy.numerics.differentiation import has_detached_parts, whole_function
+from stepscope.policy.passes import Budget, by_length, sweep
 from stepscope.policy.per_sequence.capture import Capture
 from stepscope.policy.per_sequence.coverage import Coverage, NotSeparableError, classify, known, settle
 from stepscope.policy.per_sequence.layer_gradient import LayerGradient, Whole, matrix_shape
@@ -34,28 +34,16 @@ class StreamOptions(TypedDict, total=False):
     Attributes:
         as_trained: leave out what a training does (embeddings of padding tokens, DoRA's norm); otherwise the
             gradients are those of the function. True unless given.
-        max_sequences: most sequences in a micro-batch; 16 unless given.
-        max_tokens: most padded tokens in a micro-batch; no limit unless given.
         keep_logits: whether the objective needs logits.
-        progress: show a progress bar.
+        budget: how large micro-batches are, and what may be kept.
     """
 
     as_trained: bool
-    max_sequences: int
-    max_tokens: int | None
     keep_logits: bool
-    progress: bool
+    budget: Budget
 
 
 CHECK_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
-
-
-def by_length(rollouts: Rollouts) -> list[int]:
-    """Sequences from the longest to the shortest, prompt included: the order with the least padding."""
-    totals = [
-        len(p) + len(r) for p, r in zip(rollouts.prompt_token_ids, rollouts.response_token_ids, strict=True)
-    ]
-    return sorted(range(len(totals)), key=lambda i: (-totals[i], i))
 
 
 def stream(
@@ -86,9 +74,6 @@ def stream(
     """
     chosen = by_length(rollouts) if order is None else list(order)
     keep_logits = options.get("keep_logits", False)
-    pieces = list(
-        _micro_batches(rollouts, chosen, options.get("max_sequences", 16), options.get("max_tokens"))
-    )
     as_trained = options.get("as_trained", True)
     with ExitStack() as stack:
         if not as_trained:
@@ -96,52 +81,27 @@ def stream(
         coverage = coverage_of(policy, rollouts, as_trained=as_trained)
         capture = Capture(policy.model, coverage, policy.parameters)
         stack.enter_context(capture.installed())
-        for piece in track(pieces, description="gradients", disable=not options.get("progress", False)):
-            batch = _gather(policy, rollouts, chosen[piece])
+        done = 0
+
+        def run(batch: TokenBatch) -> None:
+            piece = slice(done, done + len(batch))
             _differentiate(
-                policy, capture, batch, objective, rollouts.temperature, keep_logits, _to(consume, piece)
+                policy,
+                capture,
+                batch,
+                objective,
+                rollouts.temperature,
+                keep_logits,
+                lambda gradient: consume(gradient, piece),
             )
             for gradient in _one_by_one(
                 policy, coverage.slow, batch, objective, rollouts.temperature, keep_logits
             ):
                 consume(gradient, piece)
 
-
-def _to(consume: Consume, piece: slice) -> Callable[[LayerGradient], None]:
-    return lambda gradient: consume(gradient, piece)
-
-
-def _micro_batches(
-    rollouts: Rollouts, order: Sequence[int], max_sequences: int, max_tokens: int | None
-) -> Iterator[slice]:
-    start, widest = 0, 0
-    for stop, i in enumerate(order):
-        width = max(widest, len(rollouts.prompt_token_ids[i]) + len(rollouts.response_token_ids[i]))
-        count = stop - start
-        if count and (
-            count == max_sequences or (max_tokens is not None and width * (count + 1) > max_tokens)
-        ):
-            yield slice(start, stop)
-            start = stop
-            width = len(rollouts.prompt_token_ids[i]) + len(rollouts.response_token_ids[i])
-        widest = width
-    if len(order) > start:
-        yield slice(start, len(order))
-
-
-def num_micro_batches(rollouts: Rollouts, order: Sequence[int], **options: Unpack[StreamOptions]) -> int:
-    """How many micro-batches :func:`stream` makes of these sequences."""
-    pieces = _micro_batches(rollouts, order, options.get("max_sequences", 16), options.get("max_tokens"))
-    return sum(1 for _ in pieces)
-
-
-def _gather(policy: Policy, rollouts: Rollouts, chosen: Sequence[int]) -> TokenBatch:
-    return make_batch(
-        [rollouts.prompt_token_ids[i] for i in chosen],
-        [rollouts.response_token_ids[i] for i in chosen],
-        device=policy.device,
-        seq_index=chosen,
-    )
+        budget = options.get("budget", Budget())
+        for batch, _ in sweep(policy, rollouts, run, budget=budget, order=chosen, what="gradients"):
+            done += len(batch)
 
 
 def _differentiate(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from stepscope.errors import MeasurementError
 from stepscope.measure.noise.scale import from_products
 from stepscope.measure.step.reconstruct import CLIP_EPSILON, weighted_logprobs
+from stepscope.policy.passes import Budget
 from stepscope.policy.per_sequence.gram import gram
 from stepscope.policy.state import Policy
 from stepscope.policy.texts import ResponseText
@@ -189,10 +190,10 @@ def as_rollouts(
 
 
 def products_of_batch(
-    policy: Policy, update: Rollouts, weights: tuple[FloatArray, ...], max_sequences: int
+    policy: Policy, update: Rollouts, weights: tuple[FloatArray, ...], budget: Budget
 ) -> FloatArray:
     """(seq, seq) inner products of the sequences' gradients."""
-    found = gram(policy, update, weighted_logprobs(weights), max_sequences=max_sequences)
+    found = gram(policy, update, weighted_logprobs(weights), budget=budget)
     return np.asarray(found.numpy(), dtype=np.float64)
 
 

@@ -26,6 +26,7 @@ from stepscope.errors import ConfigError, MeasurementError, StepscopeError
 from stepscope.measure.change.online import realised_change
 from stepscope.measure.noise.window import window_noise_scale
 from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.stats import Estimate
 from stepscope.tasks import Task, load_task
@@ -81,7 +82,7 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
         top_tokens: tokens of the update batch with the largest influence to record; 0 for none. Costs
             about as much as the rest of the probe and the update's forward and backward pass.
         window: steps in the window of the noise scale across steps.
-        max_sequences: sequences in a forward pass of the probe.
+        budget: what may be used at a time.
         rewards: without a task, grade the probe's responses with the trainer's reward functions. Switch it
             off for functions that cost money, or that remember what they have graded.
         file: parquet table with a row per probe; None for ``probes.parquet`` in the trainer's ``output_dir``,
@@ -211,7 +212,7 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
                     args,
                     noise=self.noise,
                     top_tokens=self.top_tokens,
-                    max_sequences=self.max_sequences,
+                    budget=Budget(max_sequences=self.max_sequences),
                 )
             self._pending.seconds = time.perf_counter() - begin
 
@@ -228,7 +229,9 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
             begin = time.perf_counter()
             with undisturbed(model):
                 policy = Policy(model=model, tokenizer=processing_class, settings=_settings(args))
-                change = realised_change(policy, pending.prediction, max_sequences=self.max_sequences)
+                change = realised_change(
+                    policy, pending.prediction, budget=Budget(max_sequences=self.max_sequences)
+                )
             point = change.points[0]
             figures = {
                 "entropy": change.value,

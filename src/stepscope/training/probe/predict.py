@@ -12,6 +12,7 @@ from stepscope.measure.change.online import BASELINE, Prediction, predict_change
 from stepscope.measure.influence.attribution import influence
 from stepscope.measure.step.reconstruct import Step, adamw_components
 from stepscope.policy import vectors
+from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import response_text
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
@@ -38,7 +39,7 @@ def predict(
     *,
     noise: bool,
     top_tokens: int,
-    max_sequences: int,
+    budget: Budget,
 ) -> Pending:
     """The change by each part of the step, the noise scale of its batch, and its strongest tokens.
 
@@ -49,7 +50,7 @@ def predict(
         args: of the trainer.
         noise: compute the noise scale.
         top_tokens: tokens to record.
-        max_sequences: micro-batch size of the probe.
+        budget: what may be used at a time.
     """
     assert policy.optimizer is not None
     state = policy.optimizer
@@ -63,7 +64,7 @@ def predict(
         {"momentum": momentum, "decay": decay, "batch": batch},
         probe,
         lr=lr,
-        max_sequences=max_sequences,
+        budget=budget,
     )
     norm = vectors.norm(ascent)
     pending = Pending(prediction, {"reward": _mean_reward(probe)}, {}, norm)
@@ -92,7 +93,7 @@ def predict(
             clip_coefficient=scale,
             update=update,
         )
-        pending.tokens = _strongest_tokens(policy, step, probe, count=top_tokens, max_sequences=max_sequences)
+        pending.tokens = _strongest_tokens(policy, step, probe, count=top_tokens, budget=budget)
     return pending
 
 
@@ -107,12 +108,10 @@ def _mean_reward(probe: Rollouts) -> Estimate:
 
 
 def _strongest_tokens(
-    policy: Policy, step: Step, probe: Rollouts, *, count: int, max_sequences: int
+    policy: Policy, step: Step, probe: Rollouts, *, count: int, budget: Budget
 ) -> dict[str, list[Any]]:
     """The tokens of the update batch with the largest influence on the probe's entropy."""
-    shares = influence(
-        policy, step, step.update, probe, baseline=BASELINE, num_folds=1, max_sequences=max_sequences
-    )
+    shares = influence(policy, step, step.update, probe, baseline=BASELINE, num_folds=1, budget=budget)
     rows = np.repeat(np.arange(len(step.update)), step.update.num_tokens)
     columns = np.concatenate([np.arange(n) for n in step.update.num_tokens])
     values = step.lr * np.concatenate(shares.tokens)

@@ -13,6 +13,7 @@ from torch import nn
 
 from stepscope.measure.influence.objective import token_influences
 from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import response_text
 from stepscope.policy.state import Policy
 from stepscope.rules import Tokens
@@ -83,7 +84,7 @@ class InfluenceMeter:
         with undisturbed(model):
             state = optimizer_state(adamw_of(optimizer), model, after_backward=False)
             policy = Policy(model, self.tokenizer, self.settings, optimizer=state, step=step)
-            found = token_influences(policy, update, self.task, logprobs=now, max_sequences=32)
+            found = token_influences(policy, update, self.task, logprobs=now, budget=Budget(max_sequences=32))
         on_entropy, on_reward = (np.concatenate(rows) for rows in found)
         return replace(tokens, entropy_influence=on_entropy, reward_influence=on_reward)
 
