@@ -8,16 +8,15 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from stepscope.measure.quantity.importance_weights import effective_sample_size, pareto_k
 from stepscope.stats import (
     NOT_FINITE,
     Estimate,
     bootstrap,
     clustered_mean,
     clustered_ratio,
-    effective_sample_size,
     jackknife_ratio,
     loglog_fit,
-    pareto_k,
     pass_at_k,
 )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,15 +18,13 @@ from scipy.special import gammaln
 from stepscope.intervals import FEWEST, FLAT, FloatArray, student, studentised
 
 IntArray = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 NOT_FINITE = "not a finite number"
 """Reason of an estimate that nobody expected to be NaN or infinite."""
 
 Number = Annotated[float, BeforeValidator(lambda value: float("nan") if value is None else value)]
 """A number of a record that may be nan, which is null in its file."""
-
-MIN_TAIL = 5
-"""Fewest tail points to which :func:`pareto_k` fits a shape."""
 
 
 @dataclass(frozen=True)
@@ -302,9 +300,6 @@ def jackknife_ratio(
 ) -> Estimate:
     """Ratio of sums with the delete-one-cluster jackknife: bias of order 1/G removed.
 
-    With R_g the ratio without cluster g: ``value = G R - (G-1) mean_g R_g`` and
-    ``stderr^2 = (G-1)/G * sum_g (R_g - mean R_g)^2`` (Quenouille 1956, Tukey 1958).
-
     Args:
         numerator: (seq,) x.
         denominator: (seq,) y.
@@ -323,10 +318,36 @@ def jackknife_ratio(
         return _without_error(ratio, count, unit, method)
     with np.errstate(divide="ignore", invalid="ignore"):
         without = (x.sum() - x) / (y.sum() - y)
-    value = count * ratio - (count - 1) * float(without.mean())
-    stderr = float(np.sqrt((count - 1) / count * float(((without - without.mean()) ** 2).sum())))
+    value, stderr = jackknife(without, ratio)
     sums = (x - ratio * y) / float(y.sum())
     return estimate_from_sums(value, sums, unit=unit, method=method, stderr=stderr)
+
+
+def jackknife(without: npt.ArrayLike, whole: float = float("nan")) -> tuple[float, float]:
+    """A statistic without its bias of order 1/G, and its standard error.
+
+    With t_g the statistic that lacks part g: ``G t - (G-1) mean_g t_g`` and
+    ``stderr^2 = (G-1)/G * sum_g (t_g - mean t)^2`` (Quenouille 1956, Tukey 1958).
+
+    Args:
+        without: (part,) t_g, from :func:`leave_out`.
+        whole: t, of all parts; the first of the two needs it.
+
+    Returns:
+        Both; nan where a t_g is not finite, or there are fewer than two.
+    """
+    values = np.asarray(without, dtype=np.float64)
+    count = len(values)
+    if count < 2 or not np.isfinite(values).all():
+        return float("nan"), float("nan")
+    spread = float(((values - values.mean()) ** 2).sum())
+    return count * whole - (count - 1) * float(values.mean()), float(np.sqrt((count - 1) / count * spread))
+
+
+def leave_out(statistic: Callable[[IntArray], T], clusters: npt.ArrayLike) -> list[T]:
+    """The statistic without each cluster in turn, of the indices that are left."""
+    labels = np.asarray(clusters)
+    return [statistic(np.flatnonzero(labels != label)) for label in np.unique(labels)]
 
 
 def _without_error(value: float, count: int, unit: str, method: str) -> Estimate:
@@ -369,48 +390,6 @@ def bootstrap(
         draws[r] = statistic(np.concatenate([members[c] for c in chosen]))
     low, high = np.quantile(draws, [0.025, 0.975])
     return Bootstrap(float(draws.std(ddof=1)), float(low), float(high))
-
-
-def effective_sample_size(weights: npt.ArrayLike) -> float:
-    """Kish's effective sample size (sum w)^2 / sum w^2 of importance weights; nan when all are zero."""
-    w = np.asarray(weights, dtype=np.float64)
-    squares = float((w**2).sum())
-    return float(w.sum()) ** 2 / squares if squares > 0 else float("nan")
-
-
-def pareto_k(weights: npt.ArrayLike) -> float:
-    """Shape k of the tail of importance weights: above 0.7 their mean cannot be trusted.
-
-    Fits a generalised Pareto distribution to the excesses of the largest ``ceil(min(0.2 n, 3 sqrt(n)))``
-    weights over the next smaller one, by Zhang & Stephens (2009), drawn towards 0.5 with the weight of ten
-    points as in Pareto smoothed importance sampling (Vehtari et al. 2024). The weights have about 1/k finite
-    moments.
-
-    Args:
-        weights: (n,) nonnegative weights; their scale does not matter.
-
-    Returns:
-        k, or nan when the tail has fewer than five points above the cutoff (too few weights, or all equal).
-    """
-    w = np.sort(np.asarray(weights, dtype=np.float64))
-    size = int(np.ceil(min(0.2 * len(w), 3 * np.sqrt(len(w)))))
-    if size < MIN_TAIL or not np.isfinite(w).all():
-        return float("nan")
-    excess = w[-size:] - w[-size - 1]
-    excess = excess[excess > 0]
-    if len(excess) < MIN_TAIL:
-        return float("nan")
-    count = len(excess)
-    grid = 30 + int(np.sqrt(count))
-    quartile = excess[int(count / 4 + 0.5) - 1]
-    b = 1 - np.sqrt(grid / (np.arange(1, grid + 1) - 0.5))
-    b = b / (3 * quartile) + 1 / excess[-1]
-    shape = np.log1p(-b[:, None] * excess).mean(axis=1)
-    profile = count * (np.log(-b / shape) - shape - 1)
-    posterior = np.exp(profile - profile.max())
-    posterior /= posterior.sum()
-    k = float(np.log1p(-float(posterior @ b) * excess).mean())
-    return (count * k + 10 * 0.5) / (count + 10)
 
 
 def pass_at_k(num_samples: npt.ArrayLike, num_correct: npt.ArrayLike, k: int) -> FloatArray:

@@ -16,13 +16,15 @@ import numpy.typing as npt
 
 from stepscope.measure.quantity.estimators import Probe, Sampled
 from stepscope.measure.quantity.values import TokenTable
-from stepscope.results import FloatArray, IntArray
+from stepscope.results import IntArray
 from stepscope.stats import (
     Estimate,
     bootstrap,
     clustered_ratio,
     estimate_from_sums,
+    jackknife,
     jackknife_ratio,
+    leave_out,
     ratio_residuals,
 )
 
@@ -100,10 +102,8 @@ def estimate(evidence: Evidence, statistic: Statistic, *, errors: str, unit: str
             num_resamples=NUM_RESAMPLES,
         )
         return probe.estimate(found, unit=unit, method=how, stderr=spread.stderr)
-    without = _without_each(evidence, statistic)
-    count = len(without)
-    stderr = float(np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum()))
-    value = count * found.value - (count - 1) * float(without.mean())
+    without = leave_out(lambda kept: statistic(evidence.select(kept)).value, probe.clusters)
+    value, stderr = jackknife(without, found.value)
     return probe.estimate(Sampled(value, found.influence), unit=unit, method=how, stderr=stderr)
 
 
@@ -140,11 +140,3 @@ def estimate_ratio(
 
 
 _KINDS = {"delta": "delta-method", "jackknife": "jackknife", "bootstrap": "bootstrap"}
-
-
-def _without_each(evidence: Evidence, statistic: Statistic) -> FloatArray:
-    """(prompt,) the statistic without each prompt in turn."""
-    clusters = evidence.probe.clusters
-    return np.array(
-        [statistic(evidence.select(np.flatnonzero(clusters != c))).value for c in np.unique(clusters)]
-    )

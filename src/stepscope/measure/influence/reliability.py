@@ -25,7 +25,7 @@ from scipy.stats import rankdata
 
 from stepscope.measure.influence.attribution import Influence
 from stepscope.results import Brief, FloatArray, IntArray
-from stepscope.stats import Estimate
+from stepscope.stats import Estimate, jackknife, leave_out
 
 TARGET = 0.9
 """Reliability that a ranking should have."""
@@ -237,8 +237,7 @@ def implied_gain(
 
     reason = _why_unsure(count, values.shape[1])
     found = gain(np.arange(count)) if not reason else math.nan
-    left_out = [] if reason else [np.delete(np.arange(count), k) for k in range(count)]
-    error = _jackknife_error(_log([gain(kept) for kept in left_out]))
+    error = math.nan if reason else _jackknife_error(_log(leave_out(gain, np.arange(count))))
     if not reason and not (math.isfinite(found) and math.isfinite(error)):
         reason = "the halves of the probe agree too little, or too well, for a ratio"
     reason = reason or _too_vague(error)
@@ -281,7 +280,7 @@ def _common(values: FloatArray, shares: FloatArray, share: float, level: str) ->
         return Estimate(math.nan, math.nan, count, "share of the set", "", False, reason)
     return Estimate(
         overlap(np.arange(count)),
-        _jackknife_error([overlap(np.delete(np.arange(count), k)) for k in range(count)]),
+        _jackknife_error(leave_out(overlap, np.arange(count))),
         count,
         "share of the set",
         f"{level}s that both halves of the probe prompts put among the {size} with the largest |influence| "
@@ -323,11 +322,8 @@ def _correlations(first: FloatArray, second: FloatArray, rank: bool) -> FloatArr
 
 
 def _jackknife_error(without: Sequence[float]) -> float:
-    """Standard error from the estimates that lack one fold each: (G-1)/G sum (x_g - mean)^2."""
-    count = len(without)
-    if count < FEWEST_FOLDS - 1 or not np.isfinite(without).all():
-        return math.nan
-    return math.sqrt((count - 1) * float(np.var(without)))
+    """Standard error from the estimates that lack one fold each; nan with too few."""
+    return jackknife(without)[1] if len(without) >= FEWEST_FOLDS - 1 else math.nan
 
 
 def _log(values: Sequence[float]) -> list[float]:

@@ -16,13 +16,13 @@ cosines, shared prefixes); means of inner products are over all sequences, which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from stepscope.results import BoolArray, FloatArray, IntArray, Rollouts
 from stepscope.results.kernel import KernelStructure, MeanZero, PairMean, PrefixMean
-from stepscope.stats import Estimate
+from stepscope.stats import Estimate, jackknife, leave_out
 
 PREFIX_BINS = (0, 1, 2, 4, 8, 16, 32, 64)
 
@@ -72,7 +72,9 @@ def kernel_structure(
         return np.array([found, effective_rank(eigenvalues(merged_null[part])) - found])
 
     rank, null_rank = effective_rank(spectrum), effective_rank(null_spectrum)
-    without = _jackknife(ranks, distinct.prompt_index, len(kept)).reshape(-1, 2)
+    without = np.array(
+        leave_out(ranks, distinct.prompt_index) if distinct.num_prompts > 1 else np.zeros((0, 2))
+    )
     return KernelStructure(
         distinct=len(kept),
         diagonal=means["diagonal"],
@@ -199,7 +201,7 @@ def _pair_mean(K: FloatArray, mask: BoolArray, prompts: IntArray, unit: str) -> 
         inside = mask[np.ix_(keep, keep)]
         return float(K[np.ix_(keep, keep)][inside].mean()) if inside.any() else float("nan")
 
-    errors = _jackknife(without, prompts, len(prompts)) if count else np.array([])
+    errors = np.array(leave_out(without, prompts) if count else [])
     return PairMean(
         mean=_with_error(level, errors, len(np.unique(prompts)), unit, "mean over pairs"),
         count=count // ordered,
@@ -220,15 +222,14 @@ def _components(K: FloatArray, prompts: IntArray) -> dict[str, Estimate]:
         )
         return np.array(parts) / (level["diagonal"] or np.nan)
 
-    everything = np.arange(len(prompts))
-    values = shares(everything)
-    labels = np.unique(prompts)
-    without = np.array([shares(everything[prompts != g]) for g in labels]) if len(labels) > 1 else None
+    values = shares(np.arange(len(prompts)))
+    count = len(np.unique(prompts))
+    without = np.array(leave_out(shares, prompts) if count > 1 else np.zeros((0, 3)))
     return {
         name: _with_error(
             float(values[c]),
-            np.array([]) if without is None else without[:, c],
-            len(labels),
+            without[:, c],
+            count,
             "share of the mean diagonal",
             "variance components from pair means",
         )
@@ -236,22 +237,11 @@ def _components(K: FloatArray, prompts: IntArray) -> dict[str, Estimate]:
     }
 
 
-def _jackknife(
-    statistic: Callable[[IntArray], float | FloatArray], prompts: IntArray, count: int
-) -> FloatArray:
-    """The statistic without each prompt in turn."""
-    labels = np.unique(prompts)
-    if len(labels) < 2:
-        return np.array([])
-    everything = np.arange(count)
-    return np.array([statistic(everything[prompts != g]) for g in labels])
-
-
 def _with_error(value: float, without: FloatArray, count: int, unit: str, method: str) -> Estimate:
-    if len(without) < 2 or not np.isfinite(without).all():
+    _, error = jackknife(without)
+    if not np.isfinite(error):
         reason = "an error needs at least two prompts, and pairs of this kind without any one of them"
         return Estimate(value, float("nan"), count, unit, method, reliable=False, reason=reason)
-    error = float(np.sqrt((len(without) - 1) / len(without) * ((without - without.mean()) ** 2).sum()))
     return Estimate(value, error, count, unit, f"{method}, jackknife over prompts")
 
 

@@ -25,7 +25,7 @@ from stepscope.policy.loss.surrogate import advantages
 from stepscope.policy.loss.surrogate import token_weights as loss_token_weights
 from stepscope.results import FloatArray, IntArray, Rollouts
 from stepscope.results.noise import BatchSize, BatchSizes
-from stepscope.stats import Estimate
+from stepscope.stats import Estimate, jackknife, leave_out
 
 CHUNKS = 8
 """Parts of the batch that the slope is jackknifed over; its largest batches are as large as one of them."""
@@ -147,9 +147,7 @@ def _noise(products: FloatArray, m: int, scale: Scale | None, like: Estimate) ->
     if batches < 3:
         reason = f"{batches} batches of this size: too few for an error"
         return Estimate(value, float("nan"), batches, like.unit, how, reliable=False, reason=reason)
-    keep = [np.delete(np.arange(batches), k) for k in range(batches)]
-    without = np.array([_variance(between[np.ix_(k, k)]) for k in keep])
-    error = float(np.sqrt((batches - 1) / batches * ((without - without.mean()) ** 2).sum()))
+    _, error = jackknife(leave_out(lambda kept: _variance(between[np.ix_(kept, kept)]), np.arange(batches)))
     return Estimate(value, error, batches, like.unit, f"{how}, jackknife over them")
 
 
@@ -189,8 +187,7 @@ def _slope(products: FloatArray, sizes: Sequence[int], scale: Scale | None) -> E
             logs.append(np.log(variance) if variance > 0 else nan)
         return float(np.polyfit(np.log(sizes), logs, 1)[0]) if np.isfinite(logs).all() else nan
 
-    drawn = np.array([slope(chunk) for chunk in range(CHUNKS)])
-    error = float(np.sqrt((CHUNKS - 1) / CHUNKS * ((drawn - drawn.mean()) ** 2).sum()))
+    _, error = jackknife([slope(chunk) for chunk in range(CHUNKS)])
     if not np.isfinite(error):
         reason = "too few groups have a gradient"
         return Estimate(slope(None), nan, CHUNKS, "1", how, reliable=False, reason=reason)

@@ -31,7 +31,7 @@ from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import FloatArray, IntArray, Rollouts
 from stepscope.results.noise import NoiseScale, NoiseScales
-from stepscope.stats import Estimate
+from stepscope.stats import Estimate, jackknife, leave_out
 
 
 def noise_scale(
@@ -165,8 +165,7 @@ def from_products(K: FloatArray, prompts: IntArray, *, unit: str, method: str) -
 
     def estimate(statistic: Callable[[IntArray], float], of: str, in_unit: str) -> Estimate:
         value = statistic(everything)
-        without = np.array([statistic(np.delete(everything, b)) for b in everything])
-        error = float(np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum()))
+        _, error = jackknife(leave_out(statistic, everything))
         how = f"{of}, {method}, jackknife over prompts"
         if count < 3 or not np.isfinite(error):
             reason = f"{count} prompts with {int(sizes.min())} responses or more: too few for an error"

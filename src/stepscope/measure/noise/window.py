@@ -17,7 +17,7 @@ import numpy as np
 
 from stepscope.intervals import student
 from stepscope.results import FloatArray
-from stepscope.stats import Estimate
+from stepscope.stats import Estimate, jackknife, leave_out
 
 MIN_BLOCKS = 3
 """Fewest blocks of steps that give an error."""
@@ -46,10 +46,9 @@ def window_noise_scale(products: FloatArray, *, prompts_per_step: float, block: 
         value = _quotient(products, prompts_per_step) if len(products) else float("nan")
         reason = f"{len(products)} steps, {MIN_BLOCKS} blocks of {block} give an error; wait for more"
         return Estimate(value, float("nan"), len(products), "prompts", method, reliable=False, reason=reason)
-    without = [products[labels != b] for b in range(blocks)]
-    ratio = _jackknife(np.array([_quotient(rows, prompts_per_step) for rows in without]))
+    _, ratio = jackknife(leave_out(lambda kept: _quotient(products[kept], prompts_per_step), labels))
     strength = float(products[:, 0].mean())
-    spread = _jackknife(np.array([float(rows[:, 0].mean()) for rows in without]))
+    _, spread = jackknife(leave_out(lambda kept: float(products[kept, 0].mean()), labels))
     value, reach, reason = _quotient(products, prompts_per_step), student(blocks), ""
     if not strength > reach * spread:
         value = ratio = float("nan")
@@ -74,9 +73,3 @@ def _quotient(products: FloatArray, prompts_per_step: float) -> float:
     """Noise over signal; nan where the signal is not positive."""
     signal, total = (float(v) for v in products.mean(0))
     return prompts_per_step * (total - signal) / signal if signal > 0 else float("nan")
-
-
-def _jackknife(without: FloatArray) -> float:
-    """Standard error from the values that leave one block out each."""
-    count = len(without)
-    return float(np.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum()))

@@ -10,9 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from stepscope.results import FloatArray, IntArray
-from stepscope.stats import effective_sample_size, pareto_k
+
+MIN_TAIL = 5
+"""Fewest tail points to which :func:`pareto_k` fits a shape."""
 
 
 @dataclass(frozen=True)
@@ -90,3 +93,45 @@ def check_weights(weights: FloatArray, sequence_weights: FloatArray | None = Non
     if tail > 0.7:
         reasons.append(f"Pareto k {tail:.2f} above 0.7")
     return WeightCheck(size, tail, len(weights), "; ".join(reasons))
+
+
+def effective_sample_size(weights: npt.ArrayLike) -> float:
+    """Kish's effective sample size (sum w)^2 / sum w^2 of importance weights; nan when all are zero."""
+    w = np.asarray(weights, dtype=np.float64)
+    squares = float((w**2).sum())
+    return float(w.sum()) ** 2 / squares if squares > 0 else float("nan")
+
+
+def pareto_k(weights: npt.ArrayLike) -> float:
+    """Shape k of the tail of importance weights: above 0.7 their mean cannot be trusted.
+
+    Fits a generalised Pareto distribution to the excesses of the largest ``ceil(min(0.2 n, 3 sqrt(n)))``
+    weights over the next smaller one, by Zhang & Stephens (2009), drawn towards 0.5 with the weight of ten
+    points as in Pareto smoothed importance sampling (Vehtari et al. 2024). The weights have about 1/k finite
+    moments.
+
+    Args:
+        weights: (n,) nonnegative weights; their scale does not matter.
+
+    Returns:
+        k, or nan when the tail has fewer than five points above the cutoff (too few weights, or all equal).
+    """
+    w = np.sort(np.asarray(weights, dtype=np.float64))
+    size = int(np.ceil(min(0.2 * len(w), 3 * np.sqrt(len(w)))))
+    if size < MIN_TAIL or not np.isfinite(w).all():
+        return float("nan")
+    excess = w[-size:] - w[-size - 1]
+    excess = excess[excess > 0]
+    if len(excess) < MIN_TAIL:
+        return float("nan")
+    count = len(excess)
+    grid = 30 + int(np.sqrt(count))
+    quartile = excess[int(count / 4 + 0.5) - 1]
+    b = 1 - np.sqrt(grid / (np.arange(1, grid + 1) - 0.5))
+    b = b / (3 * quartile) + 1 / excess[-1]
+    shape = np.log1p(-b[:, None] * excess).mean(axis=1)
+    profile = count * (np.log(-b / shape) - shape - 1)
+    posterior = np.exp(profile - profile.max())
+    posterior /= posterior.sum()
+    k = float(np.log1p(-float(posterior @ b) * excess).mean())
+    return (count * k + 10 * 0.5) / (count + 10)
