@@ -22,11 +22,12 @@ import torch
 
 from stepscope import load_task, sample_rollouts
 from stepscope.measure.influence.attribution import influences, neglected_share
-from stepscope.measure.influence.validation import Agreement, compare, remake_steps
+from stepscope.measure.influence.validation import compare, remake_steps
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
+from stepscope.results.validation import Agreement
 
 
 def states(options: argparse.Namespace) -> Iterator[tuple[str, Policy]]:

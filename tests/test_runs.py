@@ -17,7 +17,9 @@ import pytest
 
 from stepscope import runs
 from stepscope.errors import RunFolderError, mendable_line
+from stepscope.results.summary import Summary
 from stepscope.runs import RunFolder
+from stepscope.stats import Estimate
 
 CONFIG = {"checkpoint": "c", "probe": {"seed": 1}, "stages": ["a"]}
 
@@ -259,18 +261,22 @@ def test_files_that_others_may_write_are_not_sealed(tmp_path):
     assert runs.read_json(run.file("n.json")) == {"a": 2}
 
 
+def summary(value: float) -> Summary:
+    return Summary({"a": Estimate(value, 0.0, 2, "1", "")})
+
+
 def test_a_sealed_file_is_added_to_and_survives_a_kill_between_record_and_file(tmp_path, monkeypatch):
     run = open_run(tmp_path / "run")
     for count in (1, 2):
-        run.write_sealed("s.json", {"a": count})
-        assert runs.read_json(run.file("s.json")) == {"a": count}
+        run.write_sealed("s.json", summary(count))
+        assert runs.read_record(Summary, run.file("s.json")) == summary(count)
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", broken_replace(Path.replace))
         with pytest.raises(KeyboardInterrupt):
-            run.write_sealed("s.json", {"a": 3})
-    assert runs.read_json(run.file("s.json")) == {"a": 2}
-    run.write_sealed("s.json", {"a": 4})
-    assert runs.read_json(run.file("s.json")) == {"a": 4}
+            run.write_sealed("s.json", summary(3))
+    assert runs.read_record(Summary, run.file("s.json")) == summary(2)
+    run.write_sealed("s.json", summary(4))
+    assert runs.read_record(Summary, run.file("s.json")) == summary(4)
     run.file("s.json").write_text('{"a": 5}')
     with pytest.raises(RunFolderError, match=r"s\.json: damaged"):
         runs.read_json(run.file("s.json"))

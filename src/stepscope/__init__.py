@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stepscope.errors import StepscopeError
     from stepscope.evaluation import evaluate
-    from stepscope.measure.change.sweep import Change, ChangePoint, measure_change
+    from stepscope.measure.change.sweep import measure_change
     from stepscope.measure.criteria.known import Criterion, TokenFacts, known_criteria
     from stepscope.measure.criteria.leaderboard import Leaderboard, rank_criteria
     from stepscope.measure.criteria.pareto import drop_rules, resteps
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from stepscope.policy.state import OptimizerState, Policy
     from stepscope.report import write_report
     from stepscope.results import Rollouts
+    from stepscope.results.change import Change, ChangePoint
     from stepscope.stats import Estimate
     from stepscope.tasks import Task, load_task
     from stepscope.training.probe.callback import StepProbe
@@ -75,8 +76,8 @@ __all__ = [
 ]
 
 _HOME = {
-    "Change": "measure.change.sweep",
-    "ChangePoint": "measure.change.sweep",
+    "Change": "results.change",
+    "ChangePoint": "results.change",
     "Criterion": "measure.criteria.known",
     "Estimate": "stats",
     "Influence": "measure.influence.attribution",

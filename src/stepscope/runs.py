@@ -440,14 +440,14 @@ class RunFolder:
         }
         write_json(self.path / PROVENANCE, provenance)
 
-    def write_sealed(self, name: str, data: Any) -> None:
-        """Write a JSON file that several stages add to, its digest recorded beside that of what it replaces.
+    def write_sealed(self, name: str, record: Record) -> None:
+        """Write a record that several stages add to, its digest recorded beside that of what it replaces.
 
         The record goes first, so that a process killed in between leaves a file that passes.
         """
         path = self.path / name
         partial = path.with_name(path.name + ".partial")
-        write_json(partial, data)
+        write_record(partial, record)
         provenance = self.provenance()
         digests = [sha256(p) for p in (partial, path) if p.is_file()]
         write_json(

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import partial
 
@@ -21,6 +20,7 @@ from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.reference import exact_change, exact_rollouts, sample_exact
 from stepscope.results import Rollouts
+from stepscope.results.change import Change
 from stepscope.stats import Estimate
 
 measure_change = partial(measured.measure_change, budget=Budget(max_sequences=128))
@@ -65,16 +65,16 @@ def test_a_series_holds_what_it_says(policy: Policy, probe: Rollouts) -> None:
     assert change.measurable_from < 1e-8
     assert change.linear_up_to == pytest.approx(0.2 * abs(change.slope.value / change.curvature.value))
     assert all(torch.equal(p, before[n]) for n, p in policy.parameters.items())
-    kept = json.loads(json.dumps(change.to_dict()))
-    assert kept["points"][1]["true"]["value"] == own.true.value
-    assert set(kept) >= {"quantity", "normalisation", "version", "points", "fit", "value", "linear_up_to"}
-    assert kept["fit"]["slope"] == change.fit.slope
+    kept = Change.from_json(change.to_json(), "change.json")
+    assert kept.at(own.lr).true == own.true
+    assert kept.fit == change.fit
+    assert kept.to_json() == change.to_json()
 
 
 def test_the_same_call_gives_the_same_numbers(policy: Policy, probe: Rollouts) -> None:
     step = random_step(policy)
     one, two = (measure_change(policy, step, probe, lrs=[1e-3], second_order=True) for _ in range(2))
-    assert json.dumps(one.to_dict()) == json.dumps(two.to_dict())
+    assert one.to_json() == two.to_json()
 
 
 def test_series_together_are_series_alone(policy: Policy, probe: Rollouts) -> None:
@@ -98,7 +98,7 @@ def test_series_together_are_series_alone(policy: Policy, probe: Rollouts) -> No
         ("reward", "per_seq", "on_policy"),
     ]
     alone = measure_change(policy, step, probe, quantity="reward", normalisation="per_seq", lrs=[1e-3])
-    assert json.dumps(alone.to_dict()) == json.dumps(together[-1].to_dict())
+    assert alone.to_json() == together[-1].to_json()
     assert together[1].points[0].effective_sample_size == len(probe)
 
 

@@ -10,7 +10,7 @@ import torch
 
 import cases
 from stepscope.errors import CheckpointError
-from stepscope.measure.step.lifetime import carried, lifetime
+from stepscope.measure.step.lifetime import carried, lifetime, lifetime_figures
 from stepscope.policy.state import ParameterGroup, Policy
 
 
@@ -106,7 +106,7 @@ def test_groups_count_by_the_length_they_have(tiny_policy: Policy) -> None:
     assert found.effect[10] == pytest.approx(share * first + (1 - share) * second, rel=1e-9)
     assert found.effect[1] == 1.0
     assert found.step == 100
-    assert set(found.figures(2)) == {
+    assert set(lifetime_figures(found, 2)) == {
         "share_sequences_relative",
         "effect_after_10_steps",
         "effect_after_40_steps",

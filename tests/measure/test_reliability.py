@@ -175,12 +175,13 @@ def test_reliabilities_of_an_influence(case) -> None:
     ]
     assert tokens.halves.value == pytest.approx(np.mean(expected))
     assert tokens.whole.value == pytest.approx(spearman_brown(float(np.mean(expected)), 2))
-    assert {n: r for n, r, _ in tokens.curve}[16] == pytest.approx(tokens.whole.value)
+    assert {point.prompts: point.correlation for point in tokens.curve}[16] == pytest.approx(
+        tokens.whole.value
+    )
     assert sequences.level == "sequence"
     assert sequences.num_items <= len(step.update)
-    data = tokens.to_dict()
-    assert set(data["top"]) == {"0.01", "0.1"}
-    assert 0 <= data["top"]["0.1"]["value"] <= 1
+    assert set(tokens.top) == {"0.01", "0.1"}
+    assert 0 <= tokens.top["0.1"].value <= 1
 
 
 def test_shrunken_influence_lies_between_the_versions(case) -> None:
@@ -189,8 +190,10 @@ def test_shrunken_influence_lies_between_the_versions(case) -> None:
     own = shrunk_influence(policy, step, probe, found)
     fixed = influence(policy, step, step.update, probe, through="optimizer", version="fixed_prefix")
     prior, plain = np.concatenate(fixed.tokens), np.concatenate(found.tokens)
-    assert 0 <= own.kept <= 1
-    np.testing.assert_allclose(own.tokens, prior + own.kept * (plain - prior), rtol=1e-7, atol=1e-12)
+    assert 0 <= own.shrinkage.kept <= 1
+    np.testing.assert_allclose(
+        own.tokens, prior + own.shrinkage.kept * (plain - prior), rtol=1e-7, atol=1e-12
+    )
     assert shrunk_influence(policy, step, probe, replace(found, version="fixed_prefix")) is None
     reward = influence(policy, step, step.update, probe, quantity="reward", normalisation="per_seq")
     assert shrunk_influence(policy, step, probe, reward, quantity="reward") is None

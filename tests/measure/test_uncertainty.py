@@ -5,10 +5,11 @@ import pytest
 
 from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy, random_step
 from stepscope.errors import MeasurementError
-from stepscope.measure.change.sweep import Change, measure_change
+from stepscope.measure.change.sweep import measure_change
 from stepscope.measure.change.uncertainty import estimate_ratio
 from stepscope.policy.passes import Budget
 from stepscope.reference import exact_rollouts, sample_exact
+from stepscope.results.change import Change
 from stepscope.stats import jackknife_ratio
 
 

@@ -113,6 +113,27 @@ class Record(Brief):
         return cls.from_plain(fields, where)
 
 
+class FlatRecord(Record):
+    """A record of one field, a mapping, that is the whole file; the version of such files is the folder's."""
+
+    content: ClassVar[str]
+    """Name of the field."""
+
+    def to_json(self) -> str:
+        """The mapping, and nothing besides."""
+        plain = self.to_plain()[self.content]
+        return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> Self:
+        """The record that :meth:`to_json` wrote.
+
+        Raises:
+            RunFolderError: it is not JSON, or an entry lacks a field, or has one of another kind.
+        """
+        return cls.from_plain({cls.content: parse_object(text, where)}, where)
+
+
 def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
     """A JSON object.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from stepscope.measure.change.second_order import round_off_lrs
-from stepscope.measure.change.series import Change, make_change
+from stepscope.measure.change.series import make_change
 from stepscope.measure.change.sweep import probe_of
 from stepscope.measure.quantity.baselines import Baseline, fit_baseline
 from stepscope.measure.quantity.estimators import Probe, linear
@@ -24,6 +24,7 @@ from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import Rollouts
+from stepscope.results.change import Change
 from stepscope.stats import Estimate
 
 BASELINE = "position"

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
-from stepscope.errors import MeasurementError
 from stepscope.measure.change.second_order import linear_up_to, measurable_from, round_off_floor, second
 from stepscope.measure.change.uncertainty import Evidence, Statistic, estimate
 from stepscope.measure.quantity.baselines import Baseline
@@ -23,8 +21,8 @@ from stepscope.measure.quantity.importance_weights import (
 )
 from stepscope.measure.quantity.quantities import Quantity, unit_of
 from stepscope.measure.quantity.values import TokenTable
-from stepscope.results import Brief
-from stepscope.stats import Estimate, LogLogFit, loglog_fit
+from stepscope.results.change import Change, ChangePoint, Taken
+from stepscope.stats import Estimate, loglog_fit
 
 AS_TAKEN = math.inf
 """Stands among the learning rates for the parameters as a training in a half type leaves them."""
@@ -32,158 +30,6 @@ AS_TAKEN = math.inf
 
 UNRESOLVED = "the change without rounding is within four standard errors of zero"
 """Why a ratio to it says nothing."""
-
-
-@dataclass(frozen=True)
-class Taken:
-    """The change at the step's own learning rate by a training that rounds its weights, and without rounding.
-
-    Attributes:
-        true: F(theta') - F(theta), theta' as the training leaves it.
-        unrounded: F(params + lr * direction) - F(params), from the same samples.
-        difference: true - unrounded, with the error of the paired difference.
-        ratio: true / unrounded, with the error of the paired ratio; None where nothing changes without
-            rounding.
-        effective_sample_size: of the importance weights at theta'.
-        pareto_k: tail of those weights; nan if they hardly differ.
-    """
-
-    true: Estimate
-    unrounded: Estimate
-    difference: Estimate
-    ratio: Estimate | None
-    effective_sample_size: float
-    pareto_k: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary."""
-        return {
-            "true": self.true.to_dict(),
-            "unrounded": self.unrounded.to_dict(),
-            "difference": self.difference.to_dict(),
-            "ratio": self.ratio.to_dict() if self.ratio else None,
-            "effective_sample_size": self.effective_sample_size,
-            "pareto_k": self.pareto_k,
-        }
-
-
-@dataclass(frozen=True)
-class ChangePoint:
-    """The change at one learning rate.
-
-    Attributes:
-        lr: learning rate; the parameters move by ``lr * direction``.
-        true: F(params + lr * direction) - F(params), from the same samples.
-        linear: lr * grad F . direction.
-        second_order: lr^2/2 * direction' (Hess F) direction; None if not asked for.
-        excess: true - linear, with the error of the paired difference.
-        odd: half the difference of the true changes at +lr and -lr, free of second order; None if not asked
-            for.
-        effective_sample_size: of the importance weights.
-        pareto_k: tail of the importance weights; nan if they hardly differ.
-    """
-
-    lr: float
-    true: Estimate
-    linear: Estimate
-    second_order: Estimate | None
-    excess: Estimate
-    odd: Estimate | None
-    effective_sample_size: float
-    pareto_k: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary."""
-        return {
-            "lr": self.lr,
-            "true": self.true.to_dict(),
-            "linear": self.linear.to_dict(),
-            "second_order": self.second_order.to_dict() if self.second_order else None,
-            "excess": self.excess.to_dict(),
-            "odd": self.odd.to_dict() if self.odd else None,
-            "effective_sample_size": self.effective_sample_size,
-            "pareto_k": self.pareto_k,
-        }
-
-
-@dataclass(frozen=True, repr=False)
-class Change(Brief):
-    """The change of one quantity, in one normalisation and version, over a sweep of learning rates.
-
-    Attributes:
-        quantity: its name.
-        normalisation: ``per_token`` or ``per_seq``.
-        version: ``on_policy`` or ``fixed_prefix``.
-        lr: the step's own learning rate.
-        points: by increasing learning rate.
-        fit: log|true| against log lr over the reliable points up to ``linear_up_to`` or the own lr, whichever
-            is larger (all, where ``linear_up_to`` is not known); None with fewer than two.
-        value: the quantity before the step.
-        slope: grad F . direction.
-        curvature: direction' (Hess F) direction; None if not asked for.
-        baseline: rung of the baseline ladder in use.
-        baseline_stderr: standard error of ``slope`` that each rung tried leaves.
-        baseline_explained: share of the variance of the returns that the baseline in use explains.
-        estimator: of the true change.
-        round_off: round-off error of a true change, in the quantity's unit.
-        measurable_from: lr at which the linear change is ten times ``round_off``.
-        linear_up_to: lr at which second order is a tenth of linear; None if second order was not asked for or
-            is in doubt.
-        taken: the change by the rounded step of a training in a half type; None where nothing is rounded.
-    """
-
-    quantity: str
-    normalisation: str
-    version: str
-    lr: float
-    points: tuple[ChangePoint, ...]
-    fit: LogLogFit | None
-    value: Estimate
-    slope: Estimate
-    curvature: Estimate | None
-    baseline: str
-    baseline_stderr: dict[str, float]
-    baseline_explained: float
-    estimator: str
-    round_off: float
-    measurable_from: float
-    linear_up_to: float | None
-    taken: Taken | None = None
-
-    def at(self, lr: float) -> ChangePoint:
-        """The point at a learning rate of the sweep.
-
-        Raises:
-            MeasurementError: the sweep has no such point.
-        """
-        for point in self.points:
-            if np.isclose(point.lr, lr, rtol=1e-9, atol=0):
-                return point
-        raise MeasurementError(
-            f"the sweep has no lr {lr:g}, only {', '.join(f'{p.lr:g}' for p in self.points)}; add it to lrs"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary."""
-        return {
-            "quantity": self.quantity,
-            "normalisation": self.normalisation,
-            "version": self.version,
-            "lr": self.lr,
-            "points": [p.to_dict() for p in self.points],
-            "fit": self.fit.to_dict() if self.fit else None,
-            "value": self.value.to_dict(),
-            "slope": self.slope.to_dict(),
-            "curvature": self.curvature.to_dict() if self.curvature else None,
-            "baseline": self.baseline,
-            "baseline_stderr": dict(self.baseline_stderr),
-            "baseline_explained": self.baseline_explained,
-            "estimator": self.estimator,
-            "round_off": self.round_off,
-            "measurable_from": self.measurable_from,
-            "linear_up_to": self.linear_up_to,
-            "taken": self.taken.to_dict() if self.taken else None,
-        }
 
 
 def doubted(change: Change, reason: str, *, true: bool) -> Change:

@@ -17,7 +17,7 @@ from torch import nn
 
 from stepscope.errors import MeasurementError
 from stepscope.measure.change.second_order import round_off_lrs
-from stepscope.measure.change.series import AS_TAKEN, Change, ChangePoint, doubted, make_change
+from stepscope.measure.change.series import AS_TAKEN, doubted, make_change
 from stepscope.measure.change.uncertainty import ERRORS
 from stepscope.measure.quantity.baselines import LADDER, fit_baseline, length_baseline
 from stepscope.measure.quantity.estimators import ESTIMATORS, Probe, linear
@@ -29,11 +29,10 @@ from stepscope.policy.passes import Budget, longest, track
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector, placed
 from stepscope.results import FloatArray, Rollouts
+from stepscope.results.change import Change, ChangePoint
 from stepscope.stats import Estimate
 
 __all__ = [
-    "Change",
-    "ChangePoint",
     "Line",
     "measure_change",
     "measure_changes",

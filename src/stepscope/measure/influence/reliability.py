@@ -18,13 +18,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
 
 from stepscope.measure.influence.attribution import Influence
-from stepscope.results import Brief, FloatArray, IntArray
+from stepscope.results import FloatArray, IntArray
+from stepscope.results.influence import CurvePoint, Reliability
 from stepscope.stats import Estimate, jackknife, leave_out
 
 TARGET = 0.9
@@ -69,49 +69,6 @@ class SplitHalf:
     without: FloatArray
 
 
-@dataclass(frozen=True, repr=False)
-class Reliability(Brief):
-    """How far a probe batch determines the order of items by influence.
-
-    Attributes:
-        quantity: the quantity.
-        through: ``fixed`` or ``optimizer``.
-        level: ``token`` or ``sequence``.
-        num_items: items with an influence; all others have none whatever the probe.
-        num_prompts: probe prompts.
-        halves: Spearman correlation between halves of the probe.
-        whole: that between two probes of this size.
-        needed: probe prompts for a correlation of 0.9.
-        curve: (probe prompts, correlation, standard error).
-        top: by share, how much of the set of the largest |influence| two halves have in common.
-    """
-
-    quantity: str
-    through: str
-    level: str
-    num_items: int
-    num_prompts: int
-    halves: Estimate
-    whole: Estimate
-    needed: Estimate
-    curve: tuple[tuple[int, float, float], ...]
-    top: dict[str, Estimate]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary."""
-        return {
-            **vars(self),
-            **{n: getattr(self, n).to_dict() for n in ("halves", "whole", "needed")},
-            "target": TARGET,
-            "curve": [
-                {"prompts": n, "correlation": r, "stderr": e if math.isfinite(e) else None}
-                for n, r, e in self.curve
-                if math.isfinite(r)
-            ],
-            "top": {share: estimate.to_dict() for share, estimate in self.top.items()},
-        }
-
-
 def reliabilities(found: Influence, num_prompts: int) -> tuple[Reliability, Reliability]:
     """How sure the order of a batch's tokens, and that of its sequences, is.
 
@@ -132,10 +89,14 @@ def _reliability(found: Influence, level: str, values: FloatArray, prompts: int)
     needed = prompts_for(whole.value, prompts)
     error = _jackknife_error(_log([prompts_for(r, prompts) for r in agreement.without]))
     reason = whole.reason or _too_vague(error)
-    curve = []
-    for multiple in _MULTIPLES:
-        error_there = _jackknife_error([spearman_brown(r, multiple) for r in agreement.without])
-        curve.append((round(multiple * prompts), spearman_brown(whole.value, multiple), error_there))
+    curve = [
+        CurvePoint(
+            round(multiple * prompts),
+            spearman_brown(whole.value, multiple),
+            _jackknife_error([spearman_brown(r, multiple) for r in agreement.without]),
+        )
+        for multiple in (_MULTIPLES if math.isfinite(whole.value) else ())
+    ]
     return Reliability(
         quantity=found.quantity,
         through=found.through,
@@ -144,6 +105,7 @@ def _reliability(found: Influence, level: str, values: FloatArray, prompts: int)
         num_prompts=prompts,
         halves=agreement.halves,
         whole=whole,
+        target=TARGET,
         needed=Estimate(
             needed,
             needed * error,

@@ -15,7 +15,6 @@ rank, and the influence itself to add up.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -29,7 +28,7 @@ from stepscope.policy.gradients import Mode
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.results import Brief, FloatArray, Rollouts
-from stepscope.stats import Estimate
+from stepscope.results.influence import Shrinkage
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,27 +36,12 @@ class Shrunk(Brief):
     """Influence of tokens shrunk towards that at fixed prefixes.
 
     Attributes:
-        quantity: the quantity.
-        through: ``fixed`` or ``optimizer``.
         tokens: (tok,) shrunken influence, in the order of the batch.
-        kept: lambda, the share of the rest that is kept.
-        gain: factor by which the probe it takes for the same reliability of ranks falls.
+        shrinkage: how far, and what it gains.
     """
 
-    quantity: str
-    through: str
     tokens: FloatArray
-    kept: float
-    gain: Estimate
-
-    def to_dict(self) -> dict[str, Any]:
-        """What ``reliability.json`` says of it."""
-        return {
-            "quantity": self.quantity,
-            "through": self.through,
-            "kept": self.kept,
-            "gain": self.gain.to_dict(),
-        }
+    shrinkage: Shrinkage
 
 
 def shrunk_influence(
@@ -110,13 +94,8 @@ def shrunk_influence(
     own = slope.folds(len(found.fold_tokens))
     prior = token_products(policy, step, pulled, own.mixing, mode=mode, budget=budget)
     tokens, kept = shrink(found.fold_tokens, prior, found.folds.shares)
-    return Shrunk(
-        found.quantity,
-        found.through,
-        tokens,
-        kept,
-        implied_gain(found.fold_tokens, prior, found.folds.shares, lambda x, y, s: shrink(x, y, s)[0]),
-    )
+    gain = implied_gain(found.fold_tokens, prior, found.folds.shares, lambda x, y, s: shrink(x, y, s)[0])
+    return Shrunk(tokens, Shrinkage(found.quantity, found.through, kept, gain))
 
 
 def shrink(values: FloatArray, prior: FloatArray, shares: FloatArray) -> tuple[FloatArray, float]:

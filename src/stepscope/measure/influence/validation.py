@@ -29,11 +29,10 @@ from scipy.stats import pearsonr, spearmanr
 from stepscope.errors import MeasurementError
 from stepscope.measure.influence.attribution import Influence
 from stepscope.measure.influence.probe_gradient import BoundQuantity, Folds, bind_quantity
-from stepscope.measure.influence.reliability import SplitHalf, split_half
+from stepscope.measure.influence.reliability import split_half
 from stepscope.measure.quantity.estimators import per_decision
 from stepscope.measure.quantity.quantities import Quantity
 from stepscope.measure.quantity.values import values_at
-from stepscope.measure.step.derivative import Through
 from stepscope.measure.step.reconstruct import Step, assemble_step, weighted_logprobs
 from stepscope.measure.step.terms import term_gradients
 from stepscope.policy.loss.surrogate import advantages, token_weights
@@ -41,6 +40,7 @@ from stepscope.policy.passes import Budget, track
 from stepscope.policy.per_sequence.products import weighted_gradients
 from stepscope.policy.state import Policy
 from stepscope.results import BoolArray, FloatArray, Rollouts
+from stepscope.results.validation import Agreement, Validation
 from stepscope.stats import Estimate, bootstrap
 
 Removal = Literal["zeroed", "recomputed"]
@@ -78,105 +78,6 @@ class Remade:
     reweighted_true: FloatArray
     subset_folds: FloatArray
     single_folds: FloatArray
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How predictions agree with true changes.
-
-    Attributes:
-        pearson: Pearson correlation.
-        spearman: Spearman correlation.
-        slope: sum predicted x true / sum predicted^2: 1 where predictions have the right size.
-        error: |true - predicted| / |true|, Euclidean norms.
-        predicted: (case,) predictions.
-        true: (case,) true changes.
-    """
-
-    pearson: Estimate
-    spearman: Estimate
-    slope: float
-    error: float
-    predicted: FloatArray
-    true: FloatArray
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary."""
-        return {
-            "pearson": self.pearson.to_dict(),
-            "spearman": self.spearman.to_dict(),
-            "slope": self.slope if np.isfinite(self.slope) else None,
-            "error": self.error if np.isfinite(self.error) else None,
-            "predicted": self.predicted.tolist(),
-            "true": self.true.tolist(),
-        }
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Influence against true changes of re-made steps.
-
-    Attributes:
-        quantity: name of the quantity.
-        removal: how sequences were taken out.
-        through: of the influence: ``fixed`` or ``optimizer``.
-        lr: learning rate of the re-made steps.
-        subsets: (subset, seq) True where the sequence stayed.
-        single_index: (single,) sequences left out one at a time.
-        half: over subsets, the change against lr (linear change - influence of what was left out).
-        single: over single sequences, the change that goes with it against lr times its influence.
-        reweighted: over single sequences, the derivative with respect to its weight against the same.
-        half_across: rank correlation over subsets, prediction and truth from different halves of the probe.
-        single_across: Pearson correlation over single sequences, likewise.
-    """
-
-    quantity: str
-    removal: Removal
-    through: Through
-    lr: float
-    subsets: BoolArray
-    single_index: tuple[int, ...]
-    half: Agreement
-    single: Agreement
-    reweighted: Agreement
-    half_across: SplitHalf
-    single_across: SplitHalf
-
-    @property
-    def lds(self) -> Estimate:
-        """Spearman correlation over random subsets: the linear datamodelling score."""
-        return self.half.spearman
-
-    @property
-    def leave_one_out(self) -> Estimate:
-        """Pearson correlation over single sequences left out."""
-        return self.single.pearson
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary; subsets as lists of the sequences that stayed."""
-        return {
-            "quantity": self.quantity,
-            "removal": self.removal,
-            "through": self.through,
-            "lr": self.lr,
-            "lds": self.half.spearman.to_dict(),
-            "lds_pearson": self.half.pearson.to_dict(),
-            "leave_one_out": self.single.pearson.to_dict(),
-            "leave_one_out_spearman": self.single.spearman.to_dict(),
-            "lds_across": self.half_across.whole.to_dict(),
-            "lds_across_halves": self.half_across.halves.to_dict(),
-            "leave_one_out_across": self.single_across.whole.to_dict(),
-            "leave_one_out_across_halves": self.single_across.halves.to_dict(),
-            "subsets": [np.flatnonzero(row).tolist() for row in self.subsets],
-            "subset_true": self.half.true.tolist(),
-            "subset_predicted": self.half.predicted.tolist(),
-            "single_index": list(self.single_index),
-            "single_true": self.single.true.tolist(),
-            "single_predicted": self.single.predicted.tolist(),
-            "half": self.half.to_dict(),
-            "single": self.single.to_dict(),
-            "reweighted": self.reweighted.to_dict(),
-        }
 
 
 def remake_steps(
@@ -284,34 +185,46 @@ def compare(remade: Remade, found: Influence) -> Validation:
     single = lr * found.sequences[singles]
     one = f"{len(singles)} of {count} sequences"
     folds, shares = found.fold_sequences, found.folds.shares
+    halves = _agreement(
+        half, remade.subset_true, f"{removal}, {len(remade.subsets)} subsets of {kept} of {count} sequences"
+    )
+    singly = _agreement(single, remade.single_true, f"{removal}, {one} left out one at a time")
+    half_across = split_half(
+        folds @ remade.subsets.T.astype(np.float64),
+        shares,
+        remade.subset_folds,
+        what=f"predicted and true changes ({removal}, {len(remade.subsets)} subsets)",
+    )
+    single_across = split_half(
+        folds[:, singles],
+        shares,
+        remade.single_folds,
+        rank=False,
+        what=f"predicted and true changes ({removal}, {one} left out one at a time)",
+    )
     return Validation(
         quantity=found.quantity,
         removal=removal,
         through=found.through,
         lr=lr,
-        subsets=remade.subsets,
+        lds=halves.spearman,
+        lds_pearson=halves.pearson,
+        leave_one_out=singly.pearson,
+        leave_one_out_spearman=singly.spearman,
+        lds_across=half_across.whole,
+        lds_across_halves=half_across.halves,
+        leave_one_out_across=single_across.whole,
+        leave_one_out_across_halves=single_across.halves,
+        subsets=tuple(tuple(np.flatnonzero(row).tolist()) for row in remade.subsets),
+        subset_true=halves.true,
+        subset_predicted=halves.predicted,
         single_index=remade.single_index,
-        half=_agreement(
-            half,
-            remade.subset_true,
-            f"{removal}, {len(remade.subsets)} subsets of {kept} of {count} sequences",
-        ),
-        single=_agreement(single, remade.single_true, f"{removal}, {one} left out one at a time"),
+        single_true=singly.true,
+        single_predicted=singly.predicted,
+        half=halves,
+        single=singly,
         reweighted=_agreement(
             single[: len(remade.reweighted_true)], remade.reweighted_true, f"{one} reweighted one at a time"
-        ),
-        half_across=split_half(
-            folds @ remade.subsets.T.astype(np.float64),
-            shares,
-            remade.subset_folds,
-            what=f"predicted and true changes ({removal}, {len(remade.subsets)} subsets)",
-        ),
-        single_across=split_half(
-            folds[:, singles],
-            shares,
-            remade.single_folds,
-            rank=False,
-            what=f"predicted and true changes ({removal}, {one} left out one at a time)",
         ),
     )
 

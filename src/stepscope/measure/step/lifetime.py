@@ -18,8 +18,6 @@ is "momentum" whatever the training does. (Own derivation, held to ``torch.optim
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,71 +26,11 @@ from stepscope.errors import CheckpointError
 from stepscope.measure.step.reconstruct import Step
 from stepscope.policy import vectors
 from stepscope.policy.state import ParameterGroup, Policy
+from stepscope.results.step import Lifetime
 from stepscope.stats import Estimate
 
 HORIZONS = (1, 10, 40)
 """Steps in all, the batch's own the first, at which the effect of a batch is given."""
-
-
-@dataclass(frozen=True)
-class Lifetime:
-    """A batch's effect beyond its own step, and its share of that step against two kinds of gradients.
-
-    Attributes:
-        step: t, the number of the step; of the parameter with most steps.
-        effect: steps in all to the displacement so far over that of the own step.
-        share: <sequences, direction> / |direction|^2.
-        white_noise_share: what independent gradients of constant size would give.
-        constant_share: what a gradient that never changes would give.
-    """
-
-    step: int
-    effect: dict[int, float]
-    share: float
-    white_noise_share: float
-    constant_share: float
-
-    @property
-    def relative_share(self) -> float:
-        """The share in units of the share under white noise."""
-        return self.share / self.white_noise_share
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields for ``step.json``."""
-        return {
-            **asdict(self),
-            "effect": {str(n): value for n, value in self.effect.items()},
-            "relative_share": self.relative_share,
-        }
-
-    def figures(self, count: int) -> dict[str, Estimate]:
-        """The headline figures.
-
-        Args:
-            count: prompts of the update batch.
-        """
-        nan = float("nan")
-        found = {
-            "share_sequences_relative": Estimate(
-                self.relative_share,
-                nan,
-                count,
-                "white-noise shares",
-                f"share of this batch over {self.white_noise_share:.4g}, which independent gradients would "
-                f"give at step {self.step}; an unchanging gradient would give {self.constant_share:.4g}",
-            )
-        }
-        for n, value in self.effect.items():
-            if n > 1:
-                found[f"effect_after_{n}_steps"] = Estimate(
-                    value,
-                    nan,
-                    count,
-                    "own-step effects",
-                    f"displacement of this batch over {n} steps, its own the first, through the first "
-                    "moment; later gradients, preconditioner and learning rate held as they are",
-                )
-        return found
 
 
 def carried(group: ParameterGroup, step: int, horizon: int) -> float:
@@ -145,12 +83,44 @@ def lifetime(policy: Policy, step: Step, *, horizons: tuple[int, ...] = HORIZONS
     def after(count: int) -> float:
         return average(own, lambda group, age: carried(group, age, count))
 
+    share = vectors.dot(own, step.direction) / vectors.norm(step.direction) ** 2
+    white = average(step.direction, lambda g, t: (1 - g.betas[0] ** 2) / (1 - g.betas[0] ** (2 * t)))
     return Lifetime(
         step=max(ages.values()),
         effect={n: after(n) for n in horizons},
-        share=vectors.dot(own, step.direction) / vectors.norm(step.direction) ** 2,
-        white_noise_share=average(
-            step.direction, lambda g, t: (1 - g.betas[0] ** 2) / (1 - g.betas[0] ** (2 * t))
-        ),
+        share=share,
+        white_noise_share=white,
         constant_share=average(step.direction, lambda g, t: (1 - g.betas[0]) / (1 - g.betas[0] ** t)),
+        relative_share=share / white,
     )
+
+
+def lifetime_figures(found: Lifetime, count: int) -> dict[str, Estimate]:
+    """The headline figures.
+
+    Args:
+        found: of the step.
+        count: prompts of the update batch.
+    """
+    nan = float("nan")
+    figures = {
+        "share_sequences_relative": Estimate(
+            found.relative_share,
+            nan,
+            count,
+            "white-noise shares",
+            f"share of this batch over {found.white_noise_share:.4g}, which independent gradients would "
+            f"give at step {found.step}; an unchanging gradient would give {found.constant_share:.4g}",
+        )
+    }
+    for n, value in found.effect.items():
+        if n > 1:
+            figures[f"effect_after_{n}_steps"] = Estimate(
+                value,
+                nan,
+                count,
+                "own-step effects",
+                f"displacement of this batch over {n} steps, its own the first, through the first "
+                "moment; later gradients, preconditioner and learning rate held as they are",
+            )
+    return figures

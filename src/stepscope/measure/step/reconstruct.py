@@ -21,7 +21,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +39,7 @@ from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import score_discriminators, score_rollouts
 from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
 from stepscope.results import Brief, FloatArray, Rollouts
+from stepscope.results.step import Component
 
 CLIP_EPSILON = 1e-6
 """``torch.nn.utils.clip_grad_norm_`` adds this to the norm."""
@@ -314,31 +314,17 @@ def weighted_logprobs(weights: Sequence[FloatArray]) -> Objective:
     return lambda outputs, batch: batch.pad(weights, outputs.logprobs) * outputs.logprobs
 
 
-def step_summary(step: Step) -> dict[str, Any]:
-    """The figures of a step for ``step.json``.
-
-    ``norm_X`` is the Euclidean norm of component X per unit of lr; ``share_X`` = <X, direction> /
-    |direction|^2, so that the shares add up to 1 (one may be negative); ``cosine_X`` is the cosine of X
-    and the direction.
-    """
+def step_components(step: Step) -> dict[str, Component]:
+    """Size and direction of every component of a step."""
     total = vectors.norm(step.direction)
-    summary: dict[str, Any] = {
-        "lr": step.lr,
-        "grad_norm": step.grad_norm,
-        "clip_coefficient": step.clip_coefficient,
-        "norm_direction": total,
-        "norm_displacement": step.lr * total,
-        "num_parameters": sum(t.numel() for t in step.direction.values()),
-        "num_sequences": len(step.update),
-        "num_prompts": step.update.num_prompts,
-        "num_tokens": int(step.update.num_tokens.sum()),
+    return {
+        name: Component(
+            norm=vectors.norm(part),
+            share=vectors.dot(part, step.direction) / total**2,
+            cosine=vectors.cosine(part, step.direction),
+        )
+        for name, part in step.components.items()
     }
-    for name, part in step.components.items():
-        summary[f"norm_{name}"] = vectors.norm(part)
-        summary[f"share_{name}"] = vectors.dot(part, step.direction) / total**2
-        cosine = vectors.cosine(part, step.direction)
-        summary[f"cosine_{name}"] = cosine if cosine == cosine else None
-    return summary
 
 
 class _Drift:

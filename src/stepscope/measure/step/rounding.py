@@ -11,8 +11,7 @@ training ran its backward pass in the half type.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from stepscope.policy.finiteness import first_not_finite
 from stepscope.policy.state import OptimizerState, Policy
 from stepscope.policy.stored import finer_than_kept
 from stepscope.results import Brief
+from stepscope.results.step import Rounding
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,17 +48,9 @@ class RoundedStep(Brief):
     cosine: float
     norm_ratio: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """The figures for ``step.json``."""
-        cosine = self.cosine if self.cosine == self.cosine else None
-        return {
-            "kept_in": self.kept_in,
-            "kernel": self.kernel,
-            "lr": self.lr,
-            "share_moved": self.share_moved,
-            "cosine": cosine,
-            "norm_ratio": self.norm_ratio,
-        }
+    def report(self) -> Rounding:
+        """The figures, without the parameters."""
+        return Rounding(**{field.name: getattr(self, field.name) for field in fields(Rounding)})
 
 
 def rounded_step(policy: Policy, step: Step, lr: float) -> RoundedStep | None:

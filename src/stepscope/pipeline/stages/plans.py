@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
@@ -25,17 +24,22 @@ from stepscope.measure.influence.validation import compare, remake_steps
 from stepscope.measure.kernel.fisher import fisher_kernel
 from stepscope.measure.noise.scale import effect_noise_scale, noise_scale
 from stepscope.measure.quantity.quantities import unit_of
-from stepscope.measure.step.lifetime import lifetime
-from stepscope.measure.step.reconstruct import step_summary
+from stepscope.measure.step.lifetime import lifetime, lifetime_figures
+from stepscope.measure.step.reconstruct import step_components
 from stepscope.measure.step.rounding import RoundedStep
 from stepscope.pipeline.session import Line, Session
 from stepscope.policy import vectors
 from stepscope.report import write_report
 from stepscope.results import FloatArray, Rollouts, write_arrays
+from stepscope.results.change import Changes
+from stepscope.results.influence import Reliabilities
+from stepscope.results.step import StepReport
+from stepscope.results.summary import Summary
+from stepscope.results.validation import Validation, Validations
 from stepscope.runs import RunFolder
 from stepscope.stats import NOT_FINITE, Estimate, LogLogFit, clustered_mean
 
-Summary = dict[str, Estimate]
+Figures = dict[str, Estimate]
 
 PAGE = "report.html"
 """The page of a measurement."""
@@ -52,13 +56,13 @@ class StagePlan:
         needs_policy: whether the model is needed, too.
     """
 
-    work: Callable[[Session], Summary]
+    work: Callable[[Session], Figures]
     files: tuple[str, ...]
     needs: tuple[Stage, ...]
     needs_policy: bool = True
 
 
-def sample_batches(session: Session) -> Summary:
+def sample_batches(session: Session) -> Figures:
     """Sample update and probe batch; nothing is written before both are known to be fit for use."""
     update = session.update = session.sample_update()
     probe = session.probe = session.sample_probe(update)
@@ -73,7 +77,7 @@ def sample_batches(session: Session) -> Summary:
     return batch_figures(update, probe, session.config.errors)
 
 
-def batch_figures(update: Rollouts, probe: Rollouts, errors: str) -> Summary:
+def batch_figures(update: Rollouts, probe: Rollouts, errors: str) -> Figures:
     """Entropy, reward and length of the policy, from the probe batch; mean reward of the update batch."""
     prompts = probe.prompt_index
     how = "mean over probe responses, error clustered by prompt"
@@ -99,36 +103,46 @@ def batch_figures(update: Rollouts, probe: Rollouts, errors: str) -> Summary:
     }
 
 
-def rebuild_step(session: Session) -> Summary:
+def rebuild_step(session: Session) -> Figures:
     """Rebuild the optimizer step and store its direction."""
     step = session.step
-    later = lifetime(session.policy, step)
-    figures = step_summary(step) | {
-        "initial_lr": session.initial_lr() if step.lr == 0 else None,
-        "stored_dtypes": list(session.policy.stored_dtypes),
-        "doubt": session.step_doubt,
-        "rounding": session.taken.to_dict() if session.taken else None,
-        "lifetime": later.to_dict(),
-    }
+    total = vectors.norm(step.direction)
+    report = StepReport(
+        lr=step.lr,
+        grad_norm=step.grad_norm,
+        clip_coefficient=step.clip_coefficient,
+        norm_direction=total,
+        norm_displacement=step.lr * total,
+        num_parameters=sum(t.numel() for t in step.direction.values()),
+        num_sequences=len(step.update),
+        num_prompts=step.update.num_prompts,
+        num_tokens=int(step.update.num_tokens.sum()),
+        components=step_components(step),
+        initial_lr=session.initial_lr() if step.lr == 0 else None,
+        stored_dtypes=session.policy.stored_dtypes,
+        doubt=session.step_doubt,
+        rounding=session.taken.report() if session.taken else None,
+        lifetime=lifetime(session.policy, step),
+    )
     vectors.save(step.direction, session.run.file("direction.safetensors"))
-    runs.write_json(session.run.file("step.json"), figures)
+    runs.write_record(session.run.file("step.json"), report)
     count = session.update.num_prompts
     shares = {
-        f"share_{part}": Estimate(
-            value=float(figures[f"share_{part}"]),
+        f"share_{name}": Estimate(
+            value=part.share,
             stderr=float("nan"),
             n=count,
             unit="share of the step",
-            method=f"<{part}, direction>/|direction|^2, exact for this update batch",
+            method=f"<{name}, direction>/|direction|^2, exact for this update batch",
         )
-        for part in step.components
+        for name, part in report.components.items()
     }
-    found = shares | later.figures(count)
+    found = shares | lifetime_figures(report.lifetime, count)
     doubted = {name: figure.doubted(session.step_doubt) for name, figure in found.items()}
     return doubted | _rounding_figures(session.taken, count)
 
 
-def _rounding_figures(taken: RoundedStep | None, count: int) -> Summary:
+def _rounding_figures(taken: RoundedStep | None, count: int) -> Figures:
     """How the step as taken in a half type differs from that before rounding; nothing where it does not."""
     if taken is None:
         return {}
@@ -144,7 +158,7 @@ def _rounding_figures(taken: RoundedStep | None, count: int) -> Summary:
     }
 
 
-def measure_sweep(session: Session) -> Summary:
+def measure_sweep(session: Session) -> Figures:
     """Change of every quantity over the learning rates: true, linear, second order."""
     config = session.config
     found = measure_changes(
@@ -164,10 +178,8 @@ def measure_sweep(session: Session) -> Summary:
         budget=session.budget,
     )
     primary, *others = found = tuple(doubted(s, session.step_doubt, true=True) for s in found)
-    runs.write_json(
-        session.run.file("change.json"), {**primary.to_dict(), "others": [s.to_dict() for s in others]}
-    )
-    figures: Summary = {}
+    runs.write_record(session.run.file("change.json"), Changes(**vars(primary), others=tuple(others)))
+    figures: Figures = {}
     for series in found:
         if series.version != "on_policy" or not session.line.lr > 0:
             continue
@@ -202,7 +214,7 @@ def _at_own_lr(line: Line, estimate: Estimate) -> Estimate:
     return estimate.doubted(reason)
 
 
-def _line_figures(fit: LogLogFit | None, count: int) -> Summary:
+def _line_figures(fit: LogLogFit | None, count: int) -> Figures:
     """Slope and R^2 of true change against lr; nan, with the reason, where too few rates are reliable."""
     nan = float("nan")
     how = (
@@ -222,7 +234,7 @@ def _line_figures(fit: LogLogFit | None, count: int) -> Summary:
     }
 
 
-def attribute_change(session: Session) -> Summary:
+def attribute_change(session: Session) -> Figures:
     """Influence of every sequence and token of the update batch on the change of each quantity."""
     found = session.influences
     every = [way for ways in found for way in ways]
@@ -234,12 +246,12 @@ def attribute_change(session: Session) -> Summary:
         shrunk=[s.tokens if (s := shrunk.get((w.quantity, w.through))) else None for w in every],
     )
     sure = {(w.quantity, w.through): reliabilities(w, session.probe.num_prompts) for w in every}
-    runs.write_json(
+    runs.write_record(
         session.run.file("reliability.json"),
-        {
-            "rankings": [order.to_dict() for both in sure.values() for order in both],
-            "shrunk": [own.to_dict() for own in shrunk.values()],
-        },
+        Reliabilities(
+            rankings=tuple(order for both in sure.values() for order in both),
+            shrunk=tuple(own.shrinkage for own in shrunk.values()),
+        ),
     )
     fixed, optimizer = found[0]
     tokens, sequences = sure[optimizer.quantity, optimizer.through]
@@ -259,7 +271,7 @@ def attribute_change(session: Session) -> Summary:
         "rank_reliability_sequences": sequences.whole,
         "probe_needed_tokens": tokens.needed,
         "probe_needed_sequences": sequences.needed,
-        **({} if own is None else {"shrinkage_gain": own.gain}),
+        **({} if own is None else {"shrinkage_gain": own.shrinkage.gain}),
     }
 
 
@@ -276,15 +288,15 @@ def _shrunk(session: Session) -> dict[tuple[str, str], Shrunk]:
         )
         for quantity, (_, optimizer) in zip(session.quantities, session.influences, strict=True)
     ]
-    return {(own.quantity, own.through): own for own in found if own is not None}
+    return {(own.shrinkage.quantity, own.shrinkage.through): own for own in found if own is not None}
 
 
-def validate_shares(session: Session) -> Summary:
+def validate_shares(session: Session) -> Figures:
     """Influence on the primary quantity, both ways, against steps re-made with other weights."""
     config = session.config
     ways = session.influences[0]
-    artifact: dict[str, Any] = {}
-    figures: Summary = {}
+    artifact: dict[str, Validation] = {}
+    figures: Figures = {}
     for removal in config.validation.removals:
         remade = remake_steps(
             session.policy,
@@ -303,16 +315,16 @@ def validate_shares(session: Session) -> Summary:
         for way in ways:
             checked = compare(remade, way)
             name = removal if way.through == "fixed" else f"{removal}_{way.through}"
-            artifact[name] = checked.to_dict()
+            artifact[name] = checked
             figures[f"lds_{name}"] = checked.lds
             figures[f"leave_one_out_{name}"] = checked.leave_one_out
-            figures[f"lds_across_{name}"] = checked.half_across.whole
-            figures[f"leave_one_out_across_{name}"] = checked.single_across.whole
-    runs.write_json(session.run.file("validation.json"), artifact)
+            figures[f"lds_across_{name}"] = checked.lds_across
+            figures[f"leave_one_out_across_{name}"] = checked.leave_one_out_across
+    runs.write_record(session.run.file("validation.json"), Validations(artifact))
     return figures
 
 
-def couple_sequences(session: Session) -> Summary:
+def couple_sequences(session: Session) -> Figures:
     """Fisher kernel of the update batch with itself and with the probe batch."""
     config = session.config
     kernel = fisher_kernel(
@@ -329,7 +341,7 @@ def couple_sequences(session: Session) -> Summary:
     return {"effective_rank": kernel.effective_rank}
 
 
-def weigh_noise(session: Session) -> Summary:
+def weigh_noise(session: Session) -> Figures:
     """Gradient noise scale of the update batch; also of its effect on each quantity, where that is known."""
     update = session.update
     found = noise_scale(
@@ -360,7 +372,7 @@ def weigh_noise(session: Session) -> Summary:
     return {"noise_scale": found.noise_scale}
 
 
-def judge_criteria(session: Session) -> Summary:
+def judge_criteria(session: Session) -> Figures:
     """Leaderboard of the criteria against the measured effects, and what kind of token carries influence."""
     config = session.config
     board = rank_criteria(
@@ -428,7 +440,7 @@ def _kernel_norms(run: RunFolder) -> FloatArray | None:
     return np.asarray(np.sqrt(kernel.diagonal().numpy()), dtype=np.float64)
 
 
-def write_page(session: Session) -> Summary:
+def write_page(session: Session) -> Figures:
     """The page, from what the other stages left."""
     write_report(session.run.path)
     return {}
@@ -447,12 +459,11 @@ def write_summary(run: RunFolder, figures: Mapping[str, Estimate]) -> None:
                 f"({figure.method}); measure with --precision float64, other seeds or an earlier checkpoint"
             )
     path = run.file("summary.json")
-    summary = dict(runs.read_json(path)) if path.exists() else {}
+    summary = dict(runs.read_record(Summary, path).figures) if path.exists() else {}
     seconds = float(run.provenance()["wall_seconds"])
     clock = Estimate(seconds, float("nan"), 1, "s", "sum over the finished stages")
     summary.pop("wall_seconds", None)
-    summary |= {name: figure.to_dict() for name, figure in figures.items()}
-    run.write_sealed("summary.json", {**summary, "wall_seconds": clock.to_dict()})
+    run.write_sealed("summary.json", Summary({**summary, **figures, "wall_seconds": clock}))
 
 
 PLANS: dict[Stage, StagePlan] = {

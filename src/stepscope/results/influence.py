@@ -1,0 +1,85 @@
+"""``reliability.json``: how sure the rankings by influence are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from stepscope.results.records import Record
+from stepscope.stats import Estimate, Number
+
+
+@dataclass(frozen=True)
+class CurvePoint(Record):
+    """Reliability at another size of the probe.
+
+    Attributes:
+        prompts: of the probe.
+        correlation: between two probes of that size.
+        stderr: its standard error.
+    """
+
+    prompts: int
+    correlation: Number
+    stderr: Number
+
+
+@dataclass(frozen=True, repr=False)
+class Reliability(Record):
+    """How far a probe batch determines the order of items by influence.
+
+    Attributes:
+        quantity: the quantity.
+        through: ``fixed`` or ``optimizer``.
+        level: ``token`` or ``sequence``.
+        num_items: items with an influence; all others have none whatever the probe.
+        num_prompts: probe prompts.
+        halves: Spearman correlation between halves of the probe.
+        whole: that between two probes of this size.
+        target: the correlation that a ranking should have.
+        needed: probe prompts for it.
+        curve: reliability over the number of probe prompts; empty where it is not known.
+        top: by share, how much of the set of the largest |influence| two halves have in common.
+    """
+
+    quantity: str
+    through: str
+    level: str
+    num_items: int
+    num_prompts: int
+    halves: Estimate
+    whole: Estimate
+    target: float
+    needed: Estimate
+    curve: tuple[CurvePoint, ...]
+    top: Mapping[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Shrinkage(Record):
+    """How far the influence of tokens is shrunk towards that at fixed prefixes.
+
+    Attributes:
+        quantity: the quantity.
+        through: ``fixed`` or ``optimizer``.
+        kept: lambda, the share of the rest that is kept.
+        gain: factor by which the probe it takes for the same reliability of ranks falls.
+    """
+
+    quantity: str
+    through: str
+    kept: Number
+    gain: Estimate
+
+
+@dataclass(frozen=True, repr=False)
+class Reliabilities(Record):
+    """The rankings of a measurement.
+
+    Attributes:
+        rankings: of tokens and sequences, for every quantity and both ways of influence.
+        shrunk: the shrunken influences, where there are any.
+    """
+
+    rankings: tuple[Reliability, ...]
+    shrunk: tuple[Shrinkage, ...]

@@ -1,0 +1,129 @@
+"""``step.json``: the optimizer step of a checkpoint, its components, its rounding and its lifetime."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from stepscope.results.records import Record
+from stepscope.stats import Number
+
+
+@dataclass(frozen=True)
+class Component(Record):
+    """One of the vectors that add up to a step.
+
+    Attributes:
+        norm: its Euclidean norm per unit of lr.
+        share: <it, direction> / |direction|^2; the shares add up to 1 (one may be negative).
+        cosine: of it and the direction; nan where one of them is 0.
+    """
+
+    norm: Number
+    share: Number
+    cosine: Number
+
+
+@dataclass(frozen=True)
+class Rounding(Record):
+    """How a step as a training in a half type takes it differs from params + lr * direction.
+
+    Attributes:
+        kept_in: the half types, by name.
+        kernel: which of torch's implementations took the step, ``fused``, ``foreach`` or ``single tensor``.
+        lr: learning rate of the step.
+        share_moved: share of the coordinates with theta' != theta.
+        cosine: of theta' - theta and the direction before rounding; nan where nothing moves.
+        norm_ratio: |theta' - theta| / |lr * direction|.
+    """
+
+    kept_in: str
+    kernel: str
+    lr: float
+    share_moved: Number
+    cosine: Number
+    norm_ratio: Number
+
+
+@dataclass(frozen=True)
+class Lifetime(Record):
+    """A batch's effect beyond its own step, and its share of that step against two kinds of gradients.
+
+    Attributes:
+        step: t, the number of the step; of the parameter with most steps.
+        effect: steps in all to the displacement so far over that of the own step.
+        share: <sequences, direction> / |direction|^2.
+        white_noise_share: what independent gradients of constant size would give.
+        constant_share: what a gradient that never changes would give.
+        relative_share: the share in units of the share under white noise.
+    """
+
+    step: int
+    effect: Mapping[int, Number]
+    share: Number
+    white_noise_share: Number
+    constant_share: Number
+    relative_share: Number
+
+
+_PARTS = ("norm", "share", "cosine")
+
+
+@dataclass(frozen=True, repr=False)
+class StepReport(Record):
+    """The figures of a step; in the file ``norm_NAME``, ``share_NAME``, ``cosine_NAME`` for each component.
+
+    Attributes:
+        lr: learning rate of the checkpoint.
+        grad_norm: norm of the gradient before clipping.
+        clip_coefficient: by which clipping multiplied it.
+        norm_direction: norm of the whole direction, per unit of lr.
+        norm_displacement: the same times the lr.
+        num_parameters: coordinates of the direction.
+        num_sequences: sequences of the update batch.
+        num_prompts: its prompts.
+        num_tokens: its response tokens.
+        components: name to component.
+        initial_lr: the first learning rate of the schedule, where ``lr`` is 0; else None.
+        stored_dtypes: types of the weights as stored.
+        doubt: why the step is not the training's; empty where nothing speaks against it.
+        rounding: of a training in a half type, else None.
+        lifetime: of the update batch.
+    """
+
+    lr: float
+    grad_norm: Number
+    clip_coefficient: Number
+    norm_direction: Number
+    norm_displacement: Number
+    num_parameters: int
+    num_sequences: int
+    num_prompts: int
+    num_tokens: int
+    components: Mapping[str, Component]
+    initial_lr: float | None
+    stored_dtypes: tuple[str, ...]
+    doubt: str
+    rounding: Rounding | None
+    lifetime: Lifetime
+
+    def to_plain(self) -> dict[str, Any]:
+        """The components spread over the file's names."""
+        plain = super().to_plain()
+        components = plain.pop("components")
+        return plain | {f"{key}_{name}": part[key] for name, part in components.items() for key in _PARTS}
+
+    @classmethod
+    def from_plain(cls, data: Any, where: str) -> Self:
+        """The components gathered from the file's names; a component is what has a share."""
+        if not isinstance(data, Mapping):
+            return super().from_plain(data, where)
+        names = [key.removeprefix("share_") for key in data if str(key).startswith("share_")]
+        spread = {f"{key}_{name}": (name, key) for name in names for key in _PARTS}
+        components: dict[str, dict[str, Any]] = {name: {} for name in names}
+        for full, (name, key) in spread.items():
+            if full in data:
+                components[name][key] = data[full]
+        kept = {key: value for key, value in data.items() if key not in spread}
+        return super().from_plain({**kept, "components": components}, where)
