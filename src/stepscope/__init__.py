@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from stepscope.errors import StepscopeError
     from stepscope.evaluation import evaluate
     from stepscope.measure.change.sweep import measure_change
-    from stepscope.measure.criteria.known import Criterion, TokenFacts, known_criteria
+    from stepscope.measure.criteria.criterion import Criterion, known_criteria
     from stepscope.measure.criteria.leaderboard import Leaderboard, rank_criteria
     from stepscope.measure.criteria.pareto import drop_rules, resteps
-    from stepscope.measure.criteria.properties import property_study
+    from stepscope.measure.criteria.regression import property_study
     from stepscope.measure.influence.attribution import Influence, influence
     from stepscope.measure.kernel.fisher import fisher_kernel
     from stepscope.measure.noise.scale import noise_scale
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from stepscope.report import write_report
     from stepscope.results import Rollouts
     from stepscope.results.change import Change, ChangePoint
+    from stepscope.rules import TokenFacts
     from stepscope.stats import Estimate
     from stepscope.tasks import Task, load_task
     from stepscope.training.probe.callback import StepProbe
@@ -78,7 +79,7 @@ __all__ = [
 _HOME = {
     "Change": "results.change",
     "ChangePoint": "results.change",
-    "Criterion": "measure.criteria.known",
+    "Criterion": "measure.criteria.criterion",
     "Estimate": "stats",
     "Influence": "measure.influence.attribution",
     "Leaderboard": "measure.criteria.leaderboard",
@@ -92,18 +93,18 @@ _HOME = {
     "StepSettings": "policy.loss.settings",
     "StepscopeError": "errors",
     "Task": "tasks",
-    "TokenFacts": "measure.criteria.known",
+    "TokenFacts": "rules",
     "drop_rules": "measure.criteria.pareto",
     "evaluate": "evaluation",
     "fisher_kernel": "measure.kernel.fisher",
     "influence": "measure.influence.attribution",
-    "known_criteria": "measure.criteria.known",
+    "known_criteria": "measure.criteria.criterion",
     "load_checkpoint": "policy.checkpoint.load",
     "load_task": "tasks",
     "make_quantity": "measure.quantity.quantities",
     "measure_change": "measure.change.sweep",
     "noise_scale": "measure.noise.scale",
-    "property_study": "measure.criteria.properties",
+    "property_study": "measure.criteria.regression",
     "rank_criteria": "measure.criteria.leaderboard",
     "reconstruct_step": "measure.step.reconstruct",
     "resteps": "measure.criteria.pareto",

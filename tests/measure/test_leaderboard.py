@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import cases
-from stepscope.errors import BatchError, MeasurementError
-from stepscope.measure.criteria.known import Criterion, known_criteria
+from stepscope.errors import BatchError, MeasurementError, RunFolderError
+from stepscope.measure.criteria.criterion import Criterion, known_criteria
+from stepscope.measure.criteria.ground_truth import GroundTruth, ground_truths
 from stepscope.measure.criteria.leaderboard import Leaderboard, rank_criteria
-from stepscope.measure.criteria.truths import Truth, token_truths
 from stepscope.measure.influence.attribution import influence
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy.forward import forward, make_batch
@@ -22,6 +22,7 @@ from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.differentiation import whole_function
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
+from stepscope.results.criteria import Criteria, CriteriaTokens
 
 
 class Bigram(nn.Module):
@@ -66,17 +67,17 @@ def test_the_tabular_criterion_is_perfect_on_a_tabular_policy(tabular_board):
     truth = tabular_board.truth("diagonal", "sgd")
     weights = 1 / (24 * 6)
     np.testing.assert_allclose(truth.values, weights * tabular_board.scores["disc_v"], rtol=1e-10, atol=1e-16)
-    standing = tabular_board.standing("disc_v", truth)
-    for figure in (standing.spearman, standing.kendall, standing.pearson, standing.sign_agreement):
+    row = tabular_board.row("disc_v", truth)
+    for figure in (row.spearman, row.kendall, row.pearson, row.sign_agreement):
         assert figure.value == pytest.approx(1, abs=1e-12)
         assert figure.stderr == pytest.approx(0, abs=1e-12)
-    assert standing.auc.value == 1
+    assert row.auc.value == 1
     best = tabular_board.concentration(truth)
-    for share, figure in standing.captured.items():
+    for share, figure in row.captured.items():
         assert figure.value == pytest.approx(best[share].value, rel=1e-12)
-    assert standing.gain_over_control.value > 0.05
-    assert standing.best_control in {c.name for c in tabular_board.criteria if c.kind == "control"}
-    adaptive = tabular_board.standing("disc_v", tabular_board.truth("diagonal", "adamw"))
+    assert row.gain_over_control.value > 0.05
+    assert row.best_control in {c.name for c in tabular_board.criteria if c.kind == "control"}
+    adaptive = tabular_board.row("disc_v", tabular_board.truth("diagonal", "adamw"))
     assert adaptive.spearman.value < 0.999
 
 
@@ -87,7 +88,7 @@ def case(tiny_policy):
     return tiny_policy, step, probe
 
 
-def by_name(truths: tuple[Truth, ...]) -> dict[str, Truth]:
+def by_name(truths: tuple[GroundTruth, ...]) -> dict[str, GroundTruth]:
     return {t.name: t for t in truths}
 
 
@@ -113,7 +114,7 @@ def test_truths_are_sums_of_the_explicit_matrix(tiny_policy, padding):
     probe = cases.batch(policy, num_prompts=4, group_size=2, seed=9)
     for batch in (step.update, probe):
         assert any(padding in ids[:-1] for ids in batch.response_token_ids) == (padding > 0)
-    truths = by_name(token_truths(policy, step, probe, baseline="none"))
+    truths = by_name(ground_truths(policy, step, probe, baseline="none"))
     assert set(truths) == {
         f"column_{p}_{v}" for p in ("sgd", "adamw") for v in ("on_policy", "fixed_prefix")
     } | {f"{k}_{p}" for k in ("row", "diagonal") for p in ("sgd", "adamw")}
@@ -135,7 +136,7 @@ def test_truths_are_sums_of_the_explicit_matrix(tiny_policy, padding):
 def test_columns_are_influences_and_halves_make_the_whole(case):
     policy, step, probe = case
     for version in ("on_policy", "fixed_prefix"):
-        truth = by_name(token_truths(policy, step, probe, baseline="position"))[f"column_adamw_{version}"]
+        truth = by_name(ground_truths(policy, step, probe, baseline="position"))[f"column_adamw_{version}"]
         shares = influence(policy, step, step.update, probe, version=version, baseline="position")
         np.testing.assert_allclose(truth.values, np.concatenate(shares.tokens), rtol=1e-9, atol=1e-15)
         np.testing.assert_allclose(truth.halves.mean(0), truth.values, rtol=1e-9, atol=1e-15)
@@ -146,9 +147,9 @@ def test_a_part_of_the_diagonal_and_tokens_without_weight(case):
     policy, step, probe = case
     silent = replace(step, token_weights=(np.zeros(len(step.token_weights[0])), *step.token_weights[1:]))
     pushed = np.flatnonzero(np.concatenate(silent.token_weights))
-    whole = by_name(token_truths(policy, silent, probe, baseline="none"))
+    whole = by_name(ground_truths(policy, silent, probe, baseline="none"))
     part = by_name(
-        token_truths(policy, silent, probe, baseline="none", max_diagonal=4, budget=Budget(max_sequences=3))
+        ground_truths(policy, silent, probe, baseline="none", max_diagonal=4, budget=Budget(max_sequences=3))
     )
     np.testing.assert_array_equal(whole["diagonal_sgd"].chosen, pushed)
     np.testing.assert_array_equal(whole["column_sgd_on_policy"].chosen, pushed)
@@ -165,24 +166,24 @@ def test_a_part_of_the_diagonal_and_tokens_without_weight(case):
 def test_a_criterion_of_ones_own(case):
     """A function over the token table; here the truth itself, looked up."""
     policy, step, probe = case
-    truth = by_name(token_truths(policy, step, probe, baseline="none"))["column_adamw_on_policy"]
+    truth = by_name(ground_truths(policy, step, probe, baseline="none"))["column_adamw_on_policy"]
     mine = Criterion("mine", lambda f: truth.values, "the truth")
     controls = [c for c in known_criteria() if c.kind == "control"]
     board = rank_criteria(policy, step, probe, criteria=[*controls, mine], baseline="none", num_resamples=30)
-    standing = board.standing("mine", truth)
-    assert standing.spearman.value == pytest.approx(1)
-    assert standing.gain_over_control.value > 0
-    assert standing.gain_over_control.n == 2
-    assert board.standing("neg_A", truth).gain_over_control is None
-    assert board.standing("mine", truth, level="sequence").spearman.value == pytest.approx(1)
+    row = board.row("mine", truth)
+    assert row.spearman.value == pytest.approx(1)
+    assert row.gain_over_control.value > 0
+    assert row.gain_over_control.n == 2
+    assert board.row("neg_A", truth).gain_over_control is None
+    assert board.row("mine", truth, level="sequence").spearman.value == pytest.approx(1)
     with pytest.raises(MeasurementError, match="not ranked"):
-        board.standing("disc_v", truth)
+        board.row("disc_v", truth)
     with pytest.raises(MeasurementError, match="mine is there twice"):
         rank_criteria(policy, step, probe, criteria=[mine, mine])
 
 
 def test_what_is_stored(tabular_board):
-    data = tabular_board.to_dict()
+    data = tabular_board.report().to_plain()
     assert data["truths"] == ["column", "row", "diagonal"]
     assert data["preconditioners"] == ["sgd", "adamw"]
     names = {c.name for c in known_criteria()}
@@ -213,12 +214,19 @@ def test_what_is_stored(tabular_board):
     assert len(tables) == len(data["tables"]) == 8 + 6
     for table in data["tables"]:
         assert (table["reliability"] is None) == (table["truth"] != "column")
-    columns = tabular_board.token_columns()
+    text = tabular_board.report().to_json()
+    assert Criteria.from_json(text, "criteria.json").to_json() == text
+    columns = tabular_board.tokens().to_table().to_pydict()
     assert {"sequence_id", "position", "disc_v", "column_adamw_on_policy", "diagonal_sgd"} <= set(columns)
     assert len({len(c) for c in columns.values()}) == 1
+    read = CriteriaTokens.from_table(tabular_board.tokens().to_table(), "criteria_tokens.parquet")
+    np.testing.assert_array_equal(read.values["disc_v"], tabular_board.scores["disc_v"])
+    np.testing.assert_array_equal(read.position, tabular_board.facts.position)
+    with pytest.raises(RunFolderError, match="column 'position'"):
+        CriteriaTokens.from_table(tabular_board.tokens().to_table().drop_columns(["position"]), "here")
 
 
 def test_refusals(case):
     policy, step, _ = case
     with pytest.raises(BatchError, match="one prompt only"):
-        token_truths(policy, step, cases.batch(policy, num_prompts=1, group_size=4, seed=3))
+        ground_truths(policy, step, cases.batch(policy, num_prompts=1, group_size=4, seed=3))

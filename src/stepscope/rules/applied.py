@@ -52,14 +52,10 @@ def token_advantages(
         step: optimizer steps taken so far.
         order: of the sequences, from which its micro-batches are cut; that of the table by default.
     """
-    sequences = np.arange(len(tokens.advantages)) if order is None else order
     random = np.random.default_rng([seed, step])
-    size = intervention.micro_batch_size or len(sequences)
     made = np.empty(len(tokens))
-    for start in range(0, len(sequences), size):
-        places, part = tokens.of_sequences(sequences[start : start + size])
-        if len(part):
-            made[places] = intervention.advantages(part, random)
+    for places, part in tokens.micro_batches(intervention.micro_batch_size, order):
+        made[places] = intervention.advantages(part, random)
     return made
 
 

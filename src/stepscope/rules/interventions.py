@@ -221,9 +221,13 @@ class Reweighting(Intervention):
     name: Literal["reweighting"] = "reweighting"
     alpha: float = Field(default=0.3, ge=0, le=1)
 
+    def factor(self, tokens: Tokens) -> FloatArray:
+        """(tok,) alpha p + 1 - alpha."""
+        return self.alpha * tokens.probability + 1 - self.alpha
+
     def advantages(self, tokens: Tokens, random: np.random.Generator) -> FloatArray:
         """A (alpha p + 1 - alpha)."""
-        return tokens.advantage * (self.alpha * tokens.probability + 1 - self.alpha)
+        return tokens.advantage * self.factor(tokens)
 
 
 class Steer(ScopedIntervention):

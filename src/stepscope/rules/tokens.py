@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -81,19 +82,33 @@ class Tokens(Brief):
         """(tok,) S = p (l + H)."""
         return self.probability * self.surprise
 
-    def of_sequences(self, order: IntArray) -> tuple[IntArray, Tokens]:
-        """Places in this table of the tokens of some sequences, in their order, and the table of those."""
+    def micro_batches(
+        self, size: int | None, order: IntArray | None = None
+    ) -> Iterator[tuple[IntArray, Tokens]]:
+        """Tables of so many sequences in turn, of all for None: places of their tokens in this one, and it.
+
+        Args:
+            size: sequences of a table; those without a token count, and a table without any does not come.
+            order: the sequences, as they are cut; that of this table by default.
+        """
+        sequences = np.arange(len(self.advantages)) if order is None else order
+        size = size or len(sequences)
+        for start in range(0, len(sequences), size):
+            places, part = self._of(sequences[start : start + size])
+            if len(part):
+                yield places, part
+
+    def _of(self, sequences: IntArray) -> tuple[IntArray, Tokens]:
         number = np.full(len(self.advantages), -1)
-        number[order] = np.arange(len(order))
+        number[sequences] = np.arange(len(sequences))
         own = number[self.sequence]
         places = np.argsort(own, kind="stable")[np.count_nonzero(own < 0) :]
-        per_token = {
-            f.name: value[places]
-            for f in fields(Tokens)
-            if isinstance(value := getattr(self, f.name), np.ndarray) and f.name != "advantages"
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(Tokens)}
+        del values["sequence"], values["advantages"]
+        taken: dict[str, Any] = {
+            name: v[places] if isinstance(v, np.ndarray) else v for name, v in values.items()
         }
-        taken: dict[str, Any] = {**per_token, "sequence": own[places]}
-        return places, replace(self, **taken, advantages=self.advantages[order])
+        return places, Tokens(sequence=own[places], advantages=self.advantages[sequences], **taken)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -1,118 +1,40 @@
 """The leaderboard: cheap criteria against the measured effect of every token on the entropy.
 
-Truths are those of :mod:`stepscope.measure.criteria.truths`. Signed criteria are compared with the truth,
-magnitude criteria with its size. Every figure has a bootstrap error over the update batch's prompts, and
-every criterion is compared with the best trivial control of its kind on the same resamples.
+Truths are those of :mod:`stepscope.measure.criteria.ground_truth`. Signed criteria are compared with the
+truth, magnitude criteria with its size. Every figure has a bootstrap error over the update batch's prompts,
+and every criterion is compared with the best trivial control of its kind on the same resamples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from stepscope.errors import MeasurementError
-from stepscope.measure.criteria.known import Criterion, TokenFacts, known_criteria, token_facts
+from stepscope.measure.criteria.criterion import Criterion, known_criteria
+from stepscope.measure.criteria.facts import token_facts
+from stepscope.measure.criteria.ground_truth import PRECONDITIONERS, TRUTHS, GroundTruth, ground_truths
 from stepscope.measure.criteria.statistics import SHARES, Comparison, compare
-from stepscope.measure.criteria.truths import PRECONDITIONERS, TRUTHS, Truth, token_truths
 from stepscope.measure.step.reconstruct import Step
 from stepscope.policy.gradients import Mode
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.results import Brief, FloatArray, IntArray, Rollouts
+from stepscope.results.criteria import (
+    Criteria,
+    CriteriaTokens,
+    GroundTruthSummary,
+    LeaderboardRow,
+    Level,
+    Regression,
+)
+from stepscope.rules import TokenFacts
 from stepscope.stats import Estimate
 
 FEWEST = 3
 """A rank correlation needs at least so many items."""
-
-
-@dataclass(frozen=True)
-class Standing:
-    """One criterion against one truth.
-
-    Attributes:
-        criterion: its name.
-        level: ``token`` or ``sequence``.
-        kind: ``literature`` or ``control``.
-        target: ``signed`` or ``magnitude``.
-        truth: ``column``, ``row`` or ``diagonal``.
-        preconditioner: ``sgd`` or ``adamw``.
-        version: ``on_policy`` or ``fixed_prefix``.
-        spearman: rank correlation.
-        kendall: Kendall's tau-b.
-        pearson: linear correlation.
-        captured: share of tokens selected to share of the total |truth| on them.
-        sign_agreement: share of items whose sign is right; None for magnitudes.
-        auc: how well the size of the score finds the tenth of the items with the largest |truth|.
-        gain_over_control: Spearman less that of the best control, turned to be positive; None for controls.
-        best_control: the control with the largest |Spearman| of the same level and target; None where no
-            control has one.
-    """
-
-    criterion: str
-    level: str
-    kind: str
-    target: str
-    truth: str
-    preconditioner: str
-    version: str
-    spearman: Estimate
-    kendall: Estimate
-    pearson: Estimate
-    captured: Mapping[str, Estimate]
-    sign_agreement: Estimate | None
-    auc: Estimate
-    gain_over_control: Estimate | None
-    best_control: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary, with the quantity."""
-        data: dict[str, Any] = {"quantity": "entropy"}
-        for name, value in vars(self).items():
-            if isinstance(value, Estimate):
-                data[name] = value.to_dict()
-            elif name == "captured":
-                data[name] = {share: figure.to_dict() for share, figure in value.items()}
-            else:
-                data[name] = value
-        return data
-
-
-@dataclass(frozen=True)
-class TruthSummary:
-    """What is known about one truth itself.
-
-    Attributes:
-        level: ``token`` or ``sequence``.
-        truth: ``column``, ``row`` or ``diagonal``.
-        preconditioner: ``sgd`` or ``adamw``.
-        version: ``on_policy`` or ``fixed_prefix``.
-        num_items: tokens (sequences) that are ranked.
-        method: how it was computed.
-        best_possible: share of the items to the share of the total |truth| on the largest ones.
-        reliability: rank correlation r between the truths from each half of the probe prompts; by Spearman
-            and Brown a perfect criterion would correlate with this truth at about sqrt(2 r/(1 + r)). None
-            where no probe batch enters.
-    """
-
-    level: str
-    truth: str
-    preconditioner: str
-    version: str
-    num_items: int
-    method: str
-    best_possible: Mapping[str, Estimate]
-    reliability: Estimate | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary."""
-        return {
-            **vars(self),
-            "best_possible": {share: figure.to_dict() for share, figure in self.best_possible.items()},
-            "reliability": None if self.reliability is None else self.reliability.to_dict(),
-        }
 
 
 @dataclass(frozen=True, repr=False)
@@ -120,7 +42,7 @@ class Leaderboard(Brief):
     """All criteria against all truths.
 
     Attributes:
-        standings: one per criterion and truth.
+        rows: one per criterion and truth.
         truths: the truths about tokens.
         summaries: one per level and truth.
         criteria: what was ranked.
@@ -128,14 +50,14 @@ class Leaderboard(Brief):
         scores: (tok,) scores of the token criteria by name.
     """
 
-    standings: tuple[Standing, ...]
-    truths: tuple[Truth, ...]
-    summaries: tuple[TruthSummary, ...]
+    rows: tuple[LeaderboardRow, ...]
+    truths: tuple[GroundTruth, ...]
+    summaries: tuple[GroundTruthSummary, ...]
     criteria: tuple[Criterion, ...]
     facts: TokenFacts
     scores: Mapping[str, FloatArray]
 
-    def truth(self, kind: str, preconditioner: str, version: str = "fixed_prefix") -> Truth:
+    def truth(self, kind: str, preconditioner: str, version: str = "fixed_prefix") -> GroundTruth:
         """One truth by its names.
 
         Raises:
@@ -148,19 +70,19 @@ class Leaderboard(Brief):
             f"no truth {kind} {preconditioner} {version}; there are {', '.join(t.name for t in self.truths)}"
         )
 
-    def standing(self, criterion: str, truth: Truth, *, level: str = "token") -> Standing:
+    def row(self, criterion: str, truth: GroundTruth, *, level: str = "token") -> LeaderboardRow:
         """One criterion against one truth.
 
         Raises:
             MeasurementError: that criterion was not ranked against it.
         """
         wanted = (criterion, level, truth.kind, truth.preconditioner, truth.version)
-        for s in self.standings:
+        for s in self.rows:
             if (s.criterion, s.level, s.truth, s.preconditioner, s.version) == wanted:
                 return s
         raise MeasurementError(f"criterion {criterion} was not ranked against {truth.name} of {level}s")
 
-    def concentration(self, truth: Truth, *, level: str = "token") -> Mapping[str, Estimate]:
+    def concentration(self, truth: GroundTruth, *, level: str = "token") -> Mapping[str, Estimate]:
         """Share of the tokens to the share of the total |truth| on the largest ones.
 
         Raises:
@@ -172,25 +94,25 @@ class Leaderboard(Brief):
                 return s.best_possible
         raise MeasurementError(f"{truth.name} has fewer than {FEWEST} {level}s to rank; use a larger batch")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Content of ``criteria.json``."""
-        return {
-            "truths": list(TRUTHS),
-            "preconditioners": list(PRECONDITIONERS),
-            "shares": [_label(share) for share in SHARES],
-            "rows": [s.to_dict() for s in self.standings],
-            "tables": [t.to_dict() for t in self.summaries],
-            "definitions": {c.name: c.definition() for c in self.criteria},
-        }
+    def report(self, properties: Sequence[Regression] = ()) -> Criteria:
+        """Content of ``criteria.json``, with regressions of influence on properties."""
+        return Criteria(
+            truths=TRUTHS,
+            preconditioners=PRECONDITIONERS,
+            shares=tuple(map(_label, SHARES)),
+            rows=self.rows,
+            tables=self.summaries,
+            definitions={c.name: c.definition() for c in self.criteria},
+            properties=tuple(properties),
+        )
 
-    def token_columns(self) -> dict[str, Any]:
-        """Columns of ``criteria_tokens.parquet``: one row per token, criteria and truths by name."""
-        return {
-            "sequence_id": self.facts.sequence,
-            "position": self.facts.position,
-            **self.scores,
-            **{truth.name: truth.values for truth in self.truths},
-        }
+    def tokens(self) -> CriteriaTokens:
+        """Content of ``criteria_tokens.parquet``."""
+        return CriteriaTokens(
+            sequence_id=self.facts.sequence,
+            position=self.facts.position,
+            values={**self.scores, **{truth.name: truth.values for truth in self.truths}},
+        )
 
 
 def rank_criteria(
@@ -224,7 +146,7 @@ def rank_criteria(
 
     Raises:
         MeasurementError: two criteria of one name, or one that returns something else than a score.
-        BatchError: a batch that cannot carry it, see ``token_truths``.
+        BatchError: a batch that cannot carry it, see ``ground_truths``.
     """
     chosen = known_criteria() if criteria is None else tuple(criteria)
     names = [c.name for c in chosen]
@@ -232,7 +154,7 @@ def rank_criteria(
         raise MeasurementError(f"criterion {twice[0]} is there twice; give each a name of its own")
     facts = token_facts(policy, step.update, micro_batch_size=micro_batch_size, budget=budget)
     scores = {c.name: c(facts) for c in chosen}
-    truths = token_truths(
+    truths = ground_truths(
         policy,
         step,
         probe,
@@ -242,15 +164,15 @@ def rank_criteria(
         mode=mode,
         budget=budget,
     )
-    standings: list[Standing] = []
-    summaries: list[TruthSummary] = []
+    rows: list[LeaderboardRow] = []
+    summaries: list[GroundTruthSummary] = []
     tokens = [c for c in chosen if c.level == "token"]
     for board in _token_boards(facts, tokens, scores, truths):
-        _rank(board, num_resamples, seed, standings, summaries)
+        _rank(board, num_resamples, seed, rows, summaries)
     for board in _sequence_boards(facts, chosen, scores, truths):
-        _rank(board, num_resamples, seed, standings, summaries)
+        _rank(board, num_resamples, seed, rows, summaries)
     return Leaderboard(
-        standings=tuple(standings),
+        rows=tuple(rows),
         truths=truths,
         summaries=tuple(summaries),
         criteria=chosen,
@@ -273,10 +195,10 @@ class _Board:
         clusters: (item,) prompts.
     """
 
-    level: str
+    level: Level
     criteria: Sequence[Criterion]
     scores: FloatArray
-    truths: Sequence[Truth]
+    truths: Sequence[GroundTruth]
     values: FloatArray
     halves: FloatArray
     clusters: IntArray
@@ -286,7 +208,7 @@ def _token_boards(
     facts: TokenFacts,
     criteria: Sequence[Criterion],
     scores: Mapping[str, FloatArray],
-    truths: Sequence[Truth],
+    truths: Sequence[GroundTruth],
 ) -> list[_Board]:
     """One board per kind of truth: truths of one kind are about the same tokens."""
     boards = []
@@ -312,7 +234,7 @@ def _sequence_boards(
     facts: TokenFacts,
     criteria: Sequence[Criterion],
     scores: Mapping[str, FloatArray],
-    truths: Sequence[Truth],
+    truths: Sequence[GroundTruth],
 ) -> list[_Board]:
     """Columns and rows summed over each response; signed token criteria by their sums."""
     ranked = [c for c in criteria if c.level == "sequence" or c.target == "signed"]
@@ -340,7 +262,7 @@ def _sequence_boards(
     return boards
 
 
-def _halves(truth: Truth) -> FloatArray:
+def _halves(truth: GroundTruth) -> FloatArray:
     return np.full((2, len(truth.values)), np.nan) if truth.halves is None else truth.halves
 
 
@@ -348,8 +270,8 @@ def _rank(
     board: _Board,
     num_resamples: int,
     seed: int,
-    standings: list[Standing],
-    summaries: list[TruthSummary],
+    rows: list[LeaderboardRow],
+    summaries: list[GroundTruthSummary],
 ) -> None:
     signed = np.array([c.target == "signed" for c in board.criteria])
     count = len(np.unique(board.clusters))
@@ -358,9 +280,9 @@ def _rank(
     )
     for t, truth in enumerate(board.truths):
         for c in range(len(board.criteria)):
-            standings.append(_standing(board, found, c, t, count))
+            rows.append(_row(board, found, c, t, count))
         summaries.append(
-            TruthSummary(
+            GroundTruthSummary(
                 level=board.level,
                 truth=truth.kind,
                 preconditioner=truth.preconditioner,
@@ -376,14 +298,15 @@ def _rank(
         )
 
 
-def _standing(board: _Board, found: Comparison, c: int, t: int, count: int) -> Standing:
+def _row(board: _Board, found: Comparison, c: int, t: int, count: int) -> LeaderboardRow:
     criterion, truth = board.criteria[c], board.truths[t]
     control = _best_control(board, found, c, t)
     gain = None
     if control is not None and criterion.kind != "control":
         other = found.spearman[:, control, t]
         gain = _estimate(found.spearman[:, c, t] - np.sign(other[0]) * other, count, "correlation")
-    return Standing(
+    return LeaderboardRow(
+        quantity="entropy",
         criterion=criterion.name,
         level=board.level,
         kind=criterion.kind,

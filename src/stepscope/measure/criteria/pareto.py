@@ -19,14 +19,11 @@ it is, since it picks their noise, too.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from stepscope.errors import MeasurementError
-from stepscope.measure.criteria.known import Criterion
 from stepscope.measure.criteria.leaderboard import Leaderboard
 from stepscope.measure.influence.probe_gradient import BoundQuantity, bind_quantity
 from stepscope.measure.quantity.estimators import Sampled, per_decision, weights_of
@@ -39,65 +36,11 @@ from stepscope.policy.passes import Budget, track
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import BoolArray, FloatArray, IntArray, Rollouts
+from stepscope.results.criteria import AblatedStep, Pareto
 from stepscope.stats import Estimate
 
 CRITERIA = ("disc_v", "cov_batch", "steer_thm", "npg", "top_ent_mask", "neg_A_missing")
 """Criteria that are tried as rules unless others are named."""
-
-
-@dataclass(frozen=True)
-class Restep:
-    """One re-made step.
-
-    Attributes:
-        rule: what chose the tokens.
-        share: share of the tokens it was allowed to drop.
-        num_dropped: tokens dropped; the mean of both choices where each half of the probe made one.
-        cross_fitted: whether it looked at the probe, and was judged on the half that it did not see.
-        entropy_change: true change of the entropy per token by the step without them.
-        reward_change: true change of the expected reward by the same.
-        entropy_kept: entropy change less that of the full step.
-        reward_given_up: reward change of the full step less this one's.
-    """
-
-    rule: str
-    share: float
-    num_dropped: int
-    cross_fitted: bool
-    entropy_change: Estimate
-    reward_change: Estimate
-    entropy_kept: Estimate
-    reward_given_up: Estimate
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary."""
-        return {n: v.to_dict() if isinstance(v, Estimate) else v for n, v in vars(self).items()}
-
-
-@dataclass(frozen=True)
-class Pareto:
-    """Entropy kept against reward given up, by rule and share of tokens.
-
-    Attributes:
-        lr: learning rate of all steps.
-        full_entropy_change: true change of the entropy per token by the full step.
-        full_reward_change: true change of the expected reward by the full step.
-        points: the re-made steps.
-    """
-
-    lr: float
-    full_entropy_change: Estimate
-    full_reward_change: Estimate
-    points: tuple[Restep, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Content of ``pareto.json``."""
-        return {
-            "lr": self.lr,
-            "full_entropy_change": self.full_entropy_change.to_dict(),
-            "full_reward_change": self.full_reward_change.to_dict(),
-            "points": [point.to_dict() for point in self.points],
-        }
 
 
 def drop_rules(
@@ -117,7 +60,7 @@ def drop_rules(
     Args:
         board: the leaderboard of the update batch.
         reward_influence: (2, tok) influence of each token on the expected reward through each half of the
-            probe prompts, as the truths of the board divide them (``Truth.probe_half``).
+            probe prompts, as the truths of the board divide them (``GroundTruth.probe_half``).
         criteria: names of token criteria of the board.
         seed: of ``random``.
 
@@ -132,13 +75,13 @@ def drop_rules(
         raise MeasurementError(
             f"no token criterion {unknown[0]} to drop by; choose from {', '.join(sorted(board.scores))}"
         )
-    targets: dict[str, Criterion] = {c.name: c for c in board.criteria}
+    signed = {c.name for c in board.criteria if c.target == "signed"}
     return {
         "influence": exact,
         "influence_fixed_prefix": at_prefixes,
         "influence_no_reward": np.where(reward_influence <= 0, exact, 0.0),
         "random": -np.random.default_rng(seed).uniform(0.5, 1.0, len(truth.values)),
-        **{n: board.scores[n] if targets[n].target == "signed" else -board.scores[n] for n in criteria},
+        **{n: board.scores[n] if n in signed else -board.scores[n] for n in criteria},
     }
 
 
@@ -183,7 +126,7 @@ def resteps(
         if scores.ndim == 2 and (probe_half is None or set(np.unique(probe_half)) != {0, 1}):
             raise MeasurementError(
                 f"rule {name}: scores from halves of the probe batch, and probe_half does not divide it in "
-                "two; pass probe_half= as Truth.probe_half gives it"
+                "two; pass probe_half= as GroundTruth.probe_half gives it"
             )
         if scores.shape not in (weights.shape, (2, *weights.shape)):
             raise MeasurementError(
@@ -230,7 +173,7 @@ def resteps(
         both = "; ".join(dict.fromkeys(r for r in (full_reason, reason) if r))
         paired = f"{words}, paired with the full step"
         points.append(
-            Restep(
+            AblatedStep(
                 rule=name,
                 share=share,
                 num_dropped=round(float(np.mean([own.sum() for own in dropped]))),

@@ -1,14 +1,19 @@
-"""Per-sequence criteria and controls; every signed token criterion also scores sequences, by its sum."""
+"""Criteria and controls of sequences; every signed token criterion also scores sequences, by its sum.
+
+Mean log-probs and entropies are over the response.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from stepscope.measure.criteria.controls import control
-from stepscope.measure.criteria.facts import Criterion, TokenFacts
+from stepscope.measure.criteria.criterion import control, literature
 from stepscope.results import FloatArray
+from stepscope.rules import TokenFacts
 
 AEM_LAMBDA = 1.0
+
+_COVARIANCE = "c > 0 raises; the paper's covariance is -c"
 
 
 def _mean_logprob(facts: TokenFacts) -> FloatArray:
@@ -19,24 +24,55 @@ def _mean_entropy(facts: TokenFacts) -> FloatArray:
     return facts.per_sequence(facts.entropy) / facts.lengths
 
 
-def _covariance(facts: TokenFacts) -> FloatArray:
+@literature(
+    "-(A - mean A)(mean l - its mean over the batch), l averaged over the response",
+    "2505.22617",
+    "Fig. 8, response level",
+    sign=_COVARIANCE,
+    verified=False,
+    level="sequence",
+)
+def seq_cov_batch(facts: TokenFacts) -> FloatArray:
     logprob = _mean_logprob(facts)
     found = -(facts.advantages - facts.advantages.mean()) * (logprob - logprob.mean())
     return np.asarray(found, dtype=np.float64)
 
 
-def _group_covariance(facts: TokenFacts) -> FloatArray:
+@literature(
+    "-(A - mean A)(mean l - its mean over the group), l averaged over the response",
+    "2505.22617",
+    "Fig. 8, group covariance",
+    sign=_COVARIANCE,
+    verified=False,
+    level="sequence",
+)
+def seq_cov_group(facts: TokenFacts) -> FloatArray:
     logprob = _mean_logprob(facts)
     centred = facts.advantages - facts.per_prompt(facts.advantages)
     return -centred * (logprob - facts.per_prompt(logprob))
 
 
-def _surprisal(facts: TokenFacts) -> FloatArray:
+@literature(
+    "A (-log pi(y|x) - its mean over the group)",
+    "2605.00425",
+    "relative response surprisal",
+    verified=False,
+    level="sequence",
+)
+def aem_surprisal(facts: TokenFacts) -> FloatArray:
     surprisal = -facts.per_sequence(facts.logprob)
     return facts.advantages * (surprisal - facts.per_prompt(surprisal))
 
 
-def _aem(facts: TokenFacts) -> FloatArray:
+@literature(
+    "-A exp(-h)/mean exp(-h), h the mean entropy scaled to 0..1 in the group, lambda = 1",
+    "2605.00425",
+    "practical proxy",
+    sign="c > 0 raises; the signed version is ours",
+    verified=False,
+    level="sequence",
+)
+def aem_weight(facts: TokenFacts) -> FloatArray:
     entropy = _mean_entropy(facts)
     scaled = np.zeros(len(entropy))
     for prompt in np.unique(facts.prompt):
@@ -48,56 +84,14 @@ def _aem(facts: TokenFacts) -> FloatArray:
     return -facts.advantages * weight / facts.per_prompt(weight)
 
 
-SEQUENCES: tuple[Criterion, ...] = (
-    Criterion(
-        "seq_cov_batch",
-        _covariance,
-        "-(A - mean A)(mean l - its mean over the batch), l averaged over the response",
-        "c > 0 raises; the paper's covariance is -c",
-        "2505.22617",
-        "Fig. 8, response level",
-        verified=False,
-        level="sequence",
-    ),
-    Criterion(
-        "seq_cov_group",
-        _group_covariance,
-        "-(A - mean A)(mean l - its mean over the group), l averaged over the response",
-        "c > 0 raises; the paper's covariance is -c",
-        "2505.22617",
-        "Fig. 8, group covariance",
-        verified=False,
-        level="sequence",
-    ),
-    Criterion(
-        "aem_surprisal",
-        _surprisal,
-        "A (-log pi(y|x) - its mean over the group)",
-        paper="2605.00425",
-        equation="relative response surprisal",
-        verified=False,
-        level="sequence",
-    ),
-    Criterion(
-        "aem_weight",
-        _aem,
-        "-A exp(-h)/mean exp(-h), h the mean entropy scaled to 0..1 in the group, lambda = 1",
-        "c > 0 raises; the signed version is ours",
-        "2605.00425",
-        "practical proxy",
-        verified=False,
-        level="sequence",
-    ),
-    control("seq_neg_A", lambda f: -f.advantages, "-A", "signed", "sequence"),
-    control("seq_logp", _mean_logprob, "mean l", "signed", "sequence"),
-    control("seq_neg_H", lambda f: -_mean_entropy(f), "-mean H", "signed", "sequence"),
-    control("seq_neg_A_logp", lambda f: -f.advantages * _mean_logprob(f), "-A mean l", "signed", "sequence"),
-    control("seq_neg_A_H", lambda f: -f.advantages * _mean_entropy(f), "-A mean H", "signed", "sequence"),
-    control("seq_abs_A", lambda f: np.abs(f.advantages), "|A|", "magnitude", "sequence"),
-    control("seq_length", lambda f: f.lengths, "length of the response", "magnitude", "sequence"),
-    control(
-        "seq_pass_rate", lambda f: f.per_prompt(f.correct), "pass rate of the prompt", "magnitude", "sequence"
-    ),
-    control("seq_entropy", _mean_entropy, "mean H", "magnitude", "sequence"),
+control("seq_neg_A", lambda f: -f.advantages, "-A", "signed", "sequence")
+control("seq_logp", _mean_logprob, "mean l", "signed", "sequence")
+control("seq_neg_H", lambda f: -_mean_entropy(f), "-mean H", "signed", "sequence")
+control("seq_neg_A_logp", lambda f: -f.advantages * _mean_logprob(f), "-A mean l", "signed", "sequence")
+control("seq_neg_A_H", lambda f: -f.advantages * _mean_entropy(f), "-A mean H", "signed", "sequence")
+control("seq_abs_A", lambda f: np.abs(f.advantages), "|A|", "magnitude", "sequence")
+control("seq_length", lambda f: f.lengths, "length of the response", "magnitude", "sequence")
+control(
+    "seq_pass_rate", lambda f: f.per_prompt(f.correct), "pass rate of the prompt", "magnitude", "sequence"
 )
-"""Mean log-probs and entropies are over the response."""
+control("seq_entropy", _mean_entropy, "mean H", "magnitude", "sequence")

@@ -15,8 +15,8 @@ from stepscope.measure.change.series import doubted
 from stepscope.measure.change.sweep import measure_changes
 from stepscope.measure.change.uncertainty import estimate_ratio
 from stepscope.measure.criteria.leaderboard import Leaderboard, rank_criteria
-from stepscope.measure.criteria.pareto import Pareto, drop_rules, resteps
-from stepscope.measure.criteria.properties import property_study
+from stepscope.measure.criteria.pareto import drop_rules, resteps
+from stepscope.measure.criteria.regression import property_study
 from stepscope.measure.influence.attribution import influence, neglected_share, write_influence
 from stepscope.measure.influence.reliability import reliabilities
 from stepscope.measure.influence.shrinkage import Shrunk, shrunk_influence
@@ -30,8 +30,9 @@ from stepscope.measure.step.rounding import RoundedStep
 from stepscope.pipeline.session import Line, Session
 from stepscope.policy import vectors
 from stepscope.report import write_report
-from stepscope.results import FloatArray, Rollouts, write_arrays
+from stepscope.results import FloatArray, Rollouts, write_arrays, write_table
 from stepscope.results.change import Changes
+from stepscope.results.criteria import Pareto
 from stepscope.results.influence import Reliabilities
 from stepscope.results.step import StepReport
 from stepscope.results.summary import Summary
@@ -390,12 +391,9 @@ def judge_criteria(session: Session) -> Figures:
     studies = property_study(
         board.facts, column.values, kernel_norm=_kernel_norms(session.run), unit="nats/token/lr"
     )
-    runs.write_json(
-        session.run.file("criteria.json"),
-        {**board.to_dict(), "properties": [study.to_dict() for study in studies]},
-    )
-    runs.write_table(session.run.file("criteria_tokens.parquet"), board.token_columns())
-    runs.write_json(session.run.file("pareto.json"), _drop_tokens(session, board).to_dict())
+    runs.write_record(session.run.file("criteria.json"), board.report(studies))
+    write_table(board.tokens().to_table(), session.run.file("criteria_tokens.parquet"))
+    runs.write_record(session.run.file("pareto.json"), _drop_tokens(session, board))
     return {f"influence_top_{share}": figure for share, figure in board.concentration(column).items()}
 
 

@@ -1,4 +1,4 @@
-"""Three truths about tokens and the entropy, which a criterion may or may not know.
+"""Three ground truths about tokens and the entropy, which a criterion may or may not know.
 
 With K[s, t] = w_t grad H_s . P . grad l_t, the effect of token t's part of the step on the entropy at s,
 
@@ -38,7 +38,7 @@ PRECONDITIONERS = ("sgd", "adamw")
 
 
 @dataclass(frozen=True)
-class Truth:
+class GroundTruth:
     """One truth about the tokens of an update batch.
 
     Attributes:
@@ -69,7 +69,7 @@ class Truth:
         return f"{self.kind}_{self.preconditioner}{version}"
 
 
-def token_truths(
+def ground_truths(
     policy: Policy,
     step: Step,
     probe: Rollouts,
@@ -79,7 +79,7 @@ def token_truths(
     seed: int = 0,
     mode: Mode = "auto",
     budget: Budget = Budget(),
-) -> tuple[Truth, ...]:
+) -> tuple[GroundTruth, ...]:
     """All truths about the tokens of ``step.update``.
 
     Costs two gradient passes over the probe batch, ten forward-mode passes over the update batch, and two
@@ -103,7 +103,7 @@ def token_truths(
     weights = np.concatenate(step.token_weights)
     pushed = np.flatnonzero(weights)
     metrics: dict[str, ParameterVector | None] = {"sgd": None, "adamw": step.preconditioner}
-    found: list[Truth] = []
+    found: list[GroundTruth] = []
     for version in VERSIONS:
         parts, half = _halves(policy, step, probe, version, baseline, seed, budget)
         for name, metric in metrics.items():
@@ -113,7 +113,7 @@ def token_truths(
             halves = weights * slopes
             sizes = np.bincount(half, minlength=2)
             found.append(
-                Truth(
+                GroundTruth(
                     "column",
                     name,
                     version,
@@ -138,7 +138,7 @@ def token_truths(
         )
         values = np.concatenate([d.double().cpu().numpy() for d in change])
         found.append(
-            Truth(
+            GroundTruth(
                 "row",
                 name,
                 "fixed_prefix",
@@ -168,7 +168,7 @@ def token_truths(
         values[chosen] = weights[chosen] * own[name]
         drawn = "" if len(chosen) == len(pushed) else f" drawn at random from {len(pushed)}"
         found.append(
-            Truth(
+            GroundTruth(
                 "diagonal",
                 name,
                 "fixed_prefix",

@@ -12,54 +12,18 @@ coefficients describe; with properties as dependent as log-prob and entropy they
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from stepscope.errors import MeasurementError
-from stepscope.measure.criteria.known import TokenFacts
-from stepscope.results import FloatArray, IntArray
+from stepscope.results import BoolArray, FloatArray, IntArray
+from stepscope.results.criteria import Level, Regression
+from stepscope.rules import TokenFacts
 from stepscope.stats import Estimate
 
 COLLINEAR = 1e-8
 """A property whose part outside the span of the others is below this share of its spread is left out."""
-
-
-@dataclass(frozen=True)
-class Regression:
-    """A regression with errors clustered by prompt.
-
-    Attributes:
-        outcome: what is explained.
-        level: ``token`` or ``sequence``.
-        coefficients: of each property, in the outcome's unit per unit of the property.
-        standardised: of each property, in standard deviations per standard deviation.
-        left_out: properties without a coefficient, and why.
-        r2: share of the outcome's variance explained.
-        num_items: N.
-    """
-
-    outcome: str
-    level: str
-    coefficients: Mapping[str, Estimate]
-    standardised: Mapping[str, Estimate]
-    left_out: Mapping[str, str]
-    r2: float
-    num_items: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary."""
-        return {
-            "outcome": self.outcome,
-            "level": self.level,
-            "coefficients": {n: e.to_dict() for n, e in self.coefficients.items()},
-            "standardised": {n: e.to_dict() for n, e in self.standardised.items()},
-            "left_out": dict(self.left_out),
-            "r2": self.r2,
-            "num_items": self.num_items,
-        }
 
 
 def regress(
@@ -68,7 +32,7 @@ def regress(
     clusters: IntArray,
     *,
     name: str,
-    level: str,
+    level: Level,
     unit: str,
 ) -> Regression:
     """Least squares of an outcome on properties, with a constant; errors clustered.
@@ -199,11 +163,12 @@ def property_study(
         "pass_rate": rate[facts.sequence],
         "correct": facts.correct[facts.sequence],
     }
-    found = []
-    for level, properties, values, items, clusters in (
+    levels: tuple[tuple[Level, dict[str, FloatArray], FloatArray, BoolArray, IntArray], ...] = (
         ("token", tokens, influence, pushed[facts.sequence], facts.prompt[facts.sequence]),
         ("sequence", sequences, facts.per_sequence(influence), pushed, facts.prompt),
-    ):
+    )
+    found = []
+    for level, properties, values, items, clusters in levels:
         chosen = {name: x[items] for name, x in properties.items()}
         if int(items.sum()) <= len(chosen) + 1:
             continue

@@ -7,8 +7,8 @@ import pytest
 from scipy.stats import linregress
 
 from stepscope.errors import MeasurementError
-from stepscope.measure.criteria.known import TokenFacts
-from stepscope.measure.criteria.properties import property_study, regress
+from stepscope.measure.criteria.regression import property_study, regress
+from stepscope.rules import TokenFacts
 
 
 def sandwich(design: np.ndarray, residual: np.ndarray, clusters: np.ndarray) -> np.ndarray:
@@ -61,7 +61,7 @@ def test_what_has_no_coefficient_of_its_own_is_named():
     found = regress(a + rng.normal(size=30), table, np.arange(30) % 10, name="y", level="token", unit="nats")
     assert set(found.coefficients) == {"a", "b"}
     assert found.left_out == {"same": "the same for all", "sum": "determined by a, b"}
-    assert found.to_dict()["left_out"] == found.left_out
+    assert found.to_plain()["left_out"] == found.left_out
 
 
 def test_few_prompts_are_flagged_and_few_items_refused():
