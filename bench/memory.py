@@ -18,6 +18,7 @@ from cases import build
 from stepscope.policy.gradients import response_logprob
 from stepscope.policy.passes import Budget
 from stepscope.policy.per_sequence.gram import grams
+from stepscope.policy.per_sequence.stream import SequenceGradients
 
 
 def peak() -> float:
@@ -38,7 +39,10 @@ def main() -> None:
     case = build("small", full=False, count=options.sequences)
     part = case.rollouts.select(range(64))
     exact = grams(
-        case.policy, part, response_logprob, metrics={"P": case.P}, budget=Budget(max_sequences=options.batch)
+        case.policy,
+        SequenceGradients(part, response_logprob),
+        metrics={"P": case.P},
+        budget=Budget(max_sequences=options.batch),
     )
     for _ in range(2):
         start = time.perf_counter()
@@ -48,8 +52,7 @@ def main() -> None:
     start = time.perf_counter()
     found = grams(
         case.policy,
-        case.rollouts,
-        response_logprob,
+        SequenceGradients(case.rollouts, response_logprob),
         metrics={"P": case.P},
         budget=Budget(max_sequences=options.batch, memory_bytes=int(options.gib * 2**30), progress=True),
     )

@@ -25,7 +25,7 @@ from stepscope.policy.gradients import directional_derivative, response_logprob
 from stepscope.policy.passes import Budget
 from stepscope.policy.per_sequence.gram import gram
 from stepscope.policy.per_sequence.products import per_sequence_dot
-from stepscope.policy.per_sequence.stream import coverage_of
+from stepscope.policy.per_sequence.stream import SequenceGradients, coverage_of
 
 Tasks = dict[str, Callable[[], Tensor]]
 
@@ -36,7 +36,12 @@ def stepscope(case: Case, size: int) -> Tasks:
     coverage_of(policy, rollouts)
 
     def kernel(P: dict[str, Tensor] | None) -> Tensor:
-        return gram(policy, rollouts, response_logprob, preconditioner=P, budget=Budget(max_sequences=size))
+        return gram(
+            policy,
+            SequenceGradients(rollouts, response_logprob),
+            preconditioner=P,
+            budget=Budget(max_sequences=size),
+        )
 
     def tokens() -> Tensor:
         return torch.cat(
@@ -49,7 +54,12 @@ def stepscope(case: Case, size: int) -> Tasks:
         "kernel": lambda: kernel(None),
         "kernel_P": lambda: kernel(case.P),
         "influence": lambda: torch.from_numpy(
-            per_sequence_dot(policy, rollouts, response_logprob, case.u, budget=Budget(max_sequences=size))
+            per_sequence_dot(
+                policy,
+                SequenceGradients(rollouts, response_logprob),
+                case.u,
+                budget=Budget(max_sequences=size),
+            )
         ),
         "tokens": tokens,
     }

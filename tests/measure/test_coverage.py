@@ -20,6 +20,7 @@ from stepscope.measure.step.reconstruct import weighted_logprobs
 from stepscope.policy.gradients import gradient
 from stepscope.policy.passes import Budget
 from stepscope.policy.per_sequence.products import group_gradients
+from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.reference import exact_change, exact_derivatives, exact_rollouts, exact_value
 from stepscope.results import FloatArray
 from stepscope.stats import Estimate, pass_at_k
@@ -237,10 +238,8 @@ def test_limits_of_the_noise_scale_cover(temperature: float) -> None:
     ones = tuple(np.ones(n) for n in rollouts.num_tokens)
     parts = group_gradients(
         policy,
-        rollouts,
-        weighted_logprobs(ones),
+        SequenceGradients(rollouts, weighted_logprobs(ones), as_trained=False),
         np.arange(count),
-        as_trained=False,
         budget=Budget(max_sequences=64),
     )
     scores = torch.cat([t.flatten(1) for t in parts.values()], 1).double().numpy()

@@ -22,6 +22,7 @@ from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.differentiation import differentiable, layer_norm
 from stepscope.policy.numerics.precision import lift_model, true_float64
 from stepscope.policy.per_sequence.products import per_sequence_dot
+from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.policy.rollouts import sample_rollouts, score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import shifted
@@ -121,7 +122,9 @@ def test_both_modes_differentiate_the_function_or_what_training_does(
             assert sum(float(row.sum()) for row in along) == pytest.approx(expected, rel=rel)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            dots = per_sequence_dot(policy, rollouts, response_logprob, direction, as_trained=as_trained)
+            dots = per_sequence_dot(
+                policy, SequenceGradients(rollouts, response_logprob, as_trained), direction
+            )
         assert dots.sum() == pytest.approx(expected, rel=rel)
     assert (abs(trained * 2e-6 - (sides[0] - sides[1])) > 1e-9) == name.startswith("dora")
 

@@ -19,7 +19,7 @@ from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.precision import lift_model
 from stepscope.policy.passes import Budget
 from stepscope.policy.per_sequence.layer_gradient import LayerGradient
-from stepscope.policy.per_sequence.stream import stream
+from stepscope.policy.per_sequence.stream import SequenceGradients, stream
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import shifted
@@ -45,7 +45,7 @@ def test_gradients_of_every_kind_agree_and_the_config_comes_back(policy: Policy,
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        stream(policy, rollouts, response_logprob, add, budget=Budget(max_sequences=4))
+        stream(policy, SequenceGradients(rollouts, response_logprob), add, budget=Budget(max_sequences=4))
     for name, expected in whole.items():
         torch.testing.assert_close(summed[name], expected, rtol=0, atol=1e-11)
     direction = random_direction(policy)

@@ -21,14 +21,13 @@ from stepscope.policy.numerics.precision import lift_model
 from stepscope.policy.passes import Budget
 from stepscope.policy.per_sequence import coverage
 from stepscope.policy.per_sequence.gram import gram, grams
-from stepscope.policy.per_sequence.layer_gradient import LayerGradient, Whole
 from stepscope.policy.per_sequence.products import (
     group_gradients,
     paired_dots,
     per_sequence_dot,
     per_sequence_dots,
 )
-from stepscope.policy.per_sequence.store import GradientStore
+from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 
@@ -100,10 +99,9 @@ def test_everything_equals_autograd(
     J, H, p = jacobian(policy, update), jacobian(policy, probe), flat(P)
     found = grams(
         policy,
-        update,
-        objective,
+        SequenceGradients(update, objective),
         metrics={"raw": None, "P": P},
-        other=(probe, objective),
+        other=SequenceGradients(probe, objective),
         budget=Budget(max_sequences=3),
     )
     assert error(found.square["raw"], J @ J.T) < tolerance
@@ -111,12 +109,19 @@ def test_everything_equals_autograd(
     assert error(found.cross["raw"], H @ J.T) < tolerance
     assert error(found.cross["P"], (H * p) @ J.T) < tolerance
     assert error(found.other_norms["P"], (H * p * H).sum(1)) < tolerance
-    assert error(torch.from_numpy(per_sequence_dot(policy, update, objective, u)), J @ flat(u)) < tolerance
+    assert (
+        error(
+            torch.from_numpy(per_sequence_dot(policy, SequenceGradients(update, objective), u)), J @ flat(u)
+        )
+        < tolerance
+    )
     groups = probe.prompt_index
-    summed = group_gradients(policy, probe, objective, groups, budget=Budget(max_sequences=2))
+    summed = group_gradients(
+        policy, SequenceGradients(probe, objective), groups, budget=Budget(max_sequences=2)
+    )
     S = torch.stack([H[groups == g].sum(0) for g in range(groups.max() + 1)])
     assert error(torch.cat([t.flatten(1) for t in summed.values()], 1).double(), S) < tolerance
-    dots = torch.from_numpy(per_sequence_dots(policy, update, objective, summed))
+    dots = torch.from_numpy(per_sequence_dots(policy, SequenceGradients(update, objective), summed))
     assert error(dots, S @ J.T) < tolerance
     assert coverage.known(policy, True) is not None
     assert coverage.known(policy, True).slow == ()
@@ -135,7 +140,10 @@ def test_tied_uses_add_up_before_products(tied: Policy) -> None:
     only = {n: torch.full_like(p, float(n == name)) for n, p in tied.parameters.items()}
     J = jacobian(tied, update)
     assert not any("lm_head" in n for n in tied.parameters)
-    assert error(gram(tied, update, objective, preconditioner=only), (J * flat(only)) @ J.T) < 1e-12
+    assert (
+        error(gram(tied, SequenceGradients(update, objective), preconditioner=only), (J * flat(only)) @ J.T)
+        < 1e-12
+    )
 
 
 def test_blocks_disk_and_order_give_the_same_numbers(tied: Policy, tmp_path: Path) -> None:
@@ -143,21 +151,36 @@ def test_blocks_disk_and_order_give_the_same_numbers(tied: Policy, tmp_path: Pat
     P = random_vector(tied)
     metrics = {"raw": None, "P": P}
     whole = grams(
-        tied, update, objective, metrics=metrics, other=(probe, objective), budget=Budget(max_sequences=16)
+        tied,
+        SequenceGradients(update, objective),
+        metrics=metrics,
+        other=SequenceGradients(probe, objective),
+        budget=Budget(max_sequences=16),
     )
     numbers = sum(p.numel() for p in tied.parameters.values())
     small = grams(
         tied,
-        update,
-        objective,
+        SequenceGradients(update, objective),
         metrics=metrics,
-        other=(probe, objective),
+        other=SequenceGradients(probe, objective),
         budget=Budget(max_sequences=3, memory_bytes=8 * numbers * 2),
     )
-    disk = grams(tied, update, objective, metrics=metrics, budget=Budget(scratch=tmp_path, max_tokens=20))
-    at_once = grams(tied, update, objective, metrics=metrics, budget=Budget(max_sequences=16))
+    disk = grams(
+        tied,
+        SequenceGradients(update, objective),
+        metrics=metrics,
+        budget=Budget(scratch=tmp_path, max_tokens=20),
+    )
+    at_once = grams(
+        tied, SequenceGradients(update, objective), metrics=metrics, budget=Budget(max_sequences=16)
+    )
     shuffled = np.random.default_rng(0).permutation(len(update))
-    moved = grams(tied, update.select(shuffled), objective, metrics=metrics, budget=Budget(max_sequences=4))
+    moved = grams(
+        tied,
+        SequenceGradients(update.select(shuffled), objective),
+        metrics=metrics,
+        budget=Budget(max_sequences=4),
+    )
     assert (whole.blocks, small.blocks > 2, disk.blocks) == (1, True, 1)
     assert not list(tmp_path.iterdir())
     for metric in metrics:
@@ -174,28 +197,17 @@ def test_a_large_square_is_exact_off_the_diagonal_too(tied: Policy, monkeypatch:
     """Only one triangle of blocks is multiplied; here blocks of 2 rows."""
     update = draw(7)
     P = random_vector(tied)
-    expected = gram(tied, update, objective, preconditioner=P)
+    expected = gram(tied, SequenceGradients(update, objective), preconditioner=P)
     monkeypatch.setattr("stepscope.policy.per_sequence.store.ROW_BLOCK", 2)
     monkeypatch.setattr("stepscope.policy.per_sequence.store.CHUNK_BYTES", 200)
-    assert error(gram(tied, update, objective, preconditioner=P), expected) < 1e-12
+    assert error(gram(tied, SequenceGradients(update, objective), preconditioner=P), expected) < 1e-12
 
 
 def test_repeated_sequences_keep_their_rows(tied: Policy) -> None:
-    K = gram(tied, draw(6), objective)
+    K = gram(tied, SequenceGradients(draw(6), objective))
     assert K.shape == (6, 6)
     torch.testing.assert_close(K[0], K[1], rtol=1e-12, atol=1e-12)
     assert float(K[0, 0]) == pytest.approx(float(K[0, 1]), rel=1e-12)
-
-
-def test_float64_products_of_float32_gradients() -> None:
-    G = torch.randn(5, 40, 30, generator=torch.Generator().manual_seed(0))
-    exact = G.double().flatten(1) @ G.double().flatten(1).T
-    store = GradientStore(5)
-    gradient = LayerGradient("w", (40, 30), (Whole(G),))
-    store.put(gradient, slice(0, 5))
-    for double, low, high in ((True, 0.0, 1e-14), (False, 1e-9, 1e-5)):
-        assert low <= error(store.square({"raw": None}, double=double)["raw"], exact) < high
-        assert low <= error(store.cross(gradient, {"raw": None}, double=double)["raw"], exact) < high
 
 
 @pytest.mark.parametrize("source", ["gpt2", "qwen2", "gemma3"])
@@ -204,25 +216,23 @@ def test_two_gradients_of_the_same_sequence(source: str) -> None:
     rollouts, P = draw(6), random_vector(policy)
     whole = gram(
         policy,
-        rollouts,
-        lambda outputs, batch: outputs.logprobs,
+        SequenceGradients(rollouts, lambda outputs, batch: outputs.logprobs),
         preconditioner=P,
-        other=(rollouts, lambda outputs, batch: outputs.entropies),
+        other=SequenceGradients(rollouts, lambda outputs, batch: outputs.entropies),
     ).diagonal()
     one = sum(p.numel() for p in policy.parameters.values()) * 8
     for budget in (2**30, 2 * one):
         found = paired_dots(
             policy,
-            rollouts,
-            lambda outputs, batch: outputs.entropies,
-            lambda outputs, batch: outputs.logprobs,
+            SequenceGradients(rollouts, lambda outputs, batch: outputs.entropies),
+            SequenceGradients(rollouts, lambda outputs, batch: outputs.logprobs),
             {"raw": None, "P": P},
             budget=Budget(memory_bytes=budget),
         )
         assert error(torch.from_numpy(found["P"]), whole) < 1e-12
         assert error(torch.from_numpy(found["raw"]), whole) > 1e-3
     with pytest.raises(MeasurementError, match="metric 'P' does not fit"):
-        paired_dots(policy, rollouts, objective, objective, {"P": {}})
+        paired_dots(policy, *[SequenceGradients(rollouts, objective)] * 2, {"P": {}})
 
 
 def test_wide_vocabulary_stays_in_factors() -> None:
@@ -231,13 +241,21 @@ def test_wide_vocabulary_stays_in_factors() -> None:
     update = draw(4, longest=2)
     J = jacobian(policy, update)
     P = random_vector(policy)
-    found = grams(policy, update, objective, metrics={"raw": None, "P": P}, budget=Budget(max_sequences=2))
+    found = grams(
+        policy,
+        SequenceGradients(update, objective),
+        metrics={"raw": None, "P": P},
+        budget=Budget(max_sequences=2),
+    )
     assert error(found.square["raw"], J @ J.T) < 1e-12
     assert error(found.square["P"], (J * flat(P)) @ J.T) < 1e-12
     dense = 8 * sum(p.numel() for p in policy.parameters.values())
     assert (
         grams(
-            policy, update, objective, metrics={"raw": None}, budget=Budget(memory_bytes=4 * dense // 2)
+            policy,
+            SequenceGradients(update, objective),
+            metrics={"raw": None},
+            budget=Budget(memory_bytes=4 * dense // 2),
         ).blocks
         == 1
     )
@@ -296,7 +314,7 @@ def test_what_hooks_cannot_see_goes_the_slow_way_announced(
     update = draw(5)
     J = jacobian(policy, update)
     with pytest.warns(UserWarning, match=f"1 of .*{name}.*one sequence at a time"):
-        K = gram(policy, update, objective, budget=Budget(max_sequences=2))
+        K = gram(policy, SequenceGradients(update, objective), budget=Budget(max_sequences=2))
     assert error(K, J @ J.T) < 1e-12
     assert all(p.requires_grad for p in policy.model.parameters())
 
@@ -310,9 +328,9 @@ def test_the_policy_is_left_as_it_was() -> None:
     def broken(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
         raise KeyError("stop")
 
-    gram(policy, update, objective)
+    gram(policy, SequenceGradients(update, objective))
     with pytest.raises(KeyError):
-        gram(policy, update, broken)
+        gram(policy, SequenceGradients(update, broken))
     after = dict(policy.model.named_parameters())
     assert all(after[n] is p and p.requires_grad and p.grad is None for n, p in before.items())
     assert all(torch.equal(after[n], v) for n, v in values.items())
@@ -330,7 +348,7 @@ def test_other_passes_inside_the_objective_are_not_recorded() -> None:
             base = forward(policy.model, batch, temperature=1.0)
         return (outputs.logprobs - base.logprobs) ** 2
 
-    by_reverse = per_sequence_dot(policy, update, divergence, random_vector(policy))
+    by_reverse = per_sequence_dot(policy, SequenceGradients(update, divergence), random_vector(policy))
     by_forward = directional_derivative(policy, update, divergence, random_vector(policy), mode="forward")
     np.testing.assert_allclose(by_reverse, [float(d.sum()) for d in by_forward], rtol=1e-10)
 
@@ -343,7 +361,10 @@ def test_double_backward_equals_forward_mode(architecture: str) -> None:
     for a, b in zip(forward_mode, both, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     sums = torch.stack([d.sum() for d in forward_mode])
-    assert error(sums, torch.from_numpy(per_sequence_dot(policy, update, objective, u))) < 1e-11
+    assert (
+        error(sums, torch.from_numpy(per_sequence_dot(policy, SequenceGradients(update, objective), u)))
+        < 1e-11
+    )
 
 
 @pytest.mark.parametrize("mode", ["forward", "double_backward"])
@@ -357,7 +378,7 @@ def test_sampled_padding_tokens_count_as_asked(mode: str) -> None:
     for as_trained in (True, False):
         along = directional_derivative(policy, rollouts, objective, u, mode=mode, as_trained=as_trained)
         found[as_trained] = torch.stack([d.sum() for d in along])
-        dots = per_sequence_dot(policy, rollouts, objective, u, as_trained=as_trained)
+        dots = per_sequence_dot(policy, SequenceGradients(rollouts, objective, as_trained), u)
         assert error(torch.from_numpy(dots), found[as_trained]) < 1e-11
         whole = flat(gradient(policy, rollouts, objective, as_trained=as_trained))
         assert float(whole @ flat(u)) == pytest.approx(float(found[as_trained].sum()), rel=1e-11)
@@ -367,7 +388,10 @@ def test_sampled_padding_tokens_count_as_asked(mode: str) -> None:
             for single in (rollouts.select([i]) for i in range(len(rollouts)))
         ]
         pairs = paired_dots(
-            policy, rollouts, objective, objective, {"raw": None}, second_as_trained=as_trained
+            policy,
+            SequenceGradients(rollouts, objective),
+            SequenceGradients(rollouts, objective, as_trained),
+            {"raw": None},
         )
         assert error(torch.from_numpy(pairs["raw"]), torch.stack(own)) < 1e-11
     assert error(found[True], found[False]) > 1e-3
@@ -405,13 +429,13 @@ def test_refusals() -> None:
     update = draw(3)
     u = random_vector(policy)
     with pytest.raises(MeasurementError, match="1 trainable parameters missing"):
-        per_sequence_dot(policy, update, objective, dict(list(u.items())[1:]))
+        per_sequence_dot(policy, SequenceGradients(update, objective), dict(list(u.items())[1:]))
     first = next(iter(u))
     with pytest.raises(MeasurementError, match="expected"):
-        gram(policy, update, objective, preconditioner={**u, first: u[first][:1]})
+        gram(policy, SequenceGradients(update, objective), preconditioner={**u, first: u[first][:1]})
     with pytest.raises(MeasurementError, match="memory budget"):
-        gram(policy, update, objective, budget=Budget(memory_bytes=10))
+        gram(policy, SequenceGradients(update, objective), budget=Budget(memory_bytes=10))
     for p in policy.model.parameters():
         p.requires_grad_(False)
     with pytest.raises(MeasurementError, match="no trainable parameter"):
-        gram(replace(policy), update, objective)
+        gram(replace(policy), SequenceGradients(update, objective))

@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -48,6 +48,10 @@ class TokenBatch:
     def __len__(self) -> int:
         """Number of sequences."""
         return int(self.input_ids.shape[0])
+
+    def row(self, index: int) -> TokenBatch:
+        """One sequence, with the padding that it has here."""
+        return TokenBatch(*(getattr(self, field.name)[index : index + 1] for field in fields(self)))
 
     def unpad(self, values: Tensor) -> tuple[Tensor, ...]:
         """The rows of (seq,) or (seq, tok, ...) values, those of tokens without padding."""

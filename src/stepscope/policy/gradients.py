@@ -39,7 +39,6 @@ def gradient(
     objective: Objective,
     *,
     as_trained: bool = True,
-    keep_logits: bool = False,
     budget: Budget = Budget(),
 ) -> dict[str, Tensor]:
     """Gradient of the objective summed over all sequences (and tokens): one forward and one backward.
@@ -52,14 +51,13 @@ def gradient(
         objective: (seq,) or (seq, tok).
         as_trained: leave out what a training does (embeddings of padding tokens, DoRA's norm);
             otherwise the gradient is that of the function.
-        keep_logits: whether the objective needs logits.
         budget: how large micro-batches are.
     """
     params = policy.parameters
     total = {n: torch.zeros_like(p) for n, p in params.items()}
 
     def pulled(batch: TokenBatch) -> tuple[Tensor | None, ...]:
-        outputs = forward(policy.model, batch, temperature=rollouts.temperature, keep_logits=keep_logits)
+        outputs = forward(policy.model, batch, temperature=rollouts.temperature)
         value = objective(outputs, batch).sum()
         return torch.autograd.grad(value, list(params.values()), allow_unused=True)
 
@@ -84,7 +82,6 @@ def directional_derivative(
     *,
     mode: Mode = "auto",
     as_trained: bool = True,
-    keep_logits: bool = False,
     budget: Budget = Budget(),
 ) -> list[Tensor]:
     """Derivative of the objective along a direction, for every sequence or every token, exactly.
@@ -104,7 +101,6 @@ def directional_derivative(
         mode: how to differentiate.
         as_trained: leave out what a training does (embeddings of padding tokens, DoRA's norm);
             otherwise the derivative is that of the function.
-        keep_logits: whether the objective needs logits.
         budget: how large micro-batches are.
     """
     params = {n: policy.parameters[n].detach() for n in direction}
@@ -114,9 +110,7 @@ def directional_derivative(
         nonlocal mode
 
         def value(values: dict[str, Tensor]) -> Tensor:
-            outputs = forward(
-                policy.model, batch, temperature=rollouts.temperature, params=values, keep_logits=keep_logits
-            )
+            outputs = forward(policy.model, batch, temperature=rollouts.temperature, params=values)
             return objective(outputs, batch)
 
         meant = frozen_padding(policy.model) if as_trained else whole_function(policy.model)

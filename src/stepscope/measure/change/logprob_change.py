@@ -13,6 +13,7 @@ from stepscope.policy.gradients import response_logprob
 from stepscope.policy.passes import Budget
 from stepscope.policy.per_sequence.gram import gram
 from stepscope.policy.per_sequence.products import per_sequence_dots
+from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, Rollouts
 
@@ -55,21 +56,13 @@ def predict_logprobs(
     """
     others = {name: vector for name, vector in step.components.items() if name != "sequences"}
     stacked = {n: torch.stack([d[n] for d in (step.direction, *others.values())]) for n in step.direction}
-    total, *rest = per_sequence_dots(
-        policy,
-        texts,
-        response_logprob,
-        stacked,
-        as_trained=False,
-        budget=budget,
-    )
+    of_texts = SequenceGradients(texts, response_logprob, as_trained=False)
+    total, *rest = per_sequence_dots(policy, of_texts, stacked, budget=budget)
     parts = gram(
         policy,
-        step.update,
-        weighted_logprobs(step.token_weights),
+        SequenceGradients(step.update, weighted_logprobs(step.token_weights)),
         preconditioner=step.preconditioner,
-        other=(texts, response_logprob),
-        other_as_trained=False,
+        other=of_texts,
         budget=budget,
     ).numpy()
     whole = parts.sum(1) + np.sum(rest, 0)

@@ -29,6 +29,7 @@ from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients import Mode, directional_derivative, gradient, response_logprob
 from stepscope.policy.passes import Budget
 from stepscope.policy.per_sequence.products import paired_dots
+from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import FloatArray, IntArray, Rollouts
@@ -156,11 +157,9 @@ def ground_truths(
     single, _ = split_tokens(step.update, chosen)
     own = paired_dots(
         policy,
-        single,
-        response_logprob,
-        _entropies,
+        SequenceGradients(single, response_logprob),
+        SequenceGradients(single, _entropies, as_trained=False),
         metrics,
-        second_as_trained=False,
         budget=budget,
     )
     for name in metrics:

@@ -42,6 +42,7 @@ from stepscope.policy.gradients import Mode, directional_derivative, response_lo
 from stepscope.policy.passes import Budget
 from stepscope.policy.per_sequence.gram import gram
 from stepscope.policy.per_sequence.products import per_sequence_dots
+from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.policy.state import Policy
 from stepscope.results import Brief, FloatArray, IntArray, Rollouts
 from stepscope.stats import Estimate, estimate_from_sums
@@ -298,19 +299,18 @@ def influences(
     for through in throughs:
         own = step_derivative(policy, step, through).pulled(slope.parts)
         pulled = {n: torch.cat([pulled[n], t]) for n, t in own.items()} if pulled else own
-    objective = weighted_logprobs(step.token_weights)
-    products = per_sequence_dots(policy, update, objective, pulled, budget=budget)
+    own_gradients = SequenceGradients(update, weighted_logprobs(step.token_weights))
+    products = per_sequence_dots(policy, own_gradients, pulled, budget=budget)
     resolved = None
     if probe_resolved:
         resolved = gram(
             policy,
-            update,
-            objective,
+            own_gradients,
             preconditioner=step.preconditioner,
-            other=(probe, bound.objective),
-            other_as_trained=False,
+            other=SequenceGradients(
+                probe, bound.objective, as_trained=False, keep_logits=bound.quantity.needs_logits
+            ),
             budget=budget,
-            keep_logits=bound.quantity.needs_logits,
         ).numpy()
     unit = f"{bound.unit}/lr"
     parts = ", ".join(["sequences", *others])

@@ -34,6 +34,7 @@ from stepscope.measure.step.reconstruct import weighted_logprobs
 from stepscope.policy.gradients import Objective, gradient
 from stepscope.policy.passes import Budget
 from stepscope.policy.per_sequence.products import group_gradients
+from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import Brief, FloatArray, IntArray, Rollouts
@@ -285,15 +286,10 @@ def probe_gradient(
         groups = _grouping(
             rollouts.prompt_index, min(max_groups, max(1, budget.memory_bytes // per_group - 2))
         )
-    parts = group_gradients(
-        policy,
-        rollouts,
-        bound.objective,
-        groups,
-        as_trained=False,
-        keep_logits=bound.quantity.needs_logits,
-        budget=budget,
+    gradients = SequenceGradients(
+        rollouts, bound.objective, as_trained=False, keep_logits=bound.quantity.needs_logits
     )
+    parts = group_gradients(policy, gradients, groups, budget=budget)
     probe = bound.probe
     slope = {n: torch.full_like(t[0], 0.0 if errors else math.nan) for n, t in parts.items()}
     if errors and probe.per_token and probe.on_policy:

@@ -38,6 +38,7 @@ from stepscope.measure.step.terms import term_gradients
 from stepscope.policy.loss.surrogate import advantages, token_weights
 from stepscope.policy.passes import Budget, track
 from stepscope.policy.per_sequence.products import weighted_gradients
+from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.policy.state import Policy
 from stepscope.results import BoolArray, FloatArray, Rollouts
 from stepscope.results.validation import Agreement, Validation
@@ -247,11 +248,7 @@ def _true_changes(
     members = folds.labels == np.arange(len(folds.shares))[:, None]
     members = members / members.sum(1, keepdims=True)
     sums = weighted_gradients(
-        policy,
-        step.update,
-        weighted_logprobs(per_unit),
-        shares,
-        budget=budget,
+        policy, SequenceGradients(step.update, weighted_logprobs(per_unit)), shares, budget=budget
     )
     terms = term_gradients(policy, step.update, remade=True, budget=budget)
     changes = np.empty(len(shares))

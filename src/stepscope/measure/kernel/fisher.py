@@ -25,8 +25,10 @@ from stepscope.measure.kernel.structure import (
 from stepscope.measure.step.reconstruct import weighted_logprobs
 from stepscope.policy.gradients import Objective, response_logprob
 from stepscope.policy.passes import Budget
-from stepscope.policy.per_sequence.gram import Grams, Metrics, grams
+from stepscope.policy.per_sequence.gram import Grams, grams
 from stepscope.policy.per_sequence.projection import Sketch, sketches
+from stepscope.policy.per_sequence.store import Metrics
+from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import Brief, FloatArray, IntArray, Rollouts
@@ -216,32 +218,19 @@ def fisher_kernel(
 
     def square(objective: Objective, chosen: Metrics) -> dict[str, FloatArray]:
         """The update batch's kernels of another objective."""
+        gradients = SequenceGradients(update, objective)
         if sketch is None:
-            exact = grams(
-                policy,
-                update,
-                objective,
-                metrics=chosen,
-                budget=budget,
-            ).square
+            exact = grams(policy, gradients, metrics=chosen, budget=budget).square
             return {m: k.numpy() for m, k in exact.items()}
-        rows = sketches(
-            policy,
-            update,
-            objective,
-            sketch,
-            metrics=chosen,
-            budget=budget,
-        )
+        rows = sketches(policy, gradients, sketch, metrics=chosen, budget=budget)
         return {m: k.numpy() for m, k in _products(rows, rows).items()}
 
     if sketch is None:
         found = grams(
             policy,
-            update,
-            response_logprob,
+            SequenceGradients(update, response_logprob),
             metrics=metrics,
-            other=None if probe is None else (probe, response_logprob),
+            other=None if probe is None else SequenceGradients(probe, response_logprob),
             budget=budget,
         )
     else:
@@ -259,8 +248,7 @@ def fisher_kernel(
         if single is None
         else grams(
             policy,
-            single,
-            response_logprob,
+            SequenceGradients(single, response_logprob),
             metrics=metrics,
             budget=replace(budget, max_sequences=4 * budget.max_sequences),
         ).square
@@ -340,38 +328,19 @@ def _projected(
     budget: Budget,
 ) -> tuple[Grams, Estimate]:
     """Kernels from random projections, and the error of their cosines on a random part of the batch."""
-    left = sketches(
-        policy,
-        update,
-        response_logprob,
-        sketch,
-        metrics=metrics,
-        budget=budget,
-    )
-    right = (
-        {}
-        if probe is None
-        else sketches(
-            policy,
-            probe,
-            response_logprob,
-            sketch,
-            metrics=metrics,
-            budget=budget,
-        )
-    )
+
+    def sketched(rollouts: Rollouts) -> dict[str, Tensor]:
+        gradients = SequenceGradients(rollouts, response_logprob)
+        return sketches(policy, gradients, sketch, metrics=metrics, budget=budget)
+
+    left = sketched(update)
+    right = {} if probe is None else sketched(probe)
     square, cross = _products(left, left), _products(right, left)
     norms = {m: s.double().square().sum(1).cpu() for m, s in right.items()}
     count = min(PROJECTION_CHECK, len(update))
     chosen = np.sort(np.random.default_rng(seed).choice(len(update), count, replace=False))
     part = update.select(chosen)
-    exact = grams(
-        policy,
-        part,
-        response_logprob,
-        metrics=metrics,
-        budget=budget,
-    )
+    exact = grams(policy, SequenceGradients(part, response_logprob), metrics=metrics, budget=budget)
     off = ~np.eye(count, dtype=bool)
     misses = []
     for m in metrics:

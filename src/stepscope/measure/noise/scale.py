@@ -27,6 +27,7 @@ from stepscope.measure.step.reconstruct import weighted_logprobs
 from stepscope.policy.loss.surrogate import token_weights as loss_token_weights
 from stepscope.policy.passes import Budget
 from stepscope.policy.per_sequence.gram import grams
+from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import FloatArray, IntArray, Rollouts
@@ -66,13 +67,8 @@ def noise_scale(
     metrics: dict[str, ParameterVector | None] = {"sgd": None}
     if preconditioner is not None:
         metrics["preconditioned"] = preconditioner
-    found = grams(
-        policy,
-        update,
-        weighted_logprobs(weights),
-        metrics=metrics,
-        budget=budget,
-    ).square
+    gradients = SequenceGradients(update, weighted_logprobs(weights))
+    found = grams(policy, gradients, metrics=metrics, budget=budget).square
     prompts = update.prompt_index
     scales = {
         name: from_products(K.numpy(), prompts, unit="squared gradient norm", method=f"{name} metric")

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Unpack
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stepscope.errors import MeasurementError
-from stepscope.policy.gradients import Objective
 from stepscope.policy.passes import Budget, by_length
 from stepscope.policy.per_sequence.layer_gradient import LayerGradient, restore
-from stepscope.policy.per_sequence.store import GradientStore
-from stepscope.policy.per_sequence.stream import StreamOptions, stream
+from stepscope.policy.per_sequence.store import GradientStore, Metrics
+from stepscope.policy.per_sequence.stream import SequenceGradients, stream
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
-from stepscope.results import FloatArray, IntArray, Rollouts
+from stepscope.results import FloatArray, IntArray
 
 CHUNK_BYTES = 32 * 2**20
 """Working memory of one slice of a layer's dense gradients."""
@@ -26,10 +24,10 @@ CHUNK_BYTES = 32 * 2**20
 
 def per_sequence_dot(
     policy: Policy,
-    rollouts: Rollouts,
-    objective: Objective,
+    gradients: SequenceGradients,
     u: ParameterVector,
-    **options: Unpack[StreamOptions],
+    *,
+    budget: Budget = Budget(),
 ) -> FloatArray:
     """(seq,) inner products u . grad objective_i, in memory that does not grow with the number of sequences.
 
@@ -38,18 +36,17 @@ def per_sequence_dot(
 
     Args:
         policy: its trainable parameters are differentiated.
-        rollouts: the sequences.
-        objective: (seq,) or (seq, tok).
+        gradients: of what.
         u: a vector over all trainable parameters, by name.
-        **options: see :class:`stepscope.policy.per_sequence.stream.StreamOptions`.
+        budget: what may be used at a time.
 
     Raises:
         MeasurementError: u lacks a trainable parameter or has one of another shape.
     """
     check_vector(policy, u, "u")
     direction: dict[str, Tensor] = {}
-    order = by_length(rollouts)
-    total = torch.zeros(len(rollouts), dtype=torch.float64, device=policy.device)
+    order = by_length(gradients.rollouts)
+    total = torch.zeros(len(gradients), dtype=torch.float64, device=policy.device)
 
     def consume(gradient: LayerGradient, rows: slice) -> None:
         name = gradient.name
@@ -57,32 +54,31 @@ def per_sequence_dot(
             direction[name] = gradient.oriented(u[name]).to(policy.device, compute_dtype(u[name]))
         total[rows] += gradient.dot(direction[name])
 
-    stream(policy, rollouts, objective, consume, order=order, **options)
-    result = np.empty(len(rollouts))
+    stream(policy, gradients, consume, order=order, budget=budget)
+    result = np.empty(len(gradients))
     result[order] = total.cpu().numpy()
     return result
 
 
 def per_sequence_dots(
     policy: Policy,
-    rollouts: Rollouts,
-    objective: Objective,
+    gradients: SequenceGradients,
     directions: Mapping[str, Tensor],
-    **options: Unpack[StreamOptions],
+    *,
+    budget: Budget = Budget(),
 ) -> FloatArray:
     """(direction, seq) inner products with many vectors at once, for little more than the price of one.
 
     Args:
         policy: its trainable parameters are differentiated.
-        rollouts: the sequences.
-        objective: (seq,) or (seq, tok).
+        gradients: of what.
         directions: name to (direction, ...parameter shape), as :func:`group_gradients` gives.
-        **options: see :class:`stepscope.policy.per_sequence.stream.StreamOptions`.
+        budget: what may be used at a time.
     """
-    order = by_length(rollouts)
+    order = by_length(gradients.rollouts)
     count = len(next(iter(directions.values())))
     stacks: dict[str, Tensor] = {}
-    total = torch.zeros(count, len(rollouts), dtype=torch.float64, device=policy.device)
+    total = torch.zeros(count, len(gradients), dtype=torch.float64, device=policy.device)
 
     def consume(gradient: LayerGradient, rows: slice) -> None:
         name = gradient.name
@@ -93,21 +89,19 @@ def per_sequence_dots(
         for start, stop in gradient.row_slices(size, CHUNK_BYTES, stack.element_size()):
             total[:, rows] += stack[:, start:stop].flatten(1) @ gradient.dense(start, stop).flatten(1).T
 
-    stream(policy, rollouts, objective, consume, order=order, **options)
-    result = np.empty((count, len(rollouts)))
+    stream(policy, gradients, consume, order=order, budget=budget)
+    result = np.empty((count, len(gradients)))
     result[:, order] = total.cpu().numpy()
     return result
 
 
 def paired_dots(
     policy: Policy,
-    rollouts: Rollouts,
-    first: Objective,
-    second: Objective,
-    metrics: Mapping[str, ParameterVector | None],
+    first: SequenceGradients,
+    second: SequenceGradients,
+    metrics: Metrics,
     *,
-    second_as_trained: bool = True,
-    **options: Unpack[StreamOptions],
+    budget: Budget = Budget(),
 ) -> dict[str, FloatArray]:
     """(seq,) inner products grad first_i . P . grad second_i of two gradients of the same sequence.
 
@@ -116,82 +110,70 @@ def paired_dots(
 
     Args:
         policy: its trainable parameters are differentiated.
-        rollouts: the sequences.
-        first: (seq,) or (seq, tok).
-        second: (seq,) or (seq, tok).
+        first: of what.
+        second: of what, for the same sequences.
         metrics: name to diagonal P (by parameter name), or None for the identity.
-        second_as_trained: the option ``as_trained`` of the gradients of ``second``.
-        **options: see :class:`stepscope.policy.per_sequence.stream.StreamOptions`.
+        budget: what may be used at a time.
 
     Raises:
         MeasurementError: a metric does not fit the policy.
     """
-    for name, weights in metrics.items():
-        if weights is not None:
-            check_vector(policy, weights, f"metric {name!r}")
-    order = by_length(rollouts)
+    check_metrics(policy, metrics)
+    order = by_length(first.rollouts)
     own = sum(p.numel() * max(4, p.element_size()) for p in policy.parameters.values())
-    budget = options.get("budget", Budget())
     size = max(1, min(budget.max_sequences, budget.memory_bytes // own))
     held = replace(budget, max_sequences=size, max_tokens=None, progress=False)
     found = {m: np.zeros(len(order)) for m in metrics}
     for start in range(0, len(order), size):
         block = order[start : start + size]
-        store = GradientStore(len(block))
+        store = GradientStore(len(block), metrics)
+        stream(policy, first, store.put, order=block, budget=held)
 
         def consume(
-            gradient: LayerGradient,
-            rows: slice,
-            store: GradientStore = store,
-            block: list[int] = block,
+            gradient: LayerGradient, rows: slice, store: GradientStore = store, block: list[int] = block
         ) -> None:
-            for metric, products in store.paired(gradient, metrics).items():
+            for metric, products in store.paired(gradient).items():
                 found[metric][block] += products.numpy()
 
-        within: StreamOptions = {**options, "budget": held}
-        stream(policy, rollouts, first, store.put, order=block, **within)
-        within["as_trained"] = second_as_trained
-        stream(policy, rollouts, second, consume, order=block, **within)
+        stream(policy, second, consume, order=block, budget=held)
     return found
 
 
 def group_gradients(
     policy: Policy,
-    rollouts: Rollouts,
-    objective: Objective,
+    gradients: SequenceGradients,
     groups: IntArray,
-    **options: Unpack[StreamOptions],
+    *,
+    budget: Budget = Budget(),
 ) -> dict[str, Tensor]:
     """Gradients summed within groups of sequences, by one pass: name to (group, ...parameter shape).
 
     Args:
         policy: its trainable parameters are differentiated.
-        rollouts: the sequences.
-        objective: (seq,) or (seq, tok).
+        gradients: of what.
         groups: (seq,) group number of each sequence, 0, 1, ...
-        **options: see :class:`stepscope.policy.per_sequence.stream.StreamOptions`.
+        budget: what may be used at a time.
     """
     members = np.asarray(groups)[None, :] == np.arange(int(groups.max()) + 1)[:, None]
-    return weighted_gradients(policy, rollouts, objective, members.astype(np.float64), **options)
+    return weighted_gradients(policy, gradients, members.astype(np.float64), budget=budget)
 
 
 def weighted_gradients(
     policy: Policy,
-    rollouts: Rollouts,
-    objective: Objective,
+    gradients: SequenceGradients,
     weights: FloatArray,
-    **options: Unpack[StreamOptions],
+    *,
+    budget: Budget = Budget(),
 ) -> dict[str, Tensor]:
     """Weighted sums of the sequences' gradients, many in one pass: name to (sum, ...parameter shape).
 
     Args:
         policy: its trainable parameters are differentiated.
-        rollouts: the sequences.
-        objective: (seq,) or (seq, tok).
+        gradients: of what.
         weights: (sum, seq) weight of each sequence's gradient in each sum.
-        **options: see :class:`stepscope.policy.per_sequence.stream.StreamOptions`.
+        budget: what may be used at a time.
     """
-    order = by_length(rollouts)
+    order = by_length(gradients.rollouts)
     params = policy.parameters
     share = torch.as_tensor(weights[:, order], device=policy.device)
     total: dict[str, Tensor] = {}
@@ -210,7 +192,7 @@ def weighted_gradients(
             block = own @ gradient.dense(start, stop).flatten(1)
             target[:, start:stop] += block.view(len(own), stop - start, -1)
 
-    stream(policy, rollouts, objective, consume, order=order, **options)
+    stream(policy, gradients, consume, order=order, budget=budget)
     return {
         n: restore(total[n], transposed[n]).reshape(len(weights), *p.shape)
         if n in total
@@ -244,3 +226,14 @@ def check_vector(policy: Policy, vector: ParameterVector, what: str) -> None:
             raise MeasurementError(
                 f"{what}: {name} has shape {tuple(vector[name].shape)}, expected {tuple(param.shape)}"
             )
+
+
+def check_metrics(policy: Policy, metrics: Metrics) -> None:
+    """Refuse a metric that does not fit the policy's trainable parameters.
+
+    Raises:
+        MeasurementError: a parameter is missing, unknown, or of another shape.
+    """
+    for name, weights in metrics.items():
+        if weights is not None:
+            check_vector(policy, weights, f"metric {name!r}")

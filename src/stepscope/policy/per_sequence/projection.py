@@ -11,19 +11,16 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Mapping
-from typing import Unpack
 
 import torch
 from torch import Tensor
 
-from stepscope.policy.gradients import Objective
-from stepscope.policy.passes import by_length
+from stepscope.policy.passes import Budget, by_length
 from stepscope.policy.per_sequence.layer_gradient import LayerGradient
-from stepscope.policy.per_sequence.products import check_vector, compute_dtype
-from stepscope.policy.per_sequence.stream import StreamOptions, stream
+from stepscope.policy.per_sequence.products import check_metrics, compute_dtype
+from stepscope.policy.per_sequence.store import Metrics
+from stepscope.policy.per_sequence.stream import SequenceGradients, stream
 from stepscope.policy.state import Policy
-from stepscope.policy.vectors import ParameterVector
-from stepscope.results import Rollouts
 
 SLICE = 2**22
 CACHE_NUMBERS = 2**26
@@ -81,27 +78,23 @@ class Sketch:
 
 def sketches(
     policy: Policy,
-    rollouts: Rollouts,
-    objective: Objective,
+    gradients: SequenceGradients,
     sketch: Sketch,
     *,
-    metrics: Mapping[str, ParameterVector | None],
-    **options: Unpack[StreamOptions],
+    metrics: Metrics,
+    budget: Budget = Budget(),
 ) -> dict[str, Tensor]:
     """Metric to (seq, dim) sketches of sqrt(P) times each sequence's gradient, by one pass.
 
     Args:
         policy: its trainable parameters are differentiated.
-        rollouts: the sequences.
-        objective: (seq,) or (seq, tok).
+        gradients: of what.
         sketch: the random map; inner products need the same on both sides.
         metrics: name to nonnegative diagonal P, or None for the identity.
-        **options: see :class:`stepscope.policy.per_sequence.stream.StreamOptions`.
+        budget: what may be used at a time.
     """
-    for name, weights in metrics.items():
-        if weights is not None:
-            check_vector(policy, weights, f"metric {name!r}")
-    order = by_length(rollouts)
+    check_metrics(policy, metrics)
+    order = by_length(gradients.rollouts)
     dtype = compute_dtype(next(iter(policy.parameters.values())))
     total = {m: torch.zeros(len(order), sketch.dim, dtype=dtype, device=policy.device) for m in metrics}
 
@@ -113,6 +106,6 @@ def sketches(
         }
         sketch.add(gradient, {m: t[rows] for m, t in total.items()}, roots)
 
-    stream(policy, rollouts, objective, consume, order=order, **options)
+    stream(policy, gradients, consume, order=order, budget=budget)
     back = torch.argsort(torch.tensor(order)).to(policy.device)
     return {m: t[back] for m, t in total.items()}

@@ -9,8 +9,13 @@ import torch
 from torch import Tensor
 
 from stepscope.policy.per_sequence.layer_gradient import LayerGradient, ghost_inner, orient
+from stepscope.policy.vectors import ParameterVector
+
+Metrics = Mapping[str, ParameterVector | None]
+"""Name to diagonal metric P by parameter name; None is the identity."""
 
 CHUNK_BYTES = 32 * 2**20
+NUMBER_BYTES = 4
 ROW_BLOCK = 32
 """Smallest block of rows in square products; of more rows than this, one triangle of blocks is multiplied."""
 
@@ -21,10 +26,14 @@ class GradientStore:
     A parameter is kept as a dense (seq, rows * cols) matrix or, where that takes less than half the room (a
     vocabulary-sized matrix against a short text), as the factors it came in. With a directory, dense matrices
     live in memory-mapped files there.
+
+    Inner products are float64, multiplied in the type of the gradients; one for each metric: a diagonal P by
+    parameter name, or None for the identity.
     """
 
-    def __init__(self, count: int, *, directory: Path | None = None) -> None:
+    def __init__(self, count: int, metrics: Metrics, *, directory: Path | None = None) -> None:
         self._count = count
+        self._metrics = metrics
         self._directory = directory
         self._dense: dict[str, Tensor] = {}
         self._factors: dict[str, list[tuple[slice, LayerGradient]]] = {}
@@ -58,10 +67,10 @@ class GradientStore:
             found = torch.zeros(size, dtype=like.dtype, device=like.device)
         return found.view(self._count, numel)
 
-    def _chunks(self, name: str, itemsize: int) -> Iterator[tuple[int, int, Tensor]]:
+    def _chunks(self, name: str) -> Iterator[tuple[int, int, Tensor]]:
         """Slices of the parameter's rows and the (seq, numbers) matrix of this block there."""
         height, width = self._shapes[name]
-        step = max(1, min(height, CHUNK_BYTES // max(1, self._count * width * itemsize)))
+        step = max(1, min(height, CHUNK_BYTES // max(1, self._count * width * NUMBER_BYTES)))
         for start in range(0, height, step):
             stop = min(start + step, height)
             if name in self._dense:
@@ -76,29 +85,21 @@ class GradientStore:
                     chunk = full
                 yield start, stop, chunk
 
-    def square(
-        self, metrics: Mapping[str, Mapping[str, Tensor] | None], *, double: bool = False
-    ) -> dict[str, Tensor]:
-        """(seq, seq) float64 inner products g_i' P g_j of this block's gradients, for each metric P.
-
-        Args:
-            metrics: name to diagonal P by parameter name; None is the identity.
-            double: multiply in float64 even where gradients are float32.
-        """
+    def square(self) -> dict[str, Tensor]:
+        """(seq, seq) inner products g_i' P g_j of this block's gradients."""
         total: dict[str, Tensor] = {}
         for name in self._shapes:
             flat = {
                 metric: None if w is None else orient(w[name], self._shapes[name], self._transposed[name])
-                for metric, w in metrics.items()
+                for metric, w in self._metrics.items()
             }
-            ghost = self._ghost(name) if None in metrics.values() else None
+            ghost = self._ghost(name) if any(w is None for w in flat.values()) else None
             if ghost is not None:
-                for metric in (m for m, w in metrics.items() if w is None):
+                for metric in (m for m, w in flat.items() if w is None):
                     _accumulate(total, metric, ghost)
-            if ghost is not None and all(w is None for w in metrics.values()):
+            if ghost is not None and all(w is None for w in flat.values()):
                 continue
-            for start, stop, chunk in self._chunks(name, 8 if double else 4):
-                matrix = chunk.double() if double else chunk
+            for start, stop, matrix in self._chunks(name):
                 for metric, weights in flat.items():
                     if weights is None and ghost is not None:
                         continue
@@ -126,61 +127,44 @@ class GradientStore:
                     result[cols, rows] = product.double().cpu().T
         return result
 
-    def paired(
-        self, gradient: LayerGradient, metrics: Mapping[str, Mapping[str, Tensor] | None]
-    ) -> dict[str, Tensor]:
-        """(seq,) float64 inner products h_i' P g_i with other gradients h of the block's own sequences."""
+    def paired(self, gradient: LayerGradient) -> dict[str, Tensor]:
+        """(seq,) inner products h_i' P g_i with other gradients h of the block's own sequences."""
         total: dict[str, Tensor] = {}
         if gradient.name not in self._shapes:
             return total
-        flat = _oriented(gradient, metrics)
-        for start, stop, chunk in self._chunks(gradient.name, 4):
+        flat = self._oriented(gradient)
+        for start, stop, chunk in self._chunks(gradient.name):
             others = gradient.dense(start, stop).flatten(1)
             for metric, weights in flat.items():
                 _accumulate(total, metric, torch.linalg.vecdot(_weigh(others, weights, start, stop), chunk))
         return total
 
-    def cross(
-        self,
-        gradient: LayerGradient,
-        metrics: Mapping[str, Mapping[str, Tensor] | None],
-        *,
-        double: bool = False,
-    ) -> dict[str, Tensor]:
-        """(other, seq) float64 inner products h_e' P g_i with the gradients h of other sequences."""
+    def cross(self, gradient: LayerGradient) -> dict[str, Tensor]:
+        """(other, seq) inner products h_e' P g_i with the gradients h of other sequences."""
         total: dict[str, Tensor] = {}
         if gradient.name not in self._shapes:
             return total
-        flat = _oriented(gradient, metrics)
-        for start, stop, chunk in self._chunks(gradient.name, 8 if double else 4):
+        flat = self._oriented(gradient)
+        for start, stop, chunk in self._chunks(gradient.name):
             others = gradient.dense(start, stop).flatten(1)
-            left = others.double() if double else others
-            right = chunk.double() if double else chunk
             for metric, weights in flat.items():
-                weighted = _weigh(left, weights, start, stop)
-                _accumulate(total, metric, weighted @ right.T)
+                _accumulate(total, metric, _weigh(others, weights, start, stop) @ chunk.T)
         return total
 
+    def norms(self, gradient: LayerGradient) -> dict[str, Tensor]:
+        """(other,) squared norms h_e' P h_e of the gradients of other sequences."""
+        total: dict[str, Tensor] = {}
+        flat = self._oriented(gradient)
+        for start, stop in gradient.row_slices(len(gradient.dense(0, 1)), CHUNK_BYTES, NUMBER_BYTES):
+            matrix = gradient.dense(start, stop).flatten(1)
+            for metric, weights in flat.items():
+                weighted = _weigh(matrix, weights, start, stop)
+                _accumulate(total, metric, torch.linalg.vecdot(weighted, matrix))
+        return total
 
-def square_norms(
-    gradient: LayerGradient, metrics: Mapping[str, Mapping[str, Tensor] | None]
-) -> dict[str, Tensor]:
-    """(seq,) float64 squared norms h' P h of the gradients of one parameter, for each metric."""
-    total: dict[str, Tensor] = {}
-    size = len(gradient.dense(0, 1))
-    flat = _oriented(gradient, metrics)
-    for start, stop in gradient.row_slices(size, CHUNK_BYTES, 4):
-        matrix = gradient.dense(start, stop).flatten(1)
-        for metric, weights in flat.items():
-            weighted = _weigh(matrix, weights, start, stop)
-            _accumulate(total, metric, torch.linalg.vecdot(weighted, matrix))
-    return total
-
-
-def _oriented(
-    gradient: LayerGradient, metrics: Mapping[str, Mapping[str, Tensor] | None]
-) -> dict[str, Tensor | None]:
-    return {m: None if w is None else gradient.oriented(w[gradient.name]) for m, w in metrics.items()}
+    def _oriented(self, gradient: LayerGradient) -> dict[str, Tensor | None]:
+        name = gradient.name
+        return {m: None if w is None else gradient.oriented(w[name]) for m, w in self._metrics.items()}
 
 
 def _weigh(matrix: Tensor, weights: Tensor | None, start: int, stop: int) -> Tensor:

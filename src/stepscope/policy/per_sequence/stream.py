@@ -8,16 +8,17 @@ is made here; whoever consumes the stream decides what to keep.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from typing import TypedDict, Unpack
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from stepscope.policy.forward import TokenBatch, TokenOutputs, forward, make_batch
+from stepscope.policy.forward import TokenBatch, forward, make_batch
 from stepscope.policy.gradients import Objective
 from stepscope.policy.numerics.differentiation import has_detached_parts, whole_function
-from stepscope.policy.passes import Budget, by_length, sweep
+from stepscope.policy.passes import Budget, sweep
 from stepscope.policy.per_sequence.capture import Capture
 from stepscope.policy.per_sequence.coverage import Coverage, NotSeparableError, classify, known, settle
 from stepscope.policy.per_sequence.layer_gradient import LayerGradient, Whole, matrix_shape
@@ -28,19 +29,32 @@ Consume = Callable[[LayerGradient, slice], None]
 """Receives one parameter's gradients and which entries of ``order`` they belong to."""
 
 
-class StreamOptions(TypedDict, total=False):
-    """How a stream of gradients is taken, and cut into micro-batches.
+@dataclass(frozen=True)
+class SequenceGradients:
+    """Which gradients: of each sequence's own objective, summed over its tokens.
 
     Attributes:
+        rollouts: the sequences.
+        objective: (seq,) or (seq, tok) function of the policy's outputs.
         as_trained: leave out what a training does (embeddings of padding tokens, DoRA's norm); otherwise the
-            gradients are those of the function. True unless given.
+            gradients are those of the function.
         keep_logits: whether the objective needs logits.
-        budget: how large micro-batches are, and what may be kept.
     """
 
-    as_trained: bool
-    keep_logits: bool
-    budget: Budget
+    rollouts: Rollouts
+    objective: Objective
+    as_trained: bool = True
+    keep_logits: bool = False
+
+    def __len__(self) -> int:
+        """Number of sequences."""
+        return len(self.rollouts)
+
+    def value(self, policy: Policy, batch: TokenBatch) -> Tensor:
+        """The objective, summed over a micro-batch."""
+        temperature = self.rollouts.temperature
+        outputs = forward(policy.model, batch, temperature=temperature, keep_logits=self.keep_logits)
+        return self.objective(outputs, batch).sum()
 
 
 CHECK_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
@@ -48,85 +62,59 @@ CHECK_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.1
 
 def stream(
     policy: Policy,
-    rollouts: Rollouts,
-    objective: Objective,
+    gradients: SequenceGradients,
     consume: Consume,
     *,
     order: Sequence[int] | None = None,
-    **options: Unpack[StreamOptions],
+    budget: Budget = Budget(),
 ) -> None:
-    """Pass each sequence's gradient of its own objective to ``consume``, parameter by parameter.
+    """Pass each sequence's gradient to ``consume``, parameter by parameter.
 
-    For sequence i: grad_params of ``objective`` summed over the tokens of row i. Order of the parameters is
-    that of the backward pass and each comes once per micro-batch, tied uses added up; a parameter that the
-    objective does not depend on does not come at all.
+    Order of the parameters is that of the backward pass and each comes once per micro-batch, tied uses added
+    up; a parameter that the objective does not depend on does not come at all.
 
     Args:
         policy: its trainable parameters are differentiated.
-        rollouts: the sequences.
-        objective: (seq,) or (seq, tok) function of the policy's outputs.
-        consume: called with a :class:`LayerGradient` of some rows and their slice of ``order``.
+        gradients: of what.
+        consume: called with a :class:`stepscope.policy.per_sequence.layer_gradient.LayerGradient` of some
+            rows and their slice of ``order``.
         order: which sequences, in which order; default all, longest first.
-        **options: see :class:`StreamOptions`.
+        budget: how large micro-batches are.
 
     Raises:
         MeasurementError: no trainable parameters, or a module mixes sequences.
     """
-    chosen = by_length(rollouts) if order is None else list(order)
-    keep_logits = options.get("keep_logits", False)
-    as_trained = options.get("as_trained", True)
-    with ExitStack() as stack:
-        if not as_trained:
-            stack.enter_context(whole_function(policy.model))
-        coverage = coverage_of(policy, rollouts, as_trained=as_trained)
+    value = partial(gradients.value, policy)
+    done = 0
+
+    def run(batch: TokenBatch) -> None:
+        rows = slice(done, done + len(batch))
+        _differentiate(capture, batch, value, lambda gradient: consume(gradient, rows))
+        for gradient in _one_by_one(policy, coverage.slow, batch, value):
+            consume(gradient, rows)
+
+    with nullcontext() if gradients.as_trained else whole_function(policy.model):
+        coverage = coverage_of(policy, gradients.rollouts, as_trained=gradients.as_trained)
         capture = Capture(policy.model, coverage, policy.parameters)
-        stack.enter_context(capture.installed())
-        done = 0
-
-        def run(batch: TokenBatch) -> None:
-            piece = slice(done, done + len(batch))
-            _differentiate(
-                policy,
-                capture,
-                batch,
-                objective,
-                rollouts.temperature,
-                keep_logits,
-                lambda gradient: consume(gradient, piece),
-            )
-            for gradient in _one_by_one(
-                policy, coverage.slow, batch, objective, rollouts.temperature, keep_logits
-            ):
-                consume(gradient, piece)
-
-        budget = options.get("budget", Budget())
-        for batch, _ in sweep(policy, rollouts, run, budget=budget, order=chosen, what="gradients"):
-            done += len(batch)
+        with capture.installed():
+            passes = sweep(policy, gradients.rollouts, run, budget=budget, order=order, what="gradients")
+            for batch, _ in passes:
+                done += len(batch)
 
 
 def _differentiate(
-    policy: Policy,
     capture: Capture,
     batch: TokenBatch,
-    objective: Objective,
-    temperature: float,
-    keep_logits: bool,
+    value: Callable[[TokenBatch], Tensor],
     deliver: Callable[[LayerGradient], None],
 ) -> None:
-    with torch.enable_grad():
-        with capture.recording(len(batch)):
-            outputs = forward(policy.model, batch, temperature=temperature, keep_logits=keep_logits)
-        value = objective(outputs, batch).sum()
-    capture.backward(value, deliver)
+    with torch.enable_grad(), capture.recording(len(batch)):
+        total = value(batch)
+    capture.backward(total, deliver)
 
 
 def _one_by_one(
-    policy: Policy,
-    names: Sequence[str],
-    batch: TokenBatch,
-    objective: Objective,
-    temperature: float,
-    keep_logits: bool,
+    policy: Policy, names: Sequence[str], batch: TokenBatch, value: Callable[[TokenBatch], Tensor]
 ) -> Iterator[LayerGradient]:
     """The slow path: one forward and backward per sequence, by autograd alone."""
     if not names:
@@ -139,10 +127,8 @@ def _one_by_one(
             param.requires_grad_(True)
         for row in range(len(batch)):
             with torch.enable_grad():
-                single = _row(batch, row)
-                outputs = forward(policy.model, single, temperature=temperature, keep_logits=keep_logits)
-                value = objective(outputs, single).sum()
-            rows.append(_grad(value, params))
+                total = value(batch.row(row))
+            rows.append(_grad(total, params))
     finally:
         for param in params:
             param.requires_grad_(False)
@@ -153,23 +139,11 @@ def _one_by_one(
         yield LayerGradient(name, shape, (Whole(values),))
 
 
-def _grad(value: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
-    if not value.requires_grad:
+def _grad(total: Tensor, params: Sequence[Tensor]) -> list[Tensor]:
+    if not total.requires_grad:
         return [torch.zeros_like(p) for p in params]
-    grads = torch.autograd.grad(value, params, allow_unused=True)
+    grads = torch.autograd.grad(total, params, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(params, grads, strict=True)]
-
-
-def _row(batch: TokenBatch, row: int) -> TokenBatch:
-    keep = slice(row, row + 1)
-    return TokenBatch(
-        input_ids=batch.input_ids[keep],
-        attention_mask=batch.attention_mask[keep],
-        position_ids=batch.position_ids[keep],
-        response_ids=batch.response_ids[keep],
-        response_mask=batch.response_mask[keep],
-        seq_index=batch.seq_index[keep],
-    )
 
 
 def coverage_of(policy: Policy, rollouts: Rollouts, *, as_trained: bool = True) -> Coverage:
@@ -199,10 +173,6 @@ def coverage_of(policy: Policy, rollouts: Rollouts, *, as_trained: bool = True) 
     return coverage
 
 
-def _check_objective(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
-    return outputs.logprobs + outputs.entropies
-
-
 def _mismatches(policy: Policy, coverage: Coverage, batch: TokenBatch) -> set[str]:
     params = policy.parameters
     captured: dict[str, Tensor] = {}
@@ -217,15 +187,18 @@ def _mismatches(policy: Policy, coverage: Coverage, batch: TokenBatch) -> set[st
         along = probe(gradient.name, params[gradient.name]).to(dtype)
         captured[gradient.name] = gradient.dot(gradient.oriented(along))
 
+    def value(rows: TokenBatch) -> Tensor:
+        outputs = forward(policy.model, rows, temperature=1.0)
+        return (outputs.logprobs + outputs.entropies).sum()
+
     capture = Capture(policy.model, coverage, params)
     with capture.installed():
-        _differentiate(policy, capture, batch, _check_objective, 1.0, False, consume)
+        _differentiate(capture, batch, value, consume)
     wrong: set[str] = set()
     for row in range(len(batch)):
-        single = _row(batch, row)
         with torch.enable_grad():
-            value = _check_objective(forward(policy.model, single, temperature=1.0), single).sum()
-        for (name, param), grad in zip(params.items(), _grad(value, list(params.values())), strict=True):
+            total = value(batch.row(row))
+        for (name, param), grad in zip(params.items(), _grad(total, list(params.values())), strict=True):
             if name in coverage.slow:
                 continue
             expected = float((grad * probe(name, param)).sum())

@@ -17,6 +17,7 @@ from stepscope.measure.noise.scale import from_products
 from stepscope.measure.step.reconstruct import CLIP_EPSILON, weighted_logprobs
 from stepscope.policy.passes import Budget
 from stepscope.policy.per_sequence.gram import gram
+from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.policy.state import Policy
 from stepscope.policy.texts import ResponseText
 from stepscope.results import FloatArray, Rollouts
@@ -193,7 +194,7 @@ def products_of_batch(
     policy: Policy, update: Rollouts, weights: tuple[FloatArray, ...], budget: Budget
 ) -> FloatArray:
     """(seq, seq) inner products of the sequences' gradients."""
-    found = gram(policy, update, weighted_logprobs(weights), budget=budget)
+    found = gram(policy, SequenceGradients(update, weighted_logprobs(weights)), budget=budget)
     return np.asarray(found.numpy(), dtype=np.float64)
 
 
