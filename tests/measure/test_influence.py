@@ -18,7 +18,7 @@ from stepscope.measure.step.reconstruct import (
     Step,
     reconstruct_step,
     sequence_direction,
-    step_summary,
+    step_components,
 )
 from stepscope.measure.step.terms import term_gradients
 from stepscope.policy import vectors
@@ -143,9 +143,9 @@ def test_an_entropy_bonus_has_a_share_of_its_own() -> None:
     assert shares.components["bonus"].value == pytest.approx(shares.total.value - rest, rel=1e-8)
     assert shares.components["bonus"].value > 0
     assert shares.sequence_columns()["component"][-3:] == ["momentum", "decay", "bonus"]
-    summary = step_summary(step)
-    parts = ("momentum", "decay", "bonus", "sequences")
-    assert sum(summary[f"share_{part}"] for part in parts) == pytest.approx(1.0)
+    components = step_components(step)
+    assert set(components) == {"momentum", "decay", "bonus", "sequences"}
+    assert sum(part.share for part in components.values()) == pytest.approx(1.0)
     with pytest.raises(MeasurementError, match="belongs to no sequence"):
         term_gradients(policy, step.update, remade=True)
 

@@ -19,7 +19,7 @@ from stepscope.measure.step.reconstruct import (
     assemble_step,
     reconstruct_step,
     sequence_direction,
-    step_summary,
+    step_components,
 )
 from stepscope.policy import vectors
 from stepscope.policy.checkpoint.optimizer_state import match_optimizer
@@ -158,13 +158,13 @@ def test_directions_of_the_sequences_add_up(kind: str, dtype: torch.dtype, toler
 
 def test_summary_shares_add_up(float32_step: tuple[Policy, Step]) -> None:
     _, step = float32_step
-    summary = step_summary(step)
-    shares = [summary[f"share_{p}"] for p in ("momentum", "decay", "sequences")]
-    assert sum(shares) == pytest.approx(1.0, abs=1e-6)
-    assert all(abs(s) > 1e-6 for s in shares)
-    assert summary["norm_displacement"] == pytest.approx(step.lr * vectors.norm(step.direction))
-    assert summary["num_sequences"] == 9
-    assert summary["num_prompts"] == 3
+    components = step_components(step)
+    assert set(components) == {"momentum", "decay", "sequences"}
+    assert sum(part.share for part in components.values()) == pytest.approx(1.0, abs=1e-6)
+    assert all(abs(part.share) > 1e-6 for part in components.values())
+    for name, part in components.items():
+        assert part.norm == vectors.norm(step.components[name])
+        assert part.share == pytest.approx(part.norm / vectors.norm(step.direction) * part.cosine)
 
 
 def test_micro_batches_do_not_matter() -> None:
