@@ -15,13 +15,13 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import pyarrow as pa
 import yaml
@@ -29,10 +29,22 @@ from filelock import FileLock, Timeout
 
 from stepscope import results
 from stepscope.errors import ConfigError, RunFolderError
-from stepscope.results import Record
+from stepscope.results.files import whole
 from stepscope.yaml_text import parse_yaml
 
-R = TypeVar("R", bound=Record)
+
+class Stored(Protocol):
+    """What knows how it stands in a file: records and tables."""
+
+    def write(self, path: Path) -> None:
+        """Write the file whole or not at all."""
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """What :meth:`write` wrote; anything else is a RunFolderError."""
+
+
+S = TypeVar("S", bound=Stored)
 
 CONFIG = "config.yaml"
 PROVENANCE = "provenance.json"
@@ -41,15 +53,9 @@ PACKAGES = ("stepscope", "torch", "transformers", "peft", "trl", "numpy", "safet
 """Packages whose versions are recorded."""
 
 
-def _atomic(path: Path, write: Callable[[Path], object]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    write(partial)
-    partial.replace(path)
-
-
 def write_text(path: Path, text: str) -> None:
     """Write a text file; it appears whole or not at all."""
-    _atomic(path, lambda p: p.write_text(text, encoding="utf-8"))
+    whole(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -57,23 +63,18 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(_plain(data), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_record(path: Path, record: Record) -> None:
-    """Write a record as JSON; the file appears whole or not at all."""
-    write_text(path, record.to_json())
+def write_record(path: Path, record: Stored) -> None:
+    """Write an artifact; the file appears whole or not at all."""
+    record.write(path)
 
 
-def read_record(kind: type[R], path: Path) -> R:
-    """Read a JSON artifact of a run by the class that wrote it.
+def read_record(kind: type[S], path: Path) -> S:
+    """Read an artifact of a run by the class that wrote it.
 
     Raises:
         RunFolderError: it is missing, damaged, not what its stage wrote, or of another version.
     """
-    try:
-        text = verified(path).read_bytes()
-    except OSError as error:
-        reason = "no such file" if not path.exists() else str(error)
-        raise RunFolderError(f"{path}: cannot be read ({reason}); run the stage that writes it") from error
-    return kind.from_json(text, str(path))
+    return kind.read(verified(path))
 
 
 def write_yaml(path: Path, data: Mapping[str, Any]) -> None:
@@ -440,14 +441,14 @@ class RunFolder:
         }
         write_json(self.path / PROVENANCE, provenance)
 
-    def write_sealed(self, name: str, record: Record) -> None:
+    def write_sealed(self, name: str, record: Stored) -> None:
         """Write a record that several stages add to, its digest recorded beside that of what it replaces.
 
         The record goes first, so that a process killed in between leaves a file that passes.
         """
         path = self.path / name
         partial = path.with_name(path.name + ".partial")
-        write_record(partial, record)
+        record.write(partial)
         provenance = self.provenance()
         digests = [sha256(p) for p in (partial, path) if p.is_file()]
         write_json(

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 import cases
 from stepscope.errors import MeasurementError
 from stepscope.measure.change.sweep import measure_change
-from stepscope.measure.influence.attribution import Influence, influence, write_influence
+from stepscope.measure.influence.attribution import Influence, influence
 from stepscope.measure.influence.probe_gradient import bind_quantity, probe_gradient
 from stepscope.measure.step.reconstruct import (
     Step,
@@ -28,6 +27,7 @@ from stepscope.policy.numerics.precision import lift_model
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
 from stepscope.results import Rollouts
+from stepscope.results.influence import InfluenceSequences, InfluenceTokens
 from stepscope.rules import EntropyBonus
 
 VOCAB = 13
@@ -142,10 +142,10 @@ def test_an_entropy_bonus_has_a_share_of_its_own() -> None:
     rest = shares.sequences.sum() + shares.components["momentum"].value + shares.components["decay"].value
     assert shares.components["bonus"].value == pytest.approx(shares.total.value - rest, rel=1e-8)
     assert shares.components["bonus"].value > 0
-    assert shares.sequence_columns()["component"][-3:] == ["momentum", "decay", "bonus"]
-    components = step_components(step)
-    assert set(components) == {"momentum", "decay", "bonus", "sequences"}
-    assert sum(part.share for part in components.values()) == pytest.approx(1.0)
+    assert shares.sequence_rows().component[-3:].tolist() == ["momentum", "decay", "bonus"]
+    parts = step_components(step)
+    assert set(parts) == {"momentum", "decay", "bonus", "sequences"}
+    assert sum(part.share for part in parts.values()) == pytest.approx(1.0)
     with pytest.raises(MeasurementError, match="belongs to no sequence"):
         term_gradients(policy, step.update, remade=True)
 
@@ -259,15 +259,14 @@ def test_tables(setting: tuple[Policy, Step, Rollouts], tmp_path) -> None:
     reward = influence(
         policy, step, step.update, probe, quantity="reward", normalisation="per_seq", baseline="none"
     )
-    write_influence([entropy, reward], tmp_path / "s.parquet", tmp_path / "t.parquet")
-    sequences, tokens = pq.read_table(tmp_path / "s.parquet"), pq.read_table(tmp_path / "t.parquet")
-    assert sequences.num_rows == 2 * (len(step.update) + 2)
-    assert tokens.num_rows == 2 * int(step.update.num_tokens.sum())
-    rows = sequences.to_pylist()
-    assert rows[len(step.update)]["component"] == "momentum"
-    assert rows[len(step.update)]["sequence_id"] is None
-    chosen = [
-        r["influence"] for r in tokens.to_pylist() if r["sequence_id"] == 4 and r["quantity"] == "reward"
-    ]
-    assert sum(chosen) == pytest.approx(float(reward.sequences[4]), rel=1e-9)
+    InfluenceSequences.joined([entropy.sequence_rows(), reward.sequence_rows()]).write(tmp_path / "s.parquet")
+    InfluenceTokens.joined([entropy.token_rows(), reward.token_rows()]).write(tmp_path / "t.parquet")
+    sequences = InfluenceSequences.read(tmp_path / "s.parquet")
+    tokens = InfluenceTokens.read(tmp_path / "t.parquet")
+    assert len(sequences) == 2 * (len(step.update) + 2)
+    assert len(tokens) == 2 * int(step.update.num_tokens.sum())
+    assert sequences.component[len(step.update)] == "momentum"
+    assert sequences.sequence_id[len(step.update)] is None
+    chosen = tokens.where((tokens.sequence_id == 4) & (tokens.quantity == "reward")).influence
+    assert chosen.sum() == pytest.approx(float(reward.sequences[4]), rel=1e-9)
     assert not list(tmp_path.glob("*.partial"))

@@ -22,6 +22,7 @@ from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.differentiation import whole_function
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
+from stepscope.results import read_table, write_table
 from stepscope.results.criteria import Criteria, CriteriaTokens
 
 
@@ -182,7 +183,7 @@ def test_a_criterion_of_ones_own(case):
         rank_criteria(policy, step, probe, criteria=[mine, mine])
 
 
-def test_what_is_stored(tabular_board):
+def test_what_is_stored(tabular_board, tmp_path):
     data = tabular_board.report().to_plain()
     assert data["truths"] == ["column", "row", "diagonal"]
     assert data["preconditioners"] == ["sgd", "adamw"]
@@ -216,14 +217,16 @@ def test_what_is_stored(tabular_board):
         assert (table["reliability"] is None) == (table["truth"] != "column")
     text = tabular_board.report().to_json()
     assert Criteria.from_json(text, "criteria.json").to_json() == text
-    columns = tabular_board.tokens().to_table().to_pydict()
+    path = tmp_path / "criteria_tokens.parquet"
+    columns = tabular_board.tokens().to_pandas()
     assert {"sequence_id", "position", "disc_v", "column_adamw_on_policy", "diagonal_sgd"} <= set(columns)
-    assert len({len(c) for c in columns.values()}) == 1
-    read = CriteriaTokens.from_table(tabular_board.tokens().to_table(), "criteria_tokens.parquet")
+    tabular_board.tokens().write(path)
+    read = CriteriaTokens.read(path)
     np.testing.assert_array_equal(read.values["disc_v"], tabular_board.scores["disc_v"])
     np.testing.assert_array_equal(read.position, tabular_board.facts.position)
-    with pytest.raises(RunFolderError, match="column 'position'"):
-        CriteriaTokens.from_table(tabular_board.tokens().to_table().drop_columns(["position"]), "here")
+    write_table(read_table(path).drop_columns(["position"]), path)
+    with pytest.raises(RunFolderError, match="position missing"):
+        CriteriaTokens.read(path)
 
 
 def test_refusals(case):

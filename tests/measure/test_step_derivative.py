@@ -208,7 +208,7 @@ def test_what_is_held_fixed_lowers_the_trust() -> None:
     assert "clipped (c = 0.0" in fixed.sum_of_sequences.reason
     assert "AdamW is at step 4" in fixed.sum_of_sequences.reason
     assert optimizer.sum_of_sequences.reliable
-    assert [r for r in fixed.sequence_columns()["component"] if r != "sequence"] == ["momentum", "decay"]
-    assert set(optimizer.sequence_columns()["component"]) == {"sequence"}
+    assert [r for r in fixed.sequence_rows().component if r != "sequence"] == ["momentum", "decay"]
+    assert set(optimizer.sequence_rows().component) == {"sequence"}
     with pytest.raises(MeasurementError, match="expected one of fixed, optimizer"):
         influence(policy, step, update, probe, through="adam")

@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from stepscope.errors import RunFolderError
-from stepscope.results.records import VERSION
+from stepscope.results.files import whole, why_unreadable
+from stepscope.results.records import CURE, VERSION
 
 ARRAYS_VERSION = "1"
 """Raised when a name means something else."""
@@ -20,13 +21,8 @@ ARRAYS_VERSION = "1"
 
 def write_arrays(arrays: Mapping[str, npt.NDArray[Any]], path: Path) -> None:
     """Write arrays by name; the file appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    save_file(
-        {name: np.ascontiguousarray(values) for name, values in arrays.items()},
-        str(partial),
-        {VERSION: ARRAYS_VERSION},
-    )
-    partial.replace(path)
+    contiguous = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
+    whole(path, lambda partial: save_file(contiguous, str(partial), {VERSION: ARRAYS_VERSION}))
 
 
 def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
@@ -35,15 +31,14 @@ def read_arrays(path: Path) -> dict[str, npt.NDArray[Any]]:
     Raises:
         RunFolderError: the file is missing, damaged or of another version.
     """
-    cure = "delete it and run the stage that writes it again"
     try:
         with safe_open(path, framework="numpy") as file:
             found = (file.metadata() or {}).get(VERSION)
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise RunFolderError(f"{path}: damaged ({' '.join(str(error).split())}); {cure}") from error
+        raise RunFolderError(f"{path}: damaged ({why_unreadable(path, error)}); {CURE}") from error
     if found != ARRAYS_VERSION:
         raise RunFolderError(
-            f"{path}: {VERSION} {found}, and this stepscope reads version {ARRAYS_VERSION}; {cure}"
+            f"{path}: {VERSION} {found}, and this stepscope reads version {ARRAYS_VERSION}; {CURE}"
         )
     return arrays

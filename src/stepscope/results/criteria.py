@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-import pyarrow as pa
-
-from stepscope.errors import RunFolderError
 from stepscope.results.records import FloatArray, IntArray, Record
+from stepscope.results.tables import Table
 from stepscope.stats import Estimate, Number
 
 Level = Literal["token", "sequence"]
@@ -159,7 +156,7 @@ class Criteria(Record):
 
 
 @dataclass(frozen=True, repr=False)
-class CriteriaTokens:
+class CriteriaTokens(Table):
     """``criteria_tokens.parquet``: one row per response token of the update batch.
 
     Attributes:
@@ -172,27 +169,6 @@ class CriteriaTokens:
     sequence_id: IntArray
     position: IntArray
     values: Mapping[str, FloatArray]
-
-    def to_table(self) -> pa.Table:
-        """The columns, ids first."""
-        return pa.table({"sequence_id": self.sequence_id, "position": self.position, **self.values})
-
-    @classmethod
-    def from_table(cls, table: pa.Table, where: str) -> CriteriaTokens:
-        """Read back what :meth:`to_table` gave.
-
-        Raises:
-            RunFolderError: a column is missing, or one holds no numbers.
-        """
-        try:
-            columns = {name: table[name].to_numpy() for name in table.column_names}
-            sequence_id, position = (columns.pop(n).astype(np.int64) for n in ("sequence_id", "position"))
-            values = {name: column.astype(np.float64) for name, column in columns.items()}
-        except (KeyError, ValueError, TypeError) as error:
-            raise RunFolderError(
-                f"{where}: damaged (column {error}); delete it and run the stage criteria again"
-            ) from error
-        return cls(sequence_id, position, values)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,12 @@
-"""``reliability.json``: how sure the rankings by influence are."""
+"""Influence of sequences and tokens as stored, and ``reliability.json``: how sure the rankings are."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from stepscope.results.records import Record
+from stepscope.results.records import FloatArray, IntArray, Record
+from stepscope.results.tables import IdArray, Table, TextArray
 from stepscope.stats import Estimate, Number
 
 
@@ -83,3 +84,51 @@ class Reliabilities(Record):
 
     rankings: tuple[Reliability, ...]
     shrunk: tuple[Shrinkage, ...]
+
+
+@dataclass(frozen=True, repr=False)
+class InfluenceSequences(Table):
+    """``influence_sequences.parquet``: the parts of the first-order change, a row each.
+
+    Attributes:
+        component: ``sequence``, or another component of the step.
+        sequence_id: of a sequence; None of another component.
+        quantity: the quantity.
+        through: ``fixed`` or ``optimizer``.
+        influence: per unit of the step's lr.
+        stderr: its standard error.
+        low: lower end of the 95 % interval.
+        high: its upper end.
+    """
+
+    component: TextArray
+    sequence_id: IdArray
+    quantity: TextArray
+    through: TextArray
+    influence: FloatArray
+    stderr: FloatArray
+    low: FloatArray
+    high: FloatArray
+
+
+@dataclass(frozen=True, repr=False)
+class InfluenceTokens(Table):
+    """``influence_tokens.parquet``: a row per response token of the update batch.
+
+    Attributes:
+        sequence_id: its sequence.
+        position: from 0 in the response.
+        quantity: the quantity.
+        through: ``fixed`` or ``optimizer``.
+        influence: per unit of the step's lr.
+        stderr: its standard error; nan where there are no folds.
+        shrunk: the influence shrunk towards that at fixed prefixes; nan where there is none.
+    """
+
+    sequence_id: IntArray
+    position: IntArray
+    quantity: TextArray
+    through: TextArray
+    influence: FloatArray
+    stderr: FloatArray
+    shrunk: FloatArray

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, NoReturn, Self
 
 import numpy as np
@@ -19,11 +20,13 @@ from pydantic_core import CoreSchema, core_schema
 
 from stepscope.errors import RunFolderError
 from stepscope.results.brief import Brief
+from stepscope.results.files import whole, why_unreadable
 
 VERSION = "format_version"
 """Key under which a file has the version of its record."""
 
-_CURE = "delete it and run the stage that writes it again"
+CURE = "delete it and run the stage that writes it again"
+"""What to do about a file that is not what its stage wrote."""
 
 
 def _listed(values: npt.NDArray[Any]) -> list[Any]:
@@ -80,6 +83,26 @@ class Record(Brief):
         plain = {VERSION: self.format_version, **self.to_plain()}
         return json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
+    def write(self, path: Path) -> None:
+        """Write the file; it appears whole or not at all."""
+        text = self.to_json()
+        whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """The record that :meth:`write` wrote.
+
+        Raises:
+            RunFolderError: it cannot be read, or see :meth:`from_json`.
+        """
+        try:
+            text = path.read_bytes()
+        except OSError as error:
+            raise RunFolderError(
+                f"{path}: cannot be read ({why_unreadable(path, error)}); run the stage that writes it"
+            ) from error
+        return cls.from_json(text, str(path))
+
     @classmethod
     def from_plain(cls, data: Any, where: str) -> Self:
         """The record from plain JSON values without a version.
@@ -90,7 +113,7 @@ class Record(Brief):
         try:
             found: Self = _adapter(cls).validate_json(json.dumps(data))
         except (ValidationError, RecursionError) as error:
-            raise RunFolderError(f"{where}: damaged ({_why(error)}); {_CURE}") from error
+            raise RunFolderError(f"{where}: damaged ({_why(error)}); {CURE}") from error
         return found
 
     @classmethod
@@ -108,7 +131,7 @@ class Record(Brief):
         if (found := fields.pop(VERSION, None)) != cls.format_version:
             raise RunFolderError(
                 f"{where}: {VERSION} {str(found)[:20]}, and this stepscope reads version "
-                f"{cls.format_version} of a {cls.__name__}; {_CURE}"
+                f"{cls.format_version} of a {cls.__name__}; {CURE}"
             )
         return cls.from_plain(fields, where)
 
@@ -143,9 +166,9 @@ def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
     try:
         data = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
-        raise RunFolderError(f"{where}: cannot be read as JSON ({error}); {_CURE}") from error
+        raise RunFolderError(f"{where}: cannot be read as JSON ({error}); {CURE}") from error
     if not isinstance(data, Mapping):
-        raise RunFolderError(f"{where}: got a {type(data).__name__}, expected a JSON object; {_CURE}")
+        raise RunFolderError(f"{where}: got a {type(data).__name__}, expected a JSON object; {CURE}")
     return dict(data)
 
 

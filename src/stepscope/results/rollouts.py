@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from stepscope.errors import BatchError, RunFolderError
 from stepscope.results.brief import Brief
-from stepscope.results.records import BoolArray, FloatArray, IntArray
-from stepscope.results.tables import read_table, write_table
+from stepscope.results.records import VERSION, BoolArray, FloatArray, IntArray
+from stepscope.results.tables import Column, Table, TextArray, checked, read_table, write_table
 
 _T = TypeVar("_T")
 
@@ -52,6 +51,8 @@ class Rollouts(Brief):
         questions: what was asked, as the task has it, or None where that is not known. Equal questions are
             one prompt, whatever their ids; without questions equal ``prompts`` are, without these equal ids.
     """
+
+    format_version: ClassVar[int] = 1
 
     prompt_ids: tuple[str, ...]
     prompts: tuple[str, ...]
@@ -246,21 +247,23 @@ class Rollouts(Brief):
             "entropy_mean": pa.array([float(v.mean()) for v in self.entropies], pa.float64()),
             "truncated": pa.array(self.truncated, pa.bool_()),
         }
-        flat: dict[str, Any] = {
-            "sequence_id": np.repeat(np.arange(count, dtype=np.int64), self.num_tokens),
-            "position": np.concatenate([np.arange(n, dtype=np.int64) for n in self.num_tokens]),
-            "token_id": pa.array([t for row in self.response_token_ids for t in row], pa.int64()),
-            "token": pa.array([t for row in tokens for t in row], pa.string()),
-            "logprob": np.concatenate(self.logprobs).astype(np.float64, copy=False),
-            "entropy": np.concatenate(self.entropies).astype(np.float64, copy=False),
-        }
-        if token_weights is not None:
-            flat["token_weight"] = np.concatenate(list(token_weights)).astype(np.float64, copy=False)
+        flat = RolloutTokens(
+            sequence_id=np.repeat(np.arange(count, dtype=np.int64), self.num_tokens),
+            position=np.concatenate([np.arange(n, dtype=np.int64) for n in self.num_tokens]),
+            token_id=np.array([t for row in self.response_token_ids for t in row], dtype=np.int64),
+            token=np.array([t for row in tokens for t in row], dtype=np.object_),
+            logprob=np.concatenate(self.logprobs).astype(np.float64, copy=False),
+            entropy=np.concatenate(self.entropies).astype(np.float64, copy=False),
+            token_weight=None
+            if token_weights is None
+            else np.concatenate(list(token_weights)).astype(np.float64, copy=False),
+        )
         settings = {
+            VERSION: str(self.format_version),
             "stepscope.temperature": repr(float(self.temperature)),
             "stepscope.max_response_tokens": str(self.max_response_tokens),
         }
-        write_table(pa.table(flat), tokens_path)
+        flat.write(tokens_path)
         write_table(pa.table(sequences).replace_schema_metadata(settings), sequences_path)
 
     @classmethod
@@ -274,8 +277,14 @@ class Rollouts(Brief):
         """
         sequences, flat = read_table(sequences_path), read_table(tokens_path)
         settings = sequences.schema.metadata or {}
-        sequences = _typed(sequences, _SEQUENCE_TYPES, sequences_path)
-        flat = _typed(flat, _TOKEN_TYPES, tokens_path)
+        sequences = checked(sequences, _SEQUENCE_COLUMNS, sequences_path, _CURE)
+        flat = checked(flat, _TOKEN_COLUMNS, tokens_path, _CURE)
+        version = settings.get(VERSION.encode(), b"none").decode(errors="replace")
+        if version != str(cls.format_version):
+            raise RunFolderError(
+                f"{sequences_path}: {VERSION} {version}, and this stepscope reads version "
+                f"{cls.format_version}; {_CURE}"
+            )
         if b"stepscope.temperature" not in settings:
             raise RunFolderError(
                 f"{sequences_path}: no sampling temperature in its metadata, so it was not written by "
@@ -328,51 +337,48 @@ def _numbered(names: Sequence[str]) -> IntArray:
     return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)
 
 
-_SEQUENCE_TYPES: dict[str, pa.DataType] = {
-    "prompt_id": pa.string(),
-    "question": pa.string(),
-    "prompt": pa.string(),
-    "response": pa.string(),
-    "prompt_token_ids": pa.list_(pa.int64()),
-    "response_token_ids": pa.list_(pa.int64()),
-    "reward": pa.float64(),
-    "advantage": pa.float64(),
-    "correct": pa.bool_(),
-    "truncated": pa.bool_(),
-    "num_tokens": pa.int64(),
+_SEQUENCE_COLUMNS = {
+    "prompt_id": Column(pa.string()),
+    "question": Column(pa.string(), nullable=True, optional=True),
+    "prompt": Column(pa.string()),
+    "response": Column(pa.string()),
+    "prompt_token_ids": Column(pa.list_(pa.int64())),
+    "response_token_ids": Column(pa.list_(pa.int64())),
+    "reward": Column(pa.float64()),
+    "advantage": Column(pa.float64(), nullable=True),
+    "correct": Column(pa.bool_()),
+    "truncated": Column(pa.bool_()),
+    "num_tokens": Column(pa.int64()),
 }
-_TOKEN_TYPES: dict[str, pa.DataType] = {
-    "sequence_id": pa.int64(),
-    "logprob": pa.float64(),
-    "entropy": pa.float64(),
+_TOKEN_COLUMNS = {
+    "sequence_id": Column(pa.int64()),
+    "logprob": Column(pa.float64()),
+    "entropy": Column(pa.float64()),
 }
-
-_NULLABLE = ("advantage", "question")
-_OPTIONAL = ("question",)
+_CURE = "sample the batch again with `stepscope measure --stages rollouts`"
 
 
-def _typed(table: pa.Table, types: Mapping[str, pa.DataType], path: Path) -> pa.Table:
-    """The columns asked for, of their types and without nulls where there can be none."""
-    cure = "sample the batch again with `stepscope measure --stages rollouts`"
-    types = {n: t for n, t in types.items() if n in table.column_names or n not in _OPTIONAL}
-    if missing := [name for name in types if name not in table.column_names]:
-        raise RunFolderError(f"{path}: column(s) {', '.join(missing)} missing; {cure}")
-    columns = []
-    for name, wanted in types.items():
-        column = table.column(name)
-        try:
-            column = column.cast(wanted)
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise RunFolderError(
-                f"{path}: column {name} is {column.type}, expected {wanted}; {cure}"
-            ) from error
-        nulls = column.null_count
-        if pa.types.is_list(wanted):
-            nulls += pc.list_flatten(column).null_count
-        if nulls and name not in _NULLABLE:
-            raise RunFolderError(f"{path}: column {name} holds {nulls} nulls, expected none; {cure}")
-        columns.append(column)
-    return pa.table(columns, names=list(types), metadata=table.schema.metadata)
+@dataclass(frozen=True, repr=False)
+class RolloutTokens(Table):
+    """``update_tokens.parquet``, ``probe_tokens.parquet``: a row per response token of a batch.
+
+    Attributes:
+        sequence_id: its sequence.
+        position: from 0 in the response.
+        token_id: id.
+        token: what it adds to the text.
+        logprob: log-prob at the sampling temperature, in nats.
+        entropy: of the policy before it, in nats.
+        token_weight: w_k = -dLoss/dl_k; None for a batch that makes no step.
+    """
+
+    sequence_id: IntArray
+    position: IntArray
+    token_id: IntArray
+    token: TextArray
+    logprob: FloatArray
+    entropy: FloatArray
+    token_weight: FloatArray | None = None
 
 
 def _floats(table: pa.Table, column: str) -> FloatArray:

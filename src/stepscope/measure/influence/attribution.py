@@ -25,14 +25,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from stepscope import runs
 from stepscope.errors import MeasurementError
 from stepscope.measure.influence.probe_gradient import Folds, ProbeGradient, bind_quantity, probe_gradient
 from stepscope.measure.quantity.quantities import Quantity
@@ -45,6 +43,7 @@ from stepscope.policy.per_sequence.products import per_sequence_dots
 from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.policy.state import Policy
 from stepscope.results import Brief, FloatArray, IntArray, Rollouts
+from stepscope.results.influence import InfluenceSequences, InfluenceTokens
 from stepscope.stats import Estimate, estimate_from_sums
 
 NUM_FOLDS = 8
@@ -149,38 +148,44 @@ class Influence(Brief):
         parts = np.split(self.fold_tokens, np.cumsum([len(t) for t in self.tokens[:-1]]), axis=1)
         return np.stack([part.sum(1) for part in parts], axis=1)
 
-    def sequence_columns(self) -> dict[str, list[Any]]:
-        """Rows of ``influence_sequences.parquet``: one per sequence, then the other parts of the change."""
+    def sequence_rows(self) -> InfluenceSequences:
+        """One row per sequence, then the other parts of the change."""
         count = len(self.sequences)
         others = self.components if self.through == "fixed" else {}
-        return {
-            "component": ["sequence"] * count + list(others),
-            "sequence_id": [*range(count), *[None] * len(others)],
-            "quantity": [self.quantity] * (count + len(others)),
-            "through": [self.through] * (count + len(others)),
-            "influence": [*self.sequences.tolist(), *(e.value for e in others.values())],
-            "stderr": [*self.stderr.tolist(), *(e.stderr for e in others.values())],
-            "low": [*(self.sequences - self.reach).tolist(), *(e.low for e in others.values())],
-            "high": [*(self.sequences + self.reach).tolist(), *(e.high for e in others.values())],
-        }
+        rows = count + len(others)
 
-    def token_columns(self, shrunk: FloatArray | None = None) -> dict[str, list[Any]]:
-        """Rows of ``influence_tokens.parquet``: one per response token.
+        def column(sequences: FloatArray, part: str) -> FloatArray:
+            return np.concatenate([sequences, [getattr(e, part) for e in others.values()]])
+
+        return InfluenceSequences(
+            component=np.array(["sequence"] * count + list(others), dtype=np.object_),
+            sequence_id=np.array([*range(count), *[None] * len(others)], dtype=np.object_),
+            quantity=np.full(rows, self.quantity, dtype=np.object_),
+            through=np.full(rows, self.through, dtype=np.object_),
+            influence=column(self.sequences, "value"),
+            stderr=column(self.stderr, "stderr"),
+            low=column(self.sequences - self.reach, "low"),
+            high=column(self.sequences + self.reach, "high"),
+        )
+
+    def token_rows(self, shrunk: FloatArray | None = None) -> InfluenceTokens:
+        """One row per response token.
 
         Args:
             shrunk: (tok,) the same shrunk towards its prior, if known; see
                 :mod:`stepscope.measure.influence.shrinkage`.
         """
         lengths = [len(t) for t in self.tokens]
-        return {
-            "sequence_id": np.repeat(np.arange(len(lengths)), lengths).tolist(),
-            "position": np.concatenate([np.arange(n) for n in lengths]).tolist(),
-            "quantity": [self.quantity] * sum(lengths),
-            "through": [self.through] * sum(lengths),
-            "influence": np.concatenate(self.tokens).tolist(),
-            "stderr": self.token_stderr.tolist(),
-            "shrunk": [math.nan] * sum(lengths) if shrunk is None else shrunk.tolist(),
-        }
+        rows = sum(lengths)
+        return InfluenceTokens(
+            sequence_id=np.repeat(np.arange(len(lengths)), lengths),
+            position=np.concatenate([np.arange(n) for n in lengths]),
+            quantity=np.full(rows, self.quantity, dtype=np.object_),
+            through=np.full(rows, self.through, dtype=np.object_),
+            influence=np.concatenate(self.tokens),
+            stderr=self.token_stderr,
+            shrunk=np.full(rows, math.nan) if shrunk is None else shrunk,
+        )
 
 
 def influence(
@@ -460,27 +465,3 @@ def _disagreement(policy: Policy, by_tokens: FloatArray, by_sequences: FloatArra
             "architecture if that does not help"
         )
     return found
-
-
-def write_influence(
-    found: Sequence[Influence],
-    sequences_path: Path,
-    tokens_path: Path,
-    *,
-    shrunk: Sequence[FloatArray | None] | None = None,
-) -> None:
-    """Write ``influence_sequences.parquet`` and ``influence_tokens.parquet``, atomically.
-
-    Args:
-        found: influences on one update batch, one per quantity.
-        sequences_path: where the table of sequences goes.
-        tokens_path: where the table of tokens goes.
-        shrunk: (tok,) shrunken influence of each, where known.
-    """
-    beside = [None] * len(found) if shrunk is None else shrunk
-    for path, columns in (
-        (sequences_path, [f.sequence_columns() for f in found]),
-        (tokens_path, [f.token_columns(s) for f, s in zip(found, beside, strict=True)]),
-    ):
-        merged = {name: [value for c in columns for value in c[name]] for name in columns[0]}
-        runs.write_table(path, merged)

@@ -17,7 +17,7 @@ from stepscope.measure.change.uncertainty import estimate_ratio
 from stepscope.measure.criteria.leaderboard import Leaderboard, rank_criteria
 from stepscope.measure.criteria.pareto import drop_rules, resteps
 from stepscope.measure.criteria.regression import property_study
-from stepscope.measure.influence.attribution import influence, neglected_share, write_influence
+from stepscope.measure.influence.attribution import influence, neglected_share
 from stepscope.measure.influence.reliability import reliabilities
 from stepscope.measure.influence.shrinkage import Shrunk, shrunk_influence
 from stepscope.measure.influence.validation import compare, remake_steps
@@ -30,10 +30,10 @@ from stepscope.measure.step.rounding import RoundedStep
 from stepscope.pipeline.session import Line, Session
 from stepscope.policy import vectors
 from stepscope.report import write_report
-from stepscope.results import FloatArray, Rollouts, write_arrays, write_table
+from stepscope.results import FloatArray, Rollouts, write_arrays
 from stepscope.results.change import Changes
 from stepscope.results.criteria import Pareto
-from stepscope.results.influence import Reliabilities
+from stepscope.results.influence import InfluenceSequences, InfluenceTokens, Reliabilities
 from stepscope.results.step import StepReport
 from stepscope.results.summary import Summary
 from stepscope.results.validation import Validation, Validations
@@ -240,11 +240,14 @@ def attribute_change(session: Session) -> Figures:
     found = session.influences
     every = [way for ways in found for way in ways]
     shrunk = _shrunk(session)
-    write_influence(
-        every,
+    beside = [s.tokens if (s := shrunk.get((w.quantity, w.through))) else None for w in every]
+    runs.write_record(
         session.run.file("influence_sequences.parquet"),
+        InfluenceSequences.joined([way.sequence_rows() for way in every]),
+    )
+    runs.write_record(
         session.run.file("influence_tokens.parquet"),
-        shrunk=[s.tokens if (s := shrunk.get((w.quantity, w.through))) else None for w in every],
+        InfluenceTokens.joined([way.token_rows(s) for way, s in zip(every, beside, strict=True)]),
     )
     sure = {(w.quantity, w.through): reliabilities(w, session.probe.num_prompts) for w in every}
     runs.write_record(
@@ -354,18 +357,12 @@ def weigh_noise(session: Session) -> Figures:
     )
     effects = {}
     if session.run.is_done("influence"):
-        table = runs.read_table(session.run.file("influence_sequences.parquet")).to_pylist()
+        table = runs.read_record(InfluenceSequences, session.run.file("influence_sequences.parquet"))
+        table = table.where((table.component == "sequence") & (table.through == "fixed"))
         for quantity in session.quantities:
             normalisation = quantity.normalisations[0]
             effects[f"{quantity.name}_{normalisation}"] = effect_noise_scale(
-                np.array(
-                    [
-                        row["influence"]
-                        for row in table
-                        if (row["component"], row["quantity"], row["through"])
-                        == ("sequence", quantity.name, "fixed")
-                    ]
-                ),
+                table.influence[table.quantity == quantity.name],
                 update.prompt_index,
                 unit=f"{unit_of(quantity, normalisation)}/lr",
             )
@@ -392,7 +389,7 @@ def judge_criteria(session: Session) -> Figures:
         board.facts, column.values, kernel_norm=_kernel_norms(session.run), unit="nats/token/lr"
     )
     runs.write_record(session.run.file("criteria.json"), board.report(studies))
-    write_table(board.tokens().to_table(), session.run.file("criteria_tokens.parquet"))
+    runs.write_record(session.run.file("criteria_tokens.parquet"), board.tokens())
     runs.write_record(session.run.file("pareto.json"), _drop_tokens(session, board))
     return {f"influence_top_{share}": figure for share, figure in board.concentration(column).items()}
 
