@@ -20,8 +20,9 @@ from stepscope.measure.step.reconstruct import Step, reconstruct_step
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.loss.surrogate import advantages, policy_loss
+from stepscope.policy.optim.adamw import AdamWGroup, AdamWState
 from stepscope.policy.rollouts import score_rollouts
-from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
+from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 
 CHARACTERS = ("<pad>", "</s>", *"0123456789+=?abcdefgh")
@@ -89,7 +90,7 @@ def tokenizer(words: Sequence[str] = CHARACTERS) -> PreTrainedTokenizerFast:
 
 def adamw_state(
     trained: nn.Module, *, steps: int = 3, lr: float = 1e-3, weight_decay: float = 0.1
-) -> OptimizerState:
+) -> AdamWState:
     """AdamW's own state by name after steps on random tokens; parameters of one dimension do not decay."""
     named = {n: p for n, p in trained.named_parameters() if p.requires_grad}
     decayed = [n for n, p in named.items() if p.dim() > 1]
@@ -105,8 +106,8 @@ def adamw_state(
         optimizer.step()
         optimizer.zero_grad()
     state = {n: optimizer.state[p] for n, p in named.items()}
-    return OptimizerState(
-        groups=tuple(ParameterGroup(tuple(names), lr=lr, weight_decay=decay) for names, decay in groups),
+    return AdamWState(
+        groups=tuple(AdamWGroup(tuple(names), lr=lr, weight_decay=decay) for names, decay in groups),
         exp_avg={n: s["exp_avg"].clone() for n, s in state.items()},
         exp_avg_sq={n: s["exp_avg_sq"].clone() for n, s in state.items()},
         steps={n: int(s["step"]) for n, s in state.items()},

@@ -150,7 +150,7 @@ def test_moments_in_bfloat16_over_finer_weights_are_refused(checkpoint, tmp_path
     folder = in_bfloat16(checkpoint, tmp_path / "checkpoint", weights=False)
     (told,) = [f for f in inspect_checkpoint(folder) if "is no bfloat16 number" in f.what]
     assert told.level == "fail"
-    with pytest.raises(MeasurementError, match="is no bfloat16 number although AdamW's moments are"):
+    with pytest.raises(MeasurementError, match="is no bfloat16 number although the optimizer's moments are"):
         run_measure(MeasureConfig(checkpoint=str(folder), task=TASK[1], out=str(tmp_path / "m")))
 
 

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from stepscope.measure.step.rounding import RoundedStep, rounded_step
     from stepscope.policy.checkpoint.load import load_checkpoint
     from stepscope.policy.loss.settings import StepSettings
+    from stepscope.policy.optim.base import OptimizerState
     from stepscope.policy.rollouts import sample_rollouts
-    from stepscope.policy.state import OptimizerState, Policy
+    from stepscope.policy.state import Policy
     from stepscope.report import write_report
     from stepscope.results import Rollouts
     from stepscope.results.change import Change, ChangePoint
@@ -83,7 +84,7 @@ _HOME = {
     "Estimate": "stats",
     "Influence": "measure.influence.attribution",
     "Leaderboard": "measure.criteria.leaderboard",
-    "OptimizerState": "policy.state",
+    "OptimizerState": "policy.optim.base",
     "Policy": "policy.state",
     "Quantity": "measure.quantity.quantities",
     "Rollouts": "results",

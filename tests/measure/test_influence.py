@@ -24,8 +24,9 @@ from stepscope.policy import vectors
 from stepscope.policy.gradients import gradient
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.precision import lift_model
+from stepscope.policy.optim.adamw import AdamWGroup, AdamWState
 from stepscope.policy.passes import Budget
-from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
+from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 from stepscope.results.influence import InfluenceSequences, InfluenceTokens
 from stepscope.rules import EntropyBonus
@@ -41,8 +42,8 @@ def build_policy(kind: str = "full", dtype: torch.dtype = torch.float64) -> Poli
     if dtype == torch.float64:
         model = lift_model(model)
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    optimizer = OptimizerState(
-        groups=(ParameterGroup(tuple(params), lr=1e-3, weight_decay=0.1),),
+    optimizer = AdamWState(
+        groups=(AdamWGroup(tuple(params), lr=1e-3, weight_decay=0.1),),
         exp_avg={n: 0.1 * torch.randn_like(p).detach() for n, p in params.items()},
         exp_avg_sq={n: 0.01 + 0.05 * torch.rand_like(p).detach() for n, p in params.items()},
         steps=dict.fromkeys(params, 7),

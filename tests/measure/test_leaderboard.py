@@ -20,8 +20,9 @@ from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.differentiation import whole_function
+from stepscope.policy.optim.adamw import AdamWGroup, AdamWState
 from stepscope.policy.passes import Budget
-from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
+from stepscope.policy.state import Policy
 from stepscope.results import read_table, write_table
 from stepscope.results.criteria import Criteria, CriteriaTokens
 
@@ -45,8 +46,8 @@ def tabular_policy() -> Policy:
     torch.manual_seed(0)
     model = Bigram().double().eval()
     state = torch.rand(12, 12, dtype=torch.float64)
-    optimizer = OptimizerState(
-        groups=(ParameterGroup(("table.weight",), lr=1e-3, weight_decay=0.1),),
+    optimizer = AdamWState(
+        groups=(AdamWGroup(("table.weight",), lr=1e-3, weight_decay=0.1),),
         exp_avg={"table.weight": 0.01 * (state - 0.5)},
         exp_avg_sq={"table.weight": 1e-3 * state},
         steps={"table.weight": 5},

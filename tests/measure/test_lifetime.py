@@ -10,12 +10,13 @@ import torch
 
 import cases
 from stepscope.errors import CheckpointError
-from stepscope.measure.step.lifetime import carried, lifetime, lifetime_figures
-from stepscope.policy.state import ParameterGroup, Policy
+from stepscope.measure.step.lifetime import lifetime, lifetime_figures
+from stepscope.policy.optim.adamw import AdamWGroup
+from stepscope.policy.state import Policy
 
 
 def displaced(
-    gradient: torch.Tensor, root: torch.Tensor, group: ParameterGroup, step: int, n: int
+    gradient: torch.Tensor, root: torch.Tensor, group: AdamWGroup, step: int, n: int
 ) -> list[float]:
     """First parameter after each step of torch's AdamW: this gradient, then none; D held at ``root``."""
     parameter = torch.nn.Parameter(torch.full_like(gradient, 0.7))
@@ -42,7 +43,7 @@ def displaced(
 @pytest.mark.parametrize("step", [1, 4, 11, 61])
 @pytest.mark.parametrize(("beta1", "decay"), [(0.9, 0.0), (0.9, 5.0), (0.5, 0.0), (0.0, 1.0)])
 def test_carried_effect_is_that_of_torch(step: int, beta1: float, decay: float) -> None:
-    group = ParameterGroup(("p",), lr=1e-2, betas=(beta1, 0.95), weight_decay=decay)
+    group = AdamWGroup(("p",), lr=1e-2, betas=(beta1, 0.95), weight_decay=decay)
     gradient, root = (
         torch.tensor([0.3, -2.0], dtype=torch.float64),
         torch.tensor([1.3, 2.0], dtype=torch.float64),
@@ -51,16 +52,16 @@ def test_carried_effect_is_that_of_torch(step: int, beta1: float, decay: float) 
     still = displaced(0 * gradient, root, group, step, 40)
     effect = np.array(moved) - np.array(still)
     for n in (1, 2, 10, 40):
-        assert carried(group, step, n) == pytest.approx(effect[n - 1] / effect[0], rel=1e-9)
+        assert group.carried(step, n) == pytest.approx(effect[n - 1] / effect[0], rel=1e-9)
 
 
 def test_known_values() -> None:
     """Late in a training a batch does 6.5 times its own step's effect in 10 steps, 10 times at most."""
-    group = ParameterGroup(("p",), lr=0.0)
-    assert carried(group, 10_000, 1) == 1.0
-    assert carried(group, 10_000, 10) == pytest.approx(6.513, abs=1e-3)
-    assert carried(group, 10_000, 40) == pytest.approx(9.852, abs=1e-3)
-    assert carried(group, 11, 10) < carried(group, 61, 10) < carried(group, 10_000, 10)
+    group = AdamWGroup(("p",), lr=0.0)
+    assert group.carried(10_000, 1) == 1.0
+    assert group.carried(10_000, 10) == pytest.approx(6.513, abs=1e-3)
+    assert group.carried(10_000, 40) == pytest.approx(9.852, abs=1e-3)
+    assert group.carried(11, 10) < group.carried(61, 10) < group.carried(10_000, 10)
 
 
 @pytest.mark.parametrize("constant", [False, True], ids=["white noise", "constant"])
@@ -90,7 +91,7 @@ def test_share_of_a_batch_by_arithmetic_alone(
     assert found.constant_share == pytest.approx(0.1457, abs=1e-4)
     expected = found.constant_share if constant else found.white_noise_share
     assert found.share == pytest.approx(expected, rel=1e-9 if constant else 0.02)
-    assert found.effect == pytest.approx({n: carried(state.groups[0], t, n) for n in (1, 10, 40)}, rel=1e-2)
+    assert found.effect == pytest.approx({n: state.groups[0].carried(t, n) for n in (1, 10, 40)}, rel=1e-2)
 
 
 def test_groups_count_by_the_length_they_have(tiny_policy: Policy) -> None:
@@ -102,7 +103,7 @@ def test_groups_count_by_the_length_they_have(tiny_policy: Policy) -> None:
     found = lifetime(replace(tiny_policy, optimizer=replace(state, steps=ages)), step)
     length = {n: float((t**2).sum()) for n, t in step.components["sequences"].items()}
     share = sum(length[n] for n in young) / sum(length.values())
-    first, second = (carried(group, t, 10) for group, t in zip(state.groups, (1, 100), strict=True))
+    first, second = (group.carried(t, 10) for group, t in zip(state.groups, (1, 100), strict=True))
     assert found.effect[10] == pytest.approx(share * first + (1 - share) * second, rel=1e-9)
     assert found.effect[1] == 1.0
     assert found.step == 100

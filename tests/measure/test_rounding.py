@@ -19,9 +19,9 @@ from stepscope.measure.step.rounding import RoundedStep, rounded_step
 from stepscope.policy.checkpoint.optimizer_state import match_optimizer
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.precision import lift_model
+from stepscope.policy.optim.rounding import rounding_doubt
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy
-from stepscope.policy.stored import rounding_doubt
 from stepscope.reference import exact_change, exact_rollouts, exact_value
 from stepscope.results import Rollouts
 
@@ -241,7 +241,7 @@ def test_weights_that_the_type_does_not_have_are_refused() -> None:
     with torch.no_grad():
         next(iter(policy.parameters.values())).mul_(1.001)
     step = reconstruct_step(policy, cases.batch(policy, num_prompts=4, group_size=4, seed=9))
-    with pytest.raises(MeasurementError, match=r"is no bfloat16 number although AdamW's moments are"):
+    with pytest.raises(MeasurementError, match=r"is no bfloat16 number although the optimizer's moments are"):
         rounded_step(policy, step, 1e-4)
 
 

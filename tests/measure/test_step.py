@@ -15,7 +15,6 @@ import cases
 from stepscope.errors import BatchError, CheckpointError, MeasurementError
 from stepscope.measure.step.reconstruct import (
     Step,
-    adamw_components,
     assemble_step,
     reconstruct_step,
     sequence_direction,
@@ -279,7 +278,7 @@ def test_a_bias_of_minus_infinity_without_decay_stays_where_it_is() -> None:
     name = next(n for g in groups for n in g.names if g.weight_decay == 0.0)
     policy.parameters[name].data[-1] = -torch.inf
     ascent = {n: torch.zeros_like(p) for n, p in policy.parameters.items()}
-    _, decay, _ = adamw_components(policy, policy.optimizer, ascent, clip=1.0, lr=1e-3)
+    decay = policy.optimizer.update(policy.parameters, ascent, clip=1.0, lr=1e-3).parts["decay"]
     assert not decay[name].any()
     assert all(bool(t.isfinite().all()) for t in decay.values())
 

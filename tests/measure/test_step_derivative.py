@@ -17,7 +17,8 @@ from stepscope.measure.step.derivative import step_derivative
 from stepscope.measure.step.reconstruct import Step, reconstruct_step
 from stepscope.policy import vectors
 from stepscope.policy.forward import forward, make_batch
-from stepscope.policy.state import OptimizerState, Policy
+from stepscope.policy.optim.adamw import AdamWState
+from stepscope.policy.state import Policy
 from stepscope.results import FloatArray
 
 STATES = [
@@ -44,7 +45,7 @@ def with_state(
     exp_avg = {n: 0.3 * (1 - 0.9**steps) * t for n, t in noise.items()}
     exp_avg_sq = {n: (1 - beta2**steps) * (t**2 + 0.1 * t.std() ** 2) for n, t in noise.items()}
     first, second = policy.optimizer.groups
-    state = OptimizerState(
+    state = AdamWState(
         groups=tuple(
             replace(g, betas=(0.9, beta2), amsgrad=amsgrad, lr=g.lr * rate)
             for g, rate in ((first, 1.0), (second, second_rate))

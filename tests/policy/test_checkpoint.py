@@ -342,6 +342,8 @@ def eight_bit(saved: dict[str, Any]) -> None:
         i: {"step": 2, "state1": torch.zeros(4, dtype=torch.uint8), "state2": torch.zeros(4)}
         for i in saved["state"]
     }
+    kept = ("lr", "betas", "eps", "weight_decay", "params")
+    saved["param_groups"] = [{key: group[key] for key in kept} for group in saved["param_groups"]]
 
 
 def coupled_decay(saved: dict[str, Any]) -> None:

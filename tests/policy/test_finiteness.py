@@ -17,8 +17,8 @@ from torch import nn
 import cases
 from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.load import inspect_checkpoint, load_checkpoint, load_model, read_settings
-from stepscope.policy.finiteness import first_not_finite, refuse_broken_weights
 from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.numerics.finiteness import first_not_finite, refuse_broken_weights
 
 NAN, INF = float("nan"), float("inf")
 PART = "layers.1.mlp.up_proj.weight"

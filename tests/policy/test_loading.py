@@ -28,10 +28,11 @@ import cases
 from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.examination import examine
 from stepscope.policy.checkpoint.load import inspect_checkpoint, load_model
+from stepscope.policy.checkpoint.models import stored_types
 from stepscope.policy.checkpoint.training_args import base_revision
 from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.optim.rounding import rounding_doubt
 from stepscope.policy.state import Policy
-from stepscope.policy.stored import rounding_doubt, stored_types
 
 
 @pytest.fixture

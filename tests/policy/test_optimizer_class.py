@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import cases
 from stepscope.errors import CheckpointError
-from stepscope.policy.checkpoint.optimizer_class import adamw_entries
 from stepscope.policy.checkpoint.optimizer_state import match_optimizer, read_optimizer
+from stepscope.policy.optim.registry import recognised
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -41,14 +41,14 @@ def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         ("Adagrad", {}, "Adagrad"),
         ("Adadelta", {}, "Adadelta"),
         ("Adafactor", {}, "Adafactor"),
-        ("ASGD", {}, "another optimizer than AdamW"),
+        ("ASGD", {}, "another optimizer"),
     ],
 )
 def test_the_optimizers_of_torch(kind: str, options: dict[str, Any], named: str) -> None:
     parameter = nn.Parameter(torch.ones(3, 2))
     saved = state_of(getattr(torch.optim, kind)([parameter], lr=1e-3, **options))
     with pytest.raises(CheckpointError, match=f"here: the state is that of .*{named}|{named}") as caught:
-        adamw_entries(saved, "here")
+        recognised(saved, "here")
     assert "train with optim='adamw_torch'" in str(caught.value)
 
 
@@ -87,21 +87,21 @@ class Kahan(torch.optim.AdamW):
 def test_relatives_of_adamw_with_marks_of_their_own(kind: Any, named: str) -> None:
     saved = state_of(kind([nn.Parameter(torch.ones(3, 2))], lr=1e-3))
     with pytest.raises(CheckpointError, match=named):
-        adamw_entries(saved, "here")
+        recognised(saved, "here")
 
 
 def test_an_unknown_mark_is_named() -> None:
     parameter = nn.Parameter(torch.ones(3, 2))
     saved = state_of(torch.optim.AdamW([{"params": [parameter], "lookahead": 5}], lr=1e-3))
-    with pytest.raises(CheckpointError, match="its keys lookahead are not AdamW's"):
-        adamw_entries(saved, "here")
+    with pytest.raises(CheckpointError, match="its keys lookahead are not of AdamW"):
+        recognised(saved, "here")
 
 
 def test_schedules_and_labels_are_no_marks() -> None:
     parameter = nn.Parameter(torch.ones(3, 2))
     optimizer = torch.optim.AdamW([{"params": [parameter], "name": "all"}], lr=1e-3, amsgrad=True)
     torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=9, cycle_momentum=False)
-    assert set(adamw_entries(state_of(optimizer), "here")[0]) == {
+    assert set(recognised(state_of(optimizer), "here")[1][0]) == {
         "step",
         "exp_avg",
         "exp_avg_sq",
@@ -142,7 +142,7 @@ def test_bitsandbytes_in_32_bits_is_adamw(nested: bool) -> None:
 def test_what_bitsandbytes_has_beside_it_is_refused() -> None:
     saved = state_of(torch.optim.AdamW([nn.Parameter(torch.ones(3, 2))], lr=1e-3))
     with pytest.raises(CheckpointError, match="bitsandbytes' in 8 bits"):
-        adamw_entries(bitsandbytes_state(saved, nested=True, dtype=torch.uint8), "here")
+        recognised(bitsandbytes_state(saved, nested=True, dtype=torch.uint8), "here")
     ademamix = bitsandbytes_state(saved, nested=True)
     ademamix["param_groups"][0] |= {"betas": (0.9, 0.999, 0.9999), "alpha": 5.0}
     lamb = bitsandbytes_state(saved, nested=True)
@@ -151,7 +151,7 @@ def test_what_bitsandbytes_has_beside_it_is_refused() -> None:
     del lion["state"][0]["__bnb_optimizer_quant_state__"]["state2"]
     for other, named in ((ademamix, "not AdamW"), (lamb, "LAMB"), (lion, "not AdamW")):
         with pytest.raises(CheckpointError, match=named):
-            adamw_entries(other, "here")
+            recognised(other, "here")
 
 
 class Packed(Tensor):
@@ -162,7 +162,7 @@ def test_moments_that_are_no_plain_tensors_are_refused() -> None:
     saved = state_of(torch.optim.AdamW([nn.Parameter(torch.ones(3, 2))], lr=1e-3))
     saved["state"][0]["exp_avg"] = saved["state"][0]["exp_avg"].as_subclass(Packed)
     with pytest.raises(CheckpointError, match=r"exp_avg of parameter 0 is .*Packed"):
-        adamw_entries(saved, "here")
+        recognised(saved, "here")
 
 
 def test_objects_in_a_state_name_their_optimizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,12 @@ Both verbs go through :func:`findings`, so that neither says yes to what the oth
 from __future__ import annotations
 
 import numpy as np
-from peft import PeftModel
 
 from stepscope.config import MeasureSettings, Stage
 from stepscope.errors import MeasurementError
 from stepscope.measure.quantity.quantities import make_quantity
 from stepscope.measure.quantity.values import derivatives
+from stepscope.policy.checkpoint.adapters import is_adapted
 from stepscope.policy.checkpoint.examination import Finding, examine, made_up_sequences
 from stepscope.policy.checkpoint.foreign import reads_foreign
 from stepscope.policy.derivative_check import random_direction
@@ -41,7 +41,7 @@ def findings(policy: Policy, config: MeasureSettings, stages: list[Stage]) -> li
 def _loss(policy: Policy, config: MeasureSettings) -> list[Finding]:
     """Divergences without a reference to take them to, and a bonus that depends on how a batch was cut."""
     found = []
-    if config.reference is None and not isinstance(policy.model, PeftModel):
+    if config.reference is None and not is_adapted(policy.model):
         cure = "give reference=MODEL (the model that the training started from)"
         if policy.settings.beta != 0.0:
             what = f"the loss has a KL penalty (beta = {policy.settings.beta}), and a full model has no base"

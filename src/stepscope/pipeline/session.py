@@ -24,13 +24,13 @@ from stepscope.pipeline.logged_prompts import prompt_conflict
 from stepscope.policy.checkpoint.load import load_checkpoint, load_model, read_settings
 from stepscope.policy.checkpoint.optimizer_state import OPTIMIZER_FILE, read_optimizer
 from stepscope.policy.derivative_check import derivative_errors
-from stepscope.policy.finiteness import first_not_finite
 from stepscope.policy.forward import vocabulary_size
 from stepscope.policy.loss.surrogate import advantages
+from stepscope.policy.numerics.finiteness import first_not_finite
+from stepscope.policy.optim.rounding import rounding_doubt
 from stepscope.policy.passes import Budget, longest
 from stepscope.policy.rollouts import response_text, sample_responses, sample_rollouts, score_rollouts
 from stepscope.policy.state import Policy
-from stepscope.policy.stored import rounding_doubt
 from stepscope.policy.vectors import ParameterVector, load
 from stepscope.results import Rollouts
 from stepscope.runs import RunFolder, read_json, verified

@@ -13,9 +13,9 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepscope.errors import MeasurementError
-from stepscope.policy.finiteness import first_not_finite
 from stepscope.policy.forward import TokenBatch, TokenOutputs, forward
 from stepscope.policy.numerics.differentiation import frozen_padding, whole_function
+from stepscope.policy.numerics.finiteness import first_not_finite
 from stepscope.policy.passes import Budget, sweep, sweep_rows
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector

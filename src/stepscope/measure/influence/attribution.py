@@ -52,9 +52,6 @@ NUM_FOLDS = 8
 DISAGREEMENT_LIMIT = {torch.float64: 1e-8, torch.float32: 1e-2}
 """Largest difference between the two ways to a sequence's influence, relative to the largest influence."""
 
-YOUNG = 20
-"""Steps of AdamW before which a batch makes much of the second moment that divides it."""
-
 NEGLECTED_LIMIT = 0.2
 """Share of the tokens' influence that may go through what is held fixed; above it the sum is unreliable."""
 
@@ -396,9 +393,9 @@ def token_products(
 def neglected_share(fixed: Influence, optimizer: Influence) -> Estimate:
     """Sum over tokens of |optimizer - fixed| / |fixed|: what goes through preconditioner and clipping.
 
-    No error: for this update and this probe batch. Above 0.2, for a clipped gradient and in AdamW's first
-    steps it is flagged: the fixed influence then splits the change of the step, and no longer says what a
-    change of the batch would do.
+    No error: for this update and this probe batch. Above 0.2, for a clipped gradient and in an optimizer's
+    first steps it is flagged: the fixed influence then splits the change of the step, and no longer says what
+    a change of the batch would do.
     """
     one, other = np.concatenate(fixed.tokens), np.concatenate(optimizer.tokens)
     whole = float(np.abs(one).sum())
@@ -420,9 +417,8 @@ def fixed_doubt(policy: Policy, step: Step, fixed: Influence, optimizer: Influen
     reasons = []
     if step.clip_coefficient < 1:
         reasons.append(f"the gradient is clipped (c = {step.clip_coefficient:.2g})")
-    age = max(policy.optimizer.steps.values()) + 1
-    if age < YOUNG:
-        reasons.append(f"AdamW is at step {age}, so the batch makes much of its own second moment")
+    if young := policy.optimizer.youth:
+        reasons.append(young)
     share = neglected_share(fixed, optimizer)
     if not share.reliable:
         reasons.append(f"{share.value:.0%} of the tokens' influence goes through what is held fixed")

@@ -1,13 +1,12 @@
-"""How AdamW's step answers to a change of the loss gradient: through clipping and the second moment, too.
+"""How a step answers to a change of the loss gradient: through clipping and what scales it, too.
 
-The parts of a step (:mod:`stepscope.measure.step.reconstruct`) hold the preconditioner P and the clip
-coefficient c as they are. Both depend on the gradient. With a = -g the ascent of the loss,
-M = - b1 m + (1 - b1) c a, v' and D as there (everything elementwise but c, and with
-r = lr of the group / lr of the step),
+The components of a step (:mod:`stepscope.measure.step.reconstruct`) hold the preconditioner P and the clip
+coefficient c as they are. Both depend on the gradient. With a = -g the ascent of the loss and J the
+derivative of the direction with respect to c a, elementwise, which the optimizer gives
+(:meth:`~stepscope.policy.optim.base.OptimizerState.slope`),
 
-    d direction / da at fixed c:   A = r / (1 - b1^t) [ (1 - b1) c / D - M / D^2 dD/da ]
-    d direction / dc:              E = r / (1 - b1^t) [ (1 - b1) a / D - M / D^2 dD/dc ]
-    dD/da = (1 - b2) c^2 a / sqrt(v' (1 - b2^t)),    dD/dc = (1 - b2) c a^2 / sqrt(v' (1 - b2^t))
+    d direction / da at fixed c:   A = c J
+    d direction / dc:              E = a J
     dc/da = - c^2 / max_norm  a / |a|   where the gradient is clipped, else 0
 
 so that the step's derivative along a change da of the gradient is A da + E (dc/da . da), and a quantity with
@@ -20,12 +19,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from stepscope.measure.step.reconstruct import Step, adamw_terms
+from stepscope.measure.step.reconstruct import Step
 from stepscope.policy import vectors
-from stepscope.policy.state import OptimizerState, Policy
+from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 
 Through = Literal["fixed", "optimizer"]
@@ -87,27 +85,15 @@ def step_derivative(policy: Policy, step: Step, through: Through) -> StepDerivat
     """
     if through == "fixed":
         return StepDerivative(step.preconditioner, {}, {})
-    assert isinstance(policy.optimizer, OptimizerState)
-    clip = step.clip_coefficient
-    limit = policy.settings.max_grad_norm
-    clipped = clip < 1.0
-    diagonal: dict[str, Tensor] = {}
-    clip_effect: dict[str, Tensor] = {}
-    clip_gradient: dict[str, Tensor] = {}
-    for terms in adamw_terms(policy.optimizer, step.ascent, clip=clip, lr=step.lr):
-        name, (beta1, beta2) = terms.name, terms.group.betas
-        denominator = terms.denominator
-        scale = terms.ratio / terms.correction
-        # dD/da / c = dD/dc / a; where v' is 0 so is a, and D has its kink: held as it is there
-        slope = (1 - beta2) * terms.clipped / (terms.root * terms.root_scale)
-        slope = torch.where(terms.root > 0, slope, torch.zeros_like(slope))
-        if terms.fresh is not None:
-            slope = torch.where(terms.fresh, slope, torch.zeros_like(slope))
-        moment = (1 - beta1) * terms.clipped - beta1 * terms.first
-        common = scale * ((1 - beta1) / denominator - moment / denominator**2 * slope)
-        diagonal[name] = clip * common
-        if clipped:
-            ascent = step.ascent[name].to(common.dtype)
-            clip_effect[name] = ascent * common
-            clip_gradient[name] = ascent * (-(clip**2) / (limit * step.grad_norm))
-    return StepDerivative(diagonal, clip_effect, clip_gradient)
+    assert policy.optimizer is not None
+    clip, limit = step.clip_coefficient, policy.settings.max_grad_norm
+    slope = policy.optimizer.slope(step.ascent, clip=clip, lr=step.lr)
+    diagonal = vectors.scale(slope, clip)
+    if clip == 1.0:
+        return StepDerivative(diagonal, {}, {})
+    ascent = {n: step.ascent[n].to(t.dtype) for n, t in slope.items()}
+    return StepDerivative(
+        diagonal,
+        vectors.multiply(ascent, slope),
+        vectors.scale(ascent, -(clip**2) / (limit * step.grad_norm)),
+    )

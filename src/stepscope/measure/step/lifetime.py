@@ -17,35 +17,18 @@ is "momentum" whatever the training does. (Own derivation, held to ``torch.optim
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from stepscope.errors import CheckpointError
 from stepscope.measure.step.reconstruct import Step
 from stepscope.policy import vectors
-from stepscope.policy.state import ParameterGroup, Policy
+from stepscope.policy.state import Policy
 from stepscope.results.step import Lifetime
 from stepscope.stats import Estimate
 
 HORIZONS = (1, 10, 40)
 """Steps in all, the batch's own the first, at which the effect of a batch is given."""
-
-
-def carried(group: ParameterGroup, step: int, horizon: int) -> float:
-    """L_n: displacement that a gradient has caused after n steps over that of its own step.
-
-    Args:
-        group: beta1, learning rate and weight decay; the learning rate stays what it is.
-        step: t >= 1, the number of the gradient's own step.
-        horizon: n >= 1, steps in all.
-    """
-    beta, moved = group.betas[0], 0.0
-    for j in range(horizon):
-        moved = moved * (1 - group.lr * group.weight_decay)
-        moved += beta**j * (1 - beta**step) / (1 - beta ** (step + j))
-    return moved
 
 
 def lifetime(policy: Policy, step: Step, *, horizons: tuple[int, ...] = HORIZONS) -> Lifetime:
@@ -55,7 +38,7 @@ def lifetime(policy: Policy, step: Step, *, horizons: tuple[int, ...] = HORIZONS
     that the batch's part has in them, and their shares with that of the whole step.
 
     Args:
-        policy: with the AdamW state the step was rebuilt from.
+        policy: with the optimizer's state that the step was rebuilt from.
         step: the step.
         horizons: steps in all at which the effect is wanted.
 
@@ -68,29 +51,23 @@ def lifetime(policy: Policy, step: Step, *, horizons: tuple[int, ...] = HORIZONS
             f"{policy.path or 'this policy'}: no optimizer state, and the lifetime of a batch is its first "
             "moment's; load a checkpoint that has optimizer.pt"
         )
-    ages = {n: state.steps[n] + 1 for group in state.groups for n in group.names}
-
-    def average(vector: dict[str, Tensor], value: Callable[[ParameterGroup, int], float]) -> float:
-        """Mean over parameters, weighted by squared length."""
-        weighted = {n: t.double().square().sum() for n, t in vector.items()}
-        found = {n: value(group, ages[n]) for group in state.groups for n in group.names}
-        lengths = torch.stack([weighted[n] for n in found])
-        values = torch.tensor(list(found.values()), dtype=torch.float64, device=lengths.device)
-        return float((lengths * values).sum() / lengths.sum())
-
     own = step.components["sequences"]
 
-    def after(count: int) -> float:
-        return average(own, lambda group, age: carried(group, age, count))
+    def average(vector: dict[str, Tensor], values: list[float]) -> float:
+        """Mean over parameters, weighted by squared length."""
+        lengths = torch.stack([vector[n].double().square().sum() for n in state.names])
+        each = torch.tensor(values, dtype=torch.float64, device=lengths.device)
+        return float((lengths * each).sum() / lengths.sum())
 
     share = vectors.dot(own, step.direction) / vectors.norm(step.direction) ** 2
-    white = average(step.direction, lambda g, t: (1 - g.betas[0] ** 2) / (1 - g.betas[0] ** (2 * t)))
+    by_arithmetic = [state.own_shares(name) for name in state.names]
+    white = average(step.direction, [noise for noise, _ in by_arithmetic])
     return Lifetime(
-        step=max(ages.values()),
-        effect={n: after(n) for n in horizons},
+        step=max(state.steps.values(), default=policy.step) + 1,
+        effect={n: average(own, [state.carried(name, n) for name in state.names]) for n in horizons},
         share=share,
         white_noise_share=white,
-        constant_share=average(step.direction, lambda g, t: (1 - g.betas[0]) / (1 - g.betas[0] ** t)),
+        constant_share=average(step.direction, [same for _, same in by_arithmetic]),
         relative_share=share / white,
     )
 

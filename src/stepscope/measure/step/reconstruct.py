@@ -1,43 +1,37 @@
-"""The step AdamW would take from a checkpoint, as a sum: momentum + weight decay + one term per sequence.
+"""The step a checkpoint would take, as a sum: momentum + weight decay + one component per sequence.
 
 What else the loss has that belongs to no sequence (:data:`stepscope.measure.step.terms.TERMS`) makes further
 components.
 
-With g = grad Loss, clip coefficient c = min(1, max_norm / (|g| + 1e-6)) and AdamW's state (m, v, t =
-steps after this one), per parameter,
+With g = grad Loss, clip coefficient c = min(1, max_norm / (|g| + 1e-6)), and what the optimizer makes of c g
+(:mod:`stepscope.policy.optim`): parts that are there without a gradient and a preconditioner P,
 
-    v' = b2 v + (1 - b2) (c g)^2        (AMSGrad: v' = max(v', vmax))
-    D  = sqrt(v') / sqrt(1 - b2^t) + eps
-    P  = (1 - b1) c / ((1 - b1^t) D)
-    direction = - b1 m / ((1 - b1^t) D)     [momentum]
-                - wd params                 [decay]
-                + P sum_ik w_ik grad l_ik   [sequences]
+    direction = momentum + decay + P sum_ik w_ik grad l_ik + P sum over terms
 
 where w_ik = -dLoss/dl_ik are the token weights. The parameters after the step are params + lr * direction.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import torch
-from peft import PeftModel
 from torch import Tensor
 
 from stepscope.errors import BatchError, CheckpointError, MeasurementError
 from stepscope.measure.step.terms import term_gradients
 from stepscope.policy import vectors
-from stepscope.policy.checkpoint.adapters import reference_adapter
-from stepscope.policy.finiteness import first_not_finite
+from stepscope.policy.checkpoint.adapters import is_adapted, reference_adapter
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients import Objective, gradient
 from stepscope.policy.loss.surrogate import token_weights
+from stepscope.policy.numerics.finiteness import first_not_finite
+from stepscope.policy.optim.base import OptimizerState
 from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import score_discriminators, score_rollouts
-from stepscope.policy.state import OptimizerState, ParameterGroup, Policy
+from stepscope.policy.state import Policy
 from stepscope.results import Brief, FloatArray, Rollouts
 from stepscope.results.step import Component
 
@@ -50,7 +44,7 @@ DRIFT_LIMIT = 0.05
 
 @dataclass(frozen=True, repr=False)
 class Step(Brief):
-    """One AdamW step in components.
+    """One step of an optimizer in components.
 
     All vectors are keyed by ``named_parameters()`` names and per unit of ``lr``. With several learning rates,
     ``lr`` is the first group's and the parts of group j are scaled by lr_j / lr.
@@ -92,10 +86,10 @@ def reconstruct_step(
     off_policy: bool = False,
     budget: Budget = Budget(),
 ) -> Step:
-    """Rebuild the AdamW step that a checkpoint would take on an update batch: one forward and one backward.
+    """Rebuild the step that a checkpoint would take on an update batch: one forward and one backward.
 
     Args:
-        policy: with AdamW's state; its settings give the loss and the clipping.
+        policy: with its optimizer's state; its settings give the loss and the clipping.
         update: sequences with advantages.
         reference: the policy of the KL penalty, needed when ``settings.beta`` is not zero and the policy
             is no PEFT adapter (an adapter's reference is the model without it, or under TRL's adapter
@@ -155,10 +149,10 @@ def assemble_step(
     ascent: dict[str, Tensor],
     terms: Mapping[str, dict[str, Tensor]],
 ) -> Step:
-    """The step that AdamW makes of a gradient: clipping, moments and preconditioner as it would have them.
+    """The step that the optimizer makes of a gradient: clipping, moments and preconditioner as it has them.
 
     Args:
-        policy: with AdamW's state.
+        policy: with its optimizer's state.
         update: the batch the gradient is of.
         weights: its token weights w_ik, one (tok,) array per sequence.
         ascent: sum_ik w_ik grad l_ik, that is -grad Loss but for the terms that belong to no sequence.
@@ -175,12 +169,12 @@ def assemble_step(
     limit = policy.settings.max_grad_norm
     clip = min(1.0, limit / (norm + CLIP_EPSILON)) if limit > 0 else 1.0
     lr = next((g.lr for g in state.groups if g.names and g.lr > 0), 0.0)
-    momentum, decay, preconditioner = adamw_components(policy, state, whole, clip=clip, lr=lr)
+    made = state.update(policy.parameters, whole, clip=clip, lr=lr)
     gradients = {"sequences": ascent, **terms}
     step = Step(
-        components={"momentum": momentum, "decay": decay}
-        | {name: vectors.multiply(preconditioner, part) for name, part in gradients.items()},
-        preconditioner=preconditioner,
+        components=made.parts
+        | {name: vectors.multiply(made.preconditioner, part) for name, part in gradients.items()},
+        preconditioner=made.preconditioner,
         ascent=whole,
         token_weights=tuple(weights),
         lr=lr,
@@ -197,101 +191,6 @@ def _refuse_broken(what: str, vector: dict[str, Tensor]) -> None:
         raise MeasurementError(
             f"the {what} is not finite: {problem}; measure with --precision float64, or an earlier checkpoint"
         )
-
-
-@dataclass(frozen=True)
-class AdamWTerms:
-    """What AdamW makes of one parameter's gradient, rounded as ``torch.optim.AdamW`` does.
-
-    Attributes:
-        name: of the parameter.
-        group: its hyperparameters.
-        ratio: the group's learning rate over the one that a direction is per unit of.
-        correction: 1 - b1^t.
-        first: m, the first moment before the step.
-        clipped: -c g.
-        root: sqrt(v') of the second moment after the step.
-        root_scale: sqrt(1 - b2^t).
-        fresh: where this step's gradient has part in ``root``: everywhere but where AMSGrad's maximum is
-            older.
-    """
-
-    name: str
-    group: ParameterGroup
-    ratio: float
-    correction: float
-    first: Tensor
-    clipped: Tensor
-    root: Tensor
-    root_scale: float
-    fresh: Tensor | None
-
-    @property
-    def denominator(self) -> Tensor:
-        """D."""
-        return (self.root / self.root_scale).add_(self.group.eps)
-
-
-def adamw_terms(
-    state: OptimizerState, ascent: dict[str, Tensor], *, clip: float, lr: float
-) -> Iterator[AdamWTerms]:
-    """The terms of AdamW's update, parameter by parameter.
-
-    Args:
-        state: AdamW's state before the step.
-        ascent: -grad Loss before clipping.
-        clip: clip coefficient c; 1 where ``ascent`` is clipped already.
-        lr: learning rate that the direction is per unit of.
-    """
-    for group in state.groups:
-        beta1, beta2 = group.betas
-        for name in group.names:
-            first, second = state.exp_avg[name], state.exp_avg_sq[name]
-            steps = state.steps[name] + 1
-            clipped = clip * ascent[name].to(first.dtype)
-            moment = second.mul(beta2).addcmul_(clipped, clipped, value=1 - beta2)
-            fresh = None
-            if group.amsgrad:
-                fresh = moment > state.max_exp_avg_sq[name]
-                moment = torch.maximum(moment, state.max_exp_avg_sq[name])
-            yield AdamWTerms(
-                name=name,
-                group=group,
-                ratio=group.lr / lr if lr > 0 else 1.0,
-                correction=1 - beta1**steps,
-                first=first,
-                clipped=clipped,
-                root=moment.sqrt(),
-                root_scale=(1 - beta2**steps) ** 0.5,
-                fresh=fresh,
-            )
-
-
-def adamw_components(
-    policy: Policy, state: OptimizerState, ascent: dict[str, Tensor], *, clip: float, lr: float
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Momentum, decay and preconditioner.
-
-    Args:
-        policy: its parameters decay.
-        state: AdamW's state before the step.
-        ascent: -grad Loss before clipping.
-        clip: clip coefficient c; 1 where ``ascent`` is clipped already.
-        lr: learning rate that the parts are per unit of.
-    """
-    momentum: dict[str, Tensor] = {}
-    decay: dict[str, Tensor] = {}
-    preconditioner: dict[str, Tensor] = {}
-    for terms in adamw_terms(state, ascent, clip=clip, lr=lr):
-        name, beta1, denominator = terms.name, terms.group.betas[0], terms.denominator
-        scale = terms.ratio / terms.correction
-        momentum[name] = -scale * beta1 * terms.first / denominator
-        parameter = policy.parameters[name].detach().to(terms.first.dtype)
-        rate = terms.ratio * terms.group.weight_decay
-        # a bias that excludes a token with -inf is in a group without decay, and 0 x inf is no number
-        decay[name] = -rate * parameter if rate else torch.zeros_like(parameter)
-        preconditioner[name] = scale * (1 - beta1) * clip / denominator
-    return momentum, decay, preconditioner
 
 
 def sequence_direction(policy: Policy, step: Step, index: int) -> dict[str, Tensor]:
@@ -360,7 +259,7 @@ def _optimizer(policy: Policy) -> OptimizerState:
             f"{where}: no optimizer state, and a step cannot be rebuilt without it; load a checkpoint "
             "that has optimizer.pt"
         )
-    known, own = {n for g in state.groups for n in g.names}, set(policy.parameters)
+    known, own = set(state.names), set(policy.parameters)
     if known != own:
         odd = sorted(known ^ own)[0]
         raise CheckpointError(
@@ -378,7 +277,7 @@ def _reference_logprobs(
         return None
     if reference is not None:
         return score_rollouts(reference, update, budget=budget)[0]
-    if not isinstance(policy.model, PeftModel):
+    if not is_adapted(policy.model):
         raise MeasurementError(
             f"the loss has a KL penalty (beta = {policy.settings.beta}) and the policy is a full model; "
             "pass the policy it is held to as reference"

@@ -1,27 +1,27 @@
-"""The step as a training takes it that keeps its weights in a half type: torch's own AdamW and its roundings.
+"""The step as a training takes it that keeps its weights in a half type: the library's own and its roundings.
 
-With weights theta, moments and gradients in bfloat16 (8 significant bits) AdamW rounds after every operation,
+With weights theta, moments and gradients in bfloat16 (8 significant bits) torch rounds after every operation,
 and theta' = round(theta + lr direction) is theta itself wherever the step is below half the spacing of the
-numbers around it, |lr direction| < 2^-9 |theta| or so. The step here is taken by ``torch.optim.AdamW`` on
-copies of the weights, in the implementation that the checkpoint names (fused rounds the weights once, the
-others after every operation), after ``torch.nn.utils.clip_grad_norm_`` on the gradient in that type. What is
-not the training's own is the gradient: computed at the measurement's precision and rounded, where the
-training ran its backward pass in the half type.
+numbers around it, |lr direction| < 2^-9 |theta| or so. The step here is taken by the optimizer's
+library, such as ``torch.optim.AdamW``, on copies of the weights, in the implementation that the checkpoint
+names (fused rounds the weights once, the others after every operation), after
+``torch.nn.utils.clip_grad_norm_`` on the gradient in that type. What is not the training's own is the
+gradient: computed at the measurement's precision and rounded, where the training ran its backward pass in the
+half type.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor, nn
 
 from stepscope.errors import MeasurementError
 from stepscope.measure.step.reconstruct import Step
 from stepscope.policy import vectors
-from stepscope.policy.finiteness import first_not_finite
-from stepscope.policy.state import OptimizerState, Policy
-from stepscope.policy.stored import finer_than_kept
+from stepscope.policy.numerics.finiteness import first_not_finite
+from stepscope.policy.optim.rounding import finer_than_kept
+from stepscope.policy.state import Policy
 from stepscope.results import Brief
 from stepscope.results.step import Rounding
 
@@ -57,12 +57,12 @@ def rounded_step(policy: Policy, step: Step, lr: float) -> RoundedStep | None:
     """Take the step the way a training with weights in a half type takes it.
 
     Args:
-        policy: with AdamW's state, its moments exact as stored.
+        policy: with its optimizer's state, the moments exact as stored.
         step: rebuilt from it.
         lr: learning rate, the step's own or one in its place where that is 0.
 
     Returns:
-        None where no parameter was in a half type: AdamW's moments have the type of their parameter.
+        None where no parameter was in a half type: torch's moments have the type of their parameter.
 
     Raises:
         MeasurementError: the weights are no numbers of the type that their moments say, or the step is not
@@ -83,12 +83,12 @@ def rounded_step(policy: Policy, step: Step, lr: float) -> RoundedStep | None:
         copies[name].grad = -step.ascent[name].to(kept)
     if policy.settings.max_grad_norm > 0:
         nn.utils.clip_grad_norm_(copies.values(), policy.settings.max_grad_norm)
-    kernel = _take(state, copies, lr / step.lr if step.lr > 0 else None, lr)
+    kernel = state.take(copies, scale=lr / step.lr if step.lr > 0 else None, lr=lr)
     parameters = {name: copy.detach() for name, copy in copies.items()}
     if problem := first_not_finite(parameters.items()):
         raise MeasurementError(
-            f"the step of a training in {'/'.join(state.half_types)} is not finite: {problem}; AdamW's eps "
-            "or second moments are 0 in that type, and the training ends here; measure an earlier checkpoint"
+            f"the step of a training in {'/'.join(state.half_types)} is not finite: {problem}; eps or second "
+            "moments are 0 in that type, and the training ends here; measure an earlier checkpoint"
         )
     moved = {name: parameters[name].float() - start[name].float() for name in parameters}
     length = lr * vectors.norm(step.direction)
@@ -102,47 +102,3 @@ def rounded_step(policy: Policy, step: Step, lr: float) -> RoundedStep | None:
         cosine=vectors.cosine(moved, step.direction),
         norm_ratio=vectors.norm(moved) / length if length > 0 else float("nan"),
     )
-
-
-def _take(state: OptimizerState, copies: dict[str, nn.Parameter], scale: float | None, lr: float) -> str:
-    """One step of torch's AdamW on parameters with gradients, from a checkpoint's state.
-
-    Args:
-        state: the checkpoint's.
-        copies: the parameters by name, with gradients.
-        scale: factor of every group's learning rate; None gives all the same.
-        lr: that one.
-
-    Returns:
-        The implementation.
-    """
-    groups = [group for group in state.groups if group.names]
-    optimizer = torch.optim.AdamW(
-        [
-            {
-                "params": [copies[name] for name in group.names],
-                "lr": lr if scale is None else scale * group.lr,
-                "betas": group.betas,
-                "eps": group.eps,
-                "weight_decay": group.weight_decay,
-                "amsgrad": group.amsgrad,
-                "foreach": group.foreach,
-                "fused": group.fused,
-            }
-            for group in groups
-        ]
-    )
-    entries: dict[int, dict[str, Tensor]] = {}
-    for name in (name for group in groups for name in group.names):
-        entries[len(entries)] = {
-            "step": torch.tensor(float(state.steps[name])),
-            "exp_avg": state.exp_avg[name],
-            "exp_avg_sq": state.exp_avg_sq[name],
-        } | ({"max_exp_avg_sq": state.max_exp_avg_sq[name]} if name in state.max_exp_avg_sq else {})
-    # torch casts the moments to the type of the parameters, which is exact for what was stored in it
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
-    optimizer.step()
-    if any(group.fused for group in groups):
-        return "fused"
-    on_gpu = next(iter(copies.values())).is_cuda and all(group.foreach is None for group in groups)
-    return "foreach" if on_gpu or any(group.foreach for group in groups) else "single tensor"

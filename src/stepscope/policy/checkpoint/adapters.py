@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from stepscope.errors import CheckpointError, shown
 from stepscope.policy.checkpoint.foreign import reads_foreign
 from stepscope.policy.checkpoint.models import LOADING, brief, load_tokenizer, load_weights, placed, quiet
-from stepscope.policy.finiteness import refuse_broken_weights
 from stepscope.policy.numerics.differentiation import Substituted
+from stepscope.policy.numerics.finiteness import refuse_broken_weights
 
 ADAPTER_CONFIG = "adapter_config.json"
 """Present in a folder that holds a PEFT adapter."""
@@ -120,6 +120,11 @@ def load_adapter(
     if rewritten:
         _originals[ready] = rewritten
     return ready, tokenizer
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a model is a PEFT adapter on its base, which is then its reference."""
+    return isinstance(model, PeftModel)
 
 
 def base_is_rewritten(model: nn.Module) -> bool:

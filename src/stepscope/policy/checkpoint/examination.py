@@ -28,10 +28,10 @@ from stepscope.policy.forward import (
 from stepscope.policy.gradients import lacks_a_rule
 from stepscope.policy.loss.settings import SETTINGS_FILE, UNKNOWN
 from stepscope.policy.loss.surrogate import LOSS_TYPES
-from stepscope.policy.numerics.precision import matching_precision
+from stepscope.policy.numerics.precision import HALF_TYPES, matching_precision
+from stepscope.policy.optim.rounding import finer_than_kept, rounding_doubt
 from stepscope.policy.rollouts import end_tokens
 from stepscope.policy.state import Policy
-from stepscope.policy.stored import HALF_TYPES, finer_than_kept, rounding_doubt
 from stepscope.tasks.load import default_template
 from stepscope.tasks.prompts import encode_prompt, tokens_after
 from stepscope.tasks.templates import FIELD, load_template
@@ -117,7 +117,7 @@ def _optimizer(policy: Policy) -> list[Finding]:
     found = [
         Finding(
             "ok",
-            f"AdamW state of {len(state.steps)} tensors ({count} parameters) in "
+            f"{state.label} state of {len(state.names)} tensors ({count} parameters) in "
             f"{sum(bool(g.names) for g in state.groups)} groups matched by name, next lr "
             f"{', '.join(map(str, lrs))}",
         )
@@ -131,7 +131,7 @@ def _optimizer(policy: Policy) -> list[Finding]:
             )
         )
     taken = Counter(state.steps.values())
-    if set(taken) != {policy.step}:
+    if taken and set(taken) != {policy.step}:
         found.append(
             Finding(
                 "warn",
@@ -284,7 +284,9 @@ def _types(policy: Policy) -> Finding:
         "constants": {b.dtype for b in policy.model.buffers() if b.is_floating_point()},
     }
     if policy.optimizer is not None:
-        stages["moments"] = {t.dtype for t in policy.optimizer.exp_avg_sq.values()}
+        stages["moments"] = {
+            t.dtype for tensors in policy.optimizer.tensors().values() for t in tensors.values()
+        }
     stages["computation"] = computed
     text = ", ".join(
         f"{name} {'/'.join(sorted(str(t).removeprefix('torch.') for t in types))}"

@@ -17,14 +17,14 @@ from stepscope.policy.checkpoint.examination import Finding, examine, made_up_se
 from stepscope.policy.checkpoint.foreign import reads_foreign
 from stepscope.policy.checkpoint.layouts import layout_of
 from stepscope.policy.checkpoint.manifest import MANIFEST, altered
-from stepscope.policy.checkpoint.models import brief, load_model
+from stepscope.policy.checkpoint.models import brief, load_model, stored_types
 from stepscope.policy.checkpoint.optimizer_state import OPTIMIZER_FILE, match_optimizer, read_optimizer
 from stepscope.policy.checkpoint.run_settings import run_settings
 from stepscope.policy.checkpoint.training_args import TRAINING_ARGS_FILE, base_revision
-from stepscope.policy.finiteness import MOST_STEPS, whole_number
 from stepscope.policy.loss.settings import SETTINGS_FILE, UNKNOWN, StepSettings
-from stepscope.policy.state import OptimizerState, Policy
-from stepscope.policy.stored import stored_types
+from stepscope.policy.numerics.finiteness import MOST_STEPS, whole_number
+from stepscope.policy.optim.base import OptimizerState
+from stepscope.policy.state import Policy
 
 __all__ = [
     "Finding",
@@ -96,9 +96,10 @@ def load_checkpoint(
         optimizer = match_optimizer(
             saved, model, where=str(file), dtype=torch.float64 if dtype == torch.float64 else None
         )
+        own = set(optimizer.names)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in optimizer.steps)
-        step = max(optimizer.steps.values()) if step is None else step
+            parameter.requires_grad_(name in own)
+        step = max(optimizer.steps.values(), default=0) if step is None else step
     policy = Policy(
         model=model,
         tokenizer=tokenizer,

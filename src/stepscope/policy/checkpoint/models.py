@@ -12,16 +12,15 @@ from weakref import WeakKeyDictionary
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
 from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.foreign import reads_foreign, refuse_disproportion, refuse_large_texts
-from stepscope.policy.finiteness import refuse_broken_weights
+from stepscope.policy.numerics.finiteness import refuse_broken_weights
 from stepscope.policy.numerics.precision import lift_model
-from stepscope.policy.stored import quantization
 
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "spiece*")
 """Files of which a folder with a tokenizer has at least one."""
@@ -32,6 +31,8 @@ loaded."""
 
 NO_CODE = {"trust_remote_code": False}
 """For every ``from_pretrained`` of transformers: left unset, it asks on the terminal whether to run code."""
+
+_STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 _types_in_files: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
@@ -79,7 +80,7 @@ def load_weights(
     with quiet():
         try:
             config = {} if "gguf_file" in source else PreTrainedConfig.get_config_dict(**source)[0]
-            if packed := quantization(config):
+            if packed := _quantization(config):
                 raise CheckpointError(
                     f"{model}: the weights are quantized ({packed}), and a step is measured on weights that "
                     "can move; dequantize the model (model.dequantize()), save it, and use that folder"
@@ -123,6 +124,36 @@ def load_weights(
 def type_in_files(model: nn.Module) -> str:
     """The type of a model's weights as its own ``config.json`` has it; empty where it says nothing."""
     return _types_in_files.get(model, "")
+
+
+def stored_types(folder: Path) -> tuple[str, ...]:
+    """Floating-point types of the weights in a folder's safetensors files, by their headers alone.
+
+    A type that is none of torch's four common ones (an 8-bit float, say) keeps the name the file has for it.
+
+    Raises:
+        CheckpointError: a header is damaged.
+    """
+    found: set[str] = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                kinds = {weights.get_slice(name).get_dtype() for name in weights.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{file}: damaged ({str(error)[:160]}); copy the file again") from error
+        found |= {_STORED.get(kind, kind) for kind in kinds if "F" in kind}
+    return tuple(sorted(found))
+
+
+def _quantization(config: Mapping[str, Any]) -> str:
+    """How a model's ``config.json`` says its weights are quantized; empty for plain weights."""
+    for part in (config, config.get("text_config")):
+        settings = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if isinstance(settings, Mapping):
+            method = settings.get("quant_method") or "quantization_config"
+            bits = next((b for b in (4, 8) if settings.get(f"load_in_{b}bit")), settings.get("bits"))
+            return f"{method}, {bits} bits" if bits else str(method)
+    return ""
 
 
 def _check_arrival(model: str | Path, architecture: str, report: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from stepscope.policy.checkpoint.training_args import (
     read_training_args,
 )
 from stepscope.policy.loss.surrogate import LOSS_TYPES
-from stepscope.policy.stored import HALF_TYPES
+from stepscope.policy.numerics.precision import HALF_TYPES
 
 _CARD = re.compile(r"This model was trained with ([^\s,.]+)")
 _TRL = "It has been trained using [TRL]"

@@ -18,12 +18,20 @@ from torch.overrides import TorchFunctionMode
 
 from stepscope.errors import MeasurementError
 
+HALF_TYPES = ("float16", "bfloat16")
+"""Names of the types in which a training's weights are rounded after every step."""
+
 _NARROW = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _CASTS: frozenset[Callable[..., Any]] = frozenset({Tensor.float, Tensor.half, Tensor.bfloat16})
 _LIKE: frozenset[Callable[..., Any]] = frozenset({Tensor.to, Tensor.type_as})
 _NARROW_TYPE_NAMES = frozenset(
     f"torch.{place}{kind}Tensor" for place in ("", "cuda.") for kind in ("Float", "Half", "BFloat16")
 )
+
+
+def type_name(kind: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(kind).removeprefix("torch.")
 
 
 class _Lift(TorchFunctionMode):

@@ -33,7 +33,7 @@ from stepscope.tasks import Task, load_task
 from stepscope.training.probe.batch import BatchRecorder, Captured
 from stepscope.training.probe.predict import Pending, predict
 from stepscope.training.probe.source import Source, TaskSource, TrainerSource, trainer_of
-from stepscope.training.probe.state import adamw_of, optimizer_state, successive_products, undisturbed
+from stepscope.training.probe.state import optimizer_state, optimizer_within, successive_products, undisturbed
 from stepscope.training.probe.table import append, columns_of, doubt, forget, tokens_path
 
 NAME = "probe"
@@ -180,7 +180,7 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
         if self._off:
             return
         with _Guest(self, state):
-            inner = adamw_of(optimizer)
+            inner = optimizer_within(optimizer)
             pair = successive_products(inner)
             if pair is not None:
                 self._products = [*self._products, pair][-self.window :]
@@ -406,7 +406,7 @@ def _require_probable(args: Any, model: Any, optimizer: Any) -> None:
         raise ConfigError("fp16 scales the gradients; train in bf16 or float32")
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
         raise MeasurementError("the model is sharded by FSDP; use plain data parallelism")
-    adamw_of(optimizer)
+    optimizer_within(optimizer)
 
 
 def _prompts_per_step(args: Any) -> float:

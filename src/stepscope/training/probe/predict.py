@@ -10,7 +10,7 @@ import numpy as np
 
 from stepscope.measure.change.online import BASELINE, Prediction, predict_change
 from stepscope.measure.influence.attribution import influence
-from stepscope.measure.step.reconstruct import Step, adamw_components
+from stepscope.measure.step.reconstruct import Step
 from stepscope.policy import vectors
 from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import response_text
@@ -57,11 +57,11 @@ def predict(
     lr = next(g.lr for g in state.groups if g.names and g.lr > 0)
     used = {name for group in state.groups for name in group.names}
     ascent = {n: -p.grad for n, p in policy.parameters.items() if n in used and p.grad is not None}
-    momentum, decay, preconditioner = adamw_components(policy, state, ascent, clip=1.0, lr=lr)
-    batch = vectors.multiply(preconditioner, ascent)
+    made = state.update(policy.parameters, ascent, clip=1.0, lr=lr)
+    batch = vectors.multiply(made.preconditioner, ascent)
     prediction = predict_change(
         policy,
-        {"momentum": momentum, "decay": decay, "batch": batch},
+        {**made.parts, "batch": batch},
         probe,
         lr=lr,
         budget=budget,
@@ -84,8 +84,8 @@ def predict(
     if top_tokens and norm > 0:
         scale = norm / math.sqrt(products.sum())
         step = Step(
-            components={"momentum": momentum, "decay": decay, "sequences": batch},
-            preconditioner=preconditioner,
+            components={**made.parts, "sequences": batch},
+            preconditioner=made.preconditioner,
             ascent=vectors.scale(ascent, 1 / scale),
             token_weights=tuple(scale * w for w in weights),
             lr=lr,

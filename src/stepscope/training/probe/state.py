@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from stepscope.errors import MeasurementError
-from stepscope.policy.checkpoint.optimizer_state import match_optimizer
-from stepscope.policy.state import OptimizerState
+from stepscope.policy.optim.base import OptimizerState
+from stepscope.policy.optim.registry import kind_of, measurable, named_state
 
 
 @contextmanager
@@ -54,31 +54,31 @@ def undisturbed(model: Any) -> Iterator[None]:
             torch.cuda.set_rng_state_all(devices)
 
 
-def adamw_of(optimizer: Any) -> torch.optim.Optimizer:
-    """The AdamW inside what accelerate wraps around it.
+def optimizer_within(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside what accelerate wraps around it.
 
     Raises:
-        MeasurementError: another optimizer, or one whose state is spread over processes.
+        MeasurementError: one whose steps cannot be rebuilt, or whose state is spread over processes.
     """
     inner = getattr(optimizer, "optimizer", optimizer)
     sharded = isinstance(inner, torch.optim.Optimizer) and any(
         hasattr(p, "device_mesh") for group in inner.param_groups for p in group["params"]
     )
-    if type(inner).__name__ != "AdamW" or not isinstance(inner, torch.optim.AdamW) or sharded:
+    if kind_of(inner) is None or sharded:
         raise MeasurementError(
-            f"the optimizer is {'sharded ' if sharded else ''}{type(inner).__name__}, expected "
-            "torch's AdamW with its whole state on every process; set optim='adamw_torch' and train on one "
-            "device or with plain data parallelism (no FSDP, no DeepSpeed)"
+            f"the optimizer is {'sharded ' if sharded else ''}{type(inner).__name__}, and {measurable()}, "
+            "with its whole state on every process (one device or data parallelism, no FSDP, no DeepSpeed)"
         )
+    assert isinstance(inner, torch.optim.Optimizer)
     return inner
 
 
 def optimizer_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, *, after_backward: bool = True
 ) -> OptimizerState:
-    """AdamW's state before the step it is about to take, by parameter name.
+    """An optimizer's state before the step it is about to take, by parameter name.
 
-    Before the first step the moments are zero.
+    Before the first step it is what the optimizer starts from.
 
     Args:
         optimizer: without wrappers.
@@ -86,45 +86,39 @@ def optimizer_state(
         after_backward: gradients are there; parameters that have none are left out, since the optimizer does
             not touch them.
     """
+    kind = kind_of(optimizer)
+    assert kind is not None
     names = {id(p): n for n, p in model.named_parameters()}
     saved = optimizer.state_dict()
-    entries = dict(saved["state"])
-    groups = []
+    entries, groups, named = dict(saved["state"]), [], []
     for group, live in zip(saved["param_groups"], optimizer.param_groups, strict=True):
         every = zip(group["params"], live["params"], strict=True)
         numbers = [(i, p) for i, p in every if p.grad is not None or not after_backward]
         for number, parameter in numbers:
             if number not in entries:
-                entries[number] = _fresh(parameter, amsgrad=bool(group.get("amsgrad")))
-        groups.append(
-            group | {"params": [i for i, _ in numbers], "param_names": [names[id(p)] for _, p in numbers]}
-        )
-    return match_optimizer({"state": entries, "param_groups": groups}, model, where="the running optimizer")
-
-
-def _fresh(parameter: Tensor, *, amsgrad: bool) -> dict[str, Any]:
-    """AdamW's state before a first step."""
-    zero = torch.zeros_like(parameter)
-    entry: dict[str, Any] = {"step": 0, "exp_avg": zero, "exp_avg_sq": zero}
-    return entry | {"max_exp_avg_sq": zero} if amsgrad else entry
+                entries[number] = kind.fresh(parameter, group)
+        groups.append(group | {"params": [i for i, _ in numbers]})
+        named.append([names[id(p)] for _, p in numbers])
+    where = "the running optimizer"
+    return named_state({"state": entries, "param_groups": groups}, named, model, where=where)
 
 
 def successive_products(optimizer: torch.optim.Optimizer) -> tuple[float, float] | None:
-    """Inner product of the gradient with the bias-corrected first moment, and the gradient's squared norm.
+    """Inner product of the gradient with the mean of those before it, and the gradient's squared norm.
 
-    None before the second step, when there is no first moment.
+    None before the second step, and for an optimizer that keeps no such mean.
     """
+    kind = kind_of(optimizer)
+    assert kind is not None
     inner: list[Tensor] = []
     square: list[Tensor] = []
     for group in optimizer.param_groups:
-        beta = float(group["betas"][0])
         for parameter in group["params"]:
-            entry = optimizer.state.get(parameter, {})
-            if parameter.grad is None or "exp_avg" not in entry:
+            mean = kind.mean_gradient(optimizer.state.get(parameter, {}), group)
+            if parameter.grad is None or mean is None:
                 continue
             gradient = parameter.grad.reshape(-1)
-            corrected = 1 - beta ** float(entry["step"])
-            inner.append(torch.dot(gradient, entry["exp_avg"].reshape(-1).to(gradient.dtype)) / corrected)
+            inner.append(torch.dot(gradient, mean.reshape(-1).to(gradient.dtype)))
             square.append(torch.dot(gradient, gradient))
     if not inner:
         return None

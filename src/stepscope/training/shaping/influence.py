@@ -19,7 +19,7 @@ from stepscope.policy.state import Policy
 from stepscope.rules import Tokens
 from stepscope.tasks import Task
 from stepscope.training.probe.batch import SeenSequence, as_rollouts
-from stepscope.training.probe.state import adamw_of, optimizer_state, undisturbed
+from stepscope.training.probe.state import optimizer_state, optimizer_within, undisturbed
 
 
 class InfluenceMeter:
@@ -82,7 +82,7 @@ class InfluenceMeter:
         )
         update = replace(update, advantages=tokens.advantages[kept])
         with undisturbed(model):
-            state = optimizer_state(adamw_of(optimizer), model, after_backward=False)
+            state = optimizer_state(optimizer_within(optimizer), model, after_backward=False)
             policy = Policy(model, self.tokenizer, self.settings, optimizer=state, step=step)
             found = token_influences(policy, update, self.task, logprobs=now, budget=Budget(max_sequences=32))
         on_entropy, on_reward = (np.concatenate(rows) for rows in found)

@@ -1,4 +1,4 @@
-"""Numbers that cannot be: NaN and infinity in tensors, and states that no AdamW ever has.
+"""Numbers that cannot be: NaN and infinity in tensors, and what is no number in a file.
 
 All are refused where they enter, by name: further on, one of them spoils every figure without a trace.
 """
@@ -6,13 +6,12 @@ All are refused where they enter, by name: further on, one of them spoils every 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.state import OptimizerState, ParameterGroup
 
 MOST_STEPS = 1e12
 """Steps that no training takes."""
@@ -53,40 +52,6 @@ def refuse_broken_weights(model: nn.Module, where: str) -> None:
         )
 
 
-def refuse_impossible_state(state: OptimizerState, where: str) -> None:
-    """Refuse an optimizer state that AdamW cannot have reached.
-
-    Raises:
-        CheckpointError: a moment is not finite, a second moment negative, a number of steps not possible, or
-            a hyperparameter out of its range; naming the parameter or the group.
-    """
-    for number, group in enumerate(state.groups):
-        if problem := _group_problem(group):
-            raise CheckpointError(f"{where}: group {number}: {problem}; the file is damaged, copy it again")
-    kinds: Mapping[str, Mapping[str, Tensor]] = {
-        "exp_avg": state.exp_avg,
-        "exp_avg_sq": state.exp_avg_sq,
-        "max_exp_avg_sq": state.max_exp_avg_sq,
-    }
-    for kind, moments in kinds.items():
-        problem = first_not_finite(moments.items())
-        if not problem and kind != "exp_avg":
-            negative = next((n for n, t in moments.items() if t.numel() and float(t.amin()) < 0), None)
-            problem = f"{negative} holds negative numbers" if negative else ""
-        if problem:
-            raise CheckpointError(
-                f"{where}: {kind} of {problem}; the training diverged or the file is damaged, so take an "
-                "earlier checkpoint or copy it again"
-            )
-    for name, steps in state.steps.items():
-        fresh = not (bool(state.exp_avg[name].any()) or bool(state.exp_avg_sq[name].any()))
-        if not (1 <= steps <= MOST_STEPS or (steps == 0 and fresh)):
-            raise CheckpointError(
-                f"{where}: {name} has taken {steps} steps, expected at least 1; the file is damaged, copy it "
-                "again"
-            )
-
-
 def whole_number(value: object, what: str, where: str) -> int:
     """A number of steps as a file has it, a number or a tensor of one.
 
@@ -115,18 +80,3 @@ def real_number(value: object, what: str, where: str) -> float:
         return float(value)
     except OverflowError:  # an integer beyond the largest float
         return math.inf if value > 0 else -math.inf
-
-
-def _group_problem(group: ParameterGroup) -> str:
-    """What is out of range in a group's hyperparameters, or ""."""
-    for name, value, low, high in (
-        ("lr", group.lr, 0.0, math.inf),
-        ("beta1", group.betas[0], 0.0, 1.0),
-        ("beta2", group.betas[1], 0.0, 1.0),
-        ("eps", group.eps, 0.0, math.inf),
-        ("weight_decay", group.weight_decay, 0.0, math.inf),
-    ):
-        if not low <= value < high:
-            expected = "finite and at least 0" if high == math.inf else "at least 0 and below 1"
-            return f"{name} is {value}, expected {expected}"
-    return ""

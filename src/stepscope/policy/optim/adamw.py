@@ -1,0 +1,284 @@
+"""AdamW (and AMSGrad) as ``torch.optim.AdamW`` has it, Loshchilov & Hutter 2019 (arXiv:1711.05101).
+
+With c g the clipped gradient and the state (m, v, t = steps after this one), per parameter,
+
+    v' = b2 v + (1 - b2) (c g)^2        (AMSGrad: v' = max(v', vmax))
+    D  = sqrt(v') / sqrt(1 - b2^t) + eps
+    P  = (1 - b1) c / ((1 - b1^t) D)
+    direction = - b1 m / ((1 - b1^t) D)     [momentum]
+                - wd params                 [decay]
+                - P g                       [the gradient's part]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from stepscope.errors import CheckpointError
+from stepscope.policy.optim.base import Keys, OptimizerState, ParameterGroup, SavedGroup, SavedState, Update
+from stepscope.policy.vectors import ParameterVector
+
+YOUNG = 20
+"""Steps before which a batch makes much of the second moment that divides it."""
+
+
+@dataclass(frozen=True)
+class AdamWGroup(ParameterGroup):
+    """Hyperparameters of AdamW.
+
+    ``foreach`` and ``fused`` choose torch's implementation, which matters for parameters in a half type.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    amsgrad: bool = False
+    foreach: bool | None = None
+    fused: bool | None = None
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """Hyperparameters that are at least 0 and below 1."""
+        return {"beta1": self.betas[0], "beta2": self.betas[1]}
+
+    @property
+    def sizes(self) -> dict[str, float]:
+        """Hyperparameters that are finite and at least 0."""
+        return {"eps": self.eps, **super().sizes}
+
+    def carried(self, step: int, horizon: int) -> float:
+        """L_n of :mod:`stepscope.measure.step.lifetime` for a gradient whose own step has number ``step``."""
+        beta, moved = self.betas[0], 0.0
+        for j in range(horizon):
+            moved = moved * (1 - self.lr * self.weight_decay)
+            moved += beta**j * (1 - beta**step) / (1 - beta ** (step + j))
+        return moved
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """What AdamW makes of one parameter's gradient, rounded as ``torch.optim.AdamW`` does.
+
+    Attributes:
+        name: of the parameter.
+        group: its hyperparameters.
+        scale: the group's learning rate over the one that a direction is per unit of, over 1 - b1^t.
+        first: m, the first moment before the step.
+        clipped: -c g.
+        root: sqrt(v') of the second moment after the step.
+        root_scale: sqrt(1 - b2^t).
+        fresh: where this step's gradient has part in ``root``: everywhere but where AMSGrad's maximum is
+            older.
+    """
+
+    name: str
+    group: AdamWGroup
+    scale: float
+    first: Tensor
+    clipped: Tensor
+    root: Tensor
+    root_scale: float
+    fresh: Tensor | None
+
+    @property
+    def denominator(self) -> Tensor:
+        """D."""
+        return (self.root / self.root_scale).add_(self.group.eps)
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class AdamWState(OptimizerState):
+    """AdamW's state, matched to parameters by name.
+
+    Attributes:
+        groups: parameter groups in the optimizer's order.
+        exp_avg: m, first moment, per parameter.
+        exp_avg_sq: v, second moment, per parameter.
+        max_exp_avg_sq: running maximum of v, present for AMSGrad only.
+    """
+
+    groups: tuple[AdamWGroup, ...]
+    exp_avg: Mapping[str, Tensor]
+    exp_avg_sq: Mapping[str, Tensor]
+    max_exp_avg_sq: Mapping[str, Tensor] = field(default_factory=dict)
+
+    label: ClassVar[str] = "AdamW"
+    asked_for: ClassVar[tuple[str, ...]] = ("adamw_torch", "adamw_torch_fused")
+    keys: ClassVar[Keys] = Keys(
+        group=frozenset({"lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"}),
+        group_optional=frozenset(
+            {"foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
+        ),
+        entry=frozenset({"step", "exp_avg", "exp_avg_sq"}),
+        entry_optional=frozenset({"max_exp_avg_sq"}),
+    )
+    library: ClassVar[type[torch.optim.Optimizer] | None] = torch.optim.AdamW
+
+    @classmethod
+    def read(cls, saved: SavedState) -> Self:
+        """The state of named parameters, whose moments have the types that the training kept them in."""
+        for group in saved.groups:
+            lacking = [n for n in group.names if "max_exp_avg_sq" not in saved.entries[n]]
+            if group.settings.get("amsgrad") and lacking:
+                raise CheckpointError(
+                    f"{saved.where}: AMSGrad state of {lacking[0]} lacks max_exp_avg_sq; copy the file again"
+                )
+        return cls(
+            groups=tuple(map(cls._group, saved.groups)),
+            steps=saved.steps(),
+            exp_avg=saved.tensors("exp_avg"),
+            exp_avg_sq=saved.tensors("exp_avg_sq"),
+            max_exp_avg_sq=saved.tensors("max_exp_avg_sq"),
+            moment_types=saved.types("exp_avg") if cls.library else {},
+        )
+
+    @staticmethod
+    def _group(saved: SavedGroup) -> AdamWGroup:
+        given, shared = saved.settings, saved.shared
+        if shared["weight_decay"] and not given.get("decoupled_weight_decay", True):
+            raise CheckpointError(
+                f"{saved.where}: Adam with weight decay {shared['weight_decay']} inside the gradient, "
+                "expected AdamW (decoupled decay); only AdamW can be measured"
+            )
+        if given.get("maximize"):
+            raise CheckpointError(
+                f"{saved.where}: the optimizer maximizes, expected one that minimizes a loss"
+            )
+        betas = given.get("betas")
+        if not isinstance(betas, Sequence) or len(betas) != 2:
+            raise CheckpointError(
+                f"{saved.where}: a parameter group has no two betas, expected AdamW's; copy it again"
+            )
+        return AdamWGroup(
+            **shared,
+            betas=(saved.number("betas", betas[0]), saved.number("betas", betas[1])),
+            eps=saved.number("eps"),
+            amsgrad=bool(given.get("amsgrad")),
+            foreach=given.get("foreach"),
+            fused=given.get("fused"),
+        )
+
+    @classmethod
+    def fresh(cls, parameter: Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Moments of zero."""
+        zero = torch.zeros_like(parameter)
+        entry: dict[str, Any] = {"step": 0, "exp_avg": zero, "exp_avg_sq": zero}
+        return entry | {"max_exp_avg_sq": zero} if settings.get("amsgrad") else entry
+
+    @classmethod
+    def mean_gradient(cls, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> Tensor | None:
+        """M / (1 - b1^t)."""
+        if "exp_avg" not in entry:
+            return None
+        mean: Tensor = entry["exp_avg"] / (1 - float(settings["betas"][0]) ** float(entry["step"]))
+        return mean
+
+    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """The moments."""
+        return {
+            "exp_avg": self.exp_avg,
+            "exp_avg_sq": self.exp_avg_sq,
+            "max_exp_avg_sq": self.max_exp_avg_sq,
+        }
+
+    @property
+    def squares(self) -> tuple[str, ...]:
+        """The second moments."""
+        return ("exp_avg_sq", "max_exp_avg_sq")
+
+    def options(self, group: ParameterGroup) -> dict[str, Any]:
+        """Arguments of ``torch.optim.AdamW``."""
+        assert isinstance(group, AdamWGroup)
+        return super().options(group) | {
+            "betas": group.betas,
+            "eps": group.eps,
+            "amsgrad": group.amsgrad,
+            "foreach": group.foreach,
+            "fused": group.fused,
+        }
+
+    def update(
+        self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
+    ) -> Update:
+        """Momentum, decay and P."""
+        momentum: dict[str, Tensor] = {}
+        decay: dict[str, Tensor] = {}
+        preconditioner: dict[str, Tensor] = {}
+        for terms in self._terms(ascent, clip=clip, lr=lr):
+            name, beta1, denominator = terms.name, terms.group.betas[0], terms.denominator
+            momentum[name] = -terms.scale * beta1 * terms.first / denominator
+            parameter = parameters[name].detach().to(terms.first.dtype)
+            rate = _ratio(terms.group, lr) * terms.group.weight_decay
+            # a bias that excludes a token with -inf is in a group without decay, and 0 x inf is no number
+            decay[name] = -rate * parameter if rate else torch.zeros_like(parameter)
+            preconditioner[name] = terms.scale * (1 - beta1) * clip / denominator
+        return Update({"momentum": momentum, "decay": decay}, preconditioner)
+
+    def slope(self, ascent: ParameterVector, *, clip: float, lr: float) -> dict[str, Tensor]:
+        """R / (1 - b1^t) [(1 - b1) / D - M / D^2 dD/d(c a)], with a = -g and M = - b1 m + (1 - b1) c a.
+
+        dD/d(c a) = (1 - b2) c a / sqrt(v' (1 - b2^t)); where v' is 0 so is a, and D has its kink: held as it
+        is there.
+        """
+        found = {}
+        for terms in self._terms(ascent, clip=clip, lr=lr):
+            beta1, beta2 = terms.group.betas
+            denominator = terms.denominator
+            rise = (1 - beta2) * terms.clipped / (terms.root * terms.root_scale)
+            rise = torch.where(terms.root > 0, rise, torch.zeros_like(rise))
+            if terms.fresh is not None:
+                rise = torch.where(terms.fresh, rise, torch.zeros_like(rise))
+            moment = (1 - beta1) * terms.clipped - beta1 * terms.first
+            found[terms.name] = terms.scale * ((1 - beta1) / denominator - moment / denominator**2 * rise)
+        return found
+
+    def carried(self, name: str, horizon: int) -> float:
+        """A geometric series in b1, up to the bias corrections."""
+        return self._group_of(name).carried(self.steps[name] + 1, horizon)
+
+    def own_shares(self, name: str) -> tuple[float, float]:
+        """(1 - b1^2) / (1 - b1^(2t)) and (1 - b1) / (1 - b1^t)."""
+        beta, step = self._group_of(name).betas[0], self.steps[name] + 1
+        return (1 - beta**2) / (1 - beta ** (2 * step)), (1 - beta) / (1 - beta**step)
+
+    @property
+    def youth(self) -> str:
+        """In the first steps a batch makes much of the second moment that divides it."""
+        age = max(self.steps.values()) + 1
+        if age >= YOUNG:
+            return ""
+        return f"AdamW is at step {age}, so the batch makes much of its own second moment"
+
+    def _group_of(self, name: str) -> AdamWGroup:
+        return next(group for group in self.groups if name in group.names)
+
+    def _terms(self, ascent: ParameterVector, *, clip: float, lr: float) -> Iterator[_Terms]:
+        for group in self.groups:
+            beta1, beta2 = group.betas
+            for name in group.names:
+                first, second = self.exp_avg[name], self.exp_avg_sq[name]
+                steps = self.steps[name] + 1
+                clipped = clip * ascent[name].to(first.dtype)
+                moment = second.mul(beta2).addcmul_(clipped, clipped, value=1 - beta2)
+                fresh = None
+                if group.amsgrad:
+                    fresh = moment > self.max_exp_avg_sq[name]
+                    moment = torch.maximum(moment, self.max_exp_avg_sq[name])
+                yield _Terms(
+                    name=name,
+                    group=group,
+                    scale=_ratio(group, lr) / (1 - beta1**steps),
+                    first=first,
+                    clipped=clipped,
+                    root=moment.sqrt(),
+                    root_scale=(1 - beta2**steps) ** 0.5,
+                    fresh=fresh,
+                )
+
+
+def _ratio(group: ParameterGroup, lr: float) -> float:
+    return group.lr / lr if lr > 0 else 1.0

@@ -1,0 +1,374 @@
+"""What a measurement needs of an optimizer, whichever it is.
+
+An optimizer is a subclass of :class:`OptimizerState` in a file of its own, and an entry in
+:data:`stepscope.policy.optim.registry.OPTIMIZERS`. It says by which keys its state is known in a file, reads
+the state once parameters have names, splits the step it would take, and takes it in its library's own way.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from stepscope.errors import CheckpointError
+from stepscope.policy.numerics.finiteness import MOST_STEPS, first_not_finite, real_number, whole_number
+from stepscope.policy.numerics.precision import HALF_TYPES, type_name
+from stepscope.policy.vectors import ParameterVector
+from stepscope.results import Brief
+
+_ANOTHER_MODEL = "this is the optimizer state of another model, copy the one that belongs to these weights"
+_DAMAGED = "the file is damaged, copy it again"
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Hyperparameters of the named parameters of one group; optimizers add their own.
+
+    Attributes:
+        names: of the parameters.
+        lr: learning rate of the *next* step, as the scheduler left it in the checkpoint.
+        weight_decay: decoupled from the gradient.
+        initial_lr: the one that the schedule started from, where the state says so.
+    """
+
+    names: tuple[str, ...]
+    lr: float
+    weight_decay: float = 0.0
+    initial_lr: float | None = None
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """Hyperparameters that are at least 0 and below 1."""
+        return {}
+
+    @property
+    def sizes(self) -> dict[str, float]:
+        """Hyperparameters that are finite and at least 0."""
+        return {"lr": self.lr, "weight_decay": self.weight_decay}
+
+    @property
+    def problem(self) -> str:
+        """What is out of range, or ""."""
+        for name, value in self.fractions.items():
+            if not 0 <= value < 1:
+                return f"{name} is {value}, expected at least 0 and below 1"
+        for name, value in self.sizes.items():
+            if not 0 <= value < math.inf:
+                return f"{name} is {value}, expected finite and at least 0"
+        return ""
+
+
+@dataclass(frozen=True)
+class Keys:
+    """By what a state is known: the keys of its groups and of its parameters' entries.
+
+    Attributes:
+        group: of every group.
+        group_optional: of some.
+        entry: of every parameter's entry; tensors, but for ``step``.
+        entry_optional: of some.
+    """
+
+    group: frozenset[str]
+    entry: frozenset[str]
+    group_optional: frozenset[str] = frozenset()
+    entry_optional: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class SavedGroup:
+    """A parameter group as a file has it, its parameters named.
+
+    Attributes:
+        settings: hyperparameters by key.
+        names: of those of its parameters that have a state.
+        where: what to name in an error.
+    """
+
+    settings: Mapping[str, Any]
+    names: tuple[str, ...]
+    where: str
+
+    def number(self, key: str, value: object = None) -> float:
+        """A hyperparameter, or a part of one.
+
+        Raises:
+            CheckpointError: it is no number.
+        """
+        given = self.settings.get(key) if value is None else value
+        return real_number(given, f"{key} of a parameter group", self.where)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """The fields of :class:`ParameterGroup`.
+
+        Raises:
+            CheckpointError: a learning rate or a decay is no number.
+        """
+        decay, initial = self.settings.get("weight_decay", 0.0), self.settings.get("initial_lr")
+        return {
+            "names": self.names,
+            "lr": self.number("lr"),
+            "weight_decay": real_number(decay, "weight_decay of a parameter group", self.where),
+            "initial_lr": self.number("initial_lr") if initial else None,
+        }
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """An optimizer's state as a file has it, its parameters named.
+
+    Attributes:
+        groups: in the optimizer's order.
+        entries: by name of the parameter, under the optimizer's keys.
+        parameters: of the model.
+        where: what to name in an error.
+        dtype: type of the tensors; None leaves bfloat16 and float16 at float32, wider ones as they are.
+    """
+
+    groups: Sequence[SavedGroup]
+    entries: Mapping[str, Mapping[str, Any]]
+    parameters: Mapping[str, Tensor]
+    where: str
+    dtype: torch.dtype | None
+
+    def tensors(self, key: str) -> dict[str, Tensor]:
+        """What entries have under a key, of the shape of their parameters and on their devices.
+
+        Raises:
+            CheckpointError: a shape is that of another model.
+        """
+        found = {}
+        for name, entry in self.entries.items():
+            if key not in entry:
+                continue
+            tensor, parameter = entry[key], self.parameters[name]
+            if tensor.shape != parameter.shape:
+                raise CheckpointError(
+                    f"{self.where}: {key} of {name} has shape {tuple(tensor.shape)}, expected "
+                    f"{tuple(parameter.shape)}; {_ANOTHER_MODEL}"
+                )
+            dtype = self.dtype
+            if dtype is None:
+                dtype = torch.float32 if type_name(tensor.dtype) in HALF_TYPES else tensor.dtype
+            found[name] = tensor.to(device=parameter.device, dtype=dtype)
+        return found
+
+    def steps(self) -> dict[str, int]:
+        """Steps taken, by parameter.
+
+        Raises:
+            CheckpointError: something that is no whole number.
+        """
+        return {
+            name: whole_number(entry["step"], f"step of {name}", self.where)
+            for name, entry in self.entries.items()
+            if "step" in entry
+        }
+
+    def types(self, key: str) -> dict[str, torch.dtype]:
+        """Types of what entries have under a key, by parameter."""
+        return {name: entry[key].dtype for name, entry in self.entries.items() if key in entry}
+
+
+@dataclass(frozen=True)
+class Update:
+    """What an optimizer makes of a gradient: parts of (params' - params) / lr.
+
+    Attributes:
+        parts: by component name, what is there without the gradient, such as ``momentum`` and ``decay``.
+        preconditioner: P, elementwise, from -grad Loss before clipping to its own part.
+    """
+
+    parts: dict[str, dict[str, Tensor]]
+    preconditioner: dict[str, Tensor]
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class OptimizerState(Brief, ABC):
+    """An optimizer's state before a step, matched to parameters by name, and the step that it takes.
+
+    Attributes:
+        groups: parameter groups in the optimizer's order.
+        steps: number of steps taken so far, per parameter (t - 1 for the step to come); empty for an
+            optimizer that does not count.
+        moment_types: type per parameter in which the training kept it, as far as the state tells.
+    """
+
+    groups: tuple[ParameterGroup, ...]
+    steps: Mapping[str, int]
+    moment_types: Mapping[str, torch.dtype] = field(default_factory=dict)
+
+    label: ClassVar[str]
+    """What it is called."""
+    asked_for: ClassVar[tuple[str, ...]] = ()
+    """Names by which Hugging Face's Trainer makes it (``optim``)."""
+    keys: ClassVar[Keys]
+    library: ClassVar[type[torch.optim.Optimizer] | None] = None
+    """The class that takes its steps, where it is installed with torch."""
+
+    @classmethod
+    def objection(cls, groups: Sequence[Mapping[str, Any]], entries: Mapping[Any, Mapping[str, Any]]) -> str:
+        """Why no step of a state with this optimizer's keys can be rebuilt; "" where it can."""
+        return ""
+
+    @classmethod
+    @abstractmethod
+    def read(cls, saved: SavedState) -> Self:
+        """The state of named parameters.
+
+        Raises:
+            CheckpointError: something is missing, or of the wrong type or shape.
+        """
+
+    @classmethod
+    def fresh(cls, parameter: Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """A parameter's entry before its first step."""
+        return {}
+
+    @classmethod
+    def mean_gradient(cls, entry: Mapping[str, Any], settings: Mapping[str, Any]) -> Tensor | None:
+        """The running mean of past gradients in an entry, without bias; None where none is kept."""
+        return None
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """What is kept of parameters: key to parameter name to tensor."""
+
+    @property
+    def squares(self) -> tuple[str, ...]:
+        """Keys of tensors that are never negative."""
+        return ()
+
+    @abstractmethod
+    def update(
+        self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
+    ) -> Update:
+        """The parts of the step, each per unit of ``lr``.
+
+        Args:
+            parameters: where the step starts.
+            ascent: -grad Loss before clipping.
+            clip: clip coefficient c; 1 where ``ascent`` is clipped already.
+            lr: learning rate that the parts are per unit of; those of group j have the factor lr_j / lr.
+        """
+
+    @abstractmethod
+    def slope(self, ascent: ParameterVector, *, clip: float, lr: float) -> dict[str, Tensor]:
+        """The derivative of the direction with respect to the clipped -grad Loss, elementwise.
+
+        Args:
+            ascent: -grad Loss before clipping.
+            clip: clip coefficient c.
+            lr: learning rate that the direction is per unit of.
+        """
+
+    @abstractmethod
+    def carried(self, name: str, horizon: int) -> float:
+        """Displacement that a gradient has caused after some steps over that of its own step, the next.
+
+        Args:
+            name: of the parameter.
+            horizon: n >= 1, steps in all; later gradients and all settings stay what they are.
+        """
+
+    @abstractmethod
+    def own_shares(self, name: str) -> tuple[float, float]:
+        """What part of the squared length of a step is its own gradient's by arithmetic alone.
+
+        Returns:
+            For gradients that are white noise, and for one that never changes.
+        """
+
+    def options(self, group: ParameterGroup) -> dict[str, Any]:
+        """A group's hyperparameters as :attr:`library` takes them, beside its parameters."""
+        return {"lr": group.lr, "weight_decay": group.weight_decay}
+
+    @property
+    def youth(self) -> str:
+        """Why the step's scale is much the batch's own in this state; "" where it is not."""
+        return ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the parameters that the optimizer moves."""
+        return tuple(name for group in self.groups for name in group.names)
+
+    @property
+    def half_types(self) -> tuple[str, ...]:
+        """Names of the half types in which the training kept parameters; empty where it kept none so."""
+        return tuple(sorted({type_name(t) for t in self.moment_types.values()} & set(HALF_TYPES)))
+
+    def take(self, copies: Mapping[str, nn.Parameter], *, scale: float | None, lr: float) -> str:
+        """One step of :attr:`library` from this state.
+
+        Args:
+            copies: the parameters by name, with gradients; they move.
+            scale: factor of every group's learning rate; None gives all the same.
+            lr: that one.
+
+        Returns:
+            Which of torch's implementations took it, ``fused``, ``foreach`` or ``single tensor``.
+        """
+        assert self.library is not None
+        groups = [group for group in self.groups if group.names]
+        settings = [
+            self.options(group) | {"lr": lr if scale is None else scale * group.lr} for group in groups
+        ]
+        made: Any = self.library
+        optimizer = made(
+            [
+                {"params": [copies[name] for name in group.names], **own}
+                for group, own in zip(groups, settings, strict=True)
+            ]
+        )
+        kept = self.tensors()
+        entries = {
+            i: {key: by_name[name] for key, by_name in kept.items() if name in by_name}
+            | ({"step": torch.tensor(float(self.steps[name]))} if name in self.steps else {})
+            for i, name in enumerate(name for group in groups for name in group.names)
+        }
+        # torch casts the moments to the type of the parameters, which is exact for what was stored in it
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": entries})
+        optimizer.step()
+        if any(own.get("fused") for own in settings):
+            return "fused"
+        chosen = [own.get("foreach") for own in settings]
+        on_gpu = next(iter(copies.values())).is_cuda and all(each is None for each in chosen)
+        return "foreach" if on_gpu or any(chosen) else "single tensor"
+
+    def refuse_impossible(self, where: str) -> None:
+        """Refuse a state that no training can have reached.
+
+        Raises:
+            CheckpointError: a tensor is not finite, a square negative, a number of steps not possible, or a
+                hyperparameter out of its range; naming the parameter or the group.
+        """
+        for number, group in enumerate(self.groups):
+            if problem := group.problem:
+                raise CheckpointError(
+                    f"{where}: group {number}: {problem}; the file is damaged, copy it again"
+                )
+        kept = self.tensors()
+        for key, tensors in kept.items():
+            problem = first_not_finite(tensors.items())
+            if not problem and key in self.squares:
+                negative = next((n for n, t in tensors.items() if t.numel() and float(t.amin()) < 0), None)
+                problem = f"{negative} holds negative numbers" if negative else ""
+            if problem:
+                raise CheckpointError(
+                    f"{where}: {key} of {problem}; the training diverged or the file is damaged, so take an "
+                    "earlier checkpoint or copy it again"
+                )
+        for name, steps in self.steps.items():
+            fresh = not any(bool(tensors[name].any()) for tensors in kept.values() if name in tensors)
+            if not (1 <= steps <= MOST_STEPS or (steps == 0 and fresh)):
+                raise CheckpointError(
+                    f"{where}: {name} has taken {steps} steps, expected at least 1; {_DAMAGED}"
+                )

@@ -1,0 +1,236 @@
+"""Which optimizer left a state: told by the keys of its groups and entries, never by what is usual.
+
+Many optimizers keep ``exp_avg`` and ``exp_avg_sq`` and take other steps with them. So a state is one's only
+where the keys are that optimizer's and none besides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepscope.errors import CheckpointError
+from stepscope.policy.optim.adamw import AdamWState
+from stepscope.policy.optim.base import OptimizerState, SavedGroup, SavedState
+from stepscope.policy.optim.bitsandbytes import NESTED, BitsAndBytesAdamW
+
+OPTIMIZERS: list[type[OptimizerState]] = [AdamWState, BitsAndBytesAdamW]
+"""Those whose step can be rebuilt; one more is a class like these and an entry here."""
+
+_SCHEDULES = frozenset({"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"})
+_LABELS = frozenset({"params", "param_names", "name", "group_name"})
+_FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay")
+
+_MARKS: tuple[tuple[str, frozenset[str]], ...] = (
+    ("an AdamW with Kahan summation", frozenset({"compensation"})),
+    ("AnyPrecisionAdamW", frozenset({"use_kahan_summation"})),
+    ("NAdam", frozenset({"momentum_decay"})),
+    ("Adamax", frozenset({"exp_inf"})),
+    ("a low-rank projection of the gradient (GaLore, APOLLO)", frozenset({"update_proj_gap"})),
+    ("a cautious AdamW", frozenset({"caution"})),
+    ("a cautious AdamW", frozenset({"cautious"})),
+    ("AdEMAMix", frozenset({"exp_avg_slow"})),
+    ("AdEMAMix", frozenset({"beta3_warmup"})),
+    ("Adan", frozenset({"exp_avg_diff"})),
+    ("LAMB", frozenset({"trust_clip"})),
+    ("LAMB", frozenset({"unorm_vec"})),
+    ("Muon", frozenset({"ns_steps"})),
+    ("SGD", frozenset({"dampening"})),
+    ("a schedule-free optimizer", frozenset({"weight_sum"})),
+    ("Adafactor", frozenset({"exp_avg_sq_row"})),
+    ("Adafactor", frozenset({"beta2_decay"})),
+    ("Adagrad", frozenset({"lr_decay"})),
+    ("Adadelta", frozenset({"rho"})),
+    ("RMSprop", frozenset({"square_avg"})),
+    ("transformers' former AdamW or a variant of it", frozenset({"correct_bias"})),
+    ("an optimizer of bitsandbytes in 8 bits", frozenset({"qmap1"})),
+    ("an optimizer of bitsandbytes, not AdamW", frozenset({"state1"})),
+)
+"""Keys by which an optimizer is known that is not rebuilt, the most telling ones first."""
+
+_PACKAGES = {
+    "galore_torch": "GaLore",
+    "apollo_torch": "APOLLO",
+    "torchao": "a low-bit optimizer of torchao",
+    "bitsandbytes": "an optimizer of bitsandbytes",
+}
+
+Entries = dict[Any, dict[str, Any]]
+
+
+def measurable() -> str:
+    """What to do about another optimizer."""
+    labels = " and of ".join(kind.label for kind in OPTIMIZERS)
+    names = ", ".join(repr(name) for kind in OPTIMIZERS for name in kind.asked_for)
+    return f"a step can be rebuilt of {labels}: train with optim={names}"
+
+
+def recognised(saved: Mapping[str, Any], where: str) -> tuple[type[OptimizerState], Entries]:
+    """The optimizer that left a state, and its entries by parameter number.
+
+    Args:
+        saved: ``state_dict()`` of the optimizer.
+        where: what to name in an error.
+
+    Raises:
+        CheckpointError: it is the state of another optimizer, which is named where its keys tell.
+
+    Pinned by ``tests/policy/test_optimizer_class.py`` on real optimizers.
+    """
+    _check_form(saved, where)
+    groups = saved["param_groups"]
+    entries = {number: _flat(entry) for number, entry in saved["state"].items()}
+    for number, entry in entries.items():
+        for key, value in entry.items():
+            if isinstance(value, Tensor) and type(value) is not Tensor:
+                raise _other(where, f"{key} of parameter {number} is torchao's {type(value).__name__}")
+    in_groups = {str(key) for group in groups for key in group}
+    in_entries = {str(key) for entry in entries.values() for key in entry}
+    odd = {kind: _difference(kind, in_groups, in_entries) for kind in OPTIMIZERS}
+    kind = next((kind for kind, (unknown, lacking) in odd.items() if not unknown | lacking), None)
+    if kind is None:
+        nearest = min(odd, key=lambda kind: len(odd[kind][0] | odd[kind][1]))
+        unknown, lacking = odd[nearest]
+        name = _name(in_groups | in_entries, lacking)
+        raise _other(where, f"the state is that of {name} ({_words(nearest, unknown, lacking)})")
+    for number, entry in entries.items():
+        absent = kind.keys.entry - set(entry)
+        bare = [key for key, value in entry.items() if key != "step" and not isinstance(value, Tensor)]
+        if absent or bare:
+            raise CheckpointError(
+                f"{where}: the state of parameter {number} lacks {', '.join(sorted(absent) or bare)} as "
+                f"tensors, expected what {kind.label} keeps; copy the file again"
+            )
+    if problem := kind.objection(groups, entries):
+        raise _other(where, problem)
+    return kind, entries
+
+
+def shape_of(kind: type[OptimizerState], entry: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape of the parameter that an entry is of."""
+    return next(tuple(entry[key].shape) for key in sorted(kind.keys.entry - {"step"}))
+
+
+def named_state(
+    saved: Mapping[str, Any],
+    names_by_group: Sequence[Sequence[str]],
+    model: nn.Module,
+    *,
+    where: str,
+    dtype: torch.dtype | None = None,
+) -> OptimizerState:
+    """An optimizer's state once it is known which of a model's parameters are in its groups.
+
+    Args:
+        saved: ``state_dict()`` of the optimizer.
+        names_by_group: names of each group's parameters in the order of its ``params``.
+        model: the model.
+        where: what to name in an error.
+        dtype: type of the moments; None leaves bfloat16 and float16 at float32 and wider ones as they are.
+
+    Returns:
+        The state on the devices of the parameters. A parameter without state got no gradient in the whole
+        run; it is left out of the groups.
+
+    Raises:
+        CheckpointError: another optimizer, another model, a shape that does not fit, no state at all, or one
+            that the optimizer cannot have reached.
+    """
+    kind, entries = recognised(saved, where)
+    groups: list[SavedGroup] = []
+    by_name: dict[str, dict[str, Any]] = {}
+    for group, names in zip(saved["param_groups"], names_by_group, strict=True):
+        named = {name: entries.get(n) for n, name in zip(group["params"], names, strict=True)}
+        kept = {name: entry for name, entry in named.items() if entry is not None}
+        groups.append(SavedGroup(group, tuple(kept), where))
+        by_name |= kept
+    if not by_name:
+        count = sum(map(len, names_by_group))
+        raise CheckpointError(
+            f"{where}: there is no state for any of {count} parameters (an optimizer before its first step); "
+            "use a checkpoint saved after at least one step"
+        )
+    state = kind.read(SavedState(groups, by_name, dict(model.named_parameters()), where, dtype))
+    state.refuse_impossible(where)
+    return state
+
+
+def kind_of(optimizer: object) -> type[OptimizerState] | None:
+    """What a running optimizer is; None for one whose steps cannot be rebuilt."""
+    return next(
+        (
+            kind
+            for kind in OPTIMIZERS
+            if kind.library is not None
+            and isinstance(optimizer, kind.library)
+            and type(optimizer).__name__ == kind.library.__name__
+        ),
+        None,
+    )
+
+
+def named_by(classes: list[str]) -> str:
+    """The optimizer whose state holds objects of these classes (``module.name``), for an error."""
+    names = [c for c in classes if c.replace(".", "").replace("_", "").isalnum()][:3]
+    known = next((_PACKAGES[p] for c in names if (p := c.partition(".")[0]) in _PACKAGES), "")
+    return f"it holds {', '.join(n[:80] for n in names)}" + (f", it is that of {known}" if known else "")
+
+
+def _check_form(saved: Mapping[str, Any], where: str) -> None:
+    """Raise where it is not what ``state_dict()`` gives: groups with numbers of parameters, and states."""
+    groups, state = saved["param_groups"], saved["state"]
+    sound = isinstance(groups, list) and isinstance(state, Mapping)
+    sound = sound and all(isinstance(g, Mapping) and isinstance(g.get("params"), list) for g in groups)
+    sound = sound and all(isinstance(number, int) for g in groups for number in g["params"])
+    sound = sound and all(isinstance(g.get(flag, False), bool) for g in groups for flag in _FLAGS)
+    for kernels in ([g.get("foreach"), g.get("fused")] for g in groups if sound):
+        sound = all(flag is None or isinstance(flag, bool) for flag in kernels) and not all(kernels)
+    if not sound or not all(isinstance(entry, Mapping) for entry in state.values()):
+        raise CheckpointError(
+            f"{where}: param_groups and state are not laid out as state_dict() of a torch optimizer gives "
+            "them; copy the file again"
+        )
+
+
+def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
+    inner = entry.get(NESTED)
+    rest = {key: value for key, value in entry.items() if key != NESTED}
+    return rest | dict(inner) if isinstance(inner, Mapping) else rest
+
+
+def _difference(
+    kind: type[OptimizerState], in_groups: set[str], in_entries: set[str]
+) -> tuple[frozenset[str], frozenset[str]]:
+    """Keys that an optimizer does not have, and keys of its own that are not there."""
+    keys = kind.keys
+    unknown = in_groups - keys.group - keys.group_optional - _SCHEDULES - _LABELS
+    unknown |= in_entries - in_groups - keys.entry - keys.entry_optional
+    lacking = keys.group - in_groups
+    return frozenset(unknown), lacking | (keys.entry - in_entries) if in_entries else lacking
+
+
+def _name(keys: set[str], lacking: frozenset[str]) -> str:
+    for name, marks in _MARKS:
+        if marks <= keys:
+            return name
+    if lacking == {"amsgrad"} and {"exp_avg", "exp_avg_sq"} <= keys:
+        return "RAdam or another relative of Adam"
+    if lacking == {"maximize"}:
+        return "torchao's AdamW or one like it"
+    if "exp_avg" in keys and "exp_avg_sq" not in keys:
+        return "Lion or another optimizer without second moments"
+    return "another optimizer"
+
+
+def _words(kind: type[OptimizerState], unknown: frozenset[str], lacking: frozenset[str]) -> str:
+    named = ", ".join(sorted(k[:40] for k in unknown)[:4])
+    parts = [f"its keys {named} are not of {kind.label}"] * bool(unknown)
+    parts += [f"it has no {', '.join(sorted(lacking))}"] * bool(lacking)
+    return " and ".join(parts)
+
+
+def _other(where: str, what: str) -> CheckpointError:
+    return CheckpointError(f"{where}: {what}; {measurable()}")

@@ -1,0 +1,128 @@
+"""An optimizer of one's own: a class and an entry in the registry, and steps are rebuilt and attributed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import pytest
+import torch
+from torch import Tensor
+
+import cases
+from stepscope.measure.influence.attribution import influences
+from stepscope.measure.step.derivative import step_derivative
+from stepscope.measure.step.lifetime import lifetime
+from stepscope.measure.step.reconstruct import reconstruct_step
+from stepscope.policy import vectors
+from stepscope.policy.checkpoint.optimizer_state import match_optimizer
+from stepscope.policy.optim.base import Keys, OptimizerState, ParameterGroup, SavedState, Update
+from stepscope.policy.optim.registry import OPTIMIZERS, kind_of, measurable
+from stepscope.policy.state import Policy
+from stepscope.policy.vectors import ParameterVector
+
+MOMENTUM = 0.9
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class HeavyBall(OptimizerState):
+    """SGD with momentum 0.9 and no decay: the buffer b' = 0.9 b + g is the step."""
+
+    buffer: Mapping[str, Tensor]
+
+    label: ClassVar[str] = "SGD with momentum"
+    keys: ClassVar[Keys] = Keys(
+        group=frozenset({"lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"}),
+        entry=frozenset({"momentum_buffer"}),
+        group_optional=frozenset({"foreach", "differentiable", "fused"}),
+    )
+    library: ClassVar[type[torch.optim.Optimizer] | None] = torch.optim.SGD
+
+    @classmethod
+    def read(cls, saved: SavedState) -> Self:
+        groups = tuple(ParameterGroup(**group.shared) for group in saved.groups)
+        return cls(groups=groups, steps=saved.steps(), buffer=saved.tensors("momentum_buffer"))
+
+    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        return {"momentum_buffer": self.buffer}
+
+    def update(
+        self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
+    ) -> Update:
+        ones = {n: torch.full_like(b, clip) for n, b in self.buffer.items()}
+        return Update({"momentum": vectors.scale(self.buffer, -MOMENTUM)}, ones)
+
+    def slope(self, ascent: ParameterVector, *, clip: float, lr: float) -> dict[str, Tensor]:
+        return {n: torch.ones_like(b) for n, b in self.buffer.items()}
+
+    def carried(self, name: str, horizon: int) -> float:
+        return sum(MOMENTUM**j for j in range(horizon))
+
+    def own_shares(self, name: str) -> tuple[float, float]:
+        return 1 - MOMENTUM**2, 1 - MOMENTUM
+
+    def options(self, group: ParameterGroup) -> dict[str, Any]:
+        return super().options(group) | {"momentum": MOMENTUM}
+
+
+@pytest.fixture
+def registered() -> Iterator[None]:
+    OPTIMIZERS.append(HeavyBall)
+    yield
+    OPTIMIZERS.remove(HeavyBall)
+
+
+@pytest.fixture
+def trained(registered: None, tiny_policy: Policy) -> tuple[Policy, torch.optim.Optimizer]:
+    """A policy after two steps of ``torch.optim.SGD``, with its state matched by name."""
+    optimizer = torch.optim.SGD(tiny_policy.parameters.values(), lr=1e-2, momentum=MOMENTUM)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        for p in tiny_policy.parameters.values():
+            p.grad = 0.01 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    state = match_optimizer(saved, tiny_policy.model, where="optimizer.pt")
+    return replace(tiny_policy, optimizer=state), optimizer
+
+
+def test_a_step_of_ones_own_optimizer_is_that_of_its_library(
+    trained: tuple[Policy, torch.optim.Optimizer],
+) -> None:
+    policy, optimizer = trained
+    step = cases.step(policy, num_prompts=2, group_size=3)
+    assert list(step.components) == ["momentum", "sequences"]
+    assert kind_of(optimizer) is HeavyBall
+    assert "SGD with momentum" in measurable()
+    before = {n: p.detach().clone() for n, p in policy.parameters.items()}
+    copies = {n: torch.nn.Parameter(p.clone()) for n, p in before.items()}
+    for n, p in policy.parameters.items():
+        p.grad = -step.clip_coefficient * step.ascent[n]
+        copies[n].grad = p.grad.clone()
+    optimizer.step()
+    assert policy.optimizer is not None
+    assert policy.optimizer.take(copies, scale=1.0, lr=step.lr) == "single tensor"
+    for n, p in policy.parameters.items():
+        expected = before[n] + step.lr * step.direction[n]
+        torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(copies[n].detach(), expected, rtol=1e-12, atol=1e-15)
+
+
+def test_its_steps_are_attributed(trained: tuple[Policy, torch.optim.Optimizer]) -> None:
+    policy, _ = trained
+    step = cases.step(policy, num_prompts=2, group_size=3)
+    probe = cases.batch(policy, num_prompts=3, group_size=2, seed=5)
+    fixed, through = influences(policy, step, step.update, probe, baseline="none")
+    whole = fixed.sequences.sum() + fixed.components["momentum"].value
+    assert whole == pytest.approx(fixed.total.value, rel=1e-9)
+    assert set(fixed.components) == {"momentum"}
+    along = step_derivative(policy, step, "optimizer").along(step.ascent)
+    if step.clip_coefficient == 1.0:
+        assert through.sequences == pytest.approx(fixed.sequences)
+        torch.testing.assert_close(along, dict(step.components["sequences"]))
+    found = lifetime(policy, step)
+    assert found.effect[10] == pytest.approx(10 * (1 - MOMENTUM**10))
+    assert found.white_noise_share == pytest.approx(0.19)
+    assert reconstruct_step(policy, step.update).lr == step.lr
