@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from stepscope.measure.quantity.base import make_quantity, unit_of
 from stepscope.measure.quantity.baselines import LADDER, fit_baseline, length_baseline
 from stepscope.measure.quantity.estimators import (
     Probe,
@@ -30,7 +31,6 @@ from stepscope.measure.quantity.estimators import (
     self_normalised,
     whole_sequence,
 )
-from stepscope.measure.quantity.quantities import make_quantity, unit_of
 from stepscope.measure.quantity.values import derivatives, hidden_states, response_mask, values_at
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.pipeline.session import open_task

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from estimators import read, timed
-from stepscope.measure.influence.attribution import influence
-from stepscope.measure.quantity.quantities import make_quantity
+from stepscope.measure.influence.attribution import InfluenceOptions, influence
+from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.quantity.values import values_at
 from stepscope.measure.step.reconstruct import reconstruct_step, sequence_direction
 from stepscope.policy.checkpoint.load import load_checkpoint
@@ -45,7 +45,9 @@ def main() -> None:
 
     def table(u: Rollouts, p: Rollouts) -> float:
         own = reconstruct_step(policy, u, **size)
-        return timed(lambda: influence(policy, own, u, p, baseline="position", **size))[1]
+        return timed(
+            lambda: influence(policy, own, u, p, options=InfluenceOptions(baseline="position"), **size)
+        )[1]
 
     half_u, half_p = range(len(update) // 2), range(len(probe) // 2)
     table(update.select(half_u), probe.select(half_p))

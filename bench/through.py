@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from stepscope import load_task, sample_rollouts
-from stepscope.measure.influence.attribution import influences, neglected_share
-from stepscope.measure.influence.validation import compare, remake_steps
+from stepscope.measure.influence.attribution import InfluenceOptions, influences, neglected_share
+from stepscope.measure.influence.validation import RemovalOptions, compare, remake_steps
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.policy.passes import Budget
@@ -55,15 +55,21 @@ def row(name: str, policy: Policy, options: argparse.Namespace) -> dict[str, Any
     update = sample_rollouts(policy, task, num_prompts=16, group_size=8, seed=0)
     probe = sample_rollouts(policy, task, num_prompts=options.probe, group_size=1, seed=1, split="test")
     step = reconstruct_step(policy, update, budget=Budget(max_sequences=64))
-    ways = influences(policy, step, update, probe, baseline="position", budget=Budget(max_sequences=64))
+    ways = influences(
+        policy,
+        step,
+        update,
+        probe,
+        budget=Budget(max_sequences=64),
+        options=InfluenceOptions(baseline="position"),
+    )
     remade = remake_steps(
         policy,
         step,
         probe,
         ways[0],
-        num_subsets=options.subsets,
-        num_single=options.singles,
         budget=Budget(max_sequences=64, progress=True),
+        options=RemovalOptions(num_subsets=options.subsets, num_single=options.singles),
     )
     fixed, optimizer = ways
 

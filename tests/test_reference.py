@@ -12,15 +12,13 @@ import torch
 
 from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy, random_step
 from stepscope.errors import MeasurementError
-from stepscope.measure.change.sweep import measure_change, measure_changes
+from stepscope.measure.change.measured import measure_change, measure_changes
+from stepscope.measure.change.options import ChangeOptions
+from stepscope.measure.quantity.base import NORMALISATIONS, VERSIONS, make_quantity, quantities
 from stepscope.measure.quantity.estimators import ESTIMATORS
-from stepscope.measure.quantity.quantities import (
-    NORMALISATIONS,
-    QUANTITIES,
-    VERSIONS,
-    make_quantity,
-    quantity_objective,
-)
+from stepscope.measure.quantity.objective import quantity_objective
+from stepscope.measure.quantity.probe import probe_values
+from stepscope.measure.quantity.values import values_at
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients import gradient
 from stepscope.policy.passes import Budget
@@ -86,15 +84,14 @@ def test_in_the_limit_every_estimate_is_exact(architecture: str, lora: bool | di
         policy,
         step,
         rollouts,
-        quantities=QUANTITIES,
-        normalisations=NORMALISATIONS,
-        versions=VERSIONS,
+        quantities=[
+            variant
+            for name in quantities()
+            for variant in make_quantity(name, rollouts, policy=policy, reference=reference).variants()
+        ],
         lrs=LRS,
-        baseline="ridge",
-        second_order=True,
-        reference=reference,
-        sequence_weights=probabilities,
         budget=Budget(max_sequences=256),
+        options=ChangeOptions(baseline="ridge", second_order=True, sequence_weights=probabilities),
     )
     assert len(found) == 15
     for change in found:
@@ -120,12 +117,14 @@ def test_in_the_limit_every_estimator_of_the_true_change_is_exact(estimator: str
         policy,
         step,
         rollouts,
-        quantities=("entropy", "reward", "logprob"),
-        normalisations=NORMALISATIONS,
+        quantities=[
+            make_quantity(name, rollouts, normalisation=n)
+            for name in ("entropy", "reward", "logprob")
+            for n in NORMALISATIONS
+        ],
         lrs=LRS,
-        estimator=estimator,
-        sequence_weights=probabilities,
         budget=Budget(max_sequences=256),
+        options=ChangeOptions(estimator=estimator, sequence_weights=probabilities),
     ):
         for point in change.points:
             true = exact_change(
@@ -146,12 +145,12 @@ def test_the_surrogate_has_the_exact_gradient(normalisation: str, version: str) 
     rollouts, probabilities = exact_rollouts(policy, PROMPTS, eos_id=EOS, reward=digit_reward)
     weights = torch.from_numpy(probabilities)
     for name in ("entropy", "reward", "length", "logprob"):
-        quantity = make_quantity(name, rollouts)
-        if normalisation not in quantity.normalisations or version not in quantity.versions:
+        kind = quantities()[name]
+        if normalisation not in kind.normalisations or version not in kind.versions:
             continue
-        surrogate = quantity_objective(
-            quantity, rollouts, normalisation=normalisation, version=version, sequence_weights=probabilities
-        )
+        quantity = make_quantity(name, rollouts, normalisation=normalisation, version=version)
+        values = values_at(policy, rollouts, [quantity], budget=Budget(max_sequences=256)).quantity(0)
+        surrogate = quantity_objective(probe_values(quantity, values, rollouts, probabilities))
 
         def weighted(outputs: TokenOutputs, batch: TokenBatch) -> torch.Tensor:
             return surrogate(outputs, batch) * weights[batch.seq_index]  # noqa: B023 (used at once)
@@ -187,11 +186,14 @@ def test_a_sample_agrees_with_the_exact_value_within_its_errors() -> None:
         policy,
         step,
         sample,
-        quantities=("entropy", "reward"),
-        normalisations=NORMALISATIONS,
+        quantities=[
+            make_quantity(name, sample, normalisation=n)
+            for name in ("entropy", "reward")
+            for n in NORMALISATIONS
+        ],
         lrs=(1e-3, 1e-2),
-        second_order=True,
         budget=Budget(max_sequences=256),
+        options=ChangeOptions(second_order=True),
     ):
         which = {"normalisation": change.normalisation}
         slope, curvature = exact_derivatives(policy, rollouts, change.quantity, step.direction, **which)
@@ -221,8 +223,7 @@ def test_round_off_floor_is_the_error_that_float32_makes() -> None:
             replace(step, lr=lrs[0]),
             rollouts,
             lrs=lrs,
-            baseline="none",
-            sequence_weights=probabilities,
+            options=ChangeOptions(baseline="none", sequence_weights=probabilities),
         )
         errors = [
             p.true.value - exact_change(policy, rollouts, "entropy", exact_direction, p.lr)

@@ -13,15 +13,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stepscope.errors import StepscopeError
     from stepscope.evaluation import evaluate
-    from stepscope.measure.change.sweep import measure_change
+    from stepscope.measure.change.measured import measure_change
+    from stepscope.measure.change.options import ChangeOptions
     from stepscope.measure.criteria.criterion import Criterion, known_criteria
     from stepscope.measure.criteria.leaderboard import Leaderboard, rank_criteria
     from stepscope.measure.criteria.pareto import drop_rules, resteps
     from stepscope.measure.criteria.regression import property_study
-    from stepscope.measure.influence.attribution import Influence, influence
+    from stepscope.measure.influence.attribution import Influence, InfluenceOptions, influence
     from stepscope.measure.kernel.fisher import fisher_kernel
     from stepscope.measure.noise.scale import noise_scale
-    from stepscope.measure.quantity.quantities import Quantity, make_quantity
+    from stepscope.measure.quantity.base import Quantity, make_quantity
     from stepscope.measure.step.reconstruct import Step, reconstruct_step
     from stepscope.measure.step.rounding import RoundedStep, rounded_step
     from stepscope.policy.checkpoint.load import load_checkpoint
@@ -41,10 +42,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Change",
+    "ChangeOptions",
     "ChangePoint",
     "Criterion",
     "Estimate",
     "Influence",
+    "InfluenceOptions",
     "Leaderboard",
     "OptimizerState",
     "Policy",
@@ -79,14 +82,16 @@ __all__ = [
 
 _HOME = {
     "Change": "results.change",
+    "ChangeOptions": "measure.change.options",
     "ChangePoint": "results.change",
     "Criterion": "measure.criteria.criterion",
     "Estimate": "stats",
     "Influence": "measure.influence.attribution",
+    "InfluenceOptions": "measure.influence.attribution",
     "Leaderboard": "measure.criteria.leaderboard",
     "OptimizerState": "policy.optim.base",
     "Policy": "policy.state",
-    "Quantity": "measure.quantity.quantities",
+    "Quantity": "measure.quantity.base",
     "Rollouts": "results",
     "RoundedStep": "measure.step.rounding",
     "Step": "measure.step.reconstruct",
@@ -102,8 +107,8 @@ _HOME = {
     "known_criteria": "measure.criteria.criterion",
     "load_checkpoint": "policy.checkpoint.load",
     "load_task": "tasks",
-    "make_quantity": "measure.quantity.quantities",
-    "measure_change": "measure.change.sweep",
+    "make_quantity": "measure.quantity.base",
+    "measure_change": "measure.change.measured",
     "noise_scale": "measure.noise.scale",
     "property_study": "measure.criteria.regression",
     "rank_criteria": "measure.criteria.leaderboard",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepscope.errors import MeasurementError
-from stepscope.policy.forward import TokenBatch, forward
+from stepscope.policy.forward import TokenBatch, TokenOutputs, forward
 from stepscope.policy.numerics.differentiation import whole_function
 from stepscope.policy.passes import Budget, sweep
 from stepscope.policy.rollouts import score_rollouts
@@ -27,19 +27,8 @@ from stepscope.results import FloatArray, Rollouts
 MOST_RESPONSES = 20_000
 
 
-@dataclass(frozen=True)
-class Enumeration:
-    """All responses to some prompts, each prompt asked with equal probability.
-
-    Attributes:
-        policy: at the parameters it was enumerated at.
-        rollouts: every response of every prompt, with its log-probs and entropies.
-        probabilities: (seq,) of prompt and response; they sum to one.
-    """
-
-    policy: Policy
-    rollouts: Rollouts
-    probabilities: FloatArray
+Sums = Callable[[TokenOutputs, TokenBatch, Rollouts, nn.Module | None], Tensor]
+"""(seq,) sum_k f_k of a micro-batch of an enumeration; last comes the reference model of ``kl``."""
 
 
 def exact_rollouts(
@@ -135,10 +124,41 @@ def sample_exact(
     return replace(picked, prompt_ids=own(picked.prompt_ids), prompts=own(picked.prompts)), rows
 
 
+def _log_pi(outputs: TokenOutputs) -> Tensor:
+    assert outputs.logits is not None
+    return outputs.logits.log_softmax(-1)
+
+
+def _entropy(outputs: TokenOutputs, batch: TokenBatch, rollouts: Rollouts, _: nn.Module | None) -> Tensor:
+    log_pi = _log_pi(outputs)
+    return (-(log_pi.exp() * log_pi).sum(-1) * batch.response_mask).sum(-1)
+
+
+def _kl(outputs: TokenOutputs, batch: TokenBatch, rollouts: Rollouts, reference: nn.Module | None) -> Tensor:
+    if reference is None:
+        raise MeasurementError("kl needs a reference model; pass reference=")
+    with torch.no_grad():
+        other = forward(reference, batch, temperature=rollouts.temperature, keep_logits=True)
+    log_pi = _log_pi(outputs)
+    return ((log_pi.exp() * (log_pi - _log_pi(other))).sum(-1) * batch.response_mask).sum(-1)
+
+
+SUMS: Mapping[str, Sums] = {
+    "entropy": _entropy,
+    "kl": _kl,
+    "logprob": lambda outputs, batch, rollouts, _: outputs.logprobs.sum(-1),
+    "length": lambda outputs, batch, rollouts, _: batch.response_mask.sum(-1),
+    "reward": lambda outputs, batch, rollouts, _: torch.tensor(rollouts.rewards).to(batch.seq_index.device)[
+        batch.seq_index
+    ],
+}
+"""The quantities that are known exactly."""
+
+
 def exact_value(
     policy: Policy,
     rollouts: Rollouts,
-    quantity: str,
+    quantity: str | Sums,
     *,
     normalisation: str = "per_token",
     version: str = "on_policy",
@@ -150,18 +170,20 @@ def exact_value(
     Args:
         policy: the policy.
         rollouts: its enumeration; gives the probabilities that ``fixed_prefix`` keeps.
-        quantity: ``entropy``, ``reward``, ``length``, ``kl`` or ``logprob``.
+        quantity: ``entropy``, ``reward``, ``length``, ``kl`` or ``logprob``; or what gives (seq,) sum_k f_k.
         normalisation: ``per_token`` or ``per_seq``.
         version: ``on_policy`` (probabilities move with params) or ``fixed_prefix`` (they stay).
         reference: reference model of ``kl``.
         params: values to use instead of the model's own.
     """
+    if isinstance(quantity, str) and quantity not in SUMS:
+        raise MeasurementError(f"no exact twin of quantity {quantity!r}")
+    sums = SUMS[quantity] if isinstance(quantity, str) else quantity
 
-    def sums(batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    def expectations(batch: TokenBatch) -> tuple[Tensor, Tensor]:
         outputs = forward(
             policy.model, batch, temperature=rollouts.temperature, params=params, keep_logits=True
         )
-        assert outputs.logits is not None
         if version == "on_policy":
             log_probability = outputs.logprobs.sum(-1)
         else:
@@ -169,36 +191,18 @@ def exact_value(
             log_probability = torch.tensor(kept, dtype=policy.dtype, device=policy.device)
         probability = log_probability.exp() / (rollouts.group_index.max() + 1)
         mask = batch.response_mask.to(policy.dtype)
-        log_pi = outputs.logits.log_softmax(-1)
-        if quantity == "entropy":
-            values = (-(log_pi.exp() * log_pi).sum(-1) * mask).sum(-1)
-        elif quantity == "kl":
-            if reference is None:
-                raise MeasurementError("kl needs a reference model; pass reference=")
-            with torch.no_grad():
-                other = forward(reference, batch, temperature=rollouts.temperature, keep_logits=True)
-            assert other.logits is not None
-            values = ((log_pi.exp() * (log_pi - other.logits.log_softmax(-1))).sum(-1) * mask).sum(-1)
-        elif quantity == "logprob":
-            values = outputs.logprobs.sum(-1)
-        elif quantity == "length":
-            values = mask.sum(-1)
-        elif quantity == "reward":
-            rewards = torch.tensor(rollouts.rewards, dtype=policy.dtype, device=policy.device)
-            values = rewards[batch.seq_index]
-        else:
-            raise MeasurementError(f"no exact twin of quantity {quantity!r}")
+        values = sums(outputs, batch, rollouts, reference).to(policy.dtype)
         return (probability * values).sum(), (probability * mask.sum(-1)).sum()
 
-    parts = [found for _, found in sweep(policy, rollouts, sums, budget=Budget(max_sequences=4096))]
-    total, length = (torch.stack(part).sum() for part in zip(*parts, strict=True))
+    parts = [found for _, found in sweep(policy, rollouts, expectations, budget=Budget(max_sequences=4096))]
+    total, length = (torch.stack(of).sum() for of in zip(*parts, strict=True))
     return total / length if normalisation == "per_token" else total
 
 
 def exact_gradient(
     policy: Policy,
     rollouts: Rollouts,
-    quantity: str,
+    quantity: str | Sums,
     *,
     normalisation: str = "per_token",
     version: str = "on_policy",
@@ -221,7 +225,7 @@ def exact_gradient(
 def exact_change(
     policy: Policy,
     rollouts: Rollouts,
-    quantity: str,
+    quantity: str | Sums,
     direction: ParameterVector,
     lr: float,
     *,
@@ -251,7 +255,7 @@ def exact_change(
 def exact_derivatives(
     policy: Policy,
     rollouts: Rollouts,
-    quantity: str,
+    quantity: str | Sums,
     direction: ParameterVector,
     *,
     normalisation: str = "per_token",

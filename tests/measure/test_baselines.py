@@ -5,17 +5,17 @@ import pytest
 
 from enumerable import EOS, PROMPTS, enumerable_policy, random_step
 from stepscope.errors import MeasurementError
+from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.quantity.baselines import (
     LADDER,
     _choose,
     fit_baseline,
-    length_baseline,
     position_mean,
     ridge_critic,
 )
-from stepscope.measure.quantity.estimators import Probe, returns
-from stepscope.measure.quantity.quantities import make_quantity
-from stepscope.measure.quantity.values import TokenTable, derivatives, hidden_states, response_mask, values_at
+from stepscope.measure.quantity.estimators import ProbeValues, returns
+from stepscope.measure.quantity.probe import probe_values
+from stepscope.measure.quantity.values import TokenValues, derivatives, hidden_states, values_at
 from stepscope.policy.passes import Budget
 from stepscope.reference import exact_rollouts, sample_exact
 
@@ -67,25 +67,17 @@ def test_ridge_finds_what_the_features_know() -> None:
 
 def _probe(
     num_prompts: int, *, on_policy: bool = True, seed: int = 0
-) -> tuple[Probe, TokenTable, np.ndarray]:
+) -> tuple[ProbeValues, TokenValues, np.ndarray]:
     policy = enumerable_policy(length=4)
     rollouts, probabilities = exact_rollouts(policy, PROMPTS, eos_id=EOS)
     sample, _ = sample_exact(rollouts, probabilities, num_prompts=num_prompts, group_size=1, seed=seed)
-    quantities = [make_quantity("entropy", sample)]
-    mask = response_mask(sample)
-    table = values_at(policy, sample, quantities, budget=Budget(max_sequences=256))
+    version = "on_policy" if on_policy else "fixed_prefix"
+    entropy = make_quantity("entropy", sample, normalisation="per_seq", version=version)
+    table = values_at(policy, sample, [entropy], budget=Budget(max_sequences=256))
     (first,) = derivatives(
-        policy, sample, quantities, random_step(policy).direction, budget=Budget(max_sequences=256)
+        policy, sample, [entropy], random_step(policy).direction, budget=Budget(max_sequences=256)
     )
-    probe = Probe(
-        table.quantity(0),
-        mask,
-        sample.prompt_index,
-        per_token=False,
-        on_policy=on_policy,
-        baseline=np.zeros(mask.shape),
-        length_baseline=length_baseline(mask, sample.prompt_index),
-    )
+    probe = probe_values(entropy, table.quantity(0), sample)
     return probe, first.quantity(0), hidden_states(policy, sample, budget=Budget(max_sequences=256))
 
 
@@ -99,12 +91,10 @@ def test_the_best_rung_leaves_the_smallest_error_and_all_are_reported() -> None:
     np.testing.assert_array_equal(same.values, best.values)
     assert fit_baseline("none", probe, first).explained == pytest.approx(0, abs=1e-12)
     current = fit_baseline("current", probe, first)
-    np.testing.assert_array_equal(current.values, probe.table.prefix)
-    rows = best.per_sequence(probe.mask.sum(1))
-    assert [len(r) for r in rows] == probe.mask.sum(1).tolist()
-    left = (returns(probe.table, probe.mask, 0.0) - best.values)[probe.mask]
+    np.testing.assert_array_equal(current.values, probe.values.prefix)
+    left = (returns(probe.values, probe.mask, 0.0) - best.values)[probe.mask]
     assert best.explained == pytest.approx(
-        1 - left.var() / returns(probe.table, probe.mask, 0.0)[probe.mask].var()
+        1 - left.var() / returns(probe.values, probe.mask, 0.0)[probe.mask].var()
     )
 
 

@@ -10,10 +10,12 @@ import torch
 import cases
 from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy, random_step
 from stepscope.errors import MeasurementError
-from stepscope.measure.change import sweep as measured
+from stepscope.measure.change import measured
+from stepscope.measure.change.estimate import _flagged
 from stepscope.measure.change.fresh_samples import resample_change
-from stepscope.measure.change.series import _flagged
-from stepscope.measure.change.sweep import sweep_of
+from stepscope.measure.change.measured import lr_grid
+from stepscope.measure.change.options import ChangeOptions
+from stepscope.measure.quantity.base import make_quantity, quantities
 from stepscope.measure.quantity.importance_weights import WeightCheck
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy.passes import Budget
@@ -41,7 +43,9 @@ def probe(policy: Policy) -> Rollouts:
 def test_a_series_holds_what_it_says(policy: Policy, probe: Rollouts) -> None:
     before = {n: p.detach().clone() for n, p in policy.parameters.items()}
     step = replace(random_step(policy), lr=1e-4)
-    change = measure_change(policy, step, probe, lrs=[1e-5, 1e-3], second_order=True, antithetic=True)
+    change = measure_change(
+        policy, step, probe, lrs=[1e-5, 1e-3], options=ChangeOptions(second_order=True, antithetic=True)
+    )
     assert [p.lr for p in change.points] == [1e-5, 1e-4, 1e-3]
     assert (change.quantity, change.normalisation, change.version) == ("entropy", "per_token", "on_policy")
     own = change.at(1e-4)
@@ -73,7 +77,10 @@ def test_a_series_holds_what_it_says(policy: Policy, probe: Rollouts) -> None:
 
 def test_the_same_call_gives_the_same_numbers(policy: Policy, probe: Rollouts) -> None:
     step = random_step(policy)
-    one, two = (measure_change(policy, step, probe, lrs=[1e-3], second_order=True) for _ in range(2))
+    one, two = (
+        measure_change(policy, step, probe, lrs=[1e-3], options=ChangeOptions(second_order=True))
+        for _ in range(2)
+    )
     assert one.to_json() == two.to_json()
 
 
@@ -83,9 +90,7 @@ def test_series_together_are_series_alone(policy: Policy, probe: Rollouts) -> No
         policy,
         step,
         probe,
-        quantities=("entropy", "reward"),
-        normalisations=("per_token", "per_seq"),
-        versions=("on_policy", "fixed_prefix"),
+        quantities=[v for name in ("entropy", "reward") for v in make_quantity(name, probe).variants()],
         lrs=[1e-3],
     )
     names = [(c.quantity, c.normalisation, c.version) for c in together]
@@ -97,7 +102,9 @@ def test_series_together_are_series_alone(policy: Policy, probe: Rollouts) -> No
         ("reward", "per_token", "on_policy"),
         ("reward", "per_seq", "on_policy"),
     ]
-    alone = measure_change(policy, step, probe, quantity="reward", normalisation="per_seq", lrs=[1e-3])
+    alone = measure_change(
+        policy, step, probe, quantity=make_quantity("reward", probe, normalisation="per_seq"), lrs=[1e-3]
+    )
     assert alone.to_json() == together[-1].to_json()
     assert together[1].points[0].effective_sample_size == len(probe)
 
@@ -115,7 +122,7 @@ def test_untrustworthy_points_say_why_and_stay_out_of_the_fit(policy: Policy, pr
 def test_float64_is_linear_over_six_decades_down_to_round_off(policy: Policy, probe: Rollouts) -> None:
     lrs = [10.0**power for power in range(-12, -5)]
     step = replace(random_step(policy), lr=1e-6)
-    change = measure_change(policy, step, probe, lrs=lrs, second_order=True)
+    change = measure_change(policy, step, probe, lrs=lrs, options=ChangeOptions(second_order=True))
     assert change.fit is not None
     assert change.fit.lrs == pytest.approx(tuple(lrs))
     assert change.fit.slope == pytest.approx(1, abs=1e-3)
@@ -127,13 +134,17 @@ def test_float64_is_linear_over_six_decades_down_to_round_off(policy: Policy, pr
 
 def test_the_fit_stays_in_the_linear_regime(policy: Policy, probe: Rollouts) -> None:
     step = replace(random_step(policy), lr=1e-5)
-    change = measure_change(policy, step, probe, lrs=[1e-6, 1e-4, 5e-2], second_order=True)
+    change = measure_change(
+        policy, step, probe, lrs=[1e-6, 1e-4, 5e-2], options=ChangeOptions(second_order=True)
+    )
     assert change.at(5e-2).true.reliable
     assert change.linear_up_to is not None
     assert 1e-4 < change.linear_up_to < 5e-2
     assert change.fit is not None
     assert change.fit.lrs == (1e-6, 1e-5, 1e-4)
-    beyond = measure_change(policy, replace(step, lr=5e-2), probe, lrs=[1e-4], second_order=True)
+    beyond = measure_change(
+        policy, replace(step, lr=5e-2), probe, lrs=[1e-4], options=ChangeOptions(second_order=True)
+    )
     assert beyond.fit is not None
     assert beyond.fit.lrs == (1e-4, 5e-2)
 
@@ -158,27 +169,27 @@ def test_one_prompt_has_a_value_but_no_error(policy: Policy, probe: Rollouts) ->
 
 
 def test_the_sweep_holds_the_own_learning_rate() -> None:
-    np.testing.assert_allclose(sweep_of(1e-5, None), [1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3])
-    assert sweep_of(1e-5, [1e-3, 1e-6]) == (1e-6, 1e-5, 1e-3)
-    assert sweep_of(0.0, [1e-3]) == (1e-3,)
+    np.testing.assert_allclose(lr_grid(1e-5, None), [1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3])
+    assert lr_grid(1e-5, [1e-3, 1e-6]) == (1e-6, 1e-5, 1e-3)
+    assert lr_grid(0.0, [1e-3]) == (1e-3,)
     with pytest.raises(MeasurementError, match="give the learning rates"):
-        sweep_of(0.0, None)
+        lr_grid(0.0, None)
     with pytest.raises(MeasurementError, match="positive"):
-        sweep_of(1e-5, [-1.0])
+        lr_grid(1e-5, [-1.0])
 
 
 def test_mistakes_are_named(policy: Policy, probe: Rollouts) -> None:
     step = random_step(policy)
     with pytest.raises(MeasurementError, match="unknown estimator"):
-        measure_change(policy, step, probe, estimator="magic")
+        measure_change(policy, step, probe, options=ChangeOptions(estimator="magic"))
     with pytest.raises(MeasurementError, match="unknown baseline"):
-        measure_change(policy, step, probe, baseline="magic")
+        measure_change(policy, step, probe, options=ChangeOptions(baseline="magic"))
     with pytest.raises(MeasurementError, match="nothing to measure"):
         measure_changes(policy, step, probe, quantities=())
     with pytest.raises(MeasurementError, match="constant by definition"):
-        measure_change(policy, step, probe, quantity="length")
+        make_quantity("length", probe, normalisation="per_token")
     with pytest.raises(MeasurementError, match="unknown version"):
-        measure_change(policy, step, probe, version="off_policy")
+        measure_change(policy, step, probe, quantity=make_quantity("entropy", probe, version="off_policy"))
     with pytest.raises(MeasurementError, match=r"only 0\.001; add it"):
         measure_change(policy, step, probe, lrs=[1e-3]).at(0.5)
 
@@ -186,7 +197,7 @@ def test_mistakes_are_named(policy: Policy, probe: Rollouts) -> None:
 def test_a_direction_that_changes_nothing_changes_nothing(policy: Policy, probe: Rollouts) -> None:
     step = random_step(policy)
     still = replace(step, direction={n: torch.zeros_like(t) for n, t in step.direction.items()})
-    change = measure_change(policy, still, probe, lrs=[1e-3], second_order=True)
+    change = measure_change(policy, still, probe, lrs=[1e-3], options=ChangeOptions(second_order=True))
     assert change.points[0].true.value == 0
     assert change.slope.value == 0
     assert change.measurable_from == float("inf")
@@ -208,7 +219,9 @@ def test_the_linear_change_of_a_larger_batch_is_a_control_variate(policy: Policy
     alone = measured.measure_slope(policy, step, probe)
     assert alone.value == pytest.approx(point.linear.value / lr, rel=1e-9)
     with pytest.raises(MeasurementError, match="constant by definition"):
-        measured.measure_slope(policy, step, probe, quantity="reward", version="fixed_prefix")
+        measured.measure_slope(
+            policy, step, probe, quantity=make_quantity("reward", probe, version="fixed_prefix")
+        )
 
 
 def test_sampling_afresh_agrees(policy: Policy) -> None:
@@ -223,13 +236,13 @@ def test_sampling_afresh_agrees(policy: Policy) -> None:
 
     rollouts, _ = exact_rollouts(policy, PROMPTS, eos_id=EOS, reward=digit_reward)
     for quantity, normalisation in (("entropy", "per_token"), ("length", "per_seq")):
-        found = resample_change(policy, step, sample, lr=lr, quantity=quantity, normalisation=normalisation)
+        found = resample_change(
+            policy, step, sample, lr=lr, quantity=quantities()[quantity](normalisation=normalisation)
+        )
         exact = exact_change(policy, rollouts, quantity, step.direction, lr, normalisation=normalisation)
         assert abs(found.value - exact) < 4 * found.stderr
         assert found.stderr < 0.5 * abs(exact)
         assert "different prompts" in found.method
-    with pytest.raises(MeasurementError, match="constant by definition"):
-        resample_change(policy, step, sample, lr=lr, quantity="length")
 
 
 def test_a_real_step_of_a_real_optimizer_is_measured() -> None:
@@ -238,7 +251,7 @@ def test_a_real_step_of_a_real_optimizer_is_measured() -> None:
     drawn, _ = sample_exact(rollouts, probabilities, num_prompts=4, group_size=2, seed=0)
     update = replace(drawn, advantages=drawn.rewards - drawn.rewards.mean())
     step = reconstruct_step(policy, update)
-    change = measure_change(policy, step, rollouts, sequence_weights=probabilities)
+    change = measure_change(policy, step, rollouts, options=ChangeOptions(sequence_weights=probabilities))
     for point in change.points:
         exact = exact_change(policy, rollouts, "entropy", step.direction, point.lr)
         assert point.true.value == pytest.approx(exact, abs=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +11,13 @@ import torch
 
 from enumerable import EOS, digit_reward, enumerable_policy, random_step
 from stepscope.intervals import proportion
-from stepscope.measure.change.series import make_change
+from stepscope.measure.change.estimate import make_change
+from stepscope.measure.change.options import ChangeOptions
 from stepscope.measure.noise.limits import noise_limits
+from stepscope.measure.quantity.base import NORMALISATIONS, make_quantity
 from stepscope.measure.quantity.baselines import fit_baseline, length_baseline
-from stepscope.measure.quantity.estimators import ESTIMATORS, Probe, linear, per_decision, value
-from stepscope.measure.quantity.quantities import NORMALISATIONS, make_quantity
+from stepscope.measure.quantity.estimators import ESTIMATORS, linear, per_decision, value
+from stepscope.measure.quantity.probe import probe_values
 from stepscope.measure.quantity.values import derivatives, hidden_states, response_mask, values_at
 from stepscope.measure.step.reconstruct import weighted_logprobs
 from stepscope.policy.gradients import gradient
@@ -73,26 +76,20 @@ def test_intervals_cover() -> None:
         for index, name in enumerate(names):
             for normalisation in NORMALISATIONS:
                 local = [s.select(rows).quantity(index) for s in slopes]
-                probe = Probe(
-                    table.select(rows).quantity(index),
-                    mask[rows],
-                    clusters,
-                    normalisation == "per_token",
-                    True,
-                    np.zeros(mask[rows].shape),
-                    length_baseline(mask[rows], clusters),
-                )
+                quantity = replace(quantities[index], normalisation=normalisation)
+                probe = probe_values(quantity, table.quantity(index), rollouts).select(rows)
+                length = length_baseline(mask[rows], clusters)
+                probe = replace(probe, clusters=clusters, length_baseline=length)
                 for estimator, baseline in WAYS:
+                    fitted = fit_baseline(baseline, probe, local[0], features=features[rows])
                     change = make_change(
-                        quantities[index],
-                        probe,
+                        replace(probe, baseline=fitted),
                         local,
                         {lr: t.select(rows).quantity(index) for lr, t in moved.items()},
                         own_lr=lrs[0],
-                        sweep=lrs,
+                        lrs=lrs,
                         tiny=(),
-                        baseline=fit_baseline(baseline, probe, local[0], features=features[rows]),
-                        estimator=estimator,
+                        options=ChangeOptions(estimator=estimator),
                     )
                     found: dict[str, Estimate] = {
                         "small": change.points[0].true,
@@ -162,18 +159,12 @@ def few_prompts(temperature: float) -> dict[tuple[str, ...], tuple[float, float]
                     asked = generator.integers(len(PROMPTS), size=count)
                     at = zip(asked, generator.random(count), strict=True)
                     rows = np.array([members[p][np.searchsorted(chances[p], x)] for p, x in at])
-                    here = mask[rows]
-                    probe = Probe(
-                        table.select(rows).quantity(index),
-                        here,
-                        clusters,
-                        normalisation == "per_token",
-                        True,
-                        np.zeros(here.shape),
-                        length_baseline(here, clusters),
-                    )
+                    quantity = replace(quantities[index], normalisation=normalisation)
+                    probe = probe_values(quantity, table.quantity(index), rollouts).select(rows)
+                    length = length_baseline(mask[rows], clusters)
+                    probe = replace(probe, clusters=clusters, length_baseline=length)
                     along = first.select(rows).quantity(index)
-                    probe = probe.with_baseline(fit_baseline("position", probe, along).values)
+                    probe = replace(probe, baseline=fit_baseline("position", probe, along))
                     found = (
                         value(probe),
                         linear(probe, along),

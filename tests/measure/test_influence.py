@@ -10,9 +10,13 @@ import torch
 
 import cases
 from stepscope.errors import MeasurementError
-from stepscope.measure.change.sweep import measure_change
-from stepscope.measure.influence.attribution import Influence, influence
-from stepscope.measure.influence.probe_gradient import bind_quantity, probe_gradient
+from stepscope.measure.change.measured import measure_change
+from stepscope.measure.change.options import ChangeOptions
+from stepscope.measure.influence.attribution import Influence, InfluenceOptions, influence
+from stepscope.measure.influence.probe_gradient import probe_gradient
+from stepscope.measure.quantity.base import make_quantity
+from stepscope.measure.quantity.objective import quantity_objective
+from stepscope.measure.quantity.probe import bind_quantity
 from stepscope.measure.step.reconstruct import (
     Step,
     reconstruct_step,
@@ -77,9 +81,9 @@ def test_parts_add_up_to_the_linear_change_with_its_error(
     setting: tuple[Policy, Step, Rollouts], quantity: str, normalisation: str, version: str
 ) -> None:
     policy, step, probe = setting
-    how = {"quantity": quantity, "normalisation": normalisation, "version": version}
-    shares = influence(policy, step, step.update, probe, **how)
-    change = measure_change(policy, step, probe, lrs=[1e-4], **how)
+    chosen = make_quantity(quantity, probe, normalisation=normalisation, version=version)
+    shares = influence(policy, step, step.update, probe, quantity=chosen)
+    change = measure_change(policy, step, probe, lrs=[1e-4], quantity=chosen)
     whole = shares.sequences.sum() + shares.components["momentum"].value + shares.components["decay"].value
     scale = (
         np.abs(shares.sequences).sum()
@@ -100,8 +104,8 @@ def test_float32_adds_up(kind: str) -> None:
     policy = build_policy(kind, torch.float32)
     step = cases.step(policy, num_prompts=3, group_size=4, seed=1)
     probe = cases.batch(policy, num_prompts=6, group_size=2, seed=2)
-    shares = influence(policy, step, step.update, probe, baseline="position")
-    change = measure_change(policy, step, probe, lrs=[1e-4], baseline="position")
+    shares = influence(policy, step, step.update, probe, options=InfluenceOptions(baseline="position"))
+    change = measure_change(policy, step, probe, lrs=[1e-4], options=ChangeOptions(baseline="position"))
     assert shares.total.value == pytest.approx(change.slope.value, rel=1e-5)
     assert shares.disagreement < 1e-5
 
@@ -117,7 +121,7 @@ def test_sampled_padding_tokens_are_not_trained_but_move_the_quantity(mode: str)
     )
     assert any(7 in ids[:-1] for batch in (update, probe) for ids in batch.response_token_ids)
     step = reconstruct_step(policy, update)
-    shares = influence(policy, step, update, probe, mode=mode, probe_resolved=True)
+    shares = influence(policy, step, update, probe, options=InfluenceOptions(mode=mode, probe_resolved=True))
     change = measure_change(policy, step, probe, lrs=[1e-4])
     scale = (
         np.abs(shares.sequences).sum()
@@ -137,8 +141,8 @@ def test_an_entropy_bonus_has_a_share_of_its_own() -> None:
     policy = replace(policy, settings=replace(policy.settings, objective=objective))
     step = cases.step(policy, num_prompts=3, group_size=4, seed=1)
     probe = cases.batch(policy, num_prompts=6, group_size=2, seed=2)
-    shares = influence(policy, step, step.update, probe, baseline="position")
-    change = measure_change(policy, step, probe, lrs=[1e-4], baseline="position")
+    shares = influence(policy, step, step.update, probe, options=InfluenceOptions(baseline="position"))
+    change = measure_change(policy, step, probe, lrs=[1e-4], options=ChangeOptions(baseline="position"))
     assert shares.total.value == pytest.approx(change.slope.value, rel=1e-8)
     rest = shares.sequences.sum() + shares.components["momentum"].value + shares.components["decay"].value
     assert shares.components["bonus"].value == pytest.approx(shares.total.value - rest, rel=1e-8)
@@ -153,9 +157,9 @@ def test_an_entropy_bonus_has_a_share_of_its_own() -> None:
 
 def test_sequence_is_its_own_part_of_the_step(setting: tuple[Policy, Step, Rollouts]) -> None:
     policy, step, probe = setting
-    shares = influence(policy, step, step.update, probe, baseline="none")
+    shares = influence(policy, step, step.update, probe, options=InfluenceOptions(baseline="none"))
     bound = bind_quantity(policy, probe, "entropy", direction=step.direction, baseline="none")
-    slope = {n: g / len(probe) for n, g in gradient(policy, probe, bound.objective).items()}
+    slope = {n: g / len(probe) for n, g in gradient(policy, probe, quantity_objective(bound)).items()}
     for i in range(len(step.update)):
         own = vectors.dot(slope, sequence_direction(policy, step, i))
         assert own == pytest.approx(shares.sequences[i], rel=1e-9)
@@ -164,21 +168,27 @@ def test_sequence_is_its_own_part_of_the_step(setting: tuple[Policy, Step, Rollo
 @pytest.mark.parametrize("mode", ["forward", "double_backward"])
 def test_token_is_its_own_part_of_the_step(setting: tuple[Policy, Step, Rollouts], mode: str) -> None:
     policy, step, probe = setting
-    shares = influence(policy, step, step.update, probe, baseline="position", mode=mode)
+    shares = influence(
+        policy, step, step.update, probe, options=InfluenceOptions(baseline="position", mode=mode)
+    )
     i = int(np.argmax(step.update.num_tokens))
     for k in range(len(shares.tokens[i])):
         weights = list(step.token_weights)
         weights[i] = np.where(np.arange(len(weights[i])) == k, weights[i], 0.0)
         alone = sequence_direction(policy, replace(step, token_weights=tuple(weights)), i)
         change = measure_change(
-            policy, replace(step, components={"sequences": alone}), probe, lrs=[1e-4], baseline="position"
+            policy,
+            replace(step, components={"sequences": alone}),
+            probe,
+            lrs=[1e-4],
+            options=ChangeOptions(baseline="position"),
         )
         assert shares.tokens[i][k] == pytest.approx(change.slope.value, rel=1e-8, abs=1e-12)
 
 
 def test_probe_resolved_matrix_has_influence_as_mean(setting: tuple[Policy, Step, Rollouts]) -> None:
     policy, step, probe = setting
-    shares = influence(policy, step, step.update, probe, probe_resolved=True)
+    shares = influence(policy, step, step.update, probe, options=InfluenceOptions(probe_resolved=True))
     assert shares.probe_resolved is not None
     assert shares.probe_resolved.shape == (len(probe), len(step.update))
     np.testing.assert_allclose(shares.probe_resolved.mean(0), shares.sequences, rtol=1e-9)
@@ -186,10 +196,10 @@ def test_probe_resolved_matrix_has_influence_as_mean(setting: tuple[Policy, Step
 
 def test_sequence_errors_are_those_of_its_own_change(setting: tuple[Policy, Step, Rollouts]) -> None:
     policy, step, probe = setting
-    shares = influence(policy, step, step.update, probe, baseline="ridge")
+    shares = influence(policy, step, step.update, probe, options=InfluenceOptions(baseline="ridge"))
     for i in (0, 5):
         own = replace(step, components={"sequences": sequence_direction(policy, step, i)})
-        change = measure_change(policy, own, probe, lrs=[1e-4], baseline="ridge")
+        change = measure_change(policy, own, probe, lrs=[1e-4], options=ChangeOptions(baseline="ridge"))
         assert shares.stderr[i] == pytest.approx(change.slope.stderr, rel=1e-8)
 
 
@@ -197,8 +207,10 @@ def test_pooled_prompts_give_errors_of_the_same_size() -> None:
     policy = build_policy()
     step = cases.step(policy, num_prompts=3, group_size=4, seed=1)
     probe = cases.batch(policy, num_prompts=60, group_size=1, seed=3)
-    exact = influence(policy, step, step.update, probe, baseline="position")
-    pooled = influence(policy, step, step.update, probe, baseline="position", max_groups=20)
+    exact = influence(policy, step, step.update, probe, options=InfluenceOptions(baseline="position"))
+    pooled = influence(
+        policy, step, step.update, probe, options=InfluenceOptions(baseline="position", max_groups=20)
+    )
     np.testing.assert_allclose(pooled.sequences, exact.sequences, rtol=1e-9)
     assert pooled.total.n == 20
     assert "pooled" in pooled.total.method
@@ -215,7 +227,14 @@ def test_errors_cover_the_spread_over_probe_batches() -> None:
     for b in range(30):
         part = population.select(np.arange(40 * b, 40 * b + 40))
         found.append(
-            influence(policy, step, step.update, part, baseline="none", budget=Budget(max_sequences=40))
+            influence(
+                policy,
+                step,
+                step.update,
+                part,
+                budget=Budget(max_sequences=40),
+                options=InfluenceOptions(baseline="none"),
+            )
         )
     spread = np.std([f.sequences for f in found], axis=0, ddof=1)
     claimed = np.sqrt(np.mean([f.stderr**2 for f in found], axis=0))
@@ -256,9 +275,14 @@ def test_groups_of_ones_own_and_no_errors(setting: tuple[Policy, Step, Rollouts]
 
 def test_tables(setting: tuple[Policy, Step, Rollouts], tmp_path) -> None:
     policy, step, probe = setting
-    entropy = influence(policy, step, step.update, probe, baseline="none")
+    entropy = influence(policy, step, step.update, probe, options=InfluenceOptions(baseline="none"))
     reward = influence(
-        policy, step, step.update, probe, quantity="reward", normalisation="per_seq", baseline="none"
+        policy,
+        step,
+        step.update,
+        probe,
+        quantity=make_quantity("reward", probe, normalisation="per_seq"),
+        options=InfluenceOptions(baseline="none"),
     )
     InfluenceSequences.joined([entropy.sequence_rows(), reward.sequence_rows()]).write(tmp_path / "s.parquet")
     InfluenceTokens.joined([entropy.token_rows(), reward.token_rows()]).write(tmp_path / "t.parquet")

@@ -15,7 +15,8 @@ from stepscope.errors import BatchError, MeasurementError, RunFolderError
 from stepscope.measure.criteria.criterion import Criterion, known_criteria
 from stepscope.measure.criteria.ground_truth import GroundTruth, ground_truths
 from stepscope.measure.criteria.leaderboard import Leaderboard, rank_criteria
-from stepscope.measure.influence.attribution import influence
+from stepscope.measure.influence.attribution import InfluenceOptions, influence
+from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.loss.settings import StepSettings
@@ -139,7 +140,14 @@ def test_columns_are_influences_and_halves_make_the_whole(case):
     policy, step, probe = case
     for version in ("on_policy", "fixed_prefix"):
         truth = by_name(ground_truths(policy, step, probe, baseline="position"))[f"column_adamw_{version}"]
-        shares = influence(policy, step, step.update, probe, version=version, baseline="position")
+        shares = influence(
+            policy,
+            step,
+            step.update,
+            probe,
+            quantity=make_quantity("entropy", probe, version=version),
+            options=InfluenceOptions(baseline="position"),
+        )
         np.testing.assert_allclose(truth.values, np.concatenate(shares.tokens), rtol=1e-9, atol=1e-15)
         np.testing.assert_allclose(truth.halves.mean(0), truth.values, rtol=1e-9, atol=1e-15)
         assert not np.allclose(truth.halves[0], truth.halves[1])

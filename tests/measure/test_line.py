@@ -11,8 +11,9 @@ import torch.nn.functional as F  # noqa: N812
 
 from enumerable import ARCHITECTURES, EOS, PROMPTS, enumerable_policy, random_step
 from stepscope.errors import MeasurementError
-from stepscope.measure.change.sweep import measure_change
-from stepscope.measure.quantity.quantities import make_quantity
+from stepscope.measure.change.measured import measure_change
+from stepscope.measure.change.options import ChangeOptions
+from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.quantity.values import (
     derivatives,
     hidden_states,
@@ -92,7 +93,9 @@ def test_a_wrong_second_derivative_is_noticed(monkeypatch: pytest.MonkeyPatch) -
     assert first.doubt == ""
     assert "no correct rule" in second.doubt
     assert second.quantity(0).select(np.array([0])).doubt == second.doubt
-    change = measure_change(policy, step, rollouts, quantity=entropy, lrs=[1e-4, 1e-3], second_order=True)
+    change = measure_change(
+        policy, step, rollouts, quantity=entropy, lrs=[1e-4, 1e-3], options=ChangeOptions(second_order=True)
+    )
     assert change.curvature is not None
     assert not change.curvature.reliable
     assert change.linear_up_to is None
@@ -135,10 +138,10 @@ def test_values_that_are_not_finite_are_named(broken: float) -> None:
     policy = enumerable_policy()
     rollouts, _ = exact_rollouts(policy, PROMPTS[:1], eos_id=EOS)
     sound = make_quantity("reward", rollouts)
-    rewards = [row.copy() for row in sound.base.token]
-    rewards[3][-1] = broken
-    spoilt = replace(sound, base=replace(sound.base, token=tuple(rewards)))  # type: ignore[type-var]
-    place = f"quantity of sequence 3, response token {len(rewards[3]) - 1}"
+    rewards = rollouts.rewards.copy()
+    rewards[3] = broken
+    spoilt = replace(sound, rewards=rewards)  # type: ignore[call-arg]
+    place = f"quantity of sequence 3, response token {rollouts.num_tokens[3] - 1}"
     with pytest.raises(MeasurementError, match=f"value at lr 0 of the {place}: not finite"):
         values_at(policy, rollouts, [spoilt])
 

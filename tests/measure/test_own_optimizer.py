@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import cases
-from stepscope.measure.influence.attribution import influences
+from stepscope.measure.influence.attribution import InfluenceOptions, influences
 from stepscope.measure.step.derivative import step_derivative
 from stepscope.measure.step.lifetime import lifetime
 from stepscope.measure.step.reconstruct import reconstruct_step
@@ -114,7 +114,7 @@ def test_its_steps_are_attributed(trained: tuple[Policy, torch.optim.Optimizer])
     policy, _ = trained
     step = cases.step(policy, num_prompts=2, group_size=3)
     probe = cases.batch(policy, num_prompts=3, group_size=2, seed=5)
-    fixed, through = influences(policy, step, step.update, probe, baseline="none")
+    fixed, through = influences(policy, step, step.update, probe, options=InfluenceOptions(baseline="none"))
     whole = fixed.sequences.sum() + fixed.components["momentum"].value
     assert whole == pytest.approx(fixed.total.value, rel=1e-9)
     assert set(fixed.components) == {"momentum"}

@@ -10,9 +10,11 @@ import torch
 
 import cases
 from stepscope.errors import MeasurementError
-from stepscope.measure.change.sweep import measure_change
+from stepscope.measure.change.measured import measure_change
+from stepscope.measure.change.options import ChangeOptions
 from stepscope.measure.criteria.leaderboard import rank_criteria
 from stepscope.measure.criteria.pareto import drop_rules, resteps
+from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.step.reconstruct import assemble_step, weighted_logprobs
 from stepscope.policy.gradients import gradient
 from stepscope.results.criteria import Pareto
@@ -42,7 +44,10 @@ def test_a_restep_is_the_step_of_the_other_tokens(case):
         ("entropy", "per_token", few.entropy_change, found.full_entropy_change, 1, few.entropy_kept),
         ("reward", "per_seq", few.reward_change, found.full_reward_change, -1, few.reward_given_up),
     ):
-        how = {"quantity": quantity, "normalisation": normalisation, "baseline": "none"}
+        how = {
+            "quantity": make_quantity(quantity, probe, normalisation=normalisation),
+            "options": ChangeOptions(baseline="none"),
+        }
         without = measure_change(policy, other, probe, lrs=[step.lr], **how).at(step.lr).true
         with_them = measure_change(policy, step, probe, lrs=[step.lr], **how).at(step.lr).true
         assert point.value == pytest.approx(without.value, rel=1e-8)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -9,69 +9,111 @@ from torch import nn
 
 from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy, random_step
 from stepscope.errors import MeasurementError
-from stepscope.measure.change.sweep import measure_change
-from stepscope.measure.quantity.baselines import position_mean
-from stepscope.measure.quantity.quantities import (
-    QuantityValues,
-    make_quantity,
-    mean_per_token,
-    quantity_objective,
-    to_go,
-    unit_of,
-)
-from stepscope.measure.quantity.values import derivatives, response_mask
+from stepscope.measure.change.measured import measure_change
+from stepscope.measure.change.options import ChangeOptions
+from stepscope.measure.quantity.base import Quantity, make_quantity
+from stepscope.measure.quantity.estimators import Baseline, ProbeValues
+from stepscope.measure.quantity.kinds.logprob import LogProb
+from stepscope.measure.quantity.objective import quantity_objective
+from stepscope.measure.quantity.probe import bind_quantity, probe_values
+from stepscope.measure.quantity.values import TokenValues, derivatives, values_at
 from stepscope.policy.checkpoint.adapters import REFERENCE
+from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients import directional_derivative
 from stepscope.policy.numerics.precision import lift_model, true_float64
 from stepscope.policy.passes import Budget
-from stepscope.reference import exact_rollouts, sample_exact
+from stepscope.policy.state import Policy
+from stepscope.reference import exact_change, exact_derivatives, exact_rollouts, sample_exact
+from stepscope.results import Rollouts
 
 
-def test_to_go_counts_prefix_values_after_and_token_values_from_the_token_on() -> None:
-    values = QuantityValues((np.array([1.0, 2.0, 4.0]),), (np.array([10.0, 20.0, 40.0]),))
-    assert to_go(values, normalisation="per_seq")[0].tolist() == [6 + 70, 4 + 60, 0 + 40]
-    centre, length = mean_per_token(values, np.array([3]))
-    assert (centre, length) == (77 / 3, 3)
-    expected = [76 - 2 * centre, 64 - centre, 40]
-    np.testing.assert_allclose(to_go(values, normalisation="per_token")[0], expected)
+def test_returns_count_prefix_values_after_and_token_values_from_the_token_on() -> None:
+    prefix, token = np.array([[1.0, 2.0, 4.0]]), np.array([[10.0, 20.0, 40.0]])
+    nothing = np.zeros((1, 3))
+    values = TokenValues(nothing, prefix, token)
+    mask, clusters = np.ones((1, 3), dtype=bool), np.zeros(1, dtype=np.int64)
+    found = ProbeValues(
+        LogProb(normalisation="per_seq"), values, mask, clusters, Baseline("none", nothing), nothing
+    )
+    assert found.ahead.tolist() == [[6 + 70, 4 + 60, 0 + 40]]
+    found = replace(found, quantity=LogProb())
+    assert (found.centre, found.mean_length) == (77 / 3, 3)
+    np.testing.assert_allclose(found.ahead, [[76 - 2 * found.centre, 64 - found.centre, 40]])
+
+
+def sums(policy: Policy, rollouts: Rollouts, quantity: Quantity) -> np.ndarray:
+    """(seq,) sum_k f_k."""
+    values = values_at(policy, rollouts, [quantity]).quantity(0)
+    return probe_values(quantity, values, rollouts).totals
 
 
 def test_values_come_from_the_batch_and_units_are_named() -> None:
-    rollouts, _ = exact_rollouts(enumerable_policy(), PROMPTS, eos_id=EOS, reward=digit_reward)
+    policy = enumerable_policy()
+    rollouts, _ = exact_rollouts(policy, PROMPTS, eos_id=EOS, reward=digit_reward)
     reward = make_quantity("reward", rollouts)
-    np.testing.assert_array_equal(reward.base.per_seq, rollouts.rewards)
-    np.testing.assert_array_equal(make_quantity("length", rollouts).base.per_seq, rollouts.num_tokens)
-    np.testing.assert_allclose(make_quantity("entropy", rollouts).base.per_seq, rollouts.entropy_per_seq)
-    assert unit_of(reward, "per_seq") == "reward/sequence"
-    assert unit_of(make_quantity("entropy", rollouts), "per_token") == "nats/token"
+    np.testing.assert_array_equal(sums(policy, rollouts, reward), rollouts.rewards)
+    length = make_quantity("length", rollouts)
+    assert length.normalisation == "per_seq"
+    np.testing.assert_array_equal(sums(policy, rollouts, length), rollouts.num_tokens)
+    entropy = make_quantity("entropy", rollouts)
+    np.testing.assert_allclose(sums(policy, rollouts, entropy), rollouts.entropy_per_seq)
+    assert replace(reward, normalisation="per_seq").unit == "reward/sequence"
+    assert entropy.unit == "nats/token"
+
+
+def test_a_quantity_of_ones_own_is_measured_like_the_others() -> None:
+    """One class: values; the derivatives, estimators and errors are there."""
+
+    @dataclass(frozen=True, kw_only=True, eq=False)
+    class Surprise(Quantity):
+        name = "surprise"
+        sum_unit = "nats^2"
+
+        def token_values(self, outputs: TokenOutputs, batch: TokenBatch) -> torch.Tensor:
+            return outputs.logprobs**2
+
+    def exact(outputs: TokenOutputs, batch: TokenBatch, *_: object) -> torch.Tensor:
+        return (outputs.logprobs**2).sum(-1)
+
+    policy = enumerable_policy()
+    rollouts, probabilities = exact_rollouts(policy, PROMPTS, eos_id=EOS)
+    step = random_step(policy)
+    for quantity in make_quantity("surprise", rollouts).variants():
+        form = {"normalisation": quantity.normalisation, "version": quantity.version}
+        options = ChangeOptions(sequence_weights=probabilities)
+        change = measure_change(policy, step, rollouts, quantity=quantity, lrs=[1e-3], options=options)
+        slope, _ = exact_derivatives(policy, rollouts, exact, step.direction, **form)
+        assert change.slope.value == pytest.approx(slope, abs=1e-9)
+        true = exact_change(policy, rollouts, exact, step.direction, 1e-3, **form)
+        assert change.at(1e-3).true.value == pytest.approx(true, abs=1e-12)
+        assert change.slope.unit.startswith("nats^2/")
 
 
 def test_what_does_not_exist_is_refused_with_the_way_out() -> None:
     policy = enumerable_policy()
     rollouts, _ = exact_rollouts(policy, PROMPTS, eos_id=EOS)
-    with pytest.raises(MeasurementError, match="choose from entropy, reward"):
+    with pytest.raises(MeasurementError, match="choose from entropy, kl, length, logprob, reward"):
         make_quantity("entropie", rollouts)
     with pytest.raises(MeasurementError, match="give a reference model"):
         make_quantity("kl", rollouts, policy=policy)
     with pytest.raises(MeasurementError, match="pass policy="):
         make_quantity("kl", rollouts)
-    reward = make_quantity("reward", rollouts)
     with pytest.raises(MeasurementError, match="choose on_policy"):
-        quantity_objective(reward, rollouts, version="fixed_prefix")
+        make_quantity("reward", rollouts, version="fixed_prefix")
     with pytest.raises(MeasurementError, match="unknown normalisation"):
-        quantity_objective(reward, rollouts, normalisation="per_word")
+        make_quantity("reward", rollouts, normalisation="per_word")
 
 
 def test_kl_to_itself_is_zero_and_to_the_base_of_an_adapter_is_not() -> None:
     policy = enumerable_policy(lora=True)
     rollouts, _ = exact_rollouts(policy, PROMPTS, eos_id=EOS)
     itself = make_quantity("kl", rollouts, policy=policy, reference=policy.model)
-    assert np.abs(itself.base.per_seq).max() < 1e-14
+    assert np.abs(sums(policy, rollouts, itself)).max() < 1e-14
     to_base = make_quantity("kl", rollouts, policy=policy)
-    assert (to_base.base.per_seq > 0).all()
+    assert (sums(policy, rollouts, to_base) > 0).all()
     with torch.no_grad(), policy.model.disable_adapter():
         off = make_quantity("kl", rollouts, policy=policy, reference=policy.model)
-    np.testing.assert_allclose(off.base.per_seq, 0, atol=1e-14)
+        np.testing.assert_allclose(sums(policy, rollouts, off), 0, atol=1e-14)
 
 
 @pytest.mark.parametrize("continued", [False, True], ids=["fresh adapter", "continued run"])
@@ -95,7 +137,12 @@ def test_kl_of_an_adapter_is_to_what_the_run_started_from(continued: bool) -> No
     sample, _ = sample_exact(rollouts, probabilities, num_prompts=8, group_size=1, seed=0)
     found, expected = (
         measure_change(
-            policy, random_step(policy), sample, quantity="kl", reference=r, lrs=[1e-3], second_order=True
+            policy,
+            random_step(policy),
+            sample,
+            quantity=make_quantity("kl", sample, policy=policy, reference=r),
+            lrs=[1e-3],
+            options=ChangeOptions(second_order=True),
         )
         for r in (None, start)
     )
@@ -117,22 +164,17 @@ def test_the_surrogate_differentiates_to_the_linear_change(normalisation: str, v
     rollouts, probabilities = exact_rollouts(policy, PROMPTS, eos_id=EOS)
     sample, _ = sample_exact(rollouts, probabilities, num_prompts=12, group_size=2, seed=0)
     step = random_step(policy)
-    quantity = make_quantity("entropy", sample)
+    quantity = make_quantity("entropy", sample, normalisation=normalisation, version=version)
     change = measure_change(
-        policy, step, sample, lrs=[1e-3], normalisation=normalisation, version=version, baseline="position"
-    )
-    mask = response_mask(sample)
-    returns = np.zeros(mask.shape)
-    for row, values in enumerate(to_go(quantity.base, normalisation=normalisation)):
-        returns[row, : len(values)] = values
-    fitted = position_mean(returns, mask, sample.prompt_index)
-    surrogate = quantity_objective(
-        quantity,
+        policy,
+        step,
         sample,
-        normalisation=normalisation,
-        version=version,
-        baseline=[b[:n] for b, n in zip(fitted, sample.num_tokens, strict=True)],
+        lrs=[1e-3],
+        quantity=quantity,
+        options=ChangeOptions(baseline="position"),
     )
+    bound = bind_quantity(policy, sample, quantity, direction=step.direction, baseline="position")
+    surrogate = quantity_objective(bound)
     slopes = directional_derivative(policy, sample, surrogate, step.direction)
     assert float(torch.stack(slopes).mean()) == pytest.approx(change.slope.value, rel=1e-10)
 
@@ -147,16 +189,18 @@ def test_a_baseline_changes_the_estimate_but_not_its_expectation() -> None:
             step,
             rollouts,
             lrs=[1e-3],
-            baseline=kind,
-            sequence_weights=probabilities,
             budget=Budget(max_sequences=256),
+            options=ChangeOptions(baseline=kind, sequence_weights=probabilities),
         ).slope.value
         for kind in ("none", "current", "position", "ridge")
     }
     for value in slopes.values():
         assert value == pytest.approx(slopes["none"], abs=1e-10)
     sample, _ = sample_exact(rollouts, probabilities, num_prompts=12, group_size=1, seed=0)
-    seen = {measure_change(policy, step, sample, lrs=[1e-3], baseline=k).slope.value for k in slopes}
+    seen = {
+        measure_change(policy, step, sample, lrs=[1e-3], options=ChangeOptions(baseline=k)).slope.value
+        for k in slopes
+    }
     assert len(seen) == 4
 
 
@@ -199,10 +243,10 @@ def test_kl_of_policies_that_exclude_tokens() -> None:
     expected = (p.exp() * (p - q)).sum((-1, -2)).numpy()
     other.model.get_submodule("lm_head").register_forward_hook(exclude)
     with pytest.raises(MeasurementError, match=r"kl: infinite before response token 0 of sequence \d"):
-        make_quantity("kl", rollouts, policy=policy, reference=other.model)
+        sums(policy, rollouts, make_quantity("kl", rollouts, policy=policy, reference=other.model))
     policy.model.get_submodule("lm_head").register_forward_hook(exclude)
     kl = make_quantity("kl", rollouts, policy=policy, reference=other.model)
     long = [i for i, ids in enumerate(rollouts.response_token_ids) if len(ids) == 3]
-    np.testing.assert_allclose(kl.base.per_seq[long], expected, rtol=1e-10)
+    np.testing.assert_allclose(sums(policy, rollouts, kl)[long], expected, rtol=1e-10)
     (slopes,) = derivatives(policy, rollouts, [kl], random_step(policy).direction)
     assert np.isfinite(slopes.prefix).all()

@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import spearmanr
 
 import cases
-from stepscope.measure.influence.attribution import influence, influences
+from stepscope.measure.influence.attribution import InfluenceOptions, influence, influences
 from stepscope.measure.influence.reliability import (
     halvings,
     implied_gain,
@@ -21,6 +21,7 @@ from stepscope.measure.influence.reliability import (
     split_half,
 )
 from stepscope.measure.influence.shrinkage import shrink, shrunk_influence
+from stepscope.measure.quantity.base import make_quantity
 
 EQUAL = np.full(8, 1 / 8)
 
@@ -136,15 +137,18 @@ def case(tiny_policy):
 def test_folds_are_influence_through_each_part_of_the_probe(case) -> None:
     """Per response nothing is shared between folds: each is the influence on its sequences alone."""
     policy, step, probe = case
-    how = {"normalisation": "per_seq", "baseline": "none"}
-    found = influence(policy, step, step.update, probe, **how)
+    entropy = make_quantity("entropy", probe, normalisation="per_seq")
+    options = InfluenceOptions(baseline="none")
+    found = influence(policy, step, step.update, probe, quantity=entropy, options=options)
+    options = replace(options, num_folds=1)
     tokens = np.concatenate(found.tokens)
     np.testing.assert_allclose(found.folds.shares @ found.fold_tokens, tokens, rtol=1e-9, atol=1e-15)
     np.testing.assert_allclose(found.folds.shares @ found.fold_sequences, found.sequences, rtol=1e-9)
     for number in range(8):
         members = np.flatnonzero(found.folds.labels == number)
         assert len(members) == 4, "two prompts of two responses"
-        alone = influence(policy, step, step.update, probe.select(members), num_folds=1, **how)
+        part = probe.select(members)
+        alone = influence(policy, step, step.update, part, quantity=entropy, options=options)
         np.testing.assert_allclose(
             found.fold_tokens[number], np.concatenate(alone.tokens), rtol=1e-7, atol=1e-12
         )
@@ -154,7 +158,7 @@ def test_folds_are_influence_through_each_part_of_the_probe(case) -> None:
 def test_errors_of_tokens_are_those_of_a_clustered_mean(case) -> None:
     """With every prompt its own fold the error of a sequence is the one from the gradients' groups."""
     policy, step, probe = case
-    found = influence(policy, step, step.update, probe, num_folds=16)
+    found = influence(policy, step, step.update, probe, options=InfluenceOptions(num_folds=16))
     away = found.folds.shares[:, None] * (found.fold_sequences - found.sequences)
     np.testing.assert_allclose(np.sqrt(16 / 15 * (away**2).sum(0)), found.stderr, rtol=1e-7)
     assert found.token_stderr.shape == np.concatenate(found.tokens).shape
@@ -188,12 +192,21 @@ def test_shrunken_influence_lies_between_the_versions(case) -> None:
     policy, step, probe = case
     (found,) = influences(policy, step, step.update, probe, throughs=("optimizer",))
     own = shrunk_influence(policy, step, probe, found)
-    fixed = influence(policy, step, step.update, probe, through="optimizer", version="fixed_prefix")
+    fixed = influence(
+        policy,
+        step,
+        step.update,
+        probe,
+        through="optimizer",
+        quantity=make_quantity("entropy", probe, version="fixed_prefix"),
+    )
     prior, plain = np.concatenate(fixed.tokens), np.concatenate(found.tokens)
     assert 0 <= own.shrinkage.kept <= 1
     np.testing.assert_allclose(
         own.tokens, prior + own.shrinkage.kept * (plain - prior), rtol=1e-7, atol=1e-12
     )
     assert shrunk_influence(policy, step, probe, replace(found, version="fixed_prefix")) is None
-    reward = influence(policy, step, step.update, probe, quantity="reward", normalisation="per_seq")
+    reward = influence(
+        policy, step, step.update, probe, quantity=make_quantity("reward", probe, normalisation="per_seq")
+    )
     assert shrunk_influence(policy, step, probe, reward, quantity="reward") is None

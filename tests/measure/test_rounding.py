@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import cases
 from enumerable import EOS, PROMPTS, VOCABULARY
 from stepscope.errors import MeasurementError
-from stepscope.measure.change.sweep import measure_change
+from stepscope.measure.change.measured import measure_change
+from stepscope.measure.change.options import ChangeOptions
 from stepscope.measure.step.reconstruct import Step, reconstruct_step
 from stepscope.measure.step.rounding import RoundedStep, rounded_step
 from stepscope.policy.checkpoint.optimizer_state import match_optimizer
@@ -143,7 +144,12 @@ def test_the_change_is_that_of_the_training(kernel: dict[str, bool], lr: float) 
     rollouts, probabilities = exact_rollouts(policy, PROMPTS, eos_id=EOS)
     step, taken = rebuilt(policy, cases.batch(policy, num_prompts=4, group_size=4, seed=9))
     found = measure_change(
-        policy, step, rollouts, lrs=[lr], taken=taken, sequence_weights=probabilities, baseline="none"
+        policy,
+        step,
+        rollouts,
+        lrs=[lr],
+        taken=taken,
+        options=ChangeOptions(sequence_weights=probabilities, baseline="none"),
     )
     before = exact_value(policy, rollouts, "entropy", normalisation="per_token").item()
     training.step(step.update, {n: -t for n, t in step.ascent.items()})
@@ -202,7 +208,7 @@ def test_parameters_are_left_alone_and_rates_stand_in_for_zero() -> None:
     batch = cases.batch(policy, num_prompts=4, group_size=4, seed=9)
     before = {n: p.detach().clone() for n, p in policy.parameters.items()}
     step, taken = rebuilt(policy, batch)
-    measure_change(policy, step, batch, lrs=[1e-4], taken=taken, baseline="none")
+    measure_change(policy, step, batch, lrs=[1e-4], taken=taken, options=ChangeOptions(baseline="none"))
     assert all(torch.equal(p, before[n]) for n, p in policy.parameters.items())
     ended = training.checkpoint(0.0)
     idle = reconstruct_step(ended, step.update)

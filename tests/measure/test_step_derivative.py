@@ -11,7 +11,7 @@ from torch import Tensor
 
 import cases
 from stepscope.errors import MeasurementError
-from stepscope.measure.influence.attribution import influence, influences, neglected_share
+from stepscope.measure.influence.attribution import InfluenceOptions, influence, influences, neglected_share
 from stepscope.measure.influence.probe_gradient import bind_quantity, probe_gradient
 from stepscope.measure.step.derivative import step_derivative
 from stepscope.measure.step.reconstruct import Step, reconstruct_step
@@ -131,7 +131,9 @@ def test_influence_through_the_optimizer_is_what_torch_does(
     probe = cases.batch(policy, num_prompts=6, group_size=1, seed=5)
     bound = bind_quantity(policy, probe, "entropy", direction=step.direction, baseline="position")
     slope = probe_gradient(policy, probe, bound, errors=False).mean()
-    found = influence(policy, step, update, probe, baseline="position", through="optimizer")
+    found = influence(
+        policy, step, update, probe, through="optimizer", options=InfluenceOptions(baseline="position")
+    )
     weights = step.token_weights
     np.testing.assert_allclose(
         vectors.dot(torch_step(policy, step, weights), slope),
@@ -189,12 +191,14 @@ def test_fixed_and_optimizer_agree_where_the_batch_hardly_moves_the_second_momen
     update = cases.batch(policy, num_prompts=3, group_size=3)
     probe = cases.batch(policy, num_prompts=12, group_size=1, seed=5)
     step = reconstruct_step(policy, update)
-    fixed, optimizer = influences(policy, step, update, probe, baseline="position")
+    fixed, optimizer = influences(policy, step, update, probe, options=InfluenceOptions(baseline="position"))
     assert (fixed.through, optimizer.through) == ("fixed", "optimizer")
     assert neglected_share(fixed, optimizer).value < 1e-3
     assert fixed.sum_of_sequences.reliable
     np.testing.assert_allclose(fixed.total.value, optimizer.total.value, rtol=1e-9)
-    alone = influence(policy, step, update, probe, baseline="position", through="optimizer")
+    alone = influence(
+        policy, step, update, probe, through="optimizer", options=InfluenceOptions(baseline="position")
+    )
     np.testing.assert_allclose(alone.sequences, optimizer.sequences, rtol=1e-9)
     np.testing.assert_allclose(alone.stderr, optimizer.stderr, rtol=1e-9)
 
@@ -204,7 +208,7 @@ def test_what_is_held_fixed_lowers_the_trust() -> None:
     update = cases.batch(policy, num_prompts=3, group_size=3)
     probe = cases.batch(policy, num_prompts=12, group_size=1, seed=5)
     step = reconstruct_step(policy, update)
-    fixed, optimizer = influences(policy, step, update, probe, baseline="position")
+    fixed, optimizer = influences(policy, step, update, probe, options=InfluenceOptions(baseline="position"))
     assert not fixed.sum_of_sequences.reliable
     assert "clipped (c = 0.0" in fixed.sum_of_sequences.reason
     assert "AdamW is at step 4" in fixed.sum_of_sequences.reason

@@ -5,7 +5,8 @@ import pytest
 
 from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy, random_step
 from stepscope.errors import MeasurementError
-from stepscope.measure.change.sweep import measure_change
+from stepscope.measure.change.measured import measure_change
+from stepscope.measure.change.options import ChangeOptions
 from stepscope.measure.change.uncertainty import estimate_ratio
 from stepscope.policy.passes import Budget
 from stepscope.reference import exact_rollouts, sample_exact
@@ -24,10 +25,8 @@ def series() -> tuple[dict[str, Change], object]:
             random_step(policy),
             probe,
             lrs=[1e-3],
-            errors=errors,
-            second_order=True,
-            antithetic=True,
             budget=Budget(max_sequences=128),
+            options=ChangeOptions(errors=errors, second_order=True, antithetic=True),
         )
         for errors in ("delta", "jackknife", "bootstrap")
     }
@@ -91,4 +90,6 @@ def test_unknown_kinds_are_refused() -> None:
     policy = enumerable_policy()
     rollouts, _ = exact_rollouts(policy, PROMPTS, eos_id=EOS)
     with pytest.raises(MeasurementError, match="choose from delta, jackknife, bootstrap"):
-        measure_change(policy, random_step(policy), rollouts.select(np.arange(4)), errors="magic")
+        measure_change(
+            policy, random_step(policy), rollouts.select(np.arange(4)), options=ChangeOptions(errors="magic")
+        )

@@ -10,19 +10,21 @@ import torch
 
 import cases
 from stepscope.errors import MeasurementError
-from stepscope.measure.change.sweep import measure_change
-from stepscope.measure.influence.attribution import influence
-from stepscope.measure.influence.validation import compare, remake_steps
+from stepscope.measure.change.measured import measure_change
+from stepscope.measure.change.options import ChangeOptions
+from stepscope.measure.influence.attribution import InfluenceOptions, influence
+from stepscope.measure.influence.validation import RemovalOptions, compare, remake_steps
+from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy.loss.surrogate import advantages
 from stepscope.results.validation import Validation
 
 
 def validate_influence(policy, step, probe, found, **how) -> Validation:
-    return compare(remake_steps(policy, step, probe, found, **how), found)
+    return compare(remake_steps(policy, step, probe, found, options=RemovalOptions(**how)), found)
 
 
-HOW = {"quantity": "entropy", "baseline": "position"}
+INFLUENCE, CHANGE = InfluenceOptions(baseline="position"), ChangeOptions(baseline="position")
 
 
 @pytest.fixture
@@ -30,18 +32,18 @@ def case():
     policy = cases.policy(max_grad_norm=0.0)
     step = cases.step(policy, num_prompts=4, group_size=3)
     probe = cases.batch(policy, num_prompts=8, group_size=2, seed=9)
-    return policy, step, probe, influence(policy, step, step.update, probe, **HOW)
+    return policy, step, probe, influence(policy, step, step.update, probe, options=INFLUENCE)
 
 
 def test_zeroed_is_the_step_with_that_advantage_at_zero(case) -> None:
     policy, step, probe, found = case
     checked = validate_influence(policy, step, probe, found, num_subsets=3, num_single=2)
-    full = measure_change(policy, step, probe, lrs=[step.lr], **HOW).at(step.lr).true.value
+    full = measure_change(policy, step, probe, lrs=[step.lr], options=CHANGE).at(step.lr).true.value
     for index, truth in zip(checked.single_index, checked.single.true, strict=True):
         weights = step.update.advantages.copy()
         weights[index] = 0.0
         other = reconstruct_step(policy, replace(step.update, advantages=weights))
-        change = measure_change(policy, other, probe, lrs=[step.lr], **HOW).at(step.lr).true.value
+        change = measure_change(policy, other, probe, lrs=[step.lr], options=CHANGE).at(step.lr).true.value
         assert full - change == pytest.approx(truth, rel=1e-7, abs=1e-13)
 
 
@@ -56,7 +58,7 @@ def test_recomputed_uses_the_advantages_of_those_who_stay(case) -> None:
         chosen = list(kept)
         weights[chosen] = advantages(update.rewards[chosen], update.prompt_index[chosen], "none")
         other = reconstruct_step(policy, replace(update, advantages=weights))
-        change = measure_change(policy, other, probe, lrs=[step.lr], **HOW).at(step.lr).true.value
+        change = measure_change(policy, other, probe, lrs=[step.lr], options=CHANGE).at(step.lr).true.value
         assert change == pytest.approx(truth, rel=1e-7, abs=1e-13)
     assert checked.removal == "recomputed"
 
@@ -72,7 +74,7 @@ def test_influence_predicts_small_steps(case) -> None:
     )
     policy = replace(policy, optimizer=slow)
     step = reconstruct_step(policy, case[1].update)
-    found = influence(policy, step, step.update, probe, **HOW)
+    found = influence(policy, step, step.update, probe, options=INFLUENCE)
     checked = validate_influence(policy, step, probe, found, lr=1e-7, num_subsets=24, num_single=12)
     assert checked.lds.value > 0.99
     assert checked.leave_one_out.value > 0.99
@@ -84,14 +86,16 @@ def test_influence_predicts_small_steps(case) -> None:
 def test_folds_of_the_probe_make_the_truth(case) -> None:
     """Per response a fold's truth is the change on its sequences alone, and their mean is that on all."""
     policy, step, probe, _ = case
-    how = {"normalisation": "per_seq", "baseline": "none"}
-    found = influence(policy, step, step.update, probe, **how)
-    remade = remake_steps(policy, step, probe, found, num_subsets=3, num_single=2)
+    entropy = make_quantity("entropy", probe, normalisation="per_seq")
+    options = InfluenceOptions(baseline="none")
+    found = influence(policy, step, step.update, probe, quantity=entropy, options=options)
+    remade = remake_steps(policy, step, probe, found, options=RemovalOptions(num_subsets=3, num_single=2))
     np.testing.assert_allclose(found.folds.shares @ remade.subset_folds, remade.subset_true, rtol=1e-9)
     np.testing.assert_allclose(found.folds.shares @ remade.single_folds, remade.single_true, rtol=1e-9)
     fold = probe.select(np.flatnonzero(found.folds.labels == 3))
-    alone = influence(policy, step, step.update, fold, num_folds=1, **how)
-    expected = remake_steps(policy, step, fold, alone, num_subsets=3, num_single=2)
+    options = InfluenceOptions(baseline="none", num_folds=1)
+    alone = influence(policy, step, step.update, fold, quantity=entropy, options=options)
+    expected = remake_steps(policy, step, fold, alone, options=RemovalOptions(num_subsets=3, num_single=2))
     np.testing.assert_allclose(remade.subset_folds[3], expected.subset_true, rtol=1e-7)
     np.testing.assert_allclose(remade.single_folds[3], expected.single_true, rtol=1e-7, atol=1e-13)
 

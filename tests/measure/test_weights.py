@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from enumerable import EOS, PROMPTS, enumerable_policy, random_step
+from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.quantity.importance_weights import check_weights, importance_weights, last_weights
-from stepscope.measure.quantity.quantities import make_quantity
 from stepscope.measure.quantity.values import response_mask, values_at
 from stepscope.reference import exact_rollouts
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm as torch_layer_norm
 
 import cases
-from stepscope.measure.change.sweep import measure_change
+from stepscope.measure.change.measured import measure_change
 from stepscope.policy.checkpoint.examination import examine
 from stepscope.policy.derivative_check import random_direction
 from stepscope.policy.gradients import directional_derivative, gradient, response_logprob

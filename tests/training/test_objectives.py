@@ -23,12 +23,12 @@ from trl import GRPOTrainer
 import cases
 import stepscope
 from stepscope.errors import ConfigError, MeasurementError
-from stepscope.measure.influence.objective import objective_influences
+from stepscope.measure.influence.token_influence import token_influences
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy import vectors
 from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.policy.loss.settings import StepSettings
-from stepscope.policy.rollouts import score_rollouts
+from stepscope.policy.rollouts import sample_influence_probe, score_rollouts
 from stepscope.rules import UNCLIPPED, EntropyBonus, KlCov, Tokens, TopEntropy, token_advantages
 from stepscope.training.rl import OnPolicyTrainer, step_settings
 
@@ -146,7 +146,9 @@ def test_the_measured_direction_is_the_next_step_that_trl_takes(
     update = cases.from_trl(seen)
     logprobs, entropies = score_rollouts(policy, update)
     update = replace(update, logprobs=logprobs, entropies=entropies)
-    step = reconstruct_step(policy, update, influences=objective_influences(policy, update, TASK))
+    probe = sample_influence_probe(policy, TASK)
+    influences = None if probe is None else token_influences(policy, update, probe)
+    step = reconstruct_step(policy, update, influences=influences)
     moved = load_file(after / "model.safetensors")
     real = {n: (moved[n] - p.detach()) / step.lr for n, p in policy.parameters.items()}
     assert vectors.cosine(step.direction, real) >= 1 - 1e-7

@@ -9,7 +9,7 @@ import numpy as np
 
 from stepscope.config import MeasureSettings, Stage
 from stepscope.errors import MeasurementError
-from stepscope.measure.quantity.quantities import make_quantity
+from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.quantity.values import derivatives
 from stepscope.policy.checkpoint.adapters import is_adapted
 from stepscope.policy.checkpoint.examination import Finding, examine, made_up_sequences

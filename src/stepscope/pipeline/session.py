@@ -12,9 +12,9 @@ import numpy as np
 
 from stepscope.config import LossConfig, MeasureConfig
 from stepscope.errors import BatchError, ConfigError, MeasurementError, TaskError
-from stepscope.measure.influence.attribution import NUM_FOLDS, Influence, influences
-from stepscope.measure.influence.objective import objective_influences
-from stepscope.measure.quantity.quantities import Quantity, make_quantity
+from stepscope.measure.influence.attribution import NUM_FOLDS, Influence, InfluenceOptions, influences
+from stepscope.measure.influence.token_influence import token_influences
+from stepscope.measure.quantity.base import Quantity, make_quantity
 from stepscope.measure.step.derivative import THROUGHS, Through
 from stepscope.measure.step.reconstruct import Step, reconstruct_step
 from stepscope.measure.step.rounding import RoundedStep, rounded_step
@@ -29,7 +29,13 @@ from stepscope.policy.loss.surrogate import advantages
 from stepscope.policy.numerics.finiteness import first_not_finite
 from stepscope.policy.optim.rounding import rounding_doubt
 from stepscope.policy.passes import Budget, longest
-from stepscope.policy.rollouts import response_text, sample_responses, sample_rollouts, score_rollouts
+from stepscope.policy.rollouts import (
+    response_text,
+    sample_influence_probe,
+    sample_responses,
+    sample_rollouts,
+    score_rollouts,
+)
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector, load
 from stepscope.results import Rollouts
@@ -194,26 +200,24 @@ class Session:
     @cached_property
     def quantities(self) -> list[Quantity]:
         """The quantities asked for, bound to the probe batch."""
+        return [self._quantity(name, self.probe) for name in self.config.quantities]
+
+    def _quantity(self, name: str, probe: Rollouts) -> Quantity:
+        """A quantity on a probe batch, with the reference model of the run."""
         reference = None if self.reference is None else self.reference.model
-        return [
-            make_quantity(
-                name,
-                self.probe,
-                policy=self.policy,
-                reference=reference,
-                budget=self.budget,
-            )
-            for name in self.config.quantities
-        ]
+        return make_quantity(name, probe, policy=self.policy, reference=reference)
 
     @cached_property
     def step(self) -> Step:
         """The whole step with its components, rebuilt from checkpoint and update batch."""
+        probe = sample_influence_probe(self.policy, self.task)
         return reconstruct_step(
             self.policy,
             self.update,
             reference=self.reference,
-            influences=objective_influences(self.policy, self.update, self.task, budget=self.budget),
+            influences=None
+            if probe is None
+            else token_influences(self.policy, self.update, probe, budget=self.budget),
             budget=self.budget,
         )
 
@@ -256,10 +260,8 @@ class Session:
             self.update,
             probe,
             throughs=throughs,
-            num_folds=num_folds,
             quantity=quantity,
-            normalisation=quantity.normalisations[0],
-            baseline=self.config.baseline,
+            options=InfluenceOptions(baseline=self.config.baseline, num_folds=num_folds),
             budget=self.budget,
         )
 
@@ -267,10 +269,10 @@ class Session:
     def own_influence(self) -> Influence | None:
         """Fixed influence on the primary quantity, on fresh responses to the update batch's own prompts.
 
-        None where the configuration does without, or the quantity is the reward, which nobody gives them.
+        None where the configuration does without, or the quantity needs rewards, which nobody gives them.
         """
-        name = self.config.quantities[0]
-        if not self.config.own_prompts or name == "reward":
+        primary = self.quantities[0]
+        if not self.config.own_prompts or primary.needs_rewards:
             return None
         fresh = sample_responses(
             self.policy,
@@ -278,8 +280,7 @@ class Session:
             seed=OWN_PROMPTS_SEED + self.config.update.seed,
             budget=self.budget,
         )
-        reference = None if self.reference is None else self.reference.model
-        quantity = make_quantity(name, fresh, policy=self.policy, reference=reference, budget=self.budget)
+        quantity = self._quantity(primary.name, fresh)
         (found,) = self._influences_on(fresh, quantity, throughs=("fixed",), num_folds=1)
         return found
 

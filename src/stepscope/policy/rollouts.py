@@ -26,6 +26,7 @@ from stepscope.policy.passes import Budget, sweep_rows, track
 from stepscope.policy.state import Policy
 from stepscope.policy.texts import ResponseText
 from stepscope.results import FloatArray, Rollouts, same_text
+from stepscope.rules import InfluenceClipping
 from stepscope.tasks.load import asked_through
 from stepscope.tasks.problem import Problem, Task
 from stepscope.tasks.prompts import Prompt, encode_prompt
@@ -129,6 +130,23 @@ def sample_rollouts(
         return rollouts
     scaled = advantages(rollouts.rewards, rollouts.group_index, policy.settings.scale_rewards)
     return replace(rollouts, advantages=scaled)
+
+
+def sample_influence_probe(policy: Policy, task: Task) -> Rollouts | None:
+    """The probe batch that the rule ``influence`` looks at before a step; None where the run has another.
+
+    One response to each of the rule's ``num_prompts`` prompts of the training split. The run's seed and the
+    step number seed it, so that training and rebuilt step look at the same.
+
+    Args:
+        policy: before the step.
+        task: where prompts and rewards come from.
+    """
+    rule = policy.settings.objective
+    if not isinstance(rule, InfluenceClipping):
+        return None
+    seed = int(np.random.SeedSequence([policy.settings.seed, policy.step, 2]).generate_state(1)[0])
+    return sample_rollouts(policy, task, num_prompts=rule.num_prompts, group_size=1, seed=seed)
 
 
 def sample_responses(

@@ -352,7 +352,7 @@ class InfluenceClipping(Intervention):
         if tokens.entropy_influence is None or tokens.reward_influence is None:
             raise MeasurementError(
                 "influence: the objective needs every token's influence on entropy and reward, got none; "
-                "pass those of measure.influence.objective"
+                "pass those of measure.influence.token_influence"
             )
         cost = -tokens.entropy_influence - self.price * tokens.reward_influence
         costly = (tokens.entropy_influence < 0) & (cost > 0)

@@ -1,6 +1,6 @@
 """The change that a step under way makes to a quantity: predicted before it, realised after it.
 
-``measure.change`` moves the parameters along a direction and puts them back. Here the optimizer itself moves
+``measure_change`` moves the parameters along a direction and puts them back. Here the optimizer itself moves
 them: the tables of a probe batch are taken before its step, one more after it, and the estimators are the
 same (``measure.quantity.estimators``). The prediction is split into the parts of the direction.
 """
@@ -8,17 +8,17 @@ same (``measure.quantity.estimators``). The prediction is split into the parts o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from stepscope.measure.change.estimate import make_change
 from stepscope.measure.change.second_order import round_off_lrs
-from stepscope.measure.change.series import make_change
-from stepscope.measure.change.sweep import probe_of
-from stepscope.measure.quantity.baselines import Baseline, fit_baseline
-from stepscope.measure.quantity.estimators import Probe, linear
-from stepscope.measure.quantity.quantities import Quantity, make_quantity, unit_of
-from stepscope.measure.quantity.values import TokenTable, derivatives, values_at
+from stepscope.measure.quantity.base import Quantity, make_quantity
+from stepscope.measure.quantity.baselines import fit_baseline
+from stepscope.measure.quantity.estimators import ProbeValues, linear
+from stepscope.measure.quantity.probe import probe_values
+from stepscope.measure.quantity.values import TokenValues, derivatives, values_at
 from stepscope.policy import vectors
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
@@ -36,24 +36,20 @@ class Prediction:
     """What a step is about to do to a quantity, and what is needed to compare it with what it did.
 
     Attributes:
-        quantity: bound to ``rollouts``.
         rollouts: the probe batch, sampled before the step.
         lr: learning rate of the step.
         parts: name to linear change by that part of the direction; with its error, clustered by prompt.
-        probe: values before the step.
+        probe: values before the step, with the baseline.
         slope: derivative of every token's values along the whole direction.
-        baseline: the fitted baseline.
         tiny: values at learning rates so small that what they show beside the line is round-off.
     """
 
-    quantity: Quantity
     rollouts: Rollouts
     lr: float
     parts: Mapping[str, Estimate]
-    probe: Probe
-    slope: TokenTable
-    baseline: Baseline
-    tiny: Mapping[float, TokenTable]
+    probe: ProbeValues
+    slope: TokenValues
+    tiny: Mapping[float, TokenValues]
 
 
 def predict_change(
@@ -62,9 +58,7 @@ def predict_change(
     rollouts: Rollouts,
     *,
     lr: float,
-    quantity: str = "entropy",
-    normalisation: str = "per_token",
-    version: str = "on_policy",
+    quantity: str | Quantity = "entropy",
     budget: Budget = Budget(),
 ) -> Prediction:
     """The linear change that each part of a step will make; call it before the parameters move.
@@ -76,48 +70,41 @@ def predict_change(
         parts: name to part of the direction; the step moves the parameters by lr times their sum.
         rollouts: the probe batch, samples of the policy that are not in the update batch.
         lr: learning rate of the step.
-        quantity: its name.
-        normalisation: ``per_token`` or ``per_seq``.
-        version: ``on_policy`` or ``fixed_prefix``.
+        quantity: a name, or a quantity.
         budget: what may be used at a time.
     """
-    bound = make_quantity(quantity, rollouts, policy=policy, budget=budget)
-    table = values_at(policy, rollouts, [bound], budget=budget).quantity(0)
-    at = probe_of(table, rollouts, normalisation, version)
+    chosen = make_quantity(quantity, rollouts, policy=policy)
+    values = values_at(policy, rollouts, [chosen], budget=budget).quantity(0)
     slopes = {
-        name: derivatives(policy, rollouts, [bound], part, budget=budget)[0].quantity(0)
+        name: derivatives(policy, rollouts, [chosen], part, budget=budget)[0].quantity(0)
         for name, part in parts.items()
         if vectors.norm(part) > 0
     }
-    slope = TokenTable(
+    slope = TokenValues(
         *(
-            sum((getattr(s, field) for s in slopes.values()), start=0.0 * getattr(table, field))
+            sum((getattr(s, field) for s in slopes.values()), start=0.0 * getattr(values, field))
             for field in ("logprobs", "prefix", "token")
         )
     )
-    baseline = fit_baseline(BASELINE, at, slope)
-    at = at.with_baseline(baseline.values)
-    unit = unit_of(bound, normalisation)
-    nothing = Estimate(0.0, 0.0, rollouts.num_prompts, unit, "this part of the step is zero")
+    at = probe_values(chosen, values, rollouts)
+    at = replace(at, baseline=fit_baseline(BASELINE, at, slope))
+    nothing = Estimate(0.0, 0.0, rollouts.num_prompts, chosen.unit, "this part of the step is zero")
     direction = vectors.add(*parts.values())
     stops = round_off_lrs(slope, at.mask, torch.finfo(policy.dtype).eps)[:2]
+    method = f"forward-mode derivative, {BASELINE}"
     return Prediction(
-        quantity=bound,
         rollouts=rollouts,
         lr=lr,
         parts={
-            name: at.estimate(
-                linear(at, slopes[name]).scaled(lr), unit=unit, method=f"forward-mode derivative, {BASELINE}"
-            )
+            name: at.estimate(linear(at, slopes[name]).scaled(lr), unit=chosen.unit, method=method)
             if name in slopes
             else nothing
             for name in parts
         },
         probe=at,
         slope=slope,
-        baseline=baseline,
         tiny={
-            t: values_at(policy, rollouts, [bound], direction, t, budget=budget).quantity(0) for t in stops
+            t: values_at(policy, rollouts, [chosen], direction, t, budget=budget).quantity(0) for t in stops
         },
     )
 
@@ -131,18 +118,15 @@ def realised_change(policy: Policy, prediction: Prediction, *, budget: Budget = 
         budget: what may be used at a time.
 
     Returns:
-        A series of one point: ``true`` is the realised change, ``linear`` the predicted one, ``excess`` their
+        A change of one point: ``true`` is the realised change, ``linear`` the predicted one, ``excess`` their
         difference with the error of the paired difference.
     """
-    after = values_at(policy, prediction.rollouts, [prediction.quantity], budget=budget)
+    after = values_at(policy, prediction.rollouts, [prediction.probe.quantity], budget=budget)
     return make_change(
-        prediction.quantity,
         prediction.probe,
         [prediction.slope],
         {**prediction.tiny, prediction.lr: after.quantity(0)},
         own_lr=prediction.lr,
-        sweep=(prediction.lr,),
+        lrs=(prediction.lr,),
         tiny=tuple(prediction.tiny),
-        baseline=prediction.baseline,
-        estimator="per_decision",
     )

@@ -14,16 +14,15 @@ from __future__ import annotations
 import numpy as np
 
 from stepscope.measure.quantity.estimators import (
-    Probe,
+    ProbeValues,
     Sampled,
-    after,
     length_slope,
     linear,
     per_decision,
     returns,
     value,
 )
-from stepscope.measure.quantity.values import TokenTable
+from stepscope.measure.quantity.values import TokenValues
 from stepscope.results import BoolArray, FloatArray
 
 BEND_SHARE = 0.1
@@ -32,7 +31,7 @@ ROUND_OFF_SHARE = 0.1
 """Round-off may reach this share of the linear change before the change is no longer called measurable."""
 
 
-def second(probe: Probe, first: TokenTable, other: TokenTable) -> Sampled:
+def second(probe: ProbeValues, first: TokenValues, other: TokenValues) -> Sampled:
     """d2F/dlr2 at lr = 0, of the importance-weighted estimator itself; unbiased for F.
 
     Args:
@@ -41,39 +40,37 @@ def second(probe: Probe, first: TokenTable, other: TokenTable) -> Sampled:
         other: second derivatives of the tokens' values.
     """
     moved = (other.prefix + other.token).sum(1)
-    if not probe.on_policy:
+    if not probe.quantity.on_policy:
         return _over_length(probe, moved)
-    ahead = returns(probe.table, probe.mask, probe.offset) - probe.baseline
     ahead_dot = returns(first, probe.mask, 0.0)
     bend = _weight_bend(first, other)
-    moved = moved + (bend * ahead + 2 * first.logprobs * ahead_dot).sum(1)
+    moved = moved + (bend * probe.ahead + 2 * first.logprobs * ahead_dot).sum(1)
     mean = probe.mean(moved)
-    if not probe.per_token:
+    if not probe.quantity.per_token:
         return Sampled(mean, moved - mean)
     slope, length = linear(probe, first), length_slope(probe, first)
-    lengths_ahead = after(probe.mask.astype(np.float64)) - probe.length_baseline
-    length_bend = probe.mean((bend * lengths_ahead).sum(1))
+    length_bend = probe.mean((bend * probe.length_ahead).sum(1))
     N = probe.mean_length
     ratio = (mean - 2 * slope.value * length.value) / N
-    influence = (
+    residuals = (
         (moved - mean)
-        - value(probe).influence * length_bend
-        - 2 * slope.influence * length.value
-        - 2 * slope.value * length.influence
+        - value(probe).residuals * length_bend
+        - 2 * slope.residuals * length.value
+        - 2 * slope.value * length.residuals
         - ratio * (probe.lengths - N)
     ) / N
-    return Sampled(ratio, influence)
+    return Sampled(ratio, residuals)
 
 
-def _over_length(probe: Probe, moved: FloatArray) -> Sampled:
+def _over_length(probe: ProbeValues, moved: FloatArray) -> Sampled:
     mean = probe.mean(moved)
-    if not probe.per_token:
+    if not probe.quantity.per_token:
         return Sampled(mean, moved - mean)
     ratio = mean / probe.mean_length
     return Sampled(ratio, (moved - ratio * probe.lengths) / probe.mean_length)
 
 
-def _weight_bend(first: TokenTable, other: TokenTable) -> FloatArray:
+def _weight_bend(first: TokenValues, other: TokenValues) -> FloatArray:
     """(seq, tok) second derivative of rho_{<=k} - rho_{<k}: l''_k + l'_k (2 sum_{j<k} l'_j + l'_k)."""
     slope = first.logprobs
     before = np.cumsum(slope, axis=1) - slope
@@ -90,7 +87,7 @@ def measurable_from(slope: float, round_off: float) -> float:
     return round_off / (ROUND_OFF_SHARE * abs(slope)) if slope else float("inf")
 
 
-def round_off_lrs(first: TokenTable, mask: BoolArray, eps: float) -> tuple[float, ...]:
+def round_off_lrs(first: TokenValues, mask: BoolArray, eps: float) -> tuple[float, ...]:
     """Learning rates so small that the true change is known to be linear, and what else is seen is round-off.
 
     They move the log-probs by about a hundred rounding errors: enough for every rounding on the way through
@@ -108,7 +105,7 @@ def round_off_lrs(first: TokenTable, mask: BoolArray, eps: float) -> tuple[float
     return (unit, -unit, 1.5 * unit, -1.5 * unit)
 
 
-def round_off_floor(probe: Probe, first: TokenTable, moved: dict[float, TokenTable]) -> float:
+def round_off_floor(probe: ProbeValues, first: TokenValues, moved: dict[float, TokenValues]) -> float:
     """Round-off error of the true change, from its distance to the linear one at ``round_off_lrs``.
 
     Root mean square over the learning rates of the batch's error; at least the value that independent
@@ -126,5 +123,5 @@ def round_off_floor(probe: Probe, first: TokenTable, moved: dict[float, TokenTab
     for lr, table in moved.items():
         left = per_decision(probe, table).plus(slope, -lr)
         together.append(left.value**2)
-        apart.append(float(((share * (left.influence + left.value)) ** 2).sum()))
+        apart.append(float(((share * (left.residuals + left.value)) ** 2).sum()))
     return float(np.sqrt(np.maximum(np.mean(together), np.mean(apart)))) if together else 0.0

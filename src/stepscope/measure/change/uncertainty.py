@@ -1,6 +1,6 @@
 """Standard errors of a series: delta method, delete-one-prompt jackknife, or bootstrap over prompts.
 
-The delta method linearises the statistic by its influence values (Liang & Zeger 1986); the jackknife deletes
+The delta method linearises the statistic by its residuals (Liang & Zeger 1986); the jackknife deletes
 one prompt at a time (Quenouille 1956, Tukey 1958); the bootstrap draws whole prompts with replacement (Efron
 1979). All are clustered by probe prompt and conditional on the update batch, that is on the direction of the
 step; repeats with fresh update batches (``stepscope study``) show what the update batch adds.
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from stepscope.measure.quantity.estimators import Probe, Sampled
-from stepscope.measure.quantity.values import TokenTable
+from stepscope.measure.quantity.estimators import ProbeValues, Sampled
+from stepscope.measure.quantity.values import TokenValues
 from stepscope.results import IntArray
 from stepscope.stats import (
     Estimate,
@@ -42,9 +42,9 @@ class Evidence:
         moved: values at shifted parameters by learning rate.
     """
 
-    probe: Probe
-    slopes: tuple[TokenTable, ...]
-    moved: Mapping[float, TokenTable]
+    probe: ProbeValues
+    slopes: tuple[TokenValues, ...]
+    moved: Mapping[float, TokenValues]
 
     def select(self, indices: IntArray) -> Evidence:
         """Some sequences, with repeats if asked; the baseline stays as it was fitted on all."""
@@ -56,13 +56,13 @@ class Evidence:
 
 
 @dataclass(frozen=True)
-class _Selection(Mapping[float, TokenTable]):
+class _Selection(Mapping[float, TokenValues]):
     """Some sequences of the tables by learning rate, each selected when it is asked for."""
 
-    tables: Mapping[float, TokenTable]
+    tables: Mapping[float, TokenValues]
     indices: IntArray
 
-    def __getitem__(self, lr: float) -> TokenTable:
+    def __getitem__(self, lr: float) -> TokenValues:
         return self.tables[lr].select(self.indices)
 
     def __iter__(self) -> Iterator[float]:
@@ -81,7 +81,7 @@ def estimate(evidence: Evidence, statistic: Statistic, *, errors: str, unit: str
     Args:
         evidence: tables of the probe batch.
         statistic: what to estimate.
-        errors: ``delta`` (influence values), ``jackknife`` (delete one prompt; also removes the bias of
+        errors: ``delta`` (residuals), ``jackknife`` (delete one prompt; also removes the bias of
             order 1/prompts from the value) or ``bootstrap`` (400 resamples of prompts).
         unit: of the value.
         method: how it was estimated, in words; the kind of error is added.
@@ -104,7 +104,7 @@ def estimate(evidence: Evidence, statistic: Statistic, *, errors: str, unit: str
         return probe.estimate(found, unit=unit, method=how, stderr=spread.stderr)
     without = leave_out(lambda kept: statistic(evidence.select(kept)).value, probe.clusters)
     value, stderr = jackknife(without, found.value)
-    return probe.estimate(Sampled(value, found.influence), unit=unit, method=how, stderr=stderr)
+    return probe.estimate(Sampled(value, found.residuals), unit=unit, method=how, stderr=stderr)
 
 
 def estimate_ratio(

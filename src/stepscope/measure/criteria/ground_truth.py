@@ -20,9 +20,10 @@ import numpy as np
 from torch import Tensor
 
 from stepscope.errors import BatchError
-from stepscope.measure.influence.probe_gradient import bind_quantity, probe_gradient
+from stepscope.measure.influence.probe_gradient import probe_gradient
 from stepscope.measure.kernel.fisher import split_tokens
-from stepscope.measure.quantity.quantities import VERSIONS
+from stepscope.measure.quantity.base import VERSIONS, make_quantity
+from stepscope.measure.quantity.probe import bind_quantity
 from stepscope.measure.step.reconstruct import Step, weighted_logprobs
 from stepscope.policy import vectors
 from stepscope.policy.forward import TokenBatch, TokenOutputs
@@ -199,15 +200,8 @@ def _halves(
     budget: Budget,
 ) -> tuple[list[dict[str, Tensor]], IntArray]:
     """The entropy's gradient on each half of the probe prompts, and the half of each probe sequence."""
-    bound = bind_quantity(
-        policy,
-        probe,
-        "entropy",
-        direction=step.direction,
-        version=version,
-        baseline=baseline,
-        budget=budget,
-    )
+    entropy = make_quantity("entropy", probe, version=version)
+    bound = bind_quantity(policy, probe, entropy, direction=step.direction, baseline=baseline, budget=budget)
     prompts = np.random.default_rng(seed).permutation(probe.num_prompts) % 2
     half = prompts[probe.prompt_index]
     slope = probe_gradient(policy, probe, bound, groups=half, errors=False, budget=budget)

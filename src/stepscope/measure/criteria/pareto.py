@@ -25,9 +25,10 @@ from torch import Tensor
 
 from stepscope.errors import MeasurementError
 from stepscope.measure.criteria.leaderboard import Leaderboard
-from stepscope.measure.influence.probe_gradient import BoundQuantity, bind_quantity
-from stepscope.measure.quantity.estimators import Sampled, per_decision, weights_of
+from stepscope.measure.quantity.base import make_quantity
+from stepscope.measure.quantity.estimators import ProbeValues, Sampled, per_decision, weights_of
 from stepscope.measure.quantity.importance_weights import check_weights, last_weights
+from stepscope.measure.quantity.probe import bind_quantity
 from stepscope.measure.quantity.values import values_at
 from stepscope.measure.step.reconstruct import Step, assemble_step, weighted_logprobs
 from stepscope.measure.step.terms import term_gradients
@@ -135,23 +136,15 @@ def resteps(
     if wrong := [share for share in shares if not 0 < share < 1]:
         raise MeasurementError(f"share of tokens to drop: got {wrong[0]}, expected between 0 and 1")
     bound = [
-        bind_quantity(
-            policy,
-            probe,
-            name,
-            direction=step.direction,
-            normalisation=normalisation,
-            baseline=baseline,
-            budget=budget,
-        )
-        for name, normalisation in (("entropy", "per_token"), ("reward", "per_seq"))
+        bind_quantity(policy, probe, quantity, direction=step.direction, baseline=baseline, budget=budget)
+        for quantity in ("entropy", make_quantity("reward", probe, normalisation="per_seq"))
     ]
 
     def measured(direction: ParameterVector) -> tuple[list[Sampled], str]:
         table = values_at(policy, probe, [b.quantity for b in bound], direction, rate, budget=budget)
         moved = [table.quantity(i) for i in range(len(bound))]
-        last = last_weights(weights_of(bound[1].probe, moved[1]), probe.num_tokens, token_dependent=True)
-        changes = [per_decision(b.probe, m) for b, m in zip(bound, moved, strict=True)]
+        last = last_weights(weights_of(bound[1], moved[1]), probe.num_tokens, token_dependent=True)
+        changes = [per_decision(b, m) for b, m in zip(bound, moved, strict=True)]
         return changes, check_weights(last).reason
 
     ascent = gradient(policy, step.update, weighted_logprobs(step.token_weights), budget=budget)
@@ -193,7 +186,7 @@ def resteps(
 
 def _unseen(first: Sampled, second: Sampled, half: IntArray) -> Sampled:
     """The change of each probe sequence under the step that the other half of the prompts chose."""
-    changes = np.where(half == 1, first.value + first.influence, second.value + second.influence)
+    changes = np.where(half == 1, first.value + first.residuals, second.value + second.residuals)
     return Sampled(float(changes.mean()), changes - changes.mean())
 
 
@@ -228,5 +221,5 @@ def _without(
     return assemble_step(policy, step.update, kept, rest, terms).direction
 
 
-def _estimate(bound: BoundQuantity, sampled: Sampled, method: str, reason: str) -> Estimate:
-    return bound.probe.estimate(sampled, unit=bound.unit, method=method).doubted(reason)
+def _estimate(probe: ProbeValues, sampled: Sampled, method: str, reason: str) -> Estimate:
+    return probe.estimate(sampled, unit=probe.quantity.unit, method=method).doubted(reason)

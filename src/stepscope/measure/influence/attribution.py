@@ -25,15 +25,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypedDict, Unpack
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepscope.errors import MeasurementError
-from stepscope.measure.influence.probe_gradient import Folds, ProbeGradient, bind_quantity, probe_gradient
-from stepscope.measure.quantity.quantities import Quantity
+from stepscope.measure.influence.probe_gradient import Folds, ProbeGradient, probe_gradient
+from stepscope.measure.quantity.base import Quantity
+from stepscope.measure.quantity.objective import quantity_objective
+from stepscope.measure.quantity.probe import bind_quantity
 from stepscope.measure.step.derivative import THROUGHS, Through, step_derivative
 from stepscope.measure.step.reconstruct import Step, weighted_logprobs
 from stepscope.policy.gradients import Mode, directional_derivative, response_logprob
@@ -62,20 +63,28 @@ _SUMS = {
 }
 
 
-class InfluenceOptions(TypedDict, total=False):
-    """What :func:`influence` hands on to :func:`influences`, by name."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class InfluenceOptions:
+    """How influence is estimated.
 
-    quantity: str | Quantity
-    normalisation: str
-    version: str
-    baseline: str
-    reference: nn.Module | None
-    probe_resolved: bool
-    mode: Mode
-    groups: IntArray | None
-    num_folds: int
-    max_groups: int
-    budget: Budget
+    Attributes:
+        baseline: rung of the baseline ladder or ``best``, as in ``measure_change``.
+        probe_resolved: also compute the fixed effect through every single probe sequence, which holds the
+            update's gradients in the budget's memory.
+        mode: how token derivatives are taken, see ``directional_derivative``.
+        groups: (probe seq,) groups of whole probe prompts to keep apart for the errors; by default prompts,
+            or random pools of them.
+        num_folds: folds of the probe that tokens are told apart by, made of the groups; 1 saves passes, and
+            leaves tokens without errors.
+        max_groups: most groups of probe prompts kept apart by default.
+    """
+
+    baseline: str = "best"
+    probe_resolved: bool = False
+    mode: Mode = "auto"
+    groups: IntArray | None = None
+    num_folds: int = NUM_FOLDS
+    max_groups: int = 64
 
 
 @dataclass(frozen=True, repr=False)
@@ -192,7 +201,9 @@ def influence(
     probe: Rollouts,
     *,
     through: Through = "fixed",
-    **options: Unpack[InfluenceOptions],
+    quantity: str | Quantity = "entropy",
+    options: InfluenceOptions = InfluenceOptions(),
+    budget: Budget = Budget(),
 ) -> Influence:
     """The first-order effect of every sequence and token of an update on a quantity.
 
@@ -207,7 +218,9 @@ def influence(
         probe: samples of the policy that are not in the update batch.
         through: ``fixed`` splits the change of the step, with preconditioner and clip coefficient as they
             are; ``optimizer`` differentiates through both, which says what a change of the batch would do.
-        **options: as :func:`influences` takes them: quantity, normalisation, version, baseline and the rest.
+        quantity: a name, or a quantity.
+        options: baseline, folds and groups.
+        budget: what may be used at a time.
 
     Returns:
         Influences per unit of lr. Tokens add up to sequences exactly; ``fixed`` sequences, momentum and
@@ -217,7 +230,9 @@ def influence(
         MeasurementError: the step is not of this update batch, an unknown ``through``, or forward and
             reverse mode disagree.
     """
-    return influences(policy, step, update, probe, throughs=(through,), **options)[0]
+    return influences(
+        policy, step, update, probe, throughs=(through,), quantity=quantity, options=options, budget=budget
+    )[0]
 
 
 def influences(
@@ -228,15 +243,7 @@ def influences(
     *,
     throughs: Sequence[Through] = THROUGHS,
     quantity: str | Quantity = "entropy",
-    normalisation: str = "per_token",
-    version: str = "on_policy",
-    baseline: str = "best",
-    reference: nn.Module | None = None,
-    probe_resolved: bool = False,
-    mode: Mode = "auto",
-    groups: IntArray | None = None,
-    num_folds: int = NUM_FOLDS,
-    max_groups: int = 64,
+    options: InfluenceOptions = InfluenceOptions(),
     budget: Budget = Budget(),
 ) -> tuple[Influence, ...]:
     """:func:`influence` for several ``throughs`` from the same passes over the probe batch.
@@ -250,19 +257,8 @@ def influences(
         update: the batch that makes the step.
         probe: samples of the policy that are not in the update batch.
         throughs: ``fixed``, ``optimizer``, or both.
-        quantity: a name, or a quantity bound to ``probe``.
-        normalisation: ``per_token`` or ``per_seq``.
-        version: ``on_policy`` (prefixes move too) or ``fixed_prefix``.
-        baseline: rung of the baseline ladder or ``best``, as in ``measure_change``.
-        reference: reference model of ``kl``.
-        probe_resolved: also compute the fixed effect through every single probe sequence, which holds the
-            update's gradients in the budget's memory.
-        mode: how token derivatives are taken, see ``directional_derivative``.
-        groups: (probe seq,) groups of whole probe prompts to keep apart for the errors; by default prompts,
-            or random pools of them.
-        num_folds: folds of the probe that tokens are told apart by, made of the groups; 1 saves passes, and
-            leaves tokens without errors.
-        max_groups: most groups of probe prompts kept apart by default.
+        quantity: a name, or a quantity.
+        options: baseline, folds and groups.
         budget: what may be used at a time.
 
     Raises:
@@ -275,25 +271,17 @@ def influences(
             )
     _check_update(step, update)
     bound = bind_quantity(
-        policy,
-        probe,
-        quantity,
-        direction=step.direction,
-        normalisation=normalisation,
-        version=version,
-        baseline=baseline,
-        reference=reference,
-        budget=budget,
+        policy, probe, quantity, direction=step.direction, baseline=options.baseline, budget=budget
     )
     slope = probe_gradient(
         policy,
         probe,
         bound,
-        groups=groups,
-        max_groups=max_groups,
+        groups=options.groups,
+        max_groups=options.max_groups,
         budget=replace(budget, memory_bytes=budget.memory_bytes // (1 + len(throughs))),
     )
-    folds = slope.folds(num_folds)
+    folds = slope.folds(options.num_folds)
     others = {name: slope.dots(part) for name, part in step.components.items() if name != "sequences"}
     linear = slope.dots(step.direction)
     rows = slope.num_groups + 1
@@ -304,24 +292,27 @@ def influences(
     own_gradients = SequenceGradients(update, weighted_logprobs(step.token_weights))
     products = per_sequence_dots(policy, own_gradients, pulled, budget=budget)
     resolved = None
-    if probe_resolved:
+    if options.probe_resolved:
         resolved = gram(
             policy,
             own_gradients,
             preconditioner=step.preconditioner,
             other=SequenceGradients(
-                probe, bound.objective, as_trained=False, keep_logits=bound.quantity.needs_logits
+                probe,
+                quantity_objective(bound),
+                as_trained=False,
+                keep_logits=bound.quantity.needs_logits,
             ),
             budget=budget,
         ).numpy()
-    unit = f"{bound.unit}/lr"
+    unit = f"{bound.quantity.unit}/lr"
     parts = ", ".join(["sequences", *others])
     components = {name: _estimate(slope, by, unit, f"grad F . {name}") for name, by in others.items()}
     found = []
     for i, through in enumerate(throughs):
         part = slice(i * rows, (i + 1) * rows)
         own = {n: t[part] for n, t in pulled.items()}
-        fold_tokens = token_products(policy, step, own, folds.mixing, mode=mode, budget=budget)
+        fold_tokens = token_products(policy, step, own, folds.mixing, mode=options.mode, budget=budget)
         tokens = tuple(np.split(folds.shares @ fold_tokens, np.cumsum(update.num_tokens)[:-1]))
         sequences = np.array([t.sum() for t in tokens])
         own_products = products[part]
@@ -333,9 +324,9 @@ def influences(
             Influence(
                 quantity=bound.quantity.name,
                 through=through,
-                normalisation=normalisation,
-                version=version,
-                baseline=bound.baseline,
+                normalisation=bound.quantity.normalisation,
+                version=bound.quantity.version,
+                baseline=bound.baseline.kind,
                 lr=step.lr,
                 unit=unit,
                 sequences=sequences,
@@ -446,7 +437,7 @@ def _estimate(
     level = float(products[:-1].sum()) / len(slope.groups) if value is None else value
     pooled = "" if slope.by_prompt else " (pooled at random)"
     errors = f"clustered by probe prompts{pooled}, given the update batch"
-    method = f"{how}, first order, baseline {slope.bound.baseline}, {errors}"
+    method = f"{how}, first order, baseline {slope.probe.baseline.kind}, {errors}"
     return estimate_from_sums(level, slope.residuals(products[:, None])[:, 0], unit=unit, method=method)
 
 

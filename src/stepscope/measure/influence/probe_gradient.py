@@ -9,136 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stepscope.errors import MeasurementError
 from stepscope.intervals import studentised
-from stepscope.measure.quantity.baselines import fit_baseline, length_baseline
-from stepscope.measure.quantity.estimators import Probe, after
+from stepscope.measure.quantity.estimators import ProbeValues
 from stepscope.measure.quantity.estimators import value as quantity_value
-from stepscope.measure.quantity.quantities import (
-    Quantity,
-    QuantityValues,
-    make_quantity,
-    quantity_objective,
-    unit_of,
-    why_trivial,
-)
-from stepscope.measure.quantity.values import TokenTable, derivatives, hidden_states, response_mask, values_at
+from stepscope.measure.quantity.objective import quantity_objective
 from stepscope.measure.step.reconstruct import weighted_logprobs
-from stepscope.policy.gradients import Objective, gradient
+from stepscope.policy.gradients import gradient
 from stepscope.policy.passes import Budget
 from stepscope.policy.per_sequence.products import group_gradients
 from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import Brief, FloatArray, IntArray, Rollouts
-
-
-@dataclass(frozen=True)
-class BoundQuantity:
-    """A quantity on a probe batch at the policy's parameters, ready to be differentiated.
-
-    Attributes:
-        quantity: bound to the batch; its base values are those of the policy itself.
-        probe: values, mask, prompts and baselines, as the linear change uses them.
-        objective: (seq,) surrogate; its gradient averaged over sequences is grad F.
-        baseline: rung of the baseline ladder in use.
-        normalisation: ``per_token`` or ``per_seq``.
-        version: ``on_policy`` or ``fixed_prefix``.
-    """
-
-    quantity: Quantity
-    probe: Probe
-    objective: Objective
-    baseline: str
-    normalisation: str
-    version: str
-
-    @property
-    def unit(self) -> str:
-        """Of the quantity in its normalisation."""
-        return unit_of(self.quantity, self.normalisation)
-
-
-def bind_quantity(
-    policy: Policy,
-    rollouts: Rollouts,
-    quantity: str | Quantity,
-    *,
-    direction: ParameterVector,
-    normalisation: str = "per_token",
-    version: str = "on_policy",
-    baseline: str = "best",
-    reference: nn.Module | None = None,
-    budget: Budget = Budget(),
-) -> BoundQuantity:
-    """Evaluate a quantity and fit its baseline exactly as ``measure_change`` does on the same batch.
-
-    Args:
-        policy: the policy.
-        rollouts: the probe batch.
-        quantity: a name, or a quantity bound to ``rollouts``.
-        direction: of the step; with baseline ``best`` the rungs are judged on the change along it, which
-            costs a forward-mode pass.
-        normalisation: ``per_token`` or ``per_seq``.
-        version: ``on_policy`` or ``fixed_prefix``.
-        baseline: ``best``, or a rung of the ladder (``Change.baseline`` saves the pass).
-        reference: reference model of ``kl``.
-        budget: what may be used at a time.
-
-    Raises:
-        MeasurementError: the combination is constant by definition, or an unknown name.
-    """
-    bound = (
-        make_quantity(quantity, rollouts, policy=policy, reference=reference, budget=budget)
-        if isinstance(quantity, str)
-        else quantity
-    )
-    trivial = why_trivial(bound, normalisation, version)
-    if trivial:
-        raise MeasurementError(trivial)
-    table = values_at(policy, rollouts, (bound,), budget=budget).quantity(0)
-    lengths = rollouts.num_tokens
-    base = QuantityValues(_ragged(table.prefix, lengths), _ragged(table.token, lengths))
-    bound = cast(Quantity, replace(cast(Any, bound), base=base))
-    mask = response_mask(rollouts)
-    probe = Probe(
-        table=table,
-        mask=mask,
-        clusters=rollouts.prompt_index,
-        per_token=normalisation == "per_token",
-        on_policy=version == "on_policy",
-        baseline=np.zeros(mask.shape),
-        length_baseline=length_baseline(mask, rollouts.prompt_index),
-    )
-    nothing = np.zeros(mask.shape)
-    slopes = TokenTable(nothing, nothing, nothing)
-    features = None
-    if probe.on_policy and baseline == "best":
-        slopes = derivatives(policy, rollouts, (bound,), direction, budget=budget)[0].quantity(0)
-    if probe.on_policy and baseline in ("best", "ridge"):
-        features = hidden_states(policy, rollouts, budget=budget)
-    fitted = fit_baseline(baseline, probe, slopes, features=features)
-    objective = quantity_objective(
-        bound,
-        rollouts,
-        normalisation=normalisation,
-        version=version,
-        baseline=fitted.per_sequence(lengths) if probe.on_policy else None,
-    )
-    return BoundQuantity(
-        bound, probe.with_baseline(fitted.values), objective, fitted.kind, normalisation, version
-    )
-
-
-def _ragged(table: FloatArray, lengths: IntArray) -> tuple[FloatArray, ...]:
-    return tuple(row[:n] for row, n in zip(table, lengths, strict=True))
 
 
 @dataclass(frozen=True, repr=False)
@@ -161,7 +49,7 @@ class ProbeGradient:
     """grad F in parts: what each group of prompts contributes.
 
     Attributes:
-        bound: the quantity.
+        probe: the quantity on the probe batch.
         parts: name to (group + 1, ...parameter shape): sums of the surrogate's gradient over each group's
             sequences, and last the gradient of the mean length (zero where it does not enter, nan where
             errors were not asked for).
@@ -169,7 +57,7 @@ class ProbeGradient:
         by_prompt: whether each group is one prompt.
     """
 
-    bound: BoundQuantity
+    probe: ProbeValues
     parts: dict[str, Tensor]
     groups: IntArray
     by_prompt: bool
@@ -226,12 +114,12 @@ class ProbeGradient:
 
     def _residuals(self) -> FloatArray:
         """(group, group + 1) what makes r_g times the sequences from the products of the parts."""
-        count, num, probe = self.num_groups, len(self.groups), self.bound.probe
-        share = probe.lengths / probe.mean_length if probe.per_token else np.ones(num)
+        count, num, probe = self.num_groups, len(self.groups), self.probe
+        share = probe.lengths / probe.mean_length if probe.quantity.per_token else np.ones(num)
         found = np.zeros((count, count + 1))
         found[:, :-1] = np.eye(count) - np.bincount(self.groups, weights=share)[:, None] / num
-        if probe.per_token and probe.on_policy:
-            excess = np.bincount(self.groups, weights=quantity_value(probe).influence)
+        if probe.quantity.per_token and probe.quantity.on_policy:
+            excess = np.bincount(self.groups, weights=quantity_value(probe).residuals)
             found[:, -1] = -excess / probe.mean_length
         return found
 
@@ -260,7 +148,7 @@ class ProbeGradient:
 def probe_gradient(
     policy: Policy,
     rollouts: Rollouts,
-    bound: BoundQuantity,
+    probe: ProbeValues,
     *,
     groups: IntArray | None = None,
     errors: bool = True,
@@ -272,7 +160,7 @@ def probe_gradient(
     Args:
         policy: its trainable parameters are differentiated.
         rollouts: the probe batch.
-        bound: the quantity, from :func:`bind_quantity`.
+        probe: the quantity, from ``bind_quantity``.
         groups: (seq,) groups of whole prompts, 0, 1, ..., to be kept apart; by default prompts, or random
             pools of them.
         errors: whether errors are wanted; for a quantity per token and on policy they take the pass for the
@@ -287,17 +175,16 @@ def probe_gradient(
             rollouts.prompt_index, min(max_groups, max(1, budget.memory_bytes // per_group - 2))
         )
     gradients = SequenceGradients(
-        rollouts, bound.objective, as_trained=False, keep_logits=bound.quantity.needs_logits
+        rollouts, quantity_objective(probe), as_trained=False, keep_logits=probe.quantity.needs_logits
     )
     parts = group_gradients(policy, gradients, groups, budget=budget)
-    probe = bound.probe
     slope = {n: torch.full_like(t[0], 0.0 if errors else math.nan) for n, t in parts.items()}
-    if errors and probe.per_token and probe.on_policy:
-        ahead = after(probe.mask.astype(np.float64)) - probe.length_baseline
-        weights = _ragged(ahead / len(rollouts), rollouts.num_tokens)
+    if errors and probe.quantity.per_token and probe.quantity.on_policy:
+        ahead = probe.length_ahead / len(rollouts)
+        weights = tuple(row[:n] for row, n in zip(ahead, rollouts.num_tokens, strict=True))
         slope = gradient(policy, rollouts, weighted_logprobs(weights), as_trained=False, budget=budget)
     return ProbeGradient(
-        bound=bound,
+        probe=probe,
         parts={n: torch.cat([t, slope[n].to(t.dtype).unsqueeze(0)]) for n, t in parts.items()},
         groups=groups,
         by_prompt=int(groups.max()) + 1 == rollouts.num_prompts,

@@ -14,14 +14,13 @@ rank, and the influence itself to add up.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from torch import nn
+from dataclasses import dataclass, replace
 
 from stepscope.measure.influence.attribution import Influence, token_products
-from stepscope.measure.influence.probe_gradient import bind_quantity, probe_gradient
+from stepscope.measure.influence.probe_gradient import probe_gradient
 from stepscope.measure.influence.reliability import FEWEST_FOLDS, implied_gain
-from stepscope.measure.quantity.quantities import Quantity, make_quantity, why_trivial
+from stepscope.measure.quantity.base import Quantity, make_quantity
+from stepscope.measure.quantity.probe import bind_quantity
 from stepscope.measure.step.derivative import step_derivative
 from stepscope.measure.step.reconstruct import Step
 from stepscope.policy.gradients import Mode
@@ -51,7 +50,6 @@ def shrunk_influence(
     found: Influence,
     *,
     quantity: str | Quantity = "entropy",
-    reference: nn.Module | None = None,
     mode: Mode = "auto",
     budget: Budget = Budget(),
 ) -> Shrunk | None:
@@ -65,7 +63,6 @@ def shrunk_influence(
         probe: the probe batch of ``found``.
         found: influence on the on-policy quantity, with at least four folds.
         quantity: as it was given to ``influence``.
-        reference: reference model of ``kl``.
         mode: how token derivatives are taken, see ``directional_derivative``.
         budget: what may be used at a time.
 
@@ -75,20 +72,11 @@ def shrunk_influence(
     """
     if found.version != "on_policy" or len(found.fold_tokens) < FEWEST_FOLDS:
         return None
-    chosen = quantity
-    if isinstance(chosen, str):
-        chosen = make_quantity(chosen, probe, policy=policy, reference=reference, budget=budget)
-    if why_trivial(chosen, found.normalisation, "fixed_prefix"):
+    chosen = make_quantity(quantity, probe, policy=policy)
+    if "fixed_prefix" not in chosen.versions:
         return None
-    bound = bind_quantity(
-        policy,
-        probe,
-        chosen,
-        direction=step.direction,
-        normalisation=found.normalisation,
-        version="fixed_prefix",
-        budget=budget,
-    )
+    at_fixed = replace(chosen, normalisation=found.normalisation, version="fixed_prefix")
+    bound = bind_quantity(policy, probe, at_fixed, direction=step.direction, budget=budget)
     slope = probe_gradient(policy, probe, bound, groups=found.folds.labels, budget=budget)
     pulled = step_derivative(policy, step, found.through).pulled(slope.parts)
     own = slope.folds(len(found.fold_tokens))

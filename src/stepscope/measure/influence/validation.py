@@ -19,19 +19,20 @@ the truth on the other, stepped up to two whole probes (:mod:`stepscope.measure.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from scipy.stats import pearsonr, spearmanr
+from torch import Tensor
 
 from stepscope.errors import MeasurementError
 from stepscope.measure.influence.attribution import Influence
-from stepscope.measure.influence.probe_gradient import BoundQuantity, Folds, bind_quantity
+from stepscope.measure.influence.probe_gradient import Folds
 from stepscope.measure.influence.reliability import split_half
-from stepscope.measure.quantity.estimators import per_decision
-from stepscope.measure.quantity.quantities import Quantity
+from stepscope.measure.quantity.base import Quantity, make_quantity
+from stepscope.measure.quantity.estimators import ProbeValues, per_decision
+from stepscope.measure.quantity.probe import bind_quantity
 from stepscope.measure.quantity.values import values_at
 from stepscope.measure.step.reconstruct import Step, assemble_step, weighted_logprobs
 from stepscope.measure.step.terms import term_gradients
@@ -49,6 +50,35 @@ REMOVALS: tuple[Removal, ...] = ("zeroed", "recomputed")
 
 REWEIGHTING = 1e-3
 """Relative change of a sequence's weight on either side, for the derivative with respect to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemovalOptions:
+    """Which sequences are left out of re-made steps, and how.
+
+    Attributes:
+        removal: ``zeroed`` or ``recomputed``.
+        lr: learning rate of the steps; the step's own by default.
+        num_subsets: random subsets; 0 for none.
+        subset_share: share of the sequences that stay in a subset.
+        num_single: sequences left out one at a time, drawn at random; 0 for none.
+        seed: of subsets and sequences.
+
+    Raises:
+        MeasurementError: an unknown removal.
+    """
+
+    removal: Removal = "zeroed"
+    lr: float | None = None
+    num_subsets: int = 64
+    subset_share: float = 0.5
+    num_single: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what is not there."""
+        if self.removal not in REMOVALS:
+            raise MeasurementError(f"unknown removal {self.removal!r}; choose from {', '.join(REMOVALS)}")
 
 
 @dataclass(frozen=True)
@@ -88,12 +118,7 @@ def remake_steps(
     found: Influence,
     *,
     quantity: str | Quantity | None = None,
-    removal: Removal = "zeroed",
-    lr: float | None = None,
-    num_subsets: int = 64,
-    subset_share: float = 0.5,
-    num_single: int = 32,
-    seed: int = 0,
+    options: RemovalOptions = RemovalOptions(),
     budget: Budget = Budget(),
 ) -> Remade:
     """Make a step again with other weights of its sequences, and measure each.
@@ -108,59 +133,55 @@ def remake_steps(
         probe: the batch on which changes are measured.
         found: what says of which quantity: its name, normalisation, version and baseline.
         quantity: as it was given to ``influence``; by default the quantity of that name.
-        removal: ``zeroed`` or ``recomputed``.
-        lr: learning rate of the steps; the step's own by default.
-        num_subsets: random subsets; 0 for none.
-        subset_share: share of the sequences that stay in a subset.
-        num_single: sequences left out one at a time, drawn at random; 0 for none.
-        seed: of subsets and sequences.
+        options: which sequences are left out, and how.
         budget: what may be used at a time.
 
     Raises:
-        MeasurementError: an unknown removal, a learning rate of zero, or a loss whose token weights are not
+        MeasurementError: a learning rate of zero, or a loss whose token weights are not
             proportional to the advantage (a KL penalty, an off-policy batch), for ``recomputed``.
     """
-    rate = step.lr if lr is None else lr
-    if removal not in REMOVALS:
-        raise MeasurementError(f"unknown removal {removal!r}; choose from {', '.join(REMOVALS)}")
+    rate = step.lr if options.lr is None else options.lr
     if not rate > 0:
         raise MeasurementError("validation needs a learning rate above 0; the step's own is 0, pass lr=")
-    bound = bind_quantity(
-        policy,
-        probe,
+    chosen = make_quantity(
         found.quantity if quantity is None else quantity,
-        direction=step.direction,
+        probe,
+        policy=policy,
         normalisation=found.normalisation,
         version=found.version,
-        baseline=found.baseline,
-        budget=budget,
+    )
+    bound = bind_quantity(
+        policy, probe, chosen, direction=step.direction, baseline=found.baseline, budget=budget
     )
     count = len(step.update)
-    rng = np.random.default_rng(seed)
-    kept = max(1, min(count - 1, round(subset_share * count)))
-    subsets = np.zeros((num_subsets, count), dtype=bool)
+    rng = np.random.default_rng(options.seed)
+    kept = max(1, min(count - 1, round(options.subset_share * count)))
+    subsets = np.zeros((options.num_subsets, count), dtype=bool)
     for row in subsets:
         row[rng.choice(count, kept, replace=False)] = True
-    singles = np.sort(rng.choice(count, min(num_single, count), replace=False))
+    singles = np.sort(rng.choice(count, min(options.num_single, count), replace=False))
     without = np.ones((len(singles), count), dtype=bool)
     without[np.arange(len(singles)), singles] = False
     masks = np.concatenate([np.ones((1, count), dtype=bool), subsets, without])
-    if removal == "zeroed":
+    if options.removal == "zeroed":
         per_unit, shares = step.token_weights, masks.astype(np.float64)
         little = np.ones((len(singles), count))
         little[np.arange(len(singles)), singles] = 0.0
         shares = np.concatenate([shares, 1 + REWEIGHTING * (1 - little), 1 - REWEIGHTING * (1 - little)])
     else:
         per_unit, shares = _unit_weights(policy, step), _advantages_within(policy, step.update, masks)
-    truth, by_fold = _true_changes(policy, step, probe, bound, per_unit, shares, rate, found.folds, budget)
-    parts = np.cumsum([1, num_subsets, len(singles), len(singles)])
+    gradients = weighted_gradients(
+        policy, SequenceGradients(step.update, weighted_logprobs(per_unit)), shares, budget=budget
+    )
+    truth, by_fold = _true_changes(policy, step, probe, bound, gradients, rate, found.folds, budget)
+    parts = np.cumsum([1, len(subsets), len(singles), len(singles)])
     whole, halves, alone, more, less = np.split(truth, parts)
     whole_folds, halves_folds, alone_folds, *_ = np.split(by_fold, parts, axis=1)
-    if removal == "recomputed":
+    if options.removal == "recomputed":
         more = less = np.empty(0)
     return Remade(
         quantity=found.quantity,
-        removal=removal,
+        removal=options.removal,
         lr=rate,
         subsets=subsets,
         subset_true=halves,
@@ -234,32 +255,29 @@ def _true_changes(
     policy: Policy,
     step: Step,
     probe: Rollouts,
-    bound: BoundQuantity,
-    per_unit: Sequence[FloatArray],
-    shares: FloatArray,
+    bound: ProbeValues,
+    gradients: dict[str, Tensor],
     lr: float,
     folds: Folds,
     budget: Budget,
 ) -> tuple[FloatArray, FloatArray]:
-    """True change of the quantity under the step re-made with each (case, seq) row of shares.
+    """True change of the quantity under the step re-made with each (case, ...parameter shape) gradient.
 
     (case,) on the whole probe batch, and (fold, case) on each fold of it.
     """
     members = folds.labels == np.arange(len(folds.shares))[:, None]
     members = members / members.sum(1, keepdims=True)
-    sums = weighted_gradients(
-        policy, SequenceGradients(step.update, weighted_logprobs(per_unit)), shares, budget=budget
-    )
     terms = term_gradients(policy, step.update, remade=True, budget=budget)
-    changes = np.empty(len(shares))
-    by_fold = np.empty((len(members), len(shares)))
-    for row in track(range(len(shares)), "re-made steps", budget):
-        ascent = {n: t[row].to(policy.dtype) for n, t in sums.items()}
+    count = len(next(iter(gradients.values())))
+    changes = np.empty(count)
+    by_fold = np.empty((len(members), count))
+    for row in track(range(count), "re-made steps", budget):
+        ascent = {n: t[row].to(policy.dtype) for n, t in gradients.items()}
         remade = assemble_step(policy, step.update, step.token_weights, ascent, terms)
         moved = values_at(policy, probe, (bound.quantity,), remade.direction, lr, budget=budget).quantity(0)
-        change = per_decision(bound.probe, moved)
+        change = per_decision(bound, moved)
         changes[row] = change.value
-        by_fold[:, row] = change.value + members @ change.influence
+        by_fold[:, row] = change.value + members @ change.residuals
     return changes, by_fold
 
 

@@ -15,13 +15,13 @@ What a baseline bought is judged by the clustered standard error of the linear c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 
 from stepscope.errors import MeasurementError
-from stepscope.measure.quantity.estimators import Probe, after, linear, returns
-from stepscope.measure.quantity.values import TokenTable
+from stepscope.measure.quantity.estimators import Baseline, ProbeValues, after, linear, returns
+from stepscope.measure.quantity.values import TokenValues
 from stepscope.results import BoolArray, FloatArray, IntArray
 
 LADDER = ("none", "current", "position", "ridge")
@@ -32,27 +32,6 @@ or more (16: 0.18, 32: 0.10, at most 0.08 from 64 on) and its intervals cover 91
 MARGIN = 0.05
 """``best`` leaves the default rung only for one whose standard error is smaller by this share."""
 RIDGE_STRENGTHS = (1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """A fitted baseline and what it bought.
-
-    Attributes:
-        kind: the rung chosen.
-        values: (seq, tok) b_k.
-        stderr: standard error of the linear change, per unit lr, that each rung tried leaves.
-        explained: share of the variance of R_k that the chosen rung explains, out of sample.
-    """
-
-    kind: str
-    values: FloatArray
-    stderr: dict[str, float]
-    explained: float
-
-    def per_sequence(self, num_tokens: IntArray) -> tuple[FloatArray, ...]:
-        """One (tok,) array per sequence, as ``quantity_objective`` takes it."""
-        return tuple(row[:n] for row, n in zip(self.values, num_tokens, strict=True))
 
 
 def length_baseline(mask: BoolArray, clusters: IntArray) -> FloatArray:
@@ -156,7 +135,7 @@ def _squared_error(
 
 
 def fit_baseline(
-    kind: str, probe: Probe, first: TokenTable, *, features: FloatArray | None = None, seed: int = 0
+    kind: str, probe: ProbeValues, first: TokenValues, *, features: FloatArray | None = None, seed: int = 0
 ) -> Baseline:
     """Fit a rung of the ladder, or all of them and keep one.
 
@@ -178,10 +157,10 @@ def fit_baseline(
         raise MeasurementError(f"unknown baseline {kind!r}; choose from best, {', '.join(LADDER)}")
     if kind == "ridge" and features is None:
         raise MeasurementError("the ridge baseline needs hidden states; pass features=")
-    nothing = np.zeros_like(probe.baseline)
-    if not probe.on_policy:
-        return Baseline("none", nothing, {}, float("nan"))
-    targets = returns(probe.table, probe.mask, probe.offset)
+    nothing = np.zeros(probe.mask.shape)
+    if not probe.quantity.on_policy:
+        return Baseline("none", nothing)
+    targets = returns(probe.values, probe.mask, probe.offset)
     if kind == "best" and probe.sequence_weights is None and len(np.unique(probe.clusters)) < FEWEST_PROMPTS:
         kind = DEFAULT_RUNG
     rungs = LADDER if kind == "best" else (kind,)
@@ -190,14 +169,16 @@ def fit_baseline(
         if rung == "none":
             fitted[rung] = nothing
         elif rung == "current":
-            fitted[rung] = probe.table.prefix * probe.mask
+            fitted[rung] = probe.values.prefix * probe.mask
         elif rung == "position":
             fitted[rung] = position_mean(targets, probe.mask, probe.clusters)
         elif features is not None:
-            inputs = np.concatenate([features, probe.table.prefix[..., None]], axis=-1)
+            inputs = np.concatenate([features, probe.values.prefix[..., None]], axis=-1)
             fitted[rung] = ridge_critic(targets, inputs, probe.mask, probe.clusters, seed=seed)
     stderr = {
-        rung: probe.estimate(linear(probe.with_baseline(b), first), unit="", method="").stderr
+        rung: probe.estimate(
+            linear(replace(probe, baseline=Baseline(rung, b)), first), unit="", method=""
+        ).stderr
         for rung, b in fitted.items()
     }
     chosen = _choose(stderr) if kind == "best" else kind

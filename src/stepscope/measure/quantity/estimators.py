@@ -1,7 +1,7 @@
 """Estimators of a quantity's change: algebra on per-token tables, in float64, without a model.
 
-With the importance weights rho of ``measure.quantity.importance_weights`` and any
-b_k that is a function of the prefix,
+With the importance weights rho of ``measure.quantity.importance_weights`` and any b_k that is a function of
+the prefix,
 
     F(params') - F = E[ sum_k (rho_{<=k} - rho_{<k}) (R'_k - b_k) + sum_k (f'_k - f_k) ]
 
@@ -10,63 +10,80 @@ mean zero. Its first and second derivatives at lr = 0 are the linear and second-
 term, so the three agree on the same samples and not only on average. Per token the same is done for
 sum_k (f_k - Fbar), Fbar fixed, and for the length; the ratio's error is the delta method's.
 
-Every estimator gives a value and its influence values (mean zero); standard errors are clustered by prompt.
+Every estimator gives a value and its residuals (mean zero); standard errors are clustered by prompt.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from stepscope.measure.quantity.base import Quantity
 from stepscope.measure.quantity.importance_weights import Weights, importance_weights
-from stepscope.measure.quantity.values import TokenTable
+from stepscope.measure.quantity.values import TokenValues
 from stepscope.results import BoolArray, FloatArray, IntArray
 from stepscope.stats import Estimate, clustered_estimate
 
 
 @dataclass(frozen=True)
 class Sampled:
-    """A value with its influence values: value + mean of those is the estimator's first-order expansion.
+    """A value with its residuals: value + mean of those is the estimator's first-order expansion.
 
     Attributes:
         value: the estimate.
-        influence: (seq,) first-order effect of each sequence on the value, times the number of sequences.
+        residuals: (seq,) first-order effect of each sequence on the value, times the number of sequences.
     """
 
     value: float
-    influence: FloatArray
+    residuals: FloatArray
 
     def scaled(self, factor: float) -> Sampled:
         """``factor`` times it."""
-        return Sampled(factor * self.value, factor * self.influence)
+        return Sampled(factor * self.value, factor * self.residuals)
 
     def plus(self, other: Sampled, factor: float = 1.0) -> Sampled:
         """The sum ``self + factor * other``, errors paired sequence by sequence."""
-        return Sampled(self.value + factor * other.value, self.influence + factor * other.influence)
+        return Sampled(self.value + factor * other.value, self.residuals + factor * other.residuals)
 
 
 @dataclass(frozen=True)
-class Probe:
-    """A quantity on a probe batch, ready for estimation.
+class Baseline:
+    """b_k, and what it bought.
 
     Attributes:
-        table: values at the parameters themselves.
+        kind: rung of the ladder of :mod:`stepscope.measure.quantity.baselines`.
+        values: (seq, tok) b_k.
+        stderr: standard error of the linear change, per unit lr, that each rung tried leaves.
+        explained: share of the variance of R_k that the chosen rung explains, out of sample.
+    """
+
+    kind: str
+    values: FloatArray
+    stderr: dict[str, float] = field(default_factory=dict)
+    explained: float = math.nan
+
+
+@dataclass(frozen=True)
+class ProbeValues:
+    """A quantity's values on a probe batch, ready for estimation.
+
+    Attributes:
+        quantity: whose normalisation and version the estimators follow.
+        values: at the parameters themselves.
         mask: (seq, tok) True on response tokens.
         clusters: (seq,) prompt of each sequence.
-        per_token: whether the quantity is divided by the expected length.
-        on_policy: whether the prefixes move with the policy.
-        baseline: (seq, tok) b_k, for R_k centred as the normalisation wants.
+        baseline: for R_k centred as the normalisation wants.
         length_baseline: (seq, tok) the same for the number of positions that follow.
         sequence_weights: (seq,) sum to one where the batch enumerates all responses; None for a sample.
     """
 
-    table: TokenTable
+    quantity: Quantity
+    values: TokenValues
     mask: BoolArray
     clusters: IntArray
-    per_token: bool
-    on_policy: bool
-    baseline: FloatArray
+    baseline: Baseline
     length_baseline: FloatArray
     sequence_weights: FloatArray | None = None
 
@@ -84,7 +101,7 @@ class Probe:
     @property
     def totals(self) -> FloatArray:
         """(seq,) sum_k f_k."""
-        return np.asarray((self.table.prefix + self.table.token).sum(1), dtype=np.float64)
+        return np.asarray((self.values.prefix + self.values.token).sum(1), dtype=np.float64)
 
     @property
     def mean_length(self) -> float:
@@ -94,25 +111,35 @@ class Probe:
     @property
     def centre(self) -> float:
         """Fbar = F/N per token, 0 per sequence."""
-        return self.mean(self.totals) / self.mean_length if self.per_token else 0.0
+        return self.mean(self.totals) / self.mean_length if self.quantity.per_token else 0.0
 
     @property
     def offset(self) -> float:
         """What is taken off every f_k: ``centre`` where positions come and go, 0 where they stay."""
-        return self.centre if self.on_policy else 0.0
+        return self.centre if self.quantity.on_policy else 0.0
 
-    def with_baseline(self, baseline: FloatArray) -> Probe:
-        """The same probe with another b_k."""
-        return replace(self, baseline=baseline)
+    @property
+    def ahead(self) -> FloatArray:
+        """(seq, tok) R_k - b_k, R_k centred as the normalisation wants."""
+        return self.ahead_at(self.values)
 
-    def select(self, indices: IntArray) -> Probe:
+    def ahead_at(self, values: TokenValues) -> FloatArray:
+        """(seq, tok) R_k - b_k with R_k from other values of the same tokens."""
+        return returns(values, self.mask, self.offset) - self.baseline.values
+
+    @property
+    def length_ahead(self) -> FloatArray:
+        """(seq, tok) number of positions that follow, less its baseline."""
+        return after(self.mask.astype(np.float64)) - self.length_baseline
+
+    def select(self, indices: IntArray) -> ProbeValues:
         """Some sequences, with repeats if asked; fitted baselines stay."""
         return replace(
             self,
-            table=self.table.select(indices),
+            values=self.values.select(indices),
             mask=self.mask[indices],
             clusters=self.clusters[indices],
-            baseline=self.baseline[indices],
+            baseline=replace(self.baseline, values=self.baseline.values[indices]),
             length_baseline=self.length_baseline[indices],
             sequence_weights=None if self.sequence_weights is None else self.sequence_weights[indices],
         )
@@ -120,12 +147,12 @@ class Probe:
     def estimate(self, sampled: Sampled, *, unit: str, method: str, stderr: float | None = None) -> Estimate:
         """An estimate with its standard error clustered by prompt; exact expectations have error 0.
 
-        With ``stderr`` the error was found by another way than the influence values.
+        With ``stderr`` the error was found by another way than the residuals.
         """
         if self.sequence_weights is not None:
             return Estimate(sampled.value, 0.0, len(self.mask), unit, f"exact expectation, {method}")
         return clustered_estimate(
-            sampled.value, sampled.influence, self.clusters, unit=unit, method=method, stderr=stderr
+            sampled.value, sampled.residuals, self.clusters, unit=unit, method=method, stderr=stderr
         )
 
 
@@ -134,47 +161,42 @@ def after(values: FloatArray) -> FloatArray:
     return np.asarray(np.cumsum(values[:, ::-1], axis=1)[:, ::-1] - values, dtype=np.float64)
 
 
-def returns(table: TokenTable, mask: BoolArray, offset: float) -> FloatArray:
+def returns(values: TokenValues, mask: BoolArray, offset: float) -> FloatArray:
     """(seq, tok) R_k = sum_{j>k} (prefix_j - offset) + sum_{j>=k} token_j; zero on padding."""
-    ahead = after(table.prefix - offset * mask)
-    return np.asarray((ahead + after(table.token) + table.token) * mask, dtype=np.float64)
+    ahead = after(values.prefix - offset * mask)
+    return np.asarray((ahead + after(values.token) + values.token) * mask, dtype=np.float64)
 
 
-def value(probe: Probe) -> Sampled:
-    """The quantity before the step: F, or F/N with the ratio's influence values."""
+def value(probe: ProbeValues) -> Sampled:
+    """The quantity before the step: F, or F/N with the ratio's residuals."""
     totals = probe.totals
-    if not probe.per_token:
-        mean = probe.mean(totals)
-        return Sampled(mean, totals - mean)
+    if not probe.quantity.per_token:
+        return _centred(probe, totals)
     return Sampled(probe.centre, (totals - probe.centre * probe.lengths) / probe.mean_length)
 
 
-def linear(probe: Probe, first: TokenTable) -> Sampled:
+def linear(probe: ProbeValues, first: TokenValues) -> Sampled:
     """dF/dlr at lr = 0: E[sum_k f-dot_k + sum_k (R_k - b_k) l-dot_k], a ratio per token."""
     moved = (first.prefix + first.token).sum(1)
-    if probe.on_policy:
-        ahead = returns(probe.table, probe.mask, probe.offset) - probe.baseline
-        moved = moved + (ahead * first.logprobs).sum(1)
+    if probe.quantity.on_policy:
+        moved = moved + (probe.ahead * first.logprobs).sum(1)
     mean = probe.mean(moved)
-    if not probe.per_token:
+    if not probe.quantity.per_token:
         return Sampled(mean, moved - mean)
     ratio = mean / probe.mean_length
-    influence = (moved - ratio * probe.lengths) / probe.mean_length
+    residuals = (moved - ratio * probe.lengths) / probe.mean_length
     length = length_slope(probe, first)
-    return Sampled(ratio, influence - value(probe).influence * length.value / probe.mean_length)
+    return Sampled(ratio, residuals - value(probe).residuals * length.value / probe.mean_length)
 
 
-def length_slope(probe: Probe, first: TokenTable) -> Sampled:
+def length_slope(probe: ProbeValues, first: TokenValues) -> Sampled:
     """dN/dlr; zero where the prefixes stay."""
-    if not probe.on_policy:
+    if not probe.quantity.on_policy:
         return Sampled(0.0, np.zeros(len(probe.mask)))
-    ahead = after(probe.mask.astype(np.float64)) - probe.length_baseline
-    moved = (ahead * first.logprobs).sum(1)
-    mean = probe.mean(moved)
-    return Sampled(mean, moved - mean)
+    return _centred(probe, (probe.length_ahead * first.logprobs).sum(1))
 
 
-def per_decision(probe: Probe, moved: TokenTable) -> Sampled:
+def per_decision(probe: ProbeValues, moved: TokenValues) -> Sampled:
     """True change by per-decision weights with the probe's baseline as control variate.
 
     Unbiased for F(params') - F; consistent (bias of order 1/prompts) for the ratio per token.
@@ -183,32 +205,32 @@ def per_decision(probe: Probe, moved: TokenTable) -> Sampled:
         probe: the probe.
         moved: token values at the shifted parameters.
     """
-    total = (moved.prefix - probe.table.prefix + moved.token - probe.table.token).sum(1)
+    total = (moved.prefix - probe.values.prefix + moved.token - probe.values.token).sum(1)
     length = np.zeros(len(total))
-    if probe.on_policy:
-        weights = importance_weights(probe.table.logprobs, moved.logprobs)
-        total = total + (weights.growth * (returns(moved, probe.mask, probe.offset) - probe.baseline)).sum(1)
-        length = (weights.growth * (after(probe.mask.astype(np.float64)) - probe.length_baseline)).sum(1)
+    if probe.quantity.on_policy:
+        weights = importance_weights(probe.values.logprobs, moved.logprobs)
+        total = total + (weights.growth * probe.ahead_at(moved)).sum(1)
+        length = (weights.growth * probe.length_ahead).sum(1)
     return _ratio(probe, _centred(probe, total), _centred(probe, length))
 
 
-def self_normalised(probe: Probe, moved: TokenTable) -> Sampled:
+def self_normalised(probe: ProbeValues, moved: TokenValues) -> Sampled:
     """True change by per-decision weights divided by their mean over sequences at each position.
 
     F' = sum_k (sum_i rho_{i,<k} f'_ik) / (sum_i rho_{i,<k}); a finished response keeps its last weight and
     adds nothing. Consistent, bias of order 1/n; bounded where plain weights are not.
     """
-    if not probe.on_policy:
+    if not probe.quantity.on_policy:
         return per_decision(probe, moved)
-    weights = importance_weights(probe.table.logprobs, moved.logprobs)
+    weights = importance_weights(probe.values.logprobs, moved.logprobs)
     mask = probe.mask.astype(np.float64)
     total = _position_means(
-        probe, weights.before, moved.prefix - probe.offset * mask, probe.table.prefix - probe.offset * mask
-    ).plus(_position_means(probe, weights.through, moved.token, probe.table.token))
+        probe, weights.before, moved.prefix - probe.offset * mask, probe.values.prefix - probe.offset * mask
+    ).plus(_position_means(probe, weights.through, moved.token, probe.values.token))
     return _ratio(probe, total, _position_means(probe, weights.before, mask, mask))
 
 
-def _position_means(probe: Probe, excess: FloatArray, now: FloatArray, base: FloatArray) -> Sampled:
+def _position_means(probe: ProbeValues, excess: FloatArray, now: FloatArray, base: FloatArray) -> Sampled:
     """sum_k of self-normalised mean of ``now`` minus mean of ``base``, from weights minus one."""
     mean = np.array([probe.mean(column) for column in excess.T])
     relative = (excess - mean) / (1 + mean)
@@ -218,14 +240,14 @@ def _position_means(probe: Probe, excess: FloatArray, now: FloatArray, base: Flo
     return Sampled(float(change.sum()), (gained - relative * level - change).sum(1))
 
 
-def whole_sequence(probe: Probe, moved: TokenTable) -> Sampled:
+def whole_sequence(probe: ProbeValues, moved: TokenValues) -> Sampled:
     """True change with the whole response's weight on every position, self-normalised.
 
     The customary estimator; consistent, and the baseline that the others are compared with.
     """
-    if not probe.on_policy:
+    if not probe.quantity.on_policy:
         return per_decision(probe, moved)
-    excess = importance_weights(probe.table.logprobs, moved.logprobs).whole
+    excess = importance_weights(probe.values.logprobs, moved.logprobs).whole
     now = (moved.prefix + moved.token).sum(1) - probe.offset * probe.lengths
     base = probe.totals - probe.offset * probe.lengths
     mean = probe.mean(excess)
@@ -239,40 +261,40 @@ def whole_sequence(probe: Probe, moved: TokenTable) -> Sampled:
     return _ratio(probe, reweighted(now, base), reweighted(probe.lengths, probe.lengths))
 
 
-def regression(probe: Probe, moved: TokenTable) -> Sampled:
+def regression(probe: ProbeValues, moved: TokenValues) -> Sampled:
     """Per-decision change with the whole response's weight, whose mean is one, as regression control variate.
 
     The coefficient is the least-squares one; consistent, bias of order 1/n.
     """
     plain = per_decision(probe, moved)
-    if not probe.on_policy:
+    if not probe.quantity.on_policy:
         return plain
-    control = importance_weights(probe.table.logprobs, moved.logprobs).whole
+    control = importance_weights(probe.values.logprobs, moved.logprobs).whole
     excess = control - probe.mean(control)
     spread = probe.mean(excess**2)
-    slope = probe.mean(excess * plain.influence) / spread if spread > 0 else 0.0
-    return Sampled(plain.value - slope * probe.mean(control), plain.influence - slope * excess)
+    slope = probe.mean(excess * plain.residuals) / spread if spread > 0 else 0.0
+    return Sampled(plain.value - slope * probe.mean(control), plain.residuals - slope * excess)
 
 
-def weights_of(probe: Probe, moved: TokenTable) -> Weights:
+def weights_of(probe: ProbeValues, moved: TokenValues) -> Weights:
     """The importance weights behind an on-policy change."""
-    return importance_weights(probe.table.logprobs, moved.logprobs)
+    return importance_weights(probe.values.logprobs, moved.logprobs)
 
 
-def _centred(probe: Probe, values: FloatArray) -> Sampled:
+def _centred(probe: ProbeValues, values: FloatArray) -> Sampled:
     mean = probe.mean(values)
     return Sampled(mean, values - mean)
 
 
-def _ratio(probe: Probe, total: Sampled, length: Sampled) -> Sampled:
+def _ratio(probe: ProbeValues, total: Sampled, length: Sampled) -> Sampled:
     """Change of F (per_seq) or F/N from the changes of E[sum (f - Fbar)] and of N, paired by sequence."""
-    if not probe.per_token:
+    if not probe.quantity.per_token:
         return total
     N = probe.mean_length
     moved_N = N + length.value
     ratio = total.value / moved_N
-    influence = (total.influence - ratio * (length.influence + probe.lengths - N)) / moved_N
-    return Sampled(ratio, influence - value(probe).influence * length.value / moved_N)
+    residuals = (total.residuals - ratio * (length.residuals + probe.lengths - N)) / moved_N
+    return Sampled(ratio, residuals - value(probe).residuals * length.value / moved_N)
 
 
 ESTIMATORS = {

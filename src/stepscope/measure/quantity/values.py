@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from stepscope.errors import MeasurementError
-from stepscope.measure.quantity.quantities import Quantity
+from stepscope.measure.quantity.base import Quantity
 from stepscope.policy.forward import TokenBatch, forward
 from stepscope.policy.numerics.differentiation import whole_function
 from stepscope.policy.numerics.nested import SmoothActivations
@@ -41,7 +41,7 @@ ROUND_OFFS = 100
 
 
 @dataclass(frozen=True)
-class TokenTable:
+class TokenValues:
     """Numbers per response token, zero on padding.
 
     Attributes:
@@ -56,14 +56,14 @@ class TokenTable:
     token: FloatArray
     doubt: str = ""
 
-    def select(self, indices: IntArray) -> TokenTable:
+    def select(self, indices: IntArray) -> TokenValues:
         """The rows of some sequences, with repeats if asked."""
         rows = self.logprobs[indices], self.prefix[..., indices, :], self.token[..., indices, :]
-        return TokenTable(*rows, doubt=self.doubt)
+        return TokenValues(*rows, doubt=self.doubt)
 
-    def quantity(self, index: int) -> TokenTable:
-        """The table of one quantity; the leading axis of ``prefix`` and ``token`` is gone."""
-        return TokenTable(self.logprobs, self.prefix[index], self.token[index], doubt=self.doubt)
+    def quantity(self, index: int) -> TokenValues:
+        """Those of one quantity; the leading axis of ``prefix`` and ``token`` is gone."""
+        return TokenValues(self.logprobs, self.prefix[index], self.token[index], doubt=self.doubt)
 
 
 def response_mask(rollouts: Rollouts) -> BoolArray:
@@ -80,7 +80,7 @@ def values_at(
     lr: float = 0.0,
     *,
     budget: Budget = Budget(),
-) -> TokenTable:
+) -> TokenValues:
     """Log-probs and quantity values at ``params + lr * direction``; the parameters are restored bitwise.
 
     Args:
@@ -131,7 +131,7 @@ def derivatives(
     *,
     order: int = 1,
     budget: Budget = Budget(),
-) -> tuple[TokenTable, ...]:
+) -> tuple[TokenValues, ...]:
     """First (and second) derivative in lr, at lr = 0, of every token's values, in forward mode.
 
     Order 2 nests two forward modes. No graph is kept: memory is that of two (four) forward passes of a
@@ -263,7 +263,7 @@ class _Collector:
         self.prefix[:, rows, :width] = (prefix * mask).double().cpu().numpy()
         self.token[:, rows, :width] = (token * mask).double().cpu().numpy()
 
-    def result(self, what: str) -> TokenTable:
+    def result(self, what: str) -> TokenValues:
         for kind, values in (
             ("log-prob", self.logprobs),
             ("quantity", self.prefix),
@@ -275,7 +275,7 @@ class _Collector:
                     f"{what} of the {kind} of sequence {row}, response token {position}: not finite; measure "
                     "with --precision float64, or smaller learning rates"
                 )
-        return TokenTable(self.logprobs, self.prefix, self.token)
+        return TokenValues(self.logprobs, self.prefix, self.token)
 
 
 def hidden_states(

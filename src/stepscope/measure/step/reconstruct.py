@@ -94,7 +94,7 @@ def reconstruct_step(
         reference: the policy of the KL penalty, needed when ``settings.beta`` is not zero and the policy
             is no PEFT adapter (an adapter's reference is the model without it, or under TRL's adapter
             ``ref``).
-        influences: what the objective ``influence`` looks at, from ``token_influence.objective_influences``.
+        influences: what the rule ``influence`` looks at, from ``measure.influence.token_influence``.
         off_policy: the batch was sampled by another policy, whose log-probs it carries; they enter the ratio.
         budget: what may be used at a time.
 

@@ -11,19 +11,20 @@ from stepscope import runs
 from stepscope.config import Stage
 from stepscope.errors import MeasurementError
 from stepscope.intervals import student
-from stepscope.measure.change.series import doubted
-from stepscope.measure.change.sweep import measure_changes
+from stepscope.measure.change.estimate import doubted
+from stepscope.measure.change.measured import measure_changes
+from stepscope.measure.change.options import ChangeOptions
 from stepscope.measure.change.uncertainty import estimate_ratio
 from stepscope.measure.criteria.leaderboard import Leaderboard, rank_criteria
 from stepscope.measure.criteria.pareto import drop_rules, resteps
 from stepscope.measure.criteria.regression import property_study
-from stepscope.measure.influence.attribution import influence, neglected_share
+from stepscope.measure.influence.attribution import InfluenceOptions, influence, neglected_share
 from stepscope.measure.influence.reliability import reliabilities
 from stepscope.measure.influence.shrinkage import Shrunk, shrunk_influence
-from stepscope.measure.influence.validation import compare, remake_steps
+from stepscope.measure.influence.validation import RemovalOptions, compare, remake_steps
 from stepscope.measure.kernel.fisher import fisher_kernel
 from stepscope.measure.noise.scale import effect_noise_scale, noise_scale
-from stepscope.measure.quantity.quantities import unit_of
+from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.step.lifetime import lifetime, lifetime_figures
 from stepscope.measure.step.reconstruct import step_components
 from stepscope.measure.step.rounding import RoundedStep
@@ -166,15 +167,15 @@ def measure_sweep(session: Session) -> Figures:
         session.policy,
         session.line,
         session.probe,
-        quantities=session.quantities,
+        quantities=[variant for quantity in session.quantities for variant in quantity.variants()],
         lrs=config.lrs,
-        normalisations=("per_token", "per_seq"),
-        versions=("on_policy", "fixed_prefix"),
-        baseline=config.baseline,
-        estimator=config.estimator,
-        errors=config.errors,
-        second_order=config.second_order,
-        antithetic=config.antithetic,
+        options=ChangeOptions(
+            baseline=config.baseline,
+            estimator=config.estimator,
+            errors=config.errors,
+            second_order=config.second_order,
+            antithetic=config.antithetic,
+        ),
         taken=session.taken,
         budget=session.budget,
     )
@@ -308,12 +309,14 @@ def validate_shares(session: Session) -> Figures:
             session.probe,
             ways[0],
             quantity=session.quantities[0],
-            removal=removal,
-            lr=session.line.lr,
-            num_subsets=config.validation.num_subsets,
-            subset_share=config.validation.subset_share,
-            num_single=config.validation.num_single,
-            seed=config.validation.seed,
+            options=RemovalOptions(
+                removal=removal,
+                lr=session.line.lr,
+                num_subsets=config.validation.num_subsets,
+                subset_share=config.validation.subset_share,
+                num_single=config.validation.num_single,
+                seed=config.validation.seed,
+            ),
             budget=session.budget,
         )
         for way in ways:
@@ -360,11 +363,10 @@ def weigh_noise(session: Session) -> Figures:
         table = runs.read_record(InfluenceSequences, session.run.file("influence_sequences.parquet"))
         table = table.where((table.component == "sequence") & (table.through == "fixed"))
         for quantity in session.quantities:
-            normalisation = quantity.normalisations[0]
-            effects[f"{quantity.name}_{normalisation}"] = effect_noise_scale(
+            effects[f"{quantity.name}_{quantity.normalisation}"] = effect_noise_scale(
                 table.influence[table.quantity == quantity.name],
                 update.prompt_index,
-                unit=f"{unit_of(quantity, normalisation)}/lr",
+                unit=f"{quantity.unit}/lr",
             )
     runs.write_record(session.run.file("noise.json"), replace(found, effects=effects))
     return {"noise_scale": found.noise_scale}
@@ -406,11 +408,8 @@ def _drop_tokens(session: Session, board: Leaderboard) -> Pareto:
             session.step,
             session.update,
             session.probe,
-            quantity="reward",
-            normalisation="per_seq",
-            baseline=config.baseline,
-            groups=half,
-            num_folds=2,
+            quantity=make_quantity("reward", session.probe, normalisation="per_seq"),
+            options=InfluenceOptions(baseline=config.baseline, groups=half, num_folds=2),
             budget=session.budget,
         )
         rules = drop_rules(board, reward_influence=reward.fold_tokens, seed=config.criteria.seed)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from stepscope.measure.change.online import BASELINE, Prediction, predict_change
-from stepscope.measure.influence.attribution import influence
+from stepscope.measure.influence.attribution import InfluenceOptions, influence
 from stepscope.measure.step.reconstruct import Step
 from stepscope.policy import vectors
 from stepscope.policy.passes import Budget
@@ -111,7 +111,14 @@ def _strongest_tokens(
     policy: Policy, step: Step, probe: Rollouts, *, count: int, budget: Budget
 ) -> dict[str, list[Any]]:
     """The tokens of the update batch with the largest influence on the probe's entropy."""
-    shares = influence(policy, step, step.update, probe, baseline=BASELINE, num_folds=1, budget=budget)
+    shares = influence(
+        policy,
+        step,
+        step.update,
+        probe,
+        options=InfluenceOptions(baseline=BASELINE, num_folds=1),
+        budget=budget,
+    )
     rows = np.repeat(np.arange(len(step.update)), step.update.num_tokens)
     columns = np.concatenate([np.arange(n) for n in step.update.num_tokens])
     values = step.lr * np.concatenate(shares.tokens)

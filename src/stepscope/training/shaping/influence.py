@@ -11,10 +11,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from stepscope.measure.influence.objective import token_influences
+from stepscope.measure.influence.token_influence import token_influences
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.passes import Budget
-from stepscope.policy.rollouts import response_text
+from stepscope.policy.rollouts import response_text, sample_influence_probe
 from stepscope.policy.state import Policy
 from stepscope.rules import Tokens
 from stepscope.tasks import Task
@@ -84,7 +84,9 @@ class InfluenceMeter:
         with undisturbed(model):
             state = optimizer_state(optimizer_within(optimizer), model, after_backward=False)
             policy = Policy(model, self.tokenizer, self.settings, optimizer=state, step=step)
-            found = token_influences(policy, update, self.task, logprobs=now, budget=Budget(max_sequences=32))
+            probe = sample_influence_probe(policy, self.task)
+            assert probe is not None, "a meter belongs to the rule influence"
+            found = token_influences(policy, update, probe, logprobs=now, budget=Budget(max_sequences=32))
         on_entropy, on_reward = (np.concatenate(rows) for rows in found)
         return replace(tokens, entropy_influence=on_entropy, reward_influence=on_reward)
 

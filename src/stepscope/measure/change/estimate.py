@@ -9,18 +9,17 @@ from functools import partial
 
 import numpy as np
 
+from stepscope.measure.change.options import ChangeOptions
 from stepscope.measure.change.second_order import linear_up_to, measurable_from, round_off_floor, second
 from stepscope.measure.change.uncertainty import Evidence, Statistic, estimate
-from stepscope.measure.quantity.baselines import Baseline
-from stepscope.measure.quantity.estimators import ESTIMATORS, Probe, Sampled, linear, value
+from stepscope.measure.quantity.estimators import ESTIMATORS, ProbeValues, Sampled, linear, value
 from stepscope.measure.quantity.importance_weights import (
     WeightCheck,
     check_weights,
     importance_weights,
     last_weights,
 )
-from stepscope.measure.quantity.quantities import Quantity, unit_of
-from stepscope.measure.quantity.values import TokenTable
+from stepscope.measure.quantity.values import TokenValues
 from stepscope.results.change import Change, ChangePoint, Taken
 from stepscope.stats import Estimate, loglog_fit
 
@@ -58,43 +57,37 @@ def doubted(change: Change, reason: str, *, true: bool) -> Change:
 
 
 def make_change(
-    quantity: Quantity,
-    probe: Probe,
-    slopes: Sequence[TokenTable],
-    moved: Mapping[float, TokenTable],
+    probe: ProbeValues,
+    slopes: Sequence[TokenValues],
+    moved: Mapping[float, TokenValues],
     *,
     own_lr: float,
-    sweep: Sequence[float],
+    lrs: Sequence[float],
     tiny: Sequence[float],
-    baseline: Baseline,
-    estimator: str,
-    errors: str = "delta",
+    options: ChangeOptions = ChangeOptions(),
     taken_words: str = "",
 ) -> Change:
-    """Estimate one series from tables; no model is needed.
+    """Estimate the change of one quantity from token values; no model is needed.
 
     Args:
-        quantity: what the tables hold.
-        probe: values at the parameters; its baseline is replaced by ``baseline``.
+        probe: values at the parameters, with the baseline in use.
         slopes: first, or first and second, derivatives along the step.
         moved: values at shifted parameters by learning rate; where -lr is there too the odd part is given,
             and where ``AS_TAKEN`` is there the change by the rounded step.
         own_lr: the step's own learning rate.
-        sweep: learning rates of the points, increasing.
+        lrs: learning rates of the points, increasing.
         tiny: learning rates from which the round-off floor is read.
-        baseline: the fitted baseline.
-        estimator: of the true change.
-        errors: ``delta``, ``jackknife`` or ``bootstrap``.
+        options: estimator and errors.
         taken_words: how the rounded step came about.
     """
-    per_token = "per token" if probe.per_token else "per sequence"
-    words = f"{per_token}, {'on policy' if probe.on_policy else 'fixed prefixes'}"
-    level = unit_of(quantity, "per_token" if probe.per_token else "per_seq")
-    evidence = Evidence(probe.with_baseline(baseline.values), tuple(slopes), moved)
-    floor = round_off_floor(evidence.probe, slopes[0], {lr: moved[lr] for lr in tiny})
+    quantity, baseline = probe.quantity, probe.baseline
+    per_token = "per token" if quantity.per_token else "per sequence"
+    words = f"{per_token}, {'on policy' if quantity.on_policy else 'fixed prefixes'}"
+    evidence = Evidence(probe, tuple(slopes), moved)
+    floor = round_off_floor(probe, slopes[0], {lr: moved[lr] for lr in tiny})
 
-    def estimated(statistic: Statistic, method: str, unit: str = level) -> Estimate:
-        return estimate(evidence, statistic, errors=errors, unit=unit, method=method)
+    def estimated(statistic: Statistic, method: str, unit: str = quantity.unit) -> Estimate:
+        return estimate(evidence, statistic, errors=options.errors, unit=unit, method=method)
 
     def before(e: Evidence) -> Sampled:
         return value(e.probe)
@@ -106,7 +99,7 @@ def make_change(
         return second(e.probe, e.slopes[0], e.slopes[1]).scaled(factor)
 
     def true(e: Evidence, lr: float) -> Sampled:
-        return ESTIMATORS[estimator](e.probe, e.moved[lr])
+        return ESTIMATORS[options.estimator](e.probe, e.moved[lr])
 
     def excess(e: Evidence, lr: float) -> Sampled:
         return true(e, lr).plus(slope(e), -lr)
@@ -120,15 +113,15 @@ def make_change(
     def kept(e: Evidence, lr: float) -> Sampled:
         whole, left = true(e, lr), true(e, AS_TAKEN)
         ratio = left.value / whole.value
-        return Sampled(ratio, (left.influence - ratio * whole.influence) / whole.value)
+        return Sampled(ratio, (left.residuals - ratio * whole.residuals) / whole.value)
 
     along = f"forward-mode derivative, {words}, baseline {baseline.kind}"
-    weighted = f"{estimator} importance weights, {words}, baseline {baseline.kind}"
+    weighted = f"{options.estimator} importance weights, {words}, baseline {baseline.kind}"
     curved = len(slopes) > 1
     doubt = slopes[1].doubt if curved else ""
     points = []
-    for lr in sweep:
-        check = _check(evidence.probe, moved[lr])
+    for lr in lrs:
+        check = _check(probe, moved[lr])
         bent = bend(evidence, lr**2 / 2).value if curved and not doubt else 0.0
         expected = slope(evidence, lr).value + bent
         apart = estimated(partial(excess, lr=lr), f"paired difference, {weighted}")
@@ -148,7 +141,7 @@ def make_change(
         )
     taken = None
     if AS_TAKEN in moved:
-        check = _check(evidence.probe, moved[AS_TAKEN])
+        check = _check(probe, moved[AS_TAKEN])
         how = f"{weighted}, {taken_words}"
         without = next(point.true for point in points if np.isclose(point.lr, own_lr, rtol=1e-9, atol=0))
         gap = estimated(partial(rounding_effect, lr=own_lr), f"paired difference, {how}")
@@ -166,15 +159,15 @@ def make_change(
             effective_sample_size=check.effective_sample_size,
             pareto_k=check.pareto_k,
         )
-    along_slope = estimated(slope, along, f"{level}/lr")
-    curvature = estimated(bend, f"second {along}", f"{level}/lr^2").doubted(doubt) if curved else None
+    along_slope = estimated(slope, along, f"{quantity.unit}/lr")
+    curvature = estimated(bend, f"second {along}", f"{quantity.unit}/lr^2").doubted(doubt) if curved else None
     end = linear_up_to(along_slope.value, curvature.value) if curvature and not doubt else None
     regime = float("inf") if end is None else max(end, own_lr * (1 + 1e-9))
     trusted = [p for p in points if p.true.reliable and p.lr <= regime]
     return Change(
         quantity=quantity.name,
-        normalisation="per_token" if probe.per_token else "per_seq",
-        version="on_policy" if probe.on_policy else "fixed_prefix",
+        normalisation=quantity.normalisation,
+        version=quantity.version,
         lr=own_lr,
         points=tuple(points),
         fit=loglog_fit([p.lr for p in trusted], [p.true.value for p in trusted])
@@ -186,7 +179,7 @@ def make_change(
         baseline=baseline.kind,
         baseline_stderr=baseline.stderr,
         baseline_explained=baseline.explained,
-        estimator=estimator,
+        estimator=options.estimator,
         round_off=floor,
         measurable_from=measurable_from(along_slope.value, floor),
         linear_up_to=end,
@@ -194,11 +187,11 @@ def make_change(
     )
 
 
-def _check(probe: Probe, moved: TokenTable) -> WeightCheck:
+def _check(probe: ProbeValues, moved: TokenValues) -> WeightCheck:
     """Trust in the weights; with fixed prefixes there are none, and all sequences count fully."""
-    if not probe.on_policy:
+    if not probe.quantity.on_policy:
         return WeightCheck(float(len(probe.mask)), float("nan"), len(probe.mask), "")
-    weights = importance_weights(probe.table.logprobs, moved.logprobs)
+    weights = importance_weights(probe.values.logprobs, moved.logprobs)
     token_dependent = bool((moved.token != 0).any())
     return check_weights(
         last_weights(weights, probe.mask.sum(1), token_dependent=token_dependent), probe.sequence_weights

@@ -1,0 +1,1 @@
+"""The quantities, one file each, named like the quantity in it."""

@@ -1,0 +1,89 @@
+"""The KL divergence from a reference policy."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from stepscope.errors import MeasurementError
+from stepscope.measure.quantity.base import Quantity
+from stepscope.policy.checkpoint.adapters import reference_adapter
+from stepscope.policy.forward import TokenBatch, TokenOutputs, forward
+from stepscope.policy.state import Policy
+from stepscope.results import Rollouts
+
+INFINITE = 1e6
+"""Nats at one position that no finite logits reach; a token excluded by the reference alone exceeds it."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A frozen policy to compare with: another model, or a PEFT model under its reference adapter or none.
+
+    Attributes:
+        model: of the reference.
+        temperature: of its distribution.
+        switch_adapter: whether ``model`` is the adapted policy itself, see ``reference_adapter``.
+    """
+
+    model: nn.Module
+    temperature: float
+    switch_adapter: bool = False
+
+    def log_distribution(self, batch: TokenBatch) -> Tensor:
+        """(seq, tok, vocab) log-probs of every next token, without gradient."""
+        switched = reference_adapter(self.model, as_trained=False) if self.switch_adapter else nullcontext()
+        with torch.no_grad(), switched:
+            outputs = forward(self.model, batch, temperature=self.temperature, keep_logits=True)
+        assert outputs.logits is not None
+        return torch.log_softmax(outputs.logits, dim=-1)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class KL(Quantity):
+    """E[sum_k KL(pi(.|s_k) | ref(.|s_k))]: Rao-Blackwellised per position, over the full vocabulary.
+
+    Attributes:
+        reference: what the policy is compared with.
+    """
+
+    name = "kl"
+    sum_unit = "nats"
+    needs_logits = True
+
+    reference: Reference | None = None
+
+    def on(self, rollouts: Rollouts, policy: Policy | None, reference: nn.Module | None) -> KL:
+        """With the reference model, or for an adapter with what its training started from."""
+        if reference is not None:
+            return replace(self, reference=Reference(reference, rollouts.temperature))
+        if self.reference is not None:
+            return self
+        if policy is None:
+            raise MeasurementError("kl needs the policy that sampled the batch; pass policy=")
+        if not hasattr(policy.model, "disable_adapter"):
+            raise MeasurementError(
+                "kl: the policy is a full model, so it has no base model to compare with; give a reference "
+                "model"
+            )
+        return replace(self, reference=Reference(policy.model, rollouts.temperature, switch_adapter=True))
+
+    def prefix_values(self, outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
+        """sum_v pi_v (log pi_v - log ref_v)."""
+        if outputs.logits is None or self.reference is None:
+            raise MeasurementError("kl needs logits from the forward pass and a reference; use make_quantity")
+        log_pi = torch.log_softmax(outputs.logits, dim=-1)
+        log_ref = self.reference.log_distribution(batch).to(log_pi.dtype)
+        divergence = (log_pi.exp() * (log_pi - log_ref)).sum(-1)
+        divergence = divergence.masked_fill(~batch.response_mask, 0.0)
+        if not bool((divergence < INFINITE).all()):
+            row, column = (~(divergence < INFINITE)).nonzero()[0].tolist()
+            raise MeasurementError(
+                f"kl: infinite before response token {column} of sequence {int(batch.seq_index[row])}, where "
+                "the policy gives probability to a token that the reference excludes; take a reference with "
+                "the same vocabulary, or measure without kl"
+            )
+        return divergence
