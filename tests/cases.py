@@ -15,7 +15,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from stepscope.config import TrainConfig, build_config
+from stepscope.config import STAGES, TrainConfig, build_config
 from stepscope.measure.step.reconstruct import Step, reconstruct_step
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.loss.settings import StepSettings
@@ -235,6 +235,19 @@ TRAINING: dict[str, Any] = {
         "optimizer": {"lr": 0.001, "weight_decay": 0.01},
     },
 }
+
+
+MEASUREMENT: dict[str, Any] = {
+    "task": "arithmetic:terms=2,digits=2,ops=+",
+    "update": {"num_prompts": 4, "group_size": 4},
+    "probe": {"num_prompts": 16, "group_size": 1},
+    "lrs": [1e-5],
+    "stages": [*STAGES, "validation"],
+    "validation": {"num_subsets": 6, "num_single": 12, "removals": ["zeroed", "recomputed"]},
+    "criteria": {"diagonal_tokens": 16, "resamples": 20, "drop_shares": [0.2]},
+    "batch_size": 64,
+}
+"""Settings of a measurement of every stage that takes seconds, besides checkpoint and out."""
 
 
 def training(*, rl: Mapping[str, Any] | None = None, **sections: Any) -> TrainConfig:

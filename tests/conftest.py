@@ -53,3 +53,15 @@ def trained_run(small_training: Path, tmp_path_factory: pytest.TempPathFactory) 
 def checkpoint(trained_run: Path) -> Path:
     """The last checkpoint of the small training; not to be changed, copy it."""
     return trained_run / "checkpoints" / "step-4"
+
+
+@pytest.fixture(scope="session")
+def tiny_measurement(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a real measurement of every stage, small; not to be changed, copy it."""
+    from stepscope.config import MeasureConfig, build_config
+    from stepscope.pipeline import run_measure
+
+    out = tmp_path_factory.mktemp("measurement") / "step-4"
+    settings = cases.MEASUREMENT | {"checkpoint": str(checkpoint), "out": str(out)}
+    run_measure(build_config(MeasureConfig, settings))
+    return out

@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from stepscope import results
 from stepscope.errors import ConfigError, RunFolderError
 from stepscope.results.files import whole
+from stepscope.results.records import VERSION
 from stepscope.yaml_text import parse_yaml
 
 
@@ -49,6 +50,9 @@ S = TypeVar("S", bound=Stored)
 CONFIG = "config.yaml"
 PROVENANCE = "provenance.json"
 LOCK = ".lock"
+FORMAT = 1
+"""Version of run folders, and of the files in them that have none of their own; stands in the provenance."""
+
 PACKAGES = ("stepscope", "torch", "transformers", "peft", "trl", "numpy", "safetensors", "pyarrow")
 """Packages whose versions are recorded."""
 
@@ -118,6 +122,21 @@ def verified(path: Path) -> Path:
             "writes it again"
         )
     return path
+
+
+def check_version(folder: Path) -> None:
+    """Refuse a run folder of another version.
+
+    Raises:
+        RunFolderError: naming both.
+    """
+    if (folder / PROVENANCE).is_file():
+        found = RunFolder(folder).provenance().get(VERSION)
+        if found != FORMAT:
+            raise RunFolderError(
+                f"{folder}: a run folder of {VERSION} {found}, and this stepscope reads version {FORMAT}; "
+                "measure the checkpoint again into another folder"
+            )
 
 
 def unsealed(folder: Path) -> list[Path]:
@@ -292,6 +311,7 @@ class RunFolder:
             ) from error
         started = {
             "command": " ".join(["stepscope", *sys.argv[1:]]),
+            VERSION: FORMAT,
             "verb": verb,
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
             "wall_seconds": 0.0,

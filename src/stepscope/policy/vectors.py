@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from stepscope.errors import CheckpointError
+from stepscope.results.arrays import ARRAYS_METADATA
+from stepscope.results.files import whole
 
 ParameterVector = Mapping[str, Tensor]
 
@@ -60,9 +62,8 @@ def zeros_like(a: ParameterVector) -> dict[str, Tensor]:
 
 def save(vector: ParameterVector, path: Path) -> None:
     """Write the vector as safetensors, atomically."""
-    partial = path.with_name(path.name + ".partial")
-    save_file({n: t.detach().contiguous().cpu() for n, t in vector.items()}, str(partial))
-    partial.replace(path)
+    plain = {n: t.detach().contiguous().cpu() for n, t in vector.items()}
+    whole(path, lambda partial: save_file(plain, str(partial), ARRAYS_METADATA))
 
 
 def load(path: Path) -> dict[str, Tensor]:

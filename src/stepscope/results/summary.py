@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from stepscope.results.brief import html_figures
 from stepscope.results.records import FlatRecord
 from stepscope.stats import Estimate
 
@@ -20,3 +21,6 @@ class Summary(FlatRecord):
     content = "figures"
 
     figures: Mapping[str, Estimate]
+
+    def _repr_html_(self) -> str:
+        return html_figures("Summary", self.figures)

@@ -81,6 +81,11 @@ class Table(Brief):
         columns |= {name: np.asarray(values, dtype=np.float64) for name, values in others.items()}
         return pa.table(columns).replace_schema_metadata({VERSION: str(self.format_version)})
 
+    def _repr_html_(self) -> str:
+        """The first rows and the last, as pandas shows them."""
+        html: str = self.to_pandas().to_html(max_rows=10, notebook=True)
+        return html
+
     def to_pandas(self) -> pd.DataFrame:
         """The rows as a data frame of pandas."""
         return self.to_arrow().to_pandas()
