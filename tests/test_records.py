@@ -130,3 +130,12 @@ def test_records_on_disk(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(RunFolderError, match=r"whole\.json"):
         runs.read_record(Whole, path)
+
+
+def test_a_doubt_reaches_every_estimate_and_leaves_the_rest() -> None:
+    found = WHOLE.doubted("", "an old checkpoint")
+    parts = [found.parts[0], found.by_step[10]]
+    assert all(p is not None and p.figure == FIGURE.doubted("an old checkpoint") for p in parts)
+    assert (found.by_step[1], found.parts[0].version) == (None, "on_policy")
+    np.testing.assert_array_equal(found.numbers, WHOLE.numbers)
+    assert WHOLE.doubted("").to_json() == WHOLE.to_json()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NoReturn, Self
 
@@ -21,6 +22,7 @@ from pydantic_core import CoreSchema, core_schema
 from stepscope.errors import RunFolderError
 from stepscope.results.brief import Brief
 from stepscope.results.files import whole, why_unreadable
+from stepscope.stats import Estimate
 
 VERSION = "format_version"
 """Key under which a file has the version of its record."""
@@ -135,6 +137,11 @@ class Record(Brief):
             )
         return cls.from_plain(fields, where)
 
+    def doubted(self, *reasons: str) -> Self:
+        """The same with these reasons not to trust any estimate in it; empty ones are none."""
+        values = {f.name: _doubted(getattr(self, f.name), reasons) for f in fields(self)}  # type: ignore[arg-type]
+        return replace(self, **values)  # type: ignore[type-var]
+
 
 class FlatRecord(Record):
     """A record of one field, a mapping, that is the whole file; the version of such files is the folder's."""
@@ -155,6 +162,16 @@ class FlatRecord(Record):
             RunFolderError: it is not JSON, or an entry lacks a field, or has one of another kind.
         """
         return cls.from_plain({cls.content: parse_object(text, where)}, where)
+
+
+def _doubted(value: Any, reasons: tuple[str, ...]) -> Any:
+    if isinstance(value, Estimate | Record):
+        return value.doubted(*reasons)
+    if isinstance(value, tuple):
+        return tuple(_doubted(item, reasons) for item in value)
+    if isinstance(value, Mapping):
+        return {key: _doubted(item, reasons) for key, item in value.items()}
+    return value
 
 
 def parse_object(text: str | bytes, where: str) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def known_criteria() -> tuple[Criterion, ...]:
     2508.02260. Not among them, because a token table does not determine them: divergences between tokens'
     distributions (2606.19771) and global entropy bonuses (2505.22312), which score no token.
     """
-    return tuple(_KNOWN.values())
+    return tuple(sorted(_KNOWN.values(), key=lambda c: c.level == "sequence"))
 
 
 def literature(
