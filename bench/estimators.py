@@ -33,7 +33,7 @@ from stepscope.measure.quantity.estimators import (
 )
 from stepscope.measure.quantity.values import derivatives, hidden_states, response_mask, values_at
 from stepscope.measure.step.reconstruct import reconstruct_step
-from stepscope.pipeline.session import open_task
+from stepscope.pipeline.inputs.tasks import open_task
 from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import sample_rollouts

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from stepscope import cli
-from stepscope.pipeline.answers import _Count, verdict
+from stepscope.pipeline.check.answers import _Count, verdict
 from stepscope.policy.checkpoint.load import read_settings
 from stepscope.tasks.response import TAGS, load_answer_format
 

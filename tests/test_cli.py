@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from stepscope import cli, pipeline
 from stepscope.errors import ConfigError
-from stepscope.pipeline.check import kind_of_config
+from stepscope.pipeline.check.run import kind_of_config
 
 VERBS = ("demo", "train", "eval", "measure", "study", "report", "check")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +26,10 @@ from stepscope.errors import MeasurementError, RunFolderError
 from stepscope.measure.influence.attribution import influence
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.pipeline import run_measure
-from stepscope.pipeline.evaluate import checkpoints_in
-from stepscope.pipeline.session import OWN_PROMPTS_SEED
-from stepscope.pipeline.stages.plans import PLANS
+from stepscope.pipeline.inputs.policies import checkpoints_in
+from stepscope.pipeline.stages import PLANS
+from stepscope.pipeline.stages.influence import OWN_PROMPTS_SEED
+from stepscope.pipeline.stages.staleness import needs
 from stepscope.policy.checkpoint.load import inspect_checkpoint, load_checkpoint
 from stepscope.policy.rollouts import sample_responses
 from stepscope.policy.vectors import dot, norm
@@ -41,6 +43,11 @@ SETTINGS = [
     "update.num_prompts=4", "update.group_size=4", "probe.num_prompts=24", "probe.group_size=2",
     "batch_size=64",
 ]  # fmt: skip
+UNROUNDED = (
+    "share_", "effect_after_", "change_linear_", "influence_", "linearity_", "rank_", "probe_needed_",
+    "shrinkage_",
+)  # fmt: skip
+"""Beginnings of the figures of the step before rounding, where a training rounds it."""
 QUICK = [*SETTINGS, "lrs=[1e-5]", "second_order=false", "baseline=none"]
 
 
@@ -79,7 +86,7 @@ def test_stages_are_those_of_the_configuration():
 
 def test_every_file_of_the_contract_is_there_and_nothing_else(measured):
     expected = {"config.yaml", "provenance.json", "summary.json"}
-    expected |= {file for stage in STAGES for file in PLANS[stage].files}
+    expected |= {file for stage in STAGES for file in PLANS[stage].writes}
     assert {p.name for p in measured.iterdir()} == expected
 
 
@@ -140,7 +147,7 @@ def test_a_training_in_bfloat16_is_measured_as_it_rounds(checkpoint, tmp_path):
     assert point["true"]["value"] == taken["unrounded"]["value"]
     assert summary["rounding_share_moved"]["value"] == rounding["share_moved"]
     for name, entry in summary.items():
-        before = name.startswith(("share_", "effect_after_", "change_linear_", "influence_", "linearity_"))
+        before = name.startswith(UNROUNDED)
         assert ("the step before rounding" in entry["reason"]) == before, name
     assert summary["change_true_per_token"]["reliable"]
     assert "The training keeps its weights in bfloat16" in (out / "report.html").read_text()
@@ -257,15 +264,75 @@ def test_provenance_says_where_it_came_from(measured, checkpoint):
     assert build_config(MeasureConfig, config).probe.num_prompts == 24
 
 
-def test_stages_alone_give_the_same_files_as_all_at_once(measured, checkpoint, tmp_path):
-    """Each stage in a process state of its own: everything it needs comes from the folder."""
+def test_a_stage_alone_leaves_the_bytes_of_a_whole_run(measured, checkpoint, tmp_path):
+    """Each stage in a process state of its own: everything that it needs comes from the folder."""
+    whole = tmp_path / "whole/run"
+    shutil.copytree(measured, whole)
+    settings = [*SETTINGS, "validation.num_subsets=6", "validation.num_single=3", "--resume"]
+    measure(checkpoint, *TASK, "--out", whole, *settings, "--validate")
+    for stage, plan in PLANS.items():
+        out = tmp_path / stage / "run"
+        shutil.copytree(whole, out)
+        for file in set(plan.writes) - set(plan.reads):
+            (out / file).unlink()
+        said = measure(checkpoint, *TASK, "--out", out, *settings, "--stages", stage)
+        assert [line.split(":")[0] for line in by_stage(said)] == [stage]
+        if stage == "rollouts":
+            assert "token_weight" not in pq.read_table(out / "update_tokens.parquet").column_names
+            measure(checkpoint, *TASK, "--out", out, *settings, "--stages", "step")
+        ours, theirs = contents(out), contents(whole)
+        assert set(ours) == set(theirs)
+        for name in plan.writes:
+            if name == "report.html":  # it shows the folder, and how long all stages took so far
+                for pages, folder in ((ours, out), (theirs, whole)):
+                    pages[name] = re.sub(rb"wall seconds</dt><dd>[\d.]+", b"", pages[name])
+                    pages[name] = pages[name].replace(bytes(folder), b"")
+            assert ours[name] == theirs[name], (stage, name)
+        figures = [load_json(folder / "summary.json") for folder in (out, whole)]
+        assert list(figures[0]) == list(figures[1])
+        for found in figures:
+            del found["wall_seconds"]
+        assert figures[0] == figures[1], stage
+
+
+def test_plans_read_what_earlier_stages_write_and_keys_that_there_are():
+    written: set[str] = set()
+    for plan in PLANS.values():
+        assert set(plan.reads) <= written, plan.name
+        assert set(plan.config) <= set(MeasureConfig.model_fields), plan.name
+        written |= set(plan.writes)
+    assert needs("change") == ["rollouts", "step"]
+    assert needs("noise") == ["rollouts", "step", "influence"]
+
+
+def test_what_depends_on_a_changed_setting_or_file_is_done_again(measured, checkpoint, tmp_path):
     out = tmp_path / "run"
-    for stage in STAGES:
-        measure(checkpoint, *TASK, "--out", out, "--stages", stage, *SETTINGS)
-    ours, theirs = contents(out), contents(measured)
-    for name in ours:
-        if name.endswith(".parquet") or name.endswith(".safetensors") or name in ("step.json", "change.json"):
-            assert ours[name] == theirs[name], name
+    shutil.copytree(measured, out)
+    arguments = [checkpoint, *TASK, "--out", out, *SETTINGS, "--resume"]
+    refused = CliRunner().invoke(
+        cli.app, ["measure", *map(str, arguments), "lrs=[1e-4]", "--stages", "kernel"]
+    )
+    assert refused.exit_code == 2
+    assert "another configuration: lrs (None there, [0.0001] here)" in " ".join(refused.stderr.split())
+    said = measure(*arguments, "lrs=[1e-4]")
+    assert [line.split(":")[0] for line in by_stage(said) if "done before" not in line] == [
+        "change", "change", "report", "report",
+    ]  # fmt: skip
+    assert "change: stale, done again (lrs (None there, [0.0001] here))" in said
+    assert "report: stale, done again (change.json, summary.json changed)" in said
+    assert yaml.safe_load((out / "config.yaml").read_text())["lrs"] == [1e-4]
+    assert [p["lr"] for p in load_json(out / "change.json")["points"]] == [1e-4, 1e-3]
+    (out / "influence_sequences.parquet").unlink()
+    said = measure(*arguments, "lrs=[1e-4]", "baseline=none", "--stages", "influence,change,criteria")
+    assert "stale now: noise, report; --stages noise,report brings them up to date" in said
+    said = measure(*arguments, "lrs=[1e-4]", "baseline=none", "--stages", "noise")
+    assert "noise: stale, done again (influence_sequences.parquet changed)" in said
+    (out / "update.parquet").unlink()
+    said = by_stage(measure(*arguments, "lrs=[1e-4]", "baseline=none"))
+    again = [line.split(":")[0] for line in said if "done before" not in line]
+    assert again == ["rollouts", "step", "step", "report", "report"], (
+        "the same batch has the same consequences"
+    )
 
 
 def test_finished_stages_are_not_repeated(measured, checkpoint):
@@ -294,14 +361,14 @@ def test_the_lock_of_a_killed_measurement_is_void(measured, checkpoint, tmp_path
     assert contents(out) == contents(measured)
 
 
-def test_a_removed_file_repeats_its_stage_and_what_rests_on_it(checkpoint, tmp_path):
+def test_a_removed_file_repeats_its_stage_and_nothing_that_read_the_same(checkpoint, tmp_path):
     out = tmp_path / "run"
     stages = ["--stages", "rollouts,step,change"]
     measure(checkpoint, "--out", out, *QUICK, *stages)
     change = (out / "change.json").read_bytes()
     (out / "direction.safetensors").unlink()
     said = measure(checkpoint, "--out", out, *QUICK, *stages)
-    assert [("done before" in line) for line in by_stage(said)] == [True, False, False]
+    assert [("done before" in line) for line in by_stage(said)] == [True, False, True]
     assert (out / "change.json").read_bytes() == change
 
 
@@ -405,7 +472,7 @@ def test_a_failure_later_keeps_what_is_finished(measured, checkpoint, tmp_path, 
     def broken(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("stepscope.pipeline.stages.plans.measure_changes", broken)
+    monkeypatch.setattr("stepscope.pipeline.stages.change.measure_changes", broken)
     result = CliRunner().invoke(cli.app, ["measure", str(checkpoint), "--out", str(out), *QUICK])
     assert isinstance(result.exception, ZeroDivisionError)
     monkeypatch.undo()
@@ -416,7 +483,7 @@ def test_a_failure_later_keeps_what_is_finished(measured, checkpoint, tmp_path, 
 
 def test_a_failure_first_leaves_no_folder(checkpoint, tmp_path, monkeypatch):
     out = tmp_path / "run"
-    monkeypatch.setattr("stepscope.pipeline.stages.plans.batch_figures", lambda *a: 1 / 0)
+    monkeypatch.setattr("stepscope.pipeline.stages.rollouts.batch_figures", lambda *a: 1 / 0)
     result = CliRunner().invoke(cli.app, ["measure", str(checkpoint), "--out", str(out), *QUICK])
     assert isinstance(result.exception, ZeroDivisionError)
     assert not out.exists()
@@ -534,7 +601,7 @@ def test_a_flipped_bit_in_an_artifact_is_one_line(measured, checkpoint, tmp_path
     content[len(content) // 2] ^= 1
     (out / name).write_bytes(content)
     for plan in (PLANS[stage] for stage in stages.split(",")):
-        (out / plan.files[0]).unlink()
+        (out / plan.writes[0]).unlink()
     with pytest.raises(RunFolderError, match=rf"{name}: (damaged|cannot be read)"):
         run_measure(
             build_config(
@@ -555,7 +622,7 @@ def test_a_headline_that_is_no_number_ends_the_stage(measured, checkpoint, tmp_p
     (out / "noise.json").unlink()
 
     figure = Estimate(math.nan, 1.0, 4, "prompts", "ratio", True)
-    plan = replace(PLANS["noise"], work=lambda session: {"noise_scale": figure}, files=())
+    plan = replace(PLANS["noise"], work=lambda session: {"noise_scale": figure}, writes=())
     monkeypatch.setitem(PLANS, "noise", plan)
     config = yaml.safe_load((out / "config.yaml").read_text())
     with pytest.raises(

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from stepscope.pipeline.stages.plans import PLANS
 
 from stepscope import results, runs
 from stepscope.errors import RunFolderError
-from stepscope.pipeline.stages.plans import PLANS
 from stepscope.reading.measurement import Measurement, load_measurement
 from stepscope.results import Record, Rollouts, Table, read_arrays, read_table, write_arrays, write_table
 from stepscope.results.change import Change, Changes

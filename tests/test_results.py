@@ -12,6 +12,7 @@ import pytest
 import cases
 from stepscope.errors import BatchError, RunFolderError
 from stepscope.results import FloatArray, Rollouts, read_table, write_table
+from stepscope.results.rollouts import RolloutTokens
 from stepscope.stats import clustered_mean
 
 
@@ -93,7 +94,10 @@ def test_columns_are_those_of_the_contract(tmp_path):
     rollouts = make_rollouts()
     names = [["t"] * n for n in rollouts.num_tokens]
     weights = [np.arange(n) / 3 for n in rollouts.num_tokens]
-    rollouts.to_parquet(tmp_path / "u", tmp_path / "ut", tokens=names, token_weights=weights)
+    rollouts.to_parquet(tmp_path / "u", tmp_path / "ut", tokens=names)
+    plain = RolloutTokens.read(tmp_path / "ut")
+    assert plain.token_weight is None
+    replace(plain, token_weight=np.concatenate(weights)).write(tmp_path / "ut")
     sequences, tokens = pq.read_table(tmp_path / "u"), pq.read_table(tmp_path / "ut")
     assert set(sequences.column_names) >= {
         "sequence_id", "prompt_id", "prompt", "response", "prompt_token_ids", "response_token_ids",

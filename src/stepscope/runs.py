@@ -15,7 +15,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -379,6 +379,12 @@ class RunFolder:
             raise RunFolderError(f"{file}: expected `key: value` lines; is {self.path} a run folder?")
         return data
 
+    def renew_config(self, values: Mapping[str, Any]) -> None:
+        """Replace settings of the recorded configuration."""
+        before = self.config()
+        if (renewed := {**before, **values}) != before:
+            write_yaml(self.path / CONFIG, renewed)
+
     def provenance(self) -> dict[str, Any]:
         """What is known about the run's origin, and its finished stages.
 
@@ -421,15 +427,22 @@ class RunFolder:
 
     @contextmanager
     def stage(
-        self, name: str, files: Sequence[str], *, invalidates: Sequence[str] = (), sealed: bool = True
+        self,
+        name: str,
+        files: Sequence[str],
+        *,
+        invalidates: Sequence[str] = (),
+        sealed: bool = True,
+        inputs: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
     ) -> Iterator[None]:
         """Run a stage inside the block and record it as finished afterwards.
 
         Args:
             name: of the stage.
-            files: names of the files it leaves.
+            files: names of the files it leaves; one of another stage is completed, and recorded there, too.
             invalidates: later stages that rest on it; they count as unfinished from here on.
             sealed: nothing else writes these files, so that one that changes is damaged.
+            inputs: what the stage has read, given the provenance; recorded.
 
         Raises:
             RunFolderError: the block ended but a file is missing.
@@ -448,17 +461,25 @@ class RunFolder:
             finished = True
         finally:
             if not finished:
-                for file in files:
+                others = {file for record in before["stages"].values() for file in record["files"]}
+                for file in set(files) - others:
                     (self.path / file).unlink(missing_ok=True)
         seconds = time.perf_counter() - begin
         provenance = self.provenance()
         provenance["wall_seconds"] += seconds
-        provenance["stages"][name] = {
+        sizes = {f: (self.path / f).stat().st_size for f in files}
+        digests = {f: sha256(self.path / f) for f in files} if sealed else {}
+        for record in provenance["stages"].values():
+            record["files"] |= {f: size for f, size in sizes.items() if f in record["files"]}
+            record["sha256"] |= {f: digest for f, digest in digests.items() if f in record["files"]}
+        record = provenance["stages"][name] = {
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": seconds,
-            "files": {f: (self.path / f).stat().st_size for f in files},
-            "sha256": {f: sha256(self.path / f) for f in files} if sealed else {},
+            "files": sizes,
+            "sha256": digests,
         }
+        if inputs is not None:
+            record["inputs"] = inputs(provenance)
         write_json(self.path / PROVENANCE, provenance)
 
     def write_sealed(self, name: str, record: Stored) -> None:

@@ -19,8 +19,8 @@ from made_tokenizers import BOS, CHAT, EOS, TAGS, byte_level
 from stepscope import cli
 from stepscope.errors import CheckpointError, ConfigError
 from stepscope.evaluation import evaluate
-from stepscope.pipeline.logged_prompts import prompt_conflict
-from stepscope.pipeline.session import open_task
+from stepscope.pipeline.inputs.logged_prompts import prompt_conflict
+from stepscope.pipeline.inputs.tasks import open_task
 from stepscope.policy.checkpoint.load import inspect_checkpoint, load_checkpoint, read_settings
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.tasks import load_task

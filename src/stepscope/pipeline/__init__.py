@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stepscope.pipeline.check import run_check
+    from stepscope.pipeline.check.run import run_check
     from stepscope.pipeline.demo import run_demo
     from stepscope.pipeline.evaluate import run_eval
     from stepscope.pipeline.measure import run_measure
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "run_check": "check",
+    "run_check": "check.run",
     "run_comparison": "report",
     "run_demo": "demo",
     "run_eval": "evaluate",

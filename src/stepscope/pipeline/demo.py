@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from stepscope.config import DemoConfig, EvalConfig, MeasureConfig, build_config, demo_config
-from stepscope.pipeline.console import say
-from stepscope.pipeline.evaluate import checkpoints_in, evaluate_all
+from stepscope.console import say
+from stepscope.pipeline.evaluate import evaluate_all
+from stepscope.pipeline.inputs.policies import checkpoints_in
 from stepscope.pipeline.measure import run_measure
-from stepscope.pipeline.processes import is_main_process
 from stepscope.pipeline.report import run_report
+from stepscope.processes import is_main_process
 from stepscope.runs import PROVENANCE, RunFolder, locked
 
 

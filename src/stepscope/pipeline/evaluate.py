@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from stepscope.config import EvalConfig
-from stepscope.errors import CheckpointError, RunFolderError
+from stepscope.console import say, say_result, timed
+from stepscope.errors import RunFolderError
 from stepscope.evaluation import (
     EvaluationRow,
     FittingBatch,
@@ -25,15 +26,14 @@ from stepscope.evaluation import (
     write_eval,
 )
 from stepscope.measure.entropy_law import fit_run
-from stepscope.pipeline.console import say, say_result, timed
-from stepscope.pipeline.data import hold_data, say_what_is_shared, tasks_of
-from stepscope.pipeline.logged_prompts import prompt_conflict
-from stepscope.pipeline.processes import is_main_process
-from stepscope.pipeline.session import open_policy, open_task
+from stepscope.pipeline.inputs.logged_prompts import prompt_conflict
+from stepscope.pipeline.inputs.policies import checkpoints_in, open_policy
+from stepscope.pipeline.inputs.tasks import hold_data, open_task, say_what_is_shared, tasks_of
 from stepscope.policy.checkpoint.devices import usable_device
 from stepscope.policy.checkpoint.load import checkpoint_digest, read_settings
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
+from stepscope.processes import is_main_process
 from stepscope.report import evaluated, write_evaluation
 from stepscope.results import FloatArray
 from stepscope.runs import RunFolder, locked, verified, write_json
@@ -44,33 +44,6 @@ LAW_CHECKPOINTS = 4
 
 MAY_DIFFER = ("source", "out", "device", "batch_size", "temperatures", "top_ps", "bootstrap")
 """Keys of the configuration that may change between two calls on one evaluation."""
-
-
-def checkpoints_in(source: Path) -> list[Path]:
-    """The checkpoint folders that ``source`` stands for, in order of step.
-
-    A checkpoint stands for itself; a run folder for ``checkpoints/step-N``; a Trainer's output folder for its
-    ``checkpoint-N``.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if not source.is_dir():
-        raise CheckpointError(f"{source}: no such folder; give a checkpoint or a run folder")
-    found = [
-        path
-        for pattern in ("checkpoints/step-*", "checkpoint-*", "step-*")
-        for path in source.glob(pattern)
-        if path.is_dir() and path.name.rpartition("-")[2].isdigit()
-    ]
-    if found:
-        return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
-    if any((source / name).exists() for name in ("config.json", "adapter_config.json")):
-        return [source]
-    raise CheckpointError(
-        f"{source}: neither a checkpoint (config.json or adapter_config.json) nor a run folder with "
-        "checkpoints/step-N or checkpoint-N; is the path right?"
-    )
 
 
 def run_eval(config: EvalConfig, *, resume: bool = False) -> Path:

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from stepscope.config import MeasureConfig, Stage
-from stepscope.errors import RunFolderError
-from stepscope.pipeline.console import say, say_result
-from stepscope.pipeline.data import hold_data
-from stepscope.pipeline.processes import is_main_process
-from stepscope.pipeline.session import Session
-from stepscope.pipeline.stages.plans import PAGE, PLANS, write_summary
+from stepscope.console import say, say_result
+from stepscope.errors import ConfigError, MeasurementError, RunFolderError
+from stepscope.pipeline.inputs.fitness import findings
+from stepscope.pipeline.inputs.logged_prompts import prompt_conflict
+from stepscope.pipeline.inputs.tasks import hold_data
+from stepscope.pipeline.stages import PLANS
+from stepscope.pipeline.stages.report import PAGE
+from stepscope.pipeline.stages.session import Session
+from stepscope.pipeline.stages.staleness import inputs, needs, reason_to_do
+from stepscope.pipeline.stages.summary import write_summary
 from stepscope.policy.checkpoint.load import checkpoint_digest
 from stepscope.policy.state import Policy
+from stepscope.processes import is_main_process
 from stepscope.report import measured
-from stepscope.runs import RunFolder, locked
+from stepscope.runs import PROVENANCE, RunFolder, locked
 
-MAY_DIFFER = ("stages", "out", "validation", "memory", "scratch")
-"""Keys of the configuration that may change between two calls on one run folder."""
+HERE_ONLY = ("stages", "out", "memory", "scratch")
+"""Keys of the configuration that say how a call measures, and not what."""
 
 
 def run_measure(
@@ -25,13 +34,14 @@ def run_measure(
 ) -> Path:
     """Measure what a checkpoint's next step does; leaves the files of DESIGN 5.3.
 
-    A finished stage is not repeated; a stage that is repeated (because its files were removed) invalidates
-    those that rest on it. If nothing could be finished, nothing is left behind. Of several processes the
-    first one measures, and the others return at once.
+    A finished stage is repeated only where it is stale: what it has read (artifacts of other stages, keys of
+    the configuration) is no longer what it was. If nothing could be finished, nothing is left behind. Of
+    several processes the first one measures, and the others return at once.
 
     Args:
         config: what to measure, how, and where to.
-        resume: allow a folder that already holds a run of the same configuration; ``stages`` may differ.
+        resume: allow a folder that already holds a run ; settings may differ that only stages asked for
+            depend on, and these are done again.
         policy: the checkpoint, where it is loaded already.
         show_page: say at the end where the page is.
 
@@ -57,20 +67,22 @@ def run_measure(
 
 def _measure(config: MeasureConfig, run: RunFolder, resume: bool, policy: Policy | None) -> None:
     plain = config.model_dump(mode="json")
-    held = run.holds_this_run(plain, verb="measure", resume=resume, ignore=MAY_DIFFER)
     wanted = [stage for stage in PLANS if stage in config.stages]
+    may_differ = _may_differ(run, wanted)
+    held = run.holds_this_run(plain, verb="measure", resume=resume, ignore=may_differ)
     _refuse_missing(run, wanted, held)
+    due = [s for s in PLANS if s in wanted or any(s in needs(w) for w in wanted)]
     session = Session(config, run, policy)
     limits: list[str] = []
-    if any(PLANS[stage].needs_policy for stage in wanted if not (held and run.is_done(stage))):
-        limits = session.refuse_impossible()
+    if not held or any(PLANS[s].needs_policy and reason_to_do(run, s, plain) for s in due):
+        limits = _refuse_impossible(session)
     digest = checkpoint_digest(Path(config.checkpoint)) if session.has_policy else None
     RunFolder.open(
         run.path,
         plain,
         verb="measure",
         resume=resume,
-        ignore=MAY_DIFFER,
+        ignore=may_differ,
         extra={
             "checkpoint": str(Path(config.checkpoint).resolve()),
             "checkpoint_digest": digest,
@@ -83,33 +95,66 @@ def _measure(config: MeasureConfig, run: RunFolder, resume: bool, policy: Policy
             f"{run.path}: the checkpoint has changed since this run was started (digest {before} then, "
             f"{digest} now); choose another folder with --out"
         )
+    run.renew_config({key: plain[key] for key in may_differ if key not in HERE_ONLY})
     if session.has_policy:
         hold_data(run, [session.task])
     try:
-        for stage in wanted:
-            _run_stage(session, stage)
+        for stage in due:
+            _run_stage(session, stage, plain, wanted=stage in wanted)
     finally:
         run.clean_up()
+    stale = [s for s in PLANS if s not in due and run.is_done(s) and reason_to_do(run, s, plain)]
+    if stale:
+        say(f"stale now: {', '.join(stale)}; --stages {','.join(stale)} brings them up to date")
 
 
-def _run_stage(session: Session, stage: Stage) -> None:
+def _run_stage(session: Session, stage: Stage, config: Mapping[str, Any], *, wanted: bool) -> None:
+    """Do a stage that is not done yet, or is stale; of one that is not asked for, only the second is said."""
     run, plan = session.run, PLANS[stage]
-    if run.is_done(stage):
-        say(f"{stage}: done before (remove {plan.files[0]} to repeat it)")
+    reason = reason_to_do(run, stage, config)
+    if not reason:
+        if wanted:
+            say(f"{stage}: done before (remove {plan.writes[0]} to repeat it)")
         return
-    with run.stage(stage, plan.files, invalidates=_resting_on(stage)):
+    if run.is_done(stage):
+        say(f"{stage}: stale, done again ({reason})")
+    with run.stage(stage, plan.writes, inputs=partial(inputs, plan, config=config)):
         figures = plan.work(session)
-        write_summary(run, figures)
+        if stage != "report":
+            write_summary(run, stage, figures)
     if stage != "report":  # the page shows the time of the stages before it, and shall stay true
-        write_summary(run, {})
+        write_summary(run, stage, figures)
     say(f"{stage}: {run.seconds(stage):.1f} s")
+
+
+def _refuse_impossible(session: Session) -> list[str]:
+    """Say what is wrong with checkpoint, task or quantities before anything is written.
+
+    Returns:
+        What limits the measurement, warned of too.
+
+    Raises:
+        ConfigError: ``scratch`` is no folder, or the run has logged prompts that ask otherwise.
+        MeasurementError: what ``check`` fails.
+    """
+    config = session.config
+    if config.scratch is not None and not Path(config.scratch).is_dir():
+        raise ConfigError(f"scratch: {config.scratch} is no folder; make it, or leave scratch out")
+    _ = session.policy, session.task, session.reference
+    if conflict := prompt_conflict(session.policy, session.task):
+        raise ConfigError(conflict)
+    found = findings(session.policy, config, config.stages)
+    if against := [f"{f.what}; {f.cure}" for f in found if f.level == "fail"]:
+        raise MeasurementError(f"{config.checkpoint}: {'; '.join(against)}")
+    limits = [finding for finding in found if finding.level == "warn"]
+    for finding in limits:
+        warnings.warn(f"{finding.what}; {finding.cure}", stacklevel=2)
+    return [finding.what for finding in limits]
 
 
 def _refuse_missing(run: RunFolder, wanted: list[Stage], held: bool) -> None:
     for stage in wanted:
-        missing = [
-            need for need in PLANS[stage].needs if need not in wanted and not (held and run.is_done(need))
-        ]
+        missing = [need for need in needs(stage) if need not in wanted and not (held and run.is_done(need))]
         if missing:
             raise RunFolderError(
                 f"{run.path}: stage {stage} needs what {' and '.join(missing)} leaves, which is not there; "
@@ -117,11 +162,15 @@ def _refuse_missing(run: RunFolder, wanted: list[Stage], held: bool) -> None:
             )
 
 
-def _resting_on(stage: Stage) -> list[Stage]:
-    """Stages that read what ``stage`` writes, directly or through others; the page shows all of them."""
-    found: list[Stage] = []
-    for later, plan in PLANS.items():
-        shows_it = later == "report" and stage != "report"
-        if shows_it or any(need == stage or need in found for need in plan.needs):
-            found.append(later)
-    return found
+def _may_differ(run: RunFolder, wanted: list[Stage]) -> list[str]:
+    """Keys of the configuration that may change between two calls on one run folder.
+
+    These are the keys that nothing which stays depends on: they say how and not what (``HERE_ONLY``), or
+    all finished stages that depend on them are asked for, and done again. The batches always stay.
+    """
+    done = run.provenance()["stages"] if run.file(PROVENANCE).is_file() else {}
+    stay = {
+        key for stage, plan in PLANS.items() for key in plan.config if stage in done and stage not in wanted
+    }
+    keys = set(MeasureConfig.model_fields) - stay - set(PLANS["rollouts"].config)
+    return sorted(keys.union(HERE_ONLY))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from stepscope.console import say
 from stepscope.errors import RunFolderError
-from stepscope.pipeline.console import say
 from stepscope.report import write_comparison, write_law_comparison, write_report, write_study_report
 from stepscope.report.study_load import STUDY_FIGURES
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from stepscope.config import TrainConfig
-from stepscope.pipeline.console import say
-from stepscope.pipeline.data import hold_data, say_what_is_shared
-from stepscope.pipeline.processes import is_main_process
+from stepscope.console import say
+from stepscope.pipeline.inputs.tasks import hold_data, say_what_is_shared
+from stepscope.processes import is_main_process
 from stepscope.runs import RunFolder, locked
 from stepscope.tasks import load_task
 

@@ -209,7 +209,6 @@ class Rollouts(Brief):
         tokens_path: Path,
         *,
         tokens: Sequence[Sequence[str]],
-        token_weights: Sequence[FloatArray] | None = None,
     ) -> None:
         """Write the batch as two tables: a row per sequence and a row per response token.
 
@@ -220,14 +219,12 @@ class Rollouts(Brief):
             sequences_path: table of sequences (``update.parquet``).
             tokens_path: table of tokens (``update_tokens.parquet``).
             tokens: decoded text of every response token, per sequence.
-            token_weights: w_k = -dLoss/dl_k per sequence (tok,), for a batch that makes a step.
 
         Raises:
-            BatchError: ``tokens`` or ``token_weights`` do not match the response lengths.
+            BatchError: ``tokens`` do not match the response lengths.
         """
-        for name, ragged in (("tokens", tokens), ("token_weights", token_weights)):
-            if ragged is not None and [len(r) for r in ragged] != self.num_tokens.tolist():
-                raise BatchError(f"rollouts: {name} do not match the response lengths")
+        if [len(r) for r in tokens] != self.num_tokens.tolist():
+            raise BatchError("rollouts: tokens do not match the response lengths")
         count = len(self)
         sequences: dict[str, Any] = {
             "sequence_id": pa.array(range(count), pa.int64()),
@@ -254,9 +251,6 @@ class Rollouts(Brief):
             token=np.array([t for row in tokens for t in row], dtype=np.object_),
             logprob=np.concatenate(self.logprobs).astype(np.float64, copy=False),
             entropy=np.concatenate(self.entropies).astype(np.float64, copy=False),
-            token_weight=None
-            if token_weights is None
-            else np.concatenate(list(token_weights)).astype(np.float64, copy=False),
         )
         settings = {
             VERSION: str(self.format_version),
@@ -369,7 +363,7 @@ class RolloutTokens(Table):
         token: what it adds to the text.
         logprob: log-prob at the sampling temperature, in nats.
         entropy: of the policy before it, in nats.
-        token_weight: w_k = -dLoss/dl_k; None for a batch that makes no step.
+        token_weight: w_k = -dLoss/dl_k; None before, or without, a step that the batch makes.
     """
 
     sequence_id: IntArray

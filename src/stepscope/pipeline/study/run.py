@@ -12,16 +12,15 @@ from typing import Any
 
 from stepscope import runs
 from stepscope.config import MeasureConfig, StudyConfig, build_config, set_path
-from stepscope.pipeline.console import say, say_result
-from stepscope.pipeline.data import hold_data, tasks_of
-from stepscope.pipeline.evaluate import checkpoints_in
+from stepscope.console import say, say_result
+from stepscope.pipeline.inputs.policies import checkpoints_in, open_policy
+from stepscope.pipeline.inputs.tasks import hold_data, tasks_of
 from stepscope.pipeline.measure import run_measure
-from stepscope.pipeline.processes import is_main_process
-from stepscope.pipeline.session import open_policy
 from stepscope.pipeline.study.leaderboard import standing_rows, summarise_standings
 from stepscope.pipeline.study.table import Row, cell_fits, cell_rows, summarise
 from stepscope.policy.checkpoint.load import read_settings
 from stepscope.policy.state import Policy
+from stepscope.processes import is_main_process
 from stepscope.report import studied, write_study_report
 from stepscope.runs import RunFolder, locked
 from stepscope.tasks import TemplatedTask

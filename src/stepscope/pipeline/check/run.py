@@ -65,10 +65,11 @@ def run_check(target: Path, overrides: Sequence[str] = (), *, task: str | None =
 
 def check_checkpoint(config: MeasureConfig) -> list[Finding]:
     """Whether ``measure`` would go through with this configuration, by what it looks at itself."""
-    from stepscope.pipeline.answers import answer_findings
-    from stepscope.pipeline.fitness import findings
-    from stepscope.pipeline.logged_prompts import prompt_conflict
-    from stepscope.pipeline.session import open_reference, open_task
+    from stepscope.pipeline.check.answers import answer_findings
+    from stepscope.pipeline.inputs.fitness import findings
+    from stepscope.pipeline.inputs.logged_prompts import prompt_conflict
+    from stepscope.pipeline.inputs.policies import open_reference
+    from stepscope.pipeline.inputs.tasks import open_task
     from stepscope.policy.checkpoint.examination import Finding
     from stepscope.policy.checkpoint.load import inspect_loaded
 

@@ -1,16 +1,50 @@
-"""The data of a run's tasks: a run goes on with those it began with, and says what their splits share."""
+"""Tasks: the one a policy is asked, and the data of a run's tasks, which stay those it began with."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from stepscope.pipeline.console import say
+from stepscope.console import say
+from stepscope.errors import ConfigError, TaskError
+from stepscope.policy.state import Policy
 from stepscope.runs import PROVENANCE, RunFolder, write_json
 from stepscope.tasks import TemplatedTask, load_task
+from stepscope.tasks.judge.guards import evaluates
 from stepscope.tasks.load import changed_data
 
 KEY = "task_data"
 """Key of the provenance: specification of a task to the digest of its data."""
+
+
+def open_task(spec: str | None, policy: Policy) -> TemplatedTask:
+    """The task asked for, or that of the training, with the prompt template and the reward of the run.
+
+    Raises:
+        ConfigError: neither is known.
+        TaskError: the task is unknown or its data cannot be read, or only the checkpoint names it and its
+            scorer evaluates answers.
+    """
+    chosen = spec or policy.settings.task
+    if not chosen:
+        raise ConfigError(
+            f"{policy.path}: the checkpoint does not say what task it was trained on; give --task TASK"
+        )
+    if not spec and evaluates(chosen):
+        raise TaskError(
+            f"{policy.path}: the checkpoint names the task {chosen!r}, whose scorer evaluates answers as "
+            f"code; if you trust the checkpoint, name the task yourself: --task {chosen}"
+        )
+    settings = policy.settings
+    task = load_task(
+        chosen,
+        template=settings.prompt_template or None,
+        format_weight=settings.format_weight,
+        system_prompt=settings.system_prompt,
+        prefill=settings.prefill,
+        chat_template_kwargs=settings.chat_template_kwargs,
+        answer_format=settings.answer_format,
+    )
+    return task.through(policy.tokenizer)
 
 
 def hold_data(run: RunFolder, tasks: Iterable[TemplatedTask]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stepscope.errors import BatchError, TaskError
-from stepscope.pipeline.session import open_task
+from stepscope.pipeline.inputs.tasks import open_task
 from stepscope.policy.checkpoint.examination import Finding
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.policy.state import Policy

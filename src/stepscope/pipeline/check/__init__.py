@@ -1,0 +1,1 @@
+"""``stepscope check``: is a checkpoint, or a configuration, fit for use?"""

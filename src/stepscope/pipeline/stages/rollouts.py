@@ -1,0 +1,155 @@
+"""Stage ``rollouts``: the update and the probe batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from stepscope.errors import BatchError
+from stepscope.measure.change.uncertainty import estimate_ratio
+from stepscope.pipeline.stages.plan import PROBE, UPDATE, Figures, stage
+from stepscope.pipeline.stages.session import Session
+from stepscope.policy.loss.surrogate import advantages
+from stepscope.policy.rollouts import response_text, sample_rollouts, score_rollouts
+from stepscope.results import Rollouts
+from stepscope.stats import clustered_mean
+
+SAME_POLICY = {"float64": 1e-2, "float32": 1e-2, "bfloat16": 0.5}
+"""Largest difference of a stored and a recomputed log-prob, in nats, that precision alone may make."""
+
+
+@stage(writes=(*UPDATE, *PROBE), config=("task", "update", "probe", "resample", "batch_size", "errors"))
+def rollouts(session: Session) -> Figures:
+    """Sample update and probe batch; nothing is written before both are known to be fit for use."""
+    update = sample_update(session)
+    probe = sample_probe(session, update)
+    for name, batch in (("update", update), ("probe", probe)):
+        batch.to_parquet(
+            session.run.file(f"{name}.parquet"),
+            session.run.file(f"{name}_tokens.parquet"),
+            tokens=_token_texts(session, batch),
+        )
+    return batch_figures(update, probe, session.config.errors)
+
+
+def batch_figures(update: Rollouts, probe: Rollouts, errors: str) -> Figures:
+    """Entropy, reward and length of the policy, from the probe batch; mean reward of the update batch."""
+    prompts = probe.prompt_index
+    how = "mean over probe responses, error clustered by prompt"
+    return {
+        "entropy_per_token": estimate_ratio(
+            probe.entropy_per_seq,
+            probe.num_tokens,
+            prompts,
+            errors=errors,
+            unit="nats/token",
+            method="ratio of sums over probe responses",
+        ),
+        "entropy_per_seq": clustered_mean(probe.entropy_per_seq, prompts, unit="nats/sequence", method=how),
+        "mean_reward": clustered_mean(probe.rewards, prompts, unit="reward", method=how),
+        "mean_length": clustered_mean(probe.num_tokens, prompts, unit="tokens", method=how),
+        "truncated_rate": clustered_mean(probe.truncated, prompts, unit="share of responses", method=how),
+        "mean_reward_update": clustered_mean(
+            update.rewards,
+            update.prompt_index,
+            unit="reward",
+            method="mean over update responses, error clustered by prompt",
+        ),
+    }
+
+
+def sample_update(session: Session) -> Rollouts:
+    """Sample the batch that makes the step, or take it from a file.
+
+    Raises:
+        BatchError: no reward variance in any prompt group, so that there is no step.
+    """
+    wanted = session.config.update
+    if wanted.file is not None:
+        update = _from_file(session, Path(wanted.file), "update.file")
+        if update.advantages is None:
+            scaled = advantages(update.rewards, update.group_index, session.policy.settings.scale_rewards)
+            update = replace(update, advantages=scaled)
+    else:
+        update = sample_rollouts(
+            session.policy,
+            session.task,
+            num_prompts=wanted.num_prompts,
+            group_size=wanted.group_size,
+            seed=wanted.seed,
+            split=wanted.split,
+            require_reward_variance=session.config.resample > 0,
+            max_resample=session.config.resample,
+            budget=session.budget,
+        )
+    if update.advantages is None or not np.any(update.advantages):
+        raise BatchError(
+            f"update batch: the rewards of all {update.num_prompts} prompt groups have zero variance "
+            f"(mean reward {update.rewards.mean():.3g}), so all advantages are zero and there is no "
+            "gradient; use more prompts, larger groups, resample=10, or a task that is solved sometimes"
+        )
+    return update
+
+
+def sample_probe(session: Session, update: Rollouts) -> Rollouts:
+    """Sample the batch on which the change is measured, from other prompts than the update's.
+
+    Raises:
+        BatchError: the two batches share prompts.
+    """
+    wanted = session.config.probe
+    if wanted.file is not None:
+        probe = _from_file(session, Path(wanted.file), "probe.file")
+    else:
+        probe = sample_rollouts(
+            session.policy,
+            session.task,
+            num_prompts=wanted.num_prompts,
+            group_size=wanted.group_size,
+            seed=wanted.seed,
+            split=wanted.split,
+            exclude=update.asked,
+            budget=session.budget,
+        )
+    refuse_overlap(update, probe)
+    return probe
+
+
+def _from_file(session: Session, path: Path, key: str) -> Rollouts:
+    """A stored batch, with log-probs and entropies of this policy; refused if another one sampled it."""
+    rollouts = session.batch(path)
+    if rollouts.temperature != session.policy.settings.temperature:
+        raise BatchError(
+            f"{key}: {path} was sampled at temperature {rollouts.temperature}, the checkpoint's is "
+            f"{session.policy.settings.temperature}; sample it again from this checkpoint"
+        )
+    logprobs, entropies = score_rollouts(session.policy, rollouts, budget=session.budget)
+    worst = float(np.abs(np.concatenate(logprobs) - np.concatenate(rollouts.logprobs)).max())
+    if not worst < SAME_POLICY[session.config.precision]:
+        raise BatchError(
+            f"{key}: {path} was sampled from another policy (log-probs differ by up to {worst:.2g} "
+            "nats); sample it again from this checkpoint"
+        )
+    return replace(rollouts, logprobs=logprobs, entropies=entropies)
+
+
+def refuse_overlap(update: Rollouts, probe: Rollouts) -> None:
+    """Raise if a prompt is in both batches: noise that they share would bias the product of two estimates.
+
+    Raises:
+        BatchError: naming shared prompts.
+    """
+    shared = update.asked & probe.asked
+    if shared:
+        raise BatchError(
+            f"update and probe batch share prompts ({min(shared)[:60]!r} among them); the change "
+            "must be measured on other samples than those that make the step: use another split, seed or file"
+        )
+
+
+def _token_texts(session: Session, rollouts: Rollouts) -> list[list[str]]:
+    """Text of every response token; those of a response join up to it."""
+    read = response_text(session.policy)
+    return [read.by_token(row) for row in rollouts.response_token_ids]

@@ -1,0 +1,234 @@
+"""What the stages of one measurement share: policy, task, batches and step, each made when first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from stepscope.config import MeasureConfig
+from stepscope.errors import BatchError, MeasurementError
+from stepscope.measure.influence.attribution import NUM_FOLDS, Influence, InfluenceOptions, influences
+from stepscope.measure.influence.token_influence import token_influences
+from stepscope.measure.quantity.base import Quantity, make_quantity
+from stepscope.measure.step.derivative import THROUGHS, Through
+from stepscope.measure.step.reconstruct import Step, reconstruct_step
+from stepscope.measure.step.rounding import RoundedStep, rounded_step
+from stepscope.pipeline.inputs.policies import open_policy, open_reference
+from stepscope.pipeline.inputs.tasks import open_task, say_what_is_shared
+from stepscope.policy.checkpoint.optimizer_state import OPTIMIZER_FILE, read_optimizer
+from stepscope.policy.derivative_check import derivative_errors
+from stepscope.policy.forward import vocabulary_size
+from stepscope.policy.numerics.finiteness import first_not_finite
+from stepscope.policy.optim.rounding import rounding_doubt
+from stepscope.policy.passes import Budget, longest
+from stepscope.policy.rollouts import sample_influence_probe
+from stepscope.policy.state import Policy
+from stepscope.policy.vectors import ParameterVector, load
+from stepscope.results import Rollouts
+from stepscope.runs import RunFolder, read_json, verified
+from stepscope.stats import Estimate
+from stepscope.tasks import TemplatedTask
+
+Doubt = Literal["step", "derivatives", "own_lr"]
+"""What a figure may rest on that can be doubted: the step as rebuilt, which a training in a half type rounds;
+derivatives, which a model's code may get wrong; the step's own learning rate, 0 at the end of a schedule."""
+
+AT_INITIAL_LR = (
+    "the checkpoint's own learning rate is 0 (the end of its schedule); this is at the initial one"
+)
+
+
+class Session:
+    """One measurement at work.
+
+    Attributes:
+        config: what was asked for.
+        run: where artifacts are.
+    """
+
+    def __init__(self, config: MeasureConfig, run: RunFolder, policy: Policy | None = None) -> None:
+        self.config = config
+        self.run = run
+        if policy is not None:
+            self.policy = policy
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The checkpoint, at the precision of the measurement."""
+        return open_policy(
+            Path(self.config.checkpoint),
+            precision=self.config.precision,
+            device=self.config.device,
+            loss=self.config.loss,
+        )
+
+    @cached_property
+    def task(self) -> TemplatedTask:
+        """The task prompts come from."""
+        task = open_task(self.config.task, self.policy)
+        say_what_is_shared(task, {self.policy.settings.task: self.policy.settings.task_digest})
+        return task
+
+    @cached_property
+    def update(self) -> Rollouts:
+        """The batch that makes the step, from the run folder."""
+        return self.batch(self.run.file("update.parquet"))
+
+    @cached_property
+    def probe(self) -> Rollouts:
+        """The batch on which the change is measured, from the run folder."""
+        return self.batch(self.run.file("probe.parquet"))
+
+    @property
+    def has_policy(self) -> bool:
+        """Whether the checkpoint is loaded."""
+        return "policy" in self.__dict__
+
+    @cached_property
+    def reference(self) -> Policy | None:
+        """The policy that KL divergences are taken to, where the configuration names one."""
+        return open_reference(self.config.reference, self.policy)
+
+    @property
+    def budget(self) -> Budget:
+        """What the computations may use, as the configuration says."""
+        scratch = self.config.scratch
+        return Budget(
+            max_sequences=self.config.batch_size,
+            memory_bytes=self.config.memory_bytes,
+            scratch=None if scratch is None else Path(scratch),
+            progress=True,
+        )
+
+    @cached_property
+    def quantities(self) -> list[Quantity]:
+        """The quantities asked for, bound to the probe batch."""
+        return [self.quantity(name, self.probe) for name in self.config.quantities]
+
+    def quantity(self, name: str, probe: Rollouts) -> Quantity:
+        """A quantity on a probe batch, with the reference model of the run."""
+        reference = None if self.reference is None else self.reference.model
+        return make_quantity(name, probe, policy=self.policy, reference=reference)
+
+    @cached_property
+    def step(self) -> Step:
+        """The whole step with its components, rebuilt from checkpoint and update batch."""
+        probe = sample_influence_probe(self.policy, self.task)
+        return reconstruct_step(
+            self.policy,
+            self.update,
+            reference=self.reference,
+            influences=None
+            if probe is None
+            else token_influences(self.policy, self.update, probe, budget=self.budget),
+            budget=self.budget,
+        )
+
+    def doubt(self, kind: Doubt) -> str:
+        """Why a figure that rests on this is not to be trusted; empty where it is."""
+        match kind:
+            case "step":
+                state = self.policy.optimizer
+                return rounding_doubt(self.policy.stored_dtypes, state.moment_types if state else None)
+            case "derivatives":
+                return self._derivative_doubt
+            case "own_lr":
+                return "" if self.line.own_lr > 0 else f"{AT_INITIAL_LR}, {self.line.lr:g}"
+
+    def doubted(self, figures: Mapping[str, Estimate], *kinds: Doubt) -> dict[str, Estimate]:
+        """Figures with the reasons not to trust what they rest on."""
+        reasons = [self.doubt(kind) for kind in kinds]
+        return {name: figure.doubted(*reasons) for name, figure in figures.items()}
+
+    @cached_property
+    def taken(self) -> RoundedStep | None:
+        """The step as a training in a half type takes it; None where the weights are not rounded."""
+        state = self.policy.optimizer
+        if state is None or not state.half_types:
+            return None
+        return rounded_step(self.policy, self.step, self.step.lr or self.initial_lr() or 0.0)
+
+    @cached_property
+    def _derivative_doubt(self) -> str:
+        """Why derivatives of this model are not those of its function; empty where they are."""
+        few = longest(self.policy, self.probe)
+        temperature = self.policy.settings.temperature
+        return derivative_errors(self.policy, few, self.line.direction, temperature=temperature).doubt
+
+    @cached_property
+    def influences(self) -> list[tuple[Influence, ...]]:
+        """Influence of the update batch on every quantity, fixed and through the optimizer."""
+        return [
+            self.influences_on(self.probe, quantity, throughs=THROUGHS, num_folds=NUM_FOLDS)
+            for quantity in self.quantities
+        ]
+
+    def influences_on(
+        self, probe: Rollouts, quantity: Quantity, *, throughs: Sequence[Through], num_folds: int
+    ) -> tuple[Influence, ...]:
+        """Influence of the update batch on a quantity of a probe batch, as the configuration asks."""
+        return influences(
+            self.policy,
+            self.step,
+            self.update,
+            probe,
+            throughs=throughs,
+            quantity=quantity,
+            options=InfluenceOptions(baseline=self.config.baseline, num_folds=num_folds),
+            budget=self.budget,
+        )
+
+    @cached_property
+    def line(self) -> Line:
+        """Where the step points and its learning rate, as stored."""
+        stored = load(verified(self.run.file("direction.safetensors")))
+        if problem := first_not_finite(stored.items()):
+            raise MeasurementError(f"{self.run.file('direction.safetensors')}: {problem}; rebuild the step")
+        direction = {n: t.to(self.policy.device) for n, t in stored.items()}
+        figures = read_json(self.run.file("step.json"))
+        return Line(direction, float(figures["lr"]), figures["initial_lr"])
+
+    def initial_lr(self) -> float | None:
+        """The learning rate that the run's schedule started from, where the optimizer says so."""
+        groups = read_optimizer(Path(self.config.checkpoint) / OPTIMIZER_FILE)["param_groups"]
+        return next((float(g["initial_lr"]) for g in groups if g.get("initial_lr")), None)
+
+    def batch(self, path: Path) -> Rollouts:
+        """A stored batch.
+
+        Raises:
+            BatchError: it has tokens that the model does not know, or numbers that are not finite.
+        """
+        tokens = path.with_name(f"{path.stem}_tokens.parquet")
+        rollouts = Rollouts.from_parquet(verified(path), verified(tokens))
+        size = vocabulary_size(self.policy.model)
+        for i, rows in enumerate(zip(rollouts.prompt_token_ids, rollouts.response_token_ids, strict=True)):
+            if odd := [t for row in rows for t in row if not 0 <= t < size]:
+                raise BatchError(
+                    f"{path}: sequence {i} has token {odd[0]}, and the model knows 0 to {size - 1}; the "
+                    "batch was tokenized for another model, sample it again from this checkpoint"
+                )
+        return rollouts
+
+
+@dataclass(frozen=True)
+class Line:
+    """A direction in parameter space and the learning rates of the run.
+
+    Attributes:
+        direction: (params' - params) / lr.
+        own_lr: learning rate of the step to come; 0 at the end of a schedule that decays to 0.
+        initial_lr: what the schedule started from; looked up where ``own_lr`` is 0.
+    """
+
+    direction: ParameterVector
+    own_lr: float
+    initial_lr: float | None
+
+    @property
+    def lr(self) -> float:
+        """The learning rate that a sweep is centred on: the step's own, or the initial one if that is 0."""
+        return self.own_lr or self.initial_lr or 0.0

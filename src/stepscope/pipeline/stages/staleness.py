@@ -1,0 +1,46 @@
+"""Which stages have to be done again, because what they read is not what it was when they were done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from stepscope.config import Stage
+from stepscope.pipeline.stages import PLANS
+from stepscope.pipeline.stages.plan import Plan
+from stepscope.runs import RunFolder, differing_keys
+
+
+def needs(stage: Stage) -> list[Stage]:
+    """Stages that write what ``stage`` reads, in their order."""
+    reads = set(PLANS[stage].reads)
+    return [name for name, plan in PLANS.items() if name != stage and reads.intersection(plan.writes)]
+
+
+def inputs(plan: Plan, provenance: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage would read now: digests of artifacts and checkpoint, and its keys of the configuration."""
+    there = {name: d for record in provenance["stages"].values() for name, d in record["sha256"].items()}
+    there |= {name: digests[0] for name, digests in provenance.get("sealed", {}).items()}
+    names = [name for name in there if name not in plan.writes] if plan.shows_all else plan.reads
+    return {
+        "files": {name: there.get(name) for name in sorted(names)},
+        "checkpoint": provenance["checkpoint_digest"] if plan.needs_policy else None,
+        "config": {key: config[key] for key in plan.config},
+    }
+
+
+def reason_to_do(run: RunFolder, stage: Stage, config: Mapping[str, Any]) -> str:
+    """Why a stage is to be done, or done again, in words; empty where it is finished and not stale."""
+    if not run.is_done(stage):
+        return "not done"
+    plan, provenance = PLANS[stage], run.provenance()
+    then = provenance["stages"][stage].get("inputs")
+    if then is None:
+        return "it is not recorded what it read"
+    now = inputs(plan, provenance, config)
+    names = dict.fromkeys([*then["files"], *now["files"]])
+    changed = [name for name in names if then["files"].get(name) != now["files"].get(name)]
+    found = [f"{', '.join(changed)} changed"] if changed else []
+    if then["checkpoint"] != now["checkpoint"]:
+        found.append("the checkpoint changed")
+    return "; ".join([*found, *differing_keys(then["config"], now["config"])])

@@ -1,0 +1,76 @@
+"""Stage ``step``: the optimizer step rebuilt, and the token weights it gives the update batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from stepscope import runs
+from stepscope.measure.step.lifetime import lifetime, lifetime_figures
+from stepscope.measure.step.reconstruct import step_components
+from stepscope.measure.step.rounding import RoundedStep
+from stepscope.pipeline.stages.plan import STEP, UPDATE, Figures, stage
+from stepscope.pipeline.stages.session import Session
+from stepscope.policy import vectors
+from stepscope.results.rollouts import RolloutTokens
+from stepscope.results.step import StepReport
+from stepscope.stats import Estimate
+
+
+@stage(reads=UPDATE, writes=(*STEP, "update_tokens.parquet"), config=("task", "reference", "batch_size"))
+def step(session: Session) -> Figures:
+    """Rebuild the optimizer step, store its direction, and add the token weights to the update batch."""
+    step = session.step
+    path = session.run.file("update_tokens.parquet")
+    weights = np.concatenate(step.token_weights).astype(np.float64, copy=False)
+    runs.write_record(path, replace(runs.read_record(RolloutTokens, path), token_weight=weights))
+    total = vectors.norm(step.direction)
+    report = StepReport(
+        lr=step.lr,
+        grad_norm=step.grad_norm,
+        clip_coefficient=step.clip_coefficient,
+        norm_direction=total,
+        norm_displacement=step.lr * total,
+        num_parameters=sum(t.numel() for t in step.direction.values()),
+        num_sequences=len(step.update),
+        num_prompts=step.update.num_prompts,
+        num_tokens=int(step.update.num_tokens.sum()),
+        components=step_components(step),
+        initial_lr=session.initial_lr() if step.lr == 0 else None,
+        stored_dtypes=session.policy.stored_dtypes,
+        doubt=session.doubt("step"),
+        rounding=session.taken.report() if session.taken else None,
+        lifetime=lifetime(session.policy, step),
+    )
+    vectors.save(step.direction, session.run.file("direction.safetensors"))
+    runs.write_record(session.run.file("step.json"), report)
+    count = session.update.num_prompts
+    shares = {
+        f"share_{name}": Estimate(
+            value=part.share,
+            stderr=float("nan"),
+            n=count,
+            unit="share of the step",
+            method=f"<{name}, direction>/|direction|^2, exact for this update batch",
+        )
+        for name, part in report.components.items()
+    }
+    found = shares | lifetime_figures(report.lifetime, count)
+    return session.doubted(found, "step") | _rounding_figures(session.taken, count)
+
+
+def _rounding_figures(taken: RoundedStep | None, count: int) -> Figures:
+    """How the step as taken in a half type differs from that before rounding; nothing where it does not."""
+    if taken is None:
+        return {}
+    how = f"torch's AdamW in {taken.kept_in}, {taken.kernel}, at lr {taken.lr:g}; exact for this update batch"
+    none = "" if taken.share_moved else "no coordinate moves"
+    return {
+        name: Estimate(value, float("nan"), count, unit, how, not doubt, doubt)
+        for name, value, unit, doubt in (
+            ("rounding_share_moved", taken.share_moved, "share of coordinates", ""),
+            ("rounding_cosine", taken.cosine, "1", none),
+            ("rounding_norm_ratio", taken.norm_ratio, "1", ""),
+        )
+    }
