@@ -17,7 +17,9 @@ def test_every_public_name_exists_and_is_listed():
     for name in ss.__all__:
         assert getattr(ss, name) is not None
     assert dir(ss) == sorted(ss.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'measure_chnage'"):
+    assert {"load_checkpoint", "measure_change", "load_measurement", "FisherKernel"} <= set(ss.__all__)
+    assert ss.__version__
+    with pytest.raises(AttributeError, match="measure_chnage"):
         _ = ss.measure_chnage  # type: ignore[attr-defined]
 
 
