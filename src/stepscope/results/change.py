@@ -102,7 +102,7 @@ class Change(Record):
     round_off: Number
     measurable_from: Number
     linear_up_to: float | None
-    taken: Taken | None = None
+    taken: Taken | None
 
     def at(self, lr: float) -> ChangePoint:
         """The point at a learning rate of the sweep.
@@ -126,7 +126,7 @@ class Changes(Change):
         others: the series besides the primary one.
     """
 
-    others: tuple[Change, ...] = ()
+    others: tuple[Change, ...]
 
     @property
     def series(self) -> tuple[Change, ...]:

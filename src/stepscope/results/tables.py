@@ -78,6 +78,7 @@ class Table(Brief):
             if (values := getattr(self, name)) is not None
         }
         others = {} if rest is None else getattr(self, rest)
+        assert not columns.keys() & others.keys()
         columns |= {name: np.asarray(values, dtype=np.float64) for name, values in others.items()}
         return pa.table(columns).replace_schema_metadata({VERSION: str(self.format_version)})
 

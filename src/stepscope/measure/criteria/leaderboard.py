@@ -107,11 +107,12 @@ class Leaderboard(Brief):
         )
 
     def tokens(self) -> CriteriaTokens:
-        """Content of ``criteria_tokens.parquet``."""
+        """Content of ``criteria_tokens.parquet``; the control ``position`` is a column already."""
+        scores = {name: values for name, values in self.scores.items() if name != "position"}
         return CriteriaTokens(
             sequence_id=self.facts.sequence,
             position=self.facts.position,
-            values={**self.scores, **{truth.name: truth.values for truth in self.truths}},
+            values={**scores, **{truth.name: truth.values for truth in self.truths}},
         )
 
 
