@@ -30,7 +30,8 @@ from stepscope.pipeline.inputs.policies import checkpoints_in
 from stepscope.pipeline.stages import PLANS
 from stepscope.pipeline.stages.influence import OWN_PROMPTS_SEED
 from stepscope.pipeline.stages.staleness import needs
-from stepscope.policy.checkpoint.load import inspect_checkpoint, load_checkpoint
+from stepscope.policy.check.inspection import inspect_checkpoint
+from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.policy.rollouts import sample_responses
 from stepscope.policy.vectors import dot, norm
 from stepscope.results import Rollouts

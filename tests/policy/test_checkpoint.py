@@ -23,10 +23,10 @@ import cases
 from stepscope.errors import CheckpointError
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy import vectors
+from stepscope.policy.check.inspection import inspect_checkpoint
 from stepscope.policy.checkpoint.adapters import reference_adapter
 from stepscope.policy.checkpoint.load import (
     checkpoint_digest,
-    inspect_checkpoint,
     load_checkpoint,
     load_model,
     read_settings,

@@ -15,8 +15,8 @@ from torch.nn.functional import layer_norm as torch_layer_norm
 
 import cases
 from stepscope.measure.change.measured import measure_change
-from stepscope.policy.checkpoint.examination import examine
-from stepscope.policy.derivative_check import random_direction
+from stepscope.policy.check.derivatives import random_direction
+from stepscope.policy.check.examination import examine
 from stepscope.policy.gradients import directional_derivative, gradient, response_logprob
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.differentiation import differentiable, layer_norm

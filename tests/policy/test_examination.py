@@ -16,8 +16,9 @@ import cases
 from made_tokenizers import CHAT, byte_level
 from stepscope.errors import CheckpointError, MeasurementError
 from stepscope.policy import forward as forward_module
-from stepscope.policy.checkpoint.examination import Finding, _asking, computed_types, examine
-from stepscope.policy.derivative_check import random_direction
+from stepscope.policy.check.derivatives import random_direction
+from stepscope.policy.check.examination import _asking, computed_types, examine
+from stepscope.policy.check.findings import Finding
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.precision import lift_model
 from stepscope.policy.state import Policy

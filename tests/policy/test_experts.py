@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cases
-from stepscope.policy.derivative_check import random_direction
+from stepscope.policy.check.derivatives import random_direction
 from stepscope.policy.experts import router_coefficient, router_gradient, router_loss
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.gradients import directional_derivative, gradient, response_logprob

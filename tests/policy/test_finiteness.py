@@ -16,7 +16,8 @@ from torch import nn
 
 import cases
 from stepscope.errors import CheckpointError
-from stepscope.policy.checkpoint.load import inspect_checkpoint, load_checkpoint, load_model, read_settings
+from stepscope.policy.check.inspection import inspect_checkpoint
+from stepscope.policy.checkpoint.load import load_checkpoint, load_model, read_settings
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.finiteness import first_not_finite, refuse_broken_weights
 

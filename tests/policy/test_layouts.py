@@ -9,8 +9,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.checkpoint.layouts import layout_of
-from stepscope.policy.checkpoint.load import inspect_checkpoint, load_checkpoint
+from stepscope.policy.check.inspection import inspect_checkpoint
+from stepscope.policy.checkpoint.formats.registry import FORMATS, format_of
+from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.policy.checkpoint.optimizer_state import read_optimizer
 
 
@@ -62,10 +63,12 @@ def test_layouts_are_named(tmp_path: Path, name: str) -> None:
 
 def test_a_real_distributed_checkpoint_is_named(tmp_path: Path) -> None:
     dcp.save({"a": torch.ones(2)}, checkpoint_id=tmp_path / "state", no_dist=True)
-    assert str(layout_of(tmp_path)).startswith("a checkpoint of torch.distributed.checkpoint, ")
+    with pytest.raises(CheckpointError, match=r": a checkpoint of torch\.distributed\.checkpoint, "):
+        format_of(tmp_path, "weights").optimizer(tmp_path)
 
 
 def test_plain_folders_are_no_layout(tmp_path: Path) -> None:
-    assert layout_of(touch(tmp_path, "config.json", "model.safetensors", "sub/optimizer.pt")) is None
+    folder = touch(tmp_path, "config.json", "model.safetensors", "sub/optimizer.pt")
+    assert format_of(folder, "weights") is format_of(folder, "optimizer") is FORMATS[0]
     with pytest.raises(CheckpointError, match=r"optimizer\.pt: no optimizer state"):
         read_optimizer(tmp_path / "optimizer.pt")

@@ -26,10 +26,11 @@ from trl import GRPOConfig
 
 import cases
 from stepscope.errors import CheckpointError
-from stepscope.policy.checkpoint.examination import examine
-from stepscope.policy.checkpoint.load import inspect_checkpoint, load_model
+from stepscope.policy.check.examination import examine
+from stepscope.policy.check.inspection import inspect_checkpoint
+from stepscope.policy.checkpoint.load import load_model
 from stepscope.policy.checkpoint.models import stored_types
-from stepscope.policy.checkpoint.training_args import base_revision
+from stepscope.policy.checkpoint.settings.training_args import base_revision
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.optim.rounding import rounding_doubt
 from stepscope.policy.state import Policy

@@ -14,8 +14,8 @@ from trl.experimental.gmpo import GMPOConfig
 from trl.experimental.sdpo import SDPOConfig
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.checkpoint.run_settings import run_settings
-from stepscope.policy.checkpoint.trl_run import run_notes
+from stepscope.policy.checkpoint.settings.run_settings import run_settings
+from stepscope.policy.checkpoint.settings.trl_run import run_notes
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.rules import EntropyBonus, TopEntropy
 

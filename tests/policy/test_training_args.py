@@ -13,7 +13,7 @@ import torch
 from trl import GRPOConfig
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.checkpoint.training_args import MOST_OPERATIONS, Record, read_training_args
+from stepscope.policy.checkpoint.settings.training_args import MOST_OPERATIONS, Record, read_training_args
 
 
 def save_args(folder: Path, **changes: Any) -> Path:

@@ -20,7 +20,7 @@ import cases
 from stepscope import cli
 from stepscope.config import TrainConfig
 from stepscope.errors import ConfigError, RunFolderError, TrainingError
-from stepscope.policy.checkpoint.devices import usable_device
+from stepscope.policy.checkpoint.models import usable_device
 from stepscope.training import run, train
 from stepscope.training.rl import reinforce
 from stepscope.training.setup.start import starting_model, writing

@@ -21,7 +21,8 @@ from stepscope.errors import CheckpointError, ConfigError
 from stepscope.evaluation import evaluate
 from stepscope.pipeline.inputs.logged_prompts import prompt_conflict
 from stepscope.pipeline.inputs.tasks import open_task
-from stepscope.policy.checkpoint.load import inspect_checkpoint, load_checkpoint, read_settings
+from stepscope.policy.check.inspection import inspect_checkpoint
+from stepscope.policy.checkpoint.load import load_checkpoint, read_settings
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.tasks import load_task
 from stepscope.tasks.prompts import Chat, encode_prompt

@@ -29,8 +29,8 @@ from stepscope.measure.entropy_law import fit_run
 from stepscope.pipeline.inputs.logged_prompts import prompt_conflict
 from stepscope.pipeline.inputs.policies import checkpoints_in, open_policy
 from stepscope.pipeline.inputs.tasks import hold_data, open_task, say_what_is_shared, tasks_of
-from stepscope.policy.checkpoint.devices import usable_device
 from stepscope.policy.checkpoint.load import checkpoint_digest, read_settings
+from stepscope.policy.checkpoint.models import usable_device
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.processes import is_main_process

@@ -25,7 +25,7 @@ from stepscope.measure.quantity.estimators import linear
 from stepscope.measure.quantity.probe import baseline_features, probe_values
 from stepscope.measure.quantity.values import derivatives, response_mask, values_at
 from stepscope.measure.step.rounding import RoundedStep
-from stepscope.policy.derivative_check import derivative_errors
+from stepscope.policy.check.derivatives import derivative_errors
 from stepscope.policy.passes import Budget, longest, track
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector, placed

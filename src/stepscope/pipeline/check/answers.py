@@ -8,7 +8,7 @@ from typing import Any
 
 from stepscope.errors import BatchError, TaskError
 from stepscope.pipeline.inputs.tasks import open_task
-from stepscope.policy.checkpoint.examination import Finding
+from stepscope.policy.check.findings import Finding
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.policy.state import Policy
 from stepscope.tasks import Problem, Score, TemplatedTask

@@ -25,7 +25,7 @@ from stepscope.tasks.judge.worker import shared_worker
 from stepscope.tasks.response import TAGS
 
 if TYPE_CHECKING:
-    from stepscope.policy.checkpoint.examination import Finding
+    from stepscope.policy.check.findings import Finding
 
 _SPLITS = {"train": "training", "test": "test"}
 COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -51,7 +51,7 @@ def run_check(target: Path, overrides: Sequence[str] = (), *, task: str | None =
         return _check_config(target, overrides, task)
     values = {"checkpoint": str(target), "out": "unused", "task": task}
     config = load_config(MeasureConfig, None, overrides, values)
-    from stepscope.policy.checkpoint.examination import Finding
+    from stepscope.policy.check.findings import Finding
 
     found = check_checkpoint(config)
     found.append(Finding(*_isolation()))
@@ -70,8 +70,8 @@ def check_checkpoint(config: MeasureConfig) -> list[Finding]:
     from stepscope.pipeline.inputs.logged_prompts import prompt_conflict
     from stepscope.pipeline.inputs.policies import open_reference
     from stepscope.pipeline.inputs.tasks import open_task
-    from stepscope.policy.checkpoint.examination import Finding
-    from stepscope.policy.checkpoint.load import inspect_loaded
+    from stepscope.policy.check.findings import Finding
+    from stepscope.policy.check.inspection import inspect_loaded
 
     found, policy = inspect_loaded(
         config.checkpoint, precision=config.precision, device=config.device, overrides=config.loss.given()

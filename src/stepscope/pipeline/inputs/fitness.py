@@ -11,10 +11,12 @@ from stepscope.config import MeasureSettings, Stage
 from stepscope.errors import MeasurementError
 from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.quantity.values import derivatives
+from stepscope.policy.check.derivatives import random_direction
+from stepscope.policy.check.examination import examine
+from stepscope.policy.check.findings import Finding
 from stepscope.policy.checkpoint.adapters import is_adapted
-from stepscope.policy.checkpoint.examination import Finding, examine, made_up_sequences
+from stepscope.policy.checkpoint.first_pass import made_up_sequences
 from stepscope.policy.checkpoint.foreign import reads_foreign
-from stepscope.policy.derivative_check import random_direction
 from stepscope.policy.loss.surrogate import adds_component, refuse_cut_component
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts

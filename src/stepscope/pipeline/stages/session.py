@@ -18,8 +18,7 @@ from stepscope.measure.step.reconstruct import Step, reconstruct_step
 from stepscope.measure.step.rounding import RoundedStep, rounded_step
 from stepscope.pipeline.inputs.policies import open_policy, open_reference
 from stepscope.pipeline.inputs.tasks import open_task, say_what_is_shared
-from stepscope.policy.checkpoint.optimizer_state import OPTIMIZER_FILE, read_optimizer
-from stepscope.policy.derivative_check import derivative_errors
+from stepscope.policy.check.derivatives import derivative_errors
 from stepscope.policy.forward import vocabulary_size
 from stepscope.policy.numerics.finiteness import first_not_finite
 from stepscope.policy.optim.rounding import rounding_doubt
@@ -193,8 +192,8 @@ class Session:
 
     def initial_lr(self) -> float | None:
         """The learning rate that the run's schedule started from, where the optimizer says so."""
-        groups = read_optimizer(Path(self.config.checkpoint) / OPTIMIZER_FILE)["param_groups"]
-        return next((float(g["initial_lr"]) for g in groups if g.get("initial_lr")), None)
+        groups = self.policy.optimizer.groups if self.policy.optimizer else ()
+        return next((group.initial_lr for group in groups if group.initial_lr), None)
 
     def batch(self, path: Path) -> Rollouts:
         """A stored batch.

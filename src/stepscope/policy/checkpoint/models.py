@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
-from stepscope.errors import CheckpointError
+from stepscope.errors import CheckpointError, ConfigError
 from stepscope.policy.checkpoint.foreign import reads_foreign, refuse_disproportion, refuse_large_texts
 from stepscope.policy.numerics.finiteness import refuse_broken_weights
 from stepscope.policy.numerics.precision import lift_model
@@ -234,10 +234,29 @@ def _source(model: str | Path, revision: str | None) -> dict[str, Any]:
 
 def placed(model: Any, dtype: torch.dtype, device: torch.device | str | None) -> nn.Module:
     """The model in evaluation mode on its device, at true float64 where that is asked for."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    ready: nn.Module = model.to(device).eval()
+    ready: nn.Module = model.to(usable_device(device)).eval()
     return lift_model(ready) if dtype == torch.float64 else ready
+
+
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """The device, given that tensors can be put there; None for a GPU where there is one.
+
+    Raises:
+        ConfigError: torch does not know it, or this machine or this build of torch does not have it.
+    """
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError) as error:  # torch asserts that it was built with CUDA
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"device: {str(device)!r} cannot be used ({reason}); give cpu, or leave it out for a GPU "
+            "where there is one"
+        ) from error
+    if found.type == "meta":
+        raise ConfigError("device: 'meta' holds no numbers; give cpu, or leave it out")
+    return found
 
 
 @contextmanager

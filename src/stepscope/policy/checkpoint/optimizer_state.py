@@ -17,7 +17,6 @@ from torch import nn
 
 from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.foreign import reads_foreign, refuse_packed
-from stepscope.policy.checkpoint.layouts import missing_state
 from stepscope.policy.checkpoint.parameter_order import names_in_order
 from stepscope.policy.numerics.finiteness import real_number
 from stepscope.policy.optim.base import OptimizerState
@@ -37,7 +36,10 @@ def read_optimizer(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, damaged, or holds something other than an optimizer's state.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path}: {missing_state(path.parent)}")
+        raise CheckpointError(
+            f"{path}: no optimizer state, and a step cannot be rebuilt without it; save the run with "
+            "save_only_model=False (the default), or point at a checkpoint folder that has it"
+        )
     refuse_packed(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

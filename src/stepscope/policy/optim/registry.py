@@ -126,7 +126,8 @@ def named_state(
 
     Args:
         saved: ``state_dict()`` of the optimizer.
-        names_by_group: names of each group's parameters in the order of its ``params``.
+        names_by_group: names of each group's parameters in the order of its ``params``, which are numbers or,
+            in some formats, those names.
         model: the model.
         where: what to name in an error.
         dtype: type of the moments; None leaves bfloat16 and float16 at float32 and wider ones as they are.
@@ -180,11 +181,11 @@ def named_by(classes: list[str]) -> str:
 
 
 def _check_form(saved: Mapping[str, Any], where: str) -> None:
-    """Raise where it is not what ``state_dict()`` gives: groups with numbers of parameters, and states."""
+    """Raise where it is not what ``state_dict()`` gives: groups of parameters, and their states."""
     groups, state = saved["param_groups"], saved["state"]
     sound = isinstance(groups, list) and isinstance(state, Mapping)
     sound = sound and all(isinstance(g, Mapping) and isinstance(g.get("params"), list) for g in groups)
-    sound = sound and all(isinstance(number, int) for g in groups for number in g["params"])
+    sound = sound and all(isinstance(key, int | str) for g in groups for key in g["params"])
     sound = sound and all(isinstance(g.get(flag, False), bool) for g in groups for flag in _FLAGS)
     for kernels in ([g.get("foreach"), g.get("fused")] for g in groups if sound):
         sound = all(flag is None or isinstance(flag, bool) for flag in kernels) and not all(kernels)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepscope.errors import MeasurementError, StepscopeError, TaskError
+from stepscope.errors import MeasurementError, TaskError
+from stepscope.policy.check.derivatives import derivative_errors, random_direction
+from stepscope.policy.check.findings import Finding
 from stepscope.policy.checkpoint.adapters import base_is_rewritten
+from stepscope.policy.checkpoint.first_pass import made_up_sequences
 from stepscope.policy.checkpoint.foreign import reads_foreign
 from stepscope.policy.checkpoint.models import brief, type_in_files
-from stepscope.policy.checkpoint.trl_run import run_notes
-from stepscope.policy.derivative_check import derivative_errors, random_direction
+from stepscope.policy.checkpoint.settings.trl_run import run_notes
 from stepscope.policy.experts import router_coefficient
 from stepscope.policy.forward import (
     base_model,
-    excluded_logit,
     forward,
     forward_inputs,
     make_batch,
@@ -38,27 +39,6 @@ from stepscope.tasks.templates import FIELD, load_template
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 0.5}
 """Largest difference of log-probs, in nats, that round-off may make between two ways to batch."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing found about a checkpoint.
-
-    Attributes:
-        level: ``ok``; ``warn`` for what limits a measurement; ``fail`` for what prevents it.
-        what: what was found.
-        cure: what to do; empty when all is well.
-    """
-
-    level: Literal["ok", "warn", "fail"]
-    what: str
-    cure: str = ""
-
-    @classmethod
-    def from_error(cls, error: StepscopeError) -> Finding:
-        """A failure: our errors end with the cure, after the last semicolon."""
-        what, _, cure = str(error).rpartition("; ")
-        return cls("fail", what or cure, cure if what else "")
 
 
 @reads_foreign
@@ -455,22 +435,6 @@ def _forward(policy: Policy) -> list[Finding]:
     else:
         found.append(Finding("ok", f"log-probs depend on batch size and padding by at most {gap:.2g} nats"))
     return found
-
-
-def made_up_sequences(policy: Policy) -> tuple[list[list[int]], list[list[int]]]:
-    """Made-up prompts and responses of different lengths, of tokens that the model does not exclude."""
-    with torch.no_grad(), matching_precision(policy.model), plain_experts(policy.model):
-        logits = policy.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=policy.device)).logits[
-            0, -1
-        ]
-    possible = (~(logits < excluded_logit(logits.dtype))).nonzero().flatten().cpu()
-    generator = torch.Generator().manual_seed(0)
-
-    def tokens(count: int) -> list[int]:
-        chosen: list[int] = possible[torch.randint(0, len(possible), (count,), generator=generator)].tolist()
-        return chosen
-
-    return [tokens(n) for n in (3, 9, 5, 1)], [tokens(n) for n in (6, 2, 1, 8)]
 
 
 def _logprobs(policy: Policy, prompts: list[list[int]], responses: list[list[int]]) -> list[Tensor]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.checkpoint.training_args import TRAINING_ARGS_FILE
-from stepscope.policy.checkpoint.trl_run import Obstacle, TrlRun, read_trl_run
+from stepscope.policy.checkpoint.settings.training_args import TRAINING_ARGS_FILE
+from stepscope.policy.checkpoint.settings.trl_run import Obstacle, TrlRun, read_trl_run
 from stepscope.policy.loss.settings import SETTINGS_FILE, StepSettings
 
 REQUIRED_SETTINGS = ("loss_type", "scale_rewards", "temperature", "max_response_tokens", "max_grad_norm")

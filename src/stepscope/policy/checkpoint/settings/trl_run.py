@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.checkpoint.training_args import (
+from stepscope.policy.checkpoint.settings.training_args import (
     TRAINING_ARGS_FILE,
     TrainingArguments,
     read_training_args,

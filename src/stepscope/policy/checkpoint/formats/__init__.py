@@ -1,0 +1,1 @@
+"""Checkpoint formats: one file for each way to lay a checkpoint out, and a registry of them."""

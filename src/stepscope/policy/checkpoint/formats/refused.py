@@ -1,0 +1,109 @@
+"""Checkpoints whose weights or optimizer state are spread over files: named, with what to do about each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepscope.errors import CheckpointError
+from stepscope.policy.checkpoint.formats.base import Format, Matching, Part
+from stepscope.policy.loss.settings import StepSettings
+
+_UNSHARDED = "train on one device or with plain data parallelism (DDP), whose checkpoints can be measured"
+
+
+@dataclass(frozen=True)
+class Refused(Format):
+    """A way to spread a checkpoint that is known and not read.
+
+    Attributes:
+        name: what wrote it.
+        cure: what makes plain weights of it, enough to evaluate.
+        look: the number of files of it in a folder, one per process where it has such; 0 where they have no
+            number, nothing where it is not there.
+    """
+
+    name: str
+    cure: str
+    look: Callable[[Path], Iterator[int]]
+
+    def holds(self, folder: Path) -> frozenset[Part]:
+        """All of a checkpoint, so that whatever is asked for is refused."""
+        return frozenset({"weights", "optimizer", "settings"} if any(True for _ in self.look(folder)) else ())
+
+    def weights(self, folder: Path, *, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
+        """Refused."""
+        raise self.refusal(folder)
+
+    def optimizer(self, folder: Path) -> Matching:
+        """Refused."""
+        raise self.refusal(folder)
+
+    def settings(self, folder: Path, overrides: Mapping[str, Any] | None, *, for_step: bool) -> StepSettings:
+        """Refused."""
+        raise self.refusal(folder)
+
+    def refusal(self, folder: Path) -> CheckpointError:
+        """What was found and what to do, in one sentence."""
+        parts = next(self.look(folder))
+        spread = f" of {parts} processes" if parts > 1 else ""
+        return CheckpointError(
+            f"{folder}: a checkpoint of {self.name}{spread}, whose optimizer state is not read yet; "
+            f"{_UNSHARDED}, and to evaluate this one, {self.cure}"
+        )
+
+
+def _deepspeed(folder: Path) -> Iterator[int]:
+    for inner in (folder, *sorted(folder.glob("global_step*"))):
+        parts = len(list(inner.glob("*zero_pp_rank_*_optim_states.pt")))
+        if parts or list(inner.glob("mp_rank_*_model_states.pt")):
+            yield parts
+
+
+def _verl(folder: Path) -> Iterator[int]:
+    for inner in (folder, folder / "actor"):
+        for file in inner.glob("model_world_size_*_rank_*.pt"):
+            found = re.match(r"model_world_size_(\d{1,6})_rank_", file.name)
+            if found is not None:
+                yield int(found[1])
+
+
+def _fsdp_whole(folder: Path) -> Iterator[int]:
+    if any((folder / name).is_file() for name in ("optimizer.bin", "pytorch_model_fsdp.bin")):
+        yield 1
+
+
+def _fsdp_sharded(folder: Path) -> Iterator[int]:
+    sharded = [*folder.glob("optimizer_[0-9]*"), *folder.glob("pytorch_model_fsdp_[0-9]*")]
+    if sharded:
+        yield max(len(list(inner.glob("*.distcp"))) for inner in sharded)
+
+
+def _megatron(folder: Path) -> Iterator[int]:
+    for inner in (folder, folder / "dist_ckpt", folder / "model" / "dist_ckpt", *folder.glob("iter_*")):
+        if (inner / "common.pt").is_file() or list(inner.glob("mp_rank_*/model_optim_rng.pt")):
+            yield len(list(inner.glob("*.distcp"))) or len(list(inner.glob("mp_rank_*")))
+
+
+def _torch(folder: Path) -> Iterator[int]:
+    for inner in (folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())):
+        if (inner / ".metadata").is_file() and (parts := len(list(inner.glob("*.distcp")))):
+            yield parts
+
+
+REFUSED = (
+    Refused("DeepSpeed (ZeRO)", "make weights with its zero_to_fp32.py", _deepspeed),
+    Refused("verl (FSDP)", "make weights with python -m verl.model_merger", _verl),
+    Refused("FSDP (full state)", "save it with FSDP's state dict as safetensors", _fsdp_whole),
+    Refused("FSDP (sharded state)", "make weights with accelerate merge-weights", _fsdp_sharded),
+    Refused("Megatron", "convert it to Hugging Face's layout with Megatron's own tools", _megatron),
+    Refused(
+        "torch.distributed.checkpoint", "make weights with torch's dcp_to_torch_save, then save them", _torch
+    ),
+)

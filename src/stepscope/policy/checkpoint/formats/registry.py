@@ -1,0 +1,52 @@
+"""Which format has what of a checkpoint: loading, checks and digests ask here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stepscope.errors import CheckpointError
+from stepscope.policy.checkpoint.formats.base import Format, Part
+from stepscope.policy.checkpoint.formats.plain import Plain
+from stepscope.policy.checkpoint.formats.refused import REFUSED
+
+FORMATS: list[Format] = [Plain(), *REFUSED]
+"""Known formats; each part of a checkpoint is read by the first that has it. One more is an entry here."""
+
+_RUNS = ("checkpoints/step-*", "checkpoint-*")
+
+
+def format_of(folder: Path, part: Part) -> Format:
+    """The format that reads a part of a checkpoint, or that says why nobody can."""
+    has = [known for known in FORMATS if part in known.holds(folder)]
+    return (has or [known for known in FORMATS if known.holds(folder)] or FORMATS)[0]
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """The folder itself where some format knows it, or an error that says what is there instead.
+
+    Raises:
+        CheckpointError: no checkpoint, or a run with several.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint folder; check the path")
+    if "weights" in FORMATS[0].holds(path):
+        return path
+    inside = [p for pattern in _RUNS for p in path.glob(pattern) if p.is_dir()]
+    if inside:
+        latest = max(inside, key=lambda p: (p.stat().st_mtime, p.name))
+        raise CheckpointError(
+            f"{path}: a run with {len(inside)} checkpoints, expected one checkpoint; point at one, such "
+            f"as {latest}"
+        )
+    if not any(known.holds(path) for known in FORMATS):
+        raise CheckpointError(
+            f"{path}: neither config.json nor adapter_config.json is there, so it is no checkpoint of a "
+            "model; point at a folder saved by the Hugging Face Trainer or TRL"
+        )
+    return path
+
+
+def files_of(folder: Path, *, tensors_only: bool = False) -> tuple[str, ...]:
+    """Patterns of the files that make a checkpoint what it is, of all formats that have a part of it."""
+    found = [known for known in FORMATS if known.holds(folder)]
+    return tuple(p for known in found for p in (known.tensors + (() if tensors_only else known.configs)))
