@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,9 @@ def predict(
         max_response_tokens=policy.settings.max_response_tokens,
     )
     weights = tuple(sequence.weights for sequence in captured)
-    products = products_of_batch(policy, update, weights, args.per_device_train_batch_size)
+    products = products_of_batch(
+        policy, update, weights, replace(budget, max_sequences=args.per_device_train_batch_size)
+    )
     if noise:
         pending.figures["noise_scale"] = noise_of_batch(products, update, norm, args.max_grad_norm)
     if top_tokens and norm > 0:
