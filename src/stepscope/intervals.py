@@ -1,7 +1,7 @@
 """95 % intervals that hold for few prompts; numpy and scipy only.
 
 A mean of independent prompts has Student's t behind it, and that is the interval of every estimate that says
-nothing else. It is too short where few prompts carry most of the estimate, as with influence values of a
+nothing else. It is too short where few prompts carry most of the estimate, as with residuals of a
 peaked policy: below :data:`FEW` prompts the number of standard errors comes from the symmetric studentised
 bootstrap instead (Hall 1988). Fractions near 0 or 1 get a beta interval, which stays open where all prompts
 agree. ``tests/measure/test_coverage.py`` measures what each covers.
@@ -21,7 +21,7 @@ TAIL = 0.025
 """Left out at either end."""
 
 FEW = 128
-"""Prompts from which Student's t holds for influence values, too."""
+"""Prompts from which Student's t holds for residuals, too."""
 
 FEWEST = 8
 """Fewest prompts for which the coverage of any interval here is known."""
@@ -46,7 +46,7 @@ def studentised(sums: FloatArray) -> FloatArray:
     cover 92 %. The resamples are the same on every call.
 
     Args:
-        sums: (prompt, item) influence values summed over each prompt, mean zero.
+        sums: (prompt, item) residuals summed over each prompt, mean zero.
 
     Returns:
         (item,) standard errors to either side; infinite where one resample in twenty shows no spread.

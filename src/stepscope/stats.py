@@ -130,7 +130,7 @@ def estimate_from_sums(
 
     Args:
         value: the point estimate.
-        sums: (prompt,) influence values summed over each prompt and divided by the number of sequences; they
+        sums: (prompt,) residuals summed over each prompt and divided by the number of sequences; they
             add up to zero.
         unit: of the value.
         method: how the value was obtained; recorded.
@@ -218,24 +218,24 @@ def clustered_ratio(
 
 def clustered_estimate(
     value: float,
-    influence: FloatArray,
+    residuals: FloatArray,
     clusters: npt.ArrayLike,
     *,
     unit: str,
     method: str,
     stderr: float | None = None,
 ) -> Estimate:
-    """An estimate whose first-order expansion is ``value`` + mean of ``influence``, clustered by prompt.
+    """An estimate whose first-order expansion is ``value`` + mean of ``residuals``, clustered by prompt.
 
     Args:
         value: the point estimate.
-        influence: (seq,) influence values.
+        residuals: (seq,) first-order effect of each sequence on the value, times the number of sequences.
         clusters: (seq,) cluster of each sequence.
         unit: of the value.
         method: how it was estimated; recorded.
         stderr: standard error by another way, for the same interval.
     """
-    sums = _cluster_sums(influence - influence.mean(), clusters) / len(influence)
+    sums = _cluster_sums(residuals - residuals.mean(), clusters) / len(residuals)
     return estimate_from_sums(value, sums, unit=unit, method=method, stderr=stderr)
 
 

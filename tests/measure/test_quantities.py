@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +10,11 @@ import torch
 from torch import nn
 
 from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy, random_step
-from stepscope.errors import MeasurementError
+from stepscope.config import MeasureConfig, build_config
+from stepscope.errors import ConfigError, MeasurementError
 from stepscope.measure.change.measured import measure_change
 from stepscope.measure.change.options import ChangeOptions
-from stepscope.measure.quantity.base import Quantity, make_quantity
+from stepscope.measure.quantity.base import Quantity, make_quantity, quantities
 from stepscope.measure.quantity.estimators import Baseline, ProbeValues
 from stepscope.measure.quantity.kinds.logprob import LogProb
 from stepscope.measure.quantity.objective import quantity_objective
@@ -59,6 +62,16 @@ def test_values_come_from_the_batch_and_units_are_named() -> None:
     np.testing.assert_allclose(sums(policy, rollouts, entropy), rollouts.entropy_per_seq)
     assert replace(reward, normalisation="per_seq").unit == "reward/sequence"
     assert entropy.unit == "nats/token"
+
+
+def test_every_file_is_named_like_its_quantity_and_a_configuration_takes_its_name() -> None:
+    files = {Path(str(inspect.getfile(kind))).stem: name for name, kind in quantities().items()}
+    known = ("entropy", "kl", "length", "logprob", "reward")
+    assert {file: name for file, name in files.items() if name in known} == {name: name for name in known}
+    built_in = {"checkpoint": "c", "out": "o", "quantities": list(known)}
+    assert build_config(MeasureConfig, built_in).quantities == list(known)
+    with pytest.raises(ConfigError, match="no such quantity; choose from entropy, kl, length"):
+        build_config(MeasureConfig, built_in | {"quantities": ["entropie"]})
 
 
 def test_a_quantity_of_ones_own_is_measured_like_the_others() -> None:

@@ -12,7 +12,8 @@ from torch import Tensor
 import cases
 from stepscope.errors import MeasurementError
 from stepscope.measure.influence.attribution import InfluenceOptions, influence, influences, neglected_share
-from stepscope.measure.influence.probe_gradient import bind_quantity, probe_gradient
+from stepscope.measure.influence.probe_gradient import probe_gradient
+from stepscope.measure.quantity.probe import bind_quantity
 from stepscope.measure.step.derivative import step_derivative
 from stepscope.measure.step.reconstruct import Step, reconstruct_step
 from stepscope.policy import vectors

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from stepscope.config.base import Section
 
@@ -23,10 +24,20 @@ STAGES: tuple[Stage, ...] = (
 )
 """Stages that ``measure`` runs by default, in their order; ``validation`` is made on request."""
 
-QuantityName = Literal["entropy", "reward", "length", "kl", "logprob"]
-"""Quantities of the policy whose change can be measured."""
-
 Precision = Literal["float32", "float64", "bfloat16"]
+
+
+def _known(name: str) -> str:
+    """The name of a quantity: each has a file, which is not imported here, since it needs torch."""
+    kinds = Path(__file__).parents[1] / "measure" / "quantity" / "kinds"
+    names = sorted(file.stem for file in kinds.glob("[a-z]*.py"))
+    if name not in names:
+        raise ValueError(f"no such quantity; choose from {', '.join(names)}")
+    return name
+
+
+QuantityName = Annotated[str, AfterValidator(_known)]
+"""A quantity of the policy whose change can be measured."""
 
 
 def _entropy() -> list[QuantityName]:

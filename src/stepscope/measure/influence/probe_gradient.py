@@ -81,7 +81,7 @@ class ProbeGradient:
     def residuals(self, products: FloatArray) -> FloatArray:
         """What each group adds to the error of inner products with grad F, for ``estimate_from_sums``.
 
-        r_g / n with r_g the sum over group g of the influence values of the estimator: product - value, and
+        r_g / n with r_g the sum over group g of the residuals of the estimator: product - value, and
         per token (product - value * length / N) - (f - Fbar length) / N * dN / N with dN the product with the
         gradient of the mean length N.
 
