@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import cases
 from stepscope.errors import BatchError, MeasurementError, RunFolderError
 from stepscope.measure.criteria.criterion import Criterion, known_criteria
-from stepscope.measure.criteria.ground_truth import GroundTruth, ground_truths
-from stepscope.measure.criteria.leaderboard import Leaderboard, rank_criteria
+from stepscope.measure.criteria.ground_truth import GroundTruth, GroundTruthOptions, ground_truths
+from stepscope.measure.criteria.leaderboard import Leaderboard, RankingOptions, rank_criteria
 from stepscope.measure.influence.attribution import InfluenceOptions, influence
 from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.step.reconstruct import reconstruct_step
@@ -62,7 +62,9 @@ def tabular_board(tabular_policy) -> Leaderboard:
     update = cases.batch(tabular_policy, num_prompts=6, group_size=4)
     probe = cases.batch(tabular_policy, num_prompts=4, group_size=2, seed=5)
     step = reconstruct_step(tabular_policy, update)
-    return rank_criteria(tabular_policy, step, probe, baseline="none", num_resamples=20)
+    return rank_criteria(
+        tabular_policy, step, probe, options=RankingOptions(baseline="none", num_resamples=20)
+    )
 
 
 def test_the_tabular_criterion_is_perfect_on_a_tabular_policy(tabular_board):
@@ -117,7 +119,7 @@ def test_truths_are_sums_of_the_explicit_matrix(tiny_policy, padding):
     probe = cases.batch(policy, num_prompts=4, group_size=2, seed=9)
     for batch in (step.update, probe):
         assert any(padding in ids[:-1] for ids in batch.response_token_ids) == (padding > 0)
-    truths = by_name(ground_truths(policy, step, probe, baseline="none"))
+    truths = by_name(ground_truths(policy, step, probe, options=GroundTruthOptions(baseline="none")))
     assert set(truths) == {
         f"column_{p}_{v}" for p in ("sgd", "adamw") for v in ("on_policy", "fixed_prefix")
     } | {f"{k}_{p}" for k in ("row", "diagonal") for p in ("sgd", "adamw")}
@@ -139,7 +141,9 @@ def test_truths_are_sums_of_the_explicit_matrix(tiny_policy, padding):
 def test_columns_are_influences_and_halves_make_the_whole(case):
     policy, step, probe = case
     for version in ("on_policy", "fixed_prefix"):
-        truth = by_name(ground_truths(policy, step, probe, baseline="position"))[f"column_adamw_{version}"]
+        truth = by_name(ground_truths(policy, step, probe, options=GroundTruthOptions(baseline="position")))[
+            f"column_adamw_{version}"
+        ]
         shares = influence(
             policy,
             step,
@@ -157,9 +161,15 @@ def test_a_part_of_the_diagonal_and_tokens_without_weight(case):
     policy, step, probe = case
     silent = replace(step, token_weights=(np.zeros(len(step.token_weights[0])), *step.token_weights[1:]))
     pushed = np.flatnonzero(np.concatenate(silent.token_weights))
-    whole = by_name(ground_truths(policy, silent, probe, baseline="none"))
+    whole = by_name(ground_truths(policy, silent, probe, options=GroundTruthOptions(baseline="none")))
     part = by_name(
-        ground_truths(policy, silent, probe, baseline="none", max_diagonal=4, budget=Budget(max_sequences=3))
+        ground_truths(
+            policy,
+            silent,
+            probe,
+            options=GroundTruthOptions(baseline="none", max_diagonal=4),
+            budget=Budget(max_sequences=3),
+        )
     )
     np.testing.assert_array_equal(whole["diagonal_sgd"].chosen, pushed)
     np.testing.assert_array_equal(whole["column_sgd_on_policy"].chosen, pushed)
@@ -176,10 +186,18 @@ def test_a_part_of_the_diagonal_and_tokens_without_weight(case):
 def test_a_criterion_of_ones_own(case):
     """A function over the token table; here the truth itself, looked up."""
     policy, step, probe = case
-    truth = by_name(ground_truths(policy, step, probe, baseline="none"))["column_adamw_on_policy"]
+    truth = by_name(ground_truths(policy, step, probe, options=GroundTruthOptions(baseline="none")))[
+        "column_adamw_on_policy"
+    ]
     mine = Criterion("mine", lambda f: truth.values, "the truth")
     controls = [c for c in known_criteria() if c.kind == "control"]
-    board = rank_criteria(policy, step, probe, criteria=[*controls, mine], baseline="none", num_resamples=30)
+    board = rank_criteria(
+        policy,
+        step,
+        probe,
+        criteria=[*controls, mine],
+        options=RankingOptions(baseline="none", num_resamples=30),
+    )
     row = board.row("mine", truth)
     assert row.spearman.value == pytest.approx(1)
     assert row.gain_over_control.value > 0

@@ -12,8 +12,8 @@ import cases
 from stepscope.errors import MeasurementError
 from stepscope.measure.change.measured import measure_change
 from stepscope.measure.change.options import ChangeOptions
-from stepscope.measure.criteria.leaderboard import rank_criteria
-from stepscope.measure.criteria.pareto import drop_rules, resteps
+from stepscope.measure.criteria.leaderboard import RankingOptions, rank_criteria
+from stepscope.measure.criteria.pareto import AblationOptions, drop_rules, resteps
 from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.step.reconstruct import assemble_step, weighted_logprobs
 from stepscope.policy.gradients import gradient
@@ -31,7 +31,9 @@ def test_a_restep_is_the_step_of_the_other_tokens(case):
     before = {n: p.detach().clone() for n, p in policy.parameters.items()}
     count = int(step.update.num_tokens.sum())
     scores = np.where(np.arange(count) % 3 == 0, -1.0 - np.arange(count), 1.0)
-    found = resteps(policy, step, probe, {"mine": scores}, shares=(0.2, 0.9), baseline="none")
+    found = resteps(
+        policy, step, probe, {"mine": scores}, options=AblationOptions(shares=(0.2, 0.9), baseline="none")
+    )
     few, many = found.points
     assert many.num_dropped == int((scores < 0).sum()), "scores above zero are never dropped"
     assert few.num_dropped == int(0.2 * count)
@@ -75,7 +77,7 @@ def test_dropping_what_lowers_the_entropy_keeps_entropy(case):
         gradient(policy, step.update, weighted_logprobs(step.token_weights)),
         {},
     )
-    board = rank_criteria(policy, step, probe, baseline="none", num_resamples=20)
+    board = rank_criteria(policy, step, probe, options=RankingOptions(baseline="none", num_resamples=20))
     truth = board.truth("column", "adamw", "on_policy")
     exact = truth.values
     rules = drop_rules(board, reward_influence=-truth.halves, criteria=("disc_v", "top_ent_mask"))
@@ -93,7 +95,14 @@ def test_dropping_what_lowers_the_entropy_keeps_entropy(case):
     np.testing.assert_array_equal(rules["top_ent_mask"], -board.scores["top_ent_mask"])
     rules["influence"] = exact
     half = truth.probe_half
-    found = resteps(policy, step, probe, rules, probe_half=half, shares=(0.2,), lr=1e-7, baseline="none")
+    found = resteps(
+        policy,
+        step,
+        probe,
+        rules,
+        probe_half=half,
+        options=AblationOptions(shares=(0.2,), lr=1e-7, baseline="none"),
+    )
     points = {p.rule: p for p in found.points}
     assert [p.cross_fitted for p in found.points] == [s.ndim == 2 for s in rules.values()]
     best = points["influence"]
@@ -110,7 +119,7 @@ def test_a_rule_that_saw_half_the_probe_is_judged_on_the_other(case):
     count = int(step.update.num_tokens.sum())
     scores = -np.random.default_rng(5).uniform(0.5, 1.0, (2, count))
     half = np.asarray(probe.prompt_index) % 2
-    how = {"shares": (0.3,), "baseline": "none"}
+    how = {"options": AblationOptions(shares=(0.3,), baseline="none")}
     (both,) = resteps(policy, step, probe, {"mine": scores}, probe_half=half, **how).points
     one_by_one = [
         resteps(policy, step, probe.select(np.flatnonzero(half != h)), {"mine": scores[h]}, **how).points[0]
@@ -139,4 +148,4 @@ def test_refusals(case):
     with pytest.raises(MeasurementError, match="rule mine"):
         resteps(policy, step, probe, {"mine": scores[1:]})
     with pytest.raises(MeasurementError, match="expected between 0 and 1"):
-        resteps(policy, step, probe, {"mine": scores}, shares=(1.5,))
+        resteps(policy, step, probe, {"mine": scores}, options=AblationOptions(shares=(1.5,)))

@@ -39,7 +39,7 @@ TRUTHS = ("column", "row", "diagonal")
 PRECONDITIONERS = ("sgd", "adamw")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class GroundTruth:
     """One truth about the tokens of an update batch.
 
@@ -50,9 +50,9 @@ class GroundTruth:
         values: (tok,) over the whole update batch; nan where it was not computed.
         chosen: tokens it ranks, counted over the batch: all positions for rows; for columns those with a
             token weight, since the others have no effect; for diagonals a random part of those.
+        method: in words.
         halves: (2, tok) the same from each half of the probe prompts; None where no probe batch enters.
         probe_half: (probe seq,) which half of the probe prompts each probe sequence is in; None likewise.
-        method: in words.
     """
 
     kind: str
@@ -60,9 +60,9 @@ class GroundTruth:
     version: str
     values: FloatArray
     chosen: IntArray
-    halves: FloatArray | None
-    probe_half: IntArray | None
     method: str
+    halves: FloatArray | None = None
+    probe_half: IntArray | None = None
 
     @property
     def name(self) -> str:
@@ -71,15 +71,29 @@ class GroundTruth:
         return f"{self.kind}_{self.preconditioner}{version}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroundTruthOptions:
+    """How ground truths are computed.
+
+    Attributes:
+        baseline: rung of the baseline ladder of the on-policy entropy's gradient.
+        max_diagonal: most tokens whose diagonal is computed, drawn at random; at most 4096.
+        seed: of that draw and of the halves of the probe prompts.
+        mode: how token derivatives are taken, see ``directional_derivative``.
+    """
+
+    baseline: str = "best"
+    max_diagonal: int = 512
+    seed: int = 0
+    mode: Mode = "auto"
+
+
 def ground_truths(
     policy: Policy,
     step: Step,
     probe: Rollouts,
     *,
-    baseline: str = "best",
-    max_diagonal: int = 512,
-    seed: int = 0,
-    mode: Mode = "auto",
+    options: GroundTruthOptions = GroundTruthOptions(),
     budget: Budget = Budget(),
 ) -> tuple[GroundTruth, ...]:
     """All truths about the tokens of ``step.update``.
@@ -91,10 +105,7 @@ def ground_truths(
         policy: where the step starts; not changed.
         step: the step.
         probe: samples of the policy that are not in the update batch; for the columns.
-        baseline: rung of the baseline ladder of the on-policy entropy's gradient.
-        max_diagonal: most tokens whose diagonal is computed, drawn at random.
-        seed: of that draw and of the halves of the probe prompts.
-        mode: how token derivatives are taken, see ``directional_derivative``.
+        options: baseline, diagonal, seed.
         budget: what may be used at a time.
 
     Raises:
@@ -102,85 +113,96 @@ def ground_truths(
     """
     if probe.num_prompts < 2:
         raise BatchError("probe batch: one prompt only, and truths are checked on halves; use 2 or more")
+    columns = [c for v in VERSIONS for c in _columns(policy, step, probe, v, options, budget)]
+    rows = _rows(policy, step, options.mode, budget)
+    return (*columns, *rows, *_diagonals(policy, step, options, budget))
+
+
+def _columns(
+    policy: Policy, step: Step, probe: Rollouts, version: str, options: GroundTruthOptions, budget: Budget
+) -> list[GroundTruth]:
     weights = np.concatenate(step.token_weights)
     pushed = np.flatnonzero(weights)
-    metrics: dict[str, ParameterVector | None] = {"sgd": None, "adamw": step.preconditioner}
-    found: list[GroundTruth] = []
-    for version in VERSIONS:
-        parts, half = _halves(policy, step, probe, version, baseline, seed, budget)
-        for name, metric in metrics.items():
-            slopes = np.stack(
-                [np.concatenate(_slopes(policy, step.update, part, metric, mode, budget)) for part in parts]
+    parts, half = _halves(policy, step, probe, version, options, budget)
+    sizes = np.bincount(half, minlength=2)
+    found = []
+    for name, metric in _metrics(step).items():
+        slopes = [_slopes(policy, step.update, part, metric, options.mode, budget) for part in parts]
+        halves = weights * np.stack(slopes)
+        found.append(
+            GroundTruth(
+                kind="column",
+                preconditioner=name,
+                version=version,
+                values=sizes / sizes.sum() @ halves,
+                chosen=pushed,
+                halves=halves,
+                probe_half=half,
+                method=f"influence of each token on the {version} entropy per token of {len(probe)} probe "
+                f"responses, per unit of lr, {_METRIC[name]}; {len(pushed)} tokens with a weight",
             )
-            halves = weights * slopes
-            sizes = np.bincount(half, minlength=2)
-            found.append(
-                GroundTruth(
-                    "column",
-                    name,
-                    version,
-                    sizes / sizes.sum() @ halves,
-                    pushed,
-                    halves,
-                    half,
-                    f"influence of each token on the {version} entropy per token of {len(probe)} probe "
-                    f"responses, per unit of lr, {_METRIC[name]}; {len(pushed)} tokens with a weight",
-                )
-            )
+        )
+    return found
+
+
+def _rows(policy: Policy, step: Step, mode: Mode, budget: Budget) -> list[GroundTruth]:
     ascent = gradient(policy, step.update, weighted_logprobs(step.token_weights), budget=budget)
+    found = []
     for name, direction in (("sgd", ascent), ("adamw", step.components["sequences"])):
         change = directional_derivative(
-            policy,
-            step.update,
-            _entropies,
-            direction,
-            mode=mode,
-            as_trained=False,
-            budget=budget,
+            policy, step.update, _entropies, direction, mode=mode, as_trained=False, budget=budget
         )
         values = np.concatenate([d.double().cpu().numpy() for d in change])
         found.append(
             GroundTruth(
-                "row",
-                name,
-                "fixed_prefix",
-                values,
-                np.arange(len(values)),
-                None,
-                None,
-                f"change of the entropy at each position by the whole update batch, per unit of lr, "
+                kind="row",
+                preconditioner=name,
+                version="fixed_prefix",
+                values=values,
+                chosen=np.arange(len(values)),
+                method=f"change of the entropy at each position by the whole update batch, per unit of lr, "
                 f"{_METRIC[name]}; {len(values)} positions",
             )
         )
-    chosen = pushed
-    if len(pushed) > max_diagonal:
-        chosen = np.sort(np.random.default_rng(seed).choice(pushed, max_diagonal, replace=False))
+    return found
+
+
+def _diagonals(policy: Policy, step: Step, options: GroundTruthOptions, budget: Budget) -> list[GroundTruth]:
+    weights = np.concatenate(step.token_weights)
+    pushed = chosen = np.flatnonzero(weights)
+    drawn = ""
+    if len(pushed) > options.max_diagonal:
+        random = np.random.default_rng(options.seed)
+        chosen = np.sort(random.choice(pushed, options.max_diagonal, replace=False))
+        drawn = f" drawn at random from {len(pushed)}"
     single, _ = split_tokens(step.update, chosen)
     own = paired_dots(
         policy,
         SequenceGradients(single, response_logprob),
         SequenceGradients(single, _entropies, as_trained=False),
-        metrics,
+        _metrics(step),
         budget=budget,
     )
-    for name in metrics:
+    found = []
+    for name, dots in own.items():
         values = np.full(len(weights), np.nan)
-        values[chosen] = weights[chosen] * own[name]
-        drawn = "" if len(chosen) == len(pushed) else f" drawn at random from {len(pushed)}"
+        values[chosen] = weights[chosen] * dots
         found.append(
             GroundTruth(
-                "diagonal",
-                name,
-                "fixed_prefix",
-                values,
-                chosen,
-                None,
-                None,
-                f"effect of each token's own gradient on the entropy at its own position, per unit of lr, "
-                f"{_METRIC[name]}; {len(chosen)} tokens{drawn}",
+                kind="diagonal",
+                preconditioner=name,
+                version="fixed_prefix",
+                values=values,
+                chosen=chosen,
+                method=f"effect of each token's own gradient on the entropy at its own position, per unit of "
+                f"lr, {_METRIC[name]}; {len(chosen)} tokens{drawn}",
             )
         )
-    return tuple(found)
+    return found
+
+
+def _metrics(step: Step) -> dict[str, ParameterVector | None]:
+    return {"sgd": None, "adamw": step.preconditioner}
 
 
 _METRIC = {"sgd": "P = 1", "adamw": "the optimizer's P"}
@@ -195,14 +217,15 @@ def _halves(
     step: Step,
     probe: Rollouts,
     version: str,
-    baseline: str,
-    seed: int,
+    options: GroundTruthOptions,
     budget: Budget,
 ) -> tuple[list[dict[str, Tensor]], IntArray]:
     """The entropy's gradient on each half of the probe prompts, and the half of each probe sequence."""
     entropy = make_quantity("entropy", probe, version=version)
-    bound = bind_quantity(policy, probe, entropy, direction=step.direction, baseline=baseline, budget=budget)
-    prompts = np.random.default_rng(seed).permutation(probe.num_prompts) % 2
+    bound = bind_quantity(
+        policy, probe, entropy, direction=step.direction, baseline=options.baseline, budget=budget
+    )
+    prompts = np.random.default_rng(options.seed).permutation(probe.num_prompts) % 2
     half = prompts[probe.prompt_index]
     slope = probe_gradient(policy, probe, bound, groups=half, errors=False, budget=budget)
     sizes = np.bincount(half, minlength=2)
@@ -217,8 +240,8 @@ def _slopes(
     metric: Mapping[str, Tensor] | None,
     mode: Mode,
     budget: Budget,
-) -> list[FloatArray]:
-    """(P slope) . grad l_k of every token, per sequence."""
+) -> FloatArray:
+    """(tok,) (P slope) . grad l_k."""
     u = slope if metric is None else vectors.multiply(metric, slope)
     found = directional_derivative(policy, update, response_logprob, u, mode=mode, budget=budget)
-    return [d.double().cpu().numpy() for d in found]
+    return np.concatenate([d.double().cpu().numpy() for d in found])

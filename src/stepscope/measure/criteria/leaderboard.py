@@ -15,10 +15,15 @@ import numpy as np
 from stepscope.errors import MeasurementError
 from stepscope.measure.criteria.criterion import Criterion, known_criteria
 from stepscope.measure.criteria.facts import token_facts
-from stepscope.measure.criteria.ground_truth import PRECONDITIONERS, TRUTHS, GroundTruth, ground_truths
+from stepscope.measure.criteria.ground_truth import (
+    PRECONDITIONERS,
+    TRUTHS,
+    GroundTruth,
+    GroundTruthOptions,
+    ground_truths,
+)
 from stepscope.measure.criteria.statistics import SHARES, Comparison, compare
 from stepscope.measure.step.reconstruct import Step
-from stepscope.policy.gradients import Mode
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.results import Brief, FloatArray, IntArray, Rollouts
@@ -116,18 +121,26 @@ class Leaderboard(Brief):
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class RankingOptions(GroundTruthOptions):
+    """How criteria are ranked; ``seed`` is also that of the resamples.
+
+    Attributes:
+        micro_batch_size: sequences over which micro-batch criteria centre.
+        num_resamples: bootstrap resamples of the update prompts.
+    """
+
+    micro_batch_size: int = 8
+    num_resamples: int = 200
+
+
 def rank_criteria(
     policy: Policy,
     step: Step,
     probe: Rollouts,
     *,
     criteria: Sequence[Criterion] | None = None,
-    baseline: str = "best",
-    max_diagonal: int = 512,
-    micro_batch_size: int = 8,
-    num_resamples: int = 200,
-    seed: int = 0,
-    mode: Mode = "auto",
+    options: RankingOptions = RankingOptions(),
     budget: Budget = Budget(),
 ) -> Leaderboard:
     """Compute the truths about an update batch's tokens, and rank criteria against them.
@@ -137,12 +150,7 @@ def rank_criteria(
         step: the step.
         probe: samples of the policy that are not in the update batch.
         criteria: what to rank; all known ones by default.
-        baseline: rung of the baseline ladder of the on-policy entropy's gradient.
-        max_diagonal: most tokens whose diagonal is computed.
-        micro_batch_size: sequences over which micro-batch criteria centre.
-        num_resamples: bootstrap resamples of the update prompts.
-        seed: of the resamples and of the choice of diagonal tokens.
-        mode: how token derivatives are taken, see ``directional_derivative``.
+        options: of the truths and of the resamples.
         budget: what may be used at a time.
 
     Raises:
@@ -153,25 +161,15 @@ def rank_criteria(
     names = [c.name for c in chosen]
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise MeasurementError(f"criterion {twice[0]} is there twice; give each a name of its own")
-    facts = token_facts(policy, step.update, micro_batch_size=micro_batch_size, budget=budget)
+    facts = token_facts(policy, step.update, micro_batch_size=options.micro_batch_size, budget=budget)
     scores = {c.name: c(facts) for c in chosen}
-    truths = ground_truths(
-        policy,
-        step,
-        probe,
-        baseline=baseline,
-        max_diagonal=max_diagonal,
-        seed=seed,
-        mode=mode,
-        budget=budget,
-    )
+    truths = ground_truths(policy, step, probe, options=options, budget=budget)
     rows: list[LeaderboardRow] = []
     summaries: list[GroundTruthSummary] = []
     tokens = [c for c in chosen if c.level == "token"]
-    for board in _token_boards(facts, tokens, scores, truths):
-        _rank(board, num_resamples, seed, rows, summaries)
-    for board in _sequence_boards(facts, chosen, scores, truths):
-        _rank(board, num_resamples, seed, rows, summaries)
+    boards = _token_boards(facts, tokens, scores, truths) + _sequence_boards(facts, chosen, scores, truths)
+    for board in boards:
+        _rank(board, options.num_resamples, options.seed, rows, summaries)
     return Leaderboard(
         rows=tuple(rows),
         truths=truths,

@@ -19,6 +19,7 @@ it is, since it picks their noise, too.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -38,6 +39,7 @@ from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import BoolArray, FloatArray, IntArray, Rollouts
 from stepscope.results.criteria import AblatedStep, Pareto
+from stepscope.rules import largest
 from stepscope.stats import Estimate
 
 CRITERIA = ("disc_v", "cov_batch", "steer_thm", "npg", "top_ent_mask", "neg_A_missing")
@@ -86,6 +88,21 @@ def drop_rules(
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class AblationOptions:
+    """How steps are taken again without some tokens.
+
+    Attributes:
+        shares: of the tokens with a weight; at least one is dropped.
+        lr: learning rate of the steps; the step's own by default.
+        baseline: rung of the baseline ladder.
+    """
+
+    shares: tuple[float, ...] = (0.02, 0.1)
+    lr: float | None = None
+    baseline: str = "best"
+
+
 def resteps(
     policy: Policy,
     step: Step,
@@ -93,9 +110,7 @@ def resteps(
     rules: Mapping[str, FloatArray],
     *,
     probe_half: IntArray | None = None,
-    shares: Sequence[float] = (0.02, 0.1),
-    lr: float | None = None,
-    baseline: str = "best",
+    options: AblationOptions = AblationOptions(),
     budget: Budget = Budget(),
 ) -> Pareto:
     """Take the step again without the tokens that each rule drops, and measure entropy and reward.
@@ -110,18 +125,16 @@ def resteps(
         rules: name to (tok,) scores; the lowest below zero are dropped. (2, tok) scores of a rule that looked
             at one half of the probe prompts each are judged on the other. See :func:`drop_rules`.
         probe_half: (probe seq,) 0 or 1, the half of each probe sequence.
-        shares: of the tokens with a weight; at least one is dropped.
-        lr: learning rate of the steps; the step's own by default.
-        baseline: rung of the baseline ladder.
+        options: shares, learning rate, baseline.
         budget: what may be used at a time.
 
     Raises:
         MeasurementError: a learning rate of zero, a share outside (0, 1), scores of another batch, or scores
             from halves that are not named.
     """
-    rate = step.lr if lr is None else lr
+    rate = step.lr if options.lr is None else options.lr
     if not rate > 0:
-        raise MeasurementError("re-steps need a learning rate above 0; the step's own is 0, pass lr=")
+        raise MeasurementError("re-steps need a learning rate above 0; the step's own is 0, give options one")
     weights = np.concatenate(step.token_weights)
     for name, scores in rules.items():
         if scores.ndim == 2 and (probe_half is None or set(np.unique(probe_half)) != {0, 1}):
@@ -133,10 +146,12 @@ def resteps(
             raise MeasurementError(
                 f"rule {name}: {scores.shape} scores for {len(weights)} tokens; score the step's own batch"
             )
-    if wrong := [share for share in shares if not 0 < share < 1]:
+    if wrong := [share for share in options.shares if not 0 < share < 1]:
         raise MeasurementError(f"share of tokens to drop: got {wrong[0]}, expected between 0 and 1")
     bound = [
-        bind_quantity(policy, probe, quantity, direction=step.direction, baseline=baseline, budget=budget)
+        bind_quantity(
+            policy, probe, quantity, direction=step.direction, baseline=options.baseline, budget=budget
+        )
         for quantity in ("entropy", make_quantity("reward", probe, normalisation="per_seq"))
     ]
 
@@ -151,7 +166,7 @@ def resteps(
     terms = term_gradients(policy, step.update, remade=True, budget=budget)
     full, full_reason = measured(step.direction)
     points = []
-    jobs = [(name, scores, share) for name, scores in rules.items() for share in shares]
+    jobs = [(name, scores, share) for name, scores in rules.items() for share in options.shares]
     for name, scores, share in track(jobs, "re-made steps", budget):
         dropped = [_dropped(own, weights, share) for own in np.atleast_2d(scores)]
         made = [measured(_without(policy, step, ascent, terms, own, budget)) for own in dropped]
@@ -192,12 +207,8 @@ def _unseen(first: Sampled, second: Sampled, half: IntArray) -> Sampled:
 
 def _dropped(scores: FloatArray, weights: FloatArray, share: float) -> BoolArray:
     """(tok,) True on the lowest scores below zero of tokens with a weight; ties in the batch's order."""
-    eligible = np.flatnonzero((weights != 0) & (scores < 0))
     most = max(1, int(share * np.count_nonzero(weights)))
-    chosen = eligible[np.argsort(scores[eligible], kind="stable")[:most]]
-    dropped = np.zeros(len(weights), dtype=bool)
-    dropped[chosen] = True
-    return dropped
+    return largest(-scores, most, (weights != 0) & (scores < 0))
 
 
 def _without(

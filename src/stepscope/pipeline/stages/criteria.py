@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from stepscope import runs
-from stepscope.measure.criteria.leaderboard import Leaderboard, rank_criteria
-from stepscope.measure.criteria.pareto import drop_rules, resteps
+from stepscope.measure.criteria.leaderboard import Leaderboard, RankingOptions, rank_criteria
+from stepscope.measure.criteria.pareto import AblationOptions, drop_rules, resteps
 from stepscope.measure.criteria.regression import property_study
 from stepscope.measure.influence.attribution import InfluenceOptions, influence
 from stepscope.measure.quantity.base import make_quantity
@@ -31,20 +31,24 @@ def criteria(session: Session) -> Figures:
         session.policy,
         session.step,
         session.probe,
-        baseline=config.baseline,
-        max_diagonal=config.criteria.diagonal_tokens,
-        micro_batch_size=config.criteria.micro_batch_size,
-        num_resamples=config.criteria.resamples,
-        seed=config.criteria.seed,
+        options=RankingOptions(
+            baseline=config.baseline,
+            max_diagonal=config.criteria.diagonal_tokens,
+            micro_batch_size=config.criteria.micro_batch_size,
+            num_resamples=config.criteria.resamples,
+            seed=config.criteria.seed,
+        ),
         budget=session.budget,
     )
     column = board.truth("column", "adamw", "on_policy")
     studies = property_study(
         board.facts, column.values, kernel_norm=_kernel_norms(session), unit="nats/token/lr"
     )
-    runs.write_record(session.run.file("criteria.json"), board.report(studies))
+    doubts = session.doubt("step"), session.doubt("derivatives")
+    runs.write_record(session.run.file("criteria.json"), board.report(studies).doubted(*doubts))
     runs.write_record(session.run.file("criteria_tokens.parquet"), board.tokens())
-    runs.write_record(session.run.file("pareto.json"), _drop_tokens(session, board))
+    pareto = _drop_tokens(session, board).doubted(session.doubt("step"))
+    runs.write_record(session.run.file("pareto.json"), pareto)
     figures = {f"influence_top_{share}": figure for share, figure in board.concentration(column).items()}
     return session.doubted(figures, "step", "derivatives")
 
@@ -72,9 +76,9 @@ def _drop_tokens(session: Session, board: Leaderboard) -> Pareto:
         session.probe,
         rules,
         probe_half=half,
-        shares=config.criteria.drop_shares,
-        lr=session.line.lr,
-        baseline=config.baseline,
+        options=AblationOptions(
+            shares=tuple(config.criteria.drop_shares), lr=session.line.lr, baseline=config.baseline
+        ),
         budget=session.budget,
     )
 

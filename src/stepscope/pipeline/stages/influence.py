@@ -36,13 +36,12 @@ def influence(session: Session) -> Figures:
         InfluenceTokens.joined([way.token_rows(s) for way, s in zip(every, beside, strict=True)]),
     )
     sure = {(w.quantity, w.through): reliabilities(w, session.probe.num_prompts) for w in every}
-    runs.write_record(
-        session.run.file("reliability.json"),
-        Reliabilities(
-            rankings=tuple(order for both in sure.values() for order in both),
-            shrunk=tuple(own.shrinkage for own in shrunk.values()),
-        ),
+    reliability = Reliabilities(
+        rankings=tuple(order for both in sure.values() for order in both),
+        shrunk=tuple(own.shrinkage for own in shrunk.values()),
     )
+    doubts = session.doubt("step"), session.doubt("derivatives")
+    runs.write_record(session.run.file("reliability.json"), reliability.doubted(*doubts))
     fixed, optimizer = found[0]
     tokens, sequences = sure[optimizer.quantity, optimizer.through]
     own = shrunk.get((optimizer.quantity, optimizer.through))

@@ -45,5 +45,7 @@ def validation(session: Session) -> Figures:
             figures[f"leave_one_out_{name}"] = checked.leave_one_out
             figures[f"lds_across_{name}"] = checked.lds_across
             figures[f"leave_one_out_across_{name}"] = checked.leave_one_out_across
-    runs.write_record(session.run.file("validation.json"), Validations(artifact))
+    runs.write_record(
+        session.run.file("validation.json"), Validations(artifact).doubted(session.doubt("step"))
+    )
     return session.doubted(figures, "step")
