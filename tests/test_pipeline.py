@@ -125,6 +125,8 @@ def test_weights_stored_in_less_than_the_training_had_flag_what_depends_on_the_s
     assert "bfloat16" not in summary["entropy_per_token"]["reason"] + summary["mean_reward"]["reason"]
     points = load_json(out / "change.json")["points"]
     assert not any(point[part]["reliable"] for point in points for part in ("true", "linear"))
+    rankings = load_json(out / "reliability.json")["rankings"]
+    assert all("the training had finer weights" in order["whole"]["reason"] for order in rankings)
 
 
 def test_a_training_in_bfloat16_is_measured_as_it_rounds(checkpoint, tmp_path):
