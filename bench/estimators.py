@@ -36,7 +36,7 @@ from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.pipeline.inputs.tasks import open_task
 from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.policy.passes import Budget
-from stepscope.policy.rollouts import sample_rollouts
+from stepscope.policy.rollouts import SamplingOptions, sample_rollouts
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 from stepscope.stats import bootstrap
@@ -69,8 +69,7 @@ def sample(policy: Policy, options: argparse.Namespace) -> tuple[Rollouts, Rollo
         num_prompts=options.update,
         group_size=policy.settings.group_size,
         seed=0,
-        require_reward_variance=True,
-        max_resample=20,
+        options=SamplingOptions(resample=20),
     )
     probe = sample_rollouts(
         policy,
@@ -78,7 +77,7 @@ def sample(policy: Policy, options: argparse.Namespace) -> tuple[Rollouts, Rollo
         num_prompts=options.probe,
         group_size=1,
         seed=1,
-        exclude=frozenset(update.prompt_ids),
+        options=SamplingOptions(exclude=frozenset(update.prompt_ids)),
     )
     return update, probe
 

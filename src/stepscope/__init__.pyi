@@ -7,6 +7,7 @@ from .measure.change.options import ChangeOptions as ChangeOptions
 from .measure.criteria.criterion import Criterion as Criterion
 from .measure.criteria.criterion import known_criteria as known_criteria
 from .measure.criteria.leaderboard import Leaderboard as Leaderboard
+from .measure.criteria.leaderboard import RankingOptions as RankingOptions
 from .measure.criteria.leaderboard import rank_criteria as rank_criteria
 from .measure.criteria.pareto import drop_rules as drop_rules
 from .measure.criteria.pareto import resteps as resteps
@@ -26,6 +27,9 @@ from .measure.step.rounding import rounded_step as rounded_step
 from .policy.checkpoint.load import load_checkpoint as load_checkpoint
 from .policy.loss.settings import StepSettings as StepSettings
 from .policy.optim.base import OptimizerState as OptimizerState
+from .policy.passes import Budget as Budget
+from .policy.rollouts import Nucleus as Nucleus
+from .policy.rollouts import SamplingOptions as SamplingOptions
 from .policy.rollouts import sample_rollouts as sample_rollouts
 from .policy.state import Policy as Policy
 from .reading.measurement import Measurement as Measurement

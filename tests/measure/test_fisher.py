@@ -24,6 +24,7 @@ from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.gradients import directional_derivative, response_logprob
 from stepscope.policy.passes import Budget
+from stepscope.policy.per_sequence.projection import Sketch
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import shifted
@@ -144,7 +145,7 @@ def test_projection_states_its_error() -> None:
     P = reconstruct_step(policy, update).preconditioner
     exact = fisher_kernel(policy, update, probe, preconditioner=P)
     found = {
-        dim: fisher_kernel(policy, update, probe, preconditioner=P, projection=dim, seed=1)
+        dim: fisher_kernel(policy, update, probe, preconditioner=P, sketch=Sketch(dim, 1))
         for dim in (64, 1024)
     }
     for dim, kernel in found.items():
@@ -161,10 +162,10 @@ def test_projection_states_its_error() -> None:
 def test_sketches_are_unbiased_and_the_same_for_any_batch_size(tiny_policy: Policy) -> None:
     update = cases.batch(tiny_policy, num_prompts=2, group_size=2, seed=1)
     exact = fisher_kernel(tiny_policy, update).update["raw"]
-    draws = [fisher_kernel(tiny_policy, update, projection=32, seed=s).update["raw"] for s in range(24)]
+    draws = [fisher_kernel(tiny_policy, update, sketch=Sketch(32, s)).update["raw"] for s in range(24)]
     error = np.std(draws, axis=0) / np.sqrt(24)
     assert (np.abs(np.mean(draws, axis=0) - exact) < 6 * error).all()
-    again = fisher_kernel(tiny_policy, update, projection=32, seed=3, budget=Budget(max_sequences=1)).update[
+    again = fisher_kernel(tiny_policy, update, sketch=Sketch(32, 3), budget=Budget(max_sequences=1)).update[
         "raw"
     ]
     np.testing.assert_allclose(again, draws[3], rtol=1e-9)

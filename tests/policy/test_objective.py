@@ -235,7 +235,7 @@ def test_kl_penalty_pulls_towards_the_reference() -> None:
 
 
 def test_batch_without_signal_is_refused_with_the_cure() -> None:
-    with pytest.raises(BatchError, match=r"all 4 advantages are zero .* require_reward_variance"):
+    with pytest.raises(BatchError, match=r"all 4 advantages are zero .* resample"):
         token_weights(make_rollouts(np.ones(4)), StepSettings())
     with pytest.raises(BatchError, match="no advantages"):
         token_weights(make_rollouts(advantages=None), StepSettings())

@@ -18,7 +18,7 @@ from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.loss.surrogate import advantages
 from stepscope.policy.numerics.precision import lift_model
 from stepscope.policy.passes import Budget
-from stepscope.policy.rollouts import sample_rollouts, score_rollouts
+from stepscope.policy.rollouts import Nucleus, SamplingOptions, sample_rollouts, score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.tasks import load_task
 from stepscope.tasks.problem import Problem, Score, Task
@@ -97,7 +97,7 @@ def test_nucleus_leaves_out_the_tail(policy: Policy) -> None:
         "seed": 2,
         "budget": Budget(max_sequences=4000),
     }
-    batch = sample_rollouts(short, OneProblem(), top_p=0.6, **arguments)
+    batch = sample_rollouts(short, OneProblem(), options=SamplingOptions(sampler=Nucleus(0.6)), **arguments)
     model: Any = policy.model
     with torch.no_grad():
         logits = model(torch.tensor([[7, 12, 7, 13]])).logits[0, -1]
@@ -149,7 +149,12 @@ class OneProblem:
 def test_excluded_prompts_are_not_used(policy: Policy, letters: Any) -> None:
     update = sample_rollouts(policy, letters, num_prompts=16, group_size=1, seed=0)
     probe = sample_rollouts(
-        policy, letters, num_prompts=16, group_size=1, seed=0, exclude=frozenset(update.prompt_ids)
+        policy,
+        letters,
+        num_prompts=16,
+        group_size=1,
+        seed=0,
+        options=SamplingOptions(exclude=frozenset(update.prompt_ids)),
     )
     assert not set(update.prompt_ids) & set(probe.prompt_ids)
     assert len(set(probe.prompt_ids)) == 16
@@ -158,7 +163,12 @@ def test_excluded_prompts_are_not_used(policy: Policy, letters: Any) -> None:
         match="32 problems, less copies and those that are excluded, are not enough for 17 different prompts",
     ):
         sample_rollouts(
-            policy, letters, num_prompts=17, group_size=1, seed=0, exclude=frozenset(update.prompt_ids)
+            policy,
+            letters,
+            num_prompts=17,
+            group_size=1,
+            seed=0,
+            options=SamplingOptions(exclude=frozenset(update.prompt_ids)),
         )
 
 
@@ -177,7 +187,12 @@ def test_a_prompt_is_its_text(policy: Policy, tmp_path: Path) -> None:
         sample_rollouts(policy, task, num_prompts=7, group_size=1, seed=0)
     for excluded in ("2+2", "2+2 \r\n"):
         rest = sample_rollouts(
-            policy, task, num_prompts=5, group_size=1, seed=1, exclude=frozenset({excluded})
+            policy,
+            task,
+            num_prompts=5,
+            group_size=1,
+            seed=1,
+            options=SamplingOptions(exclude=frozenset({excluded})),
         )
         assert sorted(rest.prompt_keys) == ["0+0", "1+1", "3+3", "4+4", "5+5"]
 
@@ -187,7 +202,7 @@ def test_groups_without_variance_are_replaced(policy: Policy, letters: Any) -> N
     flat = [np.ptp(plain.rewards[plain.prompt_index == g]) == 0 for g in range(12)]
     assert any(flat)
     batch = sample_rollouts(
-        policy, letters, num_prompts=12, group_size=2, seed=3, require_reward_variance=True
+        policy, letters, num_prompts=12, group_size=2, seed=3, options=SamplingOptions(resample=10)
     )
     assert batch.num_prompts == 12
     for g in range(12):
@@ -211,8 +226,7 @@ def test_no_variance_after_all_rounds_is_an_error_with_a_cure(policy: Policy) ->
             num_prompts=2,
             group_size=2,
             seed=0,
-            require_reward_variance=True,
-            max_resample=3,
+            options=SamplingOptions(resample=3),
         )
 
 
@@ -220,7 +234,9 @@ def test_requests_that_cannot_be_met(policy: Policy, letters: Any) -> None:
     with pytest.raises(BatchError, match="at least 1 of each"):
         sample_rollouts(policy, letters, num_prompts=0, group_size=2, seed=0)
     with pytest.raises(BatchError, match="group_size of at least 2"):
-        sample_rollouts(policy, letters, num_prompts=1, group_size=1, seed=0, require_reward_variance=True)
+        sample_rollouts(
+            policy, letters, num_prompts=1, group_size=1, seed=0, options=SamplingOptions(resample=10)
+        )
     with pytest.raises(BatchError, match="no tokenizer"):
         sample_rollouts(replace(policy, tokenizer=None), letters, num_prompts=1, group_size=1, seed=0)
     long = replace(policy, settings=replace(SETTINGS, max_response_tokens=126))

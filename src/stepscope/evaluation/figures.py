@@ -14,7 +14,7 @@ from stepscope.evaluation.rows import EvaluationRow, PromptResult, prompt_ratios
 from stepscope.evaluation.tables import write_responses
 from stepscope.intervals import proportion
 from stepscope.policy.passes import Budget
-from stepscope.policy.rollouts import SAMPLING, sample_rollouts
+from stepscope.policy.rollouts import SAMPLING, Nucleus, SamplingOptions, sample_rollouts
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, Rollouts
 from stepscope.stats import clustered_ratio
@@ -66,7 +66,7 @@ def evaluate(
         group_size=samples_per_prompt,
         seed=seed,
         split=split,
-        top_p=top_p,
+        options=SamplingOptions(sampler=Nucleus(top_p)),
         budget=budget,
     )
     if responses is not None:

@@ -35,6 +35,45 @@ SAMPLING = Budget(max_sequences=64)
 
 
 @dataclass(frozen=True)
+class Sampler:
+    """How tokens are drawn: from the policy itself. Another way is a subclass with warpers of its own.
+
+    Log-probs and entropies of the responses stay those of the policy, whatever the sampler.
+    """
+
+    def warpers(self) -> list[LogitsProcessor]:
+        """What changes logits / temperature before a token is drawn, in order."""
+        return []
+
+
+@dataclass(frozen=True)
+class Nucleus(Sampler):
+    """From the smallest set of tokens that holds ``top_p`` of the probability; 1 takes in all."""
+
+    top_p: float
+
+    def warpers(self) -> list[LogitsProcessor]:
+        """Excludes the tail."""
+        return [TopPLogitsWarper(self.top_p)] if self.top_p < 1 else []
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """Which prompts are asked and how their responses are drawn.
+
+    Attributes:
+        exclude: questions or prompt ids not to use; for a probe batch ``update.asked``.
+        resample: rounds in which prompt groups whose rewards are all equal are replaced by groups of other
+            prompts; 0 keeps every group.
+        sampler: how tokens are drawn.
+    """
+
+    exclude: AbstractSet[str] = frozenset()
+    resample: int = 0
+    sampler: Sampler = Sampler()
+
+
+@dataclass(frozen=True)
 class _Sequence:
     """One sampled response and its score."""
 
@@ -57,10 +96,7 @@ def sample_rollouts(
     group_size: int,
     seed: int,
     split: str = "train",
-    exclude: AbstractSet[str] = frozenset(),
-    require_reward_variance: bool = False,
-    max_resample: int = 10,
-    top_p: float = 1.0,
+    options: SamplingOptions = SamplingOptions(),
     budget: Budget = SAMPLING,
 ) -> Rollouts:
     """Sample ``group_size`` responses to each of ``num_prompts`` prompts and score them.
@@ -84,42 +120,39 @@ def sample_rollouts(
         group_size: responses per prompt; advantages are filled in when it is more than 1.
         seed: of prompts and responses.
         split: ``train`` or ``test``.
-        exclude: questions or prompt ids not to use; for a probe batch ``update.asked``.
-        require_reward_variance: replace prompt groups whose rewards are all equal by other prompts.
-        max_resample: rounds of replacement before giving up.
-        top_p: sample only from the smallest set of tokens that holds this much probability; log-probs and
-            entropies stay those of the whole policy.
+        options: prompts to leave out, groups to replace, and how tokens are drawn.
         budget: how many sequences are generated at a time.
 
     Raises:
         BatchError: too few prompts, a prompt too long for the model, or no reward variance after all rounds.
     """
-    _check_request(policy, num_prompts, group_size, require_reward_variance)
+    varied = options.resample > 0
+    _check_request(policy, num_prompts, group_size, varied)
     task = asked_through(task, policy.tokenizer)
     problems = task.problems(split)
     order = np.random.default_rng([seed, 0]).permutation(len(problems))
-    pool = _different((problems[int(i)] for i in order), exclude)
+    pool = _different((problems[int(i)] for i in order), options.exclude)
     kept: list[list[_Sequence]] = []
     missing = num_prompts
-    for attempt in range(max_resample + 1 if require_reward_variance else 1):
+    for attempt in range(options.resample + 1):
         chosen = [problem for _, problem in zip(range(missing), pool, strict=False)]
         if len(chosen) < missing:
             raise BatchError(
                 f"{split} split: {len(problems)} problems, less copies and those that are excluded, are "
                 f"not enough for {num_prompts} different "
-                f"prompts{' with reward variance' if require_reward_variance else ''}; ask for fewer "
+                f"prompts{' with reward variance' if varied else ''}; ask for fewer "
                 "prompts or use a larger task"
             )
         generator = np.random.default_rng([seed, 1 + attempt])
-        groups = _sample_groups(policy, task, chosen, group_size, generator, top_p, budget)
-        kept += [g for g in groups if not require_reward_variance or len({s.reward for s in g}) > 1]
+        groups = _sample_groups(policy, task, chosen, group_size, generator, options.sampler, budget)
+        kept += [g for g in groups if not varied or len({s.reward for s in g}) > 1]
         missing = num_prompts - len(kept)
         if missing == 0:
             break
     if missing:
         raise BatchError(
             f"{missing} of {num_prompts} prompt groups still have no reward variance after "
-            f"{max_resample} rounds of resampling; use a larger group, a higher temperature or a "
+            f"{options.resample} rounds of resampling; use a larger group, a higher temperature or a "
             "task the policy solves sometimes"
         )
     rollouts = _assemble(policy, [sequence for group in kept for sequence in group])
@@ -172,7 +205,7 @@ def sample_responses(
     responses: list[tuple[int, ...]] = []
     for start in range(0, len(prompts), budget.max_sequences):
         rows = slice(start, start + budget.max_sequences)
-        responses += _generate(policy, prompts[rows], uniforms[rows], 1.0)
+        responses += _generate(policy, prompts[rows], uniforms[rows], Sampler())
     ends = set(end_tokens(policy))
     read = response_text(policy)
     texts = [policy.tokenizer.decode(list(ids)) for ids in prompts]
@@ -286,7 +319,7 @@ def _sample_groups(
     problems: Sequence[Problem],
     group_size: int,
     generator: np.random.Generator,
-    top_p: float,
+    sampler: Sampler,
     budget: Budget,
 ) -> list[list[_Sequence]]:
     """``group_size`` scored responses to each problem."""
@@ -297,7 +330,7 @@ def _sample_groups(
     for start in track(range(0, len(rows), size), "sampling", budget):
         chunk = rows[start : start + size]
         uniforms = _uniforms(generator, len(chunk), policy.settings.max_response_tokens)
-        responses += _generate(policy, [prompts[i].token_ids for i in chunk], uniforms, top_p)
+        responses += _generate(policy, [prompts[i].token_ids for i in chunk], uniforms, sampler)
     ends = set(end_tokens(policy))
     read = response_text(policy)
     groups: list[list[_Sequence]] = [[] for _ in problems]
@@ -365,7 +398,7 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]
 
 
 def _generate(
-    policy: Policy, prompts: Sequence[tuple[int, ...]], uniforms: FloatArray, top_p: float
+    policy: Policy, prompts: Sequence[tuple[int, ...]], uniforms: FloatArray, sampler: Sampler
 ) -> list[tuple[int, ...]]:
     """Responses to some prompts, each cut after its first end-of-sequence token."""
     ends = end_tokens(policy)
@@ -380,9 +413,7 @@ def _generate(
         attention[row, width - len(ids) :] = 1
     model: Any = base_model(policy.model)
     kept = model.generation_config
-    draws = LogitsProcessorList([TemperatureLogitsWarper(policy.settings.temperature)])
-    if top_p < 1:
-        draws.append(TopPLogitsWarper(top_p))
+    draws = LogitsProcessorList([TemperatureLogitsWarper(policy.settings.temperature), *sampler.warpers()])
     draws.append(_Draw(torch.from_numpy(uniforms).to(policy.device), width))
     model.generation_config = GenerationConfig(
         do_sample=False,

@@ -16,7 +16,7 @@ from trl import SFTTrainer
 from stepscope.config import TrainConfig
 from stepscope.errors import ConfigError
 from stepscope.policy.loss.settings import StepSettings
-from stepscope.policy.rollouts import sample_rollouts
+from stepscope.policy.rollouts import SamplingOptions, sample_rollouts
 from stepscope.policy.state import Policy
 from stepscope.tasks.load import asked_through
 from stepscope.tasks.problem import Problem, Task
@@ -82,7 +82,7 @@ class HeldOutCheck(TrainerCallback):  # type: ignore[misc]
             num_prompts=self.num_prompts,
             group_size=1,
             seed=self.seed,
-            exclude=self.trained_on,
+            options=SamplingOptions(exclude=self.trained_on),
         )
         self.policy.model.train(was_training)
         formatted = [self.task.formatted(response) for response in rollouts.responses]

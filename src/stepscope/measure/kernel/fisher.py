@@ -183,15 +183,14 @@ def fisher_kernel(
     preconditioner: ParameterVector | None = None,
     token_weights: Sequence[FloatArray] | None = None,
     tokens: bool = False,
-    projection: int | None = None,
-    seed: int = 0,
+    sketch: Sketch | None = None,
     budget: Budget = Budget(),
 ) -> FisherKernel:
     """Kernels between the sequences of an update batch, and between those and a probe batch.
 
     All metrics and both kernels come from one pass over each batch while the update's gradients fit
     the budget's memory; see ``policy.per_sequence.gram``. The null takes one more pass over the
-    update batch; token weights that differ within a response take two. Exact unless ``projection`` is given.
+    update batch; token weights that differ within a response take two. Exact unless ``sketch`` is given.
 
     Args:
         policy: its trainable parameters are differentiated.
@@ -202,8 +201,8 @@ def fisher_kernel(
             ``contributions``, in the optimizer's metric where P is given.
         tokens: also make the kernel between single tokens of the update batch (small batches only: costs one
             pass over as many sequences as there are tokens).
-        projection: dimension of a random projection to use instead of the gradients themselves.
-        seed: of the projection.
+        sketch: a random projection to use instead of the gradients themselves; its seed is also that of the
+            null's signs.
         budget: what may be used at a time.
 
     Raises:
@@ -213,7 +212,7 @@ def fisher_kernel(
     metrics: dict[str, ParameterVector | None] = {"raw": None}
     if preconditioner is not None:
         metrics["preconditioned"] = preconditioner
-    sketch = None if projection is None else Sketch(projection, seed)
+    seed = 0 if sketch is None else sketch.seed
     error = None
 
     def square(objective: Objective, chosen: Metrics) -> dict[str, FloatArray]:
@@ -234,7 +233,7 @@ def fisher_kernel(
             budget=budget,
         )
     else:
-        found, error = _projected(policy, update, probe, metrics, sketch, seed, budget)
+        found, error = _projected(policy, update, probe, metrics, sketch, budget)
     kernels = {m: k.numpy() for m, k in found.square.items()}
     signs = token_signs(update, seed=seed)
     null = square(weighted_logprobs(signs), metrics)
@@ -324,7 +323,6 @@ def _projected(
     probe: Rollouts | None,
     metrics: dict[str, ParameterVector | None],
     sketch: Sketch,
-    seed: int,
     budget: Budget,
 ) -> tuple[Grams, Estimate]:
     """Kernels from random projections, and the error of their cosines on a random part of the batch."""
@@ -338,7 +336,7 @@ def _projected(
     square, cross = _products(left, left), _products(right, left)
     norms = {m: s.double().square().sum(1).cpu() for m, s in right.items()}
     count = min(PROJECTION_CHECK, len(update))
-    chosen = np.sort(np.random.default_rng(seed).choice(len(update), count, replace=False))
+    chosen = np.sort(np.random.default_rng(sketch.seed).choice(len(update), count, replace=False))
     part = update.select(chosen)
     exact = grams(policy, SequenceGradients(part, response_logprob), metrics=metrics, budget=budget)
     off = ~np.eye(count, dtype=bool)

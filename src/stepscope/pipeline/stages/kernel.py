@@ -6,6 +6,7 @@ from stepscope import runs
 from stepscope.measure.kernel.fisher import fisher_kernel
 from stepscope.pipeline.stages.plan import PROBE, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
+from stepscope.policy.per_sequence.projection import Sketch
 from stepscope.results import write_arrays
 
 
@@ -23,7 +24,7 @@ def kernel(session: Session) -> Figures:
         session.probe,
         preconditioner=session.step.preconditioner,
         token_weights=session.step.token_weights,
-        projection=config.projection,
+        sketch=None if config.projection is None else Sketch(config.projection),
         budget=session.budget,
     )
     write_arrays(found.arrays(), session.run.file("kernel.safetensors"))

@@ -12,7 +12,7 @@ from stepscope.measure.change.uncertainty import estimate_ratio
 from stepscope.pipeline.stages.plan import PROBE, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
 from stepscope.policy.loss.surrogate import advantages
-from stepscope.policy.rollouts import response_text, sample_rollouts, score_rollouts
+from stepscope.policy.rollouts import SamplingOptions, response_text, sample_rollouts, score_rollouts
 from stepscope.results import Rollouts
 from stepscope.stats import clustered_mean
 
@@ -80,8 +80,7 @@ def sample_update(session: Session) -> Rollouts:
             group_size=wanted.group_size,
             seed=wanted.seed,
             split=wanted.split,
-            require_reward_variance=session.config.resample > 0,
-            max_resample=session.config.resample,
+            options=SamplingOptions(resample=session.config.resample),
             budget=session.budget,
         )
     if update.advantages is None or not np.any(update.advantages):
@@ -110,7 +109,7 @@ def sample_probe(session: Session, update: Rollouts) -> Rollouts:
             group_size=wanted.group_size,
             seed=wanted.seed,
             split=wanted.split,
-            exclude=update.asked,
+            options=SamplingOptions(exclude=update.asked),
             budget=session.budget,
         )
     refuse_overlap(update, probe)

@@ -194,7 +194,7 @@ def token_weights(
         raise BatchError(
             f"update batch: all {len(rollouts)} advantages are zero (no reward variance in any of "
             f"{rollouts.num_prompts} prompt groups), so there is no gradient; use more prompts, a larger "
-            "group, a task the policy solves sometimes, or resample with require_reward_variance=True"
+            "group, a task the policy solves sometimes, or resample groups (SamplingOptions(resample=10))"
         )
     mask = _mask(rollouts, settings)
     old = _pad(rollouts.logprobs)

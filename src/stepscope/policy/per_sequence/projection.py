@@ -36,7 +36,7 @@ class Sketch:
 
     def __init__(self, dim: int, seed: int = 0) -> None:
         self.dim = dim
-        self._seed = seed
+        self.seed = seed
         self._cache: dict[tuple[str, int], tuple[Tensor, Tensor]] = {}
         self._cached = 0
 
@@ -66,7 +66,7 @@ class Sketch:
         key = (name, start)
         if key in self._cache:
             return self._cache[key]
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed}/{name}/{start}".encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}/{start}".encode()))
         signs = torch.randint(0, 2, (numel,), generator=generator, dtype=torch.int8) * 2 - 1
         size = math.ceil(numel / self.dim) * self.dim
         drawn = signs.to(device), torch.randperm(size, generator=generator).to(device)

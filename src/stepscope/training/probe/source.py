@@ -16,7 +16,7 @@ from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
 
 from stepscope.errors import BatchError, ConfigError
-from stepscope.policy.rollouts import sample_responses, sample_rollouts
+from stepscope.policy.rollouts import SamplingOptions, sample_responses, sample_rollouts
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, Rollouts
 from stepscope.tasks import Task, TemplatedTask
@@ -76,7 +76,9 @@ class TaskSource:
             group_size=1,
             seed=seed,
             split=self.split,
-            exclude=self.task.shared if isinstance(self.task, TemplatedTask) else frozenset(),
+            options=SamplingOptions(
+                exclude=self.task.shared if isinstance(self.task, TemplatedTask) else frozenset()
+            ),
         )
 
 
