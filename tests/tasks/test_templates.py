@@ -4,10 +4,11 @@ import pytest
 
 from made_tokenizers import CHAT, byte_level
 from stepscope.errors import TaskError
-from stepscope.tasks import prompts
+from stepscope.tasks.formats import prompts
+from stepscope.tasks.formats.prompts import encode_prompt, render_chat
+from stepscope.tasks.formats.templates import Template, load_template
 from stepscope.tasks.load import asked_through, load_task
-from stepscope.tasks.prompts import Chat, encode_prompt, render_chat
-from stepscope.tasks.templates import Template, load_template
+from stepscope.tasks.problem import Chat
 
 OPENING = CHAT.replace("<|assistant|>", "<|assistant|><think>\n")
 STRICT = (

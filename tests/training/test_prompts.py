@@ -25,7 +25,8 @@ from stepscope.policy.check.inspection import inspect_checkpoint
 from stepscope.policy.checkpoint.load import load_checkpoint, read_settings
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.tasks import load_task
-from stepscope.tasks.prompts import Chat, encode_prompt
+from stepscope.tasks.formats.prompts import encode_prompt
+from stepscope.tasks.problem import Chat
 from stepscope.training import train
 from stepscope.training.rl import OnPolicyTrainer, reinforce
 from stepscope.training.setup.start import reload_model

@@ -27,9 +27,9 @@ from stepscope.policy.state import Policy
 from stepscope.policy.texts import ResponseText
 from stepscope.results import FloatArray, Rollouts, same_text
 from stepscope.rules import InfluenceClipping
+from stepscope.tasks.formats.prompts import Prompt, encode_prompt
 from stepscope.tasks.load import asked_through
 from stepscope.tasks.problem import Problem, Task
-from stepscope.tasks.prompts import Prompt, encode_prompt
 
 SAMPLING = Budget(max_sequences=64)
 

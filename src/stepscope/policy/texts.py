@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from stepscope.tasks.response import ANSWER, END_ANSWER, END_THINK, THINK
+from stepscope.tasks.problem import ANSWER, END_ANSWER, END_THINK, THINK
 
 _UNFINISHED = "\ufffd"
 """What a decoder shows for bytes that are no character, or not one yet."""

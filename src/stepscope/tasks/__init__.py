@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from stepscope.tasks.formats.templates import Template, load_template
 from stepscope.tasks.load import TemplatedTask, load_task
 from stepscope.tasks.problem import Problem, Score, Task
-from stepscope.tasks.templates import Template, load_template
 
 __all__ = ["Problem", "Score", "Task", "Template", "TemplatedTask", "load_task", "load_template"]

@@ -9,14 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from stepscope.errors import TaskError
-from stepscope.tasks.problem import Problem, Score, Source, Task
-from stepscope.tasks.prompts import Chat
-from stepscope.tasks.response import TAGS, AnswerFormat, load_answer_format
+from stepscope.tasks.formats.response import TAGS, AnswerFormat, load_answer_format
+from stepscope.tasks.formats.templates import (
+    BOXED,
+    HASH,
+    LAST_NUMBER,
+    PLAIN,
+    R1,
+    SHORT,
+    Template,
+    load_template,
+)
+from stepscope.tasks.problem import Chat, Problem, Score, Source, Task
 from stepscope.tasks.sources.arithmetic import Arithmetic
 from stepscope.tasks.sources.gsm8k import Gsm8k
 from stepscope.tasks.sources.jsonl import JsonLines
 from stepscope.tasks.sources.reasoning import ReasoningGym
-from stepscope.tasks.templates import BOXED, HASH, LAST_NUMBER, PLAIN, R1, SHORT, Template, load_template
 
 FORMS = {
     "arithmetic": "arithmetic[:terms=3,digits=2,...]",
@@ -154,7 +162,7 @@ def load_task(
         prefill: what the response's turn begins with, at the end of the prompt.
         chat_template_kwargs: variables of the chat template.
         answer_format: where in a response its answer stands: ``tags``, ``boxed``, ``hash``, ``last_number``
-            or ``regex:EXPRESSION``, see :mod:`stepscope.tasks.response`.
+            or ``regex:EXPRESSION``, see :mod:`stepscope.tasks.formats.response`.
 
     Raises:
         TaskError: unknown task, option, template or answer format, or its data cannot be read.

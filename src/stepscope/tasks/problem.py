@@ -7,9 +7,26 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from stepscope.errors import TaskError
-from stepscope.tasks.prompts import Chat
 
 SPLITS = ("train", "test")
+THINK, END_THINK, ANSWER, END_ANSWER = "<think>", "</think>", "<answer>", "</answer>"
+"""The tags of a thought and of an answer."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A prompt in messages, for the tokenizer's chat template.
+
+    Attributes:
+        messages: each with ``role`` and ``content``, as Transformers and TRL take them.
+        variables: further variables of the template, TRL's ``chat_template_kwargs``: ``enable_thinking`` and
+            the like.
+        prefill: text that the assistant's turn begins with, after what the template itself puts there.
+    """
+
+    messages: Sequence[Mapping[str, Any]]
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    prefill: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,7 +55,7 @@ class Score:
         reward: grade of the answer in [0, 1] (1 for correct and 0 otherwise unless the task gives partial
             credit) plus ``format_weight`` for a well-formed response. It does not depend on the length.
         correct: an answer stands where the answer format says, and it is right.
-        formatted: the response keeps the answer format, see :mod:`stepscope.tasks.response`.
+        formatted: the response keeps the answer format, see :mod:`stepscope.tasks.formats.response`.
     """
 
     reward: float

@@ -18,9 +18,9 @@ from stepscope.errors import ConfigError
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.rollouts import SamplingOptions, sample_rollouts
 from stepscope.policy.state import Policy
+from stepscope.tasks.formats.prompts import encode_prompt
 from stepscope.tasks.load import asked_through
 from stepscope.tasks.problem import Problem, Task
-from stepscope.tasks.prompts import encode_prompt
 from stepscope.training.setup.arguments import install_callbacks, shared_arguments
 from stepscope.training.setup.preflight import require_room
 from stepscope.training.setup.start import adapter

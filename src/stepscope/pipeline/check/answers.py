@@ -12,8 +12,8 @@ from stepscope.policy.check.findings import Finding
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.policy.state import Policy
 from stepscope.tasks import Problem, Score, TemplatedTask
-from stepscope.tasks.prompts import Chat
-from stepscope.tasks.response import AnswerFormat, LastNumber, answer_formats
+from stepscope.tasks.formats.response import AnswerFormat, LastNumber, answer_formats
+from stepscope.tasks.problem import Chat
 
 NUM_RESPONSES = 16
 MAX_TOKENS = 512

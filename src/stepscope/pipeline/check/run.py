@@ -21,8 +21,8 @@ from stepscope.config import (
 )
 from stepscope.errors import CheckpointError, ConfigError, StepscopeError
 from stepscope.tasks import load_task
+from stepscope.tasks.formats.response import TAGS
 from stepscope.tasks.judge.worker import shared_worker
-from stepscope.tasks.response import TAGS
 
 if TYPE_CHECKING:
     from stepscope.policy.check.findings import Finding

@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 
 from stepscope.errors import CheckpointError
 from stepscope.policy.state import Policy
+from stepscope.tasks.formats.prompts import encode_prompt
+from stepscope.tasks.formats.templates import CHAT, FIELD
 from stepscope.tasks.load import TemplatedTask
-from stepscope.tasks.prompts import Chat, encode_prompt
-from stepscope.tasks.templates import CHAT, FIELD
+from stepscope.tasks.problem import Chat
 
 FOLDER = "completions"
 """Where TRL puts its tables, beside the checkpoints."""

@@ -73,7 +73,7 @@ class StepSettings:
         system_prompt: system message of the chat template; empty for none.
         prefill: text that the response's turn begins with, at the end of the prompt.
         chat_template_kwargs: variables of the chat template (TRL's ``chat_template_kwargs``), or None.
-        answer_format: where in a response its answer stands, see :mod:`stepscope.tasks.response`.
+        answer_format: where in a response its answer stands, see :mod:`stepscope.tasks.formats.response`.
         num_iterations: optimizer steps on each batch; the next step is the first on its batch, so on-policy.
         task_digest: state of the task's data in the training, as the task has it; empty if unknown.
         router_loss: weight of the loss that balances a mixture of experts; None for the model's own (TRL's

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from stepscope.errors import TaskError
-from stepscope.tasks.response import ANSWER, END_ANSWER, END_THINK, THINK
+from stepscope.tasks.problem import ANSWER, END_ANSWER, END_THINK, THINK
 
 MAX_FILE_BYTES = 1 << 30
 """Larger files are refused: all rows are held in memory."""

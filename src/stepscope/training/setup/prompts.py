@@ -9,8 +9,8 @@ from datasets import Dataset
 
 from stepscope.errors import ConfigError
 from stepscope.results import same_text
+from stepscope.tasks.formats.prompts import encode_prompt
 from stepscope.tasks.problem import Problem, Task
-from stepscope.tasks.prompts import encode_prompt
 
 
 def prompt_rows(

@@ -9,15 +9,15 @@ from __future__ import annotations
 import inspect
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jinja2
 
 from stepscope.errors import TaskError
-from stepscope.tasks.response import THINK
+from stepscope.tasks.problem import THINK, Chat
 
 RENDERING_SECONDS = 10.0
 """Longest time a chat template may take for one prompt."""
@@ -33,22 +33,6 @@ _FAULTS = (
     ValueError,
 )
 """What a chat template, which is somebody else's program, may raise."""
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A prompt in messages, for the tokenizer's chat template.
-
-    Attributes:
-        messages: each with ``role`` and ``content``, as Transformers and TRL take them.
-        variables: further variables of the template, TRL's ``chat_template_kwargs``: ``enable_thinking`` and
-            the like.
-        prefill: text that the assistant's turn begins with, after what the template itself puts there.
-    """
-
-    messages: Sequence[Mapping[str, Any]]
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    prefill: str = ""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from stepscope.errors import TaskError
-from stepscope.tasks.prompts import Chat, render_chat
-from stepscope.tasks.response import ANSWER, END_ANSWER, END_THINK, MARK, THINK
+from stepscope.tasks.formats.prompts import render_chat
+from stepscope.tasks.formats.response import MARK
+from stepscope.tasks.problem import ANSWER, END_ANSWER, END_THINK, THINK, Chat
 
 FIELD = "{question}"
 CHAT = "chat:"
@@ -90,8 +91,8 @@ class Template:
         nothing is known of the chat template.
 
         Raises:
-            TaskError: as :func:`~stepscope.tasks.prompts.encode_prompt`, or the chat template leaves the
-                system message out.
+            TaskError: as :func:`~stepscope.tasks.formats.prompts.encode_prompt`, or the chat template leaves
+                the system message out.
         """
         if tokenizer is None:
             text = (self.text or "") + self.prefill

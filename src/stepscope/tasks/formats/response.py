@@ -27,8 +27,8 @@ import regex
 
 from stepscope.errors import TaskError
 from stepscope.tasks.equality.text import BOX, braces
+from stepscope.tasks.problem import ANSWER, END_ANSWER, END_THINK, THINK
 
-THINK, END_THINK, ANSWER, END_ANSWER = "<think>", "</think>", "<answer>", "</answer>"
 MARK = "####"
 REGEX = "regex:"
 TIME_LIMIT = 1.0
@@ -98,12 +98,11 @@ class Tags:
 
     def lay_out(self, thought: str, answer: str, *, opening: str = "", compact: bool = False) -> str:
         """Think block, answer block, tags included."""
-        around = "" if compact else "\n"
         answered = f"{ANSWER}{answer}{END_ANSWER}"
         if END_THINK in opening:
             return answered
-        start = "" if opening else THINK + around
-        return f"{start}{_inside(thought, opening, around)}{answered}"
+        start = "" if opening else THINK
+        return start + _thought(thought, opening or THINK, compact) + answered
 
 
 @dataclass(frozen=True)
@@ -262,11 +261,6 @@ def _thought(thought: str, opening: str, compact: bool) -> str:
     """A thought before an answer, in the think block where the prompt opens one."""
     around = "" if compact else "\n"
     if opening and END_THINK not in opening:
-        return _inside(thought, opening, around)
+        start = "" if opening[-1].isspace() else around
+        return f"{start}{thought}{around}{END_THINK}{around}"
     return f"{thought}{around}" if thought else ""
-
-
-def _inside(thought: str, opening: str, around: str) -> str:
-    """The rest of a think block."""
-    start = around if opening and not opening[-1].isspace() else ""
-    return f"{start}{thought}{around}{END_THINK}{around}"
