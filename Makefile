@@ -64,8 +64,10 @@ format: $(STAMP) ## format and mend what the linter can mend
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(STAMP) ## check that the pages under docs/ name things that exist
+docs: $(STAMP) ## the pages as a site in build/site, links and names in them checked
+	$(UV) --quiet mkdocs-material mkdocstrings-python
 	$(BIN)/python -m pytest -q tests/test_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 bench: $(STAMP) ## time stepscope against the floor and against the peers that are installed
 	$(BIN)/python bench/peers.py

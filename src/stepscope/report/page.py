@@ -56,9 +56,8 @@ def write_report(run: Path) -> Path:
     """Write ``report.html`` into a measure folder or a whole run folder.
 
     Args:
-        run: a folder left by ``stepscope measure`` (``summary.json`` and companions) or by ``stepscope
-        train``
-            and ``demo`` (``checkpoints/``, ``eval.parquet``, ``measure/step-N/``).
+        run: a folder left by ``stepscope measure`` (``summary.json`` and companions) or by
+            ``stepscope train`` and ``demo`` (``checkpoints/``, ``eval.parquet``, ``measure/step-N/``).
 
     Returns:
         The path of the page. It is replaced in one piece if it was there.

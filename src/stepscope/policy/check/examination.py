@@ -33,11 +33,8 @@ from stepscope.policy.numerics.precision import HALF_TYPES, matching_precision
 from stepscope.policy.optim.rounding import finer_than_kept, rounding_doubt
 from stepscope.policy.rollouts import end_tokens
 from stepscope.policy.state import Policy
-<<<<<<< HEAD
-=======
 from stepscope.tasks.formats.prompts import encode_prompt, tokens_after
 from stepscope.tasks.formats.templates import FIELD, load_template
->>>>>>> 585d5cf (Tasks: formats in one folder, formulas in three files; versions renewed by make lock, coverage counted by make test)
 from stepscope.tasks.load import default_template
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-3, torch.bfloat16: 0.5}

@@ -51,8 +51,7 @@ def load_checkpoint(
     Raises:
         ConfigError: the device is not there.
         CheckpointError: something is missing, damaged, or of another model. A missing optimizer state is
-        never
-            replaced by a fresh one.
+            never replaced by a fresh one.
     """
     device = usable_device(device)
     folder = checkpoint_folder(Path(path).expanduser())
