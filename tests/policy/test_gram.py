@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -55,9 +54,7 @@ def as_policy(model: nn.Module, dtype: torch.dtype = torch.float64) -> Policy:
 
 
 def with_adapter(model: nn.Module, architecture: str) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return cases.adapted(model, r=3, target_modules="all-linear", fan_in_fan_out=architecture == "gpt2")
+    return cases.adapted(model, r=3, target_modules="all-linear", fan_in_fan_out=architecture == "gpt2")
 
 
 def jacobian(policy: Policy, rollouts: Rollouts) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
 import cases
@@ -31,7 +30,7 @@ def stepped(groups: Any, **settings: Any) -> dict[str, Any]:
 def test_decay_groups_are_those_of_the_trainer(architecture: str, lora: bool, tmp_path: Path) -> None:
     model = cases.model(architecture)
     if lora:
-        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+        model = cases.adapted(model, target_modules="all-linear", fan_in_fan_out=architecture == "gpt2")
     trainer = Trainer(model=model, args=TrainingArguments(str(tmp_path), use_cpu=True, report_to=[]))
     assert decay_parameter_names(model) >= {n for n, _ in model.named_parameters() if "proj.weight" in n}
     trainer.create_optimizer()
