@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -15,7 +16,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from hostile import damage, few
 from stepscope import results, runs
 from stepscope.errors import RunFolderError
 from stepscope.pipeline.stages import PLANS
@@ -259,3 +263,22 @@ def test_a_folder_of_another_version_is_refused(copy: Path) -> None:
     path.write_text(json.dumps(provenance | {"format_version": 0}))
     with pytest.raises(RunFolderError, match="format_version 0, and this stepscope reads version 1"):
         load_measurement(copy)
+
+
+@pytest.mark.parametrize("examples", [pytest.param(60, id="few"), pytest.param(3000, marks=pytest.mark.slow)])
+def test_no_damage_is_another_error(copy: Path, tmp_path: Path, examples: int) -> None:
+    names = [n for n in dir(Measurement) if not n.startswith("_") and n != "stored"]
+
+    @few(examples)
+    @given(name=st.sampled_from(sorted({*RECORDS, *TABLES, *OTHERS} - {"report.html"})), data=st.data())
+    def hurt(name: str, data: st.DataObject) -> None:
+        folder = tmp_path / "damaged"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(copy, folder)
+        damage(folder / name, data.draw)
+        with contextlib.suppress(RunFolderError):
+            found = load_measurement(folder)
+            values = [getattr(found, n) for n in names]
+            assert len([value() if callable(value) else value for value in values]) == len(names)
+
+    hurt()

@@ -36,6 +36,13 @@ def make_rollouts(seed: int = 0, advantages: bool = True) -> Rollouts:
     )
 
 
+def test_sequences_as_a_data_frame() -> None:
+    batch = make_rollouts()
+    frame = batch.to_pandas()
+    assert frame["reward"].tolist() == batch.rewards.tolist()
+    assert frame["num_tokens"].tolist() == [3, 1, 4, 2]
+
+
 def assert_same(a: Rollouts, b: Rollouts) -> None:
     for field in fields(Rollouts):
         left, right = getattr(a, field.name), getattr(b, field.name)

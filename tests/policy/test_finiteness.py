@@ -185,12 +185,12 @@ def test_settings_out_of_range_are_refused_in_files_and_overrides_alike(
 ) -> None:
     with pytest.raises(CheckpointError, match=f"settings out of range .*{name}: got {value}"):
         read_settings(saved, overrides={name: value})
-    record = StepSettings().to_dict() | {name: value}
+    record = json.loads((saved / "stepscope.json").read_text()) | {name: value}
     (saved / "stepscope.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match=rf"stepscope\.json: settings out of range .*{name}: got"):
         read_settings(saved)
     with pytest.raises(CheckpointError, match=f"{name}: got"):
-        StepSettings.from_dict({name: value}, where="here")
+        StepSettings.from_plain({name: value}, where="here")
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,19 @@ def test_saved_settings_come_back_equal(tmp_path: Path) -> None:
 
 
 def test_all_wrong_keys_and_types_are_named_at_once(tmp_path: Path) -> None:
-    data = StepSettings().to_dict() | {"temprature": 1.0, "beta": "x", "group_size": True}
+    StepSettings().save(tmp_path)
+    data = json.loads((tmp_path / "stepscope.json").read_text()) | {
+        "temprature": 1.0,
+        "beta": "x",
+        "group_size": True,
+    }
     (tmp_path / "stepscope.json").write_text(json.dumps(data))
     with pytest.raises(CheckpointError) as caught:
         StepSettings.load(tmp_path)
     message = str(caught.value)
-    assert "temprature: unknown" in message
-    assert "beta: got 'x', expected float" in message
-    assert "group_size: got True, expected int" in message
+    assert "temprature: Unexpected keyword argument, got 1.0" in message
+    assert "beta: Input should be a valid number, got 'x'" in message
+    assert "group_size: Input should be a valid integer, got True" in message
     assert "\n" not in message
 
 
@@ -43,4 +48,4 @@ def test_missing_file_is_a_checkpoint_error(tmp_path: Path) -> None:
 
 
 def test_whole_numbers_are_fine_where_a_float_is_meant() -> None:
-    assert StepSettings.from_dict({"temperature": 1}, where="here").temperature == 1.0
+    assert StepSettings.from_plain({"temperature": 1}, where="here").temperature == 1.0

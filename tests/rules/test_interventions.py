@@ -230,5 +230,5 @@ def test_records_are_read_back_and_what_is_not_understood_is_refused() -> None:
         with pytest.raises(ConfigError, match=message):
             intervention_from_record(wrong)
     with pytest.raises(CheckpointError, match="objective: top_entropy has no parameter share"):
-        StepSettings.from_dict({"objective": {**good, "share": 1.0}}, where="stepscope.json")
-    assert StepSettings.from_dict({"objective": good}, where="here").objective == TopEntropy()
+        StepSettings.from_plain({"objective": {**good, "share": 1.0}}, where="stepscope.json")
+    assert StepSettings.from_plain({"objective": good}, where="here").objective == TopEntropy()

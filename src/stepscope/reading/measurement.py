@@ -21,6 +21,7 @@ from stepscope.results.criteria import Criteria, CriteriaTokens, Pareto
 from stepscope.results.influence import InfluenceSequences, InfluenceTokens, Reliabilities
 from stepscope.results.kernel import KernelReport
 from stepscope.results.noise import NoiseScales
+from stepscope.results.records import CURE
 from stepscope.results.step import StepReport
 from stepscope.results.summary import Summary
 from stepscope.results.validation import Validation, Validations
@@ -160,5 +161,6 @@ def load_measurement(path: Path | str) -> Measurement:
             f"{found.path}: no {SUMMARY}, so this is not a finished measurement; run `stepscope measure`"
         )
     runs.check_version(found.path)
-    assert found.summary
+    if not found.summary:
+        raise RunFolderError(f"{found.path / SUMMARY}: holds no figures; {CURE}")
     return found

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,9 @@ from stepscope.errors import BatchError, RunFolderError
 from stepscope.results.brief import Brief
 from stepscope.results.records import VERSION, BoolArray, FloatArray, IntArray
 from stepscope.results.tables import Column, Table, TextArray, checked, read_table, write_table
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _T = TypeVar("_T")
 
@@ -226,7 +229,29 @@ class Rollouts(Brief):
         if [len(r) for r in tokens] != self.num_tokens.tolist():
             raise BatchError("rollouts: tokens do not match the response lengths")
         count = len(self)
-        sequences: dict[str, Any] = {
+        flat = RolloutTokens(
+            sequence_id=np.repeat(np.arange(count, dtype=np.int64), self.num_tokens),
+            position=np.concatenate([np.arange(n, dtype=np.int64) for n in self.num_tokens]),
+            token_id=np.array([t for row in self.response_token_ids for t in row], dtype=np.int64),
+            token=np.array([t for row in tokens for t in row], dtype=np.object_),
+            logprob=np.concatenate(self.logprobs).astype(np.float64, copy=False),
+            entropy=np.concatenate(self.entropies).astype(np.float64, copy=False),
+        )
+        settings = {
+            VERSION: str(self.format_version),
+            "stepscope.temperature": repr(float(self.temperature)),
+            "stepscope.max_response_tokens": str(self.max_response_tokens),
+        }
+        flat.write(tokens_path)
+        write_table(self._sequences().replace_schema_metadata(settings), sequences_path)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per sequence as a data frame of pandas; columns as in the file."""
+        return self._sequences().to_pandas()
+
+    def _sequences(self) -> pa.Table:
+        count = len(self)
+        columns: dict[str, Any] = {
             "sequence_id": pa.array(range(count), pa.int64()),
             "prompt_id": list(self.prompt_ids),
             "question": pa.array(self.questions or [None] * count, pa.string()),
@@ -244,21 +269,7 @@ class Rollouts(Brief):
             "entropy_mean": pa.array([float(v.mean()) for v in self.entropies], pa.float64()),
             "truncated": pa.array(self.truncated, pa.bool_()),
         }
-        flat = RolloutTokens(
-            sequence_id=np.repeat(np.arange(count, dtype=np.int64), self.num_tokens),
-            position=np.concatenate([np.arange(n, dtype=np.int64) for n in self.num_tokens]),
-            token_id=np.array([t for row in self.response_token_ids for t in row], dtype=np.int64),
-            token=np.array([t for row in tokens for t in row], dtype=np.object_),
-            logprob=np.concatenate(self.logprobs).astype(np.float64, copy=False),
-            entropy=np.concatenate(self.entropies).astype(np.float64, copy=False),
-        )
-        settings = {
-            VERSION: str(self.format_version),
-            "stepscope.temperature": repr(float(self.temperature)),
-            "stepscope.max_response_tokens": str(self.max_response_tokens),
-        }
-        flat.write(tokens_path)
-        write_table(pa.table(sequences).replace_schema_metadata(settings), sequences_path)
+        return pa.table(columns)
 
     @classmethod
     def from_parquet(cls, sequences_path: Path, tokens_path: Path) -> Rollouts:

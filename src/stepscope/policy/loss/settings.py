@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import types
-import typing
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
+
+from pydantic import ConfigDict, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 
 from stepscope.errors import CheckpointError, ConfigError, shown
+from stepscope.results.files import whole
 from stepscope.rules import Intervention, intervention_from_record
 
 SETTINGS_FILE = "stepscope.json"
@@ -42,6 +44,24 @@ _RANGES: dict[str, _Range] = {
     "format_weight": ("from 0 to 1", lambda v: 0 <= v <= 1),
     "num_iterations": _COUNT,
 }
+
+
+def _intervention(value: Any) -> Intervention | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise ValueError("expected an object")
+    try:
+        return intervention_from_record(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+_Objective = Annotated[
+    Intervention | None,
+    PlainValidator(_intervention),
+    PlainSerializer(lambda value: None if value is None else value.to_record()),
+]
 
 
 @dataclass(frozen=True)
@@ -84,6 +104,8 @@ class StepSettings:
         without: what else the run did that its next step is measured without, by name.
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="forbid")
+
     loss_type: str = "dr_grpo"
     scale_rewards: str = "none"
     group_size: int = 8
@@ -102,7 +124,7 @@ class StepSettings:
     bias_correction_kl: bool = True
     mask_truncated: bool = False
     format_weight: float = 0.0
-    objective: Intervention | None = None
+    objective: _Objective = None
     system_prompt: str = ""
     prefill: str = ""
     chat_template_kwargs: dict[str, Any] | None = field(default=None, hash=False)
@@ -129,17 +151,11 @@ class StepSettings:
         if problems:
             raise CheckpointError(f"settings out of range ({'; '.join(problems)}); mend these keys")
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary, with the version of the format."""
-        objective = None if self.objective is None else self.objective.to_record()
-        return {"version": SETTINGS_VERSION, **asdict(self), "objective": objective}
-
     def save(self, path: Path) -> None:
         """Write the settings as JSON, atomically; ``path`` is the file or the checkpoint folder."""
         file = path / SETTINGS_FILE if path.is_dir() else path
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-        partial.replace(file)
+        plain = {"version": SETTINGS_VERSION, **_adapter().dump_python(self, mode="json")}
+        whole(file, lambda partial: partial.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8"))
 
     @classmethod
     def load(cls, path: Path) -> StepSettings:
@@ -166,10 +182,10 @@ class StepSettings:
                 f"{file}: settings of version {shown(version)}, expected {SETTINGS_VERSION}; "
                 "use the stepscope version that wrote it"
             )
-        return cls.from_dict(data, where=str(file))
+        return cls.from_plain(data, where=str(file))
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, where: str) -> StepSettings:
+    def from_plain(cls, data: Mapping[str, Any], *, where: str) -> StepSettings:
         """Settings from plain data; keys left out keep their default.
 
         Args:
@@ -180,38 +196,27 @@ class StepSettings:
             CheckpointError: a key is unknown, a value has the wrong type or is out of range; all are named at
                 once.
         """
-        types_by_name = typing.get_type_hints(cls)
-        problems = [f"{key}: unknown" for key in sorted(set(data) - {f.name for f in fields(cls)})]
-        values: dict[str, Any] = {}
-        for name, wanted in types_by_name.items():
-            if name not in data:
-                continue
-            value = data[name]
-            if name == "objective" and isinstance(value, Mapping | Intervention):
-                try:
-                    made = intervention_from_record(value) if isinstance(value, Mapping) else value
-                except ConfigError as error:
-                    problems.append(f"objective: {error}")
-                else:
-                    values[name] = made
-                continue
-            if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-                value = float(value)
-            choices = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-            allowed = [typing.get_origin(choice) or choice for choice in choices]
-            if type(value) not in allowed:
-                problems.append(
-                    f"{name}: got {shown(value)}, expected {' or '.join(t.__name__ for t in allowed)}"
-                )
-            values[name] = value
-        if problems:
-            raise CheckpointError(
-                f"{where}: settings not understood ({'; '.join(problems)}); mend these keys"
-            )
         try:
-            return cls(**values)
+            return _adapter().validate_json(json.dumps(dict(data), default=Intervention.to_record))
+        except ValidationError as error:
+            problems = "; ".join(map(_problem, error.errors(include_url=False)))
+            raise CheckpointError(
+                f"{where}: settings not understood ({problems}); mend these keys"
+            ) from error
         except CheckpointError as error:
             raise CheckpointError(f"{where}: {error}") from error
+
+
+def _problem(found: Any) -> str:
+    """One of pydantic's errors in a few words."""
+    key = ".".join(map(str, found["loc"]))
+    own = found.get("ctx", {}).get("error")  # of an intervention
+    return f"{key}: {own}" if own else f"{key}: {found['msg']}, got {shown(found['input'])}"
+
+
+@cache
+def _adapter() -> TypeAdapter[StepSettings]:
+    return TypeAdapter(StepSettings)
 
 
 UNKNOWN = StepSettings(loss_type="")

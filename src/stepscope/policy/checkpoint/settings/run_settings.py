@@ -44,7 +44,7 @@ def run_settings(
     missing = [name for name in needed if name not in given]
     if (folder / SETTINGS_FILE).is_file():
         known = vars(StepSettings.load(folder / SETTINGS_FILE))
-        return StepSettings.from_dict(known | given, where=str(folder / SETTINGS_FILE))
+        return StepSettings.from_plain(known | given, where=str(folder / SETTINGS_FILE))
     file = folder / TRAINING_ARGS_FILE
     try:
         run = read_trl_run(folder)
@@ -60,7 +60,7 @@ def run_settings(
             else f"{TRAINING_ARGS_FILE} is not that of a GRPO run and does not say what the loss was"
         )
         raise CheckpointError(f"{folder}: {reason}; give {_flags(missing)}")
-    settings = StepSettings.from_dict(known | given, where=str(file))
+    settings = StepSettings.from_plain(known | given, where=str(file))
     if run is None or not for_step:
         return settings
     return _without(settings, run, given, file)
