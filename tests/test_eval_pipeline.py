@@ -11,9 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+import stepscope as ss
 from stepscope import cli
-from stepscope.evaluation import read_eval
+from stepscope.errors import RunFolderError
+from stepscope.evaluation import fit_entropy_law, read_eval
 from stepscope.policy.loss.settings import SETTINGS_FILE
+from stepscope.results.entropy_law import EntropyLaw
+from stepscope.results.evaluation import EvaluationChanges
 from stepscope.runs import locked, read_json
 
 SETTINGS = ["num_prompts=6", "samples_per_prompt=4", "ks=[1,4]"]
@@ -71,6 +75,24 @@ def test_figures_agree_with_the_stored_responses(evaluated: Path) -> None:
         assert row.pass_at_1 == pytest.approx(np.mean([r["correct"] for r in part]), abs=1e-12)
         assert row.mean_length == pytest.approx(np.mean([r["num_tokens"] for r in part]))
         assert row.truncated_rate == pytest.approx(np.mean([r["truncated"] for r in part]))
+
+
+def test_an_evaluation_is_read_back_by_the_classes_that_wrote_it(evaluated: Path, tmp_path: Path) -> None:
+    found = ss.load_evaluation(evaluated)
+    assert [row.step for row in found.rows] == found.to_pandas()["step"].tolist() == [0, 2, 4]
+    assert {row.temperature for row in found.profiles} == {0.5, 1.0}
+    assert [(c.before.step, c.after.step) for c in found.changes] == [(0, 2), (2, 4), (0, 4)]
+    assert found.law is None
+    assert "<table" in found._repr_html_()
+    record = EvaluationChanges(found.changes)
+    assert record.to_json() == (evaluated / "eval_changes.json").read_text()
+    law = fit_entropy_law([0.9, 0.6, 0.4, 0.2], [0.1, 0.3, 0.5, 0.6], 1e-4 * np.eye(8))
+    law.write(tmp_path / "law.json")
+    assert EntropyLaw.read(tmp_path / "law.json").to_json() == law.to_json()
+    shutil.copytree(evaluated, tmp_path / "copy")
+    pq.write_table(pq.read_table(tmp_path / "copy/eval.parquet"), tmp_path / "copy/eval.parquet")
+    with pytest.raises(RunFolderError, match=r"eval\.parquet: damaged"):
+        ss.load_evaluation(tmp_path / "copy/eval.parquet")
 
 
 def test_a_killed_evaluation_goes_on(

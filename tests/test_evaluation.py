@@ -209,7 +209,7 @@ def rated(row: EvaluationRow, *correct: int) -> EvaluationRow:
 def test_transitions(task: TemplatedTask) -> None:
     row = evaluate_rollouts(stored(task), task, ks=(1,))
     moved = transitions(rated(row, 0, 0, 2, 4, 4), rated(row, 0, 3, 4, 0, 4, 1))
-    assert moved.counts.tolist() == [[1, 1, 0], [0, 0, 1], [1, 0, 1]]
+    assert moved.counts == ((1, 1, 0), (0, 0, 1), (1, 0, 1))
     assert (moved.gained, moved.lost) == (("p/1",), ("p/3",))
     change = differences(rated(row, 0, 0, 2, 4, 4), rated(row, 0, 3, 4, 0, 4, 1))["pass_at_1"]
     changes = [0, 0.75, 0.5, -1, 0]

@@ -32,6 +32,7 @@ from .policy.rollouts import Nucleus as Nucleus
 from .policy.rollouts import SamplingOptions as SamplingOptions
 from .policy.rollouts import sample_rollouts as sample_rollouts
 from .policy.state import Policy as Policy
+from .reading.evaluation import load_evaluation as load_evaluation
 from .reading.measurement import Measurement as Measurement
 from .reading.measurement import load_measurement as load_measurement
 from .report import write_report as write_report

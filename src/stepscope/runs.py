@@ -50,6 +50,10 @@ S = TypeVar("S", bound=Stored)
 CONFIG = "config.yaml"
 PROVENANCE = "provenance.json"
 LOCK = ".lock"
+PARTS = "_parts"
+"""End of the name of a run folder whose result is a file beside it: ``eval_parts`` for ``eval.parquet``."""
+BESIDE = "beside"
+"""Key of the provenance: digests of such files by name."""
 FORMAT = 1
 """Version of run folders, and of the files in them that have none of their own; stands in the provenance."""
 
@@ -147,10 +151,14 @@ def unsealed(folder: Path) -> list[Path]:
 
 def _digests(folder: Path) -> dict[str, list[str]]:
     """Digests that the files of a run may have, by name; none outside of a run."""
+    found: dict[str, list[str]] = {}
+    for parts in folder.glob(f"*{PARTS}/{PROVENANCE}"):
+        beside = RunFolder(parts.parent).provenance().get(BESIDE, {})
+        found |= {name: [digest] for name, digest in beside.items()}
     if not (folder / PROVENANCE).is_file():
-        return {}
+        return found
     provenance = RunFolder(folder).provenance()
-    found: dict[str, list[str]] = dict(provenance.get("sealed", {}))
+    found |= provenance.get("sealed", {})
     for record in provenance["stages"].values():
         found |= {name: [digest] for name, digest in record.get("sha256", {}).items()}
     return found
@@ -496,6 +504,11 @@ class RunFolder:
             self.path / PROVENANCE, {**provenance, "sealed": {**provenance.get("sealed", {}), name: digests}}
         )
         partial.replace(path)
+
+    def seal_beside(self, files: Sequence[Path]) -> None:
+        """Record the digests of files beside the folder; of none, before they are written."""
+        beside = {path.name: sha256(path) for path in files}
+        write_json(self.path / PROVENANCE, {**self.provenance(), BESIDE: beside})
 
     def clean_up(self) -> None:
         """After a failure: remove half-written files, and the folder itself if it holds nothing of a run."""

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from stepscope.errors import MeasurementError
-from stepscope.measure.entropy_law import EntropyLaw, fit_entropy_law, fit_run
+from stepscope.evaluation.entropy_law import EntropyLaw, fit_entropy_law, fit_run
 from stepscope.results import FloatArray
 
 A, B = 0.3, 1.1

@@ -5,20 +5,31 @@ Every standard error is clustered by prompt: samples of one prompt are not indep
 
 from __future__ import annotations
 
-from stepscope.evaluation.compare import Transitions, differences, transitions
+from stepscope.evaluation.compare import compared, differences, transitions
+from stepscope.evaluation.entropy_law import fit_entropy_law, fit_run
 from stepscope.evaluation.figures import evaluate, evaluate_rollouts
 from stepscope.evaluation.fitting import FittingBatch
-from stepscope.evaluation.rows import EvaluationRow, PromptResult
-from stepscope.evaluation.tables import prompts_path, read_eval, write_eval, write_responses
+from stepscope.evaluation.responses import write_responses
+from stepscope.results.evaluation import (
+    EvaluationRow,
+    PromptResult,
+    Transitions,
+    prompts_path,
+    read_eval,
+    write_eval,
+)
 
 __all__ = [
     "EvaluationRow",
     "FittingBatch",
     "PromptResult",
     "Transitions",
+    "compared",
     "differences",
     "evaluate",
     "evaluate_rollouts",
+    "fit_entropy_law",
+    "fit_run",
     "prompts_path",
     "read_eval",
     "transitions",

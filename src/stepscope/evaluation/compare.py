@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from stepscope.errors import MeasurementError
-from stepscope.evaluation.rows import EvaluationRow, PromptResult, prompt_ratios
+from stepscope.evaluation.rows import prompt_ratios
+from stepscope.results.evaluation import (
+    Evaluated,
+    EvaluationChange,
+    EvaluationRow,
+    PromptResult,
+    Transitions,
+)
 from stepscope.stats import Estimate, paired_ratio_difference
 
 
-@dataclass(frozen=True)
-class Transitions:
-    """How prompts moved between two evaluations.
+def compared(before: EvaluationRow, after: EvaluationRow) -> EvaluationChange:
+    """Both transitions and differences of two evaluations.
 
-    Attributes:
-        counts: (before, after) numbers of prompts solved never, sometimes, always.
-        gained: prompts solved never before and at least once after.
-        lost: prompts solved at least once before and never after.
+    Raises:
+        MeasurementError: they share no prompt.
     """
-
-    counts: npt.NDArray[np.int64]
-    gained: tuple[str, ...]
-    lost: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary."""
-        return {"counts": self.counts.tolist(), "gained": list(self.gained), "lost": list(self.lost)}
+    return EvaluationChange(
+        before=Evaluated(before.step, before.checkpoint),
+        after=Evaluated(after.step, after.checkpoint),
+        transitions=transitions(before, after),
+        differences=differences(before, after),
+    )
 
 
 def transitions(before: EvaluationRow, after: EvaluationRow) -> Transitions:
@@ -44,7 +43,7 @@ def transitions(before: EvaluationRow, after: EvaluationRow) -> Transitions:
     for first, second in pairs:
         counts[_state(first), _state(second)] += 1
     return Transitions(
-        counts=counts,
+        counts=tuple((never, sometimes, always) for never, sometimes, always in counts.tolist()),
         gained=tuple(b.prompt_id for a, b in pairs if not a.num_correct and b.num_correct),
         lost=tuple(b.prompt_id for a, b in pairs if a.num_correct and not b.num_correct),
     )

@@ -10,13 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from stepscope.errors import MeasurementError
-from stepscope.evaluation.rows import EvaluationRow, PromptResult, prompt_ratios
-from stepscope.evaluation.tables import write_responses
+from stepscope.evaluation.responses import write_responses
+from stepscope.evaluation.rows import prompt_ratios
 from stepscope.intervals import proportion
 from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import SAMPLING, Nucleus, SamplingOptions, sample_rollouts
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, Rollouts
+from stepscope.results.evaluation import EvaluationRow, PromptResult
 from stepscope.stats import clustered_ratio
 from stepscope.tasks import Task
 from stepscope.tasks.load import asked_through

@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,14 +17,13 @@ from stepscope.errors import RunFolderError
 from stepscope.evaluation import (
     EvaluationRow,
     FittingBatch,
-    differences,
+    compared,
     evaluate,
+    fit_run,
     prompts_path,
     read_eval,
-    transitions,
     write_eval,
 )
-from stepscope.measure.entropy_law import fit_run
 from stepscope.pipeline.inputs.logged_prompts import prompt_conflict
 from stepscope.pipeline.inputs.policies import checkpoints_in, open_policy
 from stepscope.pipeline.inputs.tasks import hold_data, open_task, say_what_is_shared, tasks_of
@@ -36,7 +34,8 @@ from stepscope.policy.state import Policy
 from stepscope.processes import is_main_process
 from stepscope.report import evaluated, write_evaluation
 from stepscope.results import FloatArray
-from stepscope.runs import RunFolder, locked, verified, write_json
+from stepscope.results.evaluation import EvaluationChanges, companion, law_path
+from stepscope.runs import RunFolder, locked, verified, write_record
 from stepscope.tasks import TemplatedTask
 
 LAW_CHECKPOINTS = 4
@@ -76,8 +75,8 @@ def run_eval(config: EvalConfig, *, resume: bool = False) -> Path:
             f"{out}: exists already; remove it, choose another file with --out, or add --resume to evaluate "
             "only what is missing"
         )
-    if out.exists() and not _companion(out, "parts").is_dir():
-        raise RunFolderError(f"{out}: no {_companion(out, 'parts').name} beside it to go on from; remove it")
+    if out.exists() and not companion(out, "parts").is_dir():
+        raise RunFolderError(f"{out}: no {companion(out, 'parts').name} beside it to go on from; remove it")
     evaluate_all(config, out, resume=resume)
     page = write_evaluation(out)
     say_result("eval", evaluated(out), out, page)
@@ -94,7 +93,7 @@ def evaluate_all(config: EvalConfig, out: Path, *, resume: bool) -> None:
     """
     usable_device(config.device)
     checkpoints = checkpoints_in(Path(config.source))
-    folder = _companion(out, "parts")
+    folder = companion(out, "parts")
     with locked(folder):
         parts = RunFolder.open(
             folder,
@@ -110,18 +109,23 @@ def evaluate_all(config: EvalConfig, out: Path, *, resume: bool) -> None:
             found = [_evaluate_checkpoint(config, checkpoint, parts, fitting) for checkpoint in checkpoints]
         finally:
             parts.clean_up()
-        _write_tables(config, out, [row for row, _ in found], [row for _, others in found for row in others])
+        rows, profiles = [row for row, _ in found], [row for _, others in found for row in others]
+        parts.seal_beside([])
+        parts.seal_beside(_write_tables(config, out, rows, profiles))
 
 
 def _write_tables(
     config: EvalConfig, out: Path, rows: list[EvaluationRow], profiles: list[EvaluationRow]
-) -> None:
+) -> list[Path]:
     """Everything but the parts and the page; the table itself comes last."""
+    changes_path, profiles_path = companion(out, "changes.json"), companion(out, "profiles.parquet")
+    written = [changes_path, out, prompts_path(out)]
     if profiles:
-        write_eval(profiles, _companion(out, "profiles.parquet"))
+        write_eval(profiles, profiles_path)
+        written += [profiles_path, prompts_path(profiles_path)]
     pairs = [*pairwise(rows), *([(rows[0], rows[-1])] if len(rows) > 2 else [])]
-    changes = [_compared(before, after) for before, after in pairs]
-    write_json(_companion(out, "changes.json"), {"changes": changes})
+    changes = tuple(compared(before, after) for before, after in pairs)
+    write_record(changes_path, EvaluationChanges(changes))
     if len(rows) >= LAW_CHECKPOINTS:
         law = fit_run(
             [row.step for row in rows],
@@ -129,8 +133,10 @@ def _write_tables(
             bootstrap_resamples=config.bootstrap,
             seed=config.seed,
         )
-        write_json(law_path(out), law.to_dict())
+        write_record(law_path(out), law)
+        written.append(law_path(out))
     write_eval(rows, out)
+    return written
 
 
 def _tasks(config: EvalConfig, checkpoints: Sequence[Path]) -> list[TemplatedTask]:
@@ -140,16 +146,6 @@ def _tasks(config: EvalConfig, checkpoints: Sequence[Path]) -> list[TemplatedTas
     for task in tasks:
         say_what_is_shared(task, {settings.task: settings.task_digest for settings in known})
     return tasks
-
-
-def law_path(out: Path) -> Path:
-    """Where the entropy law of an evaluation is: ``entropy_law.json`` beside ``eval.parquet``."""
-    return out.with_name("entropy_law.json") if out.stem == "eval" else _companion(out, "entropy_law.json")
-
-
-def _companion(out: Path, name: str) -> Path:
-    """``eval_NAME`` for ``eval.parquet``."""
-    return out.with_name(f"{out.stem}_{name}")
 
 
 def _fitting_batch(config: EvalConfig) -> FittingBatch:
@@ -241,16 +237,6 @@ class _Loaded:
             responses=responses,
             budget=Budget(max_sequences=batch_size, progress=True),
         )
-
-
-def _compared(before: EvaluationRow, after: EvaluationRow) -> dict[str, Any]:
-    """One entry of ``eval_changes.json``."""
-    return {
-        "before": {"step": before.step, "checkpoint": before.checkpoint},
-        "after": {"step": after.step, "checkpoint": after.checkpoint},
-        "transitions": transitions(before, after).to_dict(),
-        "differences": {name: d.to_dict() for name, d in differences(before, after).items()},
-    }
 
 
 def _per_prompt(rows: Sequence[EvaluationRow]) -> tuple[FloatArray, FloatArray, FloatArray]:

@@ -18,8 +18,7 @@ the fit are the delta method on all H_i and R_i at once, with their full covaria
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +27,7 @@ from scipy.stats import chi2 as chi2_distribution
 from stepscope.errors import MeasurementError
 from stepscope.intervals import student
 from stepscope.results import FloatArray
+from stepscope.results.entropy_law import EntropyLaw, LawPrediction
 from stepscope.stats import Estimate, ratio_residuals
 
 FRACTION = 0.15
@@ -44,69 +44,6 @@ FINEST = 1e-9
 
 DOUBTFUL = 0.01
 """Probability of the chi^2 below which the points are said not to follow the law."""
-
-
-@dataclass(frozen=True)
-class LawPrediction:
-    """Late points predicted from the law fitted to the first ones alone.
-
-    Attributes:
-        fitted: points fitted to, the first of the run.
-        rmse: root mean square of predicted minus measured R over the other points, in units of R.
-        final_error: predicted minus measured R at the last point.
-        noise: what ``rmse`` would be from the sampling errors of the late points alone.
-        predicted: (late,) predicted R.
-    """
-
-    fitted: int
-    rmse: Estimate
-    final_error: Estimate
-    noise: float
-    predicted: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class EntropyLaw:
-    """R = -a exp(H) + b fitted to the checkpoints of a run.
-
-    Attributes:
-        a: performance bought per unit of exp(H).
-        b: performance at exp(H) = 0; only b - a e^H has a meaning for H >= 0.
-        ceiling: b - a, performance at H = 0.
-        covariance: (2, 2) of a and b.
-        scatter: standard deviation of R about the law beyond the sampling errors; 0 where they suffice.
-        p_value: probability of a chi^2 at least as large as that of the fit without scatter, if the law held.
-        r2: share of the variance of R explained.
-        steps: (checkpoint,) optimizer steps.
-        entropy: (checkpoint,) H, nats per token.
-        entropy_stderr: (checkpoint,) its standard errors.
-        performance: (checkpoint,) R.
-        performance_stderr: (checkpoint,) its standard errors.
-        prediction: of late points from the first; None with too few points.
-        intervals: 95 % percentile intervals of ``a``, ``b`` and ``ceiling`` from a bootstrap over prompts;
-            empty where none was asked for.
-        num_prompts: prompts that the errors of the points are over; 0 where only the errors were given.
-    """
-
-    a: Estimate
-    b: Estimate
-    ceiling: Estimate
-    covariance: tuple[tuple[float, float], tuple[float, float]]
-    scatter: float
-    p_value: float
-    r2: float
-    steps: tuple[int, ...]
-    entropy: tuple[float, ...]
-    entropy_stderr: tuple[float, ...]
-    performance: tuple[float, ...]
-    performance_stderr: tuple[float, ...]
-    prediction: LawPrediction | None
-    intervals: dict[str, tuple[float, float]]
-    num_prompts: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """Content of ``entropy_law.json``."""
-        return asdict(self)
 
 
 def fit_run(
