@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,15 +11,20 @@ import plotly.graph_objects as go
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from folders import HOSTILE, changed, estimate, write_log
 from markupsafe import escape
 from plotly.offline import get_plotlyjs
 from safetensors.numpy import load_file
-from synthetic_run import HOSTILE
 
+from stepscope import runs
 from stepscope.errors import RunFolderError
-from stepscope.intervals import student
 from stepscope.report import write_comparison, write_report
-from stepscope.report.influence import join_tokens
+from stepscope.report.sections.responses import join_tokens
+from stepscope.results import RolloutTokens
+from stepscope.results.change import Changes, Taken
+from stepscope.results.kernel import KernelReport
+from stepscope.results.step import Rounding, StepReport
+from stepscope.results.summary import Summary
 
 LARGEST_PAGE = 6_000_000
 
@@ -114,24 +120,17 @@ def test_a_missing_artifact_leaves_only_its_section_out(
 
 def test_a_rounded_step_is_told_and_heads_the_page(measure_folder: Path) -> None:
     """A training in bfloat16: the headline is what it does, the step's section what rounding took."""
-    change = json.loads((measure_folder / "change.json").read_text())
-    point = next(p for p in change["points"] if p["lr"] == change["lr"])
-    true = {**point["true"], "value": -0.000125, "stderr": 0.00001, "reliable": True, "reason": ""}
-    ratio = {**true, "value": 0.04, "stderr": 0.003, "unit": "1"}
-    change["taken"] = {"true": true, "unrounded": point["true"], "difference": true, "ratio": ratio}
-    (measure_folder / "change.json").write_text(json.dumps(change))
-    step = json.loads((measure_folder / "step.json").read_text())
-    step["rounding"] = {
-        "kept_in": "bfloat16", "kernel": "fused", "lr": step["lr"], "share_moved": 0.0055, "cosine": 0.104,
-        "norm_ratio": 0.16,
-    }  # fmt: skip
-    (measure_folder / "step.json").write_text(json.dumps(step))
+    true = estimate(-0.000125, 0.00001)
+    taken = Taken(true, estimate(-0.003, 0.0004), true, estimate(0.04, 0.003, "1"), 60.0, 0.1)
+    changed(measure_folder / "change.json", Changes, taken=taken)
+    rounding = Rounding("bfloat16", "fused", 1e-4, share_moved=0.0055, cosine=0.104, norm_ratio=0.16)
+    changed(measure_folder / "step.json", StepReport, rounding=rounding)
     said = " ".join(Page(write_report(measure_folder)).source.replace("\u00a0", " ").split())
     assert "lowers the policy&#39;s entropy by 0.000125 ± 0.000010 nats/token" in said
     assert "0.55 % of the weights move at all; the rounded step has cosine 0.104" in said
     assert "0.0400 ± 0.0030 of it is left" in said
-    step["rounding"] |= {"cosine": None, "share_moved": 0.0, "norm_ratio": 0.0}
-    (measure_folder / "step.json").write_text(json.dumps(step))
+    nothing = replace(rounding, share_moved=0.0, cosine=float("nan"), norm_ratio=0.0)
+    changed(measure_folder / "step.json", StepReport, rounding=nothing)
     said = Page(write_report(measure_folder)).source.replace("\u00a0", " ")
     assert "0 % of the weights move at all; so that the step changes nothing." in said
 
@@ -171,30 +170,28 @@ def test_evaluations_of_two_settings_are_not_mixed(run_folder: Path) -> None:
 
 
 def test_warm_up_curve(run_folder: Path) -> None:
-    (run_folder / "warmup").mkdir()
     rows = [{"step": 1, "loss": 5.0}, {"step": 8, "accuracy": 0.1, "format_rate": 0.5}]
-    (run_folder / "warmup/trainer_state.json").write_text(json.dumps({"log_history": rows}))
+    write_log(run_folder / "warmup", rows)
     assert "fig-training-warmup" in Page(write_report(run_folder)).ids
 
 
 def test_kernel_of_another_batch_is_refused(measure_folder: Path) -> None:
-    kernel = json.loads((measure_folder / "kernel.json").read_text())
-    kernel["update_prompt_ids"] = kernel["update_prompt_ids"][:-1]
-    (measure_folder / "kernel.json").write_text(json.dumps(kernel))
-    with pytest.raises(RunFolderError, match=r"kernel\.json names 127 sequences"):
+    path = measure_folder / "kernel.json"
+    prompts = runs.read_record(KernelReport, path).update_prompt_ids
+    changed(path, KernelReport, update_prompt_ids=prompts[:-1])
+    with pytest.raises(RunFolderError, match=rf"kernel\.json names {len(prompts) - 1} sequences"):
         write_report(measure_folder)
 
 
 def test_heat_map_is_ordered_by_prompt(measure_folder: Path) -> None:
-    kernel = json.loads((measure_folder / "kernel.json").read_text())
-    prompts = [str(i % 16) for i in range(128)]
-    kernel["update_prompt_ids"] = prompts
-    (measure_folder / "kernel.json").write_text(json.dumps(kernel))
+    path = measure_folder / "kernel.json"
+    prompts = tuple(str(i % 4) for i in range(len(runs.read_record(KernelReport, path).update_prompt_ids)))
+    changed(path, KernelReport, update_prompt_ids=prompts)
     page = Page(write_report(measure_folder))
     heat = next(t for f in page.figures for t in f["data"] if t["type"] == "heatmap")
-    assert [prompts[int(i)] for i in heat["x"]] == [str(p) for p in range(16) for _ in range(8)]
-    cosine = load_file(measure_folder / "kernel.safetensors")["update_raw_cosine"]
-    assert heat["z"][1][0] == pytest.approx(cosine[16, 0], abs=5e-4)
+    assert [prompts[int(i)] for i in heat["x"]] == sorted(prompts)
+    cosine = load_file(measure_folder / "kernel.safetensors")["update_contributions_cosine"]
+    assert heat["z"][1][0] == pytest.approx(cosine[4, 0], abs=5e-4)
 
 
 def test_ids_are_unique_and_every_link_lands(run_page: Page) -> None:
@@ -220,56 +217,57 @@ def test_figures_are_valid_and_carry_no_template(run_page: Page) -> None:
 
 
 def test_unreliable_points_are_hollow_and_say_why(measure_folder: Path) -> None:
+    path = measure_folder / "change.json"
+    first, *rest = runs.read_record(Changes, path).points
+    why = "effective sample size 3.2 of 64, below 16"
+    given = [replace(p, true=estimate(-0.1, 0.01)) for p in rest]
+    changed(path, Changes, points=(replace(first, true=estimate(-0.1, 0.01).doubted(why)), *given))
     page = Page(write_report(measure_folder))
     true = next(t for f in page.figures for t in f["data"] if t.get("name") == "true")
     hollow = [symbol.endswith("-open") for symbol in true["marker"]["symbol"]]
-    points = json.loads((measure_folder / "change.json").read_text())["points"]
-    assert hollow == [not p["true"]["reliable"] for p in points]
-    assert any(hollow)
-    assert "effective sample size 3.2 of 64" in true["customdata"][hollow.index(True)]
+    assert hollow == [True, *(False for _ in rest)]
+    assert why in true["customdata"][0]
 
 
 def test_numbers_of_the_figure_are_those_of_the_artifact(measure_folder: Path) -> None:
     page = Page(write_report(measure_folder))
     true = next(t for f in page.figures for t in f["data"] if t.get("name") == "true")
-    points = json.loads((measure_folder / "change.json").read_text())["points"]
-    assert true["y"] == pytest.approx([abs(p["true"]["value"]) for p in points], rel=1e-4)
-    half = [student(p["true"]["n"]) * p["true"]["stderr"] for p in points]
-    assert true["error_y"]["array"] == pytest.approx(half, rel=1e-4)
-    assert true["error_y"]["arrayminus"] == pytest.approx(half, rel=1e-4)
+    points = [p.true for p in runs.read_record(Changes, measure_folder / "change.json").points]
+    ends = [sorted((abs(p.value - p.low), abs(p.high - p.value))) for p in points]
+    assert true["y"] == pytest.approx([abs(p.value) for p in points], rel=1e-4)
+    bars = zip(true["error_y"]["array"], true["error_y"]["arrayminus"], strict=True)
+    assert [sorted(pair) for pair in bars] == [pytest.approx(pair, rel=1e-3) for pair in ends]
 
 
 def test_ends_of_the_range_are_drawn_where_they_lie_on_the_axis(measure_folder: Path) -> None:
-    change = json.loads((measure_folder / "change.json").read_text())
-    change |= {"measurable_from": 3.2e-7, "linear_up_to": 4e-4}
-    for series in change["others"]:
-        series |= {"measurable_from": 1e-12, "linear_up_to": None}
-    (measure_folder / "change.json").write_text(json.dumps(change))
+    path = measure_folder / "change.json"
+    others = runs.read_record(Changes, path).others
+    without = tuple(replace(o, lr=1e-4, measurable_from=1e-12, linear_up_to=None) for o in others)
+    changed(path, Changes, lr=1e-4, measurable_from=3.2e-6, linear_up_to=4e-4, others=without)
     page = Page(write_report(measure_folder))
     rates = [
         f["layout"]
         for f in page.figures
         if f["layout"]["xaxis"].get("title", {}).get("text") == "learning rate"
     ]
-    primary, *others = rates
-    assert sorted(s["x0"] for s in primary["shapes"]) == [3.2e-7, 1e-4, 4e-4]
+    primary, *further = rates
+    assert sorted(s["x0"] for s in primary["shapes"]) == [3.2e-6, 1e-4, 4e-4]
     notes = {a["text"]: a["x"] for a in primary["annotations"]}
     assert notes == pytest.approx(
         {
             "own lr 1e-4": -4,
-            "measurable from 3.2e-7": np.log10(3.2e-7),
+            "measurable from 3.2e-6": np.log10(3.2e-6),
             "linear up to 4e-4": np.log10(4e-4),
         }
     )
-    assert others
-    assert all([s["x0"] for s in layout["shapes"]] == [1e-4] for layout in others)
+    assert further
+    assert all([s["x0"] for s in layout["shapes"]] == [1e-4] for layout in further)
 
 
 def test_a_checkpoint_whose_learning_rate_has_run_out(measure_folder: Path) -> None:
-    change = json.loads((measure_folder / "change.json").read_text())
-    for series in (change, *change["others"]):
-        series["lr"] = 0.0
-    (measure_folder / "change.json").write_text(json.dumps(change))
+    path = measure_folder / "change.json"
+    others = tuple(replace(o, lr=0.0) for o in runs.read_record(Changes, path).others)
+    changed(path, Changes, lr=0.0, others=others)
     page = Page(write_report(measure_folder))
     assert "learning rate is 0" in page.source
     notes = [note["text"] for f in page.figures for note in f["layout"].get("annotations", [])]
@@ -290,10 +288,10 @@ def test_report_can_be_rebuilt(measure_folder: Path) -> None:
 
 
 def test_comparison_gives_differences_with_combined_errors(run_folder: Path, tmp_path: Path) -> None:
-    summary = run_folder / "measure/step-40/summary.json"
-    figures = json.loads(summary.read_text())
-    figures["entropy_per_token"] |= {"value": 0.1, "stderr": 0.024}
-    summary.write_text(json.dumps(figures))
+    for step, found in ((10, estimate(0.412, 0.018)), (40, estimate(0.1, 0.024))):
+        changed(
+            run_folder / f"measure/step-{step}/summary.json", Summary, figures={"entropy_per_token": found}
+        )
     out = write_comparison(
         run_folder / "measure/step-10", run_folder / "measure/step-40", tmp_path / "new/cmp.html"
     )
@@ -314,13 +312,12 @@ def test_comparison_needs_measurements(run_folder: Path, tmp_path: Path) -> None
 
 def test_tokens_without_a_text_are_named() -> None:
     """The end of a response, and the first bytes of a character that a later token completes."""
-    tokens = {
-        "sequence_id": [0, 0, 0, 1],
-        "position": [0, 1, 2, 0],
-        "token": ["", "😀", "", ""],
-        "logprob": [0.0] * 4,
-        "entropy": [0.0] * 4,
-    }
-    table = join_tokens(None, tokens, None, "")
-    assert table is not None
-    assert table.token == ["⟨part⟩", "😀", "⟨end⟩", "⟨end⟩"]
+    tokens = RolloutTokens(
+        sequence_id=np.array([0, 0, 0, 1]),
+        position=np.array([0, 1, 2, 0]),
+        token_id=np.zeros(4, dtype=np.int64),
+        token=np.array(["", "😀", "", ""], dtype=object),
+        logprob=np.zeros(4),
+        entropy=np.zeros(4),
+    )
+    assert join_tokens(None, tokens).token.tolist() == ["⟨part⟩", "😀", "⟨end⟩", "⟨end⟩"]

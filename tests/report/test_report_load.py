@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ import pytest
 
 from stepscope import runs
 from stepscope.errors import RunFolderError
+from stepscope.reading.measurement import load_measurement
 from stepscope.report import write_report
-from stepscope.report.load import load_measurement, load_run, parse_estimate, reads_artifacts
+from stepscope.report.load import load_run, reads_artifacts
 from stepscope.runs import RunFolder
 
 
@@ -19,20 +19,15 @@ def test_measure_folder_is_recognised(measure_folder: Path) -> None:
     run = load_run(measure_folder)
     assert run.training is None
     assert len(run.measurements) == 1
-    assert run.measurements[0].summary["entropy_per_token"].value == 0.412
+    assert "entropy_per_token" in run.measurements[0].summary
 
 
 def test_run_folder_is_recognised_and_ordered_by_step(run_folder: Path) -> None:
     run = load_run(run_folder)
-    assert [m.step for m in run.measurements] == [10, 40]
+    assert [m.checkpoint_step for m in run.measurements] == [10, 40]
     assert run.training is not None
     assert [row["step"] for row in run.training.log] == list(range(1, 41))
-    assert [table["step"] for table in run.training.evaluations.values()] == [[0, 10, 20, 30, 40]]
-
-
-def test_null_numbers_are_nan() -> None:
-    record = {"value": 1, "stderr": None, "n": 3, "unit": "1", "method": "", "reliable": True, "reason": ""}
-    assert math.isnan(parse_estimate(record, "here").stderr)
+    assert [rows.step.tolist() for rows in run.training.evaluations.values()] == [[0, 10, 20, 30, 40]]
 
 
 @pytest.mark.parametrize(
@@ -64,8 +59,8 @@ def test_damaged_artifact_is_one_line_that_names_it(measure_folder: Path, name: 
 
 def test_missing_column_is_named(measure_folder: Path) -> None:
     (measure_folder / "update_tokens.parquet").write_bytes((measure_folder / "update.parquet").read_bytes())
-    with pytest.raises(RunFolderError, match=r"update_tokens\.parquet: damaged \(no column position"):
-        load_measurement(measure_folder)
+    with pytest.raises(RunFolderError, match=r"update_tokens\.parquet: column.*entropy missing"):
+        write_report(measure_folder)
 
 
 def test_damaged_trainer_state_is_named(run_folder: Path) -> None:

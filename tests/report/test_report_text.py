@@ -6,6 +6,8 @@ import math
 import pytest
 
 from stepscope.report import text
+from stepscope.report.sections.change import change_sentence
+from stepscope.report.sections.headline import headline_label
 from stepscope.stats import Estimate
 
 
@@ -44,7 +46,7 @@ def _estimate(value: float, stderr: float, reason: str = "") -> Estimate:
 
 
 def test_headline_says_direction_size_and_both_errors() -> None:
-    sentence = text.change_sentence("entropy", 1e-4, _estimate(-0.0031, 4e-4), _estimate(-0.0030, 3e-4))
+    sentence = change_sentence("entropy", 1e-4, _estimate(-0.0031, 4e-4), _estimate(-0.0030, 3e-4))
     assert sentence == (
         "At its own learning rate 1e-4 this step lowers the policy's entropy by 0.00310 ± 0.00040 nats/token "
         "(first order: −0.00300 ± 0.00030 nats/token)."
@@ -52,14 +54,14 @@ def test_headline_says_direction_size_and_both_errors() -> None:
 
 
 def test_headline_does_not_claim_a_direction_within_the_noise() -> None:
-    sentence = text.change_sentence("reward", 1e-6, _estimate(1e-4, 4e-4), _estimate(1e-4, 3e-4))
+    sentence = change_sentence("reward", 1e-6, _estimate(1e-4, 4e-4), _estimate(1e-4, 3e-4))
     assert "not resolved from zero" in sentence
     assert "raises" not in sentence
     assert "expected reward" in sentence
 
 
 def test_headline_repeats_the_reason_of_an_unreliable_number() -> None:
-    sentence = text.change_sentence("entropy", 1e-4, _estimate(-1.0, 0.1, "heavy tail"), _estimate(-1.0, 0.1))
+    sentence = change_sentence("entropy", 1e-4, _estimate(-1.0, 0.1, "heavy tail"), _estimate(-1.0, 0.1))
     assert sentence.endswith("The true change failed its diagnostics: heavy tail.")
 
 
@@ -77,4 +79,4 @@ def test_headline_repeats_the_reason_of_an_unreliable_number() -> None:
     ],
 )
 def test_labels_of_summary_keys(key: str, name: str) -> None:
-    assert text.headline_label(key).name == name
+    assert headline_label(key).name == name

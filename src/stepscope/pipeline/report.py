@@ -8,7 +8,6 @@ from pathlib import Path
 from stepscope.console import say
 from stepscope.errors import RunFolderError
 from stepscope.report import write_comparison, write_law_comparison, write_report, write_study_report
-from stepscope.report.study_load import STUDY_FIGURES
 
 
 def run_report(run: Path) -> Path:
@@ -17,7 +16,7 @@ def run_report(run: Path) -> Path:
     Raises:
         RunFolderError: the folder holds nothing to report.
     """
-    page = write_study_report(run) if (run / STUDY_FIGURES).is_file() else write_report(run)
+    page = write_study_report(run) if (run / "study.json").is_file() else write_report(run)
     say(f"report: {page}")
     return page
 

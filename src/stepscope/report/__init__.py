@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from stepscope.report.headline import evaluated, measured, studied
-from stepscope.report.page import write_comparison, write_evaluation, write_law_comparison, write_report
-from stepscope.report.study import write_study_report
+from stepscope.report.page import (
+    evaluated,
+    measured,
+    studied,
+    write_comparison,
+    write_evaluation,
+    write_law_comparison,
+    write_report,
+    write_study_report,
+)
 
 __all__ = [
     "evaluated",

@@ -1,54 +1,65 @@
 # ruff: noqa: RUF001 (typographic signs are meant)
-"""The page: one self-contained HTML file from the artifacts of a run.
+"""The pages: one self-contained HTML file each from the artifacts of a run, a study or an evaluation.
 
 Nothing is recomputed and nothing is fetched: plotly.js is inlined once from the plotly package, and the
-page's
-own content security policy forbids every network request. All text of a run is escaped by the template
-engine.
+page's own content security policy forbids every network request. All text of a run is escaped by the
+template engine.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from stepscope import runs
 from stepscope.errors import RunFolderError
-from stepscope.report.change import overlay_figure
-from stepscope.report.evaluation import evaluation_figures, evaluation_sentences, evaluation_tables
-from stepscope.report.figures import Figure
-from stepscope.report.law import law_figure, law_table
+from stepscope.reading.measurement import Measurement, load_measurement
 from stepscope.report.load import (
-    Measurement,
     Run,
-    Training,
     load_evaluation,
-    load_measurement,
     load_run,
+    load_study,
     reads_artifacts,
 )
-from stepscope.report.sections import measurement_panel
-from stepscope.report.tables import TableBlock, comparison_table, series_table
-from stepscope.report.training import before_after_tables, training_figures, training_sentences
+from stepscope.report.parts import Panel, Room, Section
+from stepscope.report.sections import (
+    change,
+    criteria,
+    headline,
+    influence,
+    kernel,
+    law,
+    noise,
+    provenance,
+    responses,
+    step,
+    study,
+    training,
+)
+from stepscope.report.tables import GLOSSARY
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
-
-@dataclass(frozen=True)
-class _Block:
-    """A part of the page above the measurements."""
-
-    sentences: Sequence[str]
-    tables: Sequence[TableBlock]
-    figures: Sequence[Figure]
+_SECTIONS: Sequence[Callable[[Measurement, Room], Section | None]] = (
+    headline.section,
+    provenance.section,
+    change.section,
+    step.section,
+    influence.section,
+    influence.validation,
+    kernel.section,
+    noise.section,
+    criteria.section,
+    responses.section,
+)
+"""Of a measurement, in the order of the page; a missing artifact leaves its section out."""
 
 
 @reads_artifacts
@@ -66,19 +77,17 @@ def write_report(run: Path) -> Path:
         RunFolderError: ``run`` is neither kind of folder, or an artifact is damaged.
     """
     loaded = load_run(Path(run))
-    count = len(loaded.measurements)
-    page = render_page(
+    room = Room(len(loaded.measurements))
+    return _write(
+        loaded.path / "report.html",
         title=_title(loaded),
         lede=_lede(loaded),
-        training=_training_section(loaded.training) if loaded.training else None,
-        evaluation=_evaluation_section(loaded.training) if loaded.training else None,
-        checkpoints=series_table(loaded.measurements),
-        measurements=[measurement_panel(m, f"m{i}", count) for i, m in enumerate(loaded.measurements)],
+        training=training.section(loaded.training) if loaded.training else None,
+        evaluation=training.evaluation(loaded.training) if loaded.training else None,
+        checkpoints=headline.checkpoints(loaded.measurements),
+        panels=[_panel(m, f"m{i}", room) for i, m in enumerate(loaded.measurements)],
         footer=_footer(loaded.measurements),
     )
-    path = loaded.path / "report.html"
-    runs.write_text(path, page)
-    return path
 
 
 @reads_artifacts
@@ -89,24 +98,22 @@ def write_evaluation(table: Path) -> Path:
         RunFolderError: there is no such table, or a file beside it is damaged.
     """
     loaded = load_evaluation(table)
-    if not loaded.evaluations:
+    first, more = training.section(loaded), training.evaluation(loaded)
+    if not loaded.evaluations or first is None:
         raise RunFolderError(f"{table}: no such evaluation; run `stepscope eval`")
-    steps = sorted({step for entry in loaded.evaluations.values() for step in entry["step"]})
-    extra = _evaluation_section(loaded)
-    page = render_page(
+    steps = {int(s) for rows in loaded.evaluations.values() for s in rows.step}
+    return _write(
+        table.with_suffix(".html"),
         title=f"Evaluation of {table.resolve().parent.name}",
         lede=f"{table}: {len(steps)} evaluated checkpoints.",
-        evaluation=_Block(
-            [*training_sentences(loaded), *(extra.sentences if extra else [])],
-            [*before_after_tables(loaded), *(extra.tables if extra else [])],
-            [*training_figures(loaded), *(extra.figures if extra else [])],
+        evaluation=Section(
+            "evaluation",
+            "Evaluation",
+            sentences=[*first.sentences, *(more.sentences if more else ())],
+            tables=[*first.tables, *(more.tables if more else ())],
+            figures=[*first.figures, *(more.figures if more else ())],
         ),
-        measurements=[],
-        footer=_footer(()),
     )
-    path = table.with_suffix(".html")
-    runs.write_text(path, page)
-    return path
 
 
 @reads_artifacts
@@ -122,22 +129,20 @@ def write_law_comparison(folders: Sequence[Path], out: Path) -> Path:
     """
     laws = {}
     for name, folder in zip(_short_names(folders), folders, strict=True):
-        law = load_evaluation(folder / "eval.parquet").law
-        if law is None:
+        found = load_evaluation(folder / "eval.parquet").law
+        if found is None:
             raise RunFolderError(
                 f"{folder}: no entropy_law.json; run `stepscope eval {folder}` on at least four checkpoints"
             )
-        laws[name] = law
-    page = render_page(
+        laws[name] = found
+    return _write(
+        out,
         title=f"Entropy laws of {len(laws)} runs",
         lede=", ".join(map(str, folders)),
-        comparison=_Block([], [law_table(laws)], [law_figure(laws)]),
-        measurements=[],
-        footer=_footer(()),
+        comparison=Section(
+            "comparison", "Comparison", tables=[law.law_table(laws)], figures=[law.law_figure(laws)]
+        ),
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_text(out, page)
-    return out
 
 
 @reads_artifacts
@@ -158,38 +163,77 @@ def write_comparison(run_a: Path, run_b: Path, out: Path) -> Path:
     pair = (load_measurement(Path(run_a)), load_measurement(Path(run_b)))
     first, second = _short_names([m.path for m in pair])
     names = (first, second)
-    table = comparison_table(names, (pair[0].summary, pair[1].summary))
-    if not table.rows:
+    table = headline.comparison(names, pair)
+    if table is None:
         raise RunFolderError(f"{run_a} and {run_b}: their summary.json share no figure; nothing to compare")
-    panels = [
-        measurement_panel(m, f"m{i}", len(pair), title=f"{'AB'[i]}: {names[i]}") for i, m in enumerate(pair)
-    ]
-    overlay = overlay_figure(names, pair)
-    page = render_page(
-        title=f"{names[0]} against {names[1]}",
+    sides = [f"A: {first}", f"B: {second}"]
+    panels = [replace(_panel(m, f"m{i}", Room(2)), title=sides[i]) for i, m in enumerate(pair)]
+    overlay = change.overlay(names, pair)
+    return _write(
+        Path(out),
+        title=f"{first} against {second}",
         lede=f"A: {pair[0].path}. B: {pair[1].path}. Differences are B minus A.",
-        comparison=_Block(
+        comparison=Section(
+            "comparison",
+            "Comparison",
             sentences=[f"{'AB'[i]}: {s}" for i, p in enumerate(panels) for s in p.sentences[:1]],
             tables=[table],
             figures=[overlay] if overlay else [],
         ),
-        measurements=panels,
+        panels=panels,
         footer=_footer(pair),
     )
-    path = Path(out)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_text(path, page)
-    return path
 
 
-def _training_section(training: Training) -> _Block | None:
-    figures = training_figures(training)
-    return _Block(training_sentences(training), before_after_tables(training), figures) if figures else None
+@reads_artifacts
+def write_study_report(folder: Path) -> Path:
+    """Write ``study.html`` into a study folder, from ``study.parquet`` and ``study.json`` and nothing else.
+
+    Args:
+        folder: left by ``stepscope study``.
+
+    Returns:
+        The path of the page. It is replaced in one piece if it was there.
+
+    Raises:
+        RunFolderError: the folder holds no finished study, or a file of it is damaged.
+    """
+    loaded = load_study(Path(folder))
+    return _write(
+        loaded.path / "study.html",
+        title=f"Study {loaded.path.resolve().name}",
+        lede=study.lede(loaded),
+        checkpoints=study.cells_table(loaded),
+        panels=[study.panel(loaded, s, f"m{i}") for i, s in enumerate(loaded.distinct("setting"))],
+        footer="Made by stepscope from study.parquet and study.json; nothing here was recomputed.",
+    )
 
 
-def _evaluation_section(training: Training) -> _Block | None:
-    figures = evaluation_figures(training)
-    return _Block(evaluation_sentences(training), evaluation_tables(training), figures) if figures else None
+@reads_artifacts
+def measured(folder: Path) -> list[str]:
+    """The change of a measurement at its own learning rate; nothing before the stage ``change``."""
+    found = Measurement(folder).change
+    return [] if found is None else [change.own_change(found)]
+
+
+@reads_artifacts
+def evaluated(table: Path) -> list[str]:
+    """pass@k and entropy of the evaluated checkpoints, by way of sampling."""
+    return training.training_sentences(load_evaluation(table))
+
+
+@reads_artifacts
+def studied(folder: Path) -> list[str]:
+    """Slopes and changes of a study, by setting."""
+    loaded = load_study(folder)
+    return [line for s in loaded.distinct("setting") for line in study.study_sentences(loaded, s)]
+
+
+def _panel(measurement: Measurement, key: str, room: Room) -> Panel:
+    """All there is to show of one measurement."""
+    sections = [found for make in _SECTIONS if (found := make(measurement, room)) is not None]
+    sentences = [sentence for section in sections for sentence in section.sentences if sentence]
+    return Panel(key, headline.title(measurement), sentences, sections)
 
 
 def _title(run: Run) -> str:
@@ -204,23 +248,18 @@ def _title(run: Run) -> str:
 def _lede(run: Run) -> str:
     if run.training is None:
         return f"Measurement in {run.path}"
-    parts = []
-    if run.training.log:
-        parts.append(f"{len(run.training.log)} log entries")
-    steps = {step for table in run.training.evaluations.values() for step in table["step"]}
-    if steps:
-        parts.append(f"{len(steps)} evaluated checkpoints")
-    if run.measurements:
-        parts.append(f"{len(run.measurements)} measured checkpoints")
-    return f"{run.path}: {', '.join(parts)}."
-
-
-def _footer(measurements: Sequence[Measurement]) -> str:
-    versions = {str((m.provenance or {}).get("versions", {}).get("stepscope", "")) for m in measurements} - {
-        ""
+    counts = {
+        "log entries": len(run.training.log),
+        "evaluated checkpoints": len({s for rows in run.training.evaluations.values() for s in rows.step}),
+        "measured checkpoints": len(run.measurements),
     }
-    made = f" {', '.join(sorted(versions))}" if versions else ""
-    return f"Made by stepscope{made} from the artifacts of the run; nothing on this page was recomputed."
+    return f"{run.path}: {', '.join(f'{count} {what}' for what, count in counts.items() if count)}."
+
+
+def _footer(measurements: Sequence[Measurement] = ()) -> str:
+    versions = {str((m.provenance or {}).get("versions", {}).get("stepscope", "")) for m in measurements}
+    made = " ".join(["Made by stepscope", ", ".join(sorted(versions - {""}))]).strip()
+    return f"{made} from the artifacts of the run; nothing on this page was recomputed."
 
 
 def _short_names(paths: Sequence[Path]) -> list[str]:
@@ -244,12 +283,13 @@ def _prose(sentence: str) -> str:
     return sentence.replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0").replace(" × ", "\u00a0×\u00a0")
 
 
-def render_page(**content: Any) -> str:
-    """The page of the template ``page.html.j2``, self-contained.
+def _write(path: Path, **content: Any) -> Path:
+    """The page of the template ``page.html.j2``, self-contained, in one piece; its folder is made if missing.
 
     Args:
-        content: ``title``, ``lede``, ``footer`` and ``measurements`` (panels); optionally ``training``,
-            ``checkpoints`` (a table) and ``comparison``.
+        path: the HTML file.
+        content: ``title`` and ``lede``; optionally ``footer``, ``panels``, ``checkpoints`` (a table), and the
+            sections ``training``, ``evaluation`` and ``comparison``.
     """
     environment = Environment(
         loader=PackageLoader("stepscope.report", "templates"),
@@ -265,13 +305,14 @@ def render_page(**content: Any) -> str:
 
     # Style and scripts are ours and plotly's, not data of a run: they go in unescaped.
     defaults: dict[str, Any] = {
-        "training": None,
-        "evaluation": None,
-        "checkpoints": None,
-        "comparison": None,
-        "glossary": yaml.safe_load(own("glossary.yaml")),
+        **dict.fromkeys(("training", "evaluation", "checkpoints", "comparison")),
+        "panels": [],
+        "footer": _footer(),
+        "glossary": GLOSSARY,
         "css": Markup(own("style.css")),
         "script": Markup(own("script.js")),
         "plotly_js": Markup(get_plotlyjs()),
     }
-    return environment.get_template("page.html.j2").render({**defaults, **content})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_text(path, environment.get_template("page.html.j2").render({**defaults, **content}))
+    return path

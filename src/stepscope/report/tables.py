@@ -1,4 +1,3 @@
-# ruff: noqa: RUF001 (typographic signs are meant)
 """Tables of the page: what they show, what they sort by, and what goes into their CSV."""
 
 from __future__ import annotations
@@ -6,15 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from stepscope.report import text
-from stepscope.report.load import Measurement, parse_estimate
 from stepscope.stats import Estimate
+
+GLOSSARY: Sequence[Mapping[str, Any]] = yaml.safe_load(
+    (Path(__file__).parent / "templates/glossary.yaml").read_text(encoding="utf-8")
+)
+"""Definitions that figures of the page link to, in their order."""
+
+ANCHORS = {column: entry["anchor"] for entry in GLOSSARY for column in entry.get("columns", ())}
+"""Glossary entries of columns by their names."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its heading, its glossary entry, and whether it is a number (right-aligned)."""
+    """A column: its heading, its glossary entry, whether it is a number, and whether with an error."""
 
     name: str
     anchor: str = ""
@@ -44,7 +54,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class TableBlock:
+class Table:
     """One table of the page."""
 
     key: str
@@ -54,37 +64,96 @@ class TableBlock:
     rows: Sequence[Sequence[Cell]]
 
 
-def text_cell(value: object, *, anchor: str = "") -> Cell:
-    """A cell of plain text."""
-    return Cell(shown=str(value), raw=str(value), anchor=anchor)
+@dataclass(frozen=True)
+class Board:
+    """A table that the script of the page draws, because its rows are many and few are looked at at once.
+
+    Attributes:
+        key: part of its element id.
+        caption: below it.
+        spec: ``filters`` (key, label, options as value and label, value chosen first; an empty value is no
+            filter), ``columns`` (name, anchor, whether numeric, whether with an error) and ``rows``: values
+            of the filters, then cells: a text, or a number and its standard error. ``notes`` are shown where
+            the pointer rests on a text of the first column; ``sort`` is the column that orders the rows.
+    """
+
+    key: str
+    caption: str
+    spec: Mapping[str, Any]
 
 
-def count_cell(value: int) -> Cell:
-    """A cell with a whole number."""
-    return Cell(shown=f"{value:,}", raw=value)
+def board_column(name: str, number: bool) -> dict[str, Any]:
+    """A column of a board; numbers come with an error."""
+    anchor = {"anchor": ANCHORS[name]} if name in ANCHORS else {}
+    return {"name": name, **({"err": True} if number else {}), **anchor}
+
+
+Value = Cell | Estimate | str | int | float | None
+
+
+def table(key: str, title: str, caption: str, rows: Sequence[Mapping[str, Value]]) -> Table:
+    """A table of rows that name their values by column; the glossary says which columns it defines.
+
+    Args:
+        key: part of its element id.
+        title: above it.
+        caption: below it.
+        rows: of texts, whole numbers, numbers (None: not available), estimates and cells; all name the same
+            columns, in their order.
+    """
+    cells = [[cell_of(value) for value in row.values()] for row in rows]
+    columns = [
+        Column(
+            name,
+            ANCHORS.get(name, ""),
+            numeric=any(not isinstance(cell.raw, str) for cell in column),
+            with_error=any(cell.stderr is not None for cell in column),
+        )
+        for name, column in zip(rows[0] if rows else (), zip(*cells, strict=True), strict=True)
+    ]
+    return Table(key, title, caption, columns, cells)
+
+
+def cell_of(value: Value) -> Cell:
+    """A value as a cell: texts as they are, numbers with three digits, estimates with error and flag."""
+    if isinstance(value, Cell):
+        return value
+    if isinstance(value, Estimate):
+        flag = "" if value.reliable else value.reason or "flagged by the measurement"
+        return Cell(text.bare(value), value.value, value.stderr, flag=flag)
+    if isinstance(value, str):
+        return Cell(value, value)
+    if isinstance(value, int):
+        return Cell(f"{value:,}", value)
+    return number_cell(value)
 
 
 def number_cell(value: float | None, digits: int = 3) -> Cell:
-    """A cell with a bare number."""
-    if value is None:
-        return Cell(shown=text.NOT_AVAILABLE, raw=float("nan"))
-    return Cell(shown=text.number(float(value), digits), raw=float(value))
+    """A bare number with so many digits."""
+    number = math.nan if value is None else float(value)
+    return Cell(text.number(number, digits), number)
 
 
-def estimate_cell(value: Estimate) -> Cell:
-    """A cell with value ± standard error and the trust flag."""
-    return Cell(
-        shown=text.plus_minus(value.value, value.stderr),
-        raw=value.value,
-        stderr=value.stderr,
-        flag="" if value.reliable else value.reason or "flagged by the measurement",
-    )
+def percent_cell(share: float | None) -> Cell:
+    """A share as a percentage."""
+    number = math.nan if share is None else float(share)
+    return Cell(text.percent(number), number)
+
+
+def lr_cell(lr: float) -> Cell:
+    """A learning rate."""
+    return Cell(text.lr_text(lr), lr)
+
+
+def linked(words: str, anchor: str) -> Cell:
+    """A text that leads to its glossary entry."""
+    return Cell(words, words, anchor=anchor)
 
 
 def trust_cell(value: Estimate) -> Cell:
     """A cell saying whether the number passed its diagnostics, and if not why; nothing on its size."""
     if value.reliable:
-        return Cell(shown="passed", raw="passed", anchor="def-trust")
+        return linked("passed", "def-trust")
     return Cell(shown="failed", raw=f"failed: {value.reason}", anchor="def-trust", note=value.reason)
 
 
@@ -95,76 +164,6 @@ def interval_cell(value: Estimate) -> Cell:
         return Cell(shown=shown, raw=shown)
     verdict = "resolved from zero" if value.resolved else "not resolved from zero"
     return Cell(shown=shown, raw=f"{value.low:.6g} to {value.high:.6g}: {verdict}", note=verdict)
-
-
-_ESTIMATE_COLUMNS = (
-    Column("Figure"),
-    Column("Value ± standard error", "def-estimate", numeric=True, with_error=True),
-    Column("95 % interval", "def-estimate"),
-    Column("Unit"),
-    Column("n", "def-n", numeric=True),
-    Column("Diagnostics", "def-trust"),
-    Column("Method"),
-)
-
-
-def estimates_table(key: str, title: str, caption: str, figures: Mapping[str, Estimate]) -> TableBlock:
-    """A table of named estimates with error, unit, n, trust and method."""
-    rows = []
-    for name, value in figures.items():
-        label = text.headline_label(name)
-        rows.append(
-            (
-                text_cell(label.name, anchor=label.anchor),
-                estimate_cell(value),
-                interval_cell(value),
-                text_cell(value.unit if value.unit != "1" else "–"),
-                count_cell(value.n),
-                trust_cell(value),
-                text_cell(value.method),
-            )
-        )
-    return TableBlock(key, title, caption, _ESTIMATE_COLUMNS, rows)
-
-
-def change_table(measurement: Measurement) -> TableBlock | None:
-    """All change series at every learning rate."""
-    change = measurement.change
-    if change is None:
-        return None
-    has_second = any(p.get("second_order") for s in (change, *change.get("others", [])) for p in s["points"])
-    columns = [
-        Column("Quantity", "def-entropy"),
-        Column("Learning rate", numeric=True),
-        Column("True change", "def-true-change", numeric=True, with_error=True),
-        Column("First order", "def-linear-change", numeric=True, with_error=True),
-        *([Column("Second order", "def-second-order", numeric=True, with_error=True)] if has_second else []),
-        Column("Unit"),
-        Column("Effective sample size", "def-ess", numeric=True),
-        Column("Pareto-k", "def-pareto-k", numeric=True),
-    ]
-    rows = []
-    for series in (change, *change.get("others", [])):
-        for point in series["points"]:
-            second = point.get("second_order")
-            rows.append(
-                [
-                    text_cell(text.series_label(series)),
-                    Cell(shown=text.lr_text(point["lr"]), raw=point["lr"]),
-                    estimate_cell(point["true"]),
-                    estimate_cell(point["linear"]),
-                    *([estimate_cell(second) if second else number_cell(None)] if has_second else []),
-                    text_cell(point["true"].unit),
-                    number_cell(point.get("effective_sample_size")),
-                    number_cell(point.get("pareto_k"), 2),
-                ]
-            )
-    caption = (
-        "Every measured change with its standard error, clustered by prompt. First order: derivative along "
-        "the step times the learning rate. ⚠ marks numbers flagged unreliable; the reason shows on hover "
-        "and on focus."
-    )
-    return TableBlock("changes", "All measured changes", caption, columns, rows)
 
 
 def difference_of(first: Estimate, second: Estimate) -> Estimate:
@@ -178,138 +177,3 @@ def difference_of(first: Estimate, second: Estimate) -> Estimate:
         reliable=first.reliable and second.reliable,
         reason="; ".join(e.reason for e in (first, second) if not e.reliable),
     )
-
-
-def comparison_table(
-    names: tuple[str, str], figures: tuple[Mapping[str, Estimate], Mapping[str, Estimate]]
-) -> TableBlock:
-    """Two measurements side by side: every headline figure they share, with difference and combined error."""
-    columns = [
-        Column("Figure"),
-        Column(f"A: {names[0]}", numeric=True, with_error=True),
-        Column(f"B: {names[1]}", numeric=True, with_error=True),
-        Column("B − A", numeric=True, with_error=True),
-        Column("Unit"),
-        Column("95 % of B − A", "def-estimate"),
-        Column("Diagnostics", "def-trust"),
-    ]
-    rows = []
-    for key, first in figures[0].items():
-        if key not in figures[1]:
-            continue
-        second = figures[1][key]
-        difference = difference_of(first, second)
-        label = text.headline_label(key)
-        rows.append(
-            [
-                text_cell(label.name, anchor=label.anchor),
-                estimate_cell(first),
-                estimate_cell(second),
-                estimate_cell(difference),
-                text_cell(first.unit if first.unit != "1" else "–"),
-                interval_cell(difference),
-                trust_cell(difference),
-            ]
-        )
-    caption = (
-        "Headline figures of both measurements, ± one standard error. The error of the difference treats "
-        "the two measurements as independent; where they share prompts it is overstated."
-    )
-    return TableBlock("comparison", "Headline figures side by side", caption, columns, rows)
-
-
-_SERIES: Mapping[str, str] = {
-    "entropy_per_token": "Entropy, nats/token",
-    "mean_reward": "Mean reward",
-    "change_true_per_token": "True change of entropy, nats/token",
-    "change_linear_per_token": "First order, nats/token",
-    "linearity_slope": "Slope, log-log",
-    "share_sequences": "This batch's share of the step",
-    "effective_rank": "Effective rank of the kernel",
-    "noise_scale": "Noise scale, prompts",
-}
-
-
-_NOISE_METRICS: Mapping[str, str] = {
-    "sgd": "loss gradient",
-    "preconditioned": "loss gradient, optimizer's metric",
-}
-
-
-def noise_table(measurement: Measurement) -> TableBlock | None:
-    """Noise scale of the gradient in each metric, and of the batch's effect on each quantity.
-
-    Raises:
-        RunFolderError: an entry of ``noise.json`` lacks a figure.
-    """
-    noise = measurement.noise
-    if noise is None:
-        return None
-    named = {label: noise[key] for key, label in _NOISE_METRICS.items() if key in noise}
-    for key, record in noise.get("effects", {}).items():
-        named[f"effect on {key.replace('_', ' ')}"] = record
-    columns = (
-        Column("Signal", "def-noise-scale"),
-        Column("Noise scale, prompts", "def-noise-scale", numeric=True, with_error=True),
-        Column("at least", "def-noise-scale", numeric=True),
-        Column("at most", "def-noise-scale", numeric=True),
-        Column("in sequences", numeric=True, with_error=True),
-        Column("Noise share of this batch", numeric=True),
-        Column("Within prompts", "def-noise-parts", numeric=True, with_error=True),
-        Column("Between prompts", "def-noise-parts", numeric=True, with_error=True),
-        Column("n", "def-n", numeric=True),
-        Column("Diagnostics", "def-trust"),
-    )
-    rows = []
-    for label, record in named.items():
-        where = f"{measurement.path / 'noise.json'}: {label}"
-        prompts, sequences, within, between, total = (
-            parse_estimate(record.get(key), f"{where}, {key}")
-            for key in ("prompts", "sequences", "within_prompts", "between_prompts", "noise")
-        )
-        rows.append(
-            (
-                text_cell(label),
-                estimate_cell(prompts),
-                number_cell(record.get("at_least")),
-                number_cell(prompts.high),
-                estimate_cell(sequences),
-                _share_cell(record.get("share_of_noise")),
-                estimate_cell(_relative_to(within, total.value)),
-                estimate_cell(_relative_to(between, total.value)),
-                count_cell(prompts.n),
-                trust_cell(prompts),
-            )
-        )
-    caption = (
-        "Noise scale: the batch at which noise and signal are equal, ± one standard error; no number where "
-        "the signal is not resolved from zero. “At least” and “at most” are its 95 % limits. "
-        "Within and between prompts: shares of the variance of one prompt group."
-    )
-    return TableBlock("noise", "", caption, columns, rows)
-
-
-def _share_cell(share: float | None) -> Cell:
-    value = float("nan") if share is None else float(share)
-    return Cell(shown=text.percent(value), raw=value)
-
-
-def _relative_to(part: Estimate, whole: float) -> Estimate:
-    scale = 1 / whole if whole else float("nan")
-    return part.scaled(scale, unit="1")
-
-
-def series_table(measurements: Sequence[Measurement]) -> TableBlock | None:
-    """The headline figures of several measurements, one row per checkpoint."""
-    keys = [k for k in _SERIES if all(k in m.summary for m in measurements)]
-    if len(measurements) < 2 or not keys:
-        return None
-    columns = [Column("Checkpoint")] + [
-        Column(_SERIES[key], text.headline_label(key).anchor, numeric=True, with_error=True) for key in keys
-    ]
-    rows = [[text_cell(m.title), *(estimate_cell(m.summary[key]) for key in keys)] for m in measurements]
-    caption = (
-        "Headline figures of every measured checkpoint, ± one standard error; changes at the step's own "
-        "learning rate; ⚠ marks unreliable ones."
-    )
-    return TableBlock("checkpoints", "", caption, columns, rows)

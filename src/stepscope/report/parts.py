@@ -1,0 +1,108 @@
+"""What the page is made of: panels of sections, and what a section holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stepscope.report.style import Figure
+from stepscope.report.tables import Board, Table
+
+_TOKENS_ON_PAGE = 9000
+"""Tokens shown on one page in all; each costs about a hundred bytes."""
+
+_POINTS_ON_PAGE = 2400
+"""Tokens in the scatter plots of one page in all."""
+
+_HEAT_MAP_SIDE = 128
+"""Sequences in a heat map where a page shows one measurement; n take n^2 numbers of six bytes."""
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """One token of a response: its text, its colour level (-5..5) and the line shown on hover."""
+
+    shown: str
+    level: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response as shown: heading, prompt and tokens (``text`` alone where there are no tokens)."""
+
+    heading: str
+    facts: str
+    correct: bool | None
+    prompt: str
+    text: str
+    tokens: Sequence[TokenSpan]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section of the page as the template shows it.
+
+    Attributes:
+        key: part of its element id.
+        title: heading.
+        sentences: what it adds to the headline of its panel.
+        intro: a sentence below the heading.
+        facts: names and values.
+        figures: figures, after the facts.
+        legend: whether the colour scale of tokens is explained.
+        responses: responses with their tokens.
+        tables: tables.
+        board: a table that the reader filters.
+        more_title: what unfolds; empty where nothing does.
+        more_facts: facts that unfold.
+        more_figures: figures that unfold.
+        more_tables: tables that unfold.
+    """
+
+    key: str
+    title: str
+    sentences: Sequence[str] = ()
+    intro: str = ""
+    facts: Sequence[tuple[str, str]] = ()
+    figures: Sequence[Figure] = ()
+    legend: bool = False
+    responses: Sequence[Response] = ()
+    tables: Sequence[Table] = ()
+    board: Board | None = None
+    more_title: str = ""
+    more_facts: Sequence[tuple[str, str]] = ()
+    more_figures: Sequence[Figure] = ()
+    more_tables: Sequence[Table] = ()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One measurement or setting on the page: key of its element, title, headline sentences, sections."""
+
+    key: str
+    title: str
+    sentences: Sequence[str]
+    sections: Sequence[Section]
+
+
+@dataclass(frozen=True)
+class Room:
+    """What one of ``count`` measurements may take of a page, so that the page stays small."""
+
+    count: int
+
+    def tokens(self, responses: int) -> int:
+        """Tokens shown of each of so many responses, with half of the page's tokens for all of them."""
+        return _TOKENS_ON_PAGE // (2 * responses * self.count)
+
+    @property
+    def points(self) -> int:
+        """Tokens in a scatter plot."""
+        return max(200, _POINTS_ON_PAGE // self.count)
+
+    @property
+    def side(self) -> int:
+        """Sequences in a heat map."""
+        return round(_HEAT_MAP_SIDE / math.sqrt(self.count))
