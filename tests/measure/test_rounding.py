@@ -20,7 +20,6 @@ from stepscope.measure.step.rounding import RoundedStep, rounded_step
 from stepscope.policy.checkpoint.optimizer_state import match_optimizer
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.precision import lift_model
-from stepscope.policy.optim.rounding import rounding_doubt
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.reference import exact_change, exact_rollouts, exact_value
@@ -237,8 +236,8 @@ def test_what_was_never_rounded_has_no_rounded_step() -> None:
     policy = Training(kind=torch.float32).checkpoint(1e-4)
     step = reconstruct_step(policy, cases.batch(policy, num_prompts=4, group_size=4, seed=9))
     assert rounded_step(policy, step, 1e-4) is None
-    assert rounding_doubt(("float32",), policy.optimizer.moment_types) == ""  # type: ignore[union-attr]
-    finer = rounding_doubt(("bfloat16",), policy.optimizer.moment_types)  # type: ignore[union-attr]
+    assert replace(policy, stored_dtypes=("float32",)).rounding_doubt == ""
+    finer = replace(policy, stored_dtypes=("bfloat16",)).rounding_doubt
     assert "had finer weights" in finer
 
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import cases
+from stepscope.measure.step.router import router_gradient, router_loss
 from stepscope.policy.check.derivatives import random_direction
-from stepscope.policy.experts import router_coefficient, router_gradient, router_loss
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.gradients import directional_derivative, gradient, response_logprob
+from stepscope.policy.loss.router import router_coefficient
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.precision import lift_model
 from stepscope.policy.passes import Budget
@@ -70,8 +71,8 @@ def test_the_loop_over_experts_says_what_the_training_sees(policy: Policy) -> No
 def test_the_router_loss_is_the_models_own_and_its_gradient_is_right(policy: Policy, letters: Any) -> None:
     """Against transformers' loss on rows without padding, and against central differences."""
     own = policy.model.config.router_aux_loss_coef
-    assert router_coefficient(policy) == own > 0
-    assert router_coefficient(replace(policy, settings=replace(policy.settings, router_loss=0.25))) == 0.25
+    assert router_coefficient(policy.model, policy.settings) == own > 0
+    assert router_coefficient(policy.model, replace(policy.settings, router_loss=0.25)) == 0.25
     rollouts = sample_rollouts(policy, letters, num_prompts=2, group_size=3, seed=1)
     lone = rollouts.prompt_token_ids[0] + rollouts.response_token_ids[0]
     single: Any = copy.deepcopy(policy.model).float()
@@ -91,7 +92,7 @@ def test_the_router_loss_is_the_models_own_and_its_gradient_is_right(policy: Pol
 
 
 def test_a_dense_model_has_no_router_loss(tokenizer: Any) -> None:
-    assert router_coefficient(Policy(cases.model(), tokenizer, StepSettings())) == 0.0
+    assert router_coefficient(cases.model(), StepSettings()) == 0.0
 
 
 def test_masked_responses_have_no_part_in_the_router_loss(policy: Policy, letters: Any) -> None:

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepscope.errors import MeasurementError
 from stepscope.policy.forward import TokenBatch, TokenOutputs, forward
-from stepscope.policy.numerics.differentiation import frozen_padding, whole_function
+from stepscope.policy.numerics.differentiation import frozen_padding, lacks_a_rule, whole_function
 from stepscope.policy.numerics.finiteness import first_not_finite
 from stepscope.policy.passes import Budget, sweep, sweep_rows
 from stepscope.policy.state import Policy
@@ -138,12 +138,6 @@ def _forward_mode(
         }
         output, derivative = forward_ad.unpack_dual(value(duals))  # type: ignore[no-untyped-call]
         return torch.zeros_like(output) if derivative is None else derivative
-
-
-def lacks_a_rule(error: Exception) -> bool:
-    """Whether torch says that some operation cannot be differentiated in forward mode."""
-    text = str(error)
-    return "forward AD" in text or "forward mode AD" in text or "setup_context" in text
 
 
 def _double_backward(

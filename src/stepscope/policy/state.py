@@ -11,6 +11,7 @@ from torch import nn
 
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.optim.base import OptimizerState
+from stepscope.policy.optim.rounding import rounding_doubt
 from stepscope.results import Brief
 
 
@@ -41,6 +42,11 @@ class Policy(Brief):
     def parameters(self) -> dict[str, nn.Parameter]:
         """Trainable parameters by their ``named_parameters()`` name; tied weights appear once."""
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def rounding_doubt(self) -> str:
+        """Why params + lr * direction may not be where the training goes, as far as its files tell."""
+        return rounding_doubt(self.stored_dtypes, self.optimizer.moment_types if self.optimizer else None)
 
     @property
     def device(self) -> torch.device:

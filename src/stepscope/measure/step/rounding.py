@@ -20,7 +20,6 @@ from stepscope.errors import MeasurementError
 from stepscope.measure.step.reconstruct import Step
 from stepscope.policy import vectors
 from stepscope.policy.numerics.finiteness import first_not_finite
-from stepscope.policy.optim.rounding import finer_than_kept
 from stepscope.policy.state import Policy
 from stepscope.results import Brief
 from stepscope.results.step import Rounding
@@ -73,7 +72,7 @@ def rounded_step(policy: Policy, step: Step, lr: float) -> RoundedStep | None:
     state = policy.optimizer
     if state is None or not state.half_types or not lr > 0:
         return None
-    if odd := finer_than_kept(policy.parameters, state.moment_types):
+    if odd := state.finer_than_kept(policy.parameters):
         raise MeasurementError(f"{odd}; measure a checkpoint as its training wrote it")
     start = {name: policy.parameters[name].detach() for name in step.direction}
     copies: dict[str, nn.Parameter] = {}

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from stepscope.errors import MeasurementError
-from stepscope.policy.experts import router_gradient
+from stepscope.measure.step.router import router_gradient
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients import gradient
 from stepscope.policy.loss.surrogate import adds_component, entropy_weights

@@ -21,7 +21,6 @@ from stepscope.pipeline.inputs.tasks import open_task, say_what_is_shared
 from stepscope.policy.check.derivatives import derivative_errors
 from stepscope.policy.forward import vocabulary_size
 from stepscope.policy.numerics.finiteness import first_not_finite
-from stepscope.policy.optim.rounding import rounding_doubt
 from stepscope.policy.passes import Budget, longest
 from stepscope.policy.rollouts import sample_influence_probe
 from stepscope.policy.state import Policy
@@ -130,8 +129,7 @@ class Session:
         """Why a figure that rests on this is not to be trusted; empty where it is."""
         match kind:
             case "step":
-                state = self.policy.optimizer
-                return rounding_doubt(self.policy.stored_dtypes, state.moment_types if state else None)
+                return self.policy.rounding_doubt
             case "derivatives":
                 return self._derivative_doubt
             case "own_lr":

@@ -7,6 +7,7 @@ and a backward pass over a few sequences tell.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,6 @@ from stepscope.errors import MeasurementError
 from stepscope.policy.forward import TokenBatch, excluded_logit, forward
 from stepscope.policy.numerics.differentiation import whole_function
 from stepscope.policy.state import Policy
-from stepscope.policy.vectors import ParameterVector
 
 TOLERANCE = 0.02
 """Relative difference from which derivatives are doubted; DoRA's detached norm made .05 to .4."""
@@ -61,7 +61,7 @@ def _doubt(mode: str, error: float) -> str:
 def derivative_errors(
     policy: Policy,
     batch: TokenBatch,
-    direction: ParameterVector,
+    direction: Mapping[str, Tensor],
     *,
     temperature: float,
     reverse: bool = True,

@@ -18,7 +18,6 @@ from stepscope.policy.checkpoint.first_pass import made_up_sequences
 from stepscope.policy.checkpoint.foreign import reads_foreign
 from stepscope.policy.checkpoint.models import brief, type_in_files
 from stepscope.policy.checkpoint.settings.trl_run import run_notes
-from stepscope.policy.experts import router_coefficient
 from stepscope.policy.forward import (
     base_model,
     forward,
@@ -26,11 +25,11 @@ from stepscope.policy.forward import (
     make_batch,
     plain_experts,
 )
-from stepscope.policy.gradients import lacks_a_rule
+from stepscope.policy.loss.router import router_coefficient
 from stepscope.policy.loss.settings import SETTINGS_FILE, UNKNOWN
 from stepscope.policy.loss.surrogate import LOSS_TYPES
+from stepscope.policy.numerics.differentiation import lacks_a_rule
 from stepscope.policy.numerics.precision import HALF_TYPES, matching_precision
-from stepscope.policy.optim.rounding import finer_than_kept, rounding_doubt
 from stepscope.policy.rollouts import end_tokens
 from stepscope.policy.state import Policy
 from stepscope.tasks.formats.prompts import encode_prompt, tokens_after
@@ -288,11 +287,11 @@ def _stored(policy: Policy) -> Finding:
     """The types of the trained weights on disk: a half type means that the training rounds every step."""
     kinds = "/".join(policy.stored_dtypes) or "nowhere"
     state = policy.optimizer
-    doubt = rounding_doubt(policy.stored_dtypes, state.moment_types if state else None)
+    doubt = policy.rounding_doubt
     if not doubt:
         return Finding("ok", f"trained weights are stored as {kinds}")
     if state is not None and state.half_types:
-        if odd := finer_than_kept(policy.parameters, state.moment_types):
+        if odd := state.finer_than_kept(policy.parameters):
             return Finding("fail", odd, "measure a checkpoint as its training wrote it")
         return Finding(
             "warn",
@@ -321,7 +320,7 @@ def _base(policy: Policy) -> list[Finding]:
 
 
 def _mixture(policy: Policy) -> list[Finding]:
-    coefficient = router_coefficient(policy)
+    coefficient = router_coefficient(base_model(policy.model), policy.settings)
     config: Any = getattr(base_model(policy.model), "config", None)
     if config is None or not hasattr(config.get_text_config(), "output_router_logits"):
         return []

@@ -200,3 +200,9 @@ def _itself(tensor: Tensor) -> Tensor:
 def _padded(model: nn.Module) -> list[nn.Embedding]:
     """Embeddings that leave a row without a gradient; LoRA on one of them does as its base."""
     return [m for m in model.modules() if isinstance(m, nn.Embedding) and m.padding_idx is not None]
+
+
+def lacks_a_rule(error: Exception) -> bool:
+    """Whether torch says that some operation cannot be differentiated in forward mode."""
+    text = str(error)
+    return "forward AD" in text or "forward mode AD" in text or "setup_context" in text

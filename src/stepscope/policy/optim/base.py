@@ -305,6 +305,17 @@ class OptimizerState(Brief, ABC):
         """Names of the half types in which the training kept parameters; empty where it kept none so."""
         return tuple(sorted({type_name(t) for t in self.moment_types.values()} & set(HALF_TYPES)))
 
+    def finer_than_kept(self, parameters: ParameterVector) -> str:
+        """Which weights are no numbers of the half type that their moments have; empty where all are."""
+        for name, kept in self.moment_types.items():
+            value = parameters[name].detach()
+            if type_name(kept) in HALF_TYPES and not torch.equal(value.to(kept).to(value.dtype), value):
+                return (
+                    f"{name} is no {type_name(kept)} number although the optimizer's moments are: the "
+                    "weights were changed after it, or its library keeps moments in a type of their own"
+                )
+        return ""
+
     def take(self, copies: Mapping[str, nn.Parameter], *, scale: float | None, lr: float) -> str:
         """One step of :attr:`library` from this state.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
 
 from stepscope.policy.numerics.precision import HALF_TYPES, type_name
 
@@ -39,15 +38,3 @@ def rounding_doubt(types: tuple[str, ...], moments: Mapping[str, torch.dtype] | 
         f"the weights are stored in {'/'.join(narrow)}: a training that keeps them so rounds every step, and "
         "this is the step before rounding"
     )
-
-
-def finer_than_kept(parameters: Mapping[str, Tensor], moments: Mapping[str, torch.dtype]) -> str:
-    """Which weights are no numbers of the half type that their moments have; empty where all are."""
-    for name, kept in moments.items():
-        value = parameters[name].detach()
-        if type_name(kept) in HALF_TYPES and not torch.equal(value.to(kept).to(value.dtype), value):
-            return (
-                f"{name} is no {type_name(kept)} number although the optimizer's moments are: the weights "
-                "were changed after it, or its library keeps moments in a type of their own"
-            )
-    return ""

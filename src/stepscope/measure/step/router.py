@@ -13,26 +13,14 @@ coefficient of its own argument, or else of the model's config.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from stepscope.policy.forward import base_model, forward_inputs, make_batch, plain_experts
+from stepscope.policy.loss.router import router_coefficient
 from stepscope.policy.numerics.precision import matching_precision
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
-
-
-def router_coefficient(policy: Policy) -> float:
-    """Weight of the router loss in the run's loss: its own setting, or else the model's config, as TRL."""
-    config: Any = getattr(base_model(policy.model), "config", None)
-    text = config.get_text_config() if isinstance(config, PreTrainedConfig) else None
-    if not hasattr(text, "output_router_logits"):
-        return 0.0
-    own = policy.settings.router_loss
-    return float(getattr(text, "router_aux_loss_coef", 0.0) or 0.0) if own is None else own
 
 
 def router_gradient(policy: Policy, rollouts: Rollouts) -> dict[str, Tensor]:
@@ -41,7 +29,7 @@ def router_gradient(policy: Policy, rollouts: Rollouts) -> dict[str, Tensor]:
     Micro-batches are cut in the batch's own order (TRL shuffles first, which ``check`` tells). Truncated
     responses are left out where the loss masks them.
     """
-    coefficient = router_coefficient(policy)
+    coefficient = router_coefficient(base_model(policy.model), policy.settings)
     if coefficient == 0.0:
         return {}
     size = policy.settings.micro_batch_size or len(rollouts)
