@@ -16,13 +16,14 @@ from typing import Any, ParamSpec, TypeVar
 
 from stepscope import runs
 from stepscope.errors import RunFolderError
+from stepscope.reading.evaluation import TABLE, Evaluation
 from stepscope.reading.measurement import Measurement, load_measurement
+from stepscope.results.entropy_law import EntropyLaw
+from stepscope.results.evaluation import EvaluationChange, companion
 from stepscope.stats import Estimate, interval_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-EntropyLaw = Any
 
 
 class Entries(dict[str, Any]):
@@ -60,8 +61,8 @@ class Training:
     evaluations: Mapping[str, Any]
     warmup: Sequence[Mapping[str, Any]]
     profiles: Any = None
-    changes: Sequence[Any] = ()
-    law: Any = None
+    changes: Sequence[EvaluationChange] = ()
+    law: EntropyLaw | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def load_run(path: Path) -> Run:
         key=lambda p: (Measurement(p).checkpoint_step or -1, p.name),
     )
     training = replace(
-        load_evaluation(path / "eval.parquet"),
+        load_training(path / TABLE),
         log=_training_log(path),
         warmup=_log_history(path / "warmup/trainer_state.json"),
     )
@@ -168,23 +169,21 @@ def load_run(path: Path) -> Run:
     )
 
 
-def load_evaluation(table: Path) -> Training:
+def load_training(table: Path) -> Training:
     """Read what ``stepscope eval`` left beside a table, and no training log.
 
     Raises:
         RunFolderError: a file is damaged.
     """
-    law = "entropy_law.json" if table.stem == "eval" else f"{table.stem}_entropy_law.json"
-    changes = (_json(table.with_name(f"{table.stem}_changes.json")) or {}).get("changes", [])
+    found = Evaluation(table)
+    profiles = companion(table, "profiles.parquet")
     return Training(
         log=(),
-        evaluations=_evaluations(table),
+        evaluations=_by_setting(found.to_pandas()) if table.is_file() else {},
         warmup=(),
-        profiles=_frame(
-            table.with_name(f"{table.stem}_profiles.parquet"), ("step", "temperature", "top_p", "pass_at_1")
-        ),
-        changes=changes,
-        law=_json(table.with_name(law)),
+        profiles=runs.read_table(profiles).to_pandas() if profiles.is_file() else None,
+        changes=found.changes,
+        law=found.law,
     )
 
 
@@ -203,18 +202,14 @@ def _log_history(file: Path) -> list[dict[str, Any]]:
 _EVALUATION_SETTING = ("task", "split", "temperature", "top_p", "num_prompts", "samples_per_prompt", "seed")
 
 
-def _evaluations(path: Path) -> dict[str, Any]:
-    frame = _frame(path, ("step", "pass_at_1", "pass_at_1_stderr"))
-    if frame is None:
-        return {}
+def _by_setting(frame: Any) -> dict[str, Any]:
     frame = frame.sort_values("step", kind="stable")
     keys = [key for key in _EVALUATION_SETTING if key in frame and frame[key].nunique() > 1]
     if not keys:
         return {"": frame}
-    groups = frame.groupby(keys, sort=False)
     return {
         ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in zip(keys, values, strict=True)): rows
-        for values, rows in groups
+        for values, rows in frame.groupby(keys, sort=False)
     }
 
 

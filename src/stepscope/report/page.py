@@ -20,12 +20,13 @@ from plotly.offline import get_plotlyjs
 
 from stepscope import runs
 from stepscope.errors import RunFolderError
+from stepscope.reading.evaluation import TABLE, Evaluation
 from stepscope.reading.measurement import Measurement, load_measurement
 from stepscope.report.load import (
     Run,
-    load_evaluation,
     load_run,
     load_study,
+    load_training,
     reads_artifacts,
 )
 from stepscope.report.parts import Panel, Room, Section
@@ -97,7 +98,7 @@ def write_evaluation(table: Path) -> Path:
     Raises:
         RunFolderError: there is no such table, or a file beside it is damaged.
     """
-    loaded = load_evaluation(table)
+    loaded = load_training(table)
     first, more = training.section(loaded), training.evaluation(loaded)
     if not loaded.evaluations or first is None:
         raise RunFolderError(f"{table}: no such evaluation; run `stepscope eval`")
@@ -129,7 +130,7 @@ def write_law_comparison(folders: Sequence[Path], out: Path) -> Path:
     """
     laws = {}
     for name, folder in zip(_short_names(folders), folders, strict=True):
-        found = load_evaluation(folder / "eval.parquet").law
+        found = Evaluation(folder / TABLE).law
         if found is None:
             raise RunFolderError(
                 f"{folder}: no entropy_law.json; run `stepscope eval {folder}` on at least four checkpoints"
@@ -219,7 +220,7 @@ def measured(folder: Path) -> list[str]:
 @reads_artifacts
 def evaluated(table: Path) -> list[str]:
     """pass@k and entropy of the evaluated checkpoints, by way of sampling."""
-    return training.training_sentences(load_evaluation(table))
+    return training.training_sentences(load_training(table))
 
 
 @reads_artifacts

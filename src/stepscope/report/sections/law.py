@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from stepscope.report import style, text
-from stepscope.report.load import EntropyLaw
 from stepscope.report.tables import Table, table
+from stepscope.results.entropy_law import EntropyLaw
 from stepscope.stats import Estimate
 
 

@@ -14,6 +14,7 @@ from stepscope.report.load import Training, estimates_of
 from stepscope.report.parts import Section
 from stepscope.report.sections.law import law_figure, law_sentences
 from stepscope.report.tables import Table, Value, difference_of, interval_cell, linked, table
+from stepscope.results.evaluation import EvaluationChange
 from stepscope.stats import Estimate
 
 _STEP = style.axis("optimizer step")
@@ -263,7 +264,7 @@ def _entropy_figure(rows: Any, setting: str, key: str) -> style.Figure:
     )
 
 
-def _moved_sentence(whole: Any) -> str:
+def _moved_sentence(whole: EvaluationChange) -> str:
     moved = whole.transitions
     return (
         f"From step {whole.before.step} to step {whole.after.step}, {len(moved.gained)} prompts that were "
@@ -271,7 +272,7 @@ def _moved_sentence(whole: Any) -> str:
     )
 
 
-def _paired_table(changes: Sequence[Any]) -> Table:
+def _paired_table(changes: Sequence[EvaluationChange]) -> Table:
     """Paired differences of every figure between checkpoints."""
     return table(
         "paired",
@@ -294,7 +295,7 @@ def _paired_table(changes: Sequence[Any]) -> Table:
     )
 
 
-def _transitions_figure(changes: Sequence[Any]) -> style.Figure:
+def _transitions_figure(changes: Sequence[EvaluationChange]) -> style.Figure:
     """Prompts solved never, sometimes and always at every checkpoint."""
     neighbours = changes[:-1] if len(changes) > 1 else changes
     steps = [neighbours[0].before.step, *(c.after.step for c in neighbours)]
