@@ -10,7 +10,7 @@ from .measure.criteria.leaderboard import Leaderboard as Leaderboard
 from .measure.criteria.leaderboard import RankingOptions as RankingOptions
 from .measure.criteria.leaderboard import rank_criteria as rank_criteria
 from .measure.criteria.pareto import drop_rules as drop_rules
-from .measure.criteria.pareto import resteps as resteps
+from .measure.criteria.pareto import drop_tokens as drop_tokens
 from .measure.criteria.regression import property_study as property_study
 from .measure.influence.attribution import Influence as Influence
 from .measure.influence.attribution import InfluenceOptions as InfluenceOptions

@@ -13,7 +13,7 @@ from stepscope.errors import MeasurementError
 from stepscope.measure.change.measured import measure_change
 from stepscope.measure.change.options import ChangeOptions
 from stepscope.measure.criteria.leaderboard import RankingOptions, rank_criteria
-from stepscope.measure.criteria.pareto import AblationOptions, drop_rules, resteps
+from stepscope.measure.criteria.pareto import AblationOptions, drop_rules, drop_tokens
 from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.step.reconstruct import assemble_step, weighted_logprobs
 from stepscope.policy.gradients import gradient
@@ -26,12 +26,12 @@ def case(tiny_policy):
     return tiny_policy, step, cases.batch(tiny_policy, num_prompts=6, group_size=2, seed=9)
 
 
-def test_a_restep_is_the_step_of_the_other_tokens(case):
+def test_the_step_without_tokens_is_that_of_the_others(case):
     policy, step, probe = case
     before = {n: p.detach().clone() for n, p in policy.parameters.items()}
     count = int(step.update.num_tokens.sum())
     scores = np.where(np.arange(count) % 3 == 0, -1.0 - np.arange(count), 1.0)
-    found = resteps(
+    found = drop_tokens(
         policy, step, probe, {"mine": scores}, options=AblationOptions(shares=(0.2, 0.9), baseline="none")
     )
     few, many = found.points
@@ -95,7 +95,7 @@ def test_dropping_what_lowers_the_entropy_keeps_entropy(case):
     np.testing.assert_array_equal(rules["top_ent_mask"], -board.scores["top_ent_mask"])
     rules["influence"] = exact
     half = truth.probe_half
-    found = resteps(
+    found = drop_tokens(
         policy,
         step,
         probe,
@@ -120,9 +120,11 @@ def test_a_rule_that_saw_half_the_probe_is_judged_on_the_other(case):
     scores = -np.random.default_rng(5).uniform(0.5, 1.0, (2, count))
     half = np.asarray(probe.prompt_index) % 2
     how = {"options": AblationOptions(shares=(0.3,), baseline="none")}
-    (both,) = resteps(policy, step, probe, {"mine": scores}, probe_half=half, **how).points
+    (both,) = drop_tokens(policy, step, probe, {"mine": scores}, probe_half=half, **how).points
     one_by_one = [
-        resteps(policy, step, probe.select(np.flatnonzero(half != h)), {"mine": scores[h]}, **how).points[0]
+        drop_tokens(policy, step, probe.select(np.flatnonzero(half != h)), {"mine": scores[h]}, **how).points[
+            0
+        ]
         for h in range(2)
     ]
     for name in ("reward_change", "reward_given_up"):
@@ -132,20 +134,20 @@ def test_a_rule_that_saw_half_the_probe_is_judged_on_the_other(case):
     assert "the other half" in both.entropy_kept.method
     assert both.entropy_kept.n == 6
     same = np.stack([scores[0], scores[0]])
-    (twice,) = resteps(policy, step, probe, {"mine": same}, probe_half=half, **how).points
-    (once,) = resteps(policy, step, probe, {"mine": scores[0]}, **how).points
+    (twice,) = drop_tokens(policy, step, probe, {"mine": same}, probe_half=half, **how).points
+    (once,) = drop_tokens(policy, step, probe, {"mine": scores[0]}, **how).points
     assert twice.entropy_kept.value == pytest.approx(once.entropy_kept.value, rel=1e-9, abs=1e-15)
     assert twice.entropy_kept.stderr == pytest.approx(once.entropy_kept.stderr, rel=1e-9)
     with pytest.raises(MeasurementError, match="pass probe_half="):
-        resteps(policy, step, probe, {"mine": scores}, **how)
+        drop_tokens(policy, step, probe, {"mine": scores}, **how)
 
 
 def test_refusals(case):
     policy, step, probe = case
     scores = np.zeros(int(step.update.num_tokens.sum()))
     with pytest.raises(MeasurementError, match="learning rate above 0"):
-        resteps(policy, replace(step, lr=0.0), probe, {"mine": scores})
+        drop_tokens(policy, replace(step, lr=0.0), probe, {"mine": scores})
     with pytest.raises(MeasurementError, match="rule mine"):
-        resteps(policy, step, probe, {"mine": scores[1:]})
+        drop_tokens(policy, step, probe, {"mine": scores[1:]})
     with pytest.raises(MeasurementError, match="expected between 0 and 1"):
-        resteps(policy, step, probe, {"mine": scores}, options=AblationOptions(shares=(1.5,)))
+        drop_tokens(policy, step, probe, {"mine": scores}, options=AblationOptions(shares=(1.5,)))

@@ -103,7 +103,7 @@ class AblationOptions:
     baseline: str = "best"
 
 
-def resteps(
+def drop_tokens(
     policy: Policy,
     step: Step,
     probe: Rollouts,
@@ -134,7 +134,9 @@ def resteps(
     """
     rate = step.lr if options.lr is None else options.lr
     if not rate > 0:
-        raise MeasurementError("re-steps need a learning rate above 0; the step's own is 0, give options one")
+        raise MeasurementError(
+            "a step without tokens needs a learning rate above 0; the step's own is 0, give options one"
+        )
     weights = np.concatenate(step.token_weights)
     for name, scores in rules.items():
         if scores.ndim == 2 and (probe_half is None or set(np.unique(probe_half)) != {0, 1}):

@@ -26,7 +26,7 @@ def change(session: Session) -> Figures:
     config = session.config
     found = measure_changes(
         session.policy,
-        session.line,
+        session.stored_step,
         session.probe,
         quantities=[variant for quantity in session.quantities for variant in quantity.variants()],
         lrs=config.lrs,
@@ -44,9 +44,9 @@ def change(session: Session) -> Figures:
     runs.write_record(session.run.file("change.json"), Changes(**vars(primary), others=tuple(others)))
     figures: Figures = {}
     for series in found:
-        if series.version != "on_policy" or not session.line.lr > 0:
+        if series.version != "on_policy" or not session.stored_step.lr > 0:
             continue
-        point = series.at(session.line.lr)
+        point = series.at(session.stored_step.lr)
         kind = "" if series.quantity == primary.quantity else f"{series.quantity}_"
         own = {"change_linear": point.linear, "change_true": point.true}
         if series.taken is not None:
@@ -58,11 +58,11 @@ def change(session: Session) -> Figures:
             if series.taken.ratio is not None:
                 own["change_kept"] = series.taken.ratio
         figures |= {f"{name}_{kind}{series.normalisation}": figure for name, figure in own.items()}
-    fit = _line_figures(primary.fit, primary.points[0].true.n)
+    fit = _fit_figures(primary.fit, primary.points[0].true.n)
     return session.doubted(figures, "own_lr") | session.doubted(fit, "step")
 
 
-def _line_figures(fit: LogLogFit | None, count: int) -> Figures:
+def _fit_figures(fit: LogLogFit | None, count: int) -> Figures:
     """Slope and R^2 of true change against lr; nan, with the reason, where too few rates are reliable."""
     nan = float("nan")
     how = (

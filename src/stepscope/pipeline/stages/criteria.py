@@ -6,7 +6,7 @@ import numpy as np
 
 from stepscope import runs
 from stepscope.measure.criteria.leaderboard import Leaderboard, RankingOptions, rank_criteria
-from stepscope.measure.criteria.pareto import AblationOptions, drop_rules, resteps
+from stepscope.measure.criteria.pareto import AblationOptions, drop_rules, drop_tokens
 from stepscope.measure.criteria.regression import property_study
 from stepscope.measure.influence.attribution import InfluenceOptions, influence
 from stepscope.measure.quantity.base import make_quantity
@@ -70,14 +70,14 @@ def _drop_tokens(session: Session, board: Leaderboard) -> Pareto:
             budget=session.budget,
         )
         rules = drop_rules(board, reward_influence=reward.fold_tokens, seed=config.criteria.seed)
-    return resteps(
+    return drop_tokens(
         session.policy,
         session.step,
         session.probe,
         rules,
         probe_half=half,
         options=AblationOptions(
-            shares=tuple(config.criteria.drop_shares), lr=session.line.lr, baseline=config.baseline
+            shares=tuple(config.criteria.drop_shares), lr=session.stored_step.lr, baseline=config.baseline
         ),
         budget=session.budget,
     )

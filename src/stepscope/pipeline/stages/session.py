@@ -133,7 +133,7 @@ class Session:
             case "derivatives":
                 return self._derivative_doubt
             case "own_lr":
-                return "" if self.line.own_lr > 0 else f"{AT_INITIAL_LR}, {self.line.lr:g}"
+                return "" if self.stored_step.own_lr > 0 else f"{AT_INITIAL_LR}, {self.stored_step.lr:g}"
 
     def doubted(self, figures: Mapping[str, Estimate], *kinds: Doubt) -> dict[str, Estimate]:
         """Figures with the reasons not to trust what they rest on."""
@@ -153,7 +153,7 @@ class Session:
         """Why derivatives of this model are not those of its function; empty where they are."""
         few = longest(self.policy, self.probe)
         temperature = self.policy.settings.temperature
-        return derivative_errors(self.policy, few, self.line.direction, temperature=temperature).doubt
+        return derivative_errors(self.policy, few, self.stored_step.direction, temperature=temperature).doubt
 
     @cached_property
     def influences(self) -> list[tuple[Influence, ...]]:
@@ -179,14 +179,14 @@ class Session:
         )
 
     @cached_property
-    def line(self) -> Line:
+    def stored_step(self) -> StoredStep:
         """Where the step points and its learning rate, as stored."""
         stored = load(verified(self.run.file("direction.safetensors")))
         if problem := first_not_finite(stored.items()):
             raise MeasurementError(f"{self.run.file('direction.safetensors')}: {problem}; rebuild the step")
         direction = {n: t.to(self.policy.device) for n, t in stored.items()}
         figures = read_json(self.run.file("step.json"))
-        return Line(direction, float(figures["lr"]), figures["initial_lr"])
+        return StoredStep(direction, float(figures["lr"]), figures["initial_lr"])
 
     def initial_lr(self) -> float | None:
         """The learning rate that the run's schedule started from, where the optimizer says so."""
@@ -212,7 +212,7 @@ class Session:
 
 
 @dataclass(frozen=True)
-class Line:
+class StoredStep:
     """A direction in parameter space and the learning rates of the run.
 
     Attributes:
@@ -227,5 +227,5 @@ class Line:
 
     @property
     def lr(self) -> float:
-        """The learning rate that a sweep is centred on: the step's own, or the initial one if that is 0."""
+        """The learning rate that the grid is centred on: the step's own, or the initial one if that is 0."""
         return self.own_lr or self.initial_lr or 0.0

@@ -29,7 +29,7 @@ def validation(session: Session) -> Figures:
             quantity=session.quantities[0],
             options=RemovalOptions(
                 removal=removal,
-                lr=session.line.lr,
+                lr=session.stored_step.lr,
                 num_subsets=config.validation.num_subsets,
                 subset_share=config.validation.subset_share,
                 num_single=config.validation.num_single,
