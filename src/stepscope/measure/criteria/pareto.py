@@ -1,7 +1,7 @@
 """What rules of the kind "drop these tokens" buy: the step taken again without them, and measured again.
 
 A rule scores the tokens of the update batch; the tokens with the lowest scores below zero are dropped, that
-is their part of the gradient is left out. The AdamW step is then made anew (clipping, second moment) and its
+is their part of the gradient is left out. The step is then made anew (clipping, second moment) and its
 true effect on entropy and reward measured on the probe batch. Against the full step, paired on the same
 samples,
 
@@ -119,7 +119,7 @@ def drop_tokens(
     over the probe batch; twice that for a rule with scores from halves.
 
     Args:
-        policy: where the step starts, with AdamW's state; restored bitwise.
+        policy: where the step starts, with its optimizer's state; restored bitwise.
         step: the full step.
         probe: the probe batch.
         rules: name to (tok,) scores; the lowest below zero are dropped. (2, tok) scores of a rule that looked

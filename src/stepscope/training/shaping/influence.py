@@ -52,7 +52,7 @@ class InfluenceMeter:
 
         Args:
             model: the policy, without wrappers.
-            optimizer: AdamW, before the step.
+            optimizer: the training's, before the step.
             accelerator: gathers from all processes.
             micro_batches: TRL's inputs of the step on this process.
             tokens: of all processes.

@@ -46,7 +46,7 @@ class Format(ABC):
         Raises:
             CheckpointError: something is missing, damaged, or not to be read.
         """
-        raise self._lacking(folder, "weights")
+        raise self.lacking(folder, "weights")
 
     def optimizer(self, folder: Path) -> Matching:
         """Read the optimizer's state; which parameters it is of is found once there is a model.
@@ -54,7 +54,7 @@ class Format(ABC):
         Raises:
             CheckpointError: it is missing, damaged, of another optimizer, or not to be read.
         """
-        raise self._lacking(folder, "optimizer state")
+        raise self.lacking(folder, "optimizer state")
 
     def settings(self, folder: Path, overrides: Mapping[str, Any] | None, *, for_step: bool) -> StepSettings:
         """The settings of the loss, some of them changed.
@@ -62,7 +62,7 @@ class Format(ABC):
         Raises:
             CheckpointError: one is known from nowhere, or no measurement can follow the run.
         """
-        raise self._lacking(folder, "loss settings")
+        raise self.lacking(folder, "loss settings")
 
     def steps(self, folder: Path) -> int | None:
         """Optimizer steps taken; None where nothing but the optimizer's state may tell.
@@ -80,5 +80,6 @@ class Format(ABC):
         """
         return ()
 
-    def _lacking(self, folder: Path, what: str) -> CheckpointError:
+    def lacking(self, folder: Path, what: str) -> CheckpointError:
+        """Why a part of a checkpoint is not read here."""
         return CheckpointError(f"{folder}: a checkpoint of {self.name} has no {what} that can be read")

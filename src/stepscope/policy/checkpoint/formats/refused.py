@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import nn
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.checkpoint.formats.base import Format, Matching, Part
-from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.checkpoint.formats.base import Format, Part
 
 _UNSHARDED = "train on one device or with plain data parallelism (DDP), whose checkpoints can be measured"
 
@@ -37,19 +32,7 @@ class Refused(Format):
         """All of a checkpoint, so that whatever is asked for is refused."""
         return frozenset({"weights", "optimizer", "settings"} if any(True for _ in self.look(folder)) else ())
 
-    def weights(self, folder: Path, *, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
-        """Refused."""
-        raise self.refusal(folder)
-
-    def optimizer(self, folder: Path) -> Matching:
-        """Refused."""
-        raise self.refusal(folder)
-
-    def settings(self, folder: Path, overrides: Mapping[str, Any] | None, *, for_step: bool) -> StepSettings:
-        """Refused."""
-        raise self.refusal(folder)
-
-    def refusal(self, folder: Path) -> CheckpointError:
+    def lacking(self, folder: Path, what: str) -> CheckpointError:
         """What was found and what to do, in one sentence."""
         parts = next(self.look(folder))
         spread = f" of {parts} processes" if parts > 1 else ""
