@@ -61,6 +61,7 @@ def test_layouts_are_named(tmp_path: Path, name: str) -> None:
     assert finding.cure.startswith("train on one device")
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_real_distributed_checkpoint_is_named(tmp_path: Path) -> None:
     dcp.save({"a": torch.ones(2)}, checkpoint_id=tmp_path / "state", no_dist=True)
     with pytest.raises(CheckpointError, match=r": a checkpoint of torch\.distributed\.checkpoint, "):

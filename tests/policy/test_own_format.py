@@ -50,7 +50,7 @@ class Shelf(Format):
         return match
 
     def settings(self, folder: Path, overrides: Mapping[str, Any] | None, *, for_step: bool) -> StepSettings:
-        return StepSettings.from_dict(asdict(StepSettings()) | dict(overrides or {}), where=str(folder))
+        return StepSettings.from_plain(asdict(StepSettings()) | dict(overrides or {}), where=str(folder))
 
 
 @pytest.fixture
