@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+import stepscope as ss
 from stepscope.config import StudyConfig, build_config, load_config
 from stepscope.errors import ConfigError, RunFolderError
 from stepscope.pipeline import run_report, run_study
@@ -43,6 +44,22 @@ def study_config(trained_run: Path, out: Path, **changes) -> StudyConfig:
 def study(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study that nothing disturbed."""
     return run_study(study_config(trained_run, tmp_path_factory.mktemp("study") / "s"))
+
+
+def test_a_study_is_read_back_by_the_classes_that_wrote_it(study, tmp_path):
+    found = ss.load_study(study)
+    assert found.report.to_json() == (study / "study.json").read_text()
+    assert found.to_pandas().equals(pq.read_table(study / "study.parquet").to_pandas())
+    assert found.to_pandas().shape[0] == len(found.rows) > len(found.report.changes)
+    assert len(found.cells) == 8
+    assert "<table" in found._repr_html_()
+    copy = tmp_path / "copy"
+    shutil.copytree(study, copy)
+    (copy / "study.json").write_text(
+        (copy / "study.json").read_text().replace('"repeats": 2', '"repeats": 3')
+    )
+    with pytest.raises(RunFolderError, match=r"study\.json: damaged"):
+        ss.load_study(copy)
 
 
 def test_a_row_per_cell_series_and_learning_rate(study):

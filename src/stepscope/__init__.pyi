@@ -35,6 +35,7 @@ from .policy.state import Policy as Policy
 from .reading.evaluation import load_evaluation as load_evaluation
 from .reading.measurement import Measurement as Measurement
 from .reading.measurement import load_measurement as load_measurement
+from .reading.study import load_study as load_study
 from .report import write_report as write_report
 from .results import Rollouts as Rollouts
 from .results.change import Change as Change

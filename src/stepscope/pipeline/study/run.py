@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from stepscope import runs
 from stepscope.config import MeasureConfig, StudyConfig, build_config, set_path
 from stepscope.console import say, say_result
@@ -17,11 +19,12 @@ from stepscope.pipeline.inputs.policies import checkpoints_in, open_policy
 from stepscope.pipeline.inputs.tasks import hold_data, tasks_of
 from stepscope.pipeline.measure import run_measure
 from stepscope.pipeline.study.leaderboard import standing_rows, summarise_standings
-from stepscope.pipeline.study.table import Row, cell_fits, cell_rows, summarise
+from stepscope.pipeline.study.table import cell_fits, cell_rows, summarise
 from stepscope.policy.checkpoint.load import read_settings
 from stepscope.policy.state import Policy
 from stepscope.processes import is_main_process
 from stepscope.report import studied, write_study_report
+from stepscope.results.study import StudyReport, StudyRows
 from stepscope.runs import RunFolder, locked
 from stepscope.tasks import TemplatedTask
 
@@ -144,17 +147,22 @@ def _write_tables(config: StudyConfig, cells: list[Cell], run: RunFolder, folder
         {**_names(cell), **row} for cell in cells for row in cell_rows(_change_of(cell, folder), cell.config)
     ]
     fits = [{**_names(cell), **fit} for cell in cells for fit in cell_fits(_change_of(cell, folder))]
-    _write_rows(run.file("study.parquet"), rows)
     summary = summarise(rows, fits, config.resample)
     boards = [(cell, _board_of(cell, folder)) for cell in cells if "criteria" in cell.config.stages]
     standings = [
         {**_names(cell), **row} for cell, board in boards for row in standing_rows(board, cell.config)
     ]
     if standings:
-        _write_rows(run.file("leaderboard.parquet"), standings)
         definitions = {name: about for _, board in boards for name, about in board["definitions"].items()}
         summary["leaderboard"] = summarise_standings(standings, definitions, config.resample)
-    runs.write_json(run.file("study.json"), summary)
+    board_table = ["leaderboard.parquet"] if standings else []
+    with run.stage("study", ["study.parquet", "study.json", *board_table]):
+        columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+        texts = {name: values.astype(object) for name, values in columns.items() if values.dtype.kind == "U"}
+        runs.write_record(run.file("study.parquet"), StudyRows(**{**columns, **texts}))
+        runs.write_record(run.file("study.json"), StudyReport.from_plain(summary, "study.json"))
+        for name in board_table:
+            runs.write_table(run.file(name), {key: [row[key] for row in standings] for key in standings[0]})
 
 
 def _measure_missing(cells: list[Cell], folder: Path) -> None:
@@ -204,7 +212,3 @@ def _change_of(cell: Cell, folder: Path) -> dict[str, Any]:
 def _board_of(cell: Cell, folder: Path) -> dict[str, Any]:
     board: dict[str, Any] = runs.read_json(folder / cell.key / "criteria.json")
     return board
-
-
-def _write_rows(path: Path, rows: Sequence[Row]) -> None:
-    runs.write_table(path, {name: [row[name] for row in rows] for name in rows[0]})
