@@ -179,7 +179,7 @@ def test_loglog_fit_of_a_power_law():
     assert np.exp(fit.intercept) == pytest.approx(3.0, rel=1e-10)
     assert fit.r2 == pytest.approx(1, abs=1e-12)
     assert fit.n == 6
-    assert fit.to_dict()["lrs"] == [float(v) for v in x]
+    assert fit.lrs == tuple(x)
 
 
 def test_loglog_fit_leaves_out_what_has_no_logarithm():

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import yaml
@@ -29,21 +29,9 @@ from filelock import FileLock, Timeout
 
 from stepscope import results
 from stepscope.errors import ConfigError, RunFolderError
-from stepscope.results.files import whole
+from stepscope.results.files import Stored, whole
 from stepscope.results.records import VERSION
 from stepscope.yaml_text import parse_yaml
-
-
-class Stored(Protocol):
-    """What knows how it stands in a file: records and tables."""
-
-    def write(self, path: Path) -> None:
-        """Write the file whole or not at all."""
-
-    @classmethod
-    def read(cls, path: Path) -> Self:
-        """What :meth:`write` wrote; anything else is a RunFolderError."""
-
 
 S = TypeVar("S", bound=Stored)
 

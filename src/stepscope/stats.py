@@ -441,10 +441,6 @@ class LogLogFit:
     lrs: tuple[float, ...]
     slope_stderr: Number = float("nan")
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary."""
-        return {**asdict(self), "lrs": list(self.lrs)}
-
 
 def loglog_fit(x: npt.ArrayLike, y: npt.ArrayLike) -> LogLogFit:
     """Straight line through log|y| against log x.

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def study_rows(repeats: int, checkpoints: list[str]) -> tuple[list[dict[str, Any
                                 "relative_difference": (linear - true) / true,
                             }
                         )
-                    fit = loglog_fit(LRS[:3], [p["true"] for p in points[:3]]).to_dict()
+                    fit = asdict(loglog_fit(LRS[:3], [p["true"] for p in points[:3]]))
                     fits.append(
                         {**names, **series, "fit": fit, "measurable_from": 1e-8, "linear_up_to": 1e-3}
                     )

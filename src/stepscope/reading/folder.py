@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from stepscope import runs
-from stepscope.runs import CONFIG, PROVENANCE, RunFolder, Stored
+from stepscope.results.files import Stored
+from stepscope.runs import CONFIG, PROVENANCE, RunFolder
 
 S = TypeVar("S", bound=Stored)
 

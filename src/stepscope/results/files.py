@@ -1,9 +1,21 @@
-"""Files that appear whole or not at all."""
+"""What stands in a file; files that appear whole or not at all."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol, Self
+
+
+class Stored(Protocol):
+    """What knows how it stands in a file: records and tables."""
+
+    def write(self, path: Path) -> None:
+        """Write the file whole or not at all."""
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """What :meth:`write` wrote; anything else is a RunFolderError."""
 
 
 def whole(path: Path, write: Callable[[Path], object]) -> None:
