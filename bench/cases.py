@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from stepscope.policy.gradients import directional_derivative, response_logprob
+from stepscope.policy.gradients.derivatives import directional_derivative, response_logprob
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.precision import lift_model
 from stepscope.policy.state import Policy

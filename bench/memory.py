@@ -15,10 +15,10 @@ import time
 import torch
 
 from cases import build
-from stepscope.policy.gradients import response_logprob
+from stepscope.policy.gradients.derivatives import response_logprob
+from stepscope.policy.gradients.gram import grams
+from stepscope.policy.gradients.stream import SequenceGradients
 from stepscope.policy.passes import Budget
-from stepscope.policy.per_sequence.gram import grams
-from stepscope.policy.per_sequence.stream import SequenceGradients
 
 
 def peak() -> float:

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cases import Case
-from stepscope.policy.gradients import directional_derivative, response_logprob
+from stepscope.policy.gradients.derivatives import directional_derivative, response_logprob
+from stepscope.policy.gradients.gram import gram
+from stepscope.policy.gradients.products import per_sequence_dot
+from stepscope.policy.gradients.stream import SequenceGradients, coverage_of
 from stepscope.policy.passes import Budget
-from stepscope.policy.per_sequence.gram import gram
-from stepscope.policy.per_sequence.products import per_sequence_dot
-from stepscope.policy.per_sequence.stream import SequenceGradients, coverage_of
 
 Tasks = dict[str, Callable[[], Tensor]]
 

@@ -20,7 +20,7 @@ from stepscope.measure.quantity.objective import quantity_objective
 from stepscope.measure.quantity.probe import probe_values
 from stepscope.measure.quantity.values import values_at
 from stepscope.policy.forward import TokenBatch, TokenOutputs
-from stepscope.policy.gradients import gradient
+from stepscope.policy.gradients.derivatives import gradient
 from stepscope.policy.passes import Budget
 from stepscope.reference import (
     exact_change,

@@ -20,10 +20,10 @@ from stepscope.measure.quantity.estimators import ESTIMATORS, linear, per_decisi
 from stepscope.measure.quantity.probe import probe_values
 from stepscope.measure.quantity.values import derivatives, hidden_states, response_mask, values_at
 from stepscope.measure.step.reconstruct import weighted_logprobs
-from stepscope.policy.gradients import gradient
+from stepscope.policy.gradients.derivatives import gradient
+from stepscope.policy.gradients.products import group_gradients
+from stepscope.policy.gradients.stream import SequenceGradients
 from stepscope.policy.passes import Budget
-from stepscope.policy.per_sequence.products import group_gradients
-from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.reference import exact_change, exact_derivatives, exact_rollouts, exact_value
 from stepscope.results import FloatArray
 from stepscope.stats import Estimate, pass_at_k

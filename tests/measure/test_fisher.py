@@ -22,9 +22,9 @@ from stepscope.measure.kernel.structure import (
 )
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy.forward import forward, make_batch
-from stepscope.policy.gradients import directional_derivative, response_logprob
+from stepscope.policy.gradients.derivatives import directional_derivative, response_logprob
+from stepscope.policy.gradients.projection import Sketch
 from stepscope.policy.passes import Budget
-from stepscope.policy.per_sequence.projection import Sketch
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import shifted

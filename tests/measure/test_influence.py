@@ -25,7 +25,7 @@ from stepscope.measure.step.reconstruct import (
 )
 from stepscope.measure.step.terms import term_gradients
 from stepscope.policy import vectors
-from stepscope.policy.gradients import gradient
+from stepscope.policy.gradients.derivatives import gradient
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.precision import lift_model
 from stepscope.policy.optim.adamw import AdamWGroup, AdamWState

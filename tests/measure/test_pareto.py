@@ -16,7 +16,7 @@ from stepscope.measure.criteria.leaderboard import RankingOptions, rank_criteria
 from stepscope.measure.criteria.pareto import AblationOptions, drop_rules, drop_tokens
 from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.step.reconstruct import assemble_step, weighted_logprobs
-from stepscope.policy.gradients import gradient
+from stepscope.policy.gradients.derivatives import gradient
 from stepscope.results.criteria import Pareto
 
 

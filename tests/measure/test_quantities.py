@@ -22,7 +22,7 @@ from stepscope.measure.quantity.probe import bind_quantity, probe_values
 from stepscope.measure.quantity.values import TokenValues, derivatives, values_at
 from stepscope.policy.checkpoint.adapters import REFERENCE
 from stepscope.policy.forward import TokenBatch, TokenOutputs
-from stepscope.policy.gradients import directional_derivative
+from stepscope.policy.gradients.derivatives import directional_derivative
 from stepscope.policy.numerics.precision import lift_model, true_float64
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy

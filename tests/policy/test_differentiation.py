@@ -17,12 +17,12 @@ import cases
 from stepscope.measure.change.measured import measure_change
 from stepscope.policy.check.derivatives import random_direction
 from stepscope.policy.check.examination import examine
-from stepscope.policy.gradients import directional_derivative, gradient, response_logprob
+from stepscope.policy.gradients.derivatives import directional_derivative, gradient, response_logprob
+from stepscope.policy.gradients.products import per_sequence_dot
+from stepscope.policy.gradients.stream import SequenceGradients
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.differentiation import differentiable, layer_norm
 from stepscope.policy.numerics.precision import lift_model, true_float64
-from stepscope.policy.per_sequence.products import per_sequence_dot
-from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.policy.rollouts import sample_rollouts, score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import shifted

@@ -14,13 +14,13 @@ import cases
 from stepscope.measure.step.router import router_gradient, router_loss
 from stepscope.policy.check.derivatives import random_direction
 from stepscope.policy.forward import forward, make_batch
-from stepscope.policy.gradients import directional_derivative, gradient, response_logprob
+from stepscope.policy.gradients.derivatives import directional_derivative, gradient, response_logprob
+from stepscope.policy.gradients.layer_gradient import LayerGradient
+from stepscope.policy.gradients.stream import SequenceGradients, stream
 from stepscope.policy.loss.router import router_coefficient
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.precision import lift_model
 from stepscope.policy.passes import Budget
-from stepscope.policy.per_sequence.layer_gradient import LayerGradient
-from stepscope.policy.per_sequence.stream import SequenceGradients, stream
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import shifted

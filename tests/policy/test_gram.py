@@ -14,19 +14,19 @@ from torch import Tensor, nn
 import cases
 from stepscope.errors import MeasurementError
 from stepscope.policy.forward import TokenBatch, TokenOutputs, forward, make_batch
-from stepscope.policy.gradients import directional_derivative, gradient
-from stepscope.policy.loss.settings import StepSettings
-from stepscope.policy.numerics.precision import lift_model
-from stepscope.policy.passes import Budget
-from stepscope.policy.per_sequence import coverage
-from stepscope.policy.per_sequence.gram import gram, grams
-from stepscope.policy.per_sequence.products import (
+from stepscope.policy.gradients import coverage
+from stepscope.policy.gradients.derivatives import directional_derivative, gradient
+from stepscope.policy.gradients.gram import gram, grams
+from stepscope.policy.gradients.products import (
     group_gradients,
     paired_dots,
     per_sequence_dot,
     per_sequence_dots,
 )
-from stepscope.policy.per_sequence.stream import SequenceGradients
+from stepscope.policy.gradients.stream import SequenceGradients
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.numerics.precision import lift_model
+from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 
@@ -195,8 +195,8 @@ def test_a_large_square_is_exact_off_the_diagonal_too(tied: Policy, monkeypatch:
     update = draw(7)
     P = random_vector(tied)
     expected = gram(tied, SequenceGradients(update, objective), preconditioner=P)
-    monkeypatch.setattr("stepscope.policy.per_sequence.store.ROW_BLOCK", 2)
-    monkeypatch.setattr("stepscope.policy.per_sequence.store.CHUNK_BYTES", 200)
+    monkeypatch.setattr("stepscope.policy.gradients.store.ROW_BLOCK", 2)
+    monkeypatch.setattr("stepscope.policy.gradients.store.CHUNK_BYTES", 200)
     assert error(gram(tied, SequenceGradients(update, objective), preconditioner=P), expected) < 1e-12
 
 

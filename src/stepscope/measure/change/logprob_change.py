@@ -9,11 +9,11 @@ import torch
 
 from stepscope.errors import MeasurementError
 from stepscope.measure.step.reconstruct import Step, weighted_logprobs
-from stepscope.policy.gradients import response_logprob
+from stepscope.policy.gradients.derivatives import response_logprob
+from stepscope.policy.gradients.gram import gram
+from stepscope.policy.gradients.products import per_sequence_dots
+from stepscope.policy.gradients.stream import SequenceGradients
 from stepscope.policy.passes import Budget
-from stepscope.policy.per_sequence.gram import gram
-from stepscope.policy.per_sequence.products import per_sequence_dots
-from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, Rollouts
 

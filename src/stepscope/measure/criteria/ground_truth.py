@@ -27,10 +27,10 @@ from stepscope.measure.quantity.probe import bind_quantity
 from stepscope.measure.step.reconstruct import Step, weighted_logprobs
 from stepscope.policy import vectors
 from stepscope.policy.forward import TokenBatch, TokenOutputs
-from stepscope.policy.gradients import Mode, directional_derivative, gradient, response_logprob
+from stepscope.policy.gradients.derivatives import Mode, directional_derivative, gradient, response_logprob
+from stepscope.policy.gradients.products import paired_dots
+from stepscope.policy.gradients.stream import SequenceGradients
 from stepscope.policy.passes import Budget
-from stepscope.policy.per_sequence.products import paired_dots
-from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import FloatArray, IntArray, Rollouts

@@ -33,7 +33,7 @@ from stepscope.measure.quantity.probe import bind_quantity
 from stepscope.measure.quantity.values import values_at
 from stepscope.measure.step.reconstruct import Step, assemble_step, weighted_logprobs
 from stepscope.measure.step.terms import term_gradients
-from stepscope.policy.gradients import gradient
+from stepscope.policy.gradients.derivatives import gradient
 from stepscope.policy.passes import Budget, track
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector

@@ -37,11 +37,11 @@ from stepscope.measure.quantity.objective import quantity_objective
 from stepscope.measure.quantity.probe import bind_quantity
 from stepscope.measure.step.derivative import THROUGHS, Through, step_derivative
 from stepscope.measure.step.reconstruct import Step, weighted_logprobs
-from stepscope.policy.gradients import Mode, directional_derivative, response_logprob
+from stepscope.policy.gradients.derivatives import Mode, directional_derivative, response_logprob
+from stepscope.policy.gradients.gram import gram
+from stepscope.policy.gradients.products import per_sequence_dots
+from stepscope.policy.gradients.stream import SequenceGradients
 from stepscope.policy.passes import Budget
-from stepscope.policy.per_sequence.gram import gram
-from stepscope.policy.per_sequence.products import per_sequence_dots
-from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.policy.state import Policy
 from stepscope.results import Brief, FloatArray, IntArray, Rollouts
 from stepscope.results.influence import InfluenceSequences, InfluenceTokens

@@ -20,10 +20,10 @@ from stepscope.measure.quantity.estimators import ProbeValues
 from stepscope.measure.quantity.estimators import value as quantity_value
 from stepscope.measure.quantity.objective import quantity_objective
 from stepscope.measure.step.reconstruct import weighted_logprobs
-from stepscope.policy.gradients import gradient
+from stepscope.policy.gradients.derivatives import gradient
+from stepscope.policy.gradients.products import group_gradients
+from stepscope.policy.gradients.stream import SequenceGradients
 from stepscope.policy.passes import Budget
-from stepscope.policy.per_sequence.products import group_gradients
-from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import Brief, FloatArray, IntArray, Rollouts

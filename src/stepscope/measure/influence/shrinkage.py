@@ -23,7 +23,7 @@ from stepscope.measure.quantity.base import Quantity, make_quantity
 from stepscope.measure.quantity.probe import bind_quantity
 from stepscope.measure.step.derivative import step_derivative
 from stepscope.measure.step.reconstruct import Step
-from stepscope.policy.gradients import Mode
+from stepscope.policy.gradients.derivatives import Mode
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.results import Brief, FloatArray, Rollouts

@@ -20,7 +20,7 @@ from stepscope.measure.quantity.probe import bind_quantity
 from stepscope.measure.step.reconstruct import assemble_step, weighted_logprobs
 from stepscope.measure.step.terms import term_gradients
 from stepscope.policy import vectors
-from stepscope.policy.gradients import directional_derivative, gradient, response_logprob
+from stepscope.policy.gradients.derivatives import directional_derivative, gradient, response_logprob
 from stepscope.policy.loss.surrogate import token_weights
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy

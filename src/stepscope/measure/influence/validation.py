@@ -36,10 +36,10 @@ from stepscope.measure.quantity.probe import bind_quantity
 from stepscope.measure.quantity.values import values_at
 from stepscope.measure.step.reconstruct import Step, assemble_step, weighted_logprobs
 from stepscope.measure.step.terms import term_gradients
+from stepscope.policy.gradients.products import weighted_gradients
+from stepscope.policy.gradients.stream import SequenceGradients
 from stepscope.policy.loss.surrogate import advantages, token_weights
 from stepscope.policy.passes import Budget, track
-from stepscope.policy.per_sequence.products import weighted_gradients
-from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.policy.state import Policy
 from stepscope.results import BoolArray, FloatArray, Rollouts
 from stepscope.results.validation import Agreement, Validation

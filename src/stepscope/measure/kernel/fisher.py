@@ -23,12 +23,12 @@ from stepscope.measure.kernel.structure import (
     token_signs,
 )
 from stepscope.measure.step.reconstruct import weighted_logprobs
-from stepscope.policy.gradients import Objective, response_logprob
+from stepscope.policy.gradients.derivatives import Objective, response_logprob
+from stepscope.policy.gradients.gram import Grams, grams
+from stepscope.policy.gradients.projection import Sketch, sketches
+from stepscope.policy.gradients.store import Metrics
+from stepscope.policy.gradients.stream import SequenceGradients
 from stepscope.policy.passes import Budget
-from stepscope.policy.per_sequence.gram import Grams, grams
-from stepscope.policy.per_sequence.projection import Sketch, sketches
-from stepscope.policy.per_sequence.store import Metrics
-from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import Brief, FloatArray, IntArray, Rollouts
@@ -189,7 +189,7 @@ def fisher_kernel(
     """Kernels between the sequences of an update batch, and between those and a probe batch.
 
     All metrics and both kernels come from one pass over each batch while the update's gradients fit
-    the budget's memory; see ``policy.per_sequence.gram``. The null takes one more pass over the
+    the budget's memory; see ``policy.gradients.gram``. The null takes one more pass over the
     update batch; token weights that differ within a response take two. Exact unless ``sketch`` is given.
 
     Args:

@@ -24,10 +24,10 @@ from stepscope.measure.influence.attribution import Influence
 from stepscope.measure.noise.batch_size import batch_sizes, loss_scale
 from stepscope.measure.noise.limits import noise_limits
 from stepscope.measure.step.reconstruct import weighted_logprobs
+from stepscope.policy.gradients.gram import grams
+from stepscope.policy.gradients.stream import SequenceGradients
 from stepscope.policy.loss.surrogate import token_weights as loss_token_weights
 from stepscope.policy.passes import Budget
-from stepscope.policy.per_sequence.gram import grams
-from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import FloatArray, IntArray, Rollouts

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from stepscope.measure.quantity.estimators import ProbeValues
 from stepscope.policy.forward import TokenBatch, TokenOutputs
-from stepscope.policy.gradients import Objective
+from stepscope.policy.gradients.derivatives import Objective
 
 
 def quantity_objective(probe: ProbeValues) -> Objective:

@@ -25,7 +25,7 @@ from stepscope.measure.step.terms import term_gradients
 from stepscope.policy import vectors
 from stepscope.policy.checkpoint.adapters import is_adapted, reference_adapter
 from stepscope.policy.forward import TokenBatch, TokenOutputs
-from stepscope.policy.gradients import Objective, gradient
+from stepscope.policy.gradients.derivatives import Objective, gradient
 from stepscope.policy.loss.surrogate import token_weights
 from stepscope.policy.numerics.finiteness import first_not_finite
 from stepscope.policy.optim.base import OptimizerState

@@ -12,7 +12,7 @@ from torch import Tensor
 from stepscope.errors import MeasurementError
 from stepscope.measure.step.router import router_gradient
 from stepscope.policy.forward import TokenBatch, TokenOutputs
-from stepscope.policy.gradients import gradient
+from stepscope.policy.gradients.derivatives import gradient
 from stepscope.policy.loss.surrogate import adds_component, entropy_weights
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy

@@ -12,9 +12,9 @@ from stepscope.measure.influence.attribution import InfluenceOptions, influence
 from stepscope.measure.quantity.base import make_quantity
 from stepscope.pipeline.stages.plan import PROBE, STEP, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
-from stepscope.policy.gradients import response_logprob
-from stepscope.policy.per_sequence.products import paired_dots
-from stepscope.policy.per_sequence.stream import SequenceGradients
+from stepscope.policy.gradients.derivatives import response_logprob
+from stepscope.policy.gradients.products import paired_dots
+from stepscope.policy.gradients.stream import SequenceGradients
 from stepscope.results import FloatArray
 from stepscope.results.criteria import Pareto
 

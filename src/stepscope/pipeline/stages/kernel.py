@@ -6,7 +6,7 @@ from stepscope import runs
 from stepscope.measure.kernel.fisher import fisher_kernel
 from stepscope.pipeline.stages.plan import PROBE, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
-from stepscope.policy.per_sequence.projection import Sketch
+from stepscope.policy.gradients.projection import Sketch
 from stepscope.results import write_arrays
 
 

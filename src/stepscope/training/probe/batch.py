@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from stepscope.errors import MeasurementError
 from stepscope.measure.noise.scale import from_products
 from stepscope.measure.step.reconstruct import CLIP_EPSILON, weighted_logprobs
+from stepscope.policy.gradients.gram import gram
+from stepscope.policy.gradients.stream import SequenceGradients
 from stepscope.policy.passes import Budget
-from stepscope.policy.per_sequence.gram import gram
-from stepscope.policy.per_sequence.stream import SequenceGradients
 from stepscope.policy.state import Policy
 from stepscope.policy.texts import ResponseText
 from stepscope.results import FloatArray, Rollouts

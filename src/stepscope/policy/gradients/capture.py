@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stepscope.policy.per_sequence.coverage import Coverage, NotSeparableError, Tap, embedding_scale
-from stepscope.policy.per_sequence.layer_gradient import (
+from stepscope.policy.gradients.coverage import Coverage, NotSeparableError, Tap, embedding_scale
+from stepscope.policy.gradients.layer_gradient import (
     LayerGradient,
     Lookup,
     Outer,

@@ -99,7 +99,7 @@ def classify(policy: Policy) -> Coverage:
     """Sort the trainable parameters by the module types that use them.
 
     A parameter is on the fast path when *every* module that owns it (tied weights have several) is of a known
-    kind; its correctness is checked afterwards, see :func:`stepscope.policy.per_sequence.stream.coverage_of`.
+    kind; its correctness is checked afterwards, see :func:`stepscope.policy.gradients.stream.coverage_of`.
 
     Raises:
         MeasurementError: the policy has no trainable parameter.

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from stepscope.errors import MeasurementError
-from stepscope.policy.passes import Budget, by_length, cut, lengths
-from stepscope.policy.per_sequence.layer_gradient import LayerGradient, matrix_shape
-from stepscope.policy.per_sequence.products import check_metrics, compute_dtype
-from stepscope.policy.per_sequence.store import GradientStore, Metrics
-from stepscope.policy.per_sequence.stream import (
+from stepscope.policy.gradients.layer_gradient import LayerGradient, matrix_shape
+from stepscope.policy.gradients.products import check_metrics, compute_dtype
+from stepscope.policy.gradients.store import GradientStore, Metrics
+from stepscope.policy.gradients.stream import (
     SequenceGradients,
     coverage_of,
     stream,
 )
+from stepscope.policy.passes import Budget, by_length, cut, lengths
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import Rollouts

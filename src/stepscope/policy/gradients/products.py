@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from stepscope.errors import MeasurementError
+from stepscope.policy.gradients.layer_gradient import LayerGradient, restore
+from stepscope.policy.gradients.store import GradientStore, Metrics
+from stepscope.policy.gradients.stream import SequenceGradients, stream
 from stepscope.policy.passes import Budget, by_length
-from stepscope.policy.per_sequence.layer_gradient import LayerGradient, restore
-from stepscope.policy.per_sequence.store import GradientStore, Metrics
-from stepscope.policy.per_sequence.stream import SequenceGradients, stream
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import FloatArray, IntArray

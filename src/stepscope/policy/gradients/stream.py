@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from stepscope.policy.forward import TokenBatch, forward, make_batch
-from stepscope.policy.gradients import Objective
+from stepscope.policy.gradients.capture import Capture
+from stepscope.policy.gradients.coverage import Coverage, NotSeparableError, classify, known, settle
+from stepscope.policy.gradients.derivatives import Objective
+from stepscope.policy.gradients.layer_gradient import LayerGradient, Whole, matrix_shape
 from stepscope.policy.numerics.differentiation import has_detached_parts, whole_function
 from stepscope.policy.passes import Budget, sweep
-from stepscope.policy.per_sequence.capture import Capture
-from stepscope.policy.per_sequence.coverage import Coverage, NotSeparableError, classify, known, settle
-from stepscope.policy.per_sequence.layer_gradient import LayerGradient, Whole, matrix_shape
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 
@@ -76,7 +76,7 @@ def stream(
     Args:
         policy: its trainable parameters are differentiated.
         gradients: of what.
-        consume: called with a :class:`stepscope.policy.per_sequence.layer_gradient.LayerGradient` of some
+        consume: called with a :class:`stepscope.policy.gradients.layer_gradient.LayerGradient` of some
             rows and their slice of ``order``.
         order: which sequences, in which order; default all, longest first.
         budget: how large micro-batches are.

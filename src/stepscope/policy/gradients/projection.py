@@ -15,11 +15,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from stepscope.policy.gradients.layer_gradient import LayerGradient
+from stepscope.policy.gradients.products import check_metrics, compute_dtype
+from stepscope.policy.gradients.store import Metrics
+from stepscope.policy.gradients.stream import SequenceGradients, stream
 from stepscope.policy.passes import Budget, by_length
-from stepscope.policy.per_sequence.layer_gradient import LayerGradient
-from stepscope.policy.per_sequence.products import check_metrics, compute_dtype
-from stepscope.policy.per_sequence.store import Metrics
-from stepscope.policy.per_sequence.stream import SequenceGradients, stream
 from stepscope.policy.state import Policy
 
 SLICE = 2**22

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from stepscope.policy.per_sequence.layer_gradient import LayerGradient, ghost_inner, orient
+from stepscope.policy.gradients.layer_gradient import LayerGradient, ghost_inner, orient
 from stepscope.policy.vectors import ParameterVector
 
 Metrics = Mapping[str, ParameterVector | None]

@@ -1,1 +1,0 @@
-"""Gradients of single sequences by hooks on layers, and what is computed from them."""
