@@ -14,11 +14,11 @@ from stepscope.config import (
     MeasureConfig,
     StudyConfig,
     TrainConfig,
-    demo_config,
     dump_config,
     load_config,
 )
 from stepscope.errors import ConfigError
+from stepscope.pipeline.preset import demo_config
 
 ROOT = Path(__file__).parents[1]
 

@@ -118,7 +118,7 @@ def demo(
 
     Goes on where an earlier call was stopped.
     """
-    from stepscope.config import demo_config
+    from stepscope.pipeline.preset import demo_config
 
     demo_config(out, overrides or [])
     from stepscope.pipeline import run_demo

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from stepscope.config.base import Section
-from stepscope.config.demo import DemoConfig, demo_config
 from stepscope.config.evaluate import EvalConfig, EvalSettings
 from stepscope.config.loading import (
     apply_overrides,
@@ -42,7 +41,6 @@ __all__ = [
     "BatchConfig",
     "CriteriaConfig",
     "CurriculumConfig",
-    "DemoConfig",
     "EntropyBonusConfig",
     "EvalConfig",
     "EvalSettings",
@@ -65,7 +63,6 @@ __all__ = [
     "UpdateConfig",
     "apply_overrides",
     "build_config",
-    "demo_config",
     "dump_config",
     "load_config",
     "read_yaml",

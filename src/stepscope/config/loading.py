@@ -11,11 +11,10 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from stepscope.config.base import Section
 from stepscope.errors import ConfigError, shown
 from stepscope.yaml_text import LARGEST_YAML, parse_yaml
 
-_S = TypeVar("_S", bound=Section)
+_S = TypeVar("_S", bound=BaseModel)
 
 
 _MOST_FINDINGS = 20
@@ -151,7 +150,7 @@ def load_config(
     return build_config(cls, apply_overrides(cls, data, overrides), str(path or "command line"))
 
 
-def dump_config(config: Section) -> str:
+def dump_config(config: BaseModel) -> str:
     """The whole resolved configuration as YAML; :func:`load_config` reads it back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 

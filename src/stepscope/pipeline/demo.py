@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from stepscope.config import DemoConfig, EvalConfig, MeasureConfig, build_config, demo_config
+from stepscope.config import EvalConfig, MeasureConfig, build_config
 from stepscope.console import say
 from stepscope.pipeline.evaluate import evaluate_all
 from stepscope.pipeline.inputs.policies import checkpoints_in
 from stepscope.pipeline.measure import run_measure
+from stepscope.pipeline.preset import DemoConfig, demo_config
 from stepscope.pipeline.report import run_report
 from stepscope.processes import is_main_process
 from stepscope.runs import PROVENANCE, RunFolder, locked

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-from stepscope.config.base import Section
-from stepscope.config.evaluate import EvalSettings
-from stepscope.config.loading import apply_overrides, build_config
-from stepscope.config.measure import MeasureSettings
-from stepscope.config.train import TrainConfig
+from stepscope.config import (
+    EvalSettings,
+    MeasureSettings,
+    Section,
+    TrainConfig,
+    apply_overrides,
+    build_config,
+)
 from stepscope.yaml_text import parse_yaml
 
 
