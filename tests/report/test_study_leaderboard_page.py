@@ -17,6 +17,7 @@ from stepscope.errors import RunFolderError
 from stepscope.intervals import student
 from stepscope.pipeline.study.leaderboard import STATISTICS, summarise_standings
 from stepscope.report import write_study_report
+from stepscope.results.criteria import CriterionDefinition
 from stepscope.stats import Estimate
 
 STEPS = ["runs/a/checkpoints/step-60", "runs/a/checkpoints/step-10", "runs/a/checkpoints/step-30"]
@@ -60,9 +61,9 @@ def with_leaderboard(
     """A study whose leaderboard is of these checkpoints; those of its changes take their names."""
     write_study(folder, repeats=repeats, resample=resample, checkpoints=checkpoints)
     summary = json.loads((folder / "study.json").read_text())
-    about = {"formula": "A p (l + H)", "paper": HOSTILE, "equation": "(1)", "verified": False}
+    about = CriterionDefinition("A p (l + H)", HOSTILE, "(1)", "+", False, "token", "literature", "signed")
     summary["leaderboard"] = summarise_standings(
-        standings(checkpoints, repeats), dict.fromkeys(NAMES, about), resample
+        standings(checkpoints, repeats), dict.fromkeys(NAMES, about.to_plain()), resample
     )
     (folder / "study.json").write_text(json.dumps(summary))
     return folder

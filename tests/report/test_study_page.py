@@ -19,6 +19,7 @@ from stepscope.errors import RunFolderError
 from stepscope.intervals import student
 from stepscope.pipeline.study.table import summarise
 from stepscope.report import write_study_report
+from stepscope.results.study import StudyReport, StudyRows
 from stepscope.stats import loglog_fit
 
 LRS = [1e-6, 1e-5, 1e-4, 1e-3]
@@ -54,6 +55,9 @@ def study_rows(repeats: int, checkpoints: list[str]) -> tuple[list[dict[str, Any
                                 "num_prompts": 64,
                                 **measured("true", true),
                                 **measured("linear", linear),
+                                **measured("second_order", 0.0),
+                                "effective_sample_size": 64.0,
+                                "pareto_k": 0.1,
                                 "reliable": lr < 1e-3,
                                 "reason": "" if lr < 1e-3 else "effective sample size 3.2 of 64, below 32",
                                 "relative_difference": (linear - true) / true,
@@ -79,8 +83,10 @@ def write_study(
 ) -> Path:
     rows, fits = study_rows(repeats, checkpoints)
     folder.mkdir(parents=True)
-    runs.write_table(folder / "study.parquet", {name: [row[name] for row in rows] for name in rows[0]})
-    runs.write_json(folder / "study.json", summarise(rows, fits, resample))
+    columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+    texts = {name: values.astype(object) for name, values in columns.items() if values.dtype.kind == "U"}
+    runs.write_record(folder / "study.parquet", StudyRows(**{**columns, **texts}))
+    runs.write_record(folder / "study.json", StudyReport.from_plain(summarise(rows, fits, resample), "given"))
     return folder
 
 
@@ -175,7 +181,7 @@ def test_names_of_a_run_cannot_become_markup(study: Path) -> None:
 
 
 def test_a_study_that_is_not_there_or_damaged_is_one_line(study: Path, tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match=r"no study\.parquet, so this is not a finished study"):
+    with pytest.raises(RunFolderError, match=r"no study\.json, so this is not a finished study"):
         write_study_report(tmp_path)
     summary = json.loads((study / "study.json").read_text())
     del summary["changes"][3]["true"]

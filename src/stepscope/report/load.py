@@ -18,29 +18,14 @@ from stepscope import runs
 from stepscope.errors import RunFolderError
 from stepscope.reading.evaluation import TABLE, Evaluation
 from stepscope.reading.measurement import Measurement, load_measurement
+from stepscope.reading.study import load_study
 from stepscope.results.entropy_law import EntropyLaw
 from stepscope.results.evaluation import EvaluationChange, companion
+from stepscope.results.study import StudyReport
 from stepscope.stats import Estimate, interval_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-class Entries(dict[str, Any]):
-    """A JSON object with its entries as attributes, estimates parsed; one that is not there is None."""
-
-    def __getattr__(self, name: str) -> Any:
-        return self.get(name)
-
-
-def _entries(data: Any) -> Any:
-    if isinstance(data, list):
-        return [_entries(value) for value in data]
-    if not isinstance(data, Mapping):
-        return data
-    if {"value", "stderr", "n", "unit", "method"} <= set(data):
-        return Estimate.from_dict(data)
-    return Entries({key: _entries(value) for key, value in data.items()})
 
 
 @dataclass(frozen=True)
@@ -100,36 +85,15 @@ def reads_artifacts(write: Callable[P, R]) -> Callable[P, R]:
     return guarded
 
 
-def _json(path: Path) -> Any:
-    if not path.is_file():
-        return None
-    value = runs.read_json(path)
-    if not isinstance(value, dict):
-        raise _damaged(path, f"got a {type(value).__name__}, expected a JSON object")
-    return _entries(value)
-
-
-def _frame(path: Path, columns: Sequence[str]) -> Any:
-    if not path.is_file():
-        return None
-    table = runs.read_table(path)
-    missing = [name for name in columns if name not in table.column_names]
-    if missing:
-        raise _damaged(path, f"no column {', '.join(missing)}; got {', '.join(table.column_names)}")
-    return table.to_pandas()
-
-
-def estimates_of(frame: Any, column: str, *, unit: str = "", beside: str | None = None) -> list[Estimate]:
+def estimates_of(frame: Any, column: str, *, unit: str = "") -> list[Estimate]:
     """A column as estimates, with error and interval from ``COLUMN_stderr``, ``COLUMN_low``, ``COLUMN_high``.
 
     Args:
         frame: rows of an evaluation, or another table with such columns.
         column: the values.
         unit: of the values.
-        beside: what the names of the other columns start with, if not ``COLUMN_``.
     """
-    start = f"{column}_" if beside is None else beside
-    known = frame.reindex(columns=[column, *(f"{start}{part}" for part in ("stderr", "low", "high"))])
+    known = frame.reindex(columns=[column, *(f"{column}_{part}" for part in ("stderr", "low", "high"))])
     sizes = frame.num_prompts if "num_prompts" in frame else [0] * len(frame)
     return [
         Estimate(value, error, int(n), unit, "", low=low, high=high)
@@ -193,7 +157,8 @@ def _training_log(path: Path) -> Sequence[Mapping[str, Any]]:
 
 
 def _log_history(file: Path) -> list[dict[str, Any]]:
-    history = (_json(file) or {}).get("log_history", [])
+    content = runs.read_json(file) if file.is_file() else {"log_history": []}
+    history = content.get("log_history") if isinstance(content, dict) else None
     if not isinstance(history, list) or not all(isinstance(row, dict) for row in history):
         raise _damaged(file, "log_history is not a list of objects")
     return history
@@ -214,18 +179,20 @@ def _by_setting(frame: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Study:
-    """The artifacts of a study folder; ``labels`` are short names of the checkpoints by path."""
+class StudyPage:
+    """What the page of a study is made from.
+
+    Attributes:
+        path: the folder.
+        report: what the repeats say together.
+        rows: of ``study.parquet``.
+        labels: short names of the checkpoints by path.
+    """
 
     path: Path
+    report: StudyReport
     rows: Sequence[Any]
-    resample: str
-    spread: str
-    fits: Sequence[Any]
-    lines: Sequence[Any]
-    changes: Sequence[Any]
     labels: Mapping[str, str]
-    leaderboard: Any
 
     def distinct(self, name: str) -> list[Any]:
         """The values of a column, in order of first appearance."""
@@ -238,40 +205,15 @@ class Study:
         return [dict(zip(names, values, strict=True)) for values in found]
 
 
-_STUDY_COLUMNS = (
-    *("checkpoint", "setting", "repeat", "update_seed", "probe_seed", "quantity", "normalisation", "version"),
-    *("own_lr", "lr", "unit", "num_prompts", "true", "true_stderr", "linear", "linear_stderr", "reliable"),
-    *("reason", "relative_difference"),
-)
-
-
-def load_study(folder: Path) -> Study:
+def read_study(folder: Path) -> StudyPage:
     """Read a study folder.
 
     Raises:
         RunFolderError: a file is missing or damaged.
     """
-    frame, summary = _frame(folder / "study.parquet", _STUDY_COLUMNS), _json(folder / "study.json")
-    if frame is None or summary is None:
-        name = "study.parquet" if frame is None else "study.json"
-        raise RunFolderError(f"{folder}: no {name}, so this is not a finished study; run `stepscope study`")
-    rows = list(frame.itertuples(index=False))
-    missing = [n for n in ("resample", "spread", "fits", "lines", "changes") if n not in summary]
-    if missing:
-        raise RunFolderError(
-            f"{folder / 'study.json'}: no {missing[0]}; run `stepscope study` again, it only writes the table"
-        )
-    return Study(
-        path=folder,
-        rows=rows,
-        resample=summary.resample,
-        spread=summary.spread,
-        fits=summary.fits,
-        lines=summary.lines,
-        changes=summary.changes,
-        labels=_labels([str(row.checkpoint) for row in rows]),
-        leaderboard=summary.leaderboard,
-    )
+    found = load_study(folder)
+    rows = list(found.to_pandas().itertuples(index=False))
+    return StudyPage(folder, found.report, rows, _labels([row.checkpoint for row in rows]))
 
 
 def _labels(paths: Sequence[str]) -> dict[str, str]:

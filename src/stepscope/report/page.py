@@ -25,8 +25,8 @@ from stepscope.reading.measurement import Measurement, load_measurement
 from stepscope.report.load import (
     Run,
     load_run,
-    load_study,
     load_training,
+    read_study,
     reads_artifacts,
 )
 from stepscope.report.parts import Panel, Room, Section
@@ -199,7 +199,7 @@ def write_study_report(folder: Path) -> Path:
     Raises:
         RunFolderError: the folder holds no finished study, or a file of it is damaged.
     """
-    loaded = load_study(Path(folder))
+    loaded = read_study(Path(folder))
     return _write(
         loaded.path / "study.html",
         title=f"Study {loaded.path.resolve().name}",
@@ -226,7 +226,7 @@ def evaluated(table: Path) -> list[str]:
 @reads_artifacts
 def studied(folder: Path) -> list[str]:
     """Slopes and changes of a study, by setting."""
-    loaded = load_study(folder)
+    loaded = read_study(folder)
     return [line for s in loaded.distinct("setting") for line in study.study_sentences(loaded, s)]
 
 

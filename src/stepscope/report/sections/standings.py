@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from stepscope.report import style, text
-from stepscope.report.load import Study
+from stepscope.report.load import StudyPage
 from stepscope.report.parts import Section
 from stepscope.report.sections.criteria import CAPTION, PRIMARY, Entry, agrees, make_board, truth_words
 from stepscope.report.tables import Board
+from stepscope.results.study import StudyLeaderboard, StudyStanding
 from stepscope.stats import Estimate
 
 _LOOKS: Mapping[str, Sequence[style.Look]] = {
@@ -27,10 +28,11 @@ _DODGE = 0.012
 _TRUTH = ("truth", "preconditioner", "version")
 
 
-def standings(study: Study, setting: str) -> Section | None:
+def standings(study: StudyPage, setting: str) -> Section | None:
     """The leaderboard of a setting; the primary truth is drawn, the others unfold."""
-    rows = [row for row in study.leaderboard.rows if row.setting == setting] if study.leaderboard else []
-    if not rows:
+    found = study.report.leaderboard
+    rows = [row for row in found.rows if row.setting == setting] if found else []
+    if found is None or not rows:
         return None
     about = [row for row in rows if (row.level, row.target) == (PRIMARY["level"], PRIMARY["target"])]
     truths = list(dict.fromkeys(tuple(getattr(row, name) for name in _TRUTH) for row in about))
@@ -38,36 +40,36 @@ def standings(study: Study, setting: str) -> Section | None:
     figures = []
     for number, truth in enumerate(truths):
         own = [row for row in about if agrees(row, dict(zip(_TRUTH, truth, strict=True)))]
-        if found := _by_checkpoint(study, own, f"standings-{number}"):
-            figures.append(found)
+        if drawn := _by_checkpoint(study, own, f"standings-{number}"):
+            figures.append(drawn)
     return Section(
         "criteria",
         "Which cheap criteria find the tokens",
         intro=_sentence(study, [row for row in about if agrees(row, PRIMARY)]),
         figures=figures[:1],
-        board=_board(study, rows),
+        board=_board(study, found, rows),
         more_title="Other truths" if len(figures) > 1 else "",
         more_figures=figures[1:],
     )
 
 
-def _board(study: Study, rows: Sequence[Any]) -> Board:
+def _board(study: StudyPage, found: StudyLeaderboard, rows: Sequence[StudyStanding]) -> Board:
     """Every criterion against every truth at every checkpoint, over the repeats."""
     repeats = max(row.repeats for row in rows)
     what = (
-        f"Mean over {repeats} repeats ± the standard error of that mean, {study.spread}."
+        f"Mean over {repeats} repeats ± the standard error of that mean, {study.report.spread}."
         if repeats > 1
         else "± is one standard error, by bootstrap over update prompts."
     )
     still = (
         " Rows and diagonals do not depend on the probe batch, so that repeats of one update batch agree."
-        if repeats > 1 and study.resample == "probe"
+        if repeats > 1 and study.report.resample == "probe"
         else ""
     )
     return make_board(
         [Entry(row, _control_words(row.best_controls), row.checkpoint, row.repeats) for row in rows],
-        study.leaderboard.shares,
-        study.leaderboard.definitions,
+        found.shares,
+        found.definitions,
         f"{CAPTION} {what}{still} Gain: Spearman less |Spearman| of the trivial control that is best "
         "in the same measurement; of several best controls, in how many repeats each was.",
         study.labels,
@@ -78,11 +80,11 @@ def _control_words(best: Mapping[str, int]) -> str:
     return next(iter(best)) if len(best) == 1 else ", ".join(f"{name} ({n})" for name, n in best.items())
 
 
-def _leaders(rows: Sequence[Any], kind: str, count: int) -> dict[str, dict[str, Any]]:
+def _leaders(rows: Sequence[StudyStanding], kind: str, count: int) -> dict[str, dict[str, Any]]:
     """Rows by criterion and checkpoint of those with the largest mean Spearman over checkpoints, in size."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
-        if row.kind == kind and math.isfinite(row.spearman.value):
+        if row.kind == kind and row.spearman is not None and math.isfinite(row.spearman.value):
             found.setdefault(row.criterion, {})[row.checkpoint] = row
 
     def size(name: str) -> float:
@@ -92,7 +94,7 @@ def _leaders(rows: Sequence[Any], kind: str, count: int) -> dict[str, dict[str, 
     return {name: found[name] for name in sorted(found, key=size, reverse=True)[:count]}
 
 
-def _by_checkpoint(study: Study, rows: Sequence[Any], key: str) -> style.Figure | None:
+def _by_checkpoint(study: StudyPage, rows: Sequence[StudyStanding], key: str) -> style.Figure | None:
     """Spearman correlation of the leading criteria and controls with one truth, against the step."""
     lines = [
         (name, own, seen)
@@ -123,7 +125,7 @@ def _by_checkpoint(study: Study, rows: Sequence[Any], key: str) -> style.Figure 
         )
     repeats, words = max(row.repeats for row in rows), truth_words(rows[0])
     what = (
-        f"Mean over {repeats} repeats; error bars: 95 % interval of the mean, {study.spread}"
+        f"Mean over {repeats} repeats; error bars: 95 % interval of the mean, {study.report.spread}"
         if repeats > 1
         else "One measurement each; error bars: 95 %, bootstrap over update prompts, given the probe"
     )
@@ -141,7 +143,7 @@ def _hover(found: Estimate) -> str:
     return f"{text.bare(found)}<br>{text.plotly_text(found.method)}{reason}"
 
 
-def _places(study: Study, checkpoints: Sequence[str]) -> tuple[dict[str, float], dict[str, Any]]:
+def _places(study: StudyPage, checkpoints: Sequence[str]) -> tuple[dict[str, float], dict[str, Any]]:
     """Place of each checkpoint and the axis: its step, or its number where they are not all of one run."""
     if _of_one_run(checkpoints):
         places = {path: float(_step(path)) for path in sorted(checkpoints, key=_step)}
@@ -164,7 +166,7 @@ def _of_one_run(checkpoints: Sequence[str]) -> bool:
     )
 
 
-def _sentence(study: Study, rows: Sequence[Any]) -> str:
+def _sentence(study: StudyPage, rows: Sequence[StudyStanding]) -> str:
     """In words: how well the leading criterion and control follow the influence of tokens, by checkpoint."""
     best, control = (next(iter(_leaders(rows, kind, 1).items()), None) for kind in _LOOKS)
     if best is None or control is None:

@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from stepscope.report import style, text
-from stepscope.report.load import Study
+from stepscope.report.load import StudyPage
 from stepscope.report.parts import Panel, Section
 from stepscope.report.sections.criteria import agrees
 from stepscope.report.sections.standings import standings
@@ -24,7 +24,7 @@ _GAP, _ROW_GAP = 0.1, 0.3
 _PANEL_HEIGHT = 250
 
 
-def panel(study: Study, setting: str, key: str) -> Panel:
+def panel(study: StudyPage, setting: str, key: str) -> Panel:
     """All figures and tables of one setting; the first series is shown, the others unfold."""
     lines, boxes = [], []
     for number, names in enumerate(study.series(setting)):
@@ -58,11 +58,11 @@ def panel(study: Study, setting: str, key: str) -> Panel:
     )
 
 
-def lede(study: Study) -> str:
+def lede(study: StudyPage) -> str:
     """How many measurements of what, and what the spread over repeats means."""
     repeats = len(study.distinct("repeat"))
     counts = [counted(len(study.distinct(name)), name) for name in ("checkpoint", "setting", "repeat")]
-    spread = f" The spread over repeats is {study.spread}." if repeats > 1 else ""
+    spread = f" The spread over repeats is {study.report.spread}." if repeats > 1 else ""
     cells = {(row.checkpoint, row.setting, row.repeat) for row in study.rows}
     return f"{study.path}: {counted(len(cells), 'measurement')} ({', '.join(counts)}).{spread}"
 
@@ -72,11 +72,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def study_sentences(study: Study, setting: str) -> list[str]:
+def study_sentences(study: StudyPage, setting: str) -> list[str]:
     """Slopes and R^2 over all checkpoints; first order against truth at the own learning rate."""
     names = study.series(setting)[0]
     sentences = []
-    fits = [row.fit for row in study.fits if agrees(row, names) and row.fit and _known(row.fit.slope)]
+    fits = [row.fit for row in study.report.fits if agrees(row, names) and row.fit and _known(row.fit.slope)]
     if fits:
         slopes = [fit.slope for fit in fits]
         r2 = [fit.r2 for fit in fits if _known(fit.r2)]
@@ -85,10 +85,10 @@ def study_sentences(study: Study, setting: str) -> list[str]:
             f"Slope of log |true change| on log learning rate: {text.number(min(slopes), 5)} to "
             f"{text.number(max(slopes), 5)} over {counted(len(fits), 'measurement')} (1 = linear){least}."
         )
-    for row in study.changes:
+    for row in study.report.changes:
         off = row.relative_difference
-        if agrees(row, names) and _at_own_lr(row) and off.n:
-            quartiles = f"{text.percent(off.q25)} to {text.percent(off.q75)}"
+        if agrees(row, names) and _at_own_lr(row) and off.median is not None:
+            quartiles = " to ".join(text.percent(q) for q in (off.q25, off.q75) if q is not None)
             around = f" (quartiles {quartiles} of {off.n} repeats)" if off.n > 1 else ""
             sentences.append(
                 f"{study.labels[row.checkpoint]} at its own learning rate {text.lr_text(row.lr)}: true "
@@ -105,25 +105,25 @@ def _at_own_lr(row: Any) -> bool:
     return math.isclose(row.lr, row.own_lr, rel_tol=1e-6)
 
 
-def _line_figure(study: Study, names: Mapping[str, Any], key: str) -> style.Figure:
+def _line_figure(study: StudyPage, names: Mapping[str, Any], key: str) -> style.Figure:
     """|true change| against learning rate by checkpoint, with the line its repeats were fitted by."""
-    points = [row for row in study.changes if agrees(row, names)]
+    points = [row for row in study.report.changes if agrees(row, names)]
     traces: list[Any] = []
-    for number, line in enumerate(row for row in study.lines if agrees(row, names)):
+    for number, line in enumerate(row for row in study.report.lines if agrees(row, names)):
         own = style.look(number)
         drawn = [p for p in points if p.checkpoint == line.checkpoint and _drawable(p)]
         if drawn:
             traces.append(
                 _points(drawn, text.plotly_text(study.labels[line.checkpoint]) + _fit_words(line), own)
             )
-        if line.slope is not None:
+        if line.slope is not None and line.intercept is not None:
             ends = (line.lrs[0], line.lrs[-1])
             fitted = [math.exp(line.intercept) * lr**line.slope.value for lr in ends]
             traces.append(style.silent(ends, fitted, own.color, line={"dash": own.dash}))
     own_lrs = sorted({float(p.own_lr) for p in points})
     repeats, unit, label = max(p.repeats for p in points), points[0].true.unit, text.series_label(points[0])
     what = (
-        f"Mean over {repeats} repeats; error bars: 95 % interval of the mean, {study.spread}."
+        f"Mean over {repeats} repeats; error bars: 95 % interval of the mean, {study.report.spread}."
         if repeats > 1
         else "One measurement each; error bars: 95 % interval, clustered by prompt and conditional on the "
         "update batch."
@@ -176,7 +176,7 @@ def _points(points: Sequence[Any], name: str, own: style.Look) -> Any:
     )
 
 
-def _difference_figure(study: Study, names: Mapping[str, Any], key: str) -> style.Figure:
+def _difference_figure(study: StudyPage, names: Mapping[str, Any], key: str) -> style.Figure:
     """Distribution of (first order - true)/true: a panel per learning rate, a box per checkpoint."""
     rows = [row for row in study.rows if agrees(row, names)]
     lrs = sorted({row.lr for row in rows})
@@ -207,9 +207,9 @@ def _difference_figure(study: Study, names: Mapping[str, Any], key: str) -> styl
         notes.append(style.note(f"lr {text.lr_text(lr)}", left, top, **corner))
     repeats, label = len({row.repeat for row in rows}), text.series_label(rows[0])
     caption = (
-        f"(First order − true)/true of {label}, at every learning rate on a scale of "
-        f"its own. A point is one of {repeats} repeats, {study.spread}; box: quartiles and median; whiskers: "
-        "the furthest points within 1.5 quartile distances."
+        f"(First order − true)/true of {label}, at every learning rate on a scale of its own. "
+        f"A point is one of {repeats} repeats, {study.report.spread}; box: quartiles and median; "
+        "whiskers: the furthest points within 1.5 quartile distances."
     )
     return style.figure(
         key,
@@ -239,12 +239,12 @@ def _box(values: Sequence[float], name: str, color: str, suffix: str) -> Any:
     )
 
 
-def cells_table(study: Study) -> Table:
+def cells_table(study: StudyPage) -> Table:
     """Every cell with its seeds, its fit, and the change of its primary series at the own learning rate."""
     rows = []
     for setting in study.distinct("setting"):
         names = study.series(setting)[0]
-        fits = {(r.checkpoint, r.repeat): r.fit for r in study.fits if agrees(r, names)}
+        fits = {(r.checkpoint, r.repeat): r.fit for r in study.report.fits if agrees(r, names)}
         for row in study.rows:
             if agrees(row, names) and _at_own_lr(row):
                 fit = fits[row.checkpoint, row.repeat]
@@ -289,15 +289,15 @@ def _slope_cell(fit: LogLogFit | None) -> Cell:
     return _with_error(fit.slope, fit.slope_stderr)
 
 
-def _lines_table(study: Study, setting: str) -> Table:
+def _lines_table(study: StudyPage, setting: str) -> Table:
     """The fits of each checkpoint's repeats together."""
     return table(
         "lines",
         "Fits",
         "Slope of log |true change| on log learning rate: mean over the repeats that could be fitted, ± the "
-        f"standard error of that mean, {study.spread}; of a lone fit, the scatter about its line. Each fit "
-        "keeps to reliable learning rates up to the step's own, or to where second order is a tenth of "
-        "linear.",
+        f"standard error of that mean, {study.report.spread}; of a lone fit, the scatter about its "
+        "line. Each fit keeps to reliable learning rates up to the step's own, or to where second order is a "
+        "tenth of linear.",
         [
             {
                 "Checkpoint": study.labels[row.checkpoint],
@@ -307,13 +307,13 @@ def _lines_table(study: Study, setting: str) -> Table:
                 "fits": row.fits,
                 "repeats": row.repeats,
             }
-            for row in study.lines
+            for row in study.report.lines
             if row.setting == setting
         ],
     )
 
 
-def _changes_table(study: Study, setting: str) -> Table:
+def _changes_table(study: StudyPage, setting: str) -> Table:
     """The changes at each learning rate, over repeats."""
     off = {"5 %": "q05", "25 %": "q25", "median": "median", "75 %": "q75", "95 %": "q95"}
     off["standard deviation"] = "sd"
@@ -321,7 +321,7 @@ def _changes_table(study: Study, setting: str) -> Table:
         "changes",
         "Changes over repeats",
         "Mean over repeats ± the standard error of that mean (of a lone measurement: its own), and the "
-        f"distribution of (first order − true)/true over repeats, {study.spread}. n: repeats.",
+        f"distribution of (first order − true)/true over repeats, {study.report.spread}. n: repeats.",
         [
             {
                 "Checkpoint": study.labels[row.checkpoint],
@@ -336,7 +336,7 @@ def _changes_table(study: Study, setting: str) -> Table:
                     for words, name in off.items()
                 },
             }
-            for row in study.changes
+            for row in study.report.changes
             if row.setting == setting
         ],
     )
