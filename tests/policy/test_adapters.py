@@ -78,7 +78,6 @@ ADAPTERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*eva")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_the_loaded_model_says_what_the_trained_one_did(

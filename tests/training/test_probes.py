@@ -133,7 +133,6 @@ def test_one_line_in_a_trainer_of_somebody_else(small_run: Path, tmp_path: Path)
     assert [entry["step"] for entry in logged] == [1, 3]
 
 
-@pytest.mark.filterwarnings("ignore:.*no fast per-sequence gradient")
 def test_a_mixture_of_experts_is_probed_and_trains_as_without(small_run: Path, tmp_path: Path) -> None:
     """The probe loops over the experts, the training multiplies them at once, before the probe and after."""
     tokenizer = AutoTokenizer.from_pretrained(small_run / "base")
