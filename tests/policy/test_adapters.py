@@ -19,6 +19,8 @@ from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.adapters import load_adapter, reference_adapter
 from stepscope.policy.numerics.precision import matching_precision
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT, and what measure warns of
+
 IDS = torch.tensor([[3, 4, 5, 6, 7, 8]])
 TARGETS = ["q_proj", "down_proj"]
 
