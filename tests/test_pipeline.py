@@ -305,7 +305,7 @@ def test_plans_read_what_earlier_stages_write_and_keys_that_there_are():
         assert set(plan.config) <= set(MeasureConfig.model_fields), plan.name
         written |= set(plan.writes)
     assert needs("change") == ["rollouts", "step"]
-    assert needs("noise") == ["rollouts", "step", "influence"]
+    assert needs("noise") == ["rollouts", "step"]
 
 
 def test_what_depends_on_a_changed_setting_or_file_is_done_again(measured, checkpoint, tmp_path):
@@ -326,10 +326,8 @@ def test_what_depends_on_a_changed_setting_or_file_is_done_again(measured, check
     assert yaml.safe_load((out / "config.yaml").read_text())["lrs"] == [1e-4]
     assert [p["lr"] for p in load_json(out / "change.json")["points"]] == [1e-4, 1e-3]
     (out / "influence_sequences.parquet").unlink()
-    said = measure(*arguments, "lrs=[1e-4]", "baseline=none", "--stages", "influence,change,criteria")
-    assert "stale now: noise, report; --stages noise,report brings them up to date" in said
-    said = measure(*arguments, "lrs=[1e-4]", "baseline=none", "--stages", "noise")
-    assert "noise: stale, done again (influence_sequences.parquet changed)" in said
+    said = measure(*arguments, "lrs=[1e-4]", "baseline=none", "--stages", "influence,change,criteria,noise")
+    assert "stale now: report; --stages report brings" in said
     (out / "update.parquet").unlink()
     said = by_stage(measure(*arguments, "lrs=[1e-4]", "baseline=none"))
     again = [line.split(":")[0] for line in said if "done before" not in line]

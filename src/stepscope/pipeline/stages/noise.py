@@ -6,15 +6,14 @@ from dataclasses import replace
 
 from stepscope import runs
 from stepscope.measure.noise.scale import effect_noise_scale, noise_scale
-from stepscope.pipeline.stages.plan import UPDATE, Figures, stage
+from stepscope.pipeline.stages.plan import PROBE, STEP, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
-from stepscope.results.influence import InfluenceSequences
 
 
 @stage(
-    reads=(*UPDATE, "influence_sequences.parquet"),
+    reads=(*UPDATE, *PROBE, *STEP),
     writes=("noise.json",),
-    config=("quantities", "task", "reference", "batch_size"),
+    config=("quantities", "baseline", "task", "reference", "batch_size"),
 )
 def noise(session: Session) -> Figures:
     """Gradient noise scale of the update batch; and of its effect on each quantity."""
@@ -26,14 +25,11 @@ def noise(session: Session) -> Figures:
         token_weights=session.step.token_weights,
         budget=session.budget,
     )
-    table = runs.read_record(InfluenceSequences, session.run.file("influence_sequences.parquet"))
-    table = table.where((table.component == "sequence") & (table.through == "fixed"))
-    effects = {}
-    for quantity in session.quantities:
-        effects[f"{quantity.name}_{quantity.normalisation}"] = effect_noise_scale(
-            table.influence[table.quantity == quantity.name],
-            update.prompt_index,
-            unit=f"{quantity.unit}/lr",
+    effects = {
+        f"{quantity.name}_{quantity.normalisation}": effect_noise_scale(
+            fixed.sequences, update.prompt_index, unit=f"{quantity.unit}/lr"
         )
+        for quantity, (fixed, _) in zip(session.quantities, session.influences, strict=True)
+    }
     runs.write_record(session.run.file("noise.json"), replace(found, effects=effects))
     return {"noise_scale": found.noise_scale}
