@@ -37,7 +37,10 @@ def enumerable_policy(
     temperature: float = 0.9,
 ) -> Policy:
     """A float64 policy whose responses have at most ``length`` tokens; ``lora`` may hold further options."""
-    model = cases.model(architecture, seed=seed, vocab_size=VOCABULARY, pad_token_id=None)
+    shape: dict[str, Any] = {"vocab_size": VOCABULARY, "intermediate_size": 24, "pad_token_id": None}
+    if architecture == "qwen2":
+        shape["tie_word_embeddings"] = False  # the head is a parameter of its own
+    model = cases.model(architecture, seed=seed, **shape)
     if lora:
         targets = ["c_attn", "c_fc"] if architecture == "gpt2" else ["q_proj", "v_proj", "down_proj"]
         options = {"target_modules": targets, "lora_alpha": 4} | (lora if isinstance(lora, dict) else {})

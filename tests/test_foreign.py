@@ -28,8 +28,6 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of PEFT, and what measure warns of
-
 base, prompts, out = sys.argv[1:]
 data = Dataset.from_list([{"prompt": p} for p in json.load(open(prompts))])
 
