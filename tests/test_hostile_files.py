@@ -36,7 +36,7 @@ from stepscope.tasks import load_task
 from stepscope.yaml_text import parse_yaml
 
 sys.path.insert(0, str(Path(__file__).parent / "report"))
-from synthetic_run import write_measurement, write_run
+from folders import hostile, make_run
 
 EVAL = ["num_prompts=2", "samples_per_prompt=1", "ks=[1]"]
 
@@ -206,8 +206,9 @@ def test_no_damage_to_a_checkpoint_gives_a_traceback(checkpoint, tmp_path, examp
 
 
 @few_and_many(30, 3000)
-def test_no_damage_to_artifacts_gives_a_traceback(tmp_path, examples):
-    sources = [write_run(tmp_path / "run"), write_measurement(tmp_path / "measured", step=40, seed=3)]
+def test_no_damage_to_artifacts_gives_a_traceback(tiny_measurement, tmp_path, examples):
+    measured = hostile(fresh(tiny_measurement, tmp_path / "measured"))
+    sources = [make_run(tmp_path / "run", measured), measured]
     kinds = (".json", ".parquet", ".safetensors", ".yaml")
     files = [(s, f.relative_to(s)) for s in sources for f in sorted(s.rglob("*")) if f.suffix in kinds]
 

@@ -63,7 +63,7 @@ def test_the_page_works_in_a_browser(run_folder: Path, browser: Browser) -> None
     box = browser.evaluate(
         """(() => { document.getElementById('fig-m0-change').scrollIntoView({behavior: 'instant'});
             const points = document.querySelectorAll('#fig-m0-change .scatterlayer path.point');
-            const r = points[4].getBoundingClientRect();
+            const r = points[0].getBoundingClientRect();
             return [r.x + r.width / 2, r.y + r.height / 2]; })()"""
     )
     browser.move_mouse(box[0] - 40, box[1] - 40)

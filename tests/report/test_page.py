@@ -243,7 +243,7 @@ def test_ends_of_the_range_are_drawn_where_they_lie_on_the_axis(measure_folder: 
     path = measure_folder / "change.json"
     others = runs.read_record(Changes, path).others
     without = tuple(replace(o, lr=1e-4, measurable_from=1e-12, linear_up_to=None) for o in others)
-    changed(path, Changes, lr=1e-4, measurable_from=3.2e-6, linear_up_to=4e-4, others=without)
+    changed(path, Changes, lr=1e-4, measurable_from=3.2e-5, linear_up_to=4e-4, others=without)
     page = Page(write_report(measure_folder))
     rates = [
         f["layout"]
@@ -251,12 +251,12 @@ def test_ends_of_the_range_are_drawn_where_they_lie_on_the_axis(measure_folder: 
         if f["layout"]["xaxis"].get("title", {}).get("text") == "learning rate"
     ]
     primary, *further = rates
-    assert sorted(s["x0"] for s in primary["shapes"]) == [3.2e-6, 1e-4, 4e-4]
+    assert sorted(s["x0"] for s in primary["shapes"]) == [3.2e-5, 1e-4, 4e-4]
     notes = {a["text"]: a["x"] for a in primary["annotations"]}
     assert notes == pytest.approx(
         {
             "own lr 1e-4": -4,
-            "measurable from 3.2e-6": np.log10(3.2e-6),
+            "measurable from 3.2e-5": np.log10(3.2e-5),
             "linear up to 4e-4": np.log10(4e-4),
         }
     )
