@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
+from pydantic import TypeAdapter
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -24,6 +25,7 @@ from stepscope.policy.optim.adamw import AdamWGroup, AdamWState
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
+from stepscope.stats import Estimate
 
 CHARACTERS = ("<pad>", "</s>", *"0123456789+=?abcdefgh")
 VOCAB = 12  # of :func:`policy`
@@ -61,6 +63,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma3": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 8},
     "gpt2": {},
 }
+
+
+def estimate_of(fields: Mapping[str, Any]) -> Estimate:
+    """The estimate that a file has."""
+    return TypeAdapter(Estimate).validate_python(fields)
 
 
 def model(architecture: str = "qwen2", *, seed: int = 0, **shape: Any) -> Any:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+from cases import estimate_of
 from stepscope.intervals import FEW, proportion, student, studentised
 from stepscope.stats import Estimate, clustered_mean, paired_ratio_difference
 
@@ -40,11 +42,11 @@ def test_ends_go_with_the_value_and_through_json() -> None:
     turned = made.scaled(-2.0, unit="bits")
     assert (turned.value, turned.stderr, turned.unit) == (-6.0, 2.0, "bits")
     assert (turned.low, turned.high) == (-8.0, -2.0)
-    assert Estimate.from_dict(json.loads(json.dumps(made.to_dict()))) == made
-    old = {k: v for k, v in made.to_dict().items() if k not in ("low", "high")}
-    assert Estimate.from_dict(old) == Estimate(3.0, 1.0, 20, "nats", "")
-    limit = {**made.to_dict(), "value": None, "stderr": None, "reliable": False, "high": None}
-    found = Estimate.from_dict(limit)
+    assert estimate_of(json.loads(json.dumps(asdict(made)))) == made
+    endless = estimate_of({**asdict(made), "low": None, "high": None})
+    assert (endless.low, endless.high) == (-INF, INF)
+    limit = {**asdict(made), "value": None, "stderr": None, "reliable": False, "high": None}
+    found = estimate_of(limit)
     assert (found.low, found.high) == (1.0, INF)
 
 

@@ -20,6 +20,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from cases import estimate_of
 from stepscope import cli
 from stepscope.config import STAGES, MeasureConfig, build_config
 from stepscope.errors import MeasurementError, RunFolderError
@@ -254,7 +255,7 @@ def test_entropy_of_the_summary_is_that_of_the_probe(measured):
     assert summary["entropy_per_token"]["value"] == pytest.approx(total / probe.num_tokens.sum())
     assert summary["entropy_per_seq"]["value"] == pytest.approx(total / len(probe))
     assert summary["entropy_per_token"]["n"] == probe.num_prompts == 24
-    assert Estimate.from_dict(summary["mean_reward"]).value == pytest.approx(probe.rewards.mean())
+    assert estimate_of(summary["mean_reward"]).value == pytest.approx(probe.rewards.mean())
 
 
 def test_provenance_says_where_it_came_from(measured, checkpoint):

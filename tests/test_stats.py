@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import combinations
 
 import numpy as np
 import pytest
 
+from cases import estimate_of
 from stepscope.measure.quantity.importance_weights import effective_sample_size, pareto_k
 from stepscope.stats import (
     NOT_FINITE,
@@ -200,8 +201,8 @@ def test_loglog_slope_error_matches_simulation():
 
 def test_estimate_round_trip_reads_null_as_nan():
     estimate = Estimate(1.5, 0.1, 7, "nats", "m", reliable=False, reason="few")
-    assert Estimate.from_dict(estimate.to_dict()) == estimate
-    assert np.isnan(Estimate.from_dict({**estimate.to_dict(), "stderr": None}).stderr)
+    assert estimate_of(asdict(estimate)) == estimate
+    assert np.isnan(estimate_of({**asdict(estimate), "stderr": None}).stderr)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def test_what_is_no_number_is_never_reliable(value, stderr):
     assert (made.reliable, made.reason) == (False, NOT_FINITE)
     assert not replace(made, reliable=True).reliable
     assert Estimate(value, stderr, 5, "1", "m", False, "too few").reason == "too few"
-    assert not Estimate.from_dict(made.to_dict() | {"reliable": True, "reason": ""}).reliable
+    assert not estimate_of(asdict(made) | {"reliable": True, "reason": ""}).reliable
 
 
 def test_an_exact_figure_without_an_error_is_reliable():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +16,24 @@ import pytest
 from stepscope.config import MeasureConfig, StudyConfig, build_config, load_config
 from stepscope.pipeline import run_report, run_study
 from stepscope.pipeline.study.leaderboard import RANKED, STATISTICS, standing_rows, summarise_standings
+from stepscope.results.criteria import Criteria, CriterionDefinition, LeaderboardRow
 from stepscope.stats import Estimate
 
 SHARES = ("0.01", "0.1")
 
 
-def figure(value: float | None, stderr: float | None = 0.05, reason: str = "") -> dict[str, Any]:
-    return {
-        "value": value,
-        "stderr": stderr,
-        "n": 11,
-        "unit": "correlation",
-        "method": "bootstrap over 11 update prompts",
-        "reliable": not reason,
-        "reason": reason,
-    }
+ABOUT = CriterionDefinition("f", "", "", "+", True, "token", "literature", "signed")
 
 
-def standing(
-    criterion: str, spearman: dict[str, Any], gain: float | None = None, **changes
-) -> dict[str, Any]:
+def figure(value: float | None, stderr: float | None = 0.05, reason: str = "") -> Estimate:
+    value, stderr = (math.nan if x is None else x for x in (value, stderr))
+    method = "bootstrap over 11 update prompts"
+    return Estimate(value, stderr, 11, "correlation", method, not reason, reason)
+
+
+def standing(criterion: str, spearman: Estimate, gain: float | None = None, **changes) -> LeaderboardRow:
     control = gain is None
-    return {
+    fields = {
         "quantity": "entropy",
         "criterion": criterion,
         "level": "token",
@@ -49,11 +46,11 @@ def standing(
         "captured": {share: figure(float(share)) for share in SHARES},
         "gain_over_control": None if control else figure(gain),
         "best_control": "logp",
-        **changes,
     }
+    return LeaderboardRow(**fields | changes)
 
 
-def rows_of(*boards: list[dict[str, Any]], checkpoint: str = "step-10") -> list[dict[str, Any]]:
+def rows_of(*boards: list[LeaderboardRow], checkpoint: str = "step-10") -> list[dict[str, Any]]:
     """Rows of a study of one checkpoint whose repeats have these standings."""
     rows = []
     for repeat, board in enumerate(boards):
@@ -61,14 +58,15 @@ def rows_of(*boards: list[dict[str, Any]], checkpoint: str = "step-10") -> list[
             MeasureConfig, {"checkpoint": "c", "out": "o", "update": {"seed": 1000 * repeat}}
         )
         names = {"checkpoint": checkpoint, "setting": "default", "repeat": repeat}
-        rows += [{**names, **row} for row in standing_rows({"rows": board}, config)]
+        criteria = Criteria((), (), SHARES, tuple(board), (), {}, ())
+        rows += [{**names, **row} for row in standing_rows(criteria, config)]
     return rows
 
 
 def summary_of(rows: list[dict[str, Any]], resample: Any = "both") -> dict[str, dict[str, Any]]:
-    found = summarise_standings(rows, {"disc_v": {"formula": "f"}}, resample)
+    found = summarise_standings(rows, {"disc_v": ABOUT}, resample).to_plain()
     assert found["shares"] == list(SHARES)
-    assert found["definitions"] == {"disc_v": {"formula": "f"}}
+    assert found["definitions"] == {"disc_v": ABOUT.to_plain()}
     return {row["criterion"]: row for row in found["rows"]}
 
 
@@ -120,7 +118,7 @@ def test_a_lone_repeat_keeps_its_own_error():
     row = summary_of(rows_of([standing("disc_v", figure(0.5, 0.07, "one prompt"), 0.2)]))["disc_v"]
     assert row["repeats"] == 1
     assert row["spearman"] == {
-        **Estimate.from_dict(figure(0.5, 0.07, "one prompt")).to_dict(),
+        **asdict(figure(0.5, 0.07, "one prompt")),
         "method": "one measurement, bootstrap over 11 update prompts",
     }
 
@@ -130,13 +128,13 @@ def test_a_lone_repeat_keeps_its_own_error():
     [
         ((0.5, None, 0.7), 0.6, "undefined in 1 of 3 repeats"),
         ((0.5, None, None), 0.5, "undefined in 2 of 3 repeats"),
-        ((None, None, None), math.nan, "undefined in 3 of 3 repeats"),
+        ((None, None, None), None, "undefined in 3 of 3 repeats"),
     ],
 )
 def test_what_some_repeats_lack_is_averaged_over_the_others_and_flagged(values, mean, reason):
     rows = rows_of(*([standing("disc_v", figure(v, v and 0.05), 0.0)] for v in values))
     found = summary_of(rows)["disc_v"]["spearman"]
-    assert found["value"] == pytest.approx(mean, nan_ok=True)
+    assert found["value"] == pytest.approx(mean)
     assert (found["reliable"], found["reason"]) == (False, reason)
 
 
@@ -148,7 +146,7 @@ def test_flagged_repeats_flag_the_mean():
 def test_checkpoints_and_truths_are_not_mixed():
     board = [standing("disc_v", figure(0.5), 0.0), standing("disc_v", figure(0.1), 0.0, truth="row")]
     rows = [*rows_of(board, board), *rows_of(board, checkpoint="step-60")]
-    found = summarise_standings(rows, {}, "both")["rows"]
+    found = summarise_standings(rows, {}, "both").to_plain()["rows"]
     assert [(r["checkpoint"], r["truth"], r["repeats"], r["spearman"]["value"]) for r in found] == [
         ("step-10", "column", 2, 0.5),
         ("step-10", "row", 2, 0.1),

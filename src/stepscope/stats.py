@@ -7,7 +7,7 @@ is the cluster (a prompt), and sequences of one cluster may depend on each other
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -92,33 +92,10 @@ class Estimate:
             high=ends[1],
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as a JSON-ready dictionary."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Estimate:
-        """Read back what :meth:`to_dict` gave; JSON's null stands for nan, at one end for infinity."""
-        values = {f.name: data[f.name] for f in fields(cls) if f.name not in ("low", "high")}
-        for name in ("value", "stderr"):
-            values[name] = float("nan") if values[name] is None else float(values[name])
-        low, high = interval_of(data.get("low"), data.get("high"))
-        return cls(**values, low=low, high=high)
-
     def doubted(self, *reasons: str) -> Estimate:
         """The same number, no longer reliable, with these reasons added to its own; empty ones are none."""
         given = [reason for reason in (self.reason, *reasons) if reason]
         return replace(self, reliable=self.reliable and not any(reasons), reason="; ".join(given))
-
-
-def interval_of(low: float | None, high: float | None) -> tuple[float, float]:
-    """The ends of a stored interval: null is infinite beside a number, else nan (the default)."""
-    if low is None and high is None:
-        return float("nan"), float("nan")
-    return (
-        float("-inf") if low is None else float(low),
-        float("inf") if high is None else float(high),
-    )
 
 
 def estimate_from_sums(

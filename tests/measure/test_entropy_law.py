@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -118,7 +117,7 @@ def test_prompts_that_checkpoints_share() -> None:
     assert law.prediction is not None
     assert law.prediction.fitted == 3
     assert "15% of 7 checkpoints are too few" in law.prediction.rmse.reason
-    assert json.dumps(law.to_dict())
+    assert EntropyLaw.from_json(law.to_json(), "given").to_json() == law.to_json()
 
 
 def test_a_checkpoint_that_solves_nothing_has_an_error() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def standings(checkpoints: list[str], repeats: int) -> list[dict[str, Any]]:
                                     **{"truth": truth, "preconditioner": preconditioner, "version": version},
                                     **{"criterion": name, "kind": kind, "statistic": statistic},
                                     "best_control": "k2" if repeat else "k1",
-                                    **Estimate(value, 0.05, 11, "correlation", "bootstrap").to_dict(),
+                                    **asdict(Estimate(value, 0.05, 11, "correlation", "bootstrap")),
                                 }
                             )
     return rows
@@ -63,8 +64,8 @@ def with_leaderboard(
     summary = json.loads((folder / "study.json").read_text())
     about = CriterionDefinition("A p (l + H)", HOSTILE, "(1)", "+", False, "token", "literature", "signed")
     summary["leaderboard"] = summarise_standings(
-        standings(checkpoints, repeats), dict.fromkeys(NAMES, about.to_plain()), resample
-    )
+        standings(checkpoints, repeats), dict.fromkeys(NAMES, about), resample
+    ).to_plain()
     (folder / "study.json").write_text(json.dumps(summary))
     return folder
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from stepscope.errors import RunFolderError
 from stepscope.intervals import student
 from stepscope.pipeline.study.table import summarise
 from stepscope.report import write_study_report
-from stepscope.results.study import StudyReport, StudyRows
+from stepscope.results.study import StudyFit, StudyRows
 from stepscope.stats import loglog_fit
 
 LRS = [1e-6, 1e-5, 1e-4, 1e-3]
@@ -28,7 +27,7 @@ CHECKPOINTS = ["runs/a/checkpoints/step-10", f"runs/b/{HOSTILE.replace('/', '')}
 SETTINGS = ["default", "no-baseline"]
 
 
-def study_rows(repeats: int, checkpoints: list[str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def study_rows(repeats: int, checkpoints: list[str]) -> tuple[list[dict[str, Any]], list[StudyFit]]:
     """Rows and fits of a study whose first order is off by 100 lr, one percent at the own learning rate."""
     rng = np.random.default_rng(0)
     rows, fits = [], []
@@ -63,10 +62,8 @@ def study_rows(repeats: int, checkpoints: list[str]) -> tuple[list[dict[str, Any
                                 "relative_difference": (linear - true) / true,
                             }
                         )
-                    fit = asdict(loglog_fit(LRS[:3], [p["true"] for p in points[:3]]))
-                    fits.append(
-                        {**names, **series, "fit": fit, "measurable_from": 1e-8, "linear_up_to": 1e-3}
-                    )
+                    fit = loglog_fit(LRS[:3], [p["true"] for p in points[:3]])
+                    fits.append(StudyFit(**names, **series, fit=fit, measurable_from=1e-8, linear_up_to=1e-3))
                     rows += points
     return rows, fits
 
@@ -86,7 +83,7 @@ def write_study(
     columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     texts = {name: values.astype(object) for name, values in columns.items() if values.dtype.kind == "U"}
     runs.write_record(folder / "study.parquet", StudyRows(**{**columns, **texts}))
-    runs.write_record(folder / "study.json", StudyReport.from_plain(summarise(rows, fits, resample), "given"))
+    runs.write_record(folder / "study.json", summarise(rows, fits, resample))
     return folder
 
 

@@ -22,7 +22,7 @@ from stepscope.reading.study import load_study
 from stepscope.results.entropy_law import EntropyLaw
 from stepscope.results.evaluation import EvaluationChange, companion
 from stepscope.results.study import StudyReport
-from stepscope.stats import Estimate, interval_of
+from stepscope.stats import Estimate
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -98,8 +98,15 @@ def estimates_of(frame: Any, column: str, *, unit: str = "") -> list[Estimate]:
     return [
         Estimate(value, error, int(n), unit, "", low=low, high=high)
         for (value, error, *ends), n in zip(known.astype(float).to_numpy().tolist(), sizes, strict=True)
-        for low, high in [interval_of(*(None if math.isnan(end) else end for end in ends))]
+        for low, high in [_interval(*ends)]
     ]
+
+
+def _interval(low: float, high: float) -> tuple[float, float]:
+    """The ends in a table: one that is missing beside the other is infinite; none at all is no interval."""
+    if math.isnan(low) == math.isnan(high):
+        return low, high
+    return (-math.inf if math.isnan(low) else low, math.inf if math.isnan(high) else high)
 
 
 def load_run(path: Path) -> Run:

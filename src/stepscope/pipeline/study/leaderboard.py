@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from typing import Any, Literal
 
 import numpy as np
 
 from stepscope.config import MeasureConfig
 from stepscope.pipeline.study.table import SPREAD, Row, grouped, mean_over_repeats
+from stepscope.results.criteria import Criteria, CriterionDefinition
+from stepscope.results.study import StudyLeaderboard, StudyStanding
 from stepscope.stats import Estimate
 
 RANKED = ("quantity", "level", "truth", "preconditioner", "version", "criterion", "kind", "target")
@@ -23,25 +25,25 @@ STATISTICS = ("spearman", "kendall", "pearson", "sign_agreement", "auc", "gain_o
 _CAPTURED = "captured_"
 
 
-def standing_rows(criteria: Mapping[str, Any], config: MeasureConfig) -> list[Row]:
+def standing_rows(criteria: Criteria, config: MeasureConfig) -> list[Row]:
     """One row per standing and statistic of a finished cell; a statistic that is not of its kind has none.
 
     Args:
-        criteria: content of its ``criteria.json``.
+        criteria: its ``criteria.json``.
         config: of the measurement.
     """
     rows = []
-    for standing in criteria["rows"]:
-        figures = {name: standing[name] for name in STATISTICS}
-        figures |= {f"{_CAPTURED}{share}": figure for share, figure in standing["captured"].items()}
+    for standing in criteria.rows:
+        figures = {name: getattr(standing, name) for name in STATISTICS}
+        figures |= {f"{_CAPTURED}{share}": figure for share, figure in standing.captured.items()}
         rows += [
             {
                 "update_seed": config.update.seed,
                 "probe_seed": config.probe.seed,
-                **{key: standing[key] for key in RANKED},
-                "best_control": standing["best_control"],
+                **{key: getattr(standing, key) for key in RANKED},
+                "best_control": standing.best_control,
                 "statistic": name,
-                **Estimate.from_dict(figure).to_dict(),
+                **asdict(figure),
             }
             for name, figure in figures.items()
             if figure is not None
@@ -50,8 +52,8 @@ def standing_rows(criteria: Mapping[str, Any], config: MeasureConfig) -> list[Ro
 
 
 def summarise_standings(
-    rows: Sequence[Row], definitions: Mapping[str, Any], resample: Literal["probe", "both"]
-) -> dict[str, Any]:
+    rows: Sequence[Row], definitions: Mapping[str, CriterionDefinition], resample: Literal["probe", "both"]
+) -> StudyLeaderboard:
     """What the repeats of each checkpoint and setting say together about every criterion.
 
     Repeats are averaged with equal weights, each statistic as it stands in its own cell. So the gain over the
@@ -78,19 +80,19 @@ def summarise_standings(
     for names, members in grouped(rows, ("checkpoint", "setting", *RANKED)):
         repeats = {row["repeat"]: row["best_control"] for row in members}
         found = {
-            str(key["statistic"]): _over_repeats(own, spread).to_dict()
-            for key, own in grouped(members, ("statistic",))
+            str(key["statistic"]): _over_repeats(own, spread) for key, own in grouped(members, ("statistic",))
         }
+        figures: dict[str, Any] = {name: found.get(name) for name in STATISTICS}
         together.append(
-            {
+            StudyStanding(
                 **names,
-                "repeats": len(repeats),
-                **{name: found.get(name) for name in STATISTICS},
-                "captured": {share: found.get(f"{_CAPTURED}{share}") for share in shares},
-                "best_controls": dict(Counter(c for c in repeats.values() if c is not None).most_common()),
-            }
+                repeats=len(repeats),
+                **figures,
+                captured={share: found.get(f"{_CAPTURED}{share}") for share in shares},
+                best_controls=dict(Counter(c for c in repeats.values() if c is not None).most_common()),
+            )
         )
-    return {"shares": shares, "rows": together, "definitions": dict(definitions)}
+    return StudyLeaderboard(tuple(shares), tuple(together), dict(definitions))
 
 
 def _over_repeats(members: Sequence[Row], spread: str) -> Estimate:
@@ -104,7 +106,7 @@ def _over_repeats(members: Sequence[Row], spread: str) -> Estimate:
     reason = "; ".join(doubts)
     if len(known) > 1:
         return mean_over_repeats(np.array([m["value"] for m in known]), known[0]["unit"], spread, reason)
-    lone = Estimate.from_dict((known or members)[0])
+    lone = Estimate(**{f.name: (known or members)[0][f.name] for f in fields(Estimate)})
     lone = replace(lone, method=f"one measurement, {lone.method}")
     if len(members) > 1:
         lone = replace(lone, reliable=False, reason=reason)

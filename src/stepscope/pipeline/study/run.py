@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from stepscope.policy.checkpoint.load import read_settings
 from stepscope.policy.state import Policy
 from stepscope.processes import is_main_process
 from stepscope.report import studied, write_study_report
-from stepscope.results.study import StudyReport, StudyRows
+from stepscope.results.change import Changes
+from stepscope.results.criteria import Criteria
+from stepscope.results.study import StudyRows
 from stepscope.runs import RunFolder, locked
 from stepscope.tasks import TemplatedTask
 
@@ -143,24 +145,28 @@ def _tasks(cells: Sequence[Cell]) -> list[TemplatedTask]:
 
 
 def _write_tables(config: StudyConfig, cells: list[Cell], run: RunFolder, folder: Path) -> None:
-    rows = [
-        {**_names(cell), **row} for cell in cells for row in cell_rows(_change_of(cell, folder), cell.config)
-    ]
-    fits = [{**_names(cell), **fit} for cell in cells for fit in cell_fits(_change_of(cell, folder))]
+    changes = [(cell, runs.read_record(Changes, folder / cell.key / "change.json")) for cell in cells]
+    rows = [{**_names(cell), **row} for cell, change in changes for row in cell_rows(change, cell.config)]
+    fits = [fit for cell, change in changes for fit in cell_fits(change, _names(cell))]
     summary = summarise(rows, fits, config.resample)
-    boards = [(cell, _board_of(cell, folder)) for cell in cells if "criteria" in cell.config.stages]
+    boards = [
+        (cell, runs.read_record(Criteria, folder / cell.key / "criteria.json"))
+        for cell in cells
+        if "criteria" in cell.config.stages
+    ]
     standings = [
         {**_names(cell), **row} for cell, board in boards for row in standing_rows(board, cell.config)
     ]
     if standings:
-        definitions = {name: about for _, board in boards for name, about in board["definitions"].items()}
-        summary["leaderboard"] = summarise_standings(standings, definitions, config.resample)
+        definitions = {name: about for _, board in boards for name, about in board.definitions.items()}
+        leaderboard = summarise_standings(standings, definitions, config.resample)
+        summary = replace(summary, leaderboard=leaderboard)
     board_table = ["leaderboard.parquet"] if standings else []
     with run.stage("study", ["study.parquet", "study.json", *board_table]):
         columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
         texts = {name: values.astype(object) for name, values in columns.items() if values.dtype.kind == "U"}
         runs.write_record(run.file("study.parquet"), StudyRows(**{**columns, **texts}))
-        runs.write_record(run.file("study.json"), StudyReport.from_plain(summary, "study.json"))
+        runs.write_record(run.file("study.json"), summary)
         for name in board_table:
             runs.write_table(run.file(name), {key: [row[key] for row in standings] for key in standings[0]})
 
@@ -202,13 +208,3 @@ def _ahead(begin: float, done: int, missing: list[Cell]) -> str:
 def _names(cell: Cell) -> dict[str, Any]:
     """The columns that say which cell a row is of."""
     return {"checkpoint": str(cell.checkpoint), "setting": cell.setting, "repeat": cell.repeat}
-
-
-def _change_of(cell: Cell, folder: Path) -> dict[str, Any]:
-    change: dict[str, Any] = runs.read_json(folder / cell.key / "change.json")
-    return change
-
-
-def _board_of(cell: Cell, folder: Path) -> dict[str, Any]:
-    board: dict[str, Any] = runs.read_json(folder / cell.key / "criteria.json")
-    return board
