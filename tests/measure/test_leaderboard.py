@@ -221,6 +221,9 @@ def test_what_is_stored(tabular_board, tmp_path):
     }
     assert len(ranked) == len(data["rows"])
     assert {r["criterion"] for r in data["rows"]} == names
+    for r in data["rows"]:
+        given_probe = "conditional on the probe batch" in r["spearman"]["method"]
+        assert given_probe == (r["truth"] == "column"), "rows and diagonals are of the update batch alone"
     row = next(r for r in data["rows"] if r["criterion"] == "cov_batch" and r["truth"] == "column")
     assert row["quantity"] == "entropy"
     assert set(row["captured"]) == {"0.0002", "0.01", "0.1"}

@@ -41,6 +41,9 @@ from stepscope.stats import Estimate
 FEWEST = 3
 """A rank correlation needs at least so many items."""
 
+GIVEN_PROBE = ", conditional on the probe batch"
+"""What the errors are given, where a truth is measured on a probe batch."""
+
 
 @dataclass(frozen=True, repr=False)
 class Leaderboard(Brief):
@@ -289,7 +292,7 @@ def _rank(
                 num_items=board.values.shape[1],
                 method=truth.method + ("" if board.level == "token" else "; summed over each response"),
                 best_possible={
-                    _label(share): _estimate(found.best[q, :, t], count, "share of the total")
+                    _label(share): _estimate(found.best[q, :, t], count, "share of the total", truth)
                     for q, share in enumerate(SHARES)
                 },
                 reliability=_reliability(board, t, num_resamples, seed, count),
@@ -303,7 +306,7 @@ def _row(board: _Board, found: Comparison, c: int, t: int, count: int) -> Leader
     gain = None
     if control is not None and criterion.kind != "control":
         other = found.spearman[:, control, t]
-        gain = _estimate(found.spearman[:, c, t] - np.sign(other[0]) * other, count, "correlation")
+        gain = _estimate(found.spearman[:, c, t] - np.sign(other[0]) * other, count, "correlation", truth)
     return LeaderboardRow(
         quantity="entropy",
         criterion=criterion.name,
@@ -313,19 +316,19 @@ def _row(board: _Board, found: Comparison, c: int, t: int, count: int) -> Leader
         truth=truth.kind,
         preconditioner=truth.preconditioner,
         version=truth.version,
-        spearman=_estimate(found.spearman[:, c, t], count, "correlation"),
-        kendall=_estimate(found.kendall[:, c, t], count, "correlation"),
-        pearson=_estimate(found.pearson[:, c, t], count, "correlation"),
+        spearman=_estimate(found.spearman[:, c, t], count, "correlation", truth),
+        kendall=_estimate(found.kendall[:, c, t], count, "correlation", truth),
+        pearson=_estimate(found.pearson[:, c, t], count, "correlation", truth),
         captured={
-            _label(share): _estimate(found.captured[q, :, c, t], count, "share of the total")
+            _label(share): _estimate(found.captured[q, :, c, t], count, "share of the total", truth)
             for q, share in enumerate(SHARES)
         },
         sign_agreement=(
-            _estimate(found.sign_agreement[:, c, t], count, "share of items")
+            _estimate(found.sign_agreement[:, c, t], count, "share of items", truth)
             if criterion.target == "signed"
             else None
         ),
-        auc=_estimate(found.auc[:, c, t], count, "probability"),
+        auc=_estimate(found.auc[:, c, t], count, "probability", truth),
         gain_over_control=gain,
         best_control=None if control is None else board.criteria[control].name,
     )
@@ -354,14 +357,14 @@ def _reliability(board: _Board, t: int, num_resamples: int, seed: int, count: in
         num_resamples=num_resamples,
         seed=seed,
     ).spearman[:, 0, 0]
-    return _estimate(halves, count, "correlation")
+    return _estimate(halves, count, "correlation", board.truths[t])
 
 
 def _label(share: float) -> str:
     return f"{share:g}"
 
 
-def _estimate(draws: FloatArray, count: int, unit: str) -> Estimate:
+def _estimate(draws: FloatArray, count: int, unit: str, truth: GroundTruth) -> Estimate:
     """The first entry with the spread of the others; what no resample or too few prompts give is flagged."""
     value, others = float(draws[0]), draws[1:][np.isfinite(draws[1:])]
     reason = ""
@@ -377,7 +380,7 @@ def _estimate(draws: FloatArray, count: int, unit: str) -> Estimate:
         stderr,
         count,
         unit,
-        f"bootstrap over {count} update prompts, conditional on the probe batch",
+        f"bootstrap over {count} update prompts" + ("" if truth.halves is None else GIVEN_PROBE),
         reliable=not reason,
         reason=reason,
     )
