@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -66,23 +67,10 @@ def sample_update(session: Session) -> Rollouts:
     Raises:
         BatchError: no reward variance in any prompt group, so that there is no step.
     """
-    wanted = session.config.update
-    if wanted.file is not None:
-        update = _from_file(session, Path(wanted.file), "update.file")
-        if update.advantages is None:
-            scaled = advantages(update.rewards, update.group_index, session.policy.settings.scale_rewards)
-            update = replace(update, advantages=scaled)
-    else:
-        update = sample_rollouts(
-            session.policy,
-            session.task,
-            num_prompts=wanted.num_prompts,
-            group_size=wanted.group_size,
-            seed=wanted.seed,
-            split=wanted.split,
-            options=SamplingOptions(resample=session.config.resample),
-            budget=session.budget,
-        )
+    update = _drawn(session, "update", SamplingOptions(resample=session.config.resample))
+    if session.config.update.file is not None and update.advantages is None:
+        scaled = advantages(update.rewards, update.group_index, session.policy.settings.scale_rewards)
+        update = replace(update, advantages=scaled)
     if update.advantages is None or not np.any(update.advantages):
         raise BatchError(
             f"update batch: the rewards of all {update.num_prompts} prompt groups have zero variance "
@@ -98,22 +86,26 @@ def sample_probe(session: Session, update: Rollouts) -> Rollouts:
     Raises:
         BatchError: the two batches share prompts.
     """
-    wanted = session.config.probe
-    if wanted.file is not None:
-        probe = _from_file(session, Path(wanted.file), "probe.file")
-    else:
-        probe = sample_rollouts(
-            session.policy,
-            session.task,
-            num_prompts=wanted.num_prompts,
-            group_size=wanted.group_size,
-            seed=wanted.seed,
-            split=wanted.split,
-            options=SamplingOptions(exclude=update.asked),
-            budget=session.budget,
-        )
+    probe = _drawn(session, "probe", SamplingOptions(exclude=update.asked))
     refuse_overlap(update, probe)
     return probe
+
+
+def _drawn(session: Session, name: Literal["update", "probe"], options: SamplingOptions) -> Rollouts:
+    """A batch as its section of the configuration asks for it: from a file, or sampled."""
+    wanted = session.config.update if name == "update" else session.config.probe
+    if wanted.file is not None:
+        return _from_file(session, Path(wanted.file), f"{name}.file")
+    return sample_rollouts(
+        session.policy,
+        session.task,
+        num_prompts=wanted.num_prompts,
+        group_size=wanted.group_size,
+        seed=wanted.seed,
+        split=wanted.split,
+        options=options,
+        budget=session.budget,
+    )
 
 
 def _from_file(session: Session, path: Path, key: str) -> Rollouts:

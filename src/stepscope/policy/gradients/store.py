@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -129,18 +129,16 @@ class GradientStore:
 
     def paired(self, gradient: LayerGradient) -> dict[str, Tensor]:
         """(seq,) inner products h_i' P g_i with other gradients h of the block's own sequences."""
-        total: dict[str, Tensor] = {}
-        if gradient.name not in self._shapes:
-            return total
-        flat = self._oriented(gradient)
-        for start, stop, chunk in self._chunks(gradient.name):
-            others = gradient.dense(start, stop).flatten(1)
-            for metric, weights in flat.items():
-                _accumulate(total, metric, torch.linalg.vecdot(_weigh(others, weights, start, stop), chunk))
-        return total
+        return self._multiplied(gradient, torch.linalg.vecdot)
 
     def cross(self, gradient: LayerGradient) -> dict[str, Tensor]:
         """(other, seq) inner products h_e' P g_i with the gradients h of other sequences."""
+        return self._multiplied(gradient, lambda others, chunk: others @ chunk.T)
+
+    def _multiplied(
+        self, gradient: LayerGradient, multiply: Callable[[Tensor, Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """Products of P times other gradients with the block's own, added up over chunks of the parameter."""
         total: dict[str, Tensor] = {}
         if gradient.name not in self._shapes:
             return total
@@ -148,7 +146,7 @@ class GradientStore:
         for start, stop, chunk in self._chunks(gradient.name):
             others = gradient.dense(start, stop).flatten(1)
             for metric, weights in flat.items():
-                _accumulate(total, metric, _weigh(others, weights, start, stop) @ chunk.T)
+                _accumulate(total, metric, multiply(_weigh(others, weights, start, stop), chunk))
         return total
 
     def norms(self, gradient: LayerGradient) -> dict[str, Tensor]:
