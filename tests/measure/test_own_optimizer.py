@@ -20,6 +20,7 @@ from stepscope.policy import vectors
 from stepscope.policy.checkpoint.optimizer_state import match_optimizer
 from stepscope.policy.optim.base import Keys, OptimizerState, ParameterGroup, SavedState, Update
 from stepscope.policy.optim.registry import OPTIMIZERS, kind_of, measurable
+from stepscope.policy.optim.slope import Elementwise, Slope
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 
@@ -54,8 +55,8 @@ class HeavyBall(OptimizerState):
         ones = {n: torch.full_like(b, clip) for n, b in self.buffer.items()}
         return Update({"momentum": vectors.scale(self.buffer, -MOMENTUM)}, ones)
 
-    def slope(self, ascent: ParameterVector, *, clip: float, lr: float) -> dict[str, Tensor]:
-        return {n: torch.ones_like(b) for n, b in self.buffer.items()}
+    def slope(self, ascent: ParameterVector, *, clip: float, lr: float) -> Slope:
+        return Elementwise({n: torch.ones_like(b) for n, b in self.buffer.items()})
 
     def carried(self, name: str, horizon: int) -> float:
         return sum(MOMENTUM**j for j in range(horizon))
@@ -123,6 +124,7 @@ def test_its_steps_are_attributed(trained: tuple[Policy, torch.optim.Optimizer])
         assert through.sequences == pytest.approx(fixed.sequences)
         torch.testing.assert_close(along, dict(step.components["sequences"]))
     found = lifetime(policy, step)
+    assert found is not None
     assert found.effect[10] == pytest.approx(10 * (1 - MOMENTUM**10))
     assert found.white_noise_share == pytest.approx(0.19)
     assert reconstruct_step(policy, step.update).lr == step.lr

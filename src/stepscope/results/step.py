@@ -89,7 +89,7 @@ class StepReport(Record):
         stored_dtypes: types of the weights as stored.
         doubt: why the step is not the training's; empty where nothing speaks against it.
         rounding: of a training in a half type, else None.
-        lifetime: of the update batch.
+        lifetime: of the update batch; None for an optimizer whose step is no sum over gradients.
     """
 
     lr: float
@@ -106,7 +106,7 @@ class StepReport(Record):
     stored_dtypes: tuple[str, ...]
     doubt: str
     rounding: Rounding | None
-    lifetime: Lifetime
+    lifetime: Lifetime | None
 
     def to_plain(self) -> dict[str, Any]:
         """The components spread over the file's names."""

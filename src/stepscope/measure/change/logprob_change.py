@@ -52,7 +52,7 @@ def predict_logprobs(
         budget: what may be used at a time.
 
     Raises:
-        MeasurementError: the parts do not add up to the total.
+        MeasurementError: the parts do not add up to the total, or the optimizer has no preconditioner.
     """
     others = {name: vector for name, vector in step.components.items() if name != "sequences"}
     stacked = {n: torch.stack([d[n] for d in (step.direction, *others.values())]) for n in step.direction}
@@ -61,7 +61,7 @@ def predict_logprobs(
     parts = gram(
         policy,
         SequenceGradients(step.update, weighted_logprobs(step.token_weights)),
-        preconditioner=step.preconditioner,
+        preconditioner=step.metric(),
         other=of_texts,
         budget=budget,
     ).numpy()

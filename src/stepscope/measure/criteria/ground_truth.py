@@ -110,6 +110,7 @@ def ground_truths(
 
     Raises:
         BatchError: the probe batch has one prompt only, or ``max_diagonal`` is above 4096.
+        MeasurementError: the optimizer has no preconditioner.
     """
     if probe.num_prompts < 2:
         raise BatchError("probe batch: one prompt only, and truths are checked on halves; use 2 or more")
@@ -202,7 +203,7 @@ def _diagonals(policy: Policy, step: Step, options: GroundTruthOptions, budget: 
 
 
 def _metrics(step: Step) -> dict[str, ParameterVector | None]:
-    return {"sgd": None, "adamw": step.preconditioner}
+    return {"sgd": None, "adamw": step.metric()}
 
 
 _METRIC = {"sgd": "P = 1", "adamw": "the optimizer's P"}

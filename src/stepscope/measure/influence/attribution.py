@@ -18,6 +18,9 @@ scaling the batch moves nothing.
 u is taken from each of a few folds of the probe prompts by itself: the derivatives are linear in u, so the
 folds add up to the whole, and how far they differ says how sure each token's influence and the ranks of all
 are (:mod:`stepscope.measure.influence.reliability`).
+
+An optimizer whose step is not linear in its gradient has one of the two ways only, and its shares are not
+those of the step (:mod:`stepscope.measure.step.nonlinear`).
 """
 
 from __future__ import annotations
@@ -35,12 +38,14 @@ from stepscope.measure.influence.probe_gradient import Folds, ProbeGradient, pro
 from stepscope.measure.quantity.base import Quantity
 from stepscope.measure.quantity.objective import quantity_objective
 from stepscope.measure.quantity.probe import bind_quantity
-from stepscope.measure.step.derivative import THROUGHS, Through, step_derivative
+from stepscope.measure.step.derivative import step_derivative
+from stepscope.measure.step.nonlinear import nonlinear_doubt
 from stepscope.measure.step.reconstruct import Step, weighted_logprobs
 from stepscope.policy.gradients.derivatives import Mode, directional_derivative, response_logprob
 from stepscope.policy.gradients.gram import gram
 from stepscope.policy.gradients.products import per_sequence_dots
 from stepscope.policy.gradients.stream import SequenceGradients
+from stepscope.policy.optim.base import THROUGHS, Through
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.results import Brief, FloatArray, IntArray, Rollouts
@@ -106,7 +111,8 @@ class Influence(Brief):
         folds: parts of the probe batch from which influence was taken one by one.
         fold_tokens: (fold, tok) influence of each token of the batch through each fold alone; weighted by the
             folds' shares they add up to ``tokens``.
-        components: effect of each component of the step but the sequences, by name.
+        components: effect of each component of the step but the sequences, by name; with ``sequences``, the
+            batch's part as a whole, where nothing splits it.
         total: the linear change per unit of lr: fixed sequences + components.
         sum_of_sequences: sum of ``sequences``, with its error: the update batch's own part of the change
             (fixed), or the derivative with respect to the weight of the whole batch (optimizer).
@@ -241,7 +247,7 @@ def influences(
     update: Rollouts,
     probe: Rollouts,
     *,
-    throughs: Sequence[Through] = THROUGHS,
+    throughs: Sequence[Through] | None = None,
     quantity: str | Quantity = "entropy",
     options: InfluenceOptions = InfluenceOptions(),
     budget: Budget = Budget(),
@@ -256,7 +262,7 @@ def influences(
         step: the step, from ``reconstruct_step`` on ``update``.
         update: the batch that makes the step.
         probe: samples of the policy that are not in the update batch.
-        throughs: ``fixed``, ``optimizer``, or both.
+        throughs: ``fixed``, ``optimizer``, or both; by default what the optimizer has.
         quantity: a name, or a quantity.
         options: baseline, folds and groups.
         budget: what may be used at a time.
@@ -264,6 +270,8 @@ def influences(
     Raises:
         MeasurementError: as :func:`influence`.
     """
+    assert policy.optimizer is not None
+    throughs = policy.optimizer.throughs if throughs is None else throughs
     for through in throughs:
         if through not in THROUGHS:
             raise MeasurementError(
@@ -282,7 +290,8 @@ def influences(
         budget=replace(budget, memory_bytes=budget.memory_bytes // (1 + len(throughs))),
     )
     folds = slope.folds(options.num_folds)
-    others = {name: slope.dots(part) for name, part in step.components.items() if name != "sequences"}
+    whole_only = step.preconditioner is None
+    others = {n: slope.dots(part) for n, part in step.components.items() if whole_only or n != "sequences"}
     linear = slope.dots(step.direction)
     rows = slope.num_groups + 1
     pulled: dict[str, Tensor] = {}
@@ -296,7 +305,7 @@ def influences(
         resolved = gram(
             policy,
             own_gradients,
-            preconditioner=step.preconditioner,
+            preconditioner=step.metric(),
             other=SequenceGradients(
                 probe,
                 quantity_objective(bound),
@@ -306,7 +315,7 @@ def influences(
             budget=budget,
         ).numpy()
     unit = f"{bound.quantity.unit}/lr"
-    parts = ", ".join(["sequences", *others])
+    parts = ", ".join(dict.fromkeys(["sequences", *others]))
     components = {name: _estimate(slope, by, unit, f"grad F . {name}") for name, by in others.items()}
     found = []
     for i, through in enumerate(throughs):
@@ -344,6 +353,8 @@ def influences(
                 probe_resolved=resolved if through == "fixed" else None,
             )
         )
+    if policy.optimizer.nonlinear:
+        return tuple(_doubted(f, nonlinear_doubt(policy, step, f.through)) for f in found)
     by_name = {f.through: f for f in found}
     if len(by_name) < len(THROUGHS):
         return tuple(found)

@@ -57,7 +57,7 @@ def token_influences(
         sequence.
 
     Raises:
-        MeasurementError: the settings have another rule.
+        MeasurementError: the settings have another rule, or the optimizer has no preconditioner.
     """
     rule = policy.settings.objective
     if not isinstance(rule, InfluenceClipping):
@@ -75,7 +75,7 @@ def token_influences(
             policy, probe, quantity, direction=step.direction, baseline=BASELINE, budget=budget
         )
         slope = probe_gradient(policy, probe, bound, max_groups=1, errors=False, budget=budget)
-        u = vectors.multiply(step.preconditioner, slope.mean())
+        u = vectors.multiply(step.metric(), slope.mean())
         along = directional_derivative(policy, update, response_logprob, u, budget=budget)
         found[i] = tuple(w * d.double().cpu().numpy() for w, d in zip(weights, along, strict=True))
     return found[0], found[1]

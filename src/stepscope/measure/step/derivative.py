@@ -2,34 +2,31 @@
 
 The components of a step (:mod:`stepscope.measure.step.reconstruct`) hold the preconditioner P and the clip
 coefficient c as they are. Both depend on the gradient. With a = -g the ascent of the loss and J the
-derivative of the direction with respect to c a, elementwise, which the optimizer gives
+derivative of the direction with respect to c a, which the optimizer gives
 (:meth:`~stepscope.policy.optim.base.OptimizerState.slope`),
 
     d direction / da at fixed c:   A = c J
-    d direction / dc:              E = a J
+    d direction / dc:              E = J a
     dc/da = - c^2 / max_norm  a / |a|   where the gradient is clipped, else 0
 
 so that the step's derivative along a change da of the gradient is A da + E (dc/da . da), and a quantity with
-gradient F' changes by u . da with u = A F' + (E . F') dc/da. (``docs/METHODS.md``; own derivation, held to
-finite differences of ``torch.optim.AdamW``.)
+gradient F' changes by u . da with u = A' F' + (E . F') dc/da. (``docs/METHODS.md``; own derivation, held to
+finite differences of the optimizers of torch.)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
+from stepscope.errors import MeasurementError
 from stepscope.measure.step.reconstruct import Step
 from stepscope.policy import vectors
+from stepscope.policy.optim.base import Through
+from stepscope.policy.optim.slope import Elementwise, Slope
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
-
-Through = Literal["fixed", "optimizer"]
-"""What a share of a step goes through: P and c as they are, or as they answer to the gradient."""
-
-THROUGHS: tuple[Through, ...] = ("fixed", "optimizer")
 
 
 @dataclass(frozen=True)
@@ -37,18 +34,20 @@ class StepDerivative:
     """The derivative of a step's direction with respect to -grad Loss, per unit of the step's lr.
 
     Attributes:
-        diagonal: A, or P where preconditioner and clipping are held fixed.
+        slope: J, or P where preconditioner and clipping are held fixed.
+        factor: c, or 1 beside P: A is the one times the other.
         clip_effect: E, d direction / dc; empty where clipping is fixed or not at work.
         clip_gradient: dc/da; empty like ``clip_effect``.
     """
 
-    diagonal: dict[str, Tensor]
+    slope: Slope
+    factor: float
     clip_effect: dict[str, Tensor]
     clip_gradient: dict[str, Tensor]
 
     def along(self, change: ParameterVector) -> dict[str, Tensor]:
         """Change of the direction for a small change of -grad Loss."""
-        moved = vectors.multiply(self.diagonal, change)
+        moved = vectors.scale(self.slope.along(change), self.factor)
         if not self.clip_effect:
             return moved
         return vectors.add(moved, vectors.scale(self.clip_effect, vectors.dot(self.clip_gradient, change)))
@@ -60,9 +59,9 @@ class StepDerivative:
             stacks: name to (row, ...parameter shape).
 
         Returns:
-            The same shapes: u = A F' + (E . F') dc/da for every row F'.
+            The same shapes: u = A' F' + (E . F') dc/da for every row F'.
         """
-        found = {n: t * self.diagonal[n].to(t.device, t.dtype) for n, t in stacks.items()}
+        found = {n: t.mul_(self.factor) for n, t in self.slope.pulled(stacks).items()}
         if self.clip_effect:
             effects = sum(
                 (t.flatten(1).double() @ self.clip_effect[n].reshape(-1).to(t.device).double()).cpu()
@@ -82,18 +81,25 @@ def step_derivative(policy: Policy, step: Step, through: Through) -> StepDerivat
         policy: where the step starts.
         step: the step.
         through: ``fixed`` holds preconditioner and clip coefficient, ``optimizer`` holds nothing.
+
+    Raises:
+        MeasurementError: the optimizer has no preconditioner to hold, or no derivative.
     """
-    if through == "fixed":
-        return StepDerivative(step.preconditioner, {}, {})
     assert policy.optimizer is not None
+    state = policy.optimizer
+    if through not in state.throughs:
+        raise MeasurementError(
+            f"no shares of this step through={through}: {state.nonlinear}; use through={state.throughs[0]}"
+        )
+    if through == "fixed":
+        return StepDerivative(Elementwise(step.metric()), 1.0, {}, {})
     clip, limit = step.clip_coefficient, policy.settings.max_grad_norm
-    slope = policy.optimizer.slope(step.ascent, clip=clip, lr=step.lr)
-    diagonal = vectors.scale(slope, clip)
-    if clip == 1.0:
-        return StepDerivative(diagonal, {}, {})
-    ascent = {n: step.ascent[n].to(t.dtype) for n, t in slope.items()}
+    slope = state.slope(step.ascent, clip=clip, lr=step.lr)
+    if clip == 1.0 or not limit > 0:
+        return StepDerivative(slope, clip, {}, {})
     return StepDerivative(
-        diagonal,
-        vectors.multiply(ascent, slope),
-        vectors.scale(ascent, -(clip**2) / (limit * step.grad_norm)),
+        slope,
+        clip,
+        slope.along(step.ascent),
+        vectors.scale(step.ascent, -(clip**2) / (limit * step.grad_norm)),
     )

@@ -31,8 +31,8 @@ HORIZONS = (1, 10, 40)
 """Steps in all, the batch's own the first, at which the effect of a batch is given."""
 
 
-def lifetime(policy: Policy, step: Step, *, horizons: tuple[int, ...] = HORIZONS) -> Lifetime:
-    """The lifetime of the batch of a step.
+def lifetime(policy: Policy, step: Step, *, horizons: tuple[int, ...] = HORIZONS) -> Lifetime | None:
+    """The lifetime of the batch of a step; None where a step is no sum over gradients.
 
     Where groups of parameters differ in betas, decay or age, their effects count with the squared length
     that the batch's part has in them, and their shares with that of the whole step.
@@ -51,6 +51,8 @@ def lifetime(policy: Policy, step: Step, *, horizons: tuple[int, ...] = HORIZONS
             f"{policy.path or 'this policy'}: no optimizer state, and the lifetime of a batch is its first "
             "moment's; load a checkpoint that has optimizer.pt"
         )
+    if state.nonlinear:
+        return None
     own = step.components["sequences"]
 
     def average(vector: dict[str, Tensor], values: list[float]) -> float:
@@ -72,13 +74,15 @@ def lifetime(policy: Policy, step: Step, *, horizons: tuple[int, ...] = HORIZONS
     )
 
 
-def lifetime_figures(found: Lifetime, count: int) -> dict[str, Estimate]:
-    """The headline figures.
+def lifetime_figures(found: Lifetime | None, count: int) -> dict[str, Estimate]:
+    """The headline figures; none where there is no lifetime.
 
     Args:
         found: of the step.
         count: prompts of the update batch.
     """
+    if found is None:
+        return {}
     nan = float("nan")
     figures = {
         "share_sequences_relative": Estimate(

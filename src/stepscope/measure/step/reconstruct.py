@@ -9,6 +9,10 @@ With g = grad Loss, clip coefficient c = min(1, max_norm / (|g| + 1e-6)), and wh
     direction = momentum + decay + P sum_ik w_ik grad l_ik + P sum over terms
 
 where w_ik = -dLoss/dl_ik are the token weights. The parameters after the step are params + lr * direction.
+
+Where an optimizer has no P, since its step D is not linear in the gradient, ``momentum`` is D(0), the step
+without a gradient, ``sequences`` what the gradient of the sequences adds to that, D(c a) - D(0), and each
+term what it adds to the step without it, in the order of the terms; so the parts add up all the same.
 """
 
 from __future__ import annotations
@@ -28,7 +32,7 @@ from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients.derivatives import Objective, gradient
 from stepscope.policy.loss.surrogate import token_weights
 from stepscope.policy.numerics.finiteness import first_not_finite
-from stepscope.policy.optim.base import OptimizerState
+from stepscope.policy.optim.base import OptimizerState, Update
 from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import score_discriminators, score_rollouts
 from stepscope.policy.state import Policy
@@ -53,7 +57,8 @@ class Step(Brief):
         components: what each contributes, by name: ``momentum``, ``decay``, ``sequences`` (the update batch,
             summed over its sequences), and of :data:`stepscope.measure.step.terms.TERMS` those that the loss
             has.
-        preconditioner: P, elementwise, from sum_ik w_ik grad l_ik to ``sequences``.
+        preconditioner: P, elementwise, from sum_ik w_ik grad l_ik to ``sequences``; None where the optimizer
+            has none.
         ascent: -grad Loss before clipping: sum_ik w_ik grad l_ik, and the gradients of the terms.
         token_weights: w_ik = -dLoss/dl_ik, one (tok,) array per sequence.
         lr: learning rate of the step.
@@ -63,7 +68,7 @@ class Step(Brief):
     """
 
     components: Mapping[str, dict[str, Tensor]]
-    preconditioner: dict[str, Tensor]
+    preconditioner: dict[str, Tensor] | None
     ascent: dict[str, Tensor]
     token_weights: tuple[FloatArray, ...]
     lr: float
@@ -75,6 +80,19 @@ class Step(Brief):
     def direction(self) -> dict[str, Tensor]:
         """(params' - params) / lr, the sum of all components."""
         return vectors.add(*self.components.values())
+
+    def metric(self) -> dict[str, Tensor]:
+        """P, for what cannot do without.
+
+        Raises:
+            MeasurementError: the optimizer has none.
+        """
+        if self.preconditioner is None:
+            raise MeasurementError(
+                "this optimizer makes no elementwise product of its gradient, so it has no preconditioner; "
+                "take influence through=optimizer, or re-made steps (measure --validate)"
+            )
+        return self.preconditioner
 
 
 def reconstruct_step(
@@ -171,9 +189,12 @@ def assemble_step(
     lr = next((g.lr for g in state.groups if g.names and g.lr > 0), 0.0)
     made = state.update(policy.parameters, whole, clip=clip, lr=lr)
     gradients = {"sequences": ascent, **terms}
+    if made.preconditioner is None:
+        own = _added(policy, state, gradients, made, clip=clip, lr=lr)
+    else:
+        own = {name: made.made_of(part) for name, part in gradients.items()}
     step = Step(
-        components=made.parts
-        | {name: vectors.multiply(made.preconditioner, part) for name, part in gradients.items()},
+        components=made.parts | own,
         preconditioner=made.preconditioner,
         ascent=whole,
         token_weights=tuple(weights),
@@ -184,6 +205,29 @@ def assemble_step(
     )
     _refuse_broken("direction of the step", step.direction)
     return step
+
+
+def _added(
+    policy: Policy,
+    state: OptimizerState,
+    gradients: Mapping[str, dict[str, Tensor]],
+    whole: Update,
+    *,
+    clip: float,
+    lr: float,
+) -> dict[str, dict[str, Tensor]]:
+    """What each gradient adds to the step that those before it make; the clip coefficient is the whole's."""
+    *earlier, last = gradients
+    found: dict[str, dict[str, Tensor]] = {}
+    before = vectors.zeros_like(whole.made_of(gradients[last]))
+    partial: dict[str, Tensor] | None = None
+    for name in earlier:
+        partial = gradients[name] if partial is None else vectors.add(partial, gradients[name])
+        after = state.update(policy.parameters, partial, clip=clip, lr=lr).made_of(partial)
+        found[name] = vectors.add(after, vectors.scale(before, -1.0))
+        before = after
+    found[last] = vectors.add(whole.made_of(gradients[last]), vectors.scale(before, -1.0))
+    return found
 
 
 def _refuse_broken(what: str, vector: dict[str, Tensor]) -> None:
@@ -198,10 +242,13 @@ def sequence_direction(policy: Policy, step: Step, index: int) -> dict[str, Tens
 
     The clip coefficient and the second moment are those of the whole batch, so the contributions of all
     sequences add up to the component ``sequences``.
+
+    Raises:
+        MeasurementError: the optimizer's step is not linear in its gradient.
     """
     own = weighted_logprobs([step.token_weights[index]])
     ascent = gradient(policy, step.update.select([index]), own)
-    return vectors.multiply(step.preconditioner, {n: ascent[n] for n in step.preconditioner})
+    return vectors.multiply(step.metric(), {n: ascent[n] for n in step.metric()})
 
 
 def weighted_logprobs(weights: Sequence[FloatArray]) -> Objective:

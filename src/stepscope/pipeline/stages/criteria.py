@@ -86,6 +86,6 @@ def _drop_tokens(session: Session, board: Leaderboard) -> Pareto:
 def _kernel_norms(session: Session) -> FloatArray:
     """(seq,) sqrt K(i, i) of the update batch in the optimizer's metric, as in the stage ``kernel``."""
     own = SequenceGradients(session.update, response_logprob)
-    metrics = {"preconditioned": session.step.preconditioner}
+    metrics = {"preconditioned": session.step.metric()}
     squares = paired_dots(session.policy, own, own, metrics, budget=session.budget)
     return np.sqrt(squares["preconditioned"])

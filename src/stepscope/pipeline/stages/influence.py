@@ -6,6 +6,7 @@ from stepscope import runs
 from stepscope.measure.influence.attribution import Influence, neglected_share
 from stepscope.measure.influence.reliability import reliabilities
 from stepscope.measure.influence.shrinkage import Shrunk, shrunk_influence
+from stepscope.measure.step.nonlinear import neglected_part
 from stepscope.pipeline.stages.plan import PROBE, STEP, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
 from stepscope.policy.rollouts import sample_responses
@@ -14,6 +15,8 @@ from stepscope.stats import Estimate
 
 OWN_PROMPTS_SEED = 2**31
 """Added to the update batch's seed for fresh responses to its prompts, which must not be its own again."""
+
+_SUMS = {"fixed": "influence_sequences", "optimizer": "influence_sequences_optimizer"}
 
 
 @stage(
@@ -42,17 +45,20 @@ def influence(session: Session) -> Figures:
     )
     doubts = session.doubt("step"), session.doubt("derivatives")
     runs.write_record(session.run.file("reliability.json"), reliability.doubted(*doubts))
-    fixed, optimizer = found[0]
-    tokens, sequences = sure[optimizer.quantity, optimizer.through]
-    own = shrunk.get((optimizer.quantity, optimizer.through))
+    primary = found[0]
+    ranking = primary[-1]
+    tokens, sequences = sure[ranking.quantity, ranking.through]
+    own = shrunk.get((ranking.quantity, ranking.through))
     asked = own_influence(session)
     parts: dict[str, Estimate | None] = {
-        "influence_sequences": fixed.sum_of_sequences,
-        "influence_sequences_optimizer": optimizer.sum_of_sequences,
+        **{_SUMS[way.through]: way.sum_of_sequences for way in primary},
         "influence_sequences_own_prompts": None if asked is None else asked.sum_of_sequences,
-        "influence_neglected": neglected_share(fixed, optimizer),
-        **{f"influence_{name}": part for name, part in fixed.components.items()},
-        "influence_total": fixed.total,
+        "influence_neglected": neglected_share(*primary) if len(primary) == 2 else None,
+        "influence_nonlinear": neglected_part(session.policy, session.step)
+        if session.step.preconditioner is None
+        else None,
+        **{f"influence_{name}": part for name, part in primary[0].components.items()},
+        "influence_total": primary[0].total,
         "rank_reliability_tokens": tokens.whole,
         "rank_reliability_sequences": sequences.whole,
         "probe_needed_tokens": tokens.needed,
@@ -64,17 +70,20 @@ def influence(session: Session) -> Figures:
 
 
 def _shrunk(session: Session) -> dict[tuple[str, str], Shrunk]:
-    """Influence through the optimizer shrunk, by quantity and way, where there is something to shrink to."""
+    """The influence that ranks shrunk, by quantity and way, where there is something to shrink to.
+
+    That is the one through the optimizer where there is one.
+    """
     found = [
         shrunk_influence(
             session.policy,
             session.step,
             session.probe,
-            optimizer,
+            ways[-1],
             quantity=quantity,
             budget=session.budget,
         )
-        for quantity, (_, optimizer) in zip(session.quantities, session.influences, strict=True)
+        for quantity, ways in zip(session.quantities, session.influences, strict=True)
     ]
     return {(own.shrinkage.quantity, own.shrinkage.through): own for own in found if own is not None}
 
@@ -82,10 +91,12 @@ def _shrunk(session: Session) -> dict[tuple[str, str], Shrunk]:
 def own_influence(session: Session) -> Influence | None:
     """Fixed influence on the primary quantity, on fresh responses to the update batch's own prompts.
 
-    None where the configuration does without, or the quantity needs rewards, which nobody gives them.
+    None where the configuration does without, the quantity needs rewards, which nobody gives them, or there
+    is no fixed influence.
     """
     primary = session.quantities[0]
-    if not session.config.own_prompts or primary.needs_rewards:
+    fixed = session.step.preconditioner is not None
+    if not session.config.own_prompts or primary.needs_rewards or not fixed:
         return None
     fresh = sample_responses(
         session.policy,

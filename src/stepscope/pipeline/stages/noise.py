@@ -25,11 +25,13 @@ def noise(session: Session) -> Figures:
         token_weights=session.step.token_weights,
         budget=session.budget,
     )
-    effects = {
-        f"{quantity.name}_{quantity.normalisation}": effect_noise_scale(
-            fixed.sequences, update.prompt_index, unit=f"{quantity.unit}/lr"
-        )
-        for quantity, (fixed, _) in zip(session.quantities, session.influences, strict=True)
-    }
+    effects = {}
+    if session.step.preconditioner is not None:
+        effects = {
+            f"{quantity.name}_{quantity.normalisation}": effect_noise_scale(
+                fixed.sequences, update.prompt_index, unit=f"{quantity.unit}/lr"
+            )
+            for quantity, (fixed, *_) in zip(session.quantities, session.influences, strict=True)
+        }
     runs.write_record(session.run.file("noise.json"), replace(found, effects=effects))
     return {"noise_scale": found.noise_scale}

@@ -13,7 +13,6 @@ from stepscope.errors import BatchError, MeasurementError
 from stepscope.measure.influence.attribution import NUM_FOLDS, Influence, InfluenceOptions, influences
 from stepscope.measure.influence.token_influence import token_influences
 from stepscope.measure.quantity.base import Quantity, make_quantity
-from stepscope.measure.step.derivative import THROUGHS, Through
 from stepscope.measure.step.reconstruct import Step, reconstruct_step
 from stepscope.measure.step.rounding import RoundedStep, rounded_step
 from stepscope.pipeline.inputs.policies import open_policy, open_reference
@@ -21,6 +20,7 @@ from stepscope.pipeline.inputs.tasks import open_task, say_what_is_shared
 from stepscope.policy.check.derivatives import derivative_errors
 from stepscope.policy.forward import vocabulary_size
 from stepscope.policy.numerics.finiteness import first_not_finite
+from stepscope.policy.optim.base import Through
 from stepscope.policy.passes import Budget, longest
 from stepscope.policy.rollouts import sample_influence_probe
 from stepscope.policy.state import Policy
@@ -157,14 +157,14 @@ class Session:
 
     @cached_property
     def influences(self) -> list[tuple[Influence, ...]]:
-        """Influence of the update batch on every quantity, fixed and through the optimizer."""
+        """Influence of the update batch on every quantity, in the ways the optimizer has, fixed first."""
         return [
-            self.influences_on(self.probe, quantity, throughs=THROUGHS, num_folds=NUM_FOLDS)
+            self.influences_on(self.probe, quantity, throughs=None, num_folds=NUM_FOLDS)
             for quantity in self.quantities
         ]
 
     def influences_on(
-        self, probe: Rollouts, quantity: Quantity, *, throughs: Sequence[Through], num_folds: int
+        self, probe: Rollouts, quantity: Quantity, *, throughs: Sequence[Through] | None, num_folds: int
     ) -> tuple[Influence, ...]:
         """Influence of the update batch on a quantity of a probe batch, as the configuration asks."""
         return influences(

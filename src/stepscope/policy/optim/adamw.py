@@ -21,6 +21,7 @@ from torch import Tensor
 
 from stepscope.errors import CheckpointError
 from stepscope.policy.optim.base import Keys, OptimizerState, ParameterGroup, SavedGroup, SavedState, Update
+from stepscope.policy.optim.slope import Elementwise
 from stepscope.policy.vectors import ParameterVector
 
 YOUNG = 20
@@ -218,7 +219,7 @@ class AdamWState(OptimizerState):
             preconditioner[name] = terms.scale * (1 - beta1) * clip / denominator
         return Update({"momentum": momentum, "decay": decay}, preconditioner)
 
-    def slope(self, ascent: ParameterVector, *, clip: float, lr: float) -> dict[str, Tensor]:
+    def slope(self, ascent: ParameterVector, *, clip: float, lr: float) -> Elementwise:
         """R / (1 - b1^t) [(1 - b1) / D - M / D^2 dD/d(c a)], with a = -g and M = - b1 m + (1 - b1) c a.
 
         dD/d(c a) = (1 - b2) c a / sqrt(v' (1 - b2^t)); where v' is 0 so is a, and D has its kink: held as it
@@ -234,7 +235,7 @@ class AdamWState(OptimizerState):
                 rise = torch.where(terms.fresh, rise, torch.zeros_like(rise))
             moment = (1 - beta1) * terms.clipped - beta1 * terms.first
             found[terms.name] = terms.scale * ((1 - beta1) / denominator - moment / denominator**2 * rise)
-        return found
+        return Elementwise(found)
 
     def carried(self, name: str, horizon: int) -> float:
         """A geometric series in b1, up to the bias corrections."""

@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,14 @@ from torch import Tensor, nn
 from stepscope.errors import CheckpointError
 from stepscope.policy.numerics.finiteness import MOST_STEPS, first_not_finite, real_number, whole_number
 from stepscope.policy.numerics.precision import HALF_TYPES, type_name
-from stepscope.policy.vectors import ParameterVector
+from stepscope.policy.optim.slope import Slope
+from stepscope.policy.vectors import ParameterVector, multiply
 from stepscope.results import Brief
+
+Through = Literal["fixed", "optimizer"]
+"""What a share of a step goes through: P and c as they are, or as they answer to the gradient."""
+
+THROUGHS: tuple[Through, ...] = ("fixed", "optimizer")
 
 _ANOTHER_MODEL = "this is the optimizer state of another model, copy the one that belongs to these weights"
 _DAMAGED = "the file is damaged, copy it again"
@@ -183,11 +189,21 @@ class Update:
 
     Attributes:
         parts: by component name, what is there without the gradient, such as ``momentum`` and ``decay``.
-        preconditioner: P, elementwise, from -grad Loss before clipping to its own part.
+        preconditioner: P, elementwise, from -grad Loss before clipping to the gradient's own part; None where
+            no such P is that part's.
+        own: the gradient's own part, the step less ``parts``, where there is no P.
     """
 
     parts: dict[str, dict[str, Tensor]]
-    preconditioner: dict[str, Tensor]
+    preconditioner: dict[str, Tensor] | None
+    own: dict[str, Tensor] | None = None
+
+    def made_of(self, ascent: ParameterVector) -> dict[str, Tensor]:
+        """The part of the -grad Loss before clipping that this is the update of."""
+        if self.preconditioner is not None:
+            return multiply(self.preconditioner, ascent)
+        assert self.own is not None
+        return self.own
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -212,6 +228,10 @@ class OptimizerState(Brief, ABC):
     keys: ClassVar[Keys]
     library: ClassVar[type[torch.optim.Optimizer] | None] = None
     """The class that takes its steps, where it is installed with torch."""
+    throughs: ClassVar[tuple[Through, ...]] = THROUGHS
+    """What shares of its step can go through: ``fixed`` needs a P, ``optimizer`` a :meth:`slope`."""
+    nonlinear: ClassVar[str] = ""
+    """Why a step is not linear in its gradient even with all that scales it held; "" where it is."""
 
     @classmethod
     def objection(cls, groups: Sequence[Mapping[str, Any]], entries: Mapping[Any, Mapping[str, Any]]) -> str:
@@ -260,8 +280,8 @@ class OptimizerState(Brief, ABC):
         """
 
     @abstractmethod
-    def slope(self, ascent: ParameterVector, *, clip: float, lr: float) -> dict[str, Tensor]:
-        """The derivative of the direction with respect to the clipped -grad Loss, elementwise.
+    def slope(self, ascent: ParameterVector, *, clip: float, lr: float) -> Slope:
+        """The derivative of the direction with respect to the clipped -grad Loss.
 
         Args:
             ascent: -grad Loss before clipping.

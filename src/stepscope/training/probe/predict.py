@@ -58,7 +58,7 @@ def predict(
     used = {name for group in state.groups for name in group.names}
     ascent = {n: -p.grad for n, p in policy.parameters.items() if n in used and p.grad is not None}
     made = state.update(policy.parameters, ascent, clip=1.0, lr=lr)
-    batch = vectors.multiply(made.preconditioner, ascent)
+    batch = made.made_of(ascent)
     prediction = predict_change(
         policy,
         {**made.parts, "batch": batch},
@@ -113,11 +113,13 @@ def _strongest_tokens(
     policy: Policy, step: Step, probe: Rollouts, *, count: int, budget: Budget
 ) -> dict[str, list[Any]]:
     """The tokens of the update batch with the largest influence on the probe's entropy."""
+    assert policy.optimizer is not None
     shares = influence(
         policy,
         step,
         step.update,
         probe,
+        through=policy.optimizer.throughs[0],
         options=InfluenceOptions(baseline=BASELINE, num_folds=1),
         budget=budget,
     )
