@@ -9,7 +9,8 @@ from typing import Any
 from stepscope.errors import CheckpointError
 from stepscope.policy.check.examination import examine
 from stepscope.policy.check.findings import Finding
-from stepscope.policy.checkpoint.formats.registry import checkpoint_folder
+from stepscope.policy.checkpoint.formats.base import Contents
+from stepscope.policy.checkpoint.formats.registry import checkpoint_folder, formats_in
 from stepscope.policy.checkpoint.load import load_checkpoint, read_settings
 from stepscope.policy.loss.settings import UNKNOWN
 from stepscope.policy.state import Policy
@@ -44,12 +45,13 @@ def inspect_loaded(
         folder = checkpoint_folder(Path(path).expanduser())
     except CheckpointError as error:
         return [Finding.from_error(error)], None
-    findings: list[Finding] = []
+    findings = _layouts(folder)
     settings = UNKNOWN
     try:
         settings = read_settings(folder, overrides=overrides)
     except CheckpointError as error:
-        findings.append(Finding.from_error(error))
+        if (found := Finding.from_error(error)) not in findings:
+            findings.append(found)
     for require_optimizer in (True, False):
         try:
             policy = load_checkpoint(
@@ -66,3 +68,23 @@ def inspect_loaded(
         else:
             return findings, policy
     return findings, None
+
+
+def _layouts(folder: Path) -> list[Finding]:
+    """For each format that has a part of the checkpoint: who wrote it, what is there and what is missing."""
+    findings = []
+    for known in formats_in(folder):
+        try:
+            findings.append(_layout(known.name, known.contents(folder)))
+        except CheckpointError as error:
+            findings.append(Finding.from_error(error))
+    return findings
+
+
+def _layout(name: str, contents: Contents) -> Finding:
+    by = contents.processes
+    written = "" if by is None else f", written by {by} process{'es' * (by > 1)}"
+    what = f"layout of {name}{written}: {'; '.join(contents.parts)}"
+    if not contents.missing:
+        return Finding("ok", what)
+    return Finding("warn", f"{what}; not there: {'; '.join(contents.missing)}", "copy it if there is one")

@@ -10,7 +10,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from stepscope.errors import CheckpointError, shown
 from stepscope.policy.checkpoint.foreign import reads_foreign
 from stepscope.policy.checkpoint.models import LOADING, brief, load_tokenizer, load_weights, placed, quiet
+from stepscope.policy.checkpoint.names import unwrapped
+from stepscope.policy.checkpoint.tensors import Stored, fill
 from stepscope.policy.numerics.differentiation import Substituted
 from stepscope.policy.numerics.finiteness import refuse_broken_weights
 
@@ -48,6 +50,7 @@ def load_adapter(
     dtype: torch.dtype,
     device: torch.device | str | None = None,
     revision: str | None = None,
+    tensors: Mapping[str, Stored] | None = None,
 ) -> tuple[nn.Module, Any]:
     """Load a PEFT adapter, trainable, on its base model, and its tokenizer (or else the base's).
 
@@ -61,6 +64,8 @@ def load_adapter(
         dtype: of the parameters.
         device: where it goes; None for a GPU where there is one.
         revision: of a base on the hub, where ``adapter_config.json`` does not say.
+        tensors: the adapter's weights, and what else of the model there is, by name; None for those of
+            ``adapter_model.safetensors``.
 
     Raises:
         CheckpointError: config, weights or base are missing or damaged, do not fit each other, or the base
@@ -81,7 +86,7 @@ def load_adapter(
         )
     initialisation = config.get("init_lora_weights")
     _refuse_lost_base(folder, initialisation)
-    stored = _adapter_weights(folder / ADAPTER_WEIGHTS)
+    stored = _adapter_weights(folder / ADAPTER_WEIGHTS) if tensors is None else tensors
     beside = folder / base
     source = beside if beside.exists() else base
     # initialisations compute in float32 and refuse float64, so the lifting comes after them
@@ -97,8 +102,10 @@ def load_adapter(
             peft_config = PeftConfig.from_pretrained(str(folder))
             if peft_config.is_prompt_learning:
                 raise ValueError(f"{peft_config.peft_type.value} learns a prompt, not weights")
-            adapted: Any = PeftModel.from_pretrained(
-                model, str(folder), config=peft_config, is_trainable=True
+            adapted: Any = (
+                PeftModel.from_pretrained(model, str(folder), config=peft_config, is_trainable=True)
+                if tensors is None
+                else adapter_on(model, peft_config, tensors, where=str(folder))
             )
             if (folder / REFERENCE / ADAPTER_CONFIG).is_file():
                 adapted.load_adapter(str(folder / REFERENCE), REFERENCE)
@@ -108,7 +115,8 @@ def load_adapter(
             "is the base it was trained on"
         ) from error
     refuse_broken_weights(adapted, str(folder))
-    _verify_adapter(folder, adapted, stored)
+    if tensors is None:
+        _verify_adapter(folder, adapted, stored)
     _check_vocabulary(folder, model, tokenizer)
     ready = placed(adapted, dtype, device)
     names = {id(tensor): name for name, tensor in adapted.named_parameters()}
@@ -120,6 +128,29 @@ def load_adapter(
     if rewritten:
         _originals[ready] = rewritten
     return ready, tokenizer
+
+
+def adapter_on(
+    base: nn.Module, config: PeftConfig, tensors: Mapping[str, Stored], *, where: str
+) -> nn.Module:
+    """An adapter on its base, trainable, with given weights.
+
+    Args:
+        base: the model, which becomes a part of the adapted one.
+        config: of the adapter.
+        tensors: the adapter's weights by name, as the adapted model or the adapter's own file has them, and
+            weights of the base, which replace its own.
+        where: what to name in an error.
+
+    Raises:
+        CheckpointError: a weight of the adapter is missing, or one has another shape or no place.
+    """
+    named = config.base_model_name_or_path
+    config.inference_mode = False
+    adapted: nn.Module = get_peft_model(base, config)
+    config.base_model_name_or_path = named
+    fill(adapted, tensors, where=where)
+    return adapted
 
 
 def is_adapted(model: nn.Module) -> bool:
@@ -187,12 +218,14 @@ def _refuse_lost_base(folder: Path, initialisation: Any) -> None:
     )
 
 
-def _resize(model: Any, stored: Mapping[str, Tensor]) -> None:
+def _resize(model: Any, stored: Mapping[str, Stored]) -> None:
     """Give the base as many embedding rows as the adapter stores: it was trained with added tokens."""
     embedding = model.get_input_embeddings()
     path = next((n for n, module in model.named_modules() if module is embedding), "")
-    for name in (f"base_model.model.{path}.weight", f"base_model.model.{path}.base_layer.weight"):
-        rows = stored[name].shape[0] if name in stored else embedding.weight.shape[0]
+    known = {unwrapped(name): tensor for name, tensor in stored.items()}
+    for inner in ("", "base_layer.", "modules_to_save.default."):
+        name = f"base_model.model.{path}.{inner}weight"
+        rows = known[name].shape[0] if name in known else embedding.weight.shape[0]
         if rows != embedding.weight.shape[0]:
             model.resize_token_embeddings(rows, mean_resizing=False)
             return
@@ -208,7 +241,7 @@ def _check_vocabulary(folder: Path, model: Any, tokenizer: Any) -> None:
         )
 
 
-def _verify_adapter(folder: Path, adapted: Any, stored: dict[str, torch.Tensor]) -> None:
+def _verify_adapter(folder: Path, adapted: Any, stored: Mapping[str, Stored]) -> None:
     """Every stored tensor must be in the model as it is, and every adapter tensor of the model be stored."""
     arrived = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     if set(stored) - set(arrived):
@@ -220,7 +253,7 @@ def _verify_adapter(folder: Path, adapted: Any, stored: dict[str, torch.Tensor])
                 f"{'not stored' if name in arrived else 'unknown to the model'}; check that the base is "
                 "the one it was trained on, or copy the adapter again"
             )
-        if not torch.equal(stored[name].to(arrived[name].dtype), arrived[name].cpu()):
+        if not torch.equal(stored[name][...].to(arrived[name].dtype), arrived[name].cpu()):
             raise CheckpointError(f"{folder}: adapter weight {name} did not load as stored; copy it again")
 
 

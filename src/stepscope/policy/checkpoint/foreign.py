@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from safetensors import safe_open
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from stepscope.errors import CheckpointError, mendable_line, printable
@@ -96,19 +97,25 @@ def refuse_packed(path: Path) -> None:
         )
 
 
-def refuse_disproportion(folder: Path, config: Mapping[str, Any]) -> None:
+def refuse_disproportion(
+    folder: Path, config: Mapping[str, Any], sizes: Sequence[int] | None = None
+) -> nn.Module | None:
     """Refuse a model whose ``config.json`` describes far more than its files hold, before any of it is made.
 
     Args:
         folder: of the model.
         config: content of its ``config.json``.
+        sizes: numbers in each stored tensor; None for those of the folder's safetensors files.
+
+    Returns:
+        The model without any memory of its own, or None where nothing is stored: the loader says so.
 
     Raises:
         CheckpointError: more layers than stored tensors, or many more parameters than stored numbers.
     """
-    sizes = list(_stored_sizes(folder))
+    sizes = list(_stored_sizes(folder)) if sizes is None else sizes
     if not sizes:
-        return  # the loader says what is missing
+        return None
     layers = max(_layers(config), default=0)
     if layers > len(sizes):
         raise CheckpointError(
@@ -117,13 +124,14 @@ def refuse_disproportion(folder: Path, config: Mapping[str, Any]) -> None:
         )
     described = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
+        model: nn.Module = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
     parameters = sum(p.numel() for p in model.parameters())
     if parameters > ROOM * sum(sizes):
         raise CheckpointError(
             f"{folder / 'config.json'}: a model of {parameters:.3g} parameters, and the files hold "
             f"{sum(sizes):.3g} numbers; mend config.json, or copy the weights again"
         )
+    return model
 
 
 def _stored_sizes(folder: Path) -> Iterator[int]:

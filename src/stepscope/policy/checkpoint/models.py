@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from stepscope.errors import CheckpointError, ConfigError
 from stepscope.policy.checkpoint.foreign import reads_foreign, refuse_disproportion, refuse_large_texts
+from stepscope.policy.checkpoint.tensors import Stored, filled
 from stepscope.policy.numerics.finiteness import refuse_broken_weights
 from stepscope.policy.numerics.precision import lift_model
 
@@ -65,14 +66,39 @@ def load_model(
 
 
 @reads_foreign
+def model_of_tensors(
+    folder: Path,
+    tensors: Mapping[str, Stored],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+) -> tuple[nn.Module, Any]:
+    """What :func:`load_model` gives, with weights that come from elsewhere than the folder's files.
+
+    Args:
+        folder: with ``config.json`` and a tokenizer.
+        tensors: by name, as the model's ``state_dict()`` has it, with whatever wrappers put into names. Each
+            is read once.
+        dtype: of the parameters.
+        device: where it goes; None for a GPU where there is one.
+
+    Raises:
+        CheckpointError: as :func:`load_model`; weights that are missing, have no place in the model, or have
+            another shape are named.
+    """
+    return load_weights(folder, dtype=dtype, device=device, tensors=tensors), load_tokenizer(folder)
+
+
+@reads_foreign
 def load_weights(
     model: str | Path,
     *,
     dtype: torch.dtype,
     device: torch.device | str | None = None,
     revision: str | None = None,
+    tensors: Mapping[str, Stored] | None = None,
 ) -> nn.Module:
-    """The model of :func:`load_model` without its tokenizer; arguments and errors are the same."""
+    """The model of :func:`load_model` or :func:`model_of_tensors` without its tokenizer."""
     source = _source(model, revision)
     folder = Path(source["pretrained_model_name_or_path"])
     if folder.is_dir():
@@ -85,16 +111,19 @@ def load_weights(
                     f"{model}: the weights are quantized ({packed}), and a step is measured on weights that "
                     "can move; dequantize the model (model.dequantize()), save it, and use that folder"
                 )
-            if config and folder.is_dir():
-                refuse_disproportion(folder, config)
-            loaded, report = AutoModelForCausalLM.from_pretrained(
-                **source,
-                **NO_CODE,
-                dtype=dtype,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
+            wanted: dict[str, Any] = {
+                "dtype": dtype,
+                "output_loading_info": True,
+                "ignore_mismatched_sizes": True,
+            }
+            if tensors is not None:
+                loaded, report = filled(folder, config, tensors, wanted)
+            else:
+                if config and folder.is_dir():
+                    refuse_disproportion(folder, config)
+                loaded, report = AutoModelForCausalLM.from_pretrained(
+                    **source, **NO_CODE, **wanted, use_safetensors=True
+                )
         except ImportError as error:
             raise CheckpointError(
                 f"{model}: reading it needs a package that is not installed ({brief(error)}); install "

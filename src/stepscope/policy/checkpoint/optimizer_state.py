@@ -6,9 +6,7 @@ PyTorch saves optimizer state under running numbers; which number belongs to whi
 
 from __future__ import annotations
 
-import pickle
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +14,16 @@ import torch
 from torch import nn
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.checkpoint.foreign import reads_foreign, refuse_packed
+from stepscope.policy.checkpoint.foreign import reads_foreign
+from stepscope.policy.checkpoint.names import Names
 from stepscope.policy.checkpoint.parameter_order import names_in_order
+from stepscope.policy.checkpoint.pickles import ForbiddenClassError, read_tensors
 from stepscope.policy.numerics.finiteness import real_number
 from stepscope.policy.optim.base import OptimizerState
 from stepscope.policy.optim.registry import measurable, named_by, named_state, recognised, shape_of
 
 OPTIMIZER_FILE = "optimizer.pt"
 """Name of the optimizer's file inside a checkpoint folder."""
-
-_WRAPPERS = re.compile(r"(?:^|\.)(?:module|_orig_mod)(?=\.)")
 
 
 @reads_foreign
@@ -40,17 +38,11 @@ def read_optimizer(path: Path) -> dict[str, Any]:
             f"{path}: no optimizer state, and a step cannot be rebuilt without it; save the run with "
             "save_only_model=False (the default), or point at a checkpoint folder that has it"
         )
-    refuse_packed(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        if isinstance(error, pickle.UnpicklingError) and (classes := _classes_in(path)):
-            raise CheckpointError(
-                f"{path}: the optimizer state is not plain tensors ({named_by(classes)}); {measurable()}"
-            ) from error
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        state = read_tensors(path)
+    except ForbiddenClassError as error:
         raise CheckpointError(
-            f"{path}: the optimizer state is damaged or not plain tensors ({reason}); copy the file again"
+            f"{path}: the optimizer state is not plain tensors ({named_by(error.names)}); {measurable()}"
         ) from error
     if not isinstance(state, dict) or not {"state", "param_groups"} <= set(state):
         raise CheckpointError(
@@ -58,14 +50,6 @@ def read_optimizer(path: Path) -> dict[str, Any]:
             "state_dict() of an optimizer gives; point at a checkpoint of the Hugging Face Trainer"
         )
     return state
-
-
-def _classes_in(path: Path) -> list[str]:
-    """The classes that a file needs beside tensors, found without running it; none where it is damaged."""
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError):
-        return []
 
 
 def match_optimizer(
@@ -86,21 +70,70 @@ def match_optimizer(
     return named_state(saved, _names_by_group(saved, model, where), model, where=where, dtype=dtype)
 
 
+def state_by_name(
+    saved: Mapping[str, Any], model: nn.Module, *, where: str, dtype: torch.dtype | None = None
+) -> OptimizerState:
+    """The state that a file has under the names of parameters, as its training wrote them.
+
+    Args:
+        saved: ``state`` by name, and ``param_groups`` whose ``params`` are those names, with whatever
+            wrappers have put into them (:class:`~stepscope.policy.checkpoint.names.Names`).
+        model: the model.
+        where: what to name in an error.
+        dtype: type of the moments, as :func:`~stepscope.policy.optim.registry.named_state` takes it.
+
+    Raises:
+        CheckpointError: as :func:`~stepscope.policy.optim.registry.named_state`, or a name is none of the
+            model's, is there twice, or has a state and is in no group.
+    """
+    recognised(saved, where)  # before its groups are looked into
+    groups = saved["param_groups"]
+    grouped = {name for group in groups for name in group["params"]}
+    if stray := sorted(map(str, set(saved["state"]) - grouped)):
+        raise CheckpointError(
+            f"{where}: {stray[0]} has a state and is in no parameter group; the file is damaged, copy it "
+            "again"
+        )
+    names = _own_names(
+        [group["params"] for group in groups], model, where, {n for n, _ in model.named_parameters()}
+    )
+    return named_state(saved, names, model, where=where, dtype=dtype)
+
+
+def _own_names(
+    named: Sequence[Sequence[Any]], model: nn.Module, where: str, possible: Set[str]
+) -> list[list[str]]:
+    """The model's own names of what groups name, each once and out of those that are possible."""
+    known = Names.of(model)
+    found: list[list[str]] = []
+    seen: dict[str, str] = {}
+    for group in named:
+        found.append([])
+        for name in map(str, group):
+            own = known.own(name)
+            if own is None or own not in possible:
+                raise CheckpointError(
+                    f"{where}: the optimizer has {name}, which is no trainable parameter of the model; "
+                    "this is the optimizer state of another model, copy the one that belongs to these "
+                    "weights"
+                )
+            if own in seen:
+                raise CheckpointError(
+                    f"{where}: {seen[own]} and {name} are one parameter of the model; the file is damaged, "
+                    "copy it again"
+                )
+            seen[own] = name
+            found[-1].append(own)
+    return found
+
+
 def _names_by_group(saved: Mapping[str, Any], model: nn.Module, where: str) -> list[list[str]]:
     """Parameter names of each group in the order of its numbers."""
     kind, entries = recognised(saved, where)
     groups = saved["param_groups"]
     if all("param_names" in group for group in groups):
-        named = [[_WRAPPERS.sub("", n).lstrip(".") for n in group["param_names"]] for group in groups]
         trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-        unknown = [n for names in named for n in names if n not in trainable]
-        if unknown:
-            raise CheckpointError(
-                f"{where}: the optimizer has {unknown[0]}, which is no trainable parameter of the model; "
-                "this is the optimizer state of another model, copy the one that belongs to these "
-                "weights"
-            )
-        return named
+        return _own_names([group["param_names"] for group in groups], model, where, trainable)
     shapes = [
         [shape_of(kind, entries[n]) if n in entries else None for n in group["params"]] for group in groups
     ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +23,27 @@ from stepscope.policy.optim.base import OptimizerState
 Part = Literal["weights", "optimizer", "settings"]
 """What a format may have of a checkpoint."""
 
+PARTS: tuple[Part, ...] = ("weights", "optimizer", "settings")
+"""All of them."""
+
 Matching = Callable[[nn.Module, torch.dtype | None], OptimizerState]
 """Gives a state that was read the names of a model's parameters, its tensors at a type or as they are."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a format has found in a folder, for people.
+
+    Attributes:
+        parts: where each part that is there comes from, and of which types its tensors are, such as
+            ``weights: pytorch_model_fsdp.bin (float32)``.
+        processes: number of those that wrote it; None where the files do not tell.
+        missing: what is not there and what cannot be done without it, a clause each.
+    """
+
+    parts: tuple[str, ...] = ()
+    processes: int | None = None
+    missing: tuple[str, ...] = ()
 
 
 class Format(ABC):
@@ -71,6 +91,14 @@ class Format(ABC):
             CheckpointError: the file that tells is damaged.
         """
         return None
+
+    def contents(self, folder: Path) -> Contents:
+        """What there is of the checkpoint and what is missing, as far as it is told without reading tensors.
+
+        Raises:
+            CheckpointError: a file that tells is damaged.
+        """
+        return Contents(tuple(sorted(self.holds(folder))))
 
     def stored_types(self, folder: Path) -> tuple[str, ...]:
         """Names of the floating-point types of the stored weights, as far as they are told by headers.

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.checkpoint.adapters import ADAPTER_CONFIG, load_adapter
-from stepscope.policy.checkpoint.formats.base import Format, Matching, Part
+from stepscope.policy.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, load_adapter
+from stepscope.policy.checkpoint.formats.base import Contents, Format, Matching, Part
 from stepscope.policy.checkpoint.models import brief, load_model, stored_types
 from stepscope.policy.checkpoint.optimizer_state import OPTIMIZER_FILE, match_optimizer, read_optimizer
 from stepscope.policy.checkpoint.settings.run_settings import run_settings
@@ -22,6 +22,17 @@ from stepscope.policy.numerics.finiteness import MOST_STEPS, whole_number
 from stepscope.policy.optim.base import OptimizerState
 
 MODEL_CONFIG = "config.json"
+
+TRAINER_STATE = "trainer_state.json"
+"""Where the Trainer keeps the number of steps."""
+
+
+_BESIDE = (
+    ((OPTIMIZER_FILE,), "optimizer state", "no step can be rebuilt"),
+    ((TRAINER_STATE,), "steps", "the number of steps is that of the optimizer's state"),
+    ((SETTINGS_FILE, TRAINING_ARGS_FILE), "settings", "the loss has to be given (loss.KEY=VALUE)"),
+)
+"""What stands beside weights, and what is not known without it."""
 
 
 class Plain(Format):
@@ -64,7 +75,7 @@ class Plain(Format):
 
     def steps(self, folder: Path) -> int | None:
         """According to ``trainer_state.json``; None where there is no such file."""
-        path = folder / "trainer_state.json"
+        path = folder / TRAINER_STATE
         if not path.is_file():
             return None
         try:
@@ -75,6 +86,19 @@ class Plain(Format):
         if not 0 <= step <= MOST_STEPS:
             raise CheckpointError(f"{path}: global_step is {step}, expected 0 or more; copy it again")
         return step
+
+    def contents(self, folder: Path) -> Contents:
+        """The files of weights, state, steps and settings."""
+        kinds = "/".join(stored_types(folder)) or "no tensors"
+        weights = ADAPTER_WEIGHTS if (folder / ADAPTER_CONFIG).is_file() else "*.safetensors"
+        parts, missing = [f"weights: {weights} ({kinds})"], []
+        for file, what, without in _BESIDE:
+            names = [name for name in file if (folder / name).is_file()]
+            if names:
+                parts.append(f"{what}: {names[0]}")
+            else:
+                missing.append(f"no {' or '.join(file)}: {without}")
+        return Contents(tuple(parts), missing=tuple(missing))
 
     def stored_types(self, folder: Path) -> tuple[str, ...]:
         """Of the safetensors files."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.checkpoint.formats.base import Format, Part
+from stepscope.policy.checkpoint.formats.base import Contents, Format, Part
 
 _UNSHARDED = "train on one device or with plain data parallelism (DDP), whose checkpoints can be measured"
 
@@ -31,6 +31,14 @@ class Refused(Format):
     def holds(self, folder: Path) -> frozenset[Part]:
         """All of a checkpoint, so that whatever is asked for is refused."""
         return frozenset({"weights", "optimizer", "settings"} if any(True for _ in self.look(folder)) else ())
+
+    def contents(self, folder: Path) -> Contents:
+        """Nothing that can be read.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise self.lacking(folder, "content")
 
     def lacking(self, folder: Path, what: str) -> CheckpointError:
         """What was found and what to do, in one sentence."""

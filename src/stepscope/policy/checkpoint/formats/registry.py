@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.checkpoint.formats.base import Format, Part
+from stepscope.policy.checkpoint.formats.base import PARTS, Format, Part
 from stepscope.policy.checkpoint.formats.plain import Plain
 from stepscope.policy.checkpoint.formats.refused import REFUSED
 
@@ -19,6 +19,12 @@ def format_of(folder: Path, part: Part) -> Format:
     """The format that reads a part of a checkpoint, or that says why nobody can."""
     has = [known for known in FORMATS if part in known.holds(folder)]
     return (has or [known for known in FORMATS if known.holds(folder)] or FORMATS)[0]
+
+
+def formats_in(folder: Path) -> list[Format]:
+    """All formats that have a part of a checkpoint to be read from them."""
+    has = [format_of(folder, part) for part in PARTS]
+    return [known for known in FORMATS if known in has and known.holds(folder)]
 
 
 def checkpoint_folder(path: Path) -> Path:
