@@ -24,13 +24,21 @@ from stepscope import results, runs
 from stepscope.errors import RunFolderError
 from stepscope.pipeline.stages import PLANS
 from stepscope.reading.measurement import Measurement, load_measurement
-from stepscope.results import Record, Rollouts, Table, read_arrays, read_table, write_arrays, write_table
+from stepscope.results import (
+    Record,
+    Rollouts,
+    RolloutTokens,
+    Table,
+    read_arrays,
+    read_table,
+    write_arrays,
+    write_table,
+)
 from stepscope.results.change import Change, Changes, Taken
 from stepscope.results.criteria import Criteria, CriteriaTokens, Pareto
 from stepscope.results.influence import InfluenceSequences, InfluenceTokens, Reliabilities
 from stepscope.results.kernel import KernelReport
 from stepscope.results.noise import NoiseScales
-from stepscope.results.rollouts import RolloutTokens
 from stepscope.results.step import Rounding, StepReport
 from stepscope.results.summary import Summary
 from stepscope.results.validation import Validations

@@ -11,8 +11,7 @@ import pytest
 
 import cases
 from stepscope.errors import BatchError, RunFolderError
-from stepscope.results import FloatArray, Rollouts, read_table, write_table
-from stepscope.results.rollouts import RolloutTokens
+from stepscope.results import FloatArray, Rollouts, RolloutTokens, read_table, write_table
 from stepscope.stats import clustered_mean
 
 
@@ -153,7 +152,7 @@ def test_fields_of_different_length_are_refused():
         replace(rollouts, rewards=rollouts.rewards[:3])
     with pytest.raises(BatchError, match="sequence 1 has 2 entropies for 1"):
         replace(rollouts, entropies=(rollouts.entropies[0], np.ones(2), *rollouts.entropies[2:]))
-    with pytest.raises(BatchError, match="3 advantages for 4"):
+    with pytest.raises(BatchError, match="advantages has 3 entries, expected 4"):
         replace(rollouts, advantages=np.zeros(3))
 
 

@@ -18,8 +18,8 @@ def test_weights_are_products_of_ratios_minus_one() -> None:
     np.testing.assert_allclose(weights.through[0], [0.2, 1.4, 1.4])
     np.testing.assert_allclose(weights.growth[0], [0.2, 1.2, 0])
     np.testing.assert_allclose(weights.whole, [1.4])
-    assert last_weights(weights, np.array([2]), token_dependent=False) == pytest.approx([1.2])
-    assert last_weights(weights, np.array([2]), token_dependent=True) == pytest.approx([2.4])
+    assert last_weights(weights, np.array([[True, True]]), token_dependent=False) == pytest.approx([1.2])
+    assert last_weights(weights, np.array([[True, True]]), token_dependent=True) == pytest.approx([2.4])
 
 
 def test_tiny_changes_keep_their_digits() -> None:

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 from stepscope.errors import BatchError, MeasurementError
 from stepscope.policy.numerics.differentiation import differentiable
 from stepscope.policy.numerics.precision import matching_precision
-from stepscope.results import FloatArray
+from stepscope.results import BoolArray, FloatArray
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class TokenBatch:
         attention_mask: (seq, pos) 1 on real tokens.
         position_ids: (seq, pos) position within the unpadded sequence.
         response_ids: (seq, tok) response token ids, padding arbitrary.
-        response_mask: (seq, tok) True on response tokens, the end-of-sequence token among them.
+        response_mask: (seq, tok) True on response tokens that the policy wrote, the end-of-sequence token
+            among them; tokens of a tool or an environment are context, as the prompt is.
+        present: (seq, tok) True on all response tokens, False on padding.
         seq_index: (seq,) where each row stands in the whole batch.
     """
 
@@ -43,6 +45,7 @@ class TokenBatch:
     position_ids: Tensor
     response_ids: Tensor
     response_mask: Tensor
+    present: Tensor
     seq_index: Tensor
 
     def __len__(self) -> int:
@@ -57,7 +60,7 @@ class TokenBatch:
         """The rows of (seq,) or (seq, tok, ...) values, those of tokens without padding."""
         if values.dim() == 1:
             return values.unbind()
-        mask = self.response_mask.to(values.device)
+        mask = self.present.to(values.device)
         counts: list[int] = mask.sum(1).tolist()
         return torch.split(values[mask], counts)
 
@@ -185,8 +188,17 @@ def make_batch(
     device: torch.device | str = "cpu",
     seq_index: Sequence[int] | None = None,
     pad_id: int = 0,
+    response_masks: Sequence[BoolArray] | None = None,
 ) -> TokenBatch:
     """Pad ragged prompts and responses into one batch.
+
+    Args:
+        prompt_token_ids: one row per sequence.
+        response_token_ids: one row per sequence.
+        device: where the batch is to be.
+        seq_index: where each row stands in the whole batch; by default in this order.
+        pad_id: id of padding; no number depends on it.
+        response_masks: per sequence (tok,) True on response tokens that the policy wrote; None for all.
 
     Raises:
         BatchError: a prompt or a response is empty.
@@ -207,13 +219,18 @@ def make_batch(
         input_ids[i, start:stop] = torch.tensor([*prompt, *response], dtype=torch.long)
         attention[i, start:stop] = 1
     positions = (attention.cumsum(1) - 1).clamp(min=0)
+    present = attention[:, width:].bool()
+    written = present.clone()
+    for row, mask in zip(written, response_masks or (), strict=False):
+        row[: len(mask)] = torch.from_numpy(mask)
     index = torch.arange(rows) if seq_index is None else torch.tensor(list(seq_index), dtype=torch.long)
     return TokenBatch(
         input_ids=input_ids.to(device),
         attention_mask=attention.to(device),
         position_ids=positions.to(device),
         response_ids=input_ids[:, width:].to(device),
-        response_mask=attention[:, width:].bool().to(device),
+        response_mask=written.to(device),
+        present=present.to(device),
         seq_index=index.to(device),
     )
 

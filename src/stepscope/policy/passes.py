@@ -100,6 +100,9 @@ def gather(policy: Policy, rollouts: Rollouts, chosen: Sequence[int]) -> TokenBa
         [rollouts.response_token_ids[i] for i in chosen],
         device=policy.device,
         seq_index=chosen,
+        response_masks=None
+        if rollouts.response_masks is None
+        else [rollouts.response_masks[i] for i in chosen],
     )
 
 

@@ -21,11 +21,19 @@ _HEAT_MAP_SIDE = 128
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """One token of a response: its text, its colour level (-5..5) and the line shown on hover."""
+    """One token of a response.
+
+    Attributes:
+        shown: its text.
+        level: of its colour, -5 to 5.
+        detail: the line shown on hover.
+        context: whether a tool or an environment wrote it, not the policy.
+    """
 
     shown: str
     level: int
     detail: str
+    context: bool = False
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from __future__ import annotations
 from stepscope.results.arrays import read_arrays, write_arrays
 from stepscope.results.brief import Brief
 from stepscope.results.records import BoolArray, FloatArray, IntArray, Record
-from stepscope.results.rollouts import Rollouts, RolloutTokens, same_text
+from stepscope.results.rollout_tokens import RolloutTokens
+from stepscope.results.rollouts import Rollouts, same_text
 from stepscope.results.tables import Table, read_table, write_table
 
 __all__ = [

@@ -10,17 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from stepscope.errors import BatchError, RunFolderError
 from stepscope.results.brief import Brief
 from stepscope.results.records import VERSION, BoolArray, FloatArray, IntArray
-from stepscope.results.tables import Column, Table, TextArray, checked, read_table, write_table
+from stepscope.results.rollout_checks import refuse_broken, refuse_values
+from stepscope.results.rollout_tokens import RolloutTokens
+from stepscope.results.tables import Column, checked, read_table, write_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _T = TypeVar("_T")
+_S = TypeVar("_S", bound=np.generic)
 
 
 def same_text(text: str) -> str:
@@ -53,9 +57,18 @@ class Rollouts(Brief):
         advantages: (seq,) or None where the batch makes no step.
         questions: what was asked, as the task has it, or None where that is not known. Equal questions are
             one prompt, whatever their ids; without questions equal ``prompts`` are, without these equal ids.
+        response_masks: per sequence (tok,) True on tokens that the policy wrote, False on those of a tool or
+            an environment between its turns, which are context alone: log-prob and entropy are 0 there, and
+            nothing that is summed or averaged over tokens counts them. None where the policy wrote all.
+        token_advantages: per sequence (tok,) advantages that differ within a response, used by the loss in
+            place of ``advantages``; None where they do not.
+
+    Values per token come in two layouts: *rows*, one (tok,) array per sequence over the whole response, and
+    *flat*, one array over all tokens of the batch that the policy wrote; :meth:`flat` and :meth:`rows` lead
+    from one to the other.
     """
 
-    format_version: ClassVar[int] = 1
+    format_version: ClassVar[int] = 2
 
     prompt_ids: tuple[str, ...]
     prompts: tuple[str, ...]
@@ -71,66 +84,16 @@ class Rollouts(Brief):
     max_response_tokens: int
     advantages: FloatArray | None = None
     questions: tuple[str, ...] | None = None
+    response_masks: tuple[BoolArray, ...] | None = None
+    token_advantages: tuple[FloatArray, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse fields of different length, and numbers that are not finite.
+        """Refuse fields of different length, numbers that are not finite, and a policy that wrote nothing.
 
         Raises:
             BatchError: naming the field and the sequence.
         """
-        for name in (
-            "prompts",
-            "responses",
-            "prompt_token_ids",
-            "response_token_ids",
-            "rewards",
-            "correct",
-            "truncated",
-            "logprobs",
-            "entropies",
-        ):
-            if len(getattr(self, name)) != len(self.prompt_ids):
-                raise BatchError(
-                    f"rollouts: {name} has {len(getattr(self, name))} entries, "
-                    f"expected {len(self.prompt_ids)}, one per sequence"
-                )
-        if self.advantages is not None and len(self.advantages) != len(self.prompt_ids):
-            raise BatchError(
-                f"rollouts: {len(self.advantages)} advantages for {len(self.prompt_ids)} sequences"
-            )
-        if self.questions is not None and len(self.questions) != len(self.prompt_ids):
-            raise BatchError(
-                f"rollouts: {len(self.questions)} questions for {len(self.prompt_ids)} sequences"
-            )
-        for name in ("logprobs", "entropies"):
-            for i, (values, ids) in enumerate(zip(getattr(self, name), self.response_token_ids, strict=True)):
-                if len(values) != len(ids):
-                    raise BatchError(
-                        f"rollouts: sequence {i} has {len(values)} {name} for {len(ids)} response tokens"
-                    )
-        for name in ("rewards", "advantages"):
-            per_sequence = getattr(self, name)
-            if per_sequence is None:
-                continue
-            broken = np.isinf(per_sequence) if name == "rewards" else ~np.isfinite(per_sequence)
-            self._refuse(broken, name, per_sequence)
-        for name in ("logprobs", "entropies"):
-            rows = getattr(self, name)
-            if rows and not np.isfinite(np.concatenate(rows)).all():
-                i = next(i for i, row in enumerate(rows) if not np.isfinite(row).all())
-                position = int(np.flatnonzero(~np.isfinite(rows[i]))[0])
-                raise BatchError(
-                    f"rollouts: sequence {i} ({self.prompt_ids[i]}), response token {position}: {name} holds "
-                    f"{rows[i][position]}, expected a finite number; sample the batch again"
-                )
-
-    def _refuse(self, broken: BoolArray, name: str, values: FloatArray) -> None:
-        if broken.any():
-            i = int(np.flatnonzero(broken)[0])
-            raise BatchError(
-                f"rollouts: sequence {i} ({self.prompt_ids[i]}): {name} holds {values[i]}, expected a finite "
-                "number; mend the scores, or leave the sequence out"
-            )
+        refuse_broken(self)
 
     def refuse_ungraded(self) -> None:
         """Refuse a batch with a reward that is not known.
@@ -138,7 +101,7 @@ class Rollouts(Brief):
         Raises:
             BatchError: naming the sequence.
         """
-        self._refuse(np.isnan(self.rewards), "rewards", self.rewards)
+        refuse_values(self, np.isnan(self.rewards), "rewards")
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -146,8 +109,37 @@ class Rollouts(Brief):
 
     @cached_property
     def num_tokens(self) -> IntArray:
-        """(seq,) response lengths in tokens."""
+        """(seq,) response lengths in tokens, those of tools and environments among them."""
         return np.array([len(ids) for ids in self.response_token_ids], dtype=np.int64)
+
+    @cached_property
+    def num_policy_tokens(self) -> IntArray:
+        """(seq,) response tokens that the policy wrote."""
+        return np.array([int(mask.sum()) for mask in self.written], dtype=np.int64)
+
+    @cached_property
+    def written(self) -> tuple[BoolArray, ...]:
+        """Per sequence (tok,) True on response tokens that the policy wrote."""
+        if self.response_masks is not None:
+            return self.response_masks
+        return tuple(np.ones(n, dtype=np.bool_) for n in self.num_tokens)
+
+    @cached_property
+    def places(self) -> tuple[IntArray, IntArray]:
+        """Flat: the sequence of each token that the policy wrote, and its position in the response."""
+        counts = self.num_policy_tokens
+        owners = np.repeat(np.arange(len(self), dtype=np.int64), counts)
+        return owners, np.concatenate([np.flatnonzero(mask) for mask in self.written]).astype(np.int64)
+
+    def flat(self, rows: Sequence[npt.NDArray[_S]]) -> npt.NDArray[_S]:
+        """Values of every response token, one (tok,) array per sequence, at those that the policy wrote."""
+        return np.concatenate([row[mask] for row, mask in zip(rows, self.written, strict=True)])
+
+    def rows(self, flat: npt.NDArray[_S]) -> tuple[npt.NDArray[_S], ...]:
+        """What :meth:`flat` came from, 0 at tokens that the policy did not write."""
+        found = np.zeros(int(self.num_tokens.sum()), dtype=flat.dtype)
+        found[np.concatenate(self.written)] = flat
+        return tuple(np.split(found, np.cumsum(self.num_tokens)[:-1]))
 
     @cached_property
     def prompt_keys(self) -> tuple[str, ...]:
@@ -204,6 +196,8 @@ class Rollouts(Brief):
             entropies=pick(self.entropies),
             advantages=None if self.advantages is None else self.advantages[idx],
             questions=None if self.questions is None else pick(self.questions),
+            response_masks=None if self.response_masks is None else pick(self.response_masks),
+            token_advantages=None if self.token_advantages is None else pick(self.token_advantages),
         )
 
     def to_parquet(
@@ -236,6 +230,8 @@ class Rollouts(Brief):
             token=np.array([t for row in tokens for t in row], dtype=np.object_),
             logprob=np.concatenate(self.logprobs).astype(np.float64, copy=False),
             entropy=np.concatenate(self.entropies).astype(np.float64, copy=False),
+            response_mask=None if self.response_masks is None else np.concatenate(self.response_masks),
+            advantage=None if self.token_advantages is None else np.concatenate(self.token_advantages),
         )
         settings = {
             VERSION: str(self.format_version),
@@ -266,7 +262,7 @@ class Rollouts(Brief):
             "correct": pa.array(self.correct, pa.bool_()),
             "num_tokens": pa.array(self.num_tokens, pa.int64()),
             "logprob": pa.array([float(v.sum()) for v in self.logprobs], pa.float64()),
-            "entropy_mean": pa.array([float(v.mean()) for v in self.entropies], pa.float64()),
+            "entropy_mean": pa.array(self.entropy_per_seq / self.num_policy_tokens, pa.float64()),
             "truncated": pa.array(self.truncated, pa.bool_()),
         }
         return pa.table(columns)
@@ -332,6 +328,8 @@ class Rollouts(Brief):
             max_response_tokens=int(settings[b"stepscope.max_response_tokens"]),
             advantages=None if advantages[0] is None else np.array(advantages, dtype=np.float64),
             questions=None if None in questions else tuple(questions),
+            response_masks=_split(flat, "response_mask", cuts),
+            token_advantages=_split(flat, "advantage", cuts),
         )
         found.refuse_ungraded()
         return found
@@ -359,31 +357,16 @@ _TOKEN_COLUMNS = {
     "sequence_id": Column(pa.int64()),
     "logprob": Column(pa.float64()),
     "entropy": Column(pa.float64()),
+    "response_mask": Column(pa.bool_(), optional=True),
+    "advantage": Column(pa.float64(), optional=True),
 }
 _CURE = "sample the batch again with `stepscope measure --stages rollouts`"
 
 
-@dataclass(frozen=True, repr=False)
-class RolloutTokens(Table):
-    """``update_tokens.parquet``, ``probe_tokens.parquet``: a row per response token of a batch.
-
-    Attributes:
-        sequence_id: its sequence.
-        position: from 0 in the response.
-        token_id: id.
-        token: what it adds to the text.
-        logprob: log-prob at the sampling temperature, in nats.
-        entropy: of the policy before it, in nats.
-        token_weight: w_k = -dLoss/dl_k; None before, or without, a step that the batch makes.
-    """
-
-    sequence_id: IntArray
-    position: IntArray
-    token_id: IntArray
-    token: TextArray
-    logprob: FloatArray
-    entropy: FloatArray
-    token_weight: FloatArray | None = None
+def _split(table: pa.Table, column: str, cuts: IntArray) -> tuple[npt.NDArray[Any], ...] | None:
+    if column not in table.column_names:
+        return None
+    return tuple(np.split(np.array(table.column(column).to_numpy()), cuts))
 
 
 def _floats(table: pa.Table, column: str) -> FloatArray:

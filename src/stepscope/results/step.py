@@ -83,7 +83,7 @@ class StepReport(Record):
         num_parameters: coordinates of the direction.
         num_sequences: sequences of the update batch.
         num_prompts: its prompts.
-        num_tokens: its response tokens.
+        num_tokens: its response tokens that the policy wrote.
         components: name to component.
         initial_lr: the first learning rate of the schedule, where ``lr`` is 0; else None.
         stored_dtypes: types of the weights as stored.

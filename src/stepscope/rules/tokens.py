@@ -22,6 +22,7 @@ class Tokens(Brief):
         old_logprob: (tok,) the same of the policy that sampled; equal on policy.
         entropy: (tok,) H, nats.
         advantages: (seq,) A.
+        token_advantages: (tok,) A of each token, where it differs within a sequence.
         epsilon_low: lower clip range of the ratio.
         epsilon_high: upper clip range of the ratio.
         discriminator: (tok,) M = sum_v pi_v^2 (log pi_v + H), where a rule needs it.
@@ -35,6 +36,7 @@ class Tokens(Brief):
     old_logprob: FloatArray
     entropy: FloatArray
     advantages: FloatArray
+    token_advantages: FloatArray | None = None
     epsilon_low: float = 0.2
     epsilon_high: float = 0.2
     discriminator: FloatArray | None = None
@@ -47,7 +49,9 @@ class Tokens(Brief):
 
     @property
     def advantage(self) -> FloatArray:
-        """(tok,) A of the token's sequence."""
+        """(tok,) A of the token, or of its sequence."""
+        if self.token_advantages is not None:
+            return self.token_advantages
         return np.asarray(self.advantages[self.sequence], dtype=np.float64)
 
     @cached_property

@@ -194,7 +194,7 @@ def _check(probe: ProbeValues, moved: TokenValues) -> WeightCheck:
     weights = importance_weights(probe.values.logprobs, moved.logprobs)
     token_dependent = bool((moved.token != 0).any())
     return check_weights(
-        last_weights(weights, probe.mask.sum(1), token_dependent=token_dependent), probe.sequence_weights
+        last_weights(weights, probe.mask, token_dependent=token_dependent), probe.sequence_weights
     )
 
 

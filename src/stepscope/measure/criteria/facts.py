@@ -43,17 +43,19 @@ def token_facts(
         stacked = torch.stack([out.logprobs, out.entropies, out.collisions, out.discriminators], -1)
         return stacked.double().cpu()
 
-    rows = torch.cat(sweep_rows(policy, update, fields, budget=budget))
-    logprob, entropy, collision, discriminator = rows.T.contiguous().numpy()
+    rows = [row.numpy() for row in sweep_rows(policy, update, fields, budget=budget)]
+    logprob, entropy, collision, discriminator = np.ascontiguousarray(update.flat(rows).T)
+    sequence, position = update.places
     return TokenFacts(
-        sequence=np.repeat(np.arange(len(update)), update.num_tokens),
-        position=np.concatenate([np.arange(n) for n in update.num_tokens]),
+        sequence=sequence,
+        position=position,
         logprob=logprob,
-        old_logprob=np.concatenate(update.logprobs),
+        old_logprob=update.flat(update.logprobs),
         entropy=entropy,
         collision=collision,
         discriminator=discriminator,
         advantages=update.advantages,
+        token_advantages=None if update.token_advantages is None else update.flat(update.token_advantages),
         rewards=update.rewards,
         correct=update.correct.astype(np.float64),
         prompt=update.prompt_index,

@@ -122,7 +122,7 @@ def ground_truths(
 def _columns(
     policy: Policy, step: Step, probe: Rollouts, version: str, options: GroundTruthOptions, budget: Budget
 ) -> list[GroundTruth]:
-    weights = np.concatenate(step.token_weights)
+    weights = step.update.flat(step.token_weights)
     pushed = np.flatnonzero(weights)
     parts, half = _halves(policy, step, probe, version, options, budget)
     sizes = np.bincount(half, minlength=2)
@@ -153,7 +153,7 @@ def _rows(policy: Policy, step: Step, mode: Mode, budget: Budget) -> list[Ground
         change = directional_derivative(
             policy, step.update, _entropies, direction, mode=mode, as_trained=False, budget=budget
         )
-        values = np.concatenate([d.double().cpu().numpy() for d in change])
+        values = step.update.flat([d.double().cpu().numpy() for d in change])
         found.append(
             GroundTruth(
                 kind="row",
@@ -169,7 +169,7 @@ def _rows(policy: Policy, step: Step, mode: Mode, budget: Budget) -> list[Ground
 
 
 def _diagonals(policy: Policy, step: Step, options: GroundTruthOptions, budget: Budget) -> list[GroundTruth]:
-    weights = np.concatenate(step.token_weights)
+    weights = step.update.flat(step.token_weights)
     pushed = chosen = np.flatnonzero(weights)
     drawn = ""
     if len(pushed) > options.max_diagonal:
@@ -245,4 +245,4 @@ def _slopes(
     """(tok,) (P slope) . grad l_k."""
     u = slope if metric is None else vectors.multiply(metric, slope)
     found = directional_derivative(policy, update, response_logprob, u, mode=mode, budget=budget)
-    return np.concatenate([d.double().cpu().numpy() for d in found])
+    return update.flat([d.double().cpu().numpy() for d in found])

@@ -137,7 +137,7 @@ def drop_tokens(
         raise MeasurementError(
             "a step without tokens needs a learning rate above 0; the step's own is 0, give options one"
         )
-    weights = np.concatenate(step.token_weights)
+    weights = step.update.flat(step.token_weights)
     for name, scores in rules.items():
         if scores.ndim == 2 and (probe_half is None or set(np.unique(probe_half)) != {0, 1}):
             raise MeasurementError(
@@ -160,7 +160,7 @@ def drop_tokens(
     def measured(direction: ParameterVector) -> tuple[list[Sampled], str]:
         table = values_at(policy, probe, [b.quantity for b in bound], direction, rate, budget=budget)
         moved = [table.quantity(i) for i in range(len(bound))]
-        last = last_weights(weights_of(bound[1], moved[1]), probe.num_tokens, token_dependent=True)
+        last = last_weights(weights_of(bound[1], moved[1]), bound[1].mask, token_dependent=True)
         changes = [per_decision(b, m) for b, m in zip(bound, moved, strict=True)]
         return changes, check_weights(last).reason
 
@@ -222,8 +222,7 @@ def _without(
     budget: Budget,
 ) -> ParameterVector:
     """Direction of the step made without some tokens: their gradient is taken off that of the batch."""
-    cuts = np.cumsum(step.update.num_tokens)[:-1]
-    masks = np.split(dropped, cuts)
+    masks = step.update.rows(dropped)
     touched = [i for i, mask in enumerate(masks) if mask.any()]
     kept = tuple(np.where(mask, 0.0, w) for mask, w in zip(masks, step.token_weights, strict=True))
     rest = {n: t.clone() for n, t in ascent.items()}

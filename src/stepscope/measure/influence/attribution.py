@@ -107,10 +107,12 @@ class Influence(Brief):
         sequences: (seq,) influence of each sequence of the update batch.
         stderr: (seq,) standard errors, clustered by probe prompt, for a given update batch.
         reach: (seq,) half widths of their 95 % intervals.
-        tokens: per sequence (tok,) influence of each token; they add up to ``sequences``.
+        tokens: per sequence (tok,) influence of each token, 0 where the policy did not write it; they add up
+            to ``sequences``.
         folds: parts of the probe batch from which influence was taken one by one.
-        fold_tokens: (fold, tok) influence of each token of the batch through each fold alone; weighted by the
-            folds' shares they add up to ``tokens``.
+        fold_tokens: (fold, tok) influence of each token that the policy wrote through each fold alone;
+            weighted by the folds' shares they add up to ``tokens``.
+        update: the batch.
         components: effect of each component of the step but the sequences, by name; with ``sequences``, the
             batch's part as a whole, where nothing splits it.
         total: the linear change per unit of lr: fixed sequences + components.
@@ -135,6 +137,7 @@ class Influence(Brief):
     tokens: tuple[FloatArray, ...]
     folds: Folds
     fold_tokens: FloatArray
+    update: Rollouts
     components: dict[str, Estimate]
     total: Estimate
     sum_of_sequences: Estimate
@@ -143,7 +146,7 @@ class Influence(Brief):
 
     @property
     def token_stderr(self) -> FloatArray:
-        """(tok,) standard errors over the batch's tokens, from the folds; nan with fewer than two.
+        """(tok,) standard errors of the policy's tokens, from the folds; nan with fewer than two.
 
         stderr^2 = G/(G-1) sum_g share_g^2 (x_g - x)^2 over G folds, for a given update batch. From eight
         folds the error itself is known to a quarter or so.
@@ -151,13 +154,13 @@ class Influence(Brief):
         count = len(self.fold_tokens)
         if count < 2:
             return np.full(self.fold_tokens.shape[1], np.nan)
-        away = self.folds.shares[:, None] * (self.fold_tokens - np.concatenate(self.tokens))
+        away = self.folds.shares[:, None] * (self.fold_tokens - self.update.flat(self.tokens))
         return np.asarray(np.sqrt(count / (count - 1) * (away**2).sum(0)), dtype=np.float64)
 
     @property
     def fold_sequences(self) -> FloatArray:
         """(fold, seq) influence of each sequence through each fold alone."""
-        parts = np.split(self.fold_tokens, np.cumsum([len(t) for t in self.tokens[:-1]]), axis=1)
+        parts = np.split(self.fold_tokens, np.cumsum(self.update.num_policy_tokens)[:-1], axis=1)
         return np.stack([part.sum(1) for part in parts], axis=1)
 
     def sequence_rows(self) -> InfluenceSequences:
@@ -181,20 +184,20 @@ class Influence(Brief):
         )
 
     def token_rows(self, shrunk: FloatArray | None = None) -> InfluenceTokens:
-        """One row per response token.
+        """One row per token that the policy wrote.
 
         Args:
             shrunk: (tok,) the same shrunk towards its prior, if known; see
                 :mod:`stepscope.measure.influence.shrinkage`.
         """
-        lengths = [len(t) for t in self.tokens]
-        rows = sum(lengths)
+        sequence, position = self.update.places
+        rows = len(sequence)
         return InfluenceTokens(
-            sequence_id=np.repeat(np.arange(len(lengths)), lengths),
-            position=np.concatenate([np.arange(n) for n in lengths]),
+            sequence_id=sequence,
+            position=position,
             quantity=np.full(rows, self.quantity, dtype=np.object_),
             through=np.full(rows, self.through, dtype=np.object_),
-            influence=np.concatenate(self.tokens),
+            influence=self.update.flat(self.tokens),
             stderr=self.token_stderr,
             shrunk=np.full(rows, math.nan) if shrunk is None else shrunk,
         )
@@ -322,7 +325,7 @@ def influences(
         part = slice(i * rows, (i + 1) * rows)
         own = {n: t[part] for n, t in pulled.items()}
         fold_tokens = token_products(policy, step, own, folds.mixing, mode=options.mode, budget=budget)
-        tokens = tuple(np.split(folds.shares @ fold_tokens, np.cumsum(update.num_tokens)[:-1]))
+        tokens = update.rows(folds.shares @ fold_tokens)
         sequences = np.array([t.sum() for t in tokens])
         own_products = products[part]
         stderr, reach = slope.errors(own_products)
@@ -344,6 +347,7 @@ def influences(
                 tokens=tokens,
                 folds=folds,
                 fold_tokens=fold_tokens,
+                update=update,
                 components=components,
                 total=_estimate(slope, linear, unit, f"sum over {parts}", value=whole),
                 sum_of_sequences=_estimate(
@@ -371,7 +375,7 @@ def token_products(
     mode: Mode = "auto",
     budget: Budget = Budget(),
 ) -> FloatArray:
-    """(fold, tok) w_ik (u . grad l_ik) of every token of the step's batch, one forward-mode pass for each u.
+    """(fold, tok) w_ik (u . grad l_ik) of each token of the policy, one forward-mode pass for each u.
 
     Args:
         policy: where the step starts; not changed.
@@ -388,8 +392,8 @@ def token_products(
             for n, t in pulled.items()
         }
         slopes = directional_derivative(policy, step.update, response_logprob, u, mode=mode, budget=budget)
-        found.append(np.concatenate([d.double().cpu().numpy() for d in slopes]))
-    return np.asarray(np.concatenate(step.token_weights) * np.stack(found), dtype=np.float64)
+        found.append(step.update.flat([d.double().cpu().numpy() for d in slopes]))
+    return np.asarray(step.update.flat(step.token_weights) * np.stack(found), dtype=np.float64)
 
 
 def neglected_share(fixed: Influence, optimizer: Influence) -> Estimate:

@@ -287,22 +287,21 @@ def _contributions(
 
 
 def split_tokens(rollouts: Rollouts, chosen: IntArray | None = None) -> tuple[Rollouts, IntArray]:
-    """Response tokens as responses of their own, after their prefixes; and (sequence, position) of each.
+    """Tokens of the policy as responses of their own, after their prefixes; (sequence, position) of each.
 
     Args:
         rollouts: the sequences.
-        chosen: which of their tokens, counted over the whole batch; None for all.
+        chosen: which of the tokens that the policy wrote, counted over the whole batch; None for all.
 
     Raises:
         BatchError: more than 4096 tokens.
     """
-    total = int(rollouts.num_tokens.sum()) if chosen is None else len(chosen)
+    total = int(rollouts.num_policy_tokens.sum()) if chosen is None else len(chosen)
     if total > MOST_TOKENS:
         raise BatchError(
             f"{total} tokens one by one are too many, expected at most {MOST_TOKENS}; select fewer sequences"
         )
-    owner = np.repeat(np.arange(len(rollouts)), rollouts.num_tokens)
-    position = np.concatenate([np.arange(n) for n in rollouts.num_tokens])
+    owner, position = rollouts.places
     if chosen is not None:
         owner, position = owner[chosen], position[chosen]
     whole = rollouts.select(owner)
@@ -313,6 +312,8 @@ def split_tokens(rollouts: Rollouts, chosen: IntArray | None = None) -> tuple[Ro
         response_token_ids=tuple((r[k],) for _, r, k in pairs),
         logprobs=tuple(values[k : k + 1] for values, k in zip(whole.logprobs, position, strict=True)),
         entropies=tuple(values[k : k + 1] for values, k in zip(whole.entropies, position, strict=True)),
+        response_masks=None,
+        token_advantages=None,
     )
     return single, np.stack([owner, position], axis=1).astype(np.int64)
 

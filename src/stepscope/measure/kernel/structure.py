@@ -114,9 +114,11 @@ def first_copies(rollouts: Rollouts) -> IntArray:
 
 
 def token_signs(rollouts: Rollouts, *, seed: int = 0) -> tuple[FloatArray, ...]:
-    """Random signs, one (tok,) array per sequence; identical responses to a prompt get the same."""
+    """Random signs of the policy's tokens by sequence; identical responses to a prompt get the same."""
     rng = np.random.default_rng([seed, 1])
-    drawn = [rng.choice([-1.0, 1.0], int(n)) for n in rollouts.num_tokens]
+    drawn = rollouts.rows(
+        np.concatenate([rng.choice([-1.0, 1.0], int(n)) for n in rollouts.num_policy_tokens])
+    )
     return tuple(drawn[i] for i in first_copies(rollouts))
 
 

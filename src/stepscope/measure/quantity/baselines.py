@@ -112,7 +112,9 @@ class _Ridge:
     ) -> None:
         here = mask[rows]
         counts = here.sum(0)
-        reached = np.minimum(np.arange(len(counts)), int((counts > 0).sum()) - 1)
+        reached = np.maximum.accumulate(
+            np.where(counts > 0, np.arange(len(counts)), int((counts > 0).argmax()))
+        )
         self.targets = ((targets[rows] * here).sum(0) / np.maximum(counts, 1))[reached]
         self.features = ((features[rows] * here[..., None]).sum(0) / np.maximum(counts, 1)[:, None])[reached]
         x = (features[rows] - self.features)[here]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from stepscope.results import FloatArray, IntArray
+from stepscope.results import BoolArray, FloatArray
 
 MIN_TAIL = 5
 """Fewest tail points to which :func:`pareto_k` fits a shape."""
@@ -48,17 +48,18 @@ def importance_weights(logprobs: FloatArray, shifted_logprobs: FloatArray) -> We
     )
 
 
-def last_weights(weights: Weights, num_tokens: IntArray, *, token_dependent: bool) -> FloatArray:
+def last_weights(weights: Weights, mask: BoolArray, *, token_dependent: bool) -> FloatArray:
     """(seq,) the largest-variance weight that a quantity uses: at the last position of each response.
 
     Args:
         weights: of the batch.
-        num_tokens: (seq,) response lengths.
+        mask: (seq, tok) True on response tokens that the policy wrote.
         token_dependent: whether the quantity depends on the last token itself (reward), not on prefixes only.
     """
     if token_dependent:
         return 1 + weights.whole
-    return 1 + weights.before[np.arange(len(num_tokens)), np.asarray(num_tokens) - 1]
+    last = mask.shape[1] - 1 - mask[:, ::-1].argmax(1)
+    return np.asarray(1 + weights.before[np.arange(len(mask)), last], dtype=np.float64)
 
 
 @dataclass(frozen=True)

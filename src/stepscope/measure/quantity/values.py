@@ -67,9 +67,10 @@ class TokenValues:
 
 
 def response_mask(rollouts: Rollouts) -> BoolArray:
-    """(seq, tok) True on response tokens."""
-    lengths = rollouts.num_tokens
-    return np.arange(int(lengths.max()))[None, :] < lengths[:, None]
+    """(seq, tok) True on response tokens that the policy wrote."""
+    found = np.zeros((len(rollouts), int(rollouts.num_tokens.max())), dtype=np.bool_)
+    found[rollouts.places] = True
+    return found
 
 
 def values_at(

@@ -42,7 +42,7 @@ def batch_figures(update: Rollouts, probe: Rollouts, errors: str) -> Figures:
     return {
         "entropy_per_token": estimate_ratio(
             probe.entropy_per_seq,
-            probe.num_tokens,
+            probe.num_policy_tokens,
             prompts,
             errors=errors,
             unit="nats/token",
@@ -50,7 +50,7 @@ def batch_figures(update: Rollouts, probe: Rollouts, errors: str) -> Figures:
         ),
         "entropy_per_seq": clustered_mean(probe.entropy_per_seq, prompts, unit="nats/sequence", method=how),
         "mean_reward": clustered_mean(probe.rewards, prompts, unit="reward", method=how),
-        "mean_length": clustered_mean(probe.num_tokens, prompts, unit="tokens", method=how),
+        "mean_length": clustered_mean(probe.num_policy_tokens, prompts, unit="tokens", method=how),
         "truncated_rate": clustered_mean(probe.truncated, prompts, unit="share of responses", method=how),
         "mean_reward_update": clustered_mean(
             update.rewards,

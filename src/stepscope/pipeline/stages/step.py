@@ -13,7 +13,7 @@ from stepscope.measure.step.rounding import RoundedStep
 from stepscope.pipeline.stages.plan import STEP, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
 from stepscope.policy import vectors
-from stepscope.results.rollouts import RolloutTokens
+from stepscope.results import RolloutTokens
 from stepscope.results.step import StepReport
 from stepscope.stats import Estimate
 
@@ -35,7 +35,7 @@ def step(session: Session) -> Figures:
         num_parameters=sum(t.numel() for t in step.direction.values()),
         num_sequences=len(step.update),
         num_prompts=step.update.num_prompts,
-        num_tokens=int(step.update.num_tokens.sum()),
+        num_tokens=int(step.update.num_policy_tokens.sum()),
         components=step_components(step),
         initial_lr=session.initial_lr() if step.lr == 0 else None,
         stored_dtypes=session.policy.stored_dtypes,

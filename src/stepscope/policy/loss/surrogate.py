@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stepscope.errors import BatchError, ConfigError, MeasurementError
 from stepscope.policy.loss.settings import StepSettings
-from stepscope.results import BoolArray, FloatArray, IntArray, Rollouts
+from stepscope.results import FloatArray, IntArray, Rollouts
 from stepscope.rules import Tokens, token_advantages
 
 LOSS_TYPES = ("grpo", "dr_grpo", "bnpo", "dapo", "cispo", "luspo", "sapo", "vespo")
@@ -105,7 +105,8 @@ def policy_loss(
         logprobs: (seq, tok) l of the policy, differentiated.
         old_logprobs: (seq, tok) l of the policy that sampled; ``logprobs.detach()`` when on-policy.
         advantages: (seq,) or (seq, tok).
-        mask: (seq, tok) True on response tokens; rows of False for sequences taken out of the loss.
+        mask: (seq, tok) True on response tokens that the policy wrote; rows of False for sequences taken out
+            of the loss.
         settings: loss type, clip range, KL weight.
         ref_logprobs: (seq, tok) l of the reference policy; needed when ``settings.beta`` is not zero.
 
@@ -190,7 +191,8 @@ def token_weights(
         raise BatchError(
             "update batch: it has no advantages; sample it with group_size of at least 2, or set advantages"
         )
-    if settings.beta == 0.0 and not np.any(rollouts.advantages):
+    given = (rollouts.advantages,) if rollouts.token_advantages is None else rollouts.token_advantages
+    if settings.beta == 0.0 and not any(np.any(row) for row in given):
         raise BatchError(
             f"update batch: all {len(rollouts)} advantages are zero (no reward variance in any of "
             f"{rollouts.num_prompts} prompt groups), so there is no gradient; use more prompts, a larger "
@@ -199,17 +201,18 @@ def token_weights(
     mask = _mask(rollouts, settings)
     old = _pad(rollouts.logprobs)
     now = old if logprobs is None else _pad(logprobs)
-    inside = np.concatenate([mask[i, :n].numpy() for i, n in enumerate(rollouts.num_tokens)])
+    inside = mask.numpy()[rollouts.places]
 
     def in_loss(values: Sequence[FloatArray]) -> FloatArray:
-        return np.asarray(np.concatenate(values)[inside], dtype=np.float64)
+        return np.asarray(rollouts.flat(values)[inside], dtype=np.float64)
 
     tokens = Tokens(
-        sequence=np.repeat(np.arange(len(rollouts)), rollouts.num_tokens)[inside],
+        sequence=rollouts.places[0][inside],
         logprob=in_loss(rollouts.logprobs if logprobs is None else logprobs),
         old_logprob=in_loss(rollouts.logprobs),
         entropy=in_loss(rollouts.entropies if entropies is None else entropies),
         advantages=np.asarray(rollouts.advantages, dtype=np.float64),
+        token_advantages=None if rollouts.token_advantages is None else in_loss(rollouts.token_advantages),
         epsilon_low=settings.epsilon_low,
         epsilon_high=settings.epsilon_high,
         discriminator=None if discriminators is None else in_loss(discriminators),
@@ -280,12 +283,12 @@ def _shaped_advantages(tokens: Tokens, settings: StepSettings, step: int) -> Flo
 
 
 def _mask(rollouts: Rollouts, settings: StepSettings) -> Tensor:
-    lengths: IntArray = rollouts.num_tokens
-    kept: BoolArray = (
-        ~rollouts.truncated if settings.mask_truncated else np.ones(len(rollouts), dtype=np.bool_)
-    )
-    columns = np.arange(int(lengths.max()))
-    return torch.from_numpy((columns[None, :] < lengths[:, None]) & kept[:, None])
+    """(seq, tok) tokens in the loss: those that the policy wrote, of sequences that are not left out."""
+    found = torch.zeros(len(rollouts), int(rollouts.num_tokens.max()), dtype=torch.bool)
+    found[rollouts.places] = True
+    if settings.mask_truncated:
+        found[torch.from_numpy(rollouts.truncated)] = False
+    return found
 
 
 def _pad(values: Sequence[FloatArray]) -> Tensor:

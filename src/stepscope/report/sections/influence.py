@@ -48,9 +48,10 @@ def section(measurement: Measurement, room: Room) -> Section | None:
     tables: list[Table] = []
     responses: list[Response] = []
     if tokens is not None and "influence" in tokens:
-        figures += [_share_figure(tokens, quantity), _scatter_figure(tokens, quantity, unit, room.points)]
-        sentences.append(_concentration(tokens))
-        tables = [_top_tokens(tokens, quantity)]
+        own = tokens[tokens.written]
+        figures += [_share_figure(own, quantity), _scatter_figure(own, quantity, unit, room.points)]
+        sentences.append(_concentration(own))
+        tables = [_top_tokens(own, quantity)]
         responses = _influential(measurement, tokens, room)
     drawn = [f for f in figures if f is not None]
     if not drawn:

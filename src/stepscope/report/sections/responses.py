@@ -16,6 +16,7 @@ from stepscope.results import Rollouts, RolloutTokens
 END_MARK, PART_MARK = "⟨end⟩", "⟨part⟩"
 """Shown for tokens without a text of their own: the end of a response, bytes of a character still to come."""
 
+_CONTEXT = "context, not written by the policy: no log-prob, entropy or influence"
 _LEVELS = 5
 _EACH = 3
 _SHOWN = {
@@ -61,24 +62,28 @@ def join_tokens(
         batch: the sequences.
         tokens: their response tokens.
         influence: rows of the influence of tokens on one quantity, or None.
-        scores: name to (tok,) scores under criteria.
+        scores: name to (tok,) scores under criteria of the tokens that the policy wrote.
 
     Returns:
-        The frame, None without tokens; an influence is nan where its file lacks the token. A token without a
-        text is called what it is: the end, or part of a later character.
+        The frame, None without tokens; an influence is nan where its file lacks the token, a score where the
+        policy did not write it, which ``written`` says. A token without a text is called what it is: the
+        end, or part of a later character.
     """
     if tokens is None:
         return None
     found = tokens.to_pandas()
     last = found.groupby("sequence_id").position.transform("max")
     ends = np.where(found.position == last, END_MARK, PART_MARK)
-    found = found.assign(token=found.token.where(found.token != "", ends))
+    written = np.ones(len(found), dtype=np.bool_) if tokens.response_mask is None else tokens.response_mask
+    found = found.assign(token=found.token.where(found.token != "", ends), written=written)
     if batch is not None:
         found = found.assign(correct=batch.correct[found.sequence_id])
     if influence is not None:
         place = ["sequence_id", "position"]
         found = found.merge(influence[[*place, "influence", "stderr", "shrunk"]], how="left", on=place)
-    return found.assign(**{f"{_SCORE}{name}": values for name, values in (scores or {}).items()})
+    for name, values in (scores or {}).items():
+        found.loc[found.written, f"{_SCORE}{name}"] = values
+    return found
 
 
 def visible(token: str) -> str:
@@ -104,7 +109,9 @@ def shown_responses(
         facts = [f"reward {text.number(batch.rewards[i])}"]
         if batch.advantages is not None:
             facts.append(f"advantage {text.number(batch.advantages[i])}")
-        facts.append(f"{batch.num_tokens[i]} tokens")
+        facts.append(f"{batch.num_policy_tokens[i]} tokens")
+        if context := int(batch.num_tokens[i] - batch.num_policy_tokens[i]):
+            facts.append(f"and {context} of tools or the environment")
         if batch.truncated[i]:
             facts.append("truncated")
         if own is not None and "influence" in own:
@@ -132,7 +139,9 @@ def _spans(tokens: Any, scale: float, most: int) -> list[TokenSpan]:
     ]
     spans = [
         TokenSpan(token, _level(value, scale), f"{visible(token)}: {detail}")
-        for token, value, detail in zip(shown.token, values, details, strict=True)
+        if written
+        else TokenSpan(token, 0, f"{visible(token)}: {_CONTEXT}", context=True)
+        for token, value, detail, written in zip(shown.token, values, details, shown.written, strict=True)
     ]
     further = len(tokens) - most
     return spans if further <= 0 else [*spans, TokenSpan(f" … {further} more tokens", 0, "not shown")]

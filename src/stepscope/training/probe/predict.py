@@ -123,9 +123,8 @@ def _strongest_tokens(
         options=InfluenceOptions(baseline=BASELINE, num_folds=1),
         budget=budget,
     )
-    rows = np.repeat(np.arange(len(step.update)), step.update.num_tokens)
-    columns = np.concatenate([np.arange(n) for n in step.update.num_tokens])
-    values = step.lr * np.concatenate(shares.tokens)
+    rows, columns = step.update.places
+    values = step.lr * step.update.flat(shares.tokens)
     chosen = np.argsort(-np.abs(values), kind="stable")[:count]
     places = [(int(rows[i]), int(columns[i])) for i in chosen]
     ids = [step.update.response_token_ids[i][k] for i, k in places]

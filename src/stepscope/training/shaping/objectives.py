@@ -129,6 +129,7 @@ class AdvantageShaper:
             position_ids=(attention.cumsum(1) - 1).clamp(min=0),
             response_ids=inputs["completion_ids"],
             response_mask=inputs["completion_mask"].bool(),
+            present=inputs["completion_mask"].bool(),
             seq_index=torch.arange(len(attention)),
         )
         with torch.no_grad():

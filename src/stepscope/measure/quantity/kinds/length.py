@@ -12,7 +12,7 @@ from stepscope.policy.forward import TokenBatch, TokenOutputs
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Length(Quantity):
-    """E[number of response tokens]: 1 at every position that is reached, a function of the prefix."""
+    """E[number of tokens that the policy writes]: 1 at each of its positions, a function of the prefix."""
 
     name = "length"
     sum_unit = "tokens"
@@ -22,5 +22,5 @@ class Length(Quantity):
     normalisation: str = "per_seq"
 
     def prefix_values(self, outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
-        """One at every position."""
+        """One at every position of the policy."""
         return batch.response_mask.to(outputs.logprobs.dtype)

@@ -16,7 +16,7 @@ from stepscope.results import FloatArray, Rollouts
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reward(Quantity):
-    """E[reward], the reward standing on the last token of the response.
+    """E[reward], the reward standing on the last token that the policy wrote.
 
     Attributes:
         rewards: (seq,) of the batch.
@@ -39,5 +39,6 @@ class Reward(Quantity):
             raise MeasurementError("the reward is that of a batch; make it by make_quantity('reward', batch)")
         like = outputs.logprobs
         rewards = torch.as_tensor(self.rewards, device=like.device)[batch.seq_index].to(like.dtype)
-        last = batch.response_mask.sum(-1, keepdim=True) - 1
+        places = torch.arange(like.shape[1], device=like.device) * batch.response_mask
+        last = places.argmax(-1, keepdim=True)
         return torch.zeros_like(like).scatter(-1, last, rewards.unsqueeze(-1))

@@ -1,0 +1,39 @@
+"""The response tokens of a batch, a row each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from stepscope.results.records import BoolArray, FloatArray, IntArray
+from stepscope.results.tables import Table, TextArray
+
+
+@dataclass(frozen=True, repr=False)
+class RolloutTokens(Table):
+    """``update_tokens.parquet``, ``probe_tokens.parquet``: a row per response token of a batch.
+
+    Attributes:
+        sequence_id: its sequence.
+        position: from 0 in the response.
+        token_id: id.
+        token: what it adds to the text.
+        logprob: log-prob at the sampling temperature, in nats; 0 for a token that the policy did not write.
+        entropy: of the policy before it, in nats; 0 likewise.
+        response_mask: True where the policy wrote it, False where a tool or an environment did; None where
+            the policy wrote all.
+        advantage: of the token; None where all tokens of a response have the response's.
+        token_weight: w_k = -dLoss/dl_k; None before, or without, a step that the batch makes.
+    """
+
+    format_version: ClassVar[int] = 2
+
+    sequence_id: IntArray
+    position: IntArray
+    token_id: IntArray
+    token: TextArray
+    logprob: FloatArray
+    entropy: FloatArray
+    response_mask: BoolArray | None = None
+    advantage: FloatArray | None = None
+    token_weight: FloatArray | None = None
