@@ -23,7 +23,7 @@ from stepscope.report.sections.responses import join_tokens
 from stepscope.results import RolloutTokens
 from stepscope.results.change import Changes, Taken
 from stepscope.results.kernel import KernelReport
-from stepscope.results.step import Rounding, StepReport
+from stepscope.results.step import Rounding, StepReport, Storage, StoredTensor
 from stepscope.results.summary import Summary
 
 LARGEST_PAGE = 6_000_000
@@ -133,6 +133,23 @@ def test_a_rounded_step_is_told_and_heads_the_page(measure_folder: Path) -> None
     changed(measure_folder / "step.json", StepReport, rounding=nothing)
     said = Page(write_report(measure_folder)).source.replace("\u00a0", " ")
     assert "0 % of the weights move at all; so that the step changes nothing." in said
+
+
+def test_moments_in_8_bits_are_told(measure_folder: Path) -> None:
+    moments = {"exp_avg": StoredTensor(typical=0.012, worst=0.02, zeros=0.0)}
+    storage = Storage(
+        "8 bits in blocks of 256",
+        share=0.97,
+        tensors=moments,
+        gradient_part=0.02,
+        direction=0.034,
+        direction_worst=2.5,
+        cosine=0.999,
+    )
+    changed(measure_folder / "step.json", StepReport, storage=storage)
+    said = " ".join(Page(write_report(measure_folder)).source.replace("\u00a0", " ").split())
+    assert "the moments of 97 % of its weights in 8 bits in blocks of 256" in said
+    assert "differ by 3.4 % of its norm typically, and by 2.5 times its norm at most" in said
 
 
 def test_a_summary_alone_makes_a_page(tmp_path: Path, measure_folder: Path) -> None:

@@ -47,6 +47,44 @@ class Rounding(Record):
 
 
 @dataclass(frozen=True)
+class StoredTensor(Record):
+    """What keeping a tensor in 8 bits lost of it, of the norm of what the codes stand for.
+
+    Attributes:
+        typical: norm of a deviation that is uniform in the interval of each code.
+        worst: norm of the farthest ends of the intervals.
+        zeros: share of its elements that were stored as 0 in a block that has others.
+    """
+
+    typical: Number
+    worst: Number
+    zeros: Number
+
+
+@dataclass(frozen=True)
+class Storage(Record):
+    """How far the step of the same optimizer in 32 bits may be from that of one with moments in 8 bits.
+
+    Attributes:
+        kept_in: how the moments are kept.
+        share: of the coordinates whose moments are kept so.
+        tensors: by key of the optimizer's state.
+        gradient_part: deviation of P g, for moments drawn from their intervals, of its norm.
+        direction: the same of the whole direction.
+        direction_worst: the same for every coordinate at the farthest corner of its intervals.
+        cosine: of the direction and that for the moments drawn.
+    """
+
+    kept_in: str
+    share: Number
+    tensors: Mapping[str, StoredTensor]
+    gradient_part: Number
+    direction: Number
+    direction_worst: Number
+    cosine: Number
+
+
+@dataclass(frozen=True)
 class Lifetime(Record):
     """A batch's effect beyond its own step, and its share of that step against two kinds of gradients.
 
@@ -89,6 +127,7 @@ class StepReport(Record):
         stored_dtypes: types of the weights as stored.
         doubt: why the step is not the training's; empty where nothing speaks against it.
         rounding: of a training in a half type, else None.
+        storage: of an optimizer with moments in 8 bits, else None.
         lifetime: of the update batch; None for an optimizer whose step is no sum over gradients.
     """
 
@@ -106,6 +145,7 @@ class StepReport(Record):
     stored_dtypes: tuple[str, ...]
     doubt: str
     rounding: Rounding | None
+    storage: Storage | None
     lifetime: Lifetime | None
 
     def to_plain(self) -> dict[str, Any]:

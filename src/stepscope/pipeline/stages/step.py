@@ -10,6 +10,7 @@ from stepscope import runs
 from stepscope.measure.step.lifetime import lifetime, lifetime_figures
 from stepscope.measure.step.reconstruct import step_components
 from stepscope.measure.step.rounding import RoundedStep
+from stepscope.measure.step.storage import storage_figures, storage_loss
 from stepscope.pipeline.stages.plan import STEP, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
 from stepscope.policy import vectors
@@ -41,6 +42,7 @@ def step(session: Session) -> Figures:
         stored_dtypes=session.policy.stored_dtypes,
         doubt=session.doubt("step"),
         rounding=session.taken.report() if session.taken else None,
+        storage=storage_loss(session.policy, step),
         lifetime=lifetime(session.policy, step),
     )
     vectors.save(step.direction, session.run.file("direction.safetensors"))
@@ -56,7 +58,7 @@ def step(session: Session) -> Figures:
         )
         for name, part in report.components.items()
     }
-    found = shares | lifetime_figures(report.lifetime, count)
+    found = shares | lifetime_figures(report.lifetime, count) | storage_figures(report.storage, count)
     return session.doubted(found, "step") | _rounding_figures(session.taken, count)
 
 

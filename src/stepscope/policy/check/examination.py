@@ -30,6 +30,7 @@ from stepscope.policy.loss.settings import SETTINGS_FILE, UNKNOWN
 from stepscope.policy.loss.surrogate import LOSS_TYPES
 from stepscope.policy.numerics.differentiation import lacks_a_rule
 from stepscope.policy.numerics.precision import HALF_TYPES, matching_precision
+from stepscope.policy.optim.storage import stored_tensors
 from stepscope.policy.rollouts import end_tokens
 from stepscope.policy.state import Policy
 from stepscope.tasks.formats.prompts import encode_prompt, tokens_after
@@ -107,6 +108,18 @@ def _optimizer(policy: Policy) -> list[Finding]:
                 "warn",
                 "the learning rate of the next step is 0, the end of the schedule",
                 "give learning rates yourself (lrs), or measure an earlier checkpoint",
+            )
+        )
+    if lost := stored_tensors(state):
+        each = ", ".join(
+            f"{key} {part.typical:.2g} of its norm (at most {part.worst:.2g}; {part.zeros:.1%} kept as 0)"
+            for key, part in lost.items()
+        )
+        found.append(
+            Finding(
+                "ok",
+                "moments are kept in 8 bits: the step is the one that the training takes from them on a "
+                f"GPU; the last encoding lost {each}",
             )
         )
     taken = Counter(state.steps.values())

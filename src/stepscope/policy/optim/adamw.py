@@ -254,6 +254,10 @@ class AdamWState(OptimizerState):
             return ""
         return f"AdamW is at step {age}, so the batch makes much of its own second moment"
 
+    def _shrunk(self, group: AdamWGroup) -> float:
+        """By what the decay multiplies the rest of the step: 1, since torch decays first."""
+        return 1.0
+
     def _group_of(self, name: str) -> AdamWGroup:
         return next(group for group in self.groups if name in group.names)
 
@@ -272,7 +276,7 @@ class AdamWState(OptimizerState):
                 yield _Terms(
                     name=name,
                     group=group,
-                    scale=_ratio(group, lr) / (1 - beta1**steps),
+                    scale=_ratio(group, lr) * self._shrunk(group) / (1 - beta1**steps),
                     first=first,
                     clipped=clipped,
                     root=moment.sqrt(),

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from stepscope.errors import CheckpointError
 from stepscope.policy.numerics.finiteness import MOST_STEPS, first_not_finite, real_number, whole_number
 from stepscope.policy.numerics.precision import HALF_TYPES, type_name
+from stepscope.policy.optim.block_codes import BlockCodes
 from stepscope.policy.optim.slope import Slope
 from stepscope.policy.vectors import ParameterVector, multiply
 from stepscope.results import Brief
@@ -215,11 +216,13 @@ class OptimizerState(Brief, ABC):
         steps: number of steps taken so far, per parameter (t - 1 for the step to come); empty for an
             optimizer that does not count.
         moment_types: type per parameter in which the training kept it, as far as the state tells.
+        codes: key to parameter name to what the file has, for tensors that it keeps in 8 bits.
     """
 
     groups: tuple[ParameterGroup, ...]
     steps: Mapping[str, int]
     moment_types: Mapping[str, torch.dtype] = field(default_factory=dict)
+    codes: Mapping[str, Mapping[str, BlockCodes]] = field(default_factory=dict)
 
     label: ClassVar[str]
     """What it is called."""
@@ -232,6 +235,16 @@ class OptimizerState(Brief, ABC):
     """What shares of its step can go through: ``fixed`` needs a P, ``optimizer`` a :meth:`slope`."""
     nonlinear: ClassVar[str] = ""
     """Why a step is not linear in its gradient even with all that scales it held; "" where it is."""
+
+    @classmethod
+    def runs(cls, optimizer: object) -> bool:
+        """Whether a running optimizer is this one."""
+        library = cls.library
+        return (
+            library is not None
+            and isinstance(optimizer, library)
+            and type(optimizer).__name__ == library.__name__
+        )
 
     @classmethod
     def objection(cls, groups: Sequence[Mapping[str, Any]], entries: Mapping[Any, Mapping[str, Any]]) -> str:

@@ -46,7 +46,8 @@ _MARKS: tuple[tuple[str, frozenset[str]], ...] = (
     ("Adadelta", frozenset({"rho"})),
     ("RMSprop", frozenset({"square_avg"})),
     ("transformers' former AdamW or a variant of it", frozenset({"correct_bias"})),
-    ("an optimizer of bitsandbytes in 8 bits", frozenset({"qmap1"})),
+    ("an optimizer of bitsandbytes in 8 bits without blocks, of 2022,", frozenset({"new_max1"})),
+    ("an optimizer of bitsandbytes with percentile clipping", frozenset({"gnorm_vec"})),
     ("an optimizer of bitsandbytes, not AdamW", frozenset({"state1"})),
 )
 """Keys by which an optimizer is known that is not rebuilt, the most telling ones first."""
@@ -161,16 +162,7 @@ def named_state(
 
 def kind_of(optimizer: object) -> type[OptimizerState] | None:
     """What a running optimizer is; None for one whose steps cannot be rebuilt."""
-    return next(
-        (
-            kind
-            for kind in OPTIMIZERS
-            if kind.library is not None
-            and isinstance(optimizer, kind.library)
-            and type(optimizer).__name__ == kind.library.__name__
-        ),
-        None,
-    )
+    return next((kind for kind in OPTIMIZERS if kind.runs(optimizer)), None)
 
 
 def named_by(classes: list[str]) -> str:

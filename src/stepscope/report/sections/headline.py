@@ -52,6 +52,8 @@ HEADLINES: Mapping[str, Label] = {
     "rounding_share_moved": Label("Share of the weights that move at all", "def-rounding"),
     "rounding_cosine": Label("Cosine of the rounded step and the step before rounding", "def-rounding"),
     "rounding_norm_ratio": Label("Length of the rounded step over that before rounding", "def-rounding"),
+    "storage_error": Label("What 8 bits made of the step, of its norm", "def-storage"),
+    "storage_error_worst": Label("The most that 8 bits can have made of it", "def-storage"),
     "influence_sequences_own_prompts": Label(
         "Influence of this batch on its own prompts, answered afresh", "def-influence"
     ),

@@ -11,7 +11,7 @@ from stepscope.reading.measurement import Measurement
 from stepscope.report import style, text
 from stepscope.report.parts import Room, Section
 from stepscope.results.change import Taken
-from stepscope.results.step import Lifetime, Rounding, StepReport
+from stepscope.results.step import Lifetime, Rounding, StepReport, Storage
 
 _LOOKS: Mapping[str, tuple[str, str]] = {
     "momentum": ("momentum", style.BLUE),
@@ -39,6 +39,8 @@ def section(measurement: Measurement, room: Room) -> Section | None:
         return None
     known = {words: getattr(step, key) for key, words in _FACTS.items()}
     sentences = [_lifetime_sentence(step.lifetime)] if step.lifetime else []
+    if step.storage:
+        sentences.append(_storage_sentence(step.storage))
     if step.rounding:
         sentences.append(_rounding_sentence(step.rounding))
         if measurement.change and measurement.change.taken:
@@ -121,6 +123,16 @@ def _rounding_sentence(rounding: Rounding) -> str:
         f"The training keeps its weights in {rounding.kept_in}, and AdamW's result is rounded to that: at "
         f"learning rate {text.lr_text(rounding.lr)}, {text.percent(rounding.share_moved)} of the weights "
         f"move at all; {shape}."
+    )
+
+
+def _storage_sentence(storage: Storage) -> str:
+    """What keeping moments in 8 bits made of the step."""
+    return (
+        f"The training keeps the moments of {text.percent(storage.share)} of its weights in "
+        f"{storage.kept_in}, and this is the step it takes with them. With moments as they were before their "
+        f"last encoding it would differ by {text.percent(storage.direction)} of its norm typically, and by "
+        f"{text.number(storage.direction_worst, 2)} times its norm at most."
     )
 
 
