@@ -24,39 +24,53 @@ from stepscope.policy.optim.slope import Elementwise, Slope
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 
-MOMENTUM = 0.9
+MOMENTUM, ALPHA, EPS = 0.9, 0.99, 1e-8
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class HeavyBall(OptimizerState):
-    """SGD with momentum 0.9 and no decay: the buffer b' = 0.9 b + g is the step."""
+class RootOfSquares(OptimizerState):
+    """RMSprop with momentum: v' = alpha v + (1 - alpha) (c g)^2; the step is b' = 0.9 b + c g / sqrt(v')."""
 
     buffer: Mapping[str, Tensor]
+    square: Mapping[str, Tensor]
 
-    label: ClassVar[str] = "SGD with momentum"
+    label: ClassVar[str] = "RMSprop"
     keys: ClassVar[Keys] = Keys(
-        group=frozenset({"lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize"}),
-        entry=frozenset({"momentum_buffer"}),
-        group_optional=frozenset({"foreach", "differentiable", "fused"}),
+        group=frozenset({"lr", "momentum", "alpha", "eps", "centered", "weight_decay", "maximize"}),
+        entry=frozenset({"step", "square_avg", "momentum_buffer"}),
+        group_optional=frozenset({"foreach", "differentiable", "capturable"}),
     )
-    library: ClassVar[type[torch.optim.Optimizer] | None] = torch.optim.SGD
+    library: ClassVar[type[torch.optim.Optimizer] | None] = torch.optim.RMSprop
 
     @classmethod
     def read(cls, saved: SavedState) -> Self:
-        groups = tuple(ParameterGroup(**group.shared) for group in saved.groups)
-        return cls(groups=groups, steps=saved.steps(), buffer=saved.tensors("momentum_buffer"))
+        return cls(
+            groups=tuple(ParameterGroup(**group.shared) for group in saved.groups),
+            steps=saved.steps(),
+            buffer=saved.tensors("momentum_buffer"),
+            square=saved.tensors("square_avg"),
+        )
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
-        return {"momentum_buffer": self.buffer}
+        return {"momentum_buffer": self.buffer, "square_avg": self.square}
+
+    def roots(self, ascent: ParameterVector, clip: float) -> dict[str, Tensor]:
+        return {n: (ALPHA * v + (1 - ALPHA) * (clip * ascent[n]) ** 2).sqrt() for n, v in self.square.items()}
 
     def update(
         self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
     ) -> Update:
-        ones = {n: torch.full_like(b, clip) for n, b in self.buffer.items()}
-        return Update({"momentum": vectors.scale(self.buffer, -MOMENTUM)}, ones)
+        momentum = vectors.scale(self.buffer, -MOMENTUM)
+        return Update(
+            {"momentum": momentum}, {n: clip / (r + EPS) for n, r in self.roots(ascent, clip).items()}
+        )
 
     def slope(self, ascent: ParameterVector, *, clip: float, lr: float) -> Slope:
-        return Elementwise({n: torch.ones_like(b) for n, b in self.buffer.items()})
+        found = {}
+        for n, root in self.roots(ascent, clip).items():
+            square = (1 - ALPHA) * (clip * ascent[n]) ** 2
+            found[n] = 1 / (root + EPS) - (square / root).nan_to_num() / (root + EPS) ** 2
+        return Elementwise(found)
 
     def carried(self, name: str, horizon: int) -> float:
         return sum(MOMENTUM**j for j in range(horizon))
@@ -70,15 +84,15 @@ class HeavyBall(OptimizerState):
 
 @pytest.fixture
 def registered() -> Iterator[None]:
-    OPTIMIZERS.append(HeavyBall)
+    OPTIMIZERS.append(RootOfSquares)
     yield
-    OPTIMIZERS.remove(HeavyBall)
+    OPTIMIZERS.remove(RootOfSquares)
 
 
 @pytest.fixture
 def trained(registered: None, tiny_policy: Policy) -> tuple[Policy, torch.optim.Optimizer]:
-    """A policy after two steps of ``torch.optim.SGD``, with its state matched by name."""
-    optimizer = torch.optim.SGD(tiny_policy.parameters.values(), lr=1e-2, momentum=MOMENTUM)
+    """A policy after two steps of ``torch.optim.RMSprop``, with its state matched by name."""
+    optimizer = torch.optim.RMSprop(tiny_policy.parameters.values(), lr=1e-2, momentum=MOMENTUM)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
         for p in tiny_policy.parameters.values():
@@ -95,8 +109,8 @@ def test_a_step_of_ones_own_optimizer_is_that_of_its_library(
     policy, optimizer = trained
     step = cases.step(policy, num_prompts=2, group_size=3)
     assert list(step.components) == ["momentum", "sequences"]
-    assert kind_of(optimizer) is HeavyBall
-    assert "SGD with momentum" in measurable()
+    assert kind_of(optimizer) is RootOfSquares
+    assert "RMSprop" in measurable()
     before = {n: p.detach().clone() for n, p in policy.parameters.items()}
     copies = {n: torch.nn.Parameter(p.clone()) for n, p in before.items()}
     for n, p in policy.parameters.items():
@@ -119,10 +133,15 @@ def test_its_steps_are_attributed(trained: tuple[Policy, torch.optim.Optimizer])
     whole = fixed.sequences.sum() + fixed.components["momentum"].value
     assert whole == pytest.approx(fixed.total.value, rel=1e-9)
     assert set(fixed.components) == {"momentum"}
+    assert abs(through.sequences.sum()) < abs(fixed.sequences.sum())  # P shrinks where a gradient grows
     along = step_derivative(policy, step, "optimizer").along(step.ascent)
-    if step.clip_coefficient == 1.0:
-        assert through.sequences == pytest.approx(fixed.sequences)
-        torch.testing.assert_close(along, dict(step.components["sequences"]))
+    assert policy.optimizer is not None
+    sizes = (1 - 1e-5, 1 + 1e-5)
+    assert step.clip_coefficient == 1.0
+    low, high = (vectors.scale(step.ascent, by) for by in sizes)
+    less, more = (policy.optimizer.update({}, a, clip=1.0, lr=step.lr).made_of(a) for a in (low, high))
+    for name, value in along.items():
+        torch.testing.assert_close(value, (more[name] - less[name]) / 2e-5, rtol=1e-5, atol=1e-7)
     found = lifetime(policy, step)
     assert found is not None
     assert found.effect[10] == pytest.approx(10 * (1 - MOMENTUM**10))

@@ -34,8 +34,6 @@ def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         ("RAdam", {"decoupled_weight_decay": True}, "RAdam"),
         ("NAdam", {"decoupled_weight_decay": True}, "NAdam"),
         ("Adamax", {}, "Adamax"),
-        ("SGD", {}, "that of SGD"),
-        ("SGD", {"momentum": 0.9}, "that of SGD"),
         ("Muon", {}, "Muon"),
         ("RMSprop", {}, "RMSprop"),
         ("Adagrad", {}, "Adagrad"),

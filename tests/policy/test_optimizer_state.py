@@ -82,7 +82,7 @@ def test_moments_are_widened_never_narrowed() -> None:
 def test_what_is_not_adamw_is_refused() -> None:
     model = cases.model()
     for optimizer, message in (
-        (torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), "that of SGD"),
+        (torch.optim.RMSprop(model.parameters(), lr=0.1), "that of RMSprop"),
         (torch.optim.Adafactor(model.parameters()), "that of Adafactor"),
         (torch.optim.Adam(model.parameters(), weight_decay=0.1), "decoupled decay"),
         (torch.optim.AdamW(model.parameters(), maximize=True), "maximizes"),

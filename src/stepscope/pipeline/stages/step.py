@@ -59,14 +59,17 @@ def step(session: Session) -> Figures:
         for name, part in report.components.items()
     }
     found = shares | lifetime_figures(report.lifetime, count) | storage_figures(report.storage, count)
-    return session.doubted(found, "step") | _rounding_figures(session.taken, count)
+    assert session.policy.optimizer is not None
+    rounding = _rounding_figures(session.taken, session.policy.optimizer.label, count)
+    return session.doubted(found, "step") | rounding
 
 
-def _rounding_figures(taken: RoundedStep | None, count: int) -> Figures:
+def _rounding_figures(taken: RoundedStep | None, optimizer: str, count: int) -> Figures:
     """How the step as taken in a half type differs from that before rounding; nothing where it does not."""
     if taken is None:
         return {}
-    how = f"torch's AdamW in {taken.kept_in}, {taken.kernel}, at lr {taken.lr:g}; exact for this update batch"
+    how = f"torch's {optimizer} in {taken.kept_in}, {taken.kernel}, at lr {taken.lr:g}"
+    how += "; exact for this update batch"
     none = "" if taken.share_moved else "no coordinate moves"
     return {
         name: Estimate(value, float("nan"), count, unit, how, not doubt, doubt)

@@ -145,10 +145,6 @@ class AdamWState(OptimizerState):
                 f"{saved.where}: Adam with weight decay {shared['weight_decay']} inside the gradient, "
                 "expected AdamW (decoupled decay); only AdamW can be measured"
             )
-        if given.get("maximize"):
-            raise CheckpointError(
-                f"{saved.where}: the optimizer maximizes, expected one that minimizes a loss"
-            )
         betas = given.get("betas")
         if not isinstance(betas, Sequence) or len(betas) != 2:
             raise CheckpointError(
@@ -213,7 +209,7 @@ class AdamWState(OptimizerState):
             name, beta1, denominator = terms.name, terms.group.betas[0], terms.denominator
             momentum[name] = -terms.scale * beta1 * terms.first / denominator
             parameter = parameters[name].detach().to(terms.first.dtype)
-            rate = _ratio(terms.group, lr) * terms.group.weight_decay
+            rate = terms.group.ratio(lr) * terms.group.weight_decay
             # a bias that excludes a token with -inf is in a group without decay, and 0 x inf is no number
             decay[name] = -rate * parameter if rate else torch.zeros_like(parameter)
             preconditioner[name] = terms.scale * (1 - beta1) * clip / denominator
@@ -276,14 +272,10 @@ class AdamWState(OptimizerState):
                 yield _Terms(
                     name=name,
                     group=group,
-                    scale=_ratio(group, lr) * self._shrunk(group) / (1 - beta1**steps),
+                    scale=group.ratio(lr) * self._shrunk(group) / (1 - beta1**steps),
                     first=first,
                     clipped=clipped,
                     root=moment.sqrt(),
                     root_scale=(1 - beta2**steps) ** 0.5,
                     fresh=fresh,
                 )
-
-
-def _ratio(group: ParameterGroup, lr: float) -> float:
-    return group.lr / lr if lr > 0 else 1.0

@@ -40,7 +40,7 @@ class ParameterGroup:
     Attributes:
         names: of the parameters.
         lr: learning rate of the *next* step, as the scheduler left it in the checkpoint.
-        weight_decay: decoupled from the gradient.
+        weight_decay: decoupled from the gradient, or as the optimizer has it.
         initial_lr: the one that the schedule started from, where the state says so.
     """
 
@@ -48,6 +48,10 @@ class ParameterGroup:
     lr: float
     weight_decay: float = 0.0
     initial_lr: float | None = None
+
+    def ratio(self, lr: float) -> float:
+        """The factor of the group's parts of a direction that is per unit of ``lr``."""
+        return self.lr / lr if lr > 0 else 1.0
 
     @property
     def fractions(self) -> dict[str, float]:
@@ -250,6 +254,16 @@ class OptimizerState(Brief, ABC):
     def objection(cls, groups: Sequence[Mapping[str, Any]], entries: Mapping[Any, Mapping[str, Any]]) -> str:
         """Why no step of a state with this optimizer's keys can be rebuilt; "" where it can."""
         return ""
+
+    @classmethod
+    def shape_in(cls, entry: Mapping[str, Any]) -> tuple[int, ...] | None:
+        """The shape of the parameter that an entry is of; None where it does not tell."""
+        return next((tuple(entry[key].shape) for key in sorted(cls.keys.entry - {"step"})), None)
+
+    @classmethod
+    def keeps_nothing(cls, settings: Mapping[str, Any]) -> bool:
+        """Whether a group with these settings has no state of its parameters."""
+        return False
 
     @classmethod
     @abstractmethod

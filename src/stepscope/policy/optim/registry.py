@@ -16,13 +16,14 @@ from stepscope.errors import CheckpointError
 from stepscope.policy.optim.adamw import AdamWState
 from stepscope.policy.optim.base import OptimizerState, SavedGroup, SavedState
 from stepscope.policy.optim.bitsandbytes import NESTED, BitsAndBytesAdamW
+from stepscope.policy.optim.sgd import SGDState
 
-OPTIMIZERS: list[type[OptimizerState]] = [AdamWState, BitsAndBytesAdamW]
+OPTIMIZERS: list[type[OptimizerState]] = [AdamWState, BitsAndBytesAdamW, SGDState]
 """Those whose step can be rebuilt; one more is a class like these and an entry here."""
 
 _SCHEDULES = frozenset({"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"})
 _LABELS = frozenset({"params", "param_names", "name", "group_name"})
-_FLAGS = ("amsgrad", "maximize", "decoupled_weight_decay")
+_FLAGS = ("amsgrad", "maximize", "nesterov", "decoupled_weight_decay")
 
 _MARKS: tuple[tuple[str, frozenset[str]], ...] = (
     ("an AdamW with Kahan summation", frozenset({"compensation"})),
@@ -38,7 +39,6 @@ _MARKS: tuple[tuple[str, frozenset[str]], ...] = (
     ("LAMB", frozenset({"trust_clip"})),
     ("LAMB", frozenset({"unorm_vec"})),
     ("Muon", frozenset({"ns_steps"})),
-    ("SGD", frozenset({"dampening"})),
     ("a schedule-free optimizer", frozenset({"weight_sum"})),
     ("Adafactor", frozenset({"exp_avg_sq_row"})),
     ("Adafactor", frozenset({"beta2_decay"})),
@@ -105,14 +105,16 @@ def recognised(saved: Mapping[str, Any], where: str) -> tuple[type[OptimizerStat
                 f"{where}: the state of parameter {number} lacks {', '.join(sorted(absent) or bare)} as "
                 f"tensors, expected what {kind.label} keeps; copy the file again"
             )
+    if any(group.get("maximize") for group in groups):
+        raise CheckpointError(f"{where}: the optimizer maximizes, expected one that minimizes a loss")
     if problem := kind.objection(groups, entries):
         raise _other(where, problem)
     return kind, entries
 
 
-def shape_of(kind: type[OptimizerState], entry: Mapping[str, Any]) -> tuple[int, ...]:
-    """The shape of the parameter that an entry is of."""
-    return next(tuple(entry[key].shape) for key in sorted(kind.keys.entry - {"step"}))
+def shape_of(kind: type[OptimizerState], entry: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The shape of the parameter that an entry is of; None where it does not tell."""
+    return kind.shape_in(entry)
 
 
 def named_state(
@@ -145,7 +147,8 @@ def named_state(
     groups: list[SavedGroup] = []
     by_name: dict[str, dict[str, Any]] = {}
     for group, names in zip(saved["param_groups"], names_by_group, strict=True):
-        named = {name: entries.get(n) for n, name in zip(group["params"], names, strict=True)}
+        none: dict[str, Any] | None = {} if kind.keeps_nothing(group) else None
+        named = {name: entries.get(n, none) for n, name in zip(group["params"], names, strict=True)}
         kept = {name: entry for name, entry in named.items() if entry is not None}
         groups.append(SavedGroup(group, tuple(kept), where))
         by_name |= kept
@@ -190,8 +193,8 @@ def _check_form(saved: Mapping[str, Any], where: str) -> None:
 
 def _flat(entry: Mapping[str, Any]) -> dict[str, Any]:
     inner = entry.get(NESTED)
-    rest = {key: value for key, value in entry.items() if key != NESTED}
-    return rest | dict(inner) if isinstance(inner, Mapping) else rest
+    flat = {**entry, **inner} if isinstance(inner, Mapping) else entry
+    return {key: value for key, value in flat.items() if key != NESTED and value is not None}
 
 
 def _difference(

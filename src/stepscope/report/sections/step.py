@@ -120,8 +120,8 @@ def _rounding_sentence(rounding: Rounding) -> str:
         else "so that the step changes nothing"
     )
     return (
-        f"The training keeps its weights in {rounding.kept_in}, and AdamW's result is rounded to that: at "
-        f"learning rate {text.lr_text(rounding.lr)}, {text.percent(rounding.share_moved)} of the weights "
+        f"The training keeps its weights in {rounding.kept_in}, and every step is rounded to that: "
+        f"at learning rate {text.lr_text(rounding.lr)}, {text.percent(rounding.share_moved)} of the weights "
         f"move at all; {shape}."
     )
 
@@ -151,9 +151,9 @@ def _lifetime_sentence(found: Lifetime) -> str:
     later = [(n, value) for n, value in found.effect.items() if n != 1]
     effects = " and ".join(f"{text.number(value, 2)} times after {n} steps" for n, value in later)
     return (
-        f"This batch is {share} of its step. At step {found.step} beta1 alone would make it {white} were "
+        f"This batch is {share} of its step. At step {found.step} momentum alone would make it {white} were "
         f"gradients white noise and {constant} were they all the same, so that most of a step is momentum is "
         f"arithmetic; this batch's share is {text.number(found.relative_share, 2)} times white noise's. "
-        "What it does not do in this step it does later, through the first moment: with later gradients, "
+        "What it does not do in this step it does later, through the momentum: with later gradients, "
         f"preconditioner and learning rate held, its effect grows to {effects}, its own the first."
     )
