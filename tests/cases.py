@@ -19,8 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from stepscope.config import STAGES, TrainConfig, build_config
 from stepscope.measure.step.reconstruct import Step, reconstruct_step
 from stepscope.policy.forward import forward, make_batch
+from stepscope.policy.loss.advantages import advantages
 from stepscope.policy.loss.settings import StepSettings
-from stepscope.policy.loss.surrogate import advantages, policy_loss
+from stepscope.policy.loss.surrogate import policy_loss
 from stepscope.policy.optim.adamw import AdamWGroup, AdamWState
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy

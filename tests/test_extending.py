@@ -13,6 +13,7 @@ import pytest
 from stepscope import known_criteria
 from stepscope.measure.criteria import criterion
 from stepscope.policy.checkpoint.formats.registry import FORMATS
+from stepscope.policy.loss.registry import LOSSES
 from stepscope.policy.optim.registry import OPTIMIZERS
 from stepscope.rules.applied import INTERVENTIONS
 
@@ -31,10 +32,13 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setitem(sys.modules, made.__name__, made)
     monkeypatch.setattr(criterion, "_KNOWN", dict(criterion._KNOWN))
     kept = list(OPTIMIZERS), list(FORMATS), dict(INTERVENTIONS)
+    losses = dict(LOSSES)
     yield made
     OPTIMIZERS[:], FORMATS[:] = kept[:2]
     INTERVENTIONS.clear()
     INTERVENTIONS.update(kept[2])
+    LOSSES.clear()
+    LOSSES.update(losses)
 
 
 def test_all_that_can_be_added_has_an_example() -> None:

@@ -75,10 +75,10 @@ MUTATIONS = {
         "policy/test_objective.py::test_on_policy_weights_are_the_closed_form_of_each_loss",
     ),
     "rewards keep their mean": Mutation(
-        "policy/loss/surrogate.py",
+        "policy/loss/advantages.py",
         "centred = values - values.mean()",
         "centred = values",
-        "policy/test_objective.py::test_advantages_equal_what_trl_computes_while_training",
+        "policy/test_advantages.py::test_advantages_equal_what_trl_computes_while_training",
     ),
     "entropy is negative": Mutation(
         "policy/forward.py",

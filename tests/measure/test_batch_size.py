@@ -10,7 +10,8 @@ import pytest
 import cases
 from stepscope.measure.noise.batch_size import batch_sizes, loss_scale
 from stepscope.measure.noise.scale import from_products, group_products, noise_scale
-from stepscope.policy.loss.surrogate import advantages, token_weights
+from stepscope.policy.loss.advantages import advantages
+from stepscope.policy.loss.surrogate import token_weights
 from stepscope.results import FloatArray
 from stepscope.results.noise import BatchSizes
 

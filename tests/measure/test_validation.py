@@ -16,7 +16,7 @@ from stepscope.measure.influence.attribution import InfluenceOptions, influence
 from stepscope.measure.influence.validation import RemovalOptions, compare, remake_steps
 from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.step.reconstruct import reconstruct_step
-from stepscope.policy.loss.surrogate import advantages
+from stepscope.policy.loss.advantages import advantages
 from stepscope.results.validation import Validation
 
 

@@ -14,8 +14,8 @@ from torch import nn
 
 import cases
 from stepscope.errors import BatchError, MeasurementError
+from stepscope.policy.loss.advantages import advantages
 from stepscope.policy.loss.settings import StepSettings
-from stepscope.policy.loss.surrogate import advantages
 from stepscope.policy.numerics.precision import lift_model
 from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import Nucleus, SamplingOptions, sample_rollouts, score_rollouts

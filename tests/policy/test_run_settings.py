@@ -13,9 +13,10 @@ from trl import GRPOConfig, SFTConfig
 from trl.experimental.gmpo import GMPOConfig
 from trl.experimental.sdpo import SDPOConfig
 
-from stepscope.errors import CheckpointError
+from stepscope.errors import CheckpointError, ConfigError
 from stepscope.policy.checkpoint.settings.run_settings import run_settings
 from stepscope.policy.checkpoint.settings.trl_run import run_notes
+from stepscope.policy.loss.registry import LOSSES
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.rules import EntropyBonus, TopEntropy
 
@@ -77,6 +78,14 @@ def test_settings_of_a_grpo_run(tmp_path: Path) -> None:
         top_p=0.95,
         disable_dropout=True,
         micro_batch_size=8,
+        loss_parameters={
+            "importance_sampling_level": "token",
+            "off_policy_mask_threshold": None,
+            "delta": None,
+            "vllm_importance_sampling_mode": None,
+            "vllm_importance_sampling_clip_max": 3.0,
+            "vllm_importance_sampling_clip_min": None,
+        },
     )
 
 
@@ -109,21 +118,9 @@ TWO_PIECES = {"gradient_accumulation_steps": 2}
 @pytest.mark.parametrize(
     ("changes", "name"),
     [
-        ({"num_iterations": 2}, "num_iterations"),
-        ({"steps_per_generation": 4, **TWO_PIECES}, "steps_per_generation"),
-        (
-            {"importance_sampling_level": "sequence", "beta": 0.1, "loss_type": "grpo"},
-            "importance_sampling_level",
-        ),
-        (
-            {"importance_sampling_level": "sequence", "top_entropy_quantile": 0.5, "loss_type": "grpo"},
-            "importance_sampling_level",
-        ),
-        ({"delta": 0.9}, "delta"),
-        ({"loss_type": "bnpo", **TWO_PIECES}, "loss_type"),
+        ({"steps_per_generation": 1, **TWO_PIECES}, "steps_per_generation"),
         ({"loss_type": "of_tomorrow"}, "loss_type"),
-        ({"top_entropy_quantile": 0.2, **TWO_PIECES}, "top_entropy_quantile"),
-        ({"entropy_coef": 0.01, **TWO_PIECES}, "entropy_coef"),
+        ({"top_entropy_quantile": 0.2, "entropy_coef": 0.01}, "entropy_coef"),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "multi_objective_aggregation"),
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
@@ -154,8 +151,18 @@ def test_what_no_measurement_follows_is_named_and_can_be_left_out(
     [
         {"importance_sampling_level": "sequence", "loss_type": "grpo"},
         {"importance_sampling_level": "sequence", "loss_type": "luspo"},
+        {"importance_sampling_level": "sequence", "beta": 0.1, "loss_type": "grpo"},
+        {"importance_sampling_level": "sequence", "top_entropy_quantile": 0.5, "loss_type": "grpo"},
         {"delta": 2.0},
+        {"delta": 0.9},
         {"off_policy_mask_threshold": 0.5},
+        {"off_policy_mask_threshold": -0.5},
+        {"num_iterations": 2},
+        {"steps_per_generation": 4, **TWO_PIECES},
+        {"steps_per_generation": 1, "loss_type": "grpo", **TWO_PIECES},
+        {"loss_type": "bnpo", **TWO_PIECES},
+        {"top_entropy_quantile": 0.2, **TWO_PIECES},
+        {"entropy_coef": 0.01, **TWO_PIECES},
         {"loss_type": "cispo", "epsilon_high": 5.0},
         {"loss_type": "sapo"},
         {"loss_type": "vespo"},
@@ -163,17 +170,58 @@ def test_what_no_measurement_follows_is_named_and_can_be_left_out(
         {"max_steps": 3, "optim": "adamw_torch"},
     ],
 )
-def test_what_is_the_same_on_policy_is_measured(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_every_loss_of_trl_is_measured(tmp_path: Path, changes: dict[str, Any]) -> None:
     settings = run_settings(save_args(tmp_path, **changes))
     assert settings.loss_type == changes.get("loss_type", "dapo")
     assert settings.without == []
+    of_loss = LOSSES[settings.loss_type].read(settings.loss_parameters).model_dump()
+    for name in of_loss.keys() & changes.keys():
+        assert of_loss[name] == changes[name]
+    assert settings.num_iterations == changes.get("num_iterations", 1)
 
 
 def test_two_processes_cut_a_batch(tmp_path: Path) -> None:
     args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, loss_type="bnpo")
     args.distributed_state.__dict__ = {**vars(args.distributed_state), "num_processes": 2}
     torch.save(args, tmp_path / "training_args.bin")
-    with pytest.raises(CheckpointError, match=r"loss_type: bnpo averages .* 2 processes cut it"):
+    settings = run_settings(tmp_path)
+    assert (settings.group_size * settings.prompts_per_step, settings.micro_batch_size) == (16, 8)
+
+
+def test_several_updates_on_a_batch_are_noted(tmp_path: Path) -> None:
+    save_args(tmp_path, num_iterations=2, steps_per_generation=4, gradient_accumulation_steps=2)
+    (note,) = run_notes(tmp_path)
+    assert note.startswith("each batch made 4 steps")
+    save_args(tmp_path)
+    assert run_notes(tmp_path) == ()
+
+
+def test_an_entropy_bonus_that_adapts_goes_on_where_trl_left_it(tmp_path: Path) -> None:
+    """As ``_load_optimizer_and_scheduler`` and ``_compute_loss`` of TRL 1.16 take it up."""
+    save_args(tmp_path, use_adaptive_entropy=True, entropy_target=0.7, gradient_accumulation_steps=2)
+    state = tmp_path / "entropy_ctrl_state.json"
+    for last, expected in ((0.6, EntropyBonus(coefficient=0.03, scope=8)), (0.8, None), (float("inf"), None)):
+        state.write_text(json.dumps({"entropy_coef": 0.03, "last_world_entropy": last}))
+        assert run_settings(tmp_path).objective == expected
+    state.write_text(json.dumps({"entropy_coef": [0.03]}))
+    with pytest.raises(CheckpointError, match=r"entropy_ctrl_state\.json: cannot be read .*copy it again"):
+        run_settings(tmp_path)
+
+
+def test_parameters_of_the_loss_are_changed_one_by_one(tmp_path: Path) -> None:
+    save_args(tmp_path, loss_type="sapo", sapo_temperature_pos=2.0, importance_sampling_level="sequence")
+    changed = run_settings(tmp_path, {"loss_parameters": {"sapo_temperature_pos": 3.0}}).loss_parameters
+    assert changed["sapo_temperature_pos"] == 3.0
+    assert changed["importance_sampling_level"] == "sequence"
+    assert run_settings(tmp_path, {"loss_type": "grpo"}).loss_parameters == {}
+    with pytest.raises(ConfigError, match="loss_type: got 'gspo', expected one of grpo"):
+        run_settings(tmp_path, {"loss_type": "gspo"})
+    save_args(tmp_path, sapo_temperature_pos=2.0)
+    assert "sapo_temperature_pos" not in run_settings(tmp_path).loss_parameters
+    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    args.delta = "wide"
+    torch.save(args, tmp_path / "training_args.bin")
+    with pytest.raises(CheckpointError, match=r"loss_parameters\.delta of dapo: .*copy the file again"):
         run_settings(tmp_path)
 
 

@@ -104,7 +104,10 @@ class LossConfig(Section):
     what a run did that no measurement follows, to measure its next step without that.
     """
 
-    loss_type: Literal["grpo", "dr_grpo", "bnpo", "dapo", "cispo", "luspo", "sapo", "vespo"] | None = None
+    loss_type: str | None = None
+    loss_parameters: dict[str, Any] | None = None
+    aggregation: str | None = None
+    kl_penalty: str | None = None
     scale_rewards: Literal["none", "group", "batch"] | None = None
     group_size: int | None = Field(default=None, ge=2)
     prompts_per_step: int | None = Field(default=None, ge=1)

@@ -20,7 +20,7 @@ from transformers import (
 
 from stepscope.errors import BatchError, CheckpointError, MeasurementError, shown
 from stepscope.policy.forward import TokenBatch, base_model, forward, plain_experts
-from stepscope.policy.loss.surrogate import advantages
+from stepscope.policy.loss.advantages import advantages
 from stepscope.policy.numerics.precision import matching_precision
 from stepscope.policy.passes import Budget, sweep_rows, track
 from stepscope.policy.state import Policy

@@ -38,7 +38,8 @@ from stepscope.measure.step.reconstruct import Step, assemble_step, weighted_log
 from stepscope.measure.step.terms import term_gradients
 from stepscope.policy.gradients.products import weighted_gradients
 from stepscope.policy.gradients.stream import SequenceGradients
-from stepscope.policy.loss.surrogate import advantages, token_weights
+from stepscope.policy.loss.advantages import advantages
+from stepscope.policy.loss.surrogate import token_weights
 from stepscope.policy.passes import Budget, track
 from stepscope.policy.state import Policy
 from stepscope.results import BoolArray, FloatArray, Rollouts

@@ -20,8 +20,8 @@ from dataclasses import replace
 
 import numpy as np
 
+from stepscope.policy.loss.advantages import advantages
 from stepscope.policy.loss.settings import StepSettings
-from stepscope.policy.loss.surrogate import advantages
 from stepscope.policy.loss.surrogate import token_weights as loss_token_weights
 from stepscope.results import FloatArray, IntArray, Rollouts
 from stepscope.results.noise import BatchSize, BatchSizes

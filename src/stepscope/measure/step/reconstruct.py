@@ -119,8 +119,8 @@ def reconstruct_step(
     Raises:
         CheckpointError: no optimizer state, or one that does not fit the parameters.
         BatchError: no reward variance, or a batch that this policy did not sample.
-        MeasurementError: a KL penalty without a reference, an entropy bonus over micro-batches, or the
-            objective ``influence`` without its influences.
+        MeasurementError: a KL penalty without a reference, or the objective ``influence`` without its
+            influences.
 
     Exact up to round-off; pinned against ``torch.optim.AdamW.step()`` in ``tests/measure/test_step.py``.
     Source: Loshchilov & Hutter 2019 (arXiv:1711.05101), ``torch/optim/adam.py``.

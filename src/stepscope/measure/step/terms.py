@@ -20,12 +20,8 @@ from stepscope.results import Rollouts
 
 
 def bonus_gradient(policy: Policy, update: Rollouts, budget: Budget) -> dict[str, Tensor]:
-    """Coefficient x gradient of the mean entropy of the tokens in the loss; empty without an entropy bonus.
-
-    Raises:
-        MeasurementError: TRL took the mean entropy of each micro-batch, not of the batch.
-    """
-    weights = entropy_weights(update, policy.settings)
+    """Coefficient x gradient of the mean entropy of the tokens in the loss; empty without a bonus."""
+    weights = entropy_weights(update, policy.settings, step=policy.step)
     if not weights:
         return {}
 
@@ -54,7 +50,7 @@ def term_gradients(
         budget: what may be used at a time.
 
     Raises:
-        MeasurementError: an entropy bonus that is not of the whole batch, or one in a re-made step.
+        MeasurementError: an entropy bonus in a re-made step.
     """
     if remade and adds_component(policy.settings):
         raise MeasurementError(

@@ -17,7 +17,7 @@ from stepscope.policy.check.findings import Finding
 from stepscope.policy.checkpoint.adapters import is_adapted
 from stepscope.policy.checkpoint.first_pass import made_up_sequences
 from stepscope.policy.checkpoint.foreign import reads_foreign
-from stepscope.policy.loss.surrogate import adds_component, refuse_cut_component
+from stepscope.policy.loss.surrogate import adds_component
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 
@@ -41,7 +41,7 @@ def findings(policy: Policy, config: MeasureSettings, stages: list[Stage]) -> li
 
 
 def _loss(policy: Policy, config: MeasureSettings) -> list[Finding]:
-    """Divergences without a reference to take them to, and a bonus that depends on how a batch was cut."""
+    """Divergences without a reference to take them to."""
     found = []
     if config.reference is None and not is_adapted(policy.model):
         cure = "give reference=MODEL (the model that the training started from)"
@@ -52,10 +52,6 @@ def _loss(policy: Policy, config: MeasureSettings) -> list[Finding]:
             found.append(
                 Finding("fail", "kl needs a reference, and a full model has no base beside it", cure)
             )
-    try:
-        refuse_cut_component(policy.settings)
-    except MeasurementError as error:
-        found.append(Finding.from_error(error))
     return found
 
 

@@ -12,7 +12,7 @@ from stepscope.errors import BatchError
 from stepscope.measure.change.uncertainty import estimate_ratio
 from stepscope.pipeline.stages.plan import PROBE, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
-from stepscope.policy.loss.surrogate import advantages
+from stepscope.policy.loss.advantages import advantages
 from stepscope.policy.rollouts import SamplingOptions, response_text, sample_rollouts, score_rollouts
 from stepscope.results import Rollouts
 from stepscope.stats import clustered_mean

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from stepscope.errors import MeasurementError, TaskError
+from stepscope.errors import ConfigError, MeasurementError, TaskError
 from stepscope.policy.check.derivatives import derivative_errors, random_direction
 from stepscope.policy.check.findings import Finding
 from stepscope.policy.checkpoint.adapters import base_is_rewritten
@@ -27,7 +27,7 @@ from stepscope.policy.forward import (
 )
 from stepscope.policy.loss.router import router_coefficient
 from stepscope.policy.loss.settings import SETTINGS_FILE, UNKNOWN
-from stepscope.policy.loss.surrogate import LOSS_TYPES
+from stepscope.policy.loss.surrogate import understood
 from stepscope.policy.numerics.differentiation import lacks_a_rule
 from stepscope.policy.numerics.precision import HALF_TYPES, matching_precision
 from stepscope.policy.optim.storage import stored_tensors
@@ -77,9 +77,10 @@ def _settings(policy: Policy) -> list[Finding]:
     }
     loss = settings.loss_type + (f" with {settings.objective.name}" if settings.objective else "")
     found = [Finding("ok", f"loss {loss}, " + ", ".join(f"{k} {v}" for k, v in said.items()))]
-    if settings.loss_type not in LOSS_TYPES:
-        known = f"give loss.loss_type, one of {', '.join(LOSS_TYPES)}"
-        found = [Finding("fail", f"the loss {settings.loss_type[:40]!r} is not known here", known)]
+    try:
+        understood(settings)
+    except ConfigError as error:
+        found = [Finding.from_error(error)]
     if settings.without:
         left_out = f"the step is measured without the run's {', '.join(settings.without)}"
         found.append(Finding("warn", left_out, "say so beside every figure"))

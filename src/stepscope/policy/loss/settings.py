@@ -69,7 +69,13 @@ class StepSettings:
     """Everything beside weights and optimizer state that a step depends on.
 
     Attributes:
-        loss_type: TRL's name of the loss, one of :data:`~stepscope.policy.loss.surrogate.LOSS_TYPES`.
+        loss_type: name of the loss, one of :data:`~stepscope.policy.loss.registry.LOSSES`.
+        loss_parameters: its own parameters, by the names that TRL or verl gives them; those left out have
+            their default.
+        aggregation: how the loss per token is averaged, one of
+            :data:`~stepscope.policy.loss.aggregation.AGGREGATIONS`; empty for the loss's own way.
+        kl_penalty: estimate of the KL divergence that ``beta`` weighs, one of
+            :data:`~stepscope.policy.loss.kl.KL_PENALTIES`; empty for ``k3``.
         scale_rewards: how advantages are scaled: ``none``, ``group`` or ``batch`` standard deviation.
         group_size: responses per prompt.
         prompts_per_step: prompt groups per optimizer step.
@@ -79,7 +85,7 @@ class StepSettings:
         max_grad_norm: gradient clipping threshold; 0 switches clipping off.
         epsilon_low: lower clip range of the ratio.
         epsilon_high: upper clip range of the ratio.
-        beta: weight of the KL penalty (k3) to the reference policy.
+        beta: weight of the KL penalty to the reference policy.
         top_p: nucleus of the sampling; 1 is the policy itself.
         task: specification of the task, for example ``arithmetic``; empty if unknown.
         prompt_template: name of the template or a template text with ``{question}``; empty means the default.
@@ -98,9 +104,9 @@ class StepSettings:
         task_digest: state of the task's data in the training, as the task has it; empty if unknown.
         router_loss: weight of the loss that balances a mixture of experts; None for the model's own (TRL's
             ``router_aux_loss_coef``).
-        micro_batch_size: sequences whose router loss is taken together; None for the whole batch.
+        micro_batch_size: sequences whose router loss, mean of ``bnpo`` or statistics of a loss are taken
+            together; None for the whole batch.
         disable_dropout: training switched off the model's dropout modules (TRL's name).
-        on_policy_only: the loss is known here at ratio 1 alone (ratios per sequence, a bound ``delta``).
         without: what else the run did that its next step is measured without, by name.
     """
 
@@ -134,7 +140,9 @@ class StepSettings:
     router_loss: float | None = None
     micro_batch_size: int | None = None
     disable_dropout: bool = False
-    on_policy_only: bool = False
+    loss_parameters: dict[str, Any] = field(default_factory=dict, hash=False)
+    aggregation: str = ""
+    kl_penalty: str = ""
     without: list[str] = field(default_factory=list, hash=False)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The one objective: TRL's policy losses as a function of the log-probs of the response tokens.
+"""The one objective: a policy loss as a function of the log-probs of the response tokens, and its derivative.
 
 A loss that reaches the parameters only through the response tokens' log-probs is described by its token
 weights w_ik = -dLoss/dl_ik: then -grad Loss = sum_ik w_ik grad l_ik, whatever the loss type.
@@ -12,68 +12,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stepscope.errors import BatchError, ConfigError, MeasurementError
+from stepscope.errors import BatchError, ConfigError
+from stepscope.policy.loss.aggregation import AGGREGATIONS, aggregation_weights
+from stepscope.policy.loss.base import Loss
+from stepscope.policy.loss.batch import LossBatch
+from stepscope.policy.loss.kl import ALIASES, KL_PENALTIES, kl_penalty, known_penalty, schulman
+from stepscope.policy.loss.ratio import importance_ratio
+from stepscope.policy.loss.registry import loss_named
 from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.loss.trl import TrlParameters
 from stepscope.results import FloatArray, IntArray, Rollouts
 from stepscope.rules import Tokens, token_advantages
 
-LOSS_TYPES = ("grpo", "dr_grpo", "bnpo", "dapo", "cispo", "luspo", "sapo", "vespo")
-"""Losses that :func:`policy_loss` knows, under TRL's names."""
 
-ON_POLICY_ONLY = ("sapo", "vespo")
-"""Those whose ratio is shaped by parameters of their own, which have no part in the gradient at ratio 1."""
-
-SCALINGS = ("none", "group", "batch")
-"""Ways to scale advantages, under TRL's names."""
-
-STD_EPSILON = 1e-4
-"""TRL divides by the standard deviation plus this."""
-
-
-def advantages(rewards: FloatArray, prompt_index: IntArray, scale: str) -> FloatArray:
-    """Advantages of GRPO: A_i = r_i - mean of the rewards of its group, optionally scaled.
-
-    ``none`` leaves A as it is (Dr. GRPO), ``group`` divides by the group's standard deviation + 1e-4,
-    ``batch`` by that of the whole batch + 1e-4 (both with Bessel's correction). In a group whose rewards are
-    all equal the advantages are exactly zero.
-
-    Args:
-        rewards: (seq,) total rewards.
-        prompt_index: (seq,) equal numbers form a group; groups may differ in size.
-        scale: ``none``, ``group`` or ``batch``.
-
-    Returns:
-        (seq,) advantages.
+def understood(settings: StepSettings) -> None:
+    """Refuse settings whose loss is not known here.
 
     Raises:
-        BatchError: a reward is not finite.
-        ConfigError: ``scale`` is unknown.
-
-    Source: TRL's ``GRPOTrainer._generate_and_score_completions``; Shao et al. 2024 (arXiv:2402.03300), Liu et
-    al. 2025 (arXiv:2503.20783). Pinned by ``tests/policy/test_objective.py``.
+        ConfigError: loss, parameters, aggregation or KL penalty are unknown.
     """
-    if scale not in SCALINGS:
+    loss = loss_named(settings.loss_type)
+    loss.read(settings.loss_parameters)
+    name = settings.aggregation
+    if name and name not in AGGREGATIONS:
+        known = ", ".join(AGGREGATIONS)
+        raise ConfigError(f"aggregation: got {name!r}, expected one of {known}; use one of these")
+    name = settings.kl_penalty
+    if name and not known_penalty(name):
+        known = ", ".join([*KL_PENALTIES, *ALIASES])
+        raise ConfigError(f"kl_penalty: got {name!r}, expected one of {known}; use one of these")
+    if name not in ("", "k3") and loss.ratio_on_kl:
         raise ConfigError(
-            f"scale_rewards: got {scale!r}, expected one of {', '.join(SCALINGS)}; use one of these"
+            f"kl_penalty: got {name!r}, and {loss.name} has k3 alone; leave it out, or name a loss of verl's"
         )
-    rewards = np.asarray(rewards, dtype=np.float64)
-    broken = np.flatnonzero(~np.isfinite(rewards))
-    if len(broken):
-        raise BatchError(
-            f"sequence {broken[0]}: reward is {rewards[broken[0]]}, expected a finite number; mend the "
-            "task's score"
-        )
-    result = np.zeros_like(rewards)
-    for group in np.unique(prompt_index):
-        members = prompt_index == group
-        values = rewards[members]
-        if np.ptp(values) == 0:
-            continue
-        centred = values - values.mean()
-        result[members] = centred / (values.std(ddof=1) + STD_EPSILON) if scale == "group" else centred
-    if scale == "batch" and len(rewards) > 1:
-        result = result / (rewards.std(ddof=1) + STD_EPSILON)
-    return result
 
 
 def policy_loss(
@@ -83,23 +54,20 @@ def policy_loss(
     mask: Tensor,
     settings: StepSettings,
     ref_logprobs: Tensor | None = None,
+    *,
+    sampler_logprobs: Tensor | None = None,
+    pieces: Sequence[Tensor] = (),
+    random: np.random.Generator | None = None,
 ) -> Tensor:
-    """The scalar loss TRL's GRPOTrainer would compute on this batch as one micro-batch.
+    """The scalar loss that the run's trainer would compute on this batch.
 
-    Per token, with ratio r = exp(l - l_old), advantage A and KL weight beta,
+    With the loss per token of ``settings.loss_type`` (:data:`stepscope.policy.loss.registry.LOSSES`), weights
+    W of its aggregation (:mod:`stepscope.policy.loss.aggregation`) and KL weight beta,
 
-        loss_ik = -min(r A, clip(r, 1 - epsilon_low, 1 + epsilon_high) A) + beta q (exp(d) - d - 1)
-        d = l_ref - l,  q = r with ``bias_correction_kl`` and 1 without,
+        Loss = sum_ik W_ik (loss_ik + beta q k_ik)
 
-    averaged over tokens as the loss type says: ``grpo`` mean over sequences of the mean over their tokens;
-    ``dr_grpo`` sum over (number of sequences x max_response_tokens); ``bnpo`` and ``dapo`` sum over the
-    number of tokens (the two differ in TRL only when a step is cut into micro-batches: bnpo divides by the
-    tokens of each, dapo by those of all); ``luspo`` mean over sequences of the sum over their tokens.
-
-    ``cispo`` has -min(r, epsilon_high) A l with no gradient through r, averaged as ``dapo``. On policy, at
-    r = 1, TRL's ``sapo`` and ``vespo`` have the gradients (not the values) of ``grpo`` and ``dapo``; so have
-    ratios per sequence (GSPO) those of ratios per token, and an upper bound ``delta`` > 1 of the ratio none
-    of its own.
+    For TRL's losses k = exp(d) - d - 1 with d = l_ref - l, and q the ratio with ``bias_correction_kl`` and 1
+    without; for verl's k is ``kl_penalty`` and q = 1.
 
     Args:
         logprobs: (seq, tok) l of the policy, differentiated.
@@ -107,51 +75,88 @@ def policy_loss(
         advantages: (seq,) or (seq, tok).
         mask: (seq, tok) True on response tokens that the policy wrote; rows of False for sequences taken out
             of the loss.
-        settings: loss type, clip range, KL weight.
+        settings: the loss.
         ref_logprobs: (seq, tok) l of the reference policy; needed when ``settings.beta`` is not zero.
+        sampler_logprobs: (seq, tok) l as the engine that sampled gave it, where it is known.
+        pieces: rows of each micro-batch, for losses that depend on how a batch was cut; one by default.
+        random: of losses that draw tokens.
 
     Raises:
-        ConfigError: the loss type is unknown, or beta is set and there are no reference log-probs.
-        MeasurementError: a loss that is known on policy only, off policy.
+        ConfigError: the loss, its parameters or its aggregation are unknown, or beta is set and there are no
+            reference log-probs.
 
-    Source: TRL's ``GRPOTrainer._compute_loss``; k3 estimator: Schulman 2020, "Approximating KL divergence".
+    Source: TRL's ``GRPOTrainer._compute_loss``; verl's ``ppo_loss``. Pinned by
+    ``tests/policy/test_trl_losses.py``, ``tests/policy/test_verl_losses.py``.
     """
-    if settings.loss_type not in LOSS_TYPES:
-        raise ConfigError(
-            f"loss_type: got {settings.loss_type!r}, expected one of {', '.join(LOSS_TYPES)}; other "
-            "losses cannot be measured"
-        )
-    shaped = settings.on_policy_only or settings.loss_type in ON_POLICY_ONLY
-    if shaped and not torch.equal(logprobs, old_logprobs):
-        raise MeasurementError(
-            f"loss_type: this loss ({settings.loss_type}) is known on policy only, and the batch was sampled "
-            "by another policy; measure the first step on a batch"
-        )
-    per_seq = advantages.unsqueeze(1) if advantages.dim() == 1 else advantages
-    weight = mask.to(logprobs.dtype)
-    ratio = torch.exp(logprobs - old_logprobs)
-    if settings.loss_type == "cispo":
-        per_token = -ratio.clamp(max=settings.epsilon_high).detach() * per_seq * logprobs
+    understood(settings)
+    loss = loss_named(settings.loss_type)
+    own = loss.read(settings.loss_parameters)
+    batch = LossBatch(
+        logprobs=logprobs,
+        old_logprobs=old_logprobs,
+        advantages=(advantages.unsqueeze(1) if advantages.dim() == 1 else advantages).expand_as(logprobs),
+        mask=mask,
+        epsilon_low=settings.epsilon_low,
+        epsilon_high=settings.epsilon_high,
+        max_response_tokens=settings.max_response_tokens,
+        ref_logprobs=ref_logprobs,
+        sampler_logprobs=sampler_logprobs,
+        random=random or np.random.default_rng(settings.seed),
+    )
+    cuts = list(pieces) or [torch.arange(len(mask), device=mask.device)]
+    if loss.per_piece:
+        per_token = torch.zeros_like(logprobs)
+        for rows in cuts:
+            made = loss.function(batch.rows(rows), own)
+            per_token = per_token.index_copy(0, rows, made.expand(-1, logprobs.shape[1]))
     else:
-        clipped = ratio.clamp(1 - settings.epsilon_low, 1 + settings.epsilon_high)
-        per_token = -torch.min(ratio * per_seq, clipped * per_seq)
-    if settings.beta != 0.0:
-        if ref_logprobs is None:
-            raise ConfigError(
-                f"beta = {settings.beta}: the KL penalty needs the reference policy's log-probs, got "
-                "none; pass ref_logprobs"
-            )
-        gap = ref_logprobs - logprobs
-        penalty = torch.exp(gap) - gap - 1
-        per_token = per_token + settings.beta * (penalty * ratio if settings.bias_correction_kl else penalty)
-    per_token = per_token * weight
-    if settings.loss_type in ("grpo", "sapo"):
-        return (per_token.sum(-1) / weight.sum(-1).clamp(min=1.0)).mean()
-    if settings.loss_type == "dr_grpo":
-        return per_token.sum() / (per_token.shape[0] * settings.max_response_tokens)
-    if settings.loss_type == "luspo":
-        return per_token.sum(-1).mean()
-    return per_token.sum() / weight.sum().clamp(min=1.0)
+        per_token = loss.function(batch, own)
+
+    def averaged(values: Tensor, name: str) -> Tensor:
+        return (aggregation_weights(name, batch.weight, cuts, settings.max_response_tokens) * values).sum()
+
+    chosen = settings.aggregation or loss.aggregation
+    total = averaged(per_token, loss.aggregation if loss.own_average else chosen)
+    if settings.beta == 0.0:
+        return total
+    over = settings.aggregation or "token-mean" if loss.own_average else chosen
+    return total + settings.beta * averaged(_kl(batch, loss, own, settings), over)
+
+
+def _kl(batch: LossBatch, loss: Loss, own: object, settings: StepSettings) -> Tensor:
+    """(seq, tok) q k of the KL penalty."""
+    if batch.ref_logprobs is None:
+        raise ConfigError(
+            f"beta = {settings.beta}: the KL penalty needs the reference policy's log-probs, got "
+            "none; pass ref_logprobs"
+        )
+    if not loss.ratio_on_kl:
+        return kl_penalty(settings.kl_penalty or "k3", batch.logprobs, batch.ref_logprobs)
+    penalty = schulman(batch.ref_logprobs - batch.logprobs)
+    if not settings.bias_correction_kl:
+        return penalty
+    assert isinstance(own, TrlParameters)
+    return penalty * importance_ratio(batch, own.importance_sampling_level)
+
+
+def micro_batches(size: int | None, settings: StepSettings, count: int, step: int) -> tuple[Tensor, ...]:
+    """Rows of the micro-batches that a batch is cut into, in random order, as TRL cuts them.
+
+    Args:
+        size: sequences of one; None, or as many as a step of the run has, for a batch in one piece.
+        settings: the run's; its seed and ``step`` decide the order.
+        count: sequences of the batch.
+        step: optimizer steps taken so far.
+    """
+    if size is None or size >= settings.group_size * settings.prompts_per_step:
+        return (torch.arange(count),)
+    order = torch.from_numpy(cut_order(settings, count, step))
+    return torch.split(order, size)
+
+
+def cut_order(settings: StepSettings, count: int, step: int) -> IntArray:
+    """(seq,) the sequences of a batch in the order in which micro-batches are cut from it."""
+    return np.random.default_rng([settings.seed, step, 1]).permutation(count)
 
 
 def token_weights(
@@ -163,6 +168,7 @@ def token_weights(
     discriminators: Sequence[FloatArray] | None = None,
     influences: tuple[Sequence[FloatArray], Sequence[FloatArray]] | None = None,
     ref_logprobs: Sequence[FloatArray] | None = None,
+    sampler_logprobs: Sequence[FloatArray] | None = None,
     step: int = 0,
 ) -> tuple[FloatArray, ...]:
     """Token weights w_ik = -dLoss/dl_ik, by differentiating the loss with the log-probs as leaves.
@@ -178,14 +184,16 @@ def token_weights(
         discriminators: sum_v pi_v^2 (log pi_v + H_k) per token, where the objective needs it.
         influences: of every token on entropy and on reward, where the objective needs them.
         ref_logprobs: log-probs of the reference policy; needed when ``settings.beta`` is not zero.
-        step: optimizer steps taken so far; it seeds an objective that draws tokens at random.
+        sampler_logprobs: log-probs as the engine that sampled gave them, where they are known.
+        step: optimizer steps taken so far; it seeds what is drawn at random: tokens of an objective or a
+            loss, and micro-batches where a loss depends on how the batch was cut.
 
     Returns:
         One (tok,) array per sequence; per unit of log-prob.
 
     Raises:
         BatchError: the batch has no advantages, or all of them are zero and nothing else drives the loss.
-        ConfigError, MeasurementError: see :func:`policy_loss`.
+        ConfigError: see :func:`policy_loss`.
     """
     if rollouts.advantages is None:
         raise BatchError(
@@ -229,47 +237,41 @@ def token_weights(
         mask,
         settings,
         None if ref_logprobs is None else _pad(ref_logprobs),
+        sampler_logprobs=None if sampler_logprobs is None else _pad(sampler_logprobs),
+        pieces=micro_batches(settings.micro_batch_size, settings, len(rollouts), step),
+        random=np.random.default_rng([settings.seed, step]),
     )
     (grad,) = torch.autograd.grad(loss, leaves)
     weights = (-grad).numpy()
     return tuple(weights[i, :n].copy() for i, n in enumerate(rollouts.num_tokens))
 
 
-def entropy_weights(rollouts: Rollouts, settings: StepSettings) -> tuple[FloatArray, ...]:
-    """Weights -dLoss/dH_ik of an objective that rewards entropy: its weight / N on the N tokens in the loss.
+def entropy_weights(rollouts: Rollouts, settings: StepSettings, *, step: int = 0) -> tuple[FloatArray, ...]:
+    """Weights -dLoss/dH_ik of an objective that rewards entropy: its weight over the N tokens in the loss.
+
+    Where the mean was that of each micro-batch, N is the number of its tokens times that of micro-batches.
+
+    Args:
+        rollouts: the update batch.
+        settings: the loss.
+        step: optimizer steps taken so far; it decides the order in which micro-batches are cut.
 
     Returns:
         One (tok,) array per sequence; nothing where the next step's loss does not hold the entropy.
-
-    Raises:
-        MeasurementError: see :func:`refuse_cut_component`.
     """
-    refuse_cut_component(settings)
     if not adds_component(settings):
         return ()
     assert settings.objective is not None
-    mask = _mask(rollouts, settings).double().numpy()
-    each = settings.objective.entropy_weight / max(mask.sum(), 1.0)
-    return tuple(each * mask[i, :n] for i, n in enumerate(rollouts.num_tokens))
+    weight = _mask(rollouts, settings).double()
+    pieces = micro_batches(settings.objective.micro_batch_size, settings, len(rollouts), step)
+    each = aggregation_weights("piece-token-mean", weight, pieces, settings.max_response_tokens)
+    each = settings.objective.entropy_weight * each
+    return tuple(each[i, :n].numpy() for i, n in enumerate(rollouts.num_tokens))
 
 
 def adds_component(settings: StepSettings) -> bool:
     """Whether the objective adds a component to the next step that belongs to no sequence."""
     return settings.objective is not None and settings.objective.entropy_weight != 0.0
-
-
-def refuse_cut_component(settings: StepSettings) -> None:
-    """Refuse a component whose value depends on how a batch was cut.
-
-    Raises:
-        MeasurementError: TRL took the mean entropy of each micro-batch, not of the batch.
-    """
-    objective = settings.objective
-    if objective is not None and adds_component(settings) and objective.micro_batch_size is not None:
-        raise MeasurementError(
-            f"the entropy bonus is a mean over micro-batches of {objective.micro_batch_size} sequences, so "
-            "the step depends on how the batch was cut; train with rl.micro_batch_size the whole batch"
-        )
 
 
 def _shaped_advantages(tokens: Tokens, settings: StepSettings, step: int) -> FloatArray:
@@ -278,7 +280,7 @@ def _shaped_advantages(tokens: Tokens, settings: StepSettings, step: int) -> Flo
         return tokens.advantage
     order = None
     if settings.objective.micro_batch_size is not None:
-        order = np.random.default_rng([settings.seed, step, 1]).permutation(len(tokens.advantages))
+        order = cut_order(settings, len(tokens.advantages), step)
     return token_advantages(settings.objective, tokens, seed=settings.seed, step=step, order=order)
 
 

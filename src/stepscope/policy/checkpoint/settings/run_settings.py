@@ -11,6 +11,7 @@ from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.settings.training_args import TRAINING_ARGS_FILE
 from stepscope.policy.checkpoint.settings.trl_run import Obstacle, TrlRun, read_trl_run
 from stepscope.policy.loss.settings import SETTINGS_FILE, StepSettings
+from stepscope.policy.loss.surrogate import understood
 
 REQUIRED_SETTINGS = ("loss_type", "scale_rewards", "temperature", "max_response_tokens", "max_grad_norm")
 """What must be known to rebuild a step."""
@@ -20,6 +21,9 @@ SAMPLING_SETTINGS = ("temperature", "max_response_tokens")
 
 ENTROPY_TERMS = frozenset({"top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"})
 """Arguments of TRL that are an objective here."""
+
+OF_LOSS = frozenset({"loss_type", "loss_parameters", "aggregation", "kl_penalty"})
+"""What says which loss it is."""
 
 
 def run_settings(
@@ -38,13 +42,15 @@ def run_settings(
     Raises:
         CheckpointError: a file cannot be read and the user's settings are not enough, a setting is known from
             nowhere, or the run did what no measurement follows.
+        ConfigError: the user gives a loss that is not known.
     """
     given = dict(overrides or {})
     needed = REQUIRED_SETTINGS if for_step else SAMPLING_SETTINGS
     missing = [name for name in needed if name not in given]
     if (folder / SETTINGS_FILE).is_file():
         known = vars(StepSettings.load(folder / SETTINGS_FILE))
-        return StepSettings.from_plain(known | given, where=str(folder / SETTINGS_FILE))
+        settings = StepSettings.from_plain(_changed(known, given), where=str(folder / SETTINGS_FILE))
+        return _understood(settings, given)
     file = folder / TRAINING_ARGS_FILE
     try:
         run = read_trl_run(folder)
@@ -60,10 +66,32 @@ def run_settings(
             else f"{TRAINING_ARGS_FILE} is not that of a GRPO run and does not say what the loss was"
         )
         raise CheckpointError(f"{folder}: {reason}; give {_flags(missing)}")
-    settings = StepSettings.from_plain(known | given, where=str(file))
+    settings = StepSettings.from_plain(_changed(known, given), where=str(file))
+    _understood(settings, given)
     if run is None or not for_step:
         return settings
     return _without(settings, run, given, file)
+
+
+def _understood(settings: StepSettings, given: Mapping[str, Any]) -> StepSettings:
+    """The settings; a loss that the user gives and that is not known is refused at once.
+
+    Raises:
+        ConfigError: see :func:`understood`.
+    """
+    if OF_LOSS.intersection(given):
+        understood(settings)
+    return settings
+
+
+def _changed(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the user's in their place; parameters of a loss one by one, unless it is another."""
+    changed = {**known, **given}
+    if given.get("loss_type", known.get("loss_type")) == known.get("loss_type"):
+        changed["loss_parameters"] = {**known.get("loss_parameters", {}), **given.get("loss_parameters", {})}
+    elif "loss_parameters" not in given:
+        changed["loss_parameters"] = {}
+    return changed
 
 
 def _without(settings: StepSettings, run: TrlRun, given: Mapping[str, Any], file: Path) -> StepSettings:

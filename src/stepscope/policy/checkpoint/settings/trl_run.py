@@ -9,17 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepscope.errors import CheckpointError
+from stepscope.errors import CheckpointError, ConfigError
 from stepscope.policy.checkpoint.settings.training_args import (
     TRAINING_ARGS_FILE,
     TrainingArguments,
     read_training_args,
 )
-from stepscope.policy.loss.surrogate import LOSS_TYPES
+from stepscope.policy.loss.registry import LOSSES, known_loss
 from stepscope.policy.numerics.precision import HALF_TYPES
 
 _CARD = re.compile(r"This model was trained with ([^\s,.]+)")
 _TRL = "It has been trained using [TRL]"
+
+CONTROLLER_FILE = "entropy_ctrl_state.json"
+"""What TRL keeps of an entropy bonus that adapts."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +74,10 @@ def read_trl_run(folder: Path) -> TrlRun | None:
     if not {"loss_type", "num_generations", "max_completion_length"} <= set(found.values):
         return TrlRun(shared)
     args = _Arguments(found, path)
+    controller = _controller(folder)
     return TrlRun(
-        values=shared | _settings(args),
-        obstacles=(*_trainer(found, folder), *_loss(args), *_sampling(args), *_logged(folder)),
+        values=shared | _settings(args) | {"objective": _objective(args, controller)},
+        obstacles=(*_trainer(found, folder), *_loss(args, controller), *_sampling(args), *_logged(folder)),
         notes=tuple(_notes(found, args)),
     )
 
@@ -167,22 +171,44 @@ def _settings(args: _Arguments) -> dict[str, Any]:
         "top_p": args("top_p", 1.0),
         "bias_correction_kl": args("use_bias_correction_kl", False),
         "mask_truncated": args("mask_truncated_completions", False),
-        "objective": _objective(args),
         "chat_template_kwargs": args.values.get("chat_template_kwargs"),
         "router_loss": args.values.get("router_aux_loss_coef", 0.0),
         "micro_batch_size": args.count("per_device_train_batch_size", 1),
-        "on_policy_only": args("importance_sampling_level", "token") != "token"
-        or args.values.get("delta") is not None,
+        "loss_parameters": _loss_parameters(args),
+        "num_iterations": args.count("num_iterations", 1),
     }
 
 
-def _objective(args: _Arguments) -> dict[str, Any] | None:
-    """TRL's own entropy terms as the objectives that they are on a batch in one piece."""
+def _loss_parameters(args: _Arguments) -> dict[str, Any]:
+    """The arguments that are parameters of the run's loss, under TRL's own names."""
+    name = args("loss_type", "")
+    if not known_loss(name):
+        return {}
+    known = LOSSES[name].parameters.model_fields
+    found = {key: args.values[key] for key in known if key in args.values}
+    if not (args("use_vllm", False) and args("vllm_importance_sampling_correction", True)):
+        found["vllm_importance_sampling_mode"] = None
+    try:
+        return LOSSES[name].read(found).model_dump(exclude_unset=True)
+    except ConfigError as error:
+        raise CheckpointError(f"{args.path}: {error}; copy the file again") from error
+
+
+def _objective(args: _Arguments, controller: Mapping[str, float] | None) -> dict[str, Any] | None:
+    """TRL's own entropy terms as the objectives that they are."""
     if (kept := args.number("top_entropy_quantile", 1.0)) < 1.0:
         return {"name": "top_entropy", "fraction": kept, "micro_batch_size": args.micro_batch}
-    if (coefficient := args.number("entropy_coef", 0.0)) != 0.0:
-        return {"name": "entropy_bonus", "coefficient": coefficient, "micro_batch_size": None}
-    return None
+    coefficient = args.number("entropy_coef", 0.0)
+    if args("use_adaptive_entropy", False):
+        if controller is None:
+            return None
+        target = args.number("entropy_target", 0.0)
+        rests = controller["last_world_entropy"] > target
+        coefficient = 0.0 if rests else controller["entropy_coef"]
+    if coefficient == 0.0:
+        return None
+    cut = args.count("per_device_train_batch_size", 1) if args.cuts else None
+    return {"name": "entropy_bonus", "coefficient": coefficient, "micro_batch_size": cut}
 
 
 def _trainer(found: TrainingArguments, folder: Path) -> Iterator[Obstacle]:
@@ -202,54 +228,31 @@ def _trainer(found: TrainingArguments, folder: Path) -> Iterator[Obstacle]:
             return
 
 
-def _loss(args: _Arguments) -> Iterator[Obstacle]:
+def _loss(args: _Arguments, controller: Mapping[str, float] | None) -> Iterator[Obstacle]:
     loss = args("loss_type", "")
-    beta, kept = args.number("beta", 0.0), args.number("top_entropy_quantile", 1.0)
-    bonus = args.number("entropy_coef", 0.0)
-    cuts = args.cuts
-    if loss not in LOSS_TYPES:
+    kept, bonus = args.number("top_entropy_quantile", 1.0), args.number("entropy_coef", 0.0)
+    adaptive = args("use_adaptive_entropy", False)
+    if not known_loss(loss):
         yield Obstacle("loss_type", f"the loss {_said(loss)} is not known here")
-    if args.count("num_iterations", 1) != 1:
-        yield Obstacle(
-            "num_iterations",
-            "each batch made several steps, of which only the first is on-policy, and its log-probs before "
-            "them are not kept",
-        )
-    if args.count("steps_per_generation", args.accumulation) != args.accumulation:
+    generated, accumulated = args.count("steps_per_generation", args.accumulation), args.accumulation
+    if generated < accumulated and loss in ("dapo", "cispo", "vespo"):
         yield Obstacle(
             "steps_per_generation",
-            "the responses sampled at once made several steps, of which only the first is on-policy",
+            f"a step has responses of {accumulated / generated:g} generations, and {loss} averages over the "
+            "tokens of each",
         )
-    if loss == "bnpo" and cuts:
+    if kept < 1.0 and (bonus != 0.0 or adaptive):
+        yield Obstacle("entropy_coef", "the entropy bonus is a mean over the tokens of highest entropy")
+    elif adaptive and controller is None:
         yield Obstacle(
-            "loss_type", f"bnpo averages over the tokens of each piece of a batch, and {cuts} cut it"
+            "use_adaptive_entropy",
+            f"the weight of the entropy bonus moves during the run, and {CONTROLLER_FILE} is not there",
         )
-    level = args("importance_sampling_level", "token")
-    corrected = beta != 0.0 and args("use_bias_correction_kl", False)
-    if level != "token" and (level != "sequence" or corrected or kept < 1.0):
-        yield Obstacle(
-            "importance_sampling_level",
-            f"ratios per {_said(level)} are those per token on policy only without a KL penalty that they "
-            "multiply and without top_entropy_quantile",
-        )
-    if args.values.get("delta") is not None and not args.number("delta", 0.0) > 1.0:
-        yield Obstacle("delta", "an upper bound of the ratio of at most 1 stops tokens on policy")
-    if kept < 1.0 and args.accumulation > 1:
-        yield Obstacle(
-            "top_entropy_quantile", f"the quantile is that of each micro-batch, and {cuts} cut the batch"
-        )
-    if args("use_adaptive_entropy", False):
-        yield Obstacle("use_adaptive_entropy", "the weight of the entropy bonus moves during the run")
-    elif bonus != 0.0 and (cuts or kept < 1.0):
-        over = "the tokens of highest entropy" if kept < 1.0 else f"each piece of a batch, and {cuts} cut it"
-        yield Obstacle("entropy_coef", f"the entropy bonus is a mean over {over}")
-    if args.number("off_policy_mask_threshold", 0.0) < 0.0:
-        yield Obstacle("off_policy_mask_threshold", "below 0 it masks sequences on policy too")
     if args("multi_objective_aggregation", "sum_then_normalize") != "sum_then_normalize":
         yield Obstacle("multi_objective_aggregation", "advantages come from each reward on its own")
     if args("neftune_noise_alpha", 0.0):
         yield Obstacle("neftune_noise_alpha", "training added noise to the embeddings")
-    if beta != 0.0 and args("sync_ref_model", False):
+    if args.number("beta", 0.0) != 0.0 and args("sync_ref_model", False):
         yield Obstacle("sync_ref_model", "the reference of the KL penalty moved with the run and is not kept")
     if args.values.get("max_tool_calling_iterations") is not None:
         yield Obstacle(
@@ -257,6 +260,23 @@ def _loss(args: _Arguments) -> Iterator[Obstacle]:
             "tokens that tools or an environment write are not in the loss, and they cannot be told from the "
             "policy's own",
         )
+
+
+def _controller(folder: Path) -> dict[str, float] | None:
+    """State of TRL's adaptive entropy bonus; None where the checkpoint has none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    path = folder / CONTROLLER_FILE
+    if not path.is_file():
+        return None
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        return {name: float(state[name]) for name in ("entropy_coef", "last_world_entropy")}
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        reason = (str(error).splitlines() or ["damaged"])[0][:120]
+        raise CheckpointError(f"{path}: cannot be read ({reason}); copy it again") from error
 
 
 def _sampling(args: _Arguments) -> Iterator[Obstacle]:
@@ -299,10 +319,16 @@ def _notes(found: TrainingArguments, args: _Arguments) -> Iterator[str]:
             f"the arguments are of a class of the run's own, {_said(found.origin)}; if its trainer "
             "changes the loss, the step measured is GRPO's all the same"
         )
+    updates = args.count("num_iterations", 1) * args.count("steps_per_generation", args.accumulation)
+    if updates > args.accumulation:
+        yield (
+            f"each batch made {updates / args.accumulation:g} steps; on a batch sampled here the step is the "
+            "first, on policy, and averaged over its own tokens"
+        )
     if args("use_vllm", False):
         yield (
-            "responses came from vLLM; its own log-probs, and the weights that correct for them, have no "
-            "part in the measurement"
+            "responses came from vLLM; its own log-probs, and the weights that correct for them, have a part "
+            "in the step only where a batch brings them"
         )
     for name, dtype in (("bf16", "bfloat16"), ("fp16", "float16")):
         if args(name, False) is True:

@@ -1,0 +1,65 @@
+"""What a loss is here: a function of a padded batch, its parameters, and how it is averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from stepscope.errors import ConfigError, shown
+from stepscope.policy.loss.batch import LossBatch
+
+
+class LossParameters(BaseModel):
+    """Base of the parameters of a loss: none."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss under the name that settings know it by.
+
+    Attributes:
+        name: its name.
+        function: (seq, tok) or (seq, 1) loss of every token, from a batch and parameters; the scalar loss
+            itself where ``aggregation`` is empty.
+        parameters: class of its parameters.
+        aggregation: how it is averaged by default, one of
+            :data:`~stepscope.policy.loss.aggregation.AGGREGATIONS`.
+        own_average: ``aggregation`` is part of the loss; that of the settings is for the KL penalty alone.
+        per_piece: it looks at other tokens of a micro-batch, so it is computed on each.
+        ratio_on_kl: TRL's KL penalty, which its ratio can multiply; verl's otherwise.
+        draws: it draws tokens at random.
+        pairs: it compares the responses of a prompt, so that rewards say which is chosen.
+    """
+
+    name: str
+    function: Callable[[LossBatch, Any], Tensor]
+    parameters: type[LossParameters] = LossParameters
+    aggregation: str = "token-mean"
+    own_average: bool = False
+    per_piece: bool = False
+    ratio_on_kl: bool = False
+    draws: bool = False
+    pairs: bool = False
+
+    def read(self, given: Mapping[str, Any]) -> LossParameters:
+        """Parameters from plain data; those left out keep their default.
+
+        Raises:
+            ConfigError: one is unknown, or has a value that it cannot have.
+        """
+        try:
+            return self.parameters.model_validate(dict(given))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"])) or "parameters"
+            known = ", ".join(self.parameters.model_fields) or "none"
+            raise ConfigError(
+                f"loss_parameters.{place} of {self.name}: {first['msg']}, got {shown(first['input'])}; "
+                f"it has {known}"
+            ) from error

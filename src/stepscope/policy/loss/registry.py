@@ -1,0 +1,29 @@
+"""The losses that are known, by name. A new one is a function, and an entry in one of the tables here."""
+
+from __future__ import annotations
+
+from stepscope.errors import ConfigError
+from stepscope.policy.loss import trl, verl
+from stepscope.policy.loss.base import Loss
+
+LOSSES: dict[str, Loss] = {loss.name: loss for loss in (*trl.LOSSES, *verl.LOSSES)}
+"""TRL's under TRL's names, verl's under theirs after ``verl:``."""
+
+
+def known_loss(name: str) -> bool:
+    """Whether a loss goes by this name."""
+    return name in LOSSES
+
+
+def loss_named(name: str) -> Loss:
+    """The loss of a name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in LOSSES:
+        raise ConfigError(
+            f"loss_type: got {name[:60]!r}, expected one of {', '.join(LOSSES)}; other losses cannot be "
+            "measured"
+        )
+    return LOSSES[name]
