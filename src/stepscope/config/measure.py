@@ -106,6 +106,8 @@ class LossConfig(Section):
 
     loss_type: str | None = None
     loss_parameters: dict[str, Any] | None = None
+    advantage_estimator: str | None = None
+    advantage_parameters: dict[str, Any] | None = None
     aggregation: str | None = None
     kl_penalty: str | None = None
     scale_rewards: Literal["none", "group", "batch"] | None = None

@@ -20,7 +20,7 @@ from transformers import (
 
 from stepscope.errors import BatchError, CheckpointError, MeasurementError, shown
 from stepscope.policy.forward import TokenBatch, base_model, forward, plain_experts
-from stepscope.policy.loss.advantages import advantages
+from stepscope.policy.loss.estimators import with_advantages
 from stepscope.policy.numerics.precision import matching_precision
 from stepscope.policy.passes import Budget, sweep_rows, track
 from stepscope.policy.state import Policy
@@ -161,8 +161,7 @@ def sample_rollouts(
     rollouts = replace(rollouts, logprobs=logprobs, entropies=entropies)
     if group_size == 1:
         return rollouts
-    scaled = advantages(rollouts.rewards, rollouts.group_index, policy.settings.scale_rewards)
-    return replace(rollouts, advantages=scaled)
+    return with_advantages(rollouts, policy.settings)
 
 
 def sample_influence_probe(policy: Policy, task: Task) -> Rollouts | None:

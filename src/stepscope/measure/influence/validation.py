@@ -38,7 +38,7 @@ from stepscope.measure.step.reconstruct import Step, assemble_step, weighted_log
 from stepscope.measure.step.terms import term_gradients
 from stepscope.policy.gradients.products import weighted_gradients
 from stepscope.policy.gradients.stream import SequenceGradients
-from stepscope.policy.loss.advantages import advantages
+from stepscope.policy.loss.estimators import with_advantages
 from stepscope.policy.loss.surrogate import token_weights
 from stepscope.policy.passes import Budget, track
 from stepscope.policy.state import Policy
@@ -291,7 +291,7 @@ def _unit_weights(policy: Policy, step: Step) -> tuple[FloatArray, ...]:
     update = step.update
     assert update.advantages is not None
     settings = replace(policy.settings, objective=None)
-    unit = token_weights(replace(update, advantages=np.ones(len(update))), settings)
+    unit = token_weights(replace(update, advantages=np.ones(len(update)), token_advantages=None), settings)
     proportional = settings == policy.settings and settings.beta == 0.0
     proportional = proportional and all(
         np.allclose(a * b, w, rtol=1e-6, atol=1e-12)
@@ -310,9 +310,8 @@ def _advantages_within(policy: Policy, update: Rollouts, masks: BoolArray) -> Fl
     """(mask, seq) advantages among the sequences of each mask, zero for the others."""
     found = np.zeros(masks.shape)
     for row, mask in enumerate(masks):
-        found[row, mask] = advantages(
-            update.rewards[mask], update.group_index[mask], policy.settings.scale_rewards
-        )
+        remaining = with_advantages(update.select(np.flatnonzero(mask)), policy.settings)
+        found[row, mask] = remaining.advantages
     return found
 
 

@@ -20,7 +20,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from stepscope.policy.loss.advantages import advantages
+from stepscope.policy.loss.estimators import with_advantages
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.loss.surrogate import token_weights as loss_token_weights
 from stepscope.results import FloatArray, IntArray, Rollouts
@@ -88,8 +88,7 @@ def loss_scale(update: Rollouts, settings: StepSettings, token_weights: Sequence
         there = np.concatenate([token_weights[int(i)] for i in members])
         if not there.any():
             return 1.0
-        own = advantages(part.rewards, part.group_index, settings.scale_rewards)
-        here = np.concatenate(loss_token_weights(replace(part, advantages=own), settings))
+        here = np.concatenate(loss_token_weights(with_advantages(part, settings), settings))
         return float(here @ there / (there @ there)) * len(groups) / update.num_prompts
 
     return scale

@@ -12,7 +12,7 @@ from stepscope.errors import BatchError
 from stepscope.measure.change.uncertainty import estimate_ratio
 from stepscope.pipeline.stages.plan import PROBE, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
-from stepscope.policy.loss.advantages import advantages
+from stepscope.policy.loss.estimators import with_advantages
 from stepscope.policy.rollouts import SamplingOptions, response_text, sample_rollouts, score_rollouts
 from stepscope.results import Rollouts
 from stepscope.stats import clustered_mean
@@ -69,8 +69,7 @@ def sample_update(session: Session) -> Rollouts:
     """
     update = _drawn(session, "update", SamplingOptions(resample=session.config.resample))
     if session.config.update.file is not None and update.advantages is None:
-        scaled = advantages(update.rewards, update.group_index, session.policy.settings.scale_rewards)
-        update = replace(update, advantages=scaled)
+        update = with_advantages(update, session.policy.settings)
     if update.advantages is None or not np.any(update.advantages):
         raise BatchError(
             f"update batch: the rewards of all {update.num_prompts} prompt groups have zero variance "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
@@ -17,6 +17,28 @@ class LossParameters(BaseModel):
     """Base of the parameters of a loss: none."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def read(cls, given: Mapping[str, Any], *, key: str, owner: str) -> Self:
+        """Parameters from plain data; those left out keep their default.
+
+        Args:
+            given: by name.
+            key: the setting that holds them.
+            owner: whose they are.
+
+        Raises:
+            ConfigError: one is unknown, or has a value that it cannot have.
+        """
+        try:
+            return cls.model_validate(dict(given))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place = ".".join(map(str, first["loc"])) or "parameters"
+            known = ", ".join(cls.model_fields) or "none"
+            raise ConfigError(
+                f"{key}.{place} of {owner}: {first['msg']}, got {shown(first['input'])}; it has {known}"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -53,13 +75,4 @@ class Loss:
         Raises:
             ConfigError: one is unknown, or has a value that it cannot have.
         """
-        try:
-            return self.parameters.model_validate(dict(given))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            place = ".".join(map(str, first["loc"])) or "parameters"
-            known = ", ".join(self.parameters.model_fields) or "none"
-            raise ConfigError(
-                f"loss_parameters.{place} of {self.name}: {first['msg']}, got {shown(first['input'])}; "
-                f"it has {known}"
-            ) from error
+        return self.parameters.read(given, key="loss_parameters", owner=self.name)

@@ -77,6 +77,9 @@ class StepSettings:
         kl_penalty: estimate of the KL divergence that ``beta`` weighs, one of
             :data:`~stepscope.policy.loss.kl.KL_PENALTIES`; empty for ``k3``.
         scale_rewards: how advantages are scaled: ``none``, ``group`` or ``batch`` standard deviation.
+        advantage_estimator: how advantages come from rewards, one of
+            :data:`~stepscope.policy.loss.estimators.ESTIMATORS`; empty for GRPO's.
+        advantage_parameters: its own parameters; those left out have their default.
         group_size: responses per prompt.
         prompts_per_step: prompt groups per optimizer step.
         temperature: sampling temperature.
@@ -141,6 +144,8 @@ class StepSettings:
     micro_batch_size: int | None = None
     disable_dropout: bool = False
     loss_parameters: dict[str, Any] = field(default_factory=dict, hash=False)
+    advantage_estimator: str = ""
+    advantage_parameters: dict[str, Any] = field(default_factory=dict, hash=False)
     aggregation: str = ""
     kl_penalty: str = ""
     without: list[str] = field(default_factory=list, hash=False)

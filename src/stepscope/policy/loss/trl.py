@@ -42,7 +42,7 @@ class TrlParameters(LossParameters):
 
     importance_sampling_level: Level = "token"
     off_policy_mask_threshold: float | None = None
-    vllm_importance_sampling_mode: Correction | None = "sequence_mask"
+    vllm_importance_sampling_mode: Correction | None = None
     vllm_importance_sampling_clip_max: float | None = 3.0
     vllm_importance_sampling_clip_min: float | None = None
 

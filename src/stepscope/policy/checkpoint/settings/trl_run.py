@@ -189,7 +189,7 @@ def _loss_parameters(args: _Arguments) -> dict[str, Any]:
     if not (args("use_vllm", False) and args("vllm_importance_sampling_correction", True)):
         found["vllm_importance_sampling_mode"] = None
     try:
-        return LOSSES[name].read(found).model_dump(exclude_unset=True)
+        return LOSSES[name].read(found).model_dump(exclude_defaults=True)
     except ConfigError as error:
         raise CheckpointError(f"{args.path}: {error}; copy the file again") from error
 
