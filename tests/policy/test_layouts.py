@@ -30,10 +30,6 @@ LAYOUTS = {
         "global_step3/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
         "global_step3/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
     ),
-    "verl (FSDP) of 8 processes": (
-        "actor/model_world_size_8_rank_0.pt",
-        "actor/optim_world_size_8_rank_0.pt",
-    ),
     "FSDP (full state)": ("pytorch_model_fsdp.bin", "optimizer.bin"),
     "FSDP (sharded state) of 2 processes": (
         "optimizer_0/__0_0.distcp",

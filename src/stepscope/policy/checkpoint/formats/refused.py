@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,14 +56,6 @@ def _deepspeed(folder: Path) -> Iterator[int]:
             yield parts
 
 
-def _verl(folder: Path) -> Iterator[int]:
-    for inner in (folder, folder / "actor"):
-        for file in inner.glob("model_world_size_*_rank_*.pt"):
-            found = re.match(r"model_world_size_(\d{1,6})_rank_", file.name)
-            if found is not None:
-                yield int(found[1])
-
-
 def _fsdp_whole(folder: Path) -> Iterator[int]:
     if any((folder / name).is_file() for name in ("optimizer.bin", "pytorch_model_fsdp.bin")):
         yield 1
@@ -90,7 +81,6 @@ def _torch(folder: Path) -> Iterator[int]:
 
 REFUSED = (
     Refused("DeepSpeed (ZeRO)", "make weights with its zero_to_fp32.py", _deepspeed),
-    Refused("verl (FSDP)", "make weights with python -m verl.model_merger", _verl),
     Refused("FSDP (full state)", "save it with FSDP's state dict as safetensors", _fsdp_whole),
     Refused("FSDP (sharded state)", "make weights with accelerate merge-weights", _fsdp_sharded),
     Refused("Megatron", "convert it to Hugging Face's layout with Megatron's own tools", _megatron),

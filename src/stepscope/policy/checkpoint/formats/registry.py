@@ -8,11 +8,12 @@ from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.formats.base import PARTS, Format, Part
 from stepscope.policy.checkpoint.formats.plain import Plain
 from stepscope.policy.checkpoint.formats.refused import REFUSED
+from stepscope.policy.checkpoint.formats.verl import Verl
 
-FORMATS: list[Format] = [Plain(), *REFUSED]
+FORMATS: list[Format] = [Plain(), Verl(), *REFUSED]
 """Known formats; each part of a checkpoint is read by the first that has it. One more is an entry here."""
 
-_RUNS = ("checkpoints/step-*", "checkpoint-*")
+_RUNS = ("checkpoints/step-*", "checkpoint-*", "global_step_*")
 
 
 def format_of(folder: Path, part: Part) -> Format:
