@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed.checkpoint as dcp
 
 from stepscope.errors import CheckpointError
 from stepscope.policy.check.inspection import inspect_checkpoint
@@ -30,13 +28,6 @@ LAYOUTS = {
         "global_step3/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt",
         "global_step3/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
     ),
-    "FSDP (full state)": ("pytorch_model_fsdp.bin", "optimizer.bin"),
-    "FSDP (sharded state) of 2 processes": (
-        "optimizer_0/__0_0.distcp",
-        "optimizer_0/__1_0.distcp",
-        "optimizer_0/.metadata",
-        "pytorch_model_fsdp_0/.metadata",
-    ),
     "Megatron of 2 processes": (
         "iter_0000010/mp_rank_00/model_optim_rng.pt",
         "iter_0000010/mp_rank_01/model_optim_rng.pt",
@@ -55,13 +46,6 @@ def test_layouts_are_named(tmp_path: Path, name: str) -> None:
     (finding,) = inspect_checkpoint(folder)
     assert finding.level == "fail"
     assert finding.cure.startswith("train on one device")
-
-
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_a_real_distributed_checkpoint_is_named(tmp_path: Path) -> None:
-    dcp.save({"a": torch.ones(2)}, checkpoint_id=tmp_path / "state", no_dist=True)
-    with pytest.raises(CheckpointError, match=r": a checkpoint of torch\.distributed\.checkpoint, "):
-        format_of(tmp_path, "weights").optimizer(tmp_path)
 
 
 def test_plain_folders_are_no_layout(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ WRAPPERS = frozenset(
 )
 """What DDP, DeepSpeed, ``torch.compile``, FSDP and activation checkpointing put into a name."""
 
-_ADAPTED = "base_model.model."
+ADAPTED = "base_model.model."
+"""What PEFT puts before the names of the model that it adapts."""
 
 
 def unwrapped(name: str) -> str:
@@ -54,7 +55,7 @@ class Names:
             kept = dict(model.state_dict(keep_vars=True))
             in_file = get_peft_model_state_dict(model, state_dict=kept, save_embedding_layers=False)
             others |= {name: first[id(t)] for name, t in in_file.items() if id(t) in first}
-            bare = {name.removeprefix(_ADAPTED): own for name, own in others.items()}
+            bare = {name.removeprefix(ADAPTED): own for name, own in others.items()}
             others = bare | others
         return cls(first.values(), others)
 

@@ -27,8 +27,12 @@ OPTIMIZER_FILE = "optimizer.pt"
 
 
 @reads_foreign
-def read_optimizer(path: Path) -> dict[str, Any]:
-    """Read ``optimizer.pt`` without unpickling anything but tensors and plain data.
+def read_optimizer(path: Path, *, lazily: bool = False) -> dict[str, Any]:
+    """Read an optimizer's ``state_dict()`` without unpickling anything but tensors and plain data.
+
+    Args:
+        path: the file.
+        lazily: map it into memory instead of reading it.
 
     Raises:
         CheckpointError: the file is missing, damaged, or holds something other than an optimizer's state.
@@ -39,7 +43,7 @@ def read_optimizer(path: Path) -> dict[str, Any]:
             "save_only_model=False (the default), or point at a checkpoint folder that has it"
         )
     try:
-        state = read_tensors(path)
+        state = read_tensors(path, lazily=lazily)
     except ForbiddenClassError as error:
         raise CheckpointError(
             f"{path}: the optimizer state is not plain tensors ({named_by(error.names)}); {measurable()}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from stepscope.errors import CheckpointError, printable
 from stepscope.policy.checkpoint.foreign import LARGEST_PICKLE, refuse_packed
 
-Stubs = Mapping[str, Callable[..., Any]]
+Stubs = Mapping[str, Any]
 """What is made in place of a class or function, by its full name (``package.module.name``)."""
 
 UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError)

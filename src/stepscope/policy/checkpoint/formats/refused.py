@@ -56,35 +56,13 @@ def _deepspeed(folder: Path) -> Iterator[int]:
             yield parts
 
 
-def _fsdp_whole(folder: Path) -> Iterator[int]:
-    if any((folder / name).is_file() for name in ("optimizer.bin", "pytorch_model_fsdp.bin")):
-        yield 1
-
-
-def _fsdp_sharded(folder: Path) -> Iterator[int]:
-    sharded = [*folder.glob("optimizer_[0-9]*"), *folder.glob("pytorch_model_fsdp_[0-9]*")]
-    if sharded:
-        yield max(len(list(inner.glob("*.distcp"))) for inner in sharded)
-
-
 def _megatron(folder: Path) -> Iterator[int]:
     for inner in (folder, folder / "dist_ckpt", folder / "model" / "dist_ckpt", *folder.glob("iter_*")):
         if (inner / "common.pt").is_file() or list(inner.glob("mp_rank_*/model_optim_rng.pt")):
             yield len(list(inner.glob("*.distcp"))) or len(list(inner.glob("mp_rank_*")))
 
 
-def _torch(folder: Path) -> Iterator[int]:
-    for inner in (folder, *(path for path in sorted(folder.iterdir()) if path.is_dir())):
-        if (inner / ".metadata").is_file() and (parts := len(list(inner.glob("*.distcp")))):
-            yield parts
-
-
 REFUSED = (
     Refused("DeepSpeed (ZeRO)", "make weights with its zero_to_fp32.py", _deepspeed),
-    Refused("FSDP (full state)", "save it with FSDP's state dict as safetensors", _fsdp_whole),
-    Refused("FSDP (sharded state)", "make weights with accelerate merge-weights", _fsdp_sharded),
     Refused("Megatron", "convert it to Hugging Face's layout with Megatron's own tools", _megatron),
-    Refused(
-        "torch.distributed.checkpoint", "make weights with torch's dcp_to_torch_save, then save them", _torch
-    ),
 )

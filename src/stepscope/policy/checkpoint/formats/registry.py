@@ -5,15 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.checkpoint.formats.base import PARTS, Format, Part
+from stepscope.policy.checkpoint.formats.base import Format, Part
+from stepscope.policy.checkpoint.formats.distributed.format import Distributed
+from stepscope.policy.checkpoint.formats.fsdp import FilePerProcess, FullState
 from stepscope.policy.checkpoint.formats.plain import Plain
 from stepscope.policy.checkpoint.formats.refused import REFUSED
 from stepscope.policy.checkpoint.formats.verl import Verl
 
-FORMATS: list[Format] = [Plain(), Verl(), *REFUSED]
+FORMATS: list[Format] = [
+    Plain(),
+    FullState(),
+    FilePerProcess(),
+    Verl(),
+    *REFUSED,
+    Distributed(),
+]
 """Known formats; each part of a checkpoint is read by the first that has it. One more is an entry here."""
 
-_RUNS = ("checkpoints/step-*", "checkpoint-*", "global_step_*")
+_RUNS = ("checkpoints/step[-_]*", "checkpoint-*", "global_step_*")
 
 
 def format_of(folder: Path, part: Part) -> Format:
@@ -23,9 +32,9 @@ def format_of(folder: Path, part: Part) -> Format:
 
 
 def formats_in(folder: Path) -> list[Format]:
-    """All formats that have a part of a checkpoint to be read from them."""
-    has = [format_of(folder, part) for part in PARTS]
-    return [known for known in FORMATS if known in has and known.holds(folder)]
+    """The formats that weights and optimizer's state are read from, those that refuse to be read included."""
+    found = (format_of(folder, part) for part in ("weights", "optimizer"))
+    return list(dict.fromkeys(known for known in found if {"weights", "optimizer"} & known.holds(folder)))
 
 
 def checkpoint_folder(path: Path) -> Path:
@@ -36,7 +45,7 @@ def checkpoint_folder(path: Path) -> Path:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint folder; check the path")
-    if "weights" in FORMATS[0].holds(path):
+    if FORMATS[0].holds(path):
         return path
     inside = [p for pattern in _RUNS for p in path.glob(pattern) if p.is_dir()]
     if inside:

@@ -1,0 +1,138 @@
+"""FSDP's full state, as accelerate and Hugging Face's Trainer write it: whole tensors, everything by name.
+
+Written by ``save_fsdp_model`` and ``save_fsdp_optimizer`` of ``accelerate.utils.fsdp_utils`` (1.15) with
+``FULL_STATE_DICT``, of FSDP 1 and 2. The weights also stand in ``model.safetensors`` where the Trainer wrote
+the folder, and are then read there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepscope.errors import CheckpointError
+from stepscope.policy.checkpoint.foreign import reads_foreign
+from stepscope.policy.checkpoint.formats.base import PARTS, Contents, Format, Matching, Part
+from stepscope.policy.checkpoint.formats.frame import (
+    beside,
+    settings_in_frame,
+    trainer_steps,
+    weights_in_frame,
+    writers,
+)
+from stepscope.policy.checkpoint.optimizer_state import read_optimizer, state_by_name
+from stepscope.policy.checkpoint.pickles import read_tensors
+from stepscope.policy.checkpoint.tensors import types_of
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.optim.base import OptimizerState
+
+WEIGHTS = "pytorch_model_fsdp.bin"
+STATE = "optimizer.bin"
+
+
+_RANKS = re.compile(r"(?:optimizer|pytorch_model_fsdp)_\d+_rank(\d{1,6})\.bin")
+
+
+class FullState(Format):
+    """Weights and moments in a file each, gathered by the first process."""
+
+    name = "FSDP (full state)"
+    tensors = (WEIGHTS, STATE)
+    configs = ()
+
+    def holds(self, folder: Path) -> frozenset[Part]:
+        """What files there are; settings beside either."""
+        found: set[Part] = set()
+        if (folder / WEIGHTS).is_file():
+            found |= {"weights", "settings"}
+        if (folder / STATE).is_file():
+            found |= {"optimizer", "settings"}
+        return frozenset(found)
+
+    def weights(self, folder: Path, *, dtype: torch.dtype, device: torch.device) -> tuple[nn.Module, Any]:
+        """The model of the config beside the weights, or the adapter on its base."""
+        return weights_in_frame(folder, _weights(folder), dtype=dtype, device=device)
+
+    def optimizer(self, folder: Path) -> Matching:
+        """The state in ``optimizer.bin``, whose parameters are names."""
+        file = folder / STATE
+        saved = read_optimizer(file, lazily=True)
+
+        def match(model: nn.Module, dtype: torch.dtype | None) -> OptimizerState:
+            return state_by_name(saved, model, where=str(file), dtype=dtype)
+
+        return match
+
+    def settings(self, folder: Path, overrides: Mapping[str, Any] | None, *, for_step: bool) -> StepSettings:
+        """Those beside it."""
+        return settings_in_frame(folder, overrides, for_step=for_step)
+
+    def steps(self, folder: Path) -> int | None:
+        """According to ``trainer_state.json``."""
+        return trainer_steps(folder)
+
+    def contents(self, folder: Path) -> Contents:
+        """Its two files and what is beside them."""
+        parts, missing = beside(folder)
+        if (folder / WEIGHTS).is_file():
+            kinds = "/".join(types_of(_tensors(folder).values())) or "empty"
+            parts.insert(0, f"weights: {WEIGHTS} ({kinds})")
+        if (folder / STATE).is_file():
+            parts.append(f"optimizer state: {STATE}")
+        return Contents(tuple(parts), writers(folder), tuple(missing))
+
+    def stored_types(self, folder: Path) -> tuple[str, ...]:
+        """Of the weights, which are mapped and not read."""
+        return types_of(_weights(folder).values())
+
+
+class FilePerProcess(Format):
+    """What accelerate writes with ``use_dcp=False``: each process its own shards, which say not of what."""
+
+    name = "FSDP (a file per process)"
+
+    def holds(self, folder: Path) -> frozenset[Part]:
+        """All of a checkpoint, so that whatever is asked for is refused."""
+        return frozenset(PARTS if self._ranks(folder) else ())
+
+    def contents(self, folder: Path) -> Contents:
+        """Nothing that can be read.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise self.lacking(folder, "content")
+
+    def lacking(self, folder: Path, what: str) -> CheckpointError:
+        """What was found and what to do, in one sentence."""
+        return CheckpointError(
+            f"{folder}: a checkpoint of {self.name} of {len(self._ranks(folder))} processes, which is not "
+            "read; resume it with accelerate and save it with use_dcp=True, or with FULL_STATE_DICT"
+        )
+
+    def _ranks(self, folder: Path) -> set[str]:
+        return {found[1] for file in folder.glob("*_rank*.bin") if (found := _RANKS.fullmatch(file.name))}
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    found = _tensors(folder)
+    if not found:
+        raise CheckpointError(
+            f"{folder / WEIGHTS}: it is empty, as accelerate leaves it of an adapter under FSDP 1; copy the "
+            "adapter's adapter_model.safetensors there"
+        )
+    return found
+
+
+@reads_foreign
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    found = read_tensors(path, lazily=True)
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise CheckpointError(f"{path}: it holds no weights by name; copy the file again")
+    return {str(name): tensor for name, tensor in found.items()}
