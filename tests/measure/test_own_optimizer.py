@@ -65,7 +65,7 @@ class RootOfSquares(OptimizerState):
             {"momentum": momentum}, {n: clip / (r + EPS) for n, r in self.roots(ascent, clip).items()}
         )
 
-    def slope(self, ascent: ParameterVector, *, clip: float, lr: float) -> Slope:
+    def slope(self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float) -> Slope:
         found = {}
         for n, root in self.roots(ascent, clip).items():
             square = (1 - ALPHA) * (clip * ascent[n]) ** 2

@@ -38,7 +38,6 @@ def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         ("RMSprop", {}, "RMSprop"),
         ("Adagrad", {}, "Adagrad"),
         ("Adadelta", {}, "Adadelta"),
-        ("Adafactor", {}, "Adafactor"),
         ("ASGD", {}, "another optimizer"),
     ],
 )

@@ -83,7 +83,7 @@ def test_what_is_not_adamw_is_refused() -> None:
     model = cases.model()
     for optimizer, message in (
         (torch.optim.RMSprop(model.parameters(), lr=0.1), "that of RMSprop"),
-        (torch.optim.Adafactor(model.parameters()), "that of Adafactor"),
+        (torch.optim.Adagrad(model.parameters()), "that of Adagrad"),
         (torch.optim.Adam(model.parameters(), weight_decay=0.1), "decoupled decay"),
         (torch.optim.AdamW(model.parameters(), maximize=True), "maximizes"),
     ):

@@ -94,7 +94,7 @@ def step_derivative(policy: Policy, step: Step, through: Through) -> StepDerivat
     if through == "fixed":
         return StepDerivative(Elementwise(step.metric()), 1.0, {}, {})
     clip, limit = step.clip_coefficient, policy.settings.max_grad_norm
-    slope = state.slope(step.ascent, clip=clip, lr=step.lr)
+    slope = state.slope(policy.parameters, step.ascent, clip=clip, lr=step.lr)
     if clip == 1.0 or not limit > 0:
         return StepDerivative(slope, clip, {}, {})
     return StepDerivative(

@@ -34,7 +34,9 @@ def neglected_part(policy: Policy, step: Step) -> Estimate:
     assert policy.optimizer is not None
     state, clip = policy.optimizer, step.clip_coefficient
     own = state.update(policy.parameters, step.ascent, clip=clip, lr=step.lr).made_of(step.ascent)
-    derivative = state.slope(step.ascent, clip=clip, lr=step.lr).along(vectors.scale(step.ascent, clip))
+    derivative = state.slope(policy.parameters, step.ascent, clip=clip, lr=step.lr).along(
+        vectors.scale(step.ascent, clip)
+    )
     size = vectors.norm(own)
     missed = vectors.norm(vectors.add(derivative, vectors.scale(own, -1.0)))
     share = missed / size if size > 0 else float("nan")

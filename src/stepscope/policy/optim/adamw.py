@@ -215,7 +215,9 @@ class AdamWState(OptimizerState):
             preconditioner[name] = terms.scale * (1 - beta1) * clip / denominator
         return Update({"momentum": momentum, "decay": decay}, preconditioner)
 
-    def slope(self, ascent: ParameterVector, *, clip: float, lr: float) -> Elementwise:
+    def slope(
+        self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
+    ) -> Elementwise:
         """R / (1 - b1^t) [(1 - b1) / D - M / D^2 dD/d(c a)], with a = -g and M = - b1 m + (1 - b1) c a.
 
         dD/d(c a) = (1 - b2) c a / sqrt(v' (1 - b2^t)); where v' is 0 so is a, and D has its kink: held as it

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -149,8 +149,14 @@ class SavedState:
     where: str
     dtype: torch.dtype | None
 
-    def tensors(self, key: str) -> dict[str, Tensor]:
-        """What entries have under a key, of the shape of their parameters and on their devices.
+    def tensors(
+        self, key: str, shape: Callable[[tuple[int, ...]], tuple[int, ...]] = tuple
+    ) -> dict[str, Tensor]:
+        """What entries have under a key, on the devices of their parameters.
+
+        Args:
+            key: of the entries.
+            shape: of a tensor, given that of its parameter.
 
         Raises:
             CheckpointError: a shape is that of another model.
@@ -160,10 +166,10 @@ class SavedState:
             if key not in entry:
                 continue
             tensor, parameter = entry[key], self.parameters[name]
-            if tensor.shape != parameter.shape:
+            if tuple(tensor.shape) != (expected := shape(tuple(parameter.shape))):
                 raise CheckpointError(
-                    f"{self.where}: {key} of {name} has shape {tuple(tensor.shape)}, expected "
-                    f"{tuple(parameter.shape)}; {_ANOTHER_MODEL}"
+                    f"{self.where}: {key} of {name} has shape {tuple(tensor.shape)}, expected {expected}; "
+                    f"{_ANOTHER_MODEL}"
                 )
             dtype = self.dtype
             if dtype is None:
@@ -307,10 +313,11 @@ class OptimizerState(Brief, ABC):
         """
 
     @abstractmethod
-    def slope(self, ascent: ParameterVector, *, clip: float, lr: float) -> Slope:
+    def slope(self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float) -> Slope:
         """The derivative of the direction with respect to the clipped -grad Loss.
 
         Args:
+            parameters: where the step starts.
             ascent: -grad Loss before clipping.
             clip: clip coefficient c.
             lr: learning rate that the direction is per unit of.

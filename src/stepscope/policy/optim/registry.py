@@ -13,12 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from stepscope.errors import CheckpointError
+from stepscope.policy.optim.adafactor import AdafactorState
 from stepscope.policy.optim.adamw import AdamWState
 from stepscope.policy.optim.base import OptimizerState, SavedGroup, SavedState
 from stepscope.policy.optim.bitsandbytes import NESTED, BitsAndBytesAdamW
 from stepscope.policy.optim.sgd import SGDState
+from stepscope.policy.optim.transformers_adafactor import TransformersAdafactorState
 
-OPTIMIZERS: list[type[OptimizerState]] = [AdamWState, BitsAndBytesAdamW, SGDState]
+OPTIMIZERS: list[type[OptimizerState]] = [
+    AdamWState,
+    BitsAndBytesAdamW,
+    SGDState,
+    AdafactorState,
+    TransformersAdafactorState,
+]
 """Those whose step can be rebuilt; one more is a class like these and an entry here."""
 
 _SCHEDULES = frozenset({"initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"})
@@ -40,8 +48,7 @@ _MARKS: tuple[tuple[str, frozenset[str]], ...] = (
     ("LAMB", frozenset({"unorm_vec"})),
     ("Muon", frozenset({"ns_steps"})),
     ("a schedule-free optimizer", frozenset({"weight_sum"})),
-    ("Adafactor", frozenset({"exp_avg_sq_row"})),
-    ("Adafactor", frozenset({"beta2_decay"})),
+    ("Adafactor or a relative of it", frozenset({"exp_avg_sq_row"})),
     ("Adagrad", frozenset({"lr_decay"})),
     ("Adadelta", frozenset({"rho"})),
     ("RMSprop", frozenset({"square_avg"})),

@@ -128,7 +128,9 @@ class SGDState(OptimizerState):
                 preconditioner[name] = torch.full_like(like, rate * own * clip)
         return Update({"momentum": momentum, "decay": decay}, preconditioner)
 
-    def slope(self, ascent: ParameterVector, *, clip: float, lr: float) -> Elementwise:
+    def slope(
+        self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
+    ) -> Elementwise:
         """P / c: the step is linear in its gradient."""
         return Elementwise(
             {
