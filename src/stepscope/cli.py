@@ -204,6 +204,14 @@ def measure(
             help="entropy (default), reward, length, kl, logprob; the first is primary.",
         ),
     ] = None,
+    update: Annotated[
+        str | None,
+        typer.Option(
+            "--update",
+            metavar="FILE",
+            help="The step's batch as the training dumped it: TRL's completions, verl's rollouts, a table.",
+        ),
+    ] = None,
     memory: Annotated[
         float | None,
         typer.Option("--memory", metavar="GIB", help="Budget for gradients that are kept (default 4)."),
@@ -223,6 +231,7 @@ def measure(
         "out": out,
         "stages": _split(stages),
         "quantities": _split(quantity),
+        "update.file": update,
         "memory": memory,
         "precision": precision,
         "device": device,

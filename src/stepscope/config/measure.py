@@ -80,12 +80,19 @@ class BatchConfig(Section):
 
 
 class UpdateConfig(BatchConfig):
-    """The batch that makes the step."""
+    """The batch that makes the step.
+
+    Attributes:
+        file: also what a training dumped, see docs/FORMATS.md, Batches: TRL's completions, verl's, slime's or
+            prime-rl's rollouts, or a table with token ids or text.
+        step: the optimizer step whose rows of ``file`` are taken; null for the next step of the checkpoint.
+    """
 
     num_prompts: int = Field(default=16, ge=1)
     group_size: int = Field(default=8, ge=2)
     seed: int = Field(default=0, ge=0)
     split: Literal["train", "test"] = "train"
+    step: int | None = Field(default=None, ge=0)
 
 
 class ProbeConfig(BatchConfig):

@@ -12,7 +12,7 @@ from stepscope.results.records import BoolArray
 if TYPE_CHECKING:
     from stepscope.results.rollouts import Rollouts
 
-_NUMBERS = ("logprobs", "entropies", "token_advantages")
+_NUMBERS = ("logprobs", "entropies", "token_advantages", "old_logprobs")
 _PER_TOKEN = (*_NUMBERS, "response_masks")
 _PER_SEQUENCE = (
     "prompts",

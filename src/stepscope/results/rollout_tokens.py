@@ -23,6 +23,7 @@ class RolloutTokens(Table):
         response_mask: True where the policy wrote it, False where a tool or an environment did; None where
             the policy wrote all.
         advantage: of the token; None where all tokens of a response have the response's.
+        old_logprob: log-prob of the policy that the loss divides by; None where that is ``logprob``.
         token_weight: w_k = -dLoss/dl_k; None before, or without, a step that the batch makes.
     """
 
@@ -36,4 +37,5 @@ class RolloutTokens(Table):
     entropy: FloatArray
     response_mask: BoolArray | None = None
     advantage: FloatArray | None = None
+    old_logprob: FloatArray | None = None
     token_weight: FloatArray | None = None

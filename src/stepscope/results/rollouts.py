@@ -62,6 +62,8 @@ class Rollouts(Brief):
             nothing that is summed or averaged over tokens counts them. None where the policy wrote all.
         token_advantages: per sequence (tok,) advantages that differ within a response, used by the loss in
             place of ``advantages``; None where they do not.
+        old_logprobs: per sequence (tok,) log-probs of the policy that the loss divides by, where that is not
+            the one of ``logprobs`` (a second update on a batch); None where it is.
 
     Values per token come in two layouts: *rows*, one (tok,) array per sequence over the whole response, and
     *flat*, one array over all tokens of the batch that the policy wrote; :meth:`flat` and :meth:`rows` lead
@@ -86,6 +88,7 @@ class Rollouts(Brief):
     questions: tuple[str, ...] | None = None
     response_masks: tuple[BoolArray, ...] | None = None
     token_advantages: tuple[FloatArray, ...] | None = None
+    old_logprobs: tuple[FloatArray, ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse fields of different length, numbers that are not finite, and a policy that wrote nothing.
@@ -170,6 +173,11 @@ class Rollouts(Brief):
         """Number of distinct prompts."""
         return len(set(self.prompt_keys))
 
+    @property
+    def behaviour(self) -> tuple[FloatArray, ...]:
+        """Per sequence (tok,) the log-probs that the loss divides by."""
+        return self.logprobs if self.old_logprobs is None else self.old_logprobs
+
     @cached_property
     def entropy_per_seq(self) -> FloatArray:
         """(seq,) sum of the position entropies of each response, in nats."""
@@ -198,6 +206,7 @@ class Rollouts(Brief):
             questions=None if self.questions is None else pick(self.questions),
             response_masks=None if self.response_masks is None else pick(self.response_masks),
             token_advantages=None if self.token_advantages is None else pick(self.token_advantages),
+            old_logprobs=None if self.old_logprobs is None else pick(self.old_logprobs),
         )
 
     def to_parquet(
@@ -232,6 +241,7 @@ class Rollouts(Brief):
             entropy=np.concatenate(self.entropies).astype(np.float64, copy=False),
             response_mask=None if self.response_masks is None else np.concatenate(self.response_masks),
             advantage=None if self.token_advantages is None else np.concatenate(self.token_advantages),
+            old_logprob=None if self.old_logprobs is None else np.concatenate(self.old_logprobs),
         )
         settings = {
             VERSION: str(self.format_version),
@@ -330,6 +340,7 @@ class Rollouts(Brief):
             questions=None if None in questions else tuple(questions),
             response_masks=_split(flat, "response_mask", cuts),
             token_advantages=_split(flat, "advantage", cuts),
+            old_logprobs=_split(flat, "old_logprob", cuts),
         )
         found.refuse_ungraded()
         return found
@@ -359,6 +370,7 @@ _TOKEN_COLUMNS = {
     "entropy": Column(pa.float64()),
     "response_mask": Column(pa.bool_(), optional=True),
     "advantage": Column(pa.float64(), optional=True),
+    "old_logprob": Column(pa.float64(), optional=True),
 }
 _CURE = "sample the batch again with `stepscope measure --stages rollouts`"
 

@@ -50,7 +50,7 @@ def token_facts(
         sequence=sequence,
         position=position,
         logprob=logprob,
-        old_logprob=update.flat(update.logprobs),
+        old_logprob=update.flat(update.behaviour),
         entropy=entropy,
         collision=collision,
         discriminator=discriminator,

@@ -314,6 +314,7 @@ def split_tokens(rollouts: Rollouts, chosen: IntArray | None = None) -> tuple[Ro
         entropies=tuple(values[k : k + 1] for values, k in zip(whole.entropies, position, strict=True)),
         response_masks=None,
         token_advantages=None,
+        old_logprobs=None,
     )
     return single, np.stack([owner, position], axis=1).astype(np.int64)
 

@@ -8,13 +8,16 @@ from typing import Literal
 
 import numpy as np
 
+from stepscope.console import say
 from stepscope.errors import BatchError
 from stepscope.measure.change.uncertainty import estimate_ratio
+from stepscope.pipeline.inputs.update_files import is_own, update_from_file
 from stepscope.pipeline.stages.plan import PROBE, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
 from stepscope.policy.loss.estimators import with_advantages
 from stepscope.policy.rollouts import SamplingOptions, response_text, sample_rollouts, score_rollouts
 from stepscope.results import Rollouts
+from stepscope.runs import PROVENANCE, write_json
 from stepscope.stats import clustered_mean
 
 SAME_POLICY = {"float64": 1e-2, "float32": 1e-2, "bfloat16": 0.5}
@@ -24,7 +27,7 @@ SAME_POLICY = {"float64": 1e-2, "float32": 1e-2, "bfloat16": 0.5}
 @stage(writes=(*UPDATE, *PROBE), config=("task", "update", "probe", "resample", "batch_size", "errors"))
 def rollouts(session: Session) -> Figures:
     """Sample update and probe batch; nothing is written before both are known to be fit for use."""
-    update = sample_update(session)
+    update, given = given_update(session)
     probe = sample_probe(session, update)
     for name, batch in (("update", update), ("probe", probe)):
         batch.to_parquet(
@@ -32,7 +35,7 @@ def rollouts(session: Session) -> Figures:
             session.run.file(f"{name}_tokens.parquet"),
             tokens=_token_texts(session, batch),
         )
-    return batch_figures(update, probe, session.config.errors)
+    return batch_figures(update, probe, session.config.errors) | given
 
 
 def batch_figures(update: Rollouts, probe: Rollouts, errors: str) -> Figures:
@@ -61,8 +64,27 @@ def batch_figures(update: Rollouts, probe: Rollouts, errors: str) -> Figures:
     }
 
 
+def given_update(session: Session) -> tuple[Rollouts, Figures]:
+    """The batch that makes the step, and what is to be said of it where a training dumped it.
+
+    What a file is of and how it was read stands in the provenance.
+
+    Raises:
+        BatchError: no reward variance in any prompt group, so that there is no step.
+    """
+    wanted = session.config.update
+    if wanted.file is None or is_own(Path(wanted.file)):
+        return sample_update(session), {}
+    found = update_from_file(session.policy, Path(wanted.file), step=wanted.step, budget=session.budget)
+    for note in found.notes:
+        say(f"update batch: {note}")
+    record = {"file": wanted.file, "notes": list(found.notes)}
+    write_json(session.run.path / PROVENANCE, session.run.provenance() | {"update": record})
+    return _with_variance(found.rollouts), found.figures
+
+
 def sample_update(session: Session) -> Rollouts:
-    """Sample the batch that makes the step, or take it from a file.
+    """Sample the batch that makes the step, or take one that was sampled before.
 
     Raises:
         BatchError: no reward variance in any prompt group, so that there is no step.
@@ -70,6 +92,11 @@ def sample_update(session: Session) -> Rollouts:
     update = _drawn(session, "update", SamplingOptions(resample=session.config.resample))
     if session.config.update.file is not None and update.advantages is None:
         update = with_advantages(update, session.policy.settings)
+    return _with_variance(update)
+
+
+def _with_variance(update: Rollouts) -> Rollouts:
+    """The batch itself, refused where it has no gradient."""
     if update.advantages is None or not np.any(update.advantages):
         raise BatchError(
             f"update batch: the rewards of all {update.num_prompts} prompt groups have zero variance "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from stepscope.config import Stage
 from stepscope.pipeline.stages import PLANS
 from stepscope.pipeline.stages.plan import Plan
-from stepscope.runs import RunFolder, differing_keys
+from stepscope.runs import RunFolder, differing_keys, sha256
 
 
 def needs(stage: Stage) -> list[Stage]:
@@ -26,7 +28,27 @@ def inputs(plan: Plan, provenance: Mapping[str, Any], config: Mapping[str, Any])
         "files": {name: there.get(name) for name in sorted(names)},
         "checkpoint": provenance["checkpoint_digest"] if plan.needs_policy else None,
         "config": {key: config[key] for key in plan.config},
+        "given": given_files({key: config[key] for key in plan.config}),
     }
+
+
+def given_files(config: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of the files that batches are taken from, by key of the configuration.
+
+    Of a folder, the names and sizes of its files count. A file that is gone has no digest: what was made from
+    it stays.
+    """
+    found = {}
+    for key, section in config.items():
+        file = section.get("file") if isinstance(section, Mapping) else None
+        if file is not None and (path := Path(file)).exists():
+            found[f"{key}.file"] = sha256(path) if path.is_file() else _listing(path)
+    return found
+
+
+def _listing(folder: Path) -> str:
+    sizes = sorted((file.name, file.stat().st_size) for file in folder.iterdir() if file.is_file())
+    return hashlib.sha256(repr(sizes).encode()).hexdigest()
 
 
 def reason_to_do(run: RunFolder, stage: Stage, config: Mapping[str, Any]) -> str:
@@ -40,6 +62,8 @@ def reason_to_do(run: RunFolder, stage: Stage, config: Mapping[str, Any]) -> str
     now = inputs(plan, provenance, config)
     names = dict.fromkeys([*then["files"], *now["files"]])
     changed = [name for name in names if then["files"].get(name) != now["files"].get(name)]
+    given, before = now["given"], then.get("given", {})
+    changed += [key for key, digest in given.items() if before.get(key, digest) != digest]
     found = [f"{', '.join(changed)} changed"] if changed else []
     if then["checkpoint"] != now["checkpoint"]:
         found.append("the checkpoint changed")

@@ -177,7 +177,7 @@ def token_weights(
     the log-probs and has no part in the weights: see :func:`entropy_weights`.
 
     Args:
-        rollouts: the update batch, with advantages; its ``logprobs`` are those of the policy that sampled.
+        rollouts: the update batch, with advantages; its ``behaviour`` are the log-probs that sampled.
         settings: the loss.
         logprobs: log-probs of the policy now, where it is not the one that sampled (off-policy).
         entropies: its entropies, then needed by an objective.
@@ -207,8 +207,8 @@ def token_weights(
             "group, a task the policy solves sometimes, or resample groups (SamplingOptions(resample=10))"
         )
     mask = _mask(rollouts, settings)
-    old = _pad(rollouts.logprobs)
-    now = old if logprobs is None else _pad(logprobs)
+    old = _pad(rollouts.behaviour)
+    now = _pad(rollouts.logprobs if logprobs is None else logprobs)
     inside = mask.numpy()[rollouts.places]
 
     def in_loss(values: Sequence[FloatArray]) -> FloatArray:
@@ -217,7 +217,7 @@ def token_weights(
     tokens = Tokens(
         sequence=rollouts.places[0][inside],
         logprob=in_loss(rollouts.logprobs if logprobs is None else logprobs),
-        old_logprob=in_loss(rollouts.logprobs),
+        old_logprob=in_loss(rollouts.behaviour),
         entropy=in_loss(rollouts.entropies if entropies is None else entropies),
         advantages=np.asarray(rollouts.advantages, dtype=np.float64),
         token_advantages=None if rollouts.token_advantages is None else in_loss(rollouts.token_advantages),

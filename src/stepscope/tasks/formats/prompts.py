@@ -69,13 +69,18 @@ def encode_prompt(asked: str | Chat, tokenizer: Any) -> Prompt:
     return prompt
 
 
-def render_chat(chat: Chat, tokenizer: Any) -> str:
+def render_chat(chat: Chat, tokenizer: Any, *, then_policy: bool = True) -> str:
     """The text of a prompt in messages, prefill included.
+
+    Args:
+        chat: the messages.
+        tokenizer: with the chat template.
+        then_policy: whether the policy's turn begins at the end.
 
     Raises:
         TaskError: as :func:`encode_prompt`.
     """
-    text: str = _apply_template(chat, tokenizer, tokenize=False)
+    text: str = _apply_template(chat, tokenizer, tokenize=False, then_policy=then_policy)
     if text.rstrip().endswith(THINK) and chat.prefill.lstrip().startswith(THINK):
         raise TaskError(
             f"the chat template ends the prompt with {THINK} itself; leave {THINK} out of prefill and of the "
@@ -84,11 +89,11 @@ def render_chat(chat: Chat, tokenizer: Any) -> str:
     return text + chat.prefill
 
 
-def _apply_template(chat: Chat, tokenizer: Any, *, tokenize: bool) -> Any:
+def _apply_template(chat: Chat, tokenizer: Any, *, tokenize: bool, then_policy: bool = True) -> Any:
     """``apply_chat_template`` within the time limit, its faults as a :class:`TaskError`."""
     if not getattr(tokenizer, "chat_template", None):
         raise TaskError("the tokenizer has no chat template for a prompt in messages; give a prompt as text")
-    own = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"documents", "kwargs"}
+    own = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"documents", "kwargs", "tools"}
     if odd := sorted(own & set(chat.variables)):
         raise TaskError(
             f"chat_template_kwargs: {', '.join(odd)} cannot be set; give variables of the template"
@@ -101,7 +106,7 @@ def _apply_template(chat: Chat, tokenizer: Any, *, tokenize: bool) -> Any:
         with _time_limit(RENDERING_SECONDS, late):
             return tokenizer.apply_chat_template(
                 [dict(message) for message in chat.messages],
-                add_generation_prompt=True,
+                add_generation_prompt=then_policy,
                 tokenize=tokenize,
                 **chat.variables,
             )

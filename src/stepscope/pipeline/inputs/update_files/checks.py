@@ -1,0 +1,87 @@
+"""How far what a dump gives is from what this policy says of the same tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from stepscope.errors import RunFolderError
+from stepscope.measure.step.reconstruct import DRIFT_LIMIT
+from stepscope.policy.state import Policy
+from stepscope.results import FloatArray, Rollouts
+from stepscope.runs import read_json
+from stepscope.stats import Estimate
+
+FAR = 0.1
+"""Nats from which a token's logged log-prob counts as another one."""
+
+
+def logprob_figures(batch: Rollouts, given: Sequence[FloatArray | None], name: str) -> dict[str, Estimate]:
+    """Mean distance of logged log-probs from this policy's, and the share of tokens that are far off.
+
+    Args:
+        batch: with this policy's log-probs.
+        given: per sequence (tok,) the logged ones, None where there are none.
+        name: ``logprob`` for those of the sampler, ``old_logprob`` for those that the loss divides by.
+
+    Returns:
+        Figures by name; nothing where some sequence has none.
+    """
+    rows = [row for row in given if row is not None]
+    if len(rows) < len(batch):
+        return {}
+    away = [np.abs(now - then) for now, then in zip(batch.logprobs, rows, strict=True)]
+    own = batch.flat(away)
+
+    def figure(value: float, unit: str, method: str) -> Estimate:
+        return Estimate(value, math.nan, len(own), unit, f"{method}, exact for this update batch")
+
+    mean = figure(float(own.mean()), "nats/token", "mean over tokens of |logged log-prob - this policy's|")
+    far = figure(float((own > FAR).mean()), "share of tokens", f"tokens whose two log-probs are {FAR} apart")
+    doubt = ""
+    if name == "logprob" and not mean.value <= DRIFT_LIMIT:
+        doubt = "the responses were sampled by another policy, or in other tokens"
+    return {f"update_{name}_difference": mean.doubted(doubt), f"update_{name}_far": far.doubted(doubt)}
+
+
+def length_figure(policy: Policy, batch: Rollouts, step: int | None) -> Estimate | None:
+    """Mean length of the responses minus the one that the run logged for the step; None where it logged none.
+
+    Looks into ``trainer_state.json`` of the checkpoints beside this one: a later one has the step's log.
+    """
+    logged = None if step is None else _logged_lengths(policy, step)
+    if logged is None:
+        return None
+    found = float(batch.num_policy_tokens.mean()) - logged
+    same = math.isclose(found, 0.0, abs_tol=1e-3)
+    return Estimate(
+        found,
+        float("nan"),
+        len(batch),
+        "tokens",
+        "mean length of the responses tokenized back minus the mean length that the run logged for the step",
+        reliable=same,
+        reason="" if same else "the responses were sampled in other tokens than those of their text",
+    )
+
+
+def _logged_lengths(policy: Policy, step: int) -> float | None:
+    if policy.path is None:
+        return None
+    for file in sorted(policy.path.parent.glob("checkpoint-*/trainer_state.json")):
+        try:
+            state: Any = read_json(file)
+        except RunFolderError:
+            continue
+        history = state.get("log_history") if isinstance(state, dict) else None
+        if not isinstance(history, list) or state.get("logging_steps") != 1:
+            continue
+        for entry in history:
+            if isinstance(entry, dict) and entry.get("step") == step:
+                value = entry.get("completions/mean_length")
+                if isinstance(value, int | float):
+                    return float(value)
+    return None
