@@ -107,7 +107,8 @@ class ProbeConfig(BatchConfig):
 class LossConfig(Section):
     """Loss settings of the run a checkpoint came from, added to those it has; null keeps what it says.
 
-    Names and meanings are those of :class:`stepscope.policy.loss.settings.StepSettings`; ``without`` names
+    Names and meanings are those of :class:`stepscope.policy.loss.settings.StepSettings`; a ``loss_type`` of
+    the form ``module:function`` is a function of the user's own, which is imported; ``without`` names
     what a run did that no measurement follows, to measure its next step without that.
     """
 

@@ -20,6 +20,7 @@ from stepscope.pipeline.stages.session import Session
 from stepscope.pipeline.stages.staleness import inputs, needs, reason_to_do
 from stepscope.pipeline.stages.summary import write_summary
 from stepscope.policy.checkpoint.load import checkpoint_digest
+from stepscope.policy.loss.own import own_source
 from stepscope.policy.state import Policy
 from stepscope.processes import is_main_process
 from stepscope.report import measured
@@ -77,6 +78,7 @@ def _measure(config: MeasureConfig, run: RunFolder, resume: bool, policy: Policy
     if not held or any(PLANS[s].needs_policy and reason_to_do(run, s, plain) for s in due):
         limits = _refuse_impossible(session)
     digest = checkpoint_digest(Path(config.checkpoint)) if session.has_policy else None
+    loss = own_source(session.policy.settings.loss_type) if session.has_policy else None
     RunFolder.open(
         run.path,
         plain,
@@ -88,12 +90,18 @@ def _measure(config: MeasureConfig, run: RunFolder, resume: bool, policy: Policy
             "checkpoint_digest": digest,
             "limits": limits,
             "seeds": {"update": config.update.seed, "probe": config.probe.seed},
-        },
+        }
+        | ({} if loss is None else {"own_loss": loss}),
     )
     if digest not in (None, before := run.provenance()["checkpoint_digest"]):
         raise RunFolderError(
             f"{run.path}: the checkpoint has changed since this run was started (digest {before} then, "
             f"{digest} now); choose another folder with --out"
+        )
+    if loss is not None and loss != run.provenance().get("own_loss"):
+        raise RunFolderError(
+            f"{run.path}: the file of the loss {loss['name']} has changed since this run was started; choose "
+            "another folder with --out"
         )
     run.renew_config({key: plain[key] for key in may_differ if key not in HERE_ONLY})
     if session.has_policy:

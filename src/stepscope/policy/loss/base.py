@@ -51,7 +51,8 @@ class Loss:
             itself where ``aggregation`` is empty.
         parameters: class of its parameters.
         aggregation: how it is averaged by default, one of
-            :data:`~stepscope.policy.loss.aggregation.AGGREGATIONS`.
+            :data:`~stepscope.policy.loss.aggregation.AGGREGATIONS`; empty where the function does it all, a
+            KL penalty too.
         own_average: ``aggregation`` is part of the loss; that of the settings is for the KL penalty alone.
         per_piece: it looks at other tokens of a micro-batch, so it is computed on each.
         ratio_on_kl: TRL's KL penalty, which its ratio can multiply; verl's otherwise.

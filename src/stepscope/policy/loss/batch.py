@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import Tensor
 
+from stepscope.policy.loss.settings import StepSettings
 from stepscope.results import Brief
 
 
@@ -19,9 +20,7 @@ class LossBatch(Brief):
         old_logprobs: l of the policy that sampled; equal to ``logprobs`` on policy.
         advantages: A of every token.
         mask: True on the tokens in the loss; rows of False for sequences taken out of it.
-        epsilon_low: lower clip range of the ratio.
-        epsilon_high: upper clip range of the ratio.
-        max_response_tokens: L, the longest response allowed.
+        settings: of the run.
         rewards: (seq,) rewards, where a loss looks at them.
         group: (seq,) number of each sequence's prompt group, where a loss looks at it.
         ref_logprobs: l of the reference policy, where there is one.
@@ -34,9 +33,7 @@ class LossBatch(Brief):
     old_logprobs: Tensor
     advantages: Tensor
     mask: Tensor
-    epsilon_low: float = 0.2
-    epsilon_high: float = 0.2
-    max_response_tokens: int = 64
+    settings: StepSettings
     rewards: Tensor | None = None
     group: Tensor | None = None
     ref_logprobs: Tensor | None = None

@@ -32,7 +32,7 @@ def clipped_gain(ratio: Tensor, batch: LossBatch, *, delta: float | None = None)
     Source: Schulman et al. 2017 (arXiv:1707.06347); ``delta``, the two-sided clip: TRL, and INTELLECT-2
     (arXiv:2505.07291).
     """
-    inside = ratio.clamp(1 - batch.epsilon_low, 1 + batch.epsilon_high)
+    inside = ratio.clamp(1 - batch.settings.epsilon_low, 1 + batch.settings.epsilon_high)
     bounded = ratio if delta is None else ratio.clamp(max=delta)
     return torch.min(bounded * batch.advantages, inside * batch.advantages)
 

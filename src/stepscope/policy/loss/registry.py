@@ -21,6 +21,11 @@ def loss_named(name: str) -> Loss:
     Raises:
         ConfigError: there is none.
     """
+    if name not in LOSSES and ":" in name and not name.startswith(verl.PREFIX):
+        raise ConfigError(
+            f"loss_type: {name[:60]!r} is a function of somebody's own, which no file of a checkpoint can "
+            f"have imported; give loss.loss_type={name[:60]} yourself"
+        )
     if name not in LOSSES:
         raise ConfigError(
             f"loss_type: got {name[:60]!r}, expected one of {', '.join(LOSSES)}; other losses cannot be "

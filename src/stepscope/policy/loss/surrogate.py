@@ -96,13 +96,13 @@ def policy_loss(
         old_logprobs=old_logprobs,
         advantages=(advantages.unsqueeze(1) if advantages.dim() == 1 else advantages).expand_as(logprobs),
         mask=mask,
-        epsilon_low=settings.epsilon_low,
-        epsilon_high=settings.epsilon_high,
-        max_response_tokens=settings.max_response_tokens,
+        settings=settings,
         ref_logprobs=ref_logprobs,
         sampler_logprobs=sampler_logprobs,
         random=random or np.random.default_rng(settings.seed),
     )
+    if not loss.aggregation:
+        return loss.function(batch, own)
     cuts = list(pieces) or [torch.arange(len(mask), device=mask.device)]
     if loss.per_piece:
         per_token = torch.zeros_like(logprobs)

@@ -93,7 +93,7 @@ def clipped(batch: LossBatch, own: ClippedParameters) -> Tensor:
 def cispo(batch: LossBatch, own: TrlParameters) -> Tensor:
     """-min(r, epsilon_high) A l, no gradient through r (MiniMax-M1, arXiv:2506.13585)."""
     ratio = importance_ratio(batch, own.importance_sampling_level)
-    return -ratio.clamp(max=batch.epsilon_high).detach() * batch.advantages * batch.logprobs
+    return -ratio.clamp(max=batch.settings.epsilon_high).detach() * batch.advantages * batch.logprobs
 
 
 def sapo(batch: LossBatch, own: SapoParameters) -> Tensor:

@@ -62,7 +62,7 @@ def _bounded_ratio(batch: LossBatch) -> Tensor:
 
 def _both(batch: LossBatch, ratio: Tensor) -> tuple[Tensor, Tensor]:
     """-r A and -clip(r) A."""
-    inside = ratio.clamp(1 - batch.epsilon_low, 1 + batch.epsilon_high)
+    inside = ratio.clamp(1 - batch.settings.epsilon_low, 1 + batch.settings.epsilon_high)
     return -batch.advantages * ratio, -batch.advantages * inside
 
 
@@ -81,7 +81,9 @@ def _dppo(batch: LossBatch, own: DualClip, valid: Tensor) -> Tensor:
 def dppo_tv(batch: LossBatch, own: DualClip) -> Tensor:
     """-min(r, c) A l where p - p_old is within the clip range on the side of A (arXiv:2602.04879)."""
     gap = torch.exp(batch.logprobs) - torch.exp(batch.old_logprobs)
-    valid = torch.where(batch.advantages > 0, gap <= batch.epsilon_high, gap >= -batch.epsilon_low)
+    valid = torch.where(
+        batch.advantages > 0, gap <= batch.settings.epsilon_high, gap >= -batch.settings.epsilon_low
+    )
     return _dppo(batch, own, valid)
 
 
@@ -90,8 +92,8 @@ def dppo_kl(batch: LossBatch, own: DualClip) -> Tensor:
     p, old = torch.exp(batch.logprobs), torch.exp(batch.old_logprobs)
     others = torch.log((1.0 - old + TINY) / (1.0 - p + TINY))
     kl = old * (batch.old_logprobs - batch.logprobs) + (1 - old) * others
-    high = (kl <= batch.epsilon_high) | (p <= old)
-    low = (kl <= batch.epsilon_low) | (p >= old)
+    high = (kl <= batch.settings.epsilon_high) | (p <= old)
+    low = (kl <= batch.settings.epsilon_low) | (p >= old)
     return _dppo(batch, own, torch.where(batch.advantages > 0, high, low))
 
 
@@ -149,7 +151,7 @@ def kl_cov(batch: LossBatch, own: KlCovParameters) -> Tensor:
 def geo_mean(batch: LossBatch, own: LossParameters) -> Tensor:
     """-A s per response, s = exp(mean of log r), clipped per token on the side of A (arXiv:2507.20673)."""
     weight, side, log_ratio = batch.weight, torch.sign(batch.advantages), batch.log_ratio
-    inside = log_ratio.clamp(-batch.epsilon_low, batch.epsilon_high)
+    inside = log_ratio.clamp(-batch.settings.epsilon_low, batch.settings.epsilon_high)
     least = side * torch.min(side * log_ratio, side * inside)
     lengths = weight.sum(-1, keepdim=True) + TINY
     ratio = torch.exp((least * weight).sum(-1, keepdim=True) / lengths)
@@ -163,7 +165,7 @@ def dro(batch: LossBatch, own: DroParameters) -> Tensor:
 
 def cispo(batch: LossBatch, own: LossParameters) -> Tensor:
     """-clip(r) A l with no gradient through r (arXiv:2506.13585)."""
-    inside = _bounded_ratio(batch).clamp(1 - batch.epsilon_low, 1 + batch.epsilon_high)
+    inside = _bounded_ratio(batch).clamp(1 - batch.settings.epsilon_low, 1 + batch.settings.epsilon_high)
     return -inside.detach() * batch.advantages * batch.logprobs
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.settings.training_args import TRAINING_ARGS_FILE
 from stepscope.policy.checkpoint.settings.trl_run import Obstacle, TrlRun, read_trl_run
+from stepscope.policy.loss.own import names_own_loss, use_own_loss
 from stepscope.policy.loss.settings import SETTINGS_FILE, StepSettings
 from stepscope.policy.loss.surrogate import understood
 
@@ -74,11 +75,13 @@ def run_settings(
 
 
 def _understood(settings: StepSettings, given: Mapping[str, Any]) -> StepSettings:
-    """The settings; a loss that the user gives and that is not known is refused at once.
+    """The settings; a function that the user names as the loss is imported, an unknown loss refused at once.
 
     Raises:
-        ConfigError: see :func:`understood`.
+        ConfigError: see :func:`understood` and :func:`use_own_loss`.
     """
+    if names_own_loss(given.get("loss_type", "")):
+        use_own_loss(given["loss_type"])
     if OF_LOSS.intersection(given):
         understood(settings)
     return settings
