@@ -84,7 +84,6 @@ def test_what_is_not_adamw_is_refused() -> None:
     for optimizer, message in (
         (torch.optim.RMSprop(model.parameters(), lr=0.1), "that of RMSprop"),
         (torch.optim.Adagrad(model.parameters()), "that of Adagrad"),
-        (torch.optim.Adam(model.parameters(), weight_decay=0.1), "decoupled decay"),
         (torch.optim.AdamW(model.parameters(), maximize=True), "maximizes"),
     ):
         for p in model.parameters():

@@ -1,4 +1,4 @@
-"""AdamW (and AMSGrad) as ``torch.optim.AdamW`` has it, Loshchilov & Hutter 2019 (arXiv:1711.05101).
+"""AdamW, AMSGrad and Adam as torch has them, Loshchilov & Hutter 2019 (arXiv:1711.05101).
 
 With c g the clipped gradient and the state (m, v, t = steps after this one), per parameter,
 
@@ -8,6 +8,9 @@ With c g the clipped gradient and the state (m, v, t = steps after this one), pe
     direction = - b1 m / ((1 - b1^t) D)     [momentum]
                 - wd params                 [decay]
                 - P g                       [the gradient's part]
+
+Adam's decay is inside the gradient, in place of c g stands c g + wd params everywhere, and its part of the
+step is -(1 - b1) wd params / ((1 - b1^t) D), with v' held as it is held for the gradient's part.
 """
 
 from __future__ import annotations
@@ -32,7 +35,8 @@ YOUNG = 20
 class AdamWGroup(ParameterGroup):
     """Hyperparameters of AdamW.
 
-    ``foreach`` and ``fused`` choose torch's implementation, which matters for parameters in a half type.
+    ``foreach`` and ``fused`` choose torch's implementation, which matters for parameters in a half type;
+    ``decoupled`` keeps the decay out of the gradient.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -40,6 +44,7 @@ class AdamWGroup(ParameterGroup):
     amsgrad: bool = False
     foreach: bool | None = None
     fused: bool | None = None
+    decoupled: bool = True
 
     @property
     def fractions(self) -> dict[str, float]:
@@ -52,10 +57,14 @@ class AdamWGroup(ParameterGroup):
         return {"eps": self.eps, **super().sizes}
 
     def carried(self, step: int, horizon: int) -> float:
-        """L_n of :mod:`stepscope.measure.step.lifetime` for a gradient whose own step has number ``step``."""
+        """L_n of :mod:`stepscope.measure.step.lifetime` for a gradient whose own step has number ``step``.
+
+        A decay inside the gradients is held as they are.
+        """
         beta, moved = self.betas[0], 0.0
+        shrink = self.lr * self.weight_decay if self.decoupled else 0.0
         for j in range(horizon):
-            moved = moved * (1 - self.lr * self.weight_decay)
+            moved = moved * (1 - shrink)
             moved += beta**j * (1 - beta**step) / (1 - beta ** (step + j))
         return moved
 
@@ -69,7 +78,7 @@ class _Terms:
         group: its hyperparameters.
         scale: the group's learning rate over the one that a direction is per unit of, over 1 - b1^t.
         first: m, the first moment before the step.
-        clipped: -c g.
+        clipped: -c g, for Adam with the decay in it.
         root: sqrt(v') of the second moment after the step.
         root_scale: sqrt(1 - b2^t).
         fresh: where this step's gradient has part in ``root``: everywhere but where AMSGrad's maximum is
@@ -137,14 +146,15 @@ class AdamWState(OptimizerState):
             moment_types=saved.types("exp_avg") if cls.library else {},
         )
 
+    @classmethod
+    def objection(cls, groups: Sequence[Mapping[str, Any]], entries: Mapping[Any, Mapping[str, Any]]) -> str:
+        """A decay inside the gradient."""
+        coupled = any(g["weight_decay"] and not g.get("decoupled_weight_decay", True) for g in groups)
+        return "the weight decay is in the gradient" if coupled else ""
+
     @staticmethod
     def _group(saved: SavedGroup) -> AdamWGroup:
         given, shared = saved.settings, saved.shared
-        if shared["weight_decay"] and not given.get("decoupled_weight_decay", True):
-            raise CheckpointError(
-                f"{saved.where}: Adam with weight decay {shared['weight_decay']} inside the gradient, "
-                "expected AdamW (decoupled decay); only AdamW can be measured"
-            )
         betas = given.get("betas")
         if not isinstance(betas, Sequence) or len(betas) != 2:
             raise CheckpointError(
@@ -157,6 +167,7 @@ class AdamWState(OptimizerState):
             amsgrad=bool(given.get("amsgrad")),
             foreach=given.get("foreach"),
             fused=given.get("fused"),
+            decoupled=given.get("decoupled_weight_decay", True),
         )
 
     @classmethod
@@ -205,13 +216,15 @@ class AdamWState(OptimizerState):
         momentum: dict[str, Tensor] = {}
         decay: dict[str, Tensor] = {}
         preconditioner: dict[str, Tensor] = {}
-        for terms in self._terms(ascent, clip=clip, lr=lr):
+        for terms in self._terms(parameters, ascent, clip=clip, lr=lr):
             name, beta1, denominator = terms.name, terms.group.betas[0], terms.denominator
             momentum[name] = -terms.scale * beta1 * terms.first / denominator
             parameter = parameters[name].detach().to(terms.first.dtype)
-            rate = terms.group.ratio(lr) * terms.group.weight_decay
+            rate: float | Tensor = terms.group.ratio(lr) * terms.group.weight_decay
+            if rate and not terms.group.decoupled:
+                rate = terms.scale * (1 - beta1) * terms.group.weight_decay / denominator
             # a bias that excludes a token with -inf is in a group without decay, and 0 x inf is no number
-            decay[name] = -rate * parameter if rate else torch.zeros_like(parameter)
+            decay[name] = -rate * parameter if terms.group.weight_decay else torch.zeros_like(parameter)
             preconditioner[name] = terms.scale * (1 - beta1) * clip / denominator
         return Update({"momentum": momentum, "decay": decay}, preconditioner)
 
@@ -224,7 +237,7 @@ class AdamWState(OptimizerState):
         is there.
         """
         found = {}
-        for terms in self._terms(ascent, clip=clip, lr=lr):
+        for terms in self._terms(parameters, ascent, clip=clip, lr=lr):
             beta1, beta2 = terms.group.betas
             denominator = terms.denominator
             rise = (1 - beta2) * terms.clipped / (terms.root * terms.root_scale)
@@ -259,13 +272,17 @@ class AdamWState(OptimizerState):
     def _group_of(self, name: str) -> AdamWGroup:
         return next(group for group in self.groups if name in group.names)
 
-    def _terms(self, ascent: ParameterVector, *, clip: float, lr: float) -> Iterator[_Terms]:
+    def _terms(
+        self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
+    ) -> Iterator[_Terms]:
         for group in self.groups:
             beta1, beta2 = group.betas
             for name in group.names:
                 first, second = self.exp_avg[name], self.exp_avg_sq[name]
                 steps = self.steps[name] + 1
                 clipped = clip * ascent[name].to(first.dtype)
+                if group.weight_decay and not group.decoupled:
+                    clipped = clipped - group.weight_decay * parameters[name].detach().to(first.dtype)
                 moment = second.mul(beta2).addcmul_(clipped, clipped, value=1 - beta2)
                 fresh = None
                 if group.amsgrad:
@@ -281,3 +298,18 @@ class AdamWState(OptimizerState):
                     root_scale=(1 - beta2**steps) ** 0.5,
                     fresh=fresh,
                 )
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class AdamState(AdamWState):
+    """Adam's state: AdamW's but for the decay, which is inside the gradient."""
+
+    label: ClassVar[str] = "Adam"
+    asked_for: ClassVar[tuple[str, ...]] = ()
+    library: ClassVar[type[torch.optim.Optimizer] | None] = torch.optim.Adam
+
+    @classmethod
+    def objection(cls, groups: Sequence[Mapping[str, Any]], entries: Mapping[Any, Mapping[str, Any]]) -> str:
+        """Groups with a decay beside the gradient, too."""
+        mixed = any(g["weight_decay"] and g.get("decoupled_weight_decay", True) for g in groups)
+        return "the weight decay is in the gradient in some groups and beside it in others" if mixed else ""

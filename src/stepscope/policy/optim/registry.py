@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from stepscope.errors import CheckpointError
 from stepscope.policy.optim.adafactor import AdafactorState
-from stepscope.policy.optim.adamw import AdamWState
+from stepscope.policy.optim.adamw import AdamState, AdamWState
 from stepscope.policy.optim.base import OptimizerState, SavedGroup, SavedState
 from stepscope.policy.optim.bitsandbytes import NESTED, BitsAndBytesAdamW
 from stepscope.policy.optim.sgd import SGDState
@@ -22,6 +22,7 @@ from stepscope.policy.optim.transformers_adafactor import TransformersAdafactorS
 
 OPTIMIZERS: list[type[OptimizerState]] = [
     AdamWState,
+    AdamState,
     BitsAndBytesAdamW,
     SGDState,
     AdafactorState,
@@ -98,12 +99,13 @@ def recognised(saved: Mapping[str, Any], where: str) -> tuple[type[OptimizerStat
     in_groups = {str(key) for group in groups for key in group}
     in_entries = {str(key) for entry in entries.values() for key in entry}
     odd = {kind: _difference(kind, in_groups, in_entries) for kind in OPTIMIZERS}
-    kind = next((kind for kind, (unknown, lacking) in odd.items() if not unknown | lacking), None)
-    if kind is None:
+    fitting = [kind for kind, (unknown, lacking) in odd.items() if not unknown | lacking]
+    if not fitting:
         nearest = min(odd, key=lambda kind: len(odd[kind][0] | odd[kind][1]))
         unknown, lacking = odd[nearest]
         name = _name(in_groups | in_entries, lacking)
         raise _other(where, f"the state is that of {name} ({_words(nearest, unknown, lacking)})")
+    kind = fitting[0]
     for number, entry in entries.items():
         absent = kind.keys.entry - set(entry)
         bare = [key for key, value in entry.items() if key != "step" and not isinstance(value, Tensor)]
@@ -114,9 +116,11 @@ def recognised(saved: Mapping[str, Any], where: str) -> tuple[type[OptimizerStat
             )
     if any(group.get("maximize") for group in groups):
         raise CheckpointError(f"{where}: the optimizer maximizes, expected one that minimizes a loss")
-    if problem := kind.objection(groups, entries):
-        raise _other(where, problem)
-    return kind, entries
+    objections = {kind: kind.objection(groups, entries) for kind in fitting}
+    accepting = [kind for kind, problem in objections.items() if not problem]
+    if not accepting:
+        raise _other(where, " and ".join(dict.fromkeys(objections.values())))
+    return accepting[0], entries
 
 
 def shape_of(kind: type[OptimizerState], entry: Mapping[str, Any]) -> tuple[int, ...] | None:
