@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from stepscope.errors import BatchError, MeasurementError
+from stepscope.policy.head import head_of
 from stepscope.policy.numerics.differentiation import differentiable
 from stepscope.policy.numerics.precision import matching_precision
 from stepscope.results import BoolArray, FloatArray
@@ -269,14 +271,48 @@ def forward(
     """
     length = batch.response_ids.shape[1]
     inputs = forward_inputs(model, batch, positions=length + 1)
-    if keep_hidden:
-        inputs["output_hidden_states"] = True
+    inside = partial(_computing, model)
+    logits = hidden = None
+    head = None
+    if not keep_logits:
+        head = head_of(model, base_model(model), batch.response_ids, inside=inside, params=params)
+    if head is not None:
+        hidden = head.hidden(inputs)[:, -length - 1 : -1]
+        say = partial(_figures, temperature=temperature, squares=keep_squares)
+        figures = head.in_pieces(say, hidden, batch.response_ids)
+    else:
+        if keep_hidden:
+            inputs["output_hidden_states"] = True
+        with inside():
+            if params is None:
+                out = model(**inputs)
+            else:
+                out = torch.func.functional_call(model, dict(params), (), inputs)
+        hidden = out.hidden_states[-1][:, -length - 1 : -1] if keep_hidden else None
+        logits = _tempered(out.logits[:, -length - 1 : -1], temperature)
+        figures = _of_logits(logits, batch.response_ids, keep_squares)
+    mask = batch.response_mask
+    _refuse_unsound(figures[0].detach(), figures[1].detach(), batch)
+    logprobs, entropies, *squares = (values.masked_fill(~mask, 0.0) for values in figures)
+    return TokenOutputs(
+        logprobs=logprobs,
+        entropies=entropies,
+        logits=logits if keep_logits else None,
+        hidden=hidden if keep_hidden else None,
+        collisions=squares[0] if squares else None,
+        discriminators=squares[1] if squares else None,
+    )
+
+
+@contextmanager
+def _computing(model: nn.Module) -> Iterator[None]:
+    """A block in which a model computes as it is measured."""
     with matching_precision(model), plain_experts(model), differentiable(model):
-        if params is None:
-            out = model(**inputs)
-        else:
-            out = torch.func.functional_call(model, dict(params), (), inputs)
-    logits = out.logits[:, -length - 1 : -1]
+        yield
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits / temperature in float32 at least, those of excluded tokens finite."""
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
     logits = logits / temperature
@@ -284,27 +320,24 @@ def forward(
     if bool(logits.detach().amin() < lowest):
         # -inf or the type's minimum: a finite number in its place makes 0 log 0 = 0, in every derivative too
         logits = logits.masked_fill(logits < lowest, lowest)
+    return logits
+
+
+def _of_logits(logits: Tensor, ids: Tensor, squares: bool) -> tuple[Tensor, ...]:
+    """(seq, tok) log-probs, entropies and, on request, collisions and discriminators."""
     distribution = torch.log_softmax(logits, dim=-1)
-    logprobs = distribution.gather(-1, batch.response_ids.unsqueeze(-1)).squeeze(-1)
+    logprobs = distribution.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     probs = distribution.exp()
     entropies = -(probs * distribution).sum(-1)
-    mask = batch.response_mask
-    _refuse_unsound(logprobs.detach(), entropies.detach(), batch)
-    hidden = out.hidden_states[-1][:, -length - 1 : -1] if keep_hidden else None
-    collisions = discriminators = None
-    if keep_squares:
-        squares = probs.square()
-        collisions = squares.sum(-1)
-        discriminators = ((squares * distribution).sum(-1) + collisions * entropies).masked_fill(~mask, 0.0)
-        collisions = collisions.masked_fill(~mask, 0.0)
-    return TokenOutputs(
-        logprobs=logprobs.masked_fill(~mask, 0.0),
-        entropies=entropies.masked_fill(~mask, 0.0),
-        logits=logits if keep_logits else None,
-        hidden=hidden,
-        collisions=collisions,
-        discriminators=discriminators,
-    )
+    if not squares:
+        return logprobs, entropies
+    squared = probs.square()
+    collisions = squared.sum(-1)
+    return logprobs, entropies, collisions, (squared * distribution).sum(-1) + collisions * entropies
+
+
+def _figures(logits: Tensor, ids: Tensor, *, temperature: float, squares: bool) -> tuple[Tensor, ...]:
+    return _of_logits(_tempered(logits, temperature), ids, squares)
 
 
 def excluded_logit(dtype: torch.dtype) -> float:

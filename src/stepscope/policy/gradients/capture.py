@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,8 +18,10 @@ from stepscope.policy.gradients.layer_gradient import (
     Outer,
     Part,
     Whole,
+    joined,
     matrix_shape,
 )
+from stepscope.policy.head import replaying
 
 Deliver = Callable[[LayerGradient], None]
 
@@ -42,9 +45,10 @@ class Capture:
         dtype = next(iter(params.values())).dtype
         self._dtype = torch.promote_types(dtype, torch.float32)
         self._deliver: Deliver = _nowhere
+        self._in_parts = False
         self._num_sequences = 0
         self._recording = False
-        self._uses: dict[str, int] = {}
+        self._left: dict[str, int] = {}
         self._parts: dict[str, list[Part]] = {}
         self._swapped: list[tuple[nn.Module, nn.Parameter]] = []
 
@@ -73,7 +77,7 @@ class Capture:
     def recording(self, num_sequences: int) -> Iterator[None]:
         """The forward pass whose layers are to be captured; other passes of the model go unrecorded."""
         self._num_sequences = num_sequences
-        self._uses, self._parts = {}, {}
+        self._left, self._parts = {}, {}
         self._recording = True
         try:
             yield
@@ -81,9 +85,15 @@ class Capture:
             self._recording = False
             self._restore()
 
-    def backward(self, value: Tensor, deliver: Deliver) -> None:
-        """Differentiate the scalar ``value`` and deliver each parameter's per-sequence gradient."""
-        self._deliver = deliver
+    def backward(self, value: Tensor, deliver: Deliver, *, in_parts: bool = False) -> None:
+        """Differentiate the scalar ``value`` and deliver each parameter's per-sequence gradient.
+
+        Args:
+            value: what the forward pass that was recorded led to.
+            deliver: called with the gradients.
+            in_parts: deliver what each use of a parameter adds as soon as it is known, instead of their sum.
+        """
+        self._deliver, self._in_parts = deliver, in_parts
         try:
             if value.requires_grad:
                 value.backward()  # type: ignore[no-untyped-call]
@@ -101,14 +111,23 @@ class Capture:
     def _add(self, name: str, part: Part) -> None:
         parts = self._parts.setdefault(name, [])
         parts.append(part)
-        if len(parts) == self._uses[name]:
+        self._left[name] -= 1
+        if self._in_parts or not self._left[name]:
             self._flush(name)
+        elif len(parts) > 1 and sum(p.numel for p in parts) > math.prod(self._shapes[name]):
+            parts[:] = [Whole(self._gradient(name).dense())]
 
     def _flush(self, name: str) -> None:
+        gradient = self._gradient(name)
+        del self._parts[name]
+        self._deliver(gradient)
+
+    def _gradient(self, name: str) -> LayerGradient:
+        """What is known of a parameter's gradient so far."""
         rows, cols = self._shapes[name]
         tall = name in self._tall
         shape = (cols, rows) if tall else (rows, cols)
-        self._deliver(LayerGradient(name, shape, tuple(self._parts.pop(name)), transposed=tall))
+        return LayerGradient(name, shape, joined(self._parts[name]), transposed=tall)
 
     def _by_sequence(self, x: Tensor, tap: Tap, trailing: int) -> Tensor:
         """X with the sequence as first axis and all token axes merged into the second."""
@@ -120,12 +139,15 @@ class Capture:
 
     def _watch(self, tap: Tap) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            if not self._recording:
+            again = replaying()
+            if not (self._recording or again):
                 return None
+            root = None if output.requires_grad else output.detach().requires_grad_()
+            if again:
+                return root
             held = [args[0].detach()]
             for _, name in tap.params:
-                self._uses[name] = self._uses.get(name, 0) + 1
-            root = None if output.requires_grad else output.detach().requires_grad_()
+                self._left[name] = self._left.get(name, 0) + 1
             watched = output if root is None else root
 
             def arrived(grad: Tensor) -> None:
@@ -162,7 +184,7 @@ class Capture:
         ((attribute, name),) = tap.params
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if not self._recording:
+            if not self._recording or replaying():
                 return
             x, count = args[0], self._num_sequences
             weight = self._params[name]
@@ -170,7 +192,7 @@ class Capture:
                 raise NotSeparableError(tap, tuple(x.shape), count)
             middle = (1,) * (x.dim() - 1 - weight.dim())
             copies = weight.detach().expand(count, *middle, *weight.shape).clone().requires_grad_()
-            self._uses[name] = self._uses.get(name, 0) + 1
+            self._left[name] = self._left.get(name, 0) + 1
 
             def arrived(grad: Tensor) -> None:
                 self._add(name, Whole(grad.detach().to(self._dtype).reshape(count, *self._shapes[name])))

@@ -166,7 +166,7 @@ def _stream_past(
             for m, k in store.norms(gradient).items():
                 norms[m][rows] += k
 
-    stream(policy, gradients, consume, order=order, budget=budget)
+    stream(policy, gradients, consume, order=order, in_parts=not norms, budget=budget)
 
 
 def _block_size(policy: Policy, rollouts: Rollouts, budget: Budget) -> int:

@@ -6,6 +6,7 @@ positions t. Products with it need the whole matrix only in slices of rows, or n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +88,15 @@ class Whole:
 
 
 Part = Outer | Lookup | Whole
+
+
+def joined(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """The same sum in fewer parts: products of two factors are one over all their positions."""
+    outer = [part for part in parts if isinstance(part, Outer)]
+    if len(outer) < 2:
+        return tuple(parts)
+    one = Outer(torch.cat([p.left for p in outer], 1), torch.cat([p.right for p in outer], 1))
+    return (one, *(part for part in parts if not isinstance(part, Outer)))
 
 
 def matrix_shape(shape: tuple[int, ...] | torch.Size) -> tuple[int, int]:

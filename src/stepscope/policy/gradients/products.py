@@ -54,7 +54,7 @@ def per_sequence_dot(
             direction[name] = gradient.oriented(u[name]).to(policy.device, compute_dtype(u[name]))
         total[rows] += gradient.dot(direction[name])
 
-    stream(policy, gradients, consume, order=order, budget=budget)
+    stream(policy, gradients, consume, order=order, in_parts=True, budget=budget)
     result = np.empty(len(gradients))
     result[order] = total.cpu().numpy()
     return result
@@ -89,7 +89,7 @@ def per_sequence_dots(
         for start, stop in gradient.row_slices(size, CHUNK_BYTES, stack.element_size()):
             total[:, rows] += stack[:, start:stop].flatten(1) @ gradient.dense(start, stop).flatten(1).T
 
-    stream(policy, gradients, consume, order=order, budget=budget)
+    stream(policy, gradients, consume, order=order, in_parts=True, budget=budget)
     result = np.empty((count, len(gradients)))
     result[:, order] = total.cpu().numpy()
     return result
@@ -135,7 +135,7 @@ def paired_dots(
             for metric, products in store.paired(gradient).items():
                 found[metric][block] += products.numpy()
 
-        stream(policy, second, consume, order=block, budget=held)
+        stream(policy, second, consume, order=block, in_parts=True, budget=held)
     return found
 
 
@@ -192,7 +192,7 @@ def weighted_gradients(
             block = own @ gradient.dense(start, stop).flatten(1)
             target[:, start:stop] += block.view(len(own), stop - start, -1)
 
-    stream(policy, gradients, consume, order=order, budget=budget)
+    stream(policy, gradients, consume, order=order, in_parts=True, budget=budget)
     return {
         n: restore(total[n], transposed[n]).reshape(len(weights), *p.shape)
         if n in total

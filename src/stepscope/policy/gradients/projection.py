@@ -106,6 +106,6 @@ def sketches(
         }
         sketch.add(gradient, {m: t[rows] for m, t in total.items()}, roots)
 
-    stream(policy, gradients, consume, order=order, budget=budget)
+    stream(policy, gradients, consume, order=order, in_parts=True, budget=budget)
     back = torch.argsort(torch.tensor(order)).to(policy.device)
     return {m: t[back] for m, t in total.items()}

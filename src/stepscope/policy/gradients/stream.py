@@ -66,6 +66,7 @@ def stream(
     consume: Consume,
     *,
     order: Sequence[int] | None = None,
+    in_parts: bool = False,
     budget: Budget = Budget(),
 ) -> None:
     """Pass each sequence's gradient to ``consume``, parameter by parameter.
@@ -79,6 +80,8 @@ def stream(
         consume: called with a :class:`stepscope.policy.gradients.layer_gradient.LayerGradient` of some
             rows and their slice of ``order``.
         order: which sequences, in which order; default all, longest first.
+        in_parts: a parameter may come several times per micro-batch, with what one use or some positions add;
+            for whoever is linear in the gradients, and then no more than a part is held.
         budget: how large micro-batches are.
 
     Raises:
@@ -89,7 +92,7 @@ def stream(
 
     def run(batch: TokenBatch) -> None:
         rows = slice(done, done + len(batch))
-        _differentiate(capture, batch, value, lambda gradient: consume(gradient, rows))
+        _differentiate(capture, batch, value, lambda gradient: consume(gradient, rows), in_parts=in_parts)
         for gradient in _one_by_one(policy, coverage.slow, batch, value):
             consume(gradient, rows)
 
@@ -107,10 +110,12 @@ def _differentiate(
     batch: TokenBatch,
     value: Callable[[TokenBatch], Tensor],
     deliver: Callable[[LayerGradient], None],
+    *,
+    in_parts: bool = False,
 ) -> None:
     with torch.enable_grad(), capture.recording(len(batch)):
         total = value(batch)
-    capture.backward(total, deliver)
+    capture.backward(total, deliver, in_parts=in_parts)
 
 
 def _one_by_one(

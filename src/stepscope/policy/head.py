@@ -1,0 +1,195 @@
+"""A model cut in two: the last hidden states, and what its head says of some positions at a time.
+
+Logits of a whole micro-batch at a large vocabulary take many times the memory of everything else. Here the
+backbone runs once, and the model's own forward pass makes logits out of a few positions' hidden states, with
+the backbone replaced by them: so whatever a model does to its logits (soft-capping, scaling, an adapted or
+tied head) is done. In reverse mode each piece is computed again when its gradient is asked for.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedConfig
+
+PIECE_BYTES = 32 * 2**20
+"""Logits that are made at a time; a few times as much is held while they are normalised."""
+
+T = TypeVar("T")
+Inside = Callable[[], AbstractContextManager[Any]]
+_replaying: list[bool] = []
+_found: WeakKeyDictionary[nn.Module, type[Any] | None] = WeakKeyDictionary()
+
+
+def replaying() -> bool:
+    """Whether what runs has been run before, or is a trial: nothing that counts calls should count these."""
+    return bool(_replaying)
+
+
+class _Replay:
+    """A block that counts as :func:`replaying`; it may be entered again and again."""
+
+    def __enter__(self) -> None:
+        _replaying.append(True)
+
+    def __exit__(self, *error: object) -> None:
+        _replaying.pop()
+
+
+@dataclass(frozen=True)
+class Head:
+    """What stands after a model's backbone.
+
+    Attributes:
+        whole: the model, an adapter's wrapper included.
+        model: the transformers model itself.
+        output: class of what its backbone returns.
+        size: positions of each sequence that have logits at a time.
+        inside: contexts in which the model runs, made anew for each piece.
+        params: values to use instead of the model's own, by their name in ``whole``, or None.
+    """
+
+    whole: nn.Module
+    model: nn.Module
+    output: type[Any]
+    size: int
+    inside: Inside
+    params: Mapping[str, Tensor] | None
+
+    def hidden(self, inputs: Mapping[str, Any]) -> Tensor:
+        """(seq, pos, hidden) last hidden states of the backbone."""
+        accepted = inspect.signature(_backbone(self.model).forward).parameters
+        given = {name: value for name, value in inputs.items() if name in accepted}
+        with self.inside():
+            found: Tensor = self._run(lambda: _backbone(self.model)(**given).last_hidden_state)
+        return found
+
+    def in_pieces(
+        self, say: Callable[[Tensor, Tensor], tuple[Tensor, ...]], hidden: Tensor, ids: Tensor
+    ) -> tuple[Tensor, ...]:
+        """What a function of logits says of every position, a few positions at a time.
+
+        Args:
+            say: (seq, some, vocab) logits and their (seq, some) token ids to (seq, some) figures.
+            hidden: (seq, tok, hidden).
+            ids: (seq, tok) the tokens that follow.
+        """
+
+        def piece(states: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
+            with self.inside():
+                return self._run(lambda: say(self._logits(states, tokens), tokens))
+
+        again = torch.is_grad_enabled() and self.params is None
+        kept = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": _contexts}
+        run = partial(checkpoint, piece, **kept) if again else piece
+        cuts = (torch.split(values, self.size, 1) for values in (hidden, ids))
+        parts = [run(*rows) for rows in zip(*cuts, strict=True)]
+        return tuple(torch.cat(columns, 1) for columns in zip(*parts, strict=True))
+
+    def _logits(self, states: Tensor, tokens: Tensor) -> Tensor:
+        # of what is not contiguous, matmul would multiply each sequence with a copy of the head of its own
+        with _returning(_backbone(self.model), self.output(last_hidden_state=states.contiguous())):
+            found: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return found
+
+    def _run(self, body: Callable[[], T]) -> T:
+        if self.params is None:
+            return body()
+        values = {f"model.{name}": value for name, value in self.params.items()}
+        found: T = torch.func.functional_call(_Called(self.whole, body), values, ())
+        return found
+
+
+class _Called(nn.Module):
+    """A function of a model's parameters that is not its forward pass, as a module."""
+
+    def __init__(self, model: nn.Module, body: Callable[[], Any]) -> None:
+        super().__init__()
+        self.model, self.body = model, body
+
+    def forward(self) -> Any:
+        return self.body()
+
+
+def head_of(
+    whole: nn.Module,
+    model: nn.Module,
+    ids: Tensor,
+    *,
+    inside: Inside,
+    params: Mapping[str, Tensor] | None = None,
+) -> Head | None:
+    """The head of a model, to be run on pieces of a batch.
+
+    Cut and whole model are compared on a short row when a model is first seen.
+
+    Args:
+        whole: the model, an adapter's wrapper included.
+        model: the transformers model itself.
+        ids: (seq, tok) positions of which logits are needed.
+        inside: contexts in which it has to run.
+        params: values to use instead of its own.
+
+    Returns:
+        None where all logits are one piece, and where cut and whole model do not say the same.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return None
+    itemsize = torch.promote_types(next(model.parameters()).dtype, torch.float32).itemsize
+    size = max(1, PIECE_BYTES // (len(ids) * config.get_text_config().vocab_size * itemsize))
+    if size >= ids.shape[1]:
+        return None
+    if whole not in _found:
+        _found[whole] = _cut(whole, model, ids[:1, :5], inside)
+    output = _found[whole]
+    return None if output is None else Head(whole, model, output, size, inside, params)
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    found: nn.Module = getattr(model, str(model.base_model_prefix))
+    return found
+
+
+def _cut(whole: nn.Module, model: nn.Module, ids: Tensor, inside: Inside) -> type[Any] | None:
+    """The class of what a model's backbone returns, where the model can be cut; tried on a row of tokens."""
+    prefix = str(getattr(model, "base_model_prefix", ""))
+    if not prefix or not isinstance(getattr(model, prefix, None), nn.Module):
+        return None
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    with torch.no_grad(), _Replay(), inside():
+        expected = whole(**inputs).logits
+        states = _backbone(model)(**inputs)
+        hidden = getattr(states, "last_hidden_state", None)
+        if hidden is None or hidden.shape[:2] != ids.shape:
+            return None
+        said = Head(whole, model, type(states), 1, inside, None)._logits(hidden[:, 1:], ids[:, 1:])
+    expected = expected[:, 1:]
+    same = said.shape == expected.shape and torch.allclose(said, expected, rtol=1e-4, atol=1e-4)
+    return type(states) if same else None
+
+
+@contextmanager
+def _returning(module: nn.Module, value: Any) -> Iterator[None]:
+    """A block in which a module returns a value, whatever it is called with."""
+    own = vars(module).get("forward")
+    module.forward = lambda *args, **kwargs: value
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    return nullcontext(), _Replay()
