@@ -21,7 +21,7 @@ from stepscope import cli, pipeline
 from stepscope.errors import ConfigError
 from stepscope.pipeline.check.run import kind_of_config
 
-VERBS = ("demo", "train", "eval", "measure", "study", "report", "check")
+VERBS = ("demo", "train", "eval", "measure", "study", "report", "check", "convert")
 
 
 def run(*args: str):

@@ -318,6 +318,22 @@ def check(
         raise ConfigError(f"{target}: not fit to be measured; see the findings above")
 
 
+@app.command()
+@_mendable
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint of any format that check names.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="New folder.")],
+) -> None:
+    """A checkpoint of any format (FSDP, torch's shards, verl) in Hugging Face's layout, with its moments.
+
+    The new folder is read back and compared with the source to the bit before it gets its name. Printed is
+    what was read, what was written, and what could not be carried over.
+    """
+    from stepscope.pipeline import run_convert
+
+    run_convert(source, target)
+
+
 def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
     """A warning as the user should see it."""
     return f"stepscope: warning: {printable(str(message))}\n"

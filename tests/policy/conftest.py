@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from transformers import PreTrainedTokenizerFast
 
 import cases
+import stepscope
 from stepscope.tasks.problem import Problem, Score
 
 
@@ -50,3 +56,30 @@ def architecture(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def letters() -> LetterTask:
     return LetterTask()
+
+
+@pytest.fixture(scope="session", params=[3, pytest.param(2, marks=pytest.mark.slow)])
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every layout of ``sharded_writers.py``, of one state; not to be changed, copy it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    out, count = shared / f"sharded-{request.param}", str(request.param)
+    with FileLock(f"{out}.lock"):  # written once for all workers
+        if not (out / "done").exists():
+            _write_sharded(out, count)
+    return out / count
+
+
+def _write_sharded(out: Path, count: str) -> None:
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here.parent), str(Path(stepscope.__file__).parents[1])])
+    done = subprocess.run(
+        [sys.executable, str(here / "sharded_writers.py"), str(out), count],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    (out / "done").touch()

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import cases
-import stepscope
 from stepscope.errors import CheckpointError
 from stepscope.measure.step.reconstruct import Step, reconstruct_step
 from stepscope.policy.check.inspection import inspect_checkpoint
@@ -33,24 +29,6 @@ READ = (
     "lora-fsdp2-full",
     "lora-fsdp2-sharded",
 )
-
-
-@pytest.fixture(scope="module", params=[3, pytest.param(2, marks=pytest.mark.slow)])
-def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with every layout, of one state."""
-    out = tmp_path_factory.mktemp("sharded")
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here.parent), str(Path(stepscope.__file__).parents[1])])
-    done = subprocess.run(
-        [sys.executable, str(here / "sharded_writers.py"), str(out), str(request.param)],
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return out / str(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stepscope.pipeline.check.run import run_check
+    from stepscope.pipeline.convert import run_convert
     from stepscope.pipeline.demo import run_demo
     from stepscope.pipeline.evaluate import run_eval
     from stepscope.pipeline.measure import run_measure
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "run_check",
     "run_comparison",
+    "run_convert",
     "run_demo",
     "run_eval",
     "run_measure",
@@ -31,6 +33,7 @@ __all__ = [
 _HOME = {
     "run_check": "check.run",
     "run_comparison": "report",
+    "run_convert": "convert",
     "run_demo": "demo",
     "run_eval": "evaluate",
     "run_measure": "measure",

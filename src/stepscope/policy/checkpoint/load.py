@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def load_checkpoint(
     device: torch.device | str | None = None,
     settings: StepSettings | None = None,
     require_optimizer: bool = True,
+    keep_source: bool = False,
 ) -> Policy:
     """Load model, tokenizer, the optimizer's state by name and the settings of the loss.
 
@@ -47,6 +49,7 @@ def load_checkpoint(
         device: where it goes; None for a GPU where there is one.
         settings: of the loss; None for those of the checkpoint (:func:`read_settings`).
         require_optimizer: False leaves the optimizer's state alone, there or not, for evaluation.
+        keep_source: hold on to the optimizer's state as its file has it, to write it anew.
 
     Raises:
         ConfigError: the device is not there.
@@ -73,6 +76,7 @@ def load_checkpoint(
     optimizer: OptimizerState | None = None
     if match is not None:
         optimizer = match(model, torch.float64 if dtype == torch.float64 else None)
+        optimizer = optimizer if keep_source else replace(optimizer, source=None)
         own = set(optimizer.names)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in own)

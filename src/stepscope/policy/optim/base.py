@@ -227,12 +227,14 @@ class OptimizerState(Brief, ABC):
             optimizer that does not count.
         moment_types: type per parameter in which the training kept it, as far as the state tells.
         codes: key to parameter name to what the file has, for tensors that it keeps in 8 bits.
+        source: what it was read from, under the file's own keys and types; None once nobody needs it.
     """
 
     groups: tuple[ParameterGroup, ...]
     steps: Mapping[str, int]
     moment_types: Mapping[str, torch.dtype] = field(default_factory=dict)
     codes: Mapping[str, Mapping[str, BlockCodes]] = field(default_factory=dict)
+    source: SavedState | None = None
 
     label: ClassVar[str]
     """What it is called."""

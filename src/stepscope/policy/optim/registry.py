@@ -7,6 +7,7 @@ where the keys are that optimizer's and none besides.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -169,7 +170,8 @@ def named_state(
             f"{where}: there is no state for any of {count} parameters (an optimizer before its first step); "
             "use a checkpoint saved after at least one step"
         )
-    state = kind.read(SavedState(groups, by_name, dict(model.named_parameters()), where, dtype))
+    source = SavedState(groups, by_name, dict(model.named_parameters()), where, dtype)
+    state = replace(kind.read(source), source=source)
     state.refuse_impossible(where)
     return state
 

@@ -1,0 +1,1 @@
+"""A checkpoint of any format in the plain layout: weights, moments and settings."""
