@@ -243,6 +243,8 @@ class OptimizerState(Brief, ABC):
     keys: ClassVar[Keys]
     library: ClassVar[type[torch.optim.Optimizer] | None] = None
     """The class that takes its steps, where it is installed with torch."""
+    blank_entries: ClassVar[bool] = False
+    """Whether its library makes an entry of nothing for a parameter without a gradient."""
     throughs: ClassVar[tuple[Through, ...]] = THROUGHS
     """What shares of its step can go through: ``fixed`` needs a P, ``optimizer`` a :meth:`slope`."""
     nonlinear: ClassVar[str] = ""
@@ -295,6 +297,11 @@ class OptimizerState(Brief, ABC):
     @abstractmethod
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """What is kept of parameters: key to parameter name to tensor."""
+
+    @property
+    def zero_at_first(self) -> tuple[str, ...]:
+        """Keys of tensors that are zero before the first step."""
+        return tuple(self.tensors())
 
     @property
     def squares(self) -> tuple[str, ...]:
@@ -434,7 +441,8 @@ class OptimizerState(Brief, ABC):
                     "earlier checkpoint or copy it again"
                 )
         for name, steps in self.steps.items():
-            fresh = not any(bool(tensors[name].any()) for tensors in kept.values() if name in tensors)
+            starts = (kept[key] for key in self.zero_at_first)
+            fresh = not any(bool(tensors[name].any()) for tensors in starts if name in tensors)
             if not (1 <= steps <= MOST_STEPS or (steps == 0 and fresh)):
                 raise CheckpointError(
                     f"{where}: {name} has taken {steps} steps, expected at least 1; {_DAMAGED}"

@@ -18,6 +18,7 @@ from stepscope.policy.optim.adafactor import AdafactorState
 from stepscope.policy.optim.adamw import AdamState, AdamWState
 from stepscope.policy.optim.base import OptimizerState, SavedGroup, SavedState
 from stepscope.policy.optim.bitsandbytes import NESTED, BitsAndBytesAdamW
+from stepscope.policy.optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from stepscope.policy.optim.sgd import SGDState
 from stepscope.policy.optim.transformers_adafactor import TransformersAdafactorState
 
@@ -28,6 +29,8 @@ OPTIMIZERS: list[type[OptimizerState]] = [
     SGDState,
     AdafactorState,
     TransformersAdafactorState,
+    ScheduleFreeAdamW,
+    ScheduleFreeSGD,
 ]
 """Those whose step can be rebuilt; one more is a class like these and an entry here."""
 
@@ -49,6 +52,7 @@ _MARKS: tuple[tuple[str, frozenset[str]], ...] = (
     ("LAMB", frozenset({"trust_clip"})),
     ("LAMB", frozenset({"unorm_vec"})),
     ("Muon", frozenset({"ns_steps"})),
+    ("schedule-free RAdam", frozenset({"silent_sgd_phase"})),
     ("a schedule-free optimizer", frozenset({"weight_sum"})),
     ("Adafactor or a relative of it", frozenset({"exp_avg_sq_row"})),
     ("Adagrad", frozenset({"lr_decay"})),
@@ -107,6 +111,8 @@ def recognised(saved: Mapping[str, Any], where: str) -> tuple[type[OptimizerStat
         name = _name(in_groups | in_entries, lacking)
         raise _other(where, f"the state is that of {name} ({_words(nearest, unknown, lacking)})")
     kind = fitting[0]
+    if kind.blank_entries:
+        entries = {number: entry for number, entry in entries.items() if entry}
     for number, entry in entries.items():
         absent = kind.keys.entry - set(entry)
         bare = [key for key, value in entry.items() if key != "step" and not isinstance(value, Tensor)]

@@ -95,7 +95,7 @@ def optimizer_state(
         every = zip(group["params"], live["params"], strict=True)
         numbers = [(i, p) for i, p in every if p.grad is not None or not after_backward]
         for number, parameter in numbers:
-            if number not in entries:
+            if not entries.get(number):
                 entries[number] = kind.fresh(parameter, group)
         groups.append(group | {"params": [i for i, _ in numbers]})
         named.append([names[id(p)] for _, p in numbers])
