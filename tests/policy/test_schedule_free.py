@@ -184,7 +184,7 @@ def test_weights_in_evaluation_mode_are_refused() -> None:
 
 
 def test_a_parameter_without_gradient_has_an_entry_of_nothing_and_no_step() -> None:
-    layer = nn.ParameterDict({"weight": torch.ones(3), "idle": torch.ones(2)})
+    layer = nn.ParameterDict({"idle": torch.ones(2), "weight": torch.ones(3)})
     optimizer = AdamW(layer.values(), lr=1e-3)
     optimizer.train()
     layer["weight"].grad = torch.ones(3)
@@ -192,7 +192,7 @@ def test_a_parameter_without_gradient_has_an_entry_of_nothing_and_no_step() -> N
     optimizer.eval()
     optimizer.train()
     saved = copy.deepcopy(optimizer.state_dict())
-    assert saved["state"][1] == {}
+    assert saved["state"][0] == {}
     saved["param_groups"][0]["param_names"] = list(layer)
     assert match_optimizer(saved, layer, where="here").names == ("weight",)
 

@@ -18,6 +18,7 @@ The pull is there whatever the learning rate of the step: the direction is that 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -312,14 +313,14 @@ class ScheduleFreeAdamW(ScheduleFreeState):
 
     def _root(self, group: ScheduleFreeGroup, name: str, point: Tensor) -> Tensor:
         moment = self.exp_avg_sq[name] * group.beta2
-        root: Tensor = moment.addcmul_(point, point, value=1 - group.beta2).sqrt()
-        return root
+        return moment.addcmul_(point, point, value=1 - group.beta2).sqrt()
 
     def _denominator(self, group: ScheduleFreeGroup, name: str, point: Tensor) -> Tensor:
-        correction = 1 - group.beta2 ** (group.taken + 1)
-        return (self._root(group, name, point) / correction**0.5).add_(group.eps)
+        correction: float = 1 - group.beta2 ** (group.taken + 1)
+        return self._root(group, name, point) / math.sqrt(correction) + group.eps
 
     def _rise(self, group: ScheduleFreeGroup, name: str, point: Tensor) -> Tensor:
-        root, correction = self._root(group, name, point), 1 - group.beta2 ** (group.taken + 1)
-        rise = (1 - group.beta2) * point / (root * correction**0.5)
+        root = self._root(group, name, point)
+        correction: float = 1 - group.beta2 ** (group.taken + 1)
+        rise = (1 - group.beta2) * point / (root * math.sqrt(correction))
         return torch.where(root > 0, rise, torch.zeros_like(rise))
