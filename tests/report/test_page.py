@@ -23,7 +23,7 @@ from stepscope.report.sections.responses import join_tokens
 from stepscope.results import RolloutTokens
 from stepscope.results.change import Changes, Taken
 from stepscope.results.kernel import KernelReport
-from stepscope.results.step import Rounding, StepReport, Storage, StoredTensor
+from stepscope.results.step import Rounding, Routing, StepReport, Storage, StoredTensor
 from stepscope.results.summary import Summary
 
 LARGEST_PAGE = 6_000_000
@@ -133,6 +133,19 @@ def test_a_rounded_step_is_told_and_heads_the_page(measure_folder: Path) -> None
     changed(measure_folder / "step.json", StepReport, rounding=nothing)
     said = Page(write_report(measure_folder)).source.replace("\u00a0", " ")
     assert "0 % of the weights move at all; so that the step changes nothing." in said
+
+
+def test_flips_of_routers_are_told(measure_folder: Path) -> None:
+    routing = Routing(1e-4, 96, 2, share_choices=0.031, share_tokens=0.25, share_by_layer=(0.012, 0.05))
+    changed(measure_folder / "step.json", StepReport, routing=routing)
+    said = " ".join(Page(write_report(measure_folder)).source.replace("\u00a0", " ").split())
+    assert (
+        "the step flips 3.1 % of the routers&#39; choices on its own batch, most of them in layer 1" in said
+    )
+    assert "25 % of the tokens go to other experts somewhere" in said
+    still = replace(routing, share_choices=0.0, share_tokens=0.0, share_by_layer=(0.0, 0.0))
+    changed(measure_folder / "step.json", StepReport, routing=still)
+    assert "The step flips no choice of an expert" in Page(write_report(measure_folder)).source
 
 
 def test_moments_in_8_bits_are_told(measure_folder: Path) -> None:

@@ -85,6 +85,27 @@ class Storage(Record):
 
 
 @dataclass(frozen=True)
+class Routing(Record):
+    """What a step does to the experts that a mixture's routers choose, on its own batch.
+
+    Attributes:
+        lr: learning rate at which it is taken.
+        num_tokens: tokens counted, of prompts and responses.
+        experts_per_token: experts that a router chooses for a token.
+        share_choices: share of the chosen experts, over tokens and layers, that are not chosen after it.
+        share_tokens: share of the tokens for which some layer chooses others.
+        share_by_layer: ``share_choices`` of each layer.
+    """
+
+    lr: float
+    num_tokens: int
+    experts_per_token: int
+    share_choices: Number
+    share_tokens: Number
+    share_by_layer: tuple[Number, ...]
+
+
+@dataclass(frozen=True)
 class Lifetime(Record):
     """A batch's effect beyond its own step, and its share of that step against two kinds of gradients.
 
@@ -128,6 +149,7 @@ class StepReport(Record):
         doubt: why the step is not the training's; empty where nothing speaks against it.
         rounding: of a training in a half type, else None.
         storage: of an optimizer with moments in 8 bits, else None.
+        routing: of a mixture of experts, else None.
         lifetime: of the update batch; None for an optimizer whose step is no sum over gradients.
     """
 
@@ -146,6 +168,7 @@ class StepReport(Record):
     doubt: str
     rounding: Rounding | None
     storage: Storage | None
+    routing: Routing | None
     lifetime: Lifetime | None
 
     def to_plain(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from stepscope import runs
 from stepscope.measure.step.lifetime import lifetime, lifetime_figures
 from stepscope.measure.step.reconstruct import step_components
 from stepscope.measure.step.rounding import RoundedStep
+from stepscope.measure.step.routing import routing_change, routing_figures
 from stepscope.measure.step.storage import storage_figures, storage_loss
 from stepscope.pipeline.stages.plan import STEP, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
@@ -27,6 +28,14 @@ def step(session: Session) -> Figures:
     weights = np.concatenate(step.token_weights).astype(np.float64, copy=False)
     runs.write_record(path, replace(runs.read_record(RolloutTokens, path), token_weight=weights))
     total = vectors.norm(step.direction)
+    initial_lr = session.initial_lr() if step.lr == 0 else None
+    routing = routing_change(
+        session.policy,
+        step,
+        lr=step.lr or initial_lr or 0.0,
+        taken=session.taken.parameters if session.taken else None,
+        budget=session.budget,
+    )
     report = StepReport(
         lr=step.lr,
         grad_norm=step.grad_norm,
@@ -38,11 +47,12 @@ def step(session: Session) -> Figures:
         num_prompts=step.update.num_prompts,
         num_tokens=int(step.update.num_policy_tokens.sum()),
         components=step_components(step),
-        initial_lr=session.initial_lr() if step.lr == 0 else None,
+        initial_lr=initial_lr,
         stored_dtypes=session.policy.stored_dtypes,
         doubt=session.doubt("step"),
         rounding=session.taken.report() if session.taken else None,
         storage=storage_loss(session.policy, step),
+        routing=routing,
         lifetime=lifetime(session.policy, step),
     )
     vectors.save(step.direction, session.run.file("direction.safetensors"))
@@ -59,6 +69,7 @@ def step(session: Session) -> Figures:
         for name, part in report.components.items()
     }
     found = shares | lifetime_figures(report.lifetime, count) | storage_figures(report.storage, count)
+    found |= routing_figures(routing, count)
     assert session.policy.optimizer is not None
     rounding = _rounding_figures(session.taken, session.policy.optimizer.label, count)
     return session.doubted(found, "step") | rounding

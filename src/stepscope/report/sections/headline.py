@@ -54,6 +54,8 @@ HEADLINES: Mapping[str, Label] = {
     "rounding_norm_ratio": Label("Length of the rounded step over that before rounding", "def-rounding"),
     "storage_error": Label("What 8 bits made of the step, of its norm", "def-storage"),
     "storage_error_worst": Label("The most that 8 bits can have made of it", "def-storage"),
+    "routing_share_choices": Label("Choices of experts that the step flips", "def-routing"),
+    "routing_share_tokens": Label("Tokens that go to other experts after it", "def-routing"),
     "influence_sequences_own_prompts": Label(
         "Influence of this batch on its own prompts, answered afresh", "def-influence"
     ),

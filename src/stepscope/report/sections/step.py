@@ -11,7 +11,7 @@ from stepscope.reading.measurement import Measurement
 from stepscope.report import style, text
 from stepscope.report.parts import Room, Section
 from stepscope.results.change import Taken
-from stepscope.results.step import Lifetime, Rounding, StepReport, Storage
+from stepscope.results.step import Lifetime, Rounding, Routing, StepReport, Storage
 
 _LOOKS: Mapping[str, tuple[str, str]] = {
     "momentum": ("momentum", style.BLUE),
@@ -41,6 +41,8 @@ def section(measurement: Measurement, room: Room) -> Section | None:
     sentences = [_lifetime_sentence(step.lifetime)] if step.lifetime else []
     if step.storage:
         sentences.append(_storage_sentence(step.storage))
+    if step.routing:
+        sentences.append(_routing_sentence(step.routing))
     if step.rounding:
         sentences.append(_rounding_sentence(step.rounding))
         if measurement.change and measurement.change.taken:
@@ -133,6 +135,20 @@ def _storage_sentence(storage: Storage) -> str:
         f"{storage.kept_in}, and this is the step it takes with them. With moments as they were before their "
         f"last encoding it would differ by {text.percent(storage.direction)} of its norm typically, and by "
         f"{text.number(storage.direction_worst, 2)} times its norm at most."
+    )
+
+
+def _routing_sentence(routing: Routing) -> str:
+    """What the step does to the choices of the routers."""
+    if not routing.share_choices:
+        return "The step flips no choice of an expert on its own batch."
+    layer = max(range(len(routing.share_by_layer)), key=lambda i: routing.share_by_layer[i])
+    return (
+        f"At learning rate {text.lr_text(routing.lr)} the step flips {text.percent(routing.share_choices)} "
+        f"of the routers' choices on its own batch, most of them in layer {layer} of those with experts "
+        f"({text.percent(routing.share_by_layer[layer])}); {text.percent(routing.share_tokens)} of the "
+        "tokens go to other experts somewhere. The first-order change knows nothing of flips, the true "
+        "change has them."
     )
 
 
