@@ -30,7 +30,7 @@ from stepscope.policy import vectors
 from stepscope.policy.checkpoint.adapters import is_adapted, reference_adapter
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients.derivatives import Objective, gradient
-from stepscope.policy.loss.surrogate import token_weights
+from stepscope.policy.loss.surrogate import needs_reference, token_weights
 from stepscope.policy.numerics.finiteness import first_not_finite
 from stepscope.policy.optim.base import OptimizerState, Update
 from stepscope.policy.passes import Budget
@@ -320,14 +320,14 @@ def _optimizer(policy: Policy) -> OptimizerState:
 def _reference_logprobs(
     policy: Policy, update: Rollouts, reference: Policy | None, budget: Budget
 ) -> tuple[FloatArray, ...] | None:
-    if policy.settings.beta == 0.0:
+    if not needs_reference(policy.settings):
         return None
     if reference is not None:
         return score_rollouts(reference, update, budget=budget)[0]
     if not is_adapted(policy.model):
         raise MeasurementError(
-            f"the loss has a KL penalty (beta = {policy.settings.beta}) and the policy is a full model; "
-            "pass the policy it is held to as reference"
+            f"the loss looks at a reference policy (beta = {policy.settings.beta}), and the policy is a full "
+            "model; pass the policy it is held to as reference"
         )
     with reference_adapter(policy.model):
         return score_rollouts(policy, update, budget=budget)[0]

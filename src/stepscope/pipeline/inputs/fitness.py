@@ -17,7 +17,8 @@ from stepscope.policy.check.findings import Finding
 from stepscope.policy.checkpoint.adapters import is_adapted
 from stepscope.policy.checkpoint.first_pass import made_up_sequences
 from stepscope.policy.checkpoint.foreign import reads_foreign
-from stepscope.policy.loss.surrogate import adds_component
+from stepscope.policy.loss.registry import known_loss
+from stepscope.policy.loss.surrogate import adds_component, needs_reference
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 
@@ -45,8 +46,10 @@ def _loss(policy: Policy, config: MeasureSettings) -> list[Finding]:
     found = []
     if config.reference is None and not is_adapted(policy.model):
         cure = "give reference=MODEL (the model that the training started from)"
-        if policy.settings.beta != 0.0:
-            what = f"the loss has a KL penalty (beta = {policy.settings.beta}), and a full model has no base"
+        if known_loss(policy.settings.loss_type) and needs_reference(policy.settings):
+            what = (
+                f"the loss looks at a reference (beta = {policy.settings.beta}), and a full model has no base"
+            )
             found.append(Finding("fail", what, cure + ", or loss.beta=0 for the step without it"))
         if "kl" in config.quantities:
             found.append(

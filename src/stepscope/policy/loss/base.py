@@ -56,8 +56,8 @@ class Loss:
         own_average: ``aggregation`` is part of the loss; that of the settings is for the KL penalty alone.
         per_piece: it looks at other tokens of a micro-batch, so it is computed on each.
         ratio_on_kl: TRL's KL penalty, which its ratio can multiply; verl's otherwise.
-        draws: it draws tokens at random.
-        pairs: it compares the responses of a prompt, so that rewards say which is chosen.
+        pairs: it compares the two responses of a prompt, of which the rewards say which is chosen.
+        reference: ``beta`` weighs something that needs the reference policy.
     """
 
     name: str
@@ -67,8 +67,8 @@ class Loss:
     own_average: bool = False
     per_piece: bool = False
     ratio_on_kl: bool = False
-    draws: bool = False
     pairs: bool = False
+    reference: bool = True
 
     def read(self, given: Mapping[str, Any]) -> LossParameters:
         """Parameters from plain data; those left out keep their default.

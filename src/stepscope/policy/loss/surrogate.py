@@ -47,6 +47,11 @@ def understood(settings: StepSettings) -> None:
         )
 
 
+def needs_reference(settings: StepSettings) -> bool:
+    """Whether the loss looks at the log-probs of the reference policy."""
+    return settings.beta != 0.0 and loss_named(settings.loss_type).reference
+
+
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -56,6 +61,8 @@ def policy_loss(
     ref_logprobs: Tensor | None = None,
     *,
     sampler_logprobs: Tensor | None = None,
+    rewards: Tensor | None = None,
+    group: Tensor | None = None,
     pieces: Sequence[Tensor] = (),
     random: np.random.Generator | None = None,
 ) -> Tensor:
@@ -78,6 +85,8 @@ def policy_loss(
         settings: the loss.
         ref_logprobs: (seq, tok) l of the reference policy; needed when ``settings.beta`` is not zero.
         sampler_logprobs: (seq, tok) l as the engine that sampled gave it, where it is known.
+        rewards: (seq,) for losses of preferences.
+        group: (seq,) number of each response's prompt group, for the same.
         pieces: rows of each micro-batch, for losses that depend on how a batch was cut; one by default.
         random: of losses that draw tokens.
 
@@ -99,6 +108,8 @@ def policy_loss(
         settings=settings,
         ref_logprobs=ref_logprobs,
         sampler_logprobs=sampler_logprobs,
+        rewards=rewards,
+        group=group,
         random=random or np.random.default_rng(settings.seed),
     )
     if not loss.aggregation:
@@ -238,6 +249,8 @@ def token_weights(
         settings,
         None if ref_logprobs is None else _pad(ref_logprobs),
         sampler_logprobs=None if sampler_logprobs is None else _pad(sampler_logprobs),
+        rewards=torch.from_numpy(np.asarray(rollouts.rewards)),
+        group=torch.from_numpy(rollouts.group_index),
         pieces=micro_batches(settings.micro_batch_size, settings, len(rollouts), step),
         random=np.random.default_rng([settings.seed, step]),
     )

@@ -189,7 +189,7 @@ LOSSES = (
     Loss(PREFIX + "gspo", gspo),
     Loss(PREFIX + "sapo", sapo, Gates, "seq-mean-token-mean", own_average=True),
     Loss(PREFIX + "gpg", gpg),
-    Loss(PREFIX + "clip_cov", clip_cov, ClipCovParameters, per_piece=True, draws=True),
+    Loss(PREFIX + "clip_cov", clip_cov, ClipCovParameters, per_piece=True),
     Loss(PREFIX + "kl_cov", kl_cov, KlCovParameters, per_piece=True),
     Loss(PREFIX + "geo_mean", geo_mean, aggregation="seq-mean-token-mean", own_average=True),
     Loss(PREFIX + "dro", dro, DroParameters),
