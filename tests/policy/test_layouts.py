@@ -8,6 +8,7 @@ import pytest
 
 from stepscope.errors import CheckpointError
 from stepscope.policy.check.inspection import inspect_checkpoint
+from stepscope.policy.checkpoint.formats.plain import Plain
 from stepscope.policy.checkpoint.formats.registry import FORMATS, format_of
 from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.policy.checkpoint.optimizer_state import read_optimizer
@@ -50,6 +51,7 @@ def test_layouts_are_named(tmp_path: Path, name: str) -> None:
 
 def test_plain_folders_are_no_layout(tmp_path: Path) -> None:
     folder = touch(tmp_path, "config.json", "model.safetensors", "sub/optimizer.pt")
-    assert format_of(folder, "weights") is format_of(folder, "optimizer") is FORMATS[0]
+    (plain,) = [known for known in FORMATS if isinstance(known, Plain)]
+    assert format_of(folder, "weights") is format_of(folder, "optimizer") is plain
     with pytest.raises(CheckpointError, match=r"optimizer\.pt: no optimizer state"):
         read_optimizer(tmp_path / "optimizer.pt")

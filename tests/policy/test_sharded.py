@@ -90,7 +90,7 @@ def test_what_cannot_be_read_says_what_to_do(written: Path) -> None:
         CheckpointError, match=rf"of {written.name} processes, which is not read; resume it with accelerate"
     ):
         load_checkpoint(written / "full-fsdp2-ranks")
-    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors: no adapter weights"):
+    with pytest.raises(CheckpointError, match=r"none of its folders with \.metadata has the weights"):
         load_checkpoint(written / "lora-fsdp1-sharded")  # PEFT 0.21 hands no weights over under FSDP 1
 
 
@@ -134,3 +134,26 @@ def test_only_what_is_asked_for_is_read(written: Path, monkeypatch: pytest.Monke
     sizes = sum(f.stat().st_size for f in (written / "full-prime-rl").rglob("*.distcp"))
     assert len(set(read)) == len(read)
     assert sum(span.length for span in read) < 0.6 * sizes
+
+
+def test_weights_that_somebody_put_beside_are_not_taken_for_those_of_the_run(
+    written: Path, tmp_path: Path
+) -> None:
+    for layout in ("full-fsdp2-sharded", "full-fsdp2-full"):
+        folder = Path(shutil.copytree(written / layout, tmp_path / layout))
+        cases.model("qwen2", seed=7).save_pretrained(folder)
+        expected, found = load_checkpoint(written / "plain-full"), load_checkpoint(folder)
+        for name, value in expected.model.named_parameters():
+            assert torch.equal(found.model.get_parameter(name), value)
+
+
+def test_a_run_is_not_its_checkpoint(written: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(written / "plain-full", run)
+    (run / "optimizer.pt").unlink()
+    shutil.copytree(written / "full-fsdp2-sharded", run / "checkpoint-3")
+    with pytest.raises(CheckpointError, match=r"optimizer\.pt: no optimizer state"):
+        load_checkpoint(run)
+    (run / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"a run with 1 checkpoints, .* such as .*checkpoint-3"):
+        load_checkpoint(run)

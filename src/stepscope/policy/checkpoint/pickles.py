@@ -20,8 +20,11 @@ from stepscope.policy.checkpoint.foreign import LARGEST_PICKLE, refuse_packed
 Stubs = Mapping[str, Any]
 """What is made in place of a class or function, by its full name (``package.module.name``)."""
 
-UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError)
-"""What torch raises for a file that is none of its own, or damaged."""
+UNREADABLE = (
+    *(RuntimeError, EOFError, OSError, ValueError, LookupError, pickle.UnpicklingError),
+    *(AttributeError, ImportError, TypeError, AssertionError),
+)
+"""What torch and pickle raise for a file that is none of theirs, or damaged."""
 
 
 class ForbiddenClassError(CheckpointError):
@@ -98,7 +101,7 @@ def unpickle(path: Path, *, stubs: Stubs) -> Any:
         )
     try:
         return _Restricted(path, stubs).load()
-    except (*UNREADABLE, AttributeError, ImportError, IndexError, TypeError, RecursionError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"{path}: damaged ({_reason(error)}); copy the file again") from error
 
 

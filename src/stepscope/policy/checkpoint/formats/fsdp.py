@@ -1,8 +1,8 @@
 """FSDP's full state, as accelerate and Hugging Face's Trainer write it: whole tensors, everything by name.
 
 Written by ``save_fsdp_model`` and ``save_fsdp_optimizer`` of ``accelerate.utils.fsdp_utils`` (1.15) with
-``FULL_STATE_DICT``, of FSDP 1 and 2. The weights also stand in ``model.safetensors`` where the Trainer wrote
-the folder, and are then read there.
+``FULL_STATE_DICT``, of FSDP 1 and 2. Where the Trainer wrote the folder, the same weights stand in
+``model.safetensors``; of an adapter under FSDP 1 they stand in its own file alone.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ WEIGHTS = "pytorch_model_fsdp.bin"
 STATE = "optimizer.bin"
 
 
+_EMPTY = 4096
+"""Bytes of a file that may have no tensors."""
+
 _RANKS = re.compile(r"(?:optimizer|pytorch_model_fsdp)_\d+_rank(\d{1,6})\.bin")
 
 
@@ -46,9 +49,10 @@ class FullState(Format):
     configs = ()
 
     def holds(self, folder: Path) -> frozenset[Part]:
-        """What files there are; settings beside either."""
+        """What files there are; settings beside either. Of no tensors at all, it has no weights."""
         found: set[Part] = set()
-        if (folder / WEIGHTS).is_file():
+        file = folder / WEIGHTS
+        if file.is_file() and (file.stat().st_size > _EMPTY or _tensors(folder)):
             found |= {"weights", "settings"}
         if (folder / STATE).is_file():
             found |= {"optimizer", "settings"}

@@ -12,15 +12,21 @@ from stepscope.policy.checkpoint.formats.plain import Plain
 from stepscope.policy.checkpoint.formats.refused import REFUSED
 from stepscope.policy.checkpoint.formats.verl import Verl
 
+_PLAIN = Plain()
+
 FORMATS: list[Format] = [
-    Plain(),
     FullState(),
-    FilePerProcess(),
     Verl(),
-    *REFUSED,
     Distributed(),
+    _PLAIN,
+    FilePerProcess(),
+    *REFUSED,
 ]
-"""Known formats; each part of a checkpoint is read by the first that has it. One more is an entry here."""
+"""Known formats; each part of a checkpoint is read by the first that has it. One more is an entry here.
+
+What a sharding library wrote goes before ``model.safetensors``, which may be a copy in a smaller type, or the
+starting model that somebody put beside for its config.
+"""
 
 _RUNS = ("checkpoints/step[-_]*", "checkpoint-*", "global_step_*")
 
@@ -28,7 +34,7 @@ _RUNS = ("checkpoints/step[-_]*", "checkpoint-*", "global_step_*")
 def format_of(folder: Path, part: Part) -> Format:
     """The format that reads a part of a checkpoint, or that says why nobody can."""
     has = [known for known in FORMATS if part in known.holds(folder)]
-    return (has or [known for known in FORMATS if known.holds(folder)] or FORMATS)[0]
+    return (has or [known for known in FORMATS if known.holds(folder)] or [_PLAIN])[0]
 
 
 def formats_in(folder: Path) -> list[Format]:
@@ -45,7 +51,7 @@ def checkpoint_folder(path: Path) -> Path:
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint folder; check the path")
-    if FORMATS[0].holds(path):
+    if _PLAIN.holds(path):
         return path
     inside = [p for pattern in _RUNS for p in path.glob(pattern) if p.is_dir()]
     if inside:

@@ -32,6 +32,9 @@ from stepscope.policy.checkpoint.tensors import types_of
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.optim.base import OptimizerState
 
+_CHECKPOINT = re.compile(r"(checkpoint-|step[-_]|global_step_?|iter_)\d+")
+"""A folder of a run that is a checkpoint of its own."""
+
 _SHARD = re.compile(r"__(\d{1,6})_\d{1,6}\.distcp")
 
 
@@ -108,7 +111,15 @@ class Distributed(Format):
             for inner in shard_folders(folder)
             if (_items(inner).states if part == "optimizer" else _items(inner).others)
         ]
-        if len(has) != 1:
+        if not has:
+            what = (
+                "weights, as those of an adapter under FSDP 1" if part == "weights" else "optimizer's state"
+            )
+            raise CheckpointError(
+                f"{folder}: none of its folders with {METADATA} has the {what}; save the run with "
+                "FULL_STATE_DICT, or copy what is missing"
+            )
+        if len(has) > 1:
             raise CheckpointError(
                 f"{folder}: {len(has)} of its folders with {METADATA} have {part}, expected one; point at a "
                 "checkpoint of one model"
@@ -123,7 +134,9 @@ def shard_folders(folder: Path) -> list[Path]:
 
 def _candidates(folder: Path) -> Iterator[Path]:
     for pattern in ("", "*/", "*/*/"):
-        yield from sorted(path.parent for path in folder.glob(f"{pattern}{METADATA}"))
+        for inner in sorted(path.parent for path in folder.glob(f"{pattern}{METADATA}")):
+            if not any(map(_CHECKPOINT.fullmatch, inner.relative_to(folder).parts)):
+                yield inner
 
 
 @reads_foreign
