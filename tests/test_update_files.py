@@ -46,17 +46,16 @@ def one_end() -> PreTrainedTokenizerFast:
     return made
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(out: Path, **arguments: Any) -> Path:
     """A GRPO run of TRL: four steps, a checkpoint and a log of completions for each, ids by one line."""
-    out = tmp_path_factory.mktemp("trl")
     problems = load_task(TASK).problems("train")
 
     def digits(completions: Sequence[str], **given: Any) -> list[float]:
         given["log_extra"]("completion_ids", given["completion_ids"])
+        given["log_extra"]("size", [len(text) for text in completions])  # numbers that are no reward
         return [sum(c.isdigit() for c in text) / 24 for text in completions]
 
-    trainer = GRPOTrainer(
+    GRPOTrainer(
         model=cases.model(pad_token_id=1),
         reward_funcs=digits,
         args=GRPOConfig(
@@ -76,12 +75,18 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             disable_tqdm=True,
             use_cpu=True,
             bf16=False,
+            **arguments,
         ),
         train_dataset=Dataset.from_list([{"prompt": TEMPLATE.format(question=p.question)} for p in problems]),
         processing_class=one_end(),
-    )
-    trainer.train()
+    ).train()
     return out
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that takes one step on each batch."""
+    return trained(tmp_path_factory.mktemp("trl"))
 
 
 def true_direction(run: Path, step: int) -> dict[str, torch.Tensor]:
@@ -132,6 +137,30 @@ def test_the_batch_of_another_step_is_another_step(run: Path) -> None:
         )
     with pytest.raises(BatchError, match="no file of step 9"):
         update_from_file(policy, run / "completions", step=9, budget=Budget())
+
+
+@pytest.mark.slow
+def test_the_second_update_on_a_batch_needs_the_log_probs_before_the_first(tmp_path: Path) -> None:
+    """TRL's own second step, from the log and the log-probs of the checkpoint that sampled."""
+    run = trained(tmp_path / "trl", num_iterations=2, epsilon=0.01)
+    policy = load_checkpoint(run / "checkpoint-3", precision="float64")
+    log = run / "completions" / "completions_00004.parquet"
+    with pytest.raises(BatchError, match="the update 2 of 2 on its batch"):
+        update_from_file(policy, log, step=None, budget=Budget())
+    sampler = load_checkpoint(run / "checkpoint-2", precision="float64")
+    first = update_from_file(
+        sampler, run / "completions" / "completions_00003.parquet", step=None, budget=Budget()
+    )
+    rows = pq.read_table(log).to_pylist()
+    assert [r["completion_ids"] for r in rows] == [list(ids) for ids in first.rollouts.response_token_ids]
+    table = [
+        {**r, "old_logprobs": old.tolist()} for r, old in zip(rows, first.rollouts.logprobs, strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(table), tmp_path / "with_old.parquet")
+    batch = update_from_file(policy, tmp_path / "with_old.parquet", step=None, budget=Budget()).rollouts
+    assert vectors.cosine(reconstruct_step(policy, batch).direction, true_direction(run, 3)) >= 1 - 1e-6
+    blind = reconstruct_step(policy, replace(batch, old_logprobs=None)).direction
+    assert vectors.cosine(blind, true_direction(run, 3)) < 1 - 1e-5
 
 
 def test_a_stage_knows_the_content_of_the_file(run: Path, tmp_path: Path) -> None:
@@ -356,6 +385,7 @@ def test_logged_log_probs_are_compared_and_old_ones_enter_the_ratio(
     plain = [{k: row[k] for k in ("prompt_token_ids", "response_token_ids", "reward")} for row in sampled]
     on = read(chatting, jsonl(tmp_path / "a.jsonl", plain)).rollouts
     near = [{**row, "logprobs": (v + 0.01).tolist()} for row, v in zip(plain, on.logprobs, strict=True)]
+    near[0]["logprobs"][0] = None  # as vLLM has it now and then
     figures = read(chatting, jsonl(tmp_path / "b.jsonl", near)).figures
     assert figures["update_logprob_difference"].value == pytest.approx(0.01)
     assert figures["update_logprob_difference"].reliable
@@ -367,7 +397,9 @@ def test_logged_log_probs_are_compared_and_old_ones_enter_the_ratio(
     rng = np.random.default_rng(0)
     old = tuple(v + 0.3 * rng.standard_normal(len(v)) for v in on.logprobs)
     second = [{**row, "old_logprobs": o.tolist()} for row, o in zip(plain, old, strict=True)]
-    found = reconstruct_step(chatting, read(chatting, jsonl(tmp_path / "d.jsonl", second)).rollouts)
+    given = read(chatting, jsonl(tmp_path / "d.jsonl", second)).rollouts
+    assert given.sampler_logprobs is None
+    found = reconstruct_step(chatting, given)
     wanted = reconstruct_step(chatting, replace(on, logprobs=old), off_policy=True)
     for one, other in zip(found.token_weights, wanted.token_weights, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-12)
@@ -409,7 +441,7 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "padding": ([ONE | {"prompt_token_ids": [0, 0, 5]}], "begin with the padding token 0"),
     "another model": ([ONE | {"response_token_ids": [7, 9999]}], "token 9999, and the model knows"),
     "mask": ([ONE | {"response_mask": [1, 1, 0]}], "response_mask has 3 values for 2 response tokens"),
-    "no number": ([ONE | {"logprobs": [-1.0, None]}], "logprobs of token 1 is None"),
+    "no number": ([ONE | {"old_logprobs": [-1.0, None]}], "old_logprobs of token 1 is None"),
     "half of it": ([ONE, ONE | {"advantage": 1.0}], "row 0: no advantage, and other rows have one"),
     "no reward": ([ONE | {"reward": None}], "neither rewards nor advantages"),
     "too long": ([{"prompt": "1", "response": "x" * 40, "reward": 1.0}], "the run allows 16"),

@@ -135,9 +135,17 @@ def test_a_chat_template_that_does_not_end_is_stopped(monkeypatch) -> None:
 
 
 def test_arguments_that_are_no_variables_of_the_template_are_refused() -> None:
-    chat = Chat([{"role": "user", "content": "Why?"}], {"add_generation_prompt": False, "tools": []})
-    with pytest.raises(TaskError, match=r"add_generation_prompt, tools cannot be set"):
+    told = {"add_generation_prompt": False, "tokenize": True, "tools": []}
+    chat = Chat([{"role": "user", "content": "Why?"}], told)
+    with pytest.raises(TaskError, match=r": add_generation_prompt, tokenize cannot be set"):
         render_chat(chat, byte_level(chat=CHAT))
+
+
+def test_tools_of_a_conversation_are_part_of_its_prompt() -> None:
+    tools = [{"type": "function", "function": {"name": "look", "description": "up", "parameters": {}}}]
+    named = byte_level(chat="{% for t in tools %}{{ t.function.name }} {% endfor %}" + CHAT)
+    chat = Chat([{"role": "user", "content": "Why?"}], {"tools": tools})
+    assert render_chat(chat, named) == "look " + render_chat(Chat(chat.messages), byte_level(chat=CHAT))
 
 
 def test_chat_without_a_chat_template_is_refused() -> None:

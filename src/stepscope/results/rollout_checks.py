@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from stepscope.results.rollouts import Rollouts
 
 _NUMBERS = ("logprobs", "entropies", "token_advantages", "old_logprobs")
-_PER_TOKEN = (*_NUMBERS, "response_masks")
+_PER_TOKEN = (*_NUMBERS, "sampler_logprobs", "response_masks")
 _PER_SEQUENCE = (
     "prompts",
     "responses",

@@ -24,6 +24,7 @@ class RolloutTokens(Table):
             the policy wrote all.
         advantage: of the token; None where all tokens of a response have the response's.
         old_logprob: log-prob of the policy that the loss divides by; None where that is ``logprob``.
+        sampler_logprob: as the engine that sampled gave it; None where that is not known.
         token_weight: w_k = -dLoss/dl_k; None before, or without, a step that the batch makes.
     """
 
@@ -38,4 +39,5 @@ class RolloutTokens(Table):
     response_mask: BoolArray | None = None
     advantage: FloatArray | None = None
     old_logprob: FloatArray | None = None
+    sampler_logprob: FloatArray | None = None
     token_weight: FloatArray | None = None

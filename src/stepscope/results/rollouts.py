@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -23,7 +23,6 @@ from stepscope.results.tables import Column, checked, read_table, write_table
 if TYPE_CHECKING:
     import pandas as pd
 
-_T = TypeVar("_T")
 _S = TypeVar("_S", bound=np.generic)
 
 
@@ -62,8 +61,10 @@ class Rollouts(Brief):
             nothing that is summed or averaged over tokens counts them. None where the policy wrote all.
         token_advantages: per sequence (tok,) advantages that differ within a response, used by the loss in
             place of ``advantages``; None where they do not.
-        old_logprobs: per sequence (tok,) log-probs of the policy that the loss divides by, where that is not
+        old_logprobs: per sequence (tok,) log-probs of the policy that the loss divides by, where it is not
             the one of ``logprobs`` (a second update on a batch); None where it is.
+        sampler_logprobs: per sequence (tok,) log-probs as the engine that sampled gave them, which some
+            losses correct for; nan where it gave none, None where they are not known.
 
     Values per token come in two layouts: *rows*, one (tok,) array per sequence over the whole response, and
     *flat*, one array over all tokens of the batch that the policy wrote; :meth:`flat` and :meth:`rows` lead
@@ -89,6 +90,7 @@ class Rollouts(Brief):
     response_masks: tuple[BoolArray, ...] | None = None
     token_advantages: tuple[FloatArray, ...] | None = None
     old_logprobs: tuple[FloatArray, ...] | None = None
+    sampler_logprobs: tuple[FloatArray, ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse fields of different length, numbers that are not finite, and a policy that wrote nothing.
@@ -187,27 +189,12 @@ class Rollouts(Brief):
         """The sub-batch at ``indices``, in that order."""
         idx = [int(i) for i in indices]
 
-        def pick(values: tuple[_T, ...]) -> tuple[_T, ...]:
-            return tuple(values[i] for i in idx)
+        def pick(values: Any) -> Any:
+            if isinstance(values, np.ndarray):
+                return values[idx]
+            return tuple(values[i] for i in idx) if isinstance(values, tuple) else values
 
-        return replace(
-            self,
-            prompt_ids=pick(self.prompt_ids),
-            prompts=pick(self.prompts),
-            responses=pick(self.responses),
-            prompt_token_ids=pick(self.prompt_token_ids),
-            response_token_ids=pick(self.response_token_ids),
-            rewards=self.rewards[idx],
-            correct=self.correct[idx],
-            truncated=self.truncated[idx],
-            logprobs=pick(self.logprobs),
-            entropies=pick(self.entropies),
-            advantages=None if self.advantages is None else self.advantages[idx],
-            questions=None if self.questions is None else pick(self.questions),
-            response_masks=None if self.response_masks is None else pick(self.response_masks),
-            token_advantages=None if self.token_advantages is None else pick(self.token_advantages),
-            old_logprobs=None if self.old_logprobs is None else pick(self.old_logprobs),
-        )
+        return replace(self, **{field.name: pick(getattr(self, field.name)) for field in fields(self)})
 
     def to_parquet(
         self,
@@ -239,9 +226,10 @@ class Rollouts(Brief):
             token=np.array([t for row in tokens for t in row], dtype=np.object_),
             logprob=np.concatenate(self.logprobs).astype(np.float64, copy=False),
             entropy=np.concatenate(self.entropies).astype(np.float64, copy=False),
-            response_mask=None if self.response_masks is None else np.concatenate(self.response_masks),
-            advantage=None if self.token_advantages is None else np.concatenate(self.token_advantages),
-            old_logprob=None if self.old_logprobs is None else np.concatenate(self.old_logprobs),
+            response_mask=_joined(self.response_masks),
+            advantage=_joined(self.token_advantages),
+            old_logprob=_joined(self.old_logprobs),
+            sampler_logprob=_joined(self.sampler_logprobs),
         )
         settings = {
             VERSION: str(self.format_version),
@@ -341,6 +329,7 @@ class Rollouts(Brief):
             response_masks=_split(flat, "response_mask", cuts),
             token_advantages=_split(flat, "advantage", cuts),
             old_logprobs=_split(flat, "old_logprob", cuts),
+            sampler_logprobs=_split(flat, "sampler_logprob", cuts),
         )
         found.refuse_ungraded()
         return found
@@ -371,8 +360,13 @@ _TOKEN_COLUMNS = {
     "response_mask": Column(pa.bool_(), optional=True),
     "advantage": Column(pa.float64(), optional=True),
     "old_logprob": Column(pa.float64(), optional=True),
+    "sampler_logprob": Column(pa.float64(), optional=True),
 }
 _CURE = "sample the batch again with `stepscope measure --stages rollouts`"
+
+
+def _joined(rows: tuple[npt.NDArray[Any], ...] | None) -> npt.NDArray[Any] | None:
+    return None if rows is None else np.concatenate(rows)
 
 
 def _split(table: pa.Table, column: str, cuts: IntArray) -> tuple[npt.NDArray[Any], ...] | None:

@@ -315,6 +315,7 @@ def split_tokens(rollouts: Rollouts, chosen: IntArray | None = None) -> tuple[Ro
         response_masks=None,
         token_advantages=None,
         old_logprobs=None,
+        sampler_logprobs=None,
     )
     return single, np.stack([owner, position], axis=1).astype(np.int64)
 

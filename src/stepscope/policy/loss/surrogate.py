@@ -179,7 +179,6 @@ def token_weights(
     discriminators: Sequence[FloatArray] | None = None,
     influences: tuple[Sequence[FloatArray], Sequence[FloatArray]] | None = None,
     ref_logprobs: Sequence[FloatArray] | None = None,
-    sampler_logprobs: Sequence[FloatArray] | None = None,
     step: int = 0,
 ) -> tuple[FloatArray, ...]:
     """Token weights w_ik = -dLoss/dl_ik, by differentiating the loss with the log-probs as leaves.
@@ -195,7 +194,6 @@ def token_weights(
         discriminators: sum_v pi_v^2 (log pi_v + H_k) per token, where the objective needs it.
         influences: of every token on entropy and on reward, where the objective needs them.
         ref_logprobs: log-probs of the reference policy; needed when ``settings.beta`` is not zero.
-        sampler_logprobs: log-probs as the engine that sampled gave them, where they are known.
         step: optimizer steps taken so far; it seeds what is drawn at random: tokens of an objective or a
             loss, and micro-batches where a loss depends on how the batch was cut.
 
@@ -248,7 +246,7 @@ def token_weights(
         mask,
         settings,
         None if ref_logprobs is None else _pad(ref_logprobs),
-        sampler_logprobs=None if sampler_logprobs is None else _pad(sampler_logprobs),
+        sampler_logprobs=None if rollouts.sampler_logprobs is None else _pad(rollouts.sampler_logprobs),
         rewards=torch.from_numpy(np.asarray(rollouts.rewards)),
         group=torch.from_numpy(rollouts.group_index),
         pieces=micro_batches(settings.micro_batch_size, settings, len(rollouts), step),

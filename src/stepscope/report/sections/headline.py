@@ -37,6 +37,14 @@ HEADLINES: Mapping[str, Label] = {
     "mean_reward_update": Label("Mean reward of the update batch", "def-reward"),
     "mean_length": Label("Mean length of a response", "def-batches"),
     "truncated_rate": Label("Truncated responses", "def-batches"),
+    "update_logprob_difference": Label("Logged log-probs against this policy's", "def-update-file"),
+    "update_logprob_far": Label("Tokens whose logged log-prob is another one", "def-update-file"),
+    "update_old_logprob_difference": Label("Log-probs before the batch against now", "def-update-file"),
+    "update_old_logprob_far": Label("Tokens whose log-prob has moved since", "def-update-file"),
+    "update_advantage_difference": Label("Logged advantages against those of the rewards", "def-update-file"),
+    "update_length_difference": Label(
+        "Length of the texts' tokens against the logged one", "def-update-file"
+    ),
     "linearity_slope": Label("Slope of |true change| against learning rate, log-log", "def-linearity"),
     "linearity_r2": Label("R² of that fit", "def-linearity"),
     "share_momentum": Label("Share of the step from momentum", "def-share"),

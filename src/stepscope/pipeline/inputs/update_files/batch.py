@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from stepscope.errors import BatchError, ConfigError
-from stepscope.pipeline.inputs.update_files.checks import length_figure, logprob_figures
+from stepscope.pipeline.inputs.update_files.checks import length_figure, logprob_figures, reward_functions
 from stepscope.pipeline.inputs.update_files.fields import Logged, logged
 from stepscope.pipeline.inputs.update_files.rows import Dump, read_dump
 from stepscope.pipeline.inputs.update_files.tokens import TokenReader, Told
@@ -66,14 +66,21 @@ def update_from_file(policy: Policy, source: Path, *, step: int | None, budget: 
         raise BatchError(f"{source}: this policy has no tokenizer to read it with; load it from a checkpoint")
     dump = read_dump(source, next_step=policy.step + 1, chosen=step)
     _refuse_several_steps(policy, dump)
-    rows = _in_loss(logged(dump))
+    rows = _in_loss(logged(dump, reward_functions(policy)))
     reader = TokenReader(policy, stripped=dump.kind == "verl")
     told = [reader.tell(row) for row in rows]
     of_step = "" if dump.step is None else f" of step {dump.step}"
     notes = [f"{_KINDS[dump.kind]}, {len(rows)} responses{of_step}", *_on_tokens(told)]
     batch, more = _assembled(policy, dump, rows, told)
     logprobs, entropies = score_rollouts(policy, batch, budget=budget)
-    batch = replace(batch, logprobs=logprobs, entropies=entropies)
+    batch = replace(
+        batch,
+        logprobs=logprobs,
+        entropies=entropies,
+        old_logprobs=_all_or_none(rows, "old_logprobs"),
+        sampler_logprobs=_all_or_none(rows, "logprobs"),
+    )
+    _refuse_later_update(policy, dump, batch)
     figures = logprob_figures(batch, [row.logprobs for row in rows], "logprob") | logprob_figures(
         batch, [row.old_logprobs for row in rows], "old_logprob"
     )
@@ -92,8 +99,21 @@ def _refuse_several_steps(policy: Policy, dump: Dump) -> None:
     if dump.kind in ("trl", "verl") and count > expected:
         raise BatchError(
             f"{dump.path}: {count} responses were sampled together, and the run takes {expected} for a step; "
-            "which of them made the next one is not in the file. Give a table of those, or say "
+            "which of them made the next one is not in the file. Give a table of those, with old_logprobs "
+            "where it was not the first step on them, or say "
             f"loss.prompts_per_step={count // policy.settings.group_size} if one step took all"
+        )
+
+
+def _refuse_later_update(policy: Policy, dump: Dump, batch: Rollouts) -> None:
+    """A run that takes several steps on a batch is on policy in the first alone; verl counts batches."""
+    updates = policy.settings.num_iterations
+    done = policy.step % updates
+    if done and dump.kind in ("trl", "table") and batch.old_logprobs is None:
+        raise BatchError(
+            f"{dump.path}: the next step is the update {done + 1} of {updates} on its batch, whose loss "
+            "divides by the log-probs before the first one; give them in a column old_logprobs, or measure "
+            "the checkpoint before the first update"
         )
 
 
@@ -196,8 +216,6 @@ def _with_advantages(
     given = [_level(row) for row in rows]
     settings = policy.settings
     how = settings.advantage_estimator or f"GRPO's, scaled by {settings.scale_rewards}"
-    if (old := _all_or_none(rows, "old_logprobs")) is not None:
-        batch = replace(batch, old_logprobs=tuple(old))
     if all(value is None for value in given):
         return with_advantages(batch, settings), {}, [f"advantages are those of the rewards ({how})"]
     if None in given:
@@ -205,9 +223,7 @@ def _with_advantages(
         raise BatchError(f"{rows[i].where}: no advantage, and other rows have one; give all or none")
     theirs = np.array(given, dtype=np.float64)
     per_token = _all_or_none(rows, "token_advantages")
-    logged_ones = replace(
-        batch, advantages=theirs, token_advantages=None if per_token is None else tuple(per_token)
-    )
+    logged_ones = replace(batch, advantages=theirs, token_advantages=per_token)
     if any(row.reward is None for row in rows):
         return logged_ones, {}, []
     try:
@@ -229,11 +245,11 @@ def _with_advantages(
     return logged_ones, {"update_advantage_difference": figure}, []
 
 
-def _all_or_none(rows: Sequence[Logged], name: str) -> list[FloatArray] | None:
+def _all_or_none(rows: Sequence[Logged], name: str) -> tuple[FloatArray, ...] | None:
     values = [getattr(row, name) for row in rows]
     if all(value is None for value in values):
         return None
     if any(value is None for value in values):
         i = next(i for i, value in enumerate(values) if value is None)
         raise BatchError(f"{rows[i].where}: no {name}, and other rows have some; give all or none")
-    return values
+    return tuple(values)

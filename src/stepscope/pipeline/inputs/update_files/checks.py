@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,9 @@ def logprob_figures(batch: Rollouts, given: Sequence[FloatArray | None], name: s
         return {}
     away = [np.abs(now - then) for now, then in zip(batch.logprobs, rows, strict=True)]
     own = batch.flat(away)
+    own = own[np.isfinite(own)]
+    if not len(own):
+        return {}
 
     def figure(value: float, unit: str, method: str) -> Estimate:
         return Estimate(value, math.nan, len(own), unit, f"{method}, exact for this update batch")
@@ -69,19 +73,28 @@ def length_figure(policy: Policy, batch: Rollouts, step: int | None) -> Estimate
 
 
 def _logged_lengths(policy: Policy, step: int) -> float | None:
-    if policy.path is None:
-        return None
-    for file in sorted(policy.path.parent.glob("checkpoint-*/trainer_state.json")):
+    for state in _states(policy):
+        for entry in state["log_history"] if state.get("logging_steps") == 1 else ():
+            value = entry.get("completions/mean_length")
+            if entry.get("step") == step and isinstance(value, int | float):
+                return float(value)
+    return None
+
+
+def reward_functions(policy: Policy) -> frozenset[str]:
+    """Names of the reward functions that TRL logged; none where it logged nothing."""
+    keys = {key for state in _states(policy) for entry in state["log_history"] for key in entry}
+    return frozenset(found[1] for key in keys if (found := re.fullmatch(r"rewards/(.+)/mean", str(key))))
+
+
+def _states(policy: Policy) -> Iterator[dict[str, Any]]:
+    """The trainer's states beside a checkpoint, its own among them, that can be read."""
+    folders = [] if policy.path is None else sorted(policy.path.parent.glob("checkpoint-*"))
+    for folder in folders:
         try:
-            state: Any = read_json(file)
+            state: Any = read_json(folder / "trainer_state.json")
         except RunFolderError:
             continue
         history = state.get("log_history") if isinstance(state, dict) else None
-        if not isinstance(history, list) or state.get("logging_steps") != 1:
-            continue
-        for entry in history:
-            if isinstance(entry, dict) and entry.get("step") == step:
-                value = entry.get("completions/mean_length")
-                if isinstance(value, int | float):
-                    return float(value)
-    return None
+        if isinstance(history, list) and all(isinstance(entry, dict) for entry in history):
+            yield state

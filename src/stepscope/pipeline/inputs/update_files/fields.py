@@ -48,7 +48,7 @@ class Logged:
         prompt_ids: token ids of the prompt.
         response_ids: token ids of the response.
         mask: (tok,) True on response tokens that the policy wrote.
-        logprobs: (tok,) log-probs as the sampler gave them, for comparison.
+        logprobs: (tok,) log-probs as the sampler gave them, nan where it gave none.
         old_logprobs: (tok,) log-probs that the loss divides by.
         advantage: of the response.
         token_advantages: (tok,) where they differ within it.
@@ -74,24 +74,28 @@ class Logged:
     group: str | None = None
 
 
-def logged(dump: Dump) -> list[Logged]:
+def logged(dump: Dump, reward_functions: frozenset[str] = frozenset()) -> list[Logged]:
     """The rows of a dump, read.
+
+    Args:
+        dump: the rows.
+        reward_functions: names of TRL's, where they are known; else every column of numbers is one.
 
     Raises:
         BatchError: a field is of the wrong type, its length is not that of the response, or neither text nor
             ids of prompt and response are there.
     """
-    parts = _reward_parts(dump) if dump.kind == "trl" else ()
+    parts = _reward_parts(dump, reward_functions) if dump.kind == "trl" else ()
     return [
         _read(_Fields(f"{dump.path}, row {i}", _split(row) if dump.kind == "slime" else row), parts)
         for i, row in enumerate(dump.rows)
     ]
 
 
-def _reward_parts(dump: Dump) -> tuple[str, ...]:
+def _reward_parts(dump: Dump, functions: frozenset[str]) -> tuple[str, ...]:
     """TRL has a column of numbers for each reward function, under the function's name."""
     known = {*STEP, *PROMPT, *RESPONSE, *ADVANTAGE, *CORRECT, *TRUNCATED, *GROUP, "images"}
-    names = [name for name in dump.rows[0] if name not in known]
+    names = [name for name in dump.rows[0] if (name in functions if functions else name not in known)]
     if any(name in REWARD for name in names):
         return ()
     return tuple(n for n in names if all(row[n] is None or type(row[n]) in (int, float) for row in dump.rows))
@@ -136,7 +140,7 @@ def _read(row: _Fields, parts: Sequence[str]) -> Logged:
         prompt_ids=prompt_ids,
         response_ids=response_ids,
         mask=None if mask is None else mask.astype(np.bool_),
-        logprobs=row.numbers(LOGPROBS, count, gaps=mask),
+        logprobs=row.numbers(LOGPROBS, count, gaps=mask, missing=True),
         old_logprobs=row.numbers(OLD_LOGPROBS, count, gaps=mask),
         advantage=None if per_token is not None else row.number(ADVANTAGE),
         token_advantages=per_token,
@@ -188,9 +192,21 @@ class _Fields:
         return float(value)
 
     def numbers(
-        self, names: Sequence[str], count: int | None, *, gaps: FloatArray | None = None
+        self,
+        names: Sequence[str],
+        count: int | None,
+        *,
+        gaps: FloatArray | None = None,
+        missing: bool = False,
     ) -> FloatArray | None:
-        """A number for every response token; where ``gaps`` is 0 it may be missing, and is 0."""
+        """A number for every response token.
+
+        Args:
+            names: of the field.
+            count: response tokens.
+            gaps: (tok,) 0 where there need be no number; it is 0 there.
+            missing: others may be missing too, and are nan.
+        """
         value = self.value(names)
         if not isinstance(value, list):
             return None
@@ -204,6 +220,9 @@ class _Fields:
         found = np.zeros(count)
         for k, number in enumerate(value):
             if not kept[k]:
+                continue
+            if missing and (number is None or number != number):
+                found[k] = math.nan
                 continue
             if type(number) not in _NUMBERS or not math.isfinite(number):
                 raise self.refuse(f"{names[0]} of token {k} is {shown(number)}, expected a finite number")
