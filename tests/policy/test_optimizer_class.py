@@ -34,7 +34,6 @@ def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         ("RAdam", {"decoupled_weight_decay": True}, "RAdam"),
         ("NAdam", {"decoupled_weight_decay": True}, "NAdam"),
         ("Adamax", {}, "Adamax"),
-        ("Muon", {}, "Muon"),
         ("RMSprop", {}, "RMSprop"),
         ("Adagrad", {}, "Adagrad"),
         ("Adadelta", {}, "Adadelta"),
@@ -83,6 +82,22 @@ class Kahan(torch.optim.AdamW):
 )
 def test_relatives_of_adamw_with_marks_of_their_own(kind: Any, named: str) -> None:
     saved = state_of(kind([nn.Parameter(torch.ones(3, 2))], lr=1e-3))
+    with pytest.raises(CheckpointError, match=named):
+        recognised(saved, "here")
+
+
+@pytest.mark.parametrize(
+    ("marks", "named"),
+    [
+        ({"momentum": 0.95, "nesterov": True, "ns_steps": 5}, "a Muon other than torch's"),
+        ({"momentum": 0.95, "use_muon": True}, "Muon and AdamW in one optimizer"),
+        ({"mu": 0.95, "algorithm": "muon", "flatten": False}, "the package dion"),
+    ],
+)
+def test_muons_of_other_packages_are_named(marks: dict[str, Any], named: str) -> None:
+    """By the keys of their groups, as their sources have them: Jordan's, one with AdamW beside it, dion's."""
+    groups = [{"lr": 0.02, "weight_decay": 0.0, **marks, "params": [0]}]
+    saved = {"state": {0: {"momentum_buffer": torch.ones(3, 2)}}, "param_groups": groups}
     with pytest.raises(CheckpointError, match=named):
         recognised(saved, "here")
 

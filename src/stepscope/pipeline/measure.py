@@ -11,7 +11,7 @@ from typing import Any
 from stepscope.config import MeasureConfig, Stage
 from stepscope.console import say, say_result
 from stepscope.errors import ConfigError, MeasurementError, RunFolderError
-from stepscope.pipeline.inputs.fitness import findings
+from stepscope.pipeline.inputs.fitness import findings, left_out
 from stepscope.pipeline.inputs.logged_prompts import prompt_conflict
 from stepscope.pipeline.inputs.tasks import hold_data
 from stepscope.pipeline.stages import PLANS
@@ -77,6 +77,8 @@ def _measure(config: MeasureConfig, run: RunFolder, resume: bool, policy: Policy
     limits: list[str] = []
     if not held or any(PLANS[s].needs_policy and reason_to_do(run, s, plain) for s in due):
         limits = _refuse_impossible(session)
+        gone = left_out(session.policy, due)
+        wanted, due = ([s for s in stages if s not in gone] for stages in (wanted, due))
     digest = checkpoint_digest(Path(config.checkpoint)) if session.has_policy else None
     loss = own_source(session.policy.settings.loss_type) if session.has_policy else None
     RunFolder.open(

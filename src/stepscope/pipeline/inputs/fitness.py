@@ -5,6 +5,9 @@ Both verbs go through :func:`findings`, so that neither says yes to what the oth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
 import numpy as np
 
 from stepscope.config import MeasureSettings, Stage
@@ -19,8 +22,10 @@ from stepscope.policy.checkpoint.first_pass import made_up_sequences
 from stepscope.policy.checkpoint.foreign import reads_foreign
 from stepscope.policy.loss.registry import known_loss
 from stepscope.policy.loss.surrogate import adds_component, needs_reference
+from stepscope.policy.optim.muon import MuonState
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
+from stepscope.rules import InfluenceClipping
 
 DIFFERENTIATING: frozenset[Stage] = frozenset({"change", "influence", "validation", "criteria"})
 """Stages that need forward-mode derivatives of the model."""
@@ -35,9 +40,62 @@ def findings(policy: Policy, config: MeasureSettings, stages: list[Stage]) -> li
         config: the measurement asked for.
         stages: those that would run.
     """
-    found = [*examine(policy), *_loss(policy, config), *_remade_steps(policy, config, stages)]
+    found = [
+        *examine(policy),
+        *_loss(policy, config),
+        *_remade_steps(policy, config, stages),
+        *_shares(policy, stages),
+    ]
     if DIFFERENTIATING.intersection(stages) and not any(f.level == "fail" for f in found):
         found.append(_derivatives(policy, config.second_order))
+    return found
+
+
+def left_out(policy: Policy, stages: Sequence[Stage]) -> dict[Stage, str]:
+    """Stages that make no sense with a policy's optimizer, and why; the others are done without them."""
+    state = policy.optimizer
+    if state is None or "fixed" in state.throughs or "criteria" not in stages:
+        return {}
+    return {"criteria": f"{state.nonlinear}: no preconditioner by which tokens could be judged one by one"}
+
+
+def _shares(policy: Policy, stages: Sequence[Stage]) -> list[Finding]:
+    """What a step that is not linear in its gradient leaves of what is said of sequences and tokens."""
+    state = policy.optimizer
+    if state is None or not state.nonlinear:
+        return []
+    found = []
+    gone = left_out(policy, stages)
+    for stage, why in gone.items():
+        level: Literal["warn", "fail"] = "warn" if set(stages) - {*gone, "report"} else "fail"
+        found.append(
+            Finding(
+                level,
+                f"the stage {stage} is left out: {why}",
+                "measure without it, or see re-made steps (--validate)",
+            )
+        )
+    fixed = "fixed" in state.throughs
+    shared = "are by each coordinate that the batch turns" if fixed else "are derivatives at the batch"
+    found.append(
+        Finding(
+            "warn",
+            f"{state.nonlinear}: shares of sequences and tokens {shared}, and not parts of the step",
+            "hold them against re-made steps (--validate)",
+        )
+    )
+    if not fixed and {"kernel", "noise"}.intersection(stages):
+        what = f"{state.label} has no metric: kernel and noise scale are those of the plain gradient"
+        found.append(Finding("warn", what, "read them so"))
+    if not fixed and isinstance(policy.settings.objective, InfluenceClipping):
+        what = "the loss clips tokens by their influence, which takes a preconditioner, and there is none"
+        found.append(Finding("fail", what, "measure a checkpoint of AdamW"))
+    others = sum(not p.requires_grad for p in policy.model.parameters())
+    if isinstance(state, MuonState) and policy.settings.max_grad_norm > 0 and others:
+        what = f"the gradient is clipped by the norm of Muon's matrices, {others} other parameters left out"
+        found.append(
+            Finding("warn", what, "give loss.max_grad_norm if the run had gradients of the others too")
+        )
     return found
 
 

@@ -18,6 +18,8 @@ from stepscope.policy.optim.adafactor import AdafactorState
 from stepscope.policy.optim.adamw import AdamState, AdamWState
 from stepscope.policy.optim.base import OptimizerState, SavedGroup, SavedState
 from stepscope.policy.optim.bitsandbytes import NESTED, BitsAndBytesAdamW
+from stepscope.policy.optim.lion import BitsAndBytesLion, LionState
+from stepscope.policy.optim.muon import MuonState
 from stepscope.policy.optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from stepscope.policy.optim.sgd import SGDState
 from stepscope.policy.optim.transformers_adafactor import TransformersAdafactorState
@@ -31,6 +33,9 @@ OPTIMIZERS: list[type[OptimizerState]] = [
     TransformersAdafactorState,
     ScheduleFreeAdamW,
     ScheduleFreeSGD,
+    MuonState,
+    LionState,
+    BitsAndBytesLion,
 ]
 """Those whose step can be rebuilt; one more is a class like these and an entry here."""
 
@@ -51,8 +56,10 @@ _MARKS: tuple[tuple[str, frozenset[str]], ...] = (
     ("Adan", frozenset({"exp_avg_diff"})),
     ("LAMB", frozenset({"trust_clip"})),
     ("LAMB", frozenset({"unorm_vec"})),
-    ("Muon", frozenset({"ns_steps"})),
-    ("schedule-free RAdam", frozenset({"silent_sgd_phase"})),
+    ("Muon and AdamW in one optimizer", frozenset({"use_muon"})),
+    ("an optimizer of the package dion", frozenset({"algorithm", "mu"})),
+    ("a Muon other than torch's", frozenset({"ns_steps"})),
+    ("a Muon other than torch's", frozenset({"backend_steps"})),
     ("a schedule-free optimizer", frozenset({"weight_sum"})),
     ("Adafactor or a relative of it", frozenset({"exp_avg_sq_row"})),
     ("Adagrad", frozenset({"lr_decay"})),
@@ -61,7 +68,7 @@ _MARKS: tuple[tuple[str, frozenset[str]], ...] = (
     ("transformers' former AdamW or a variant of it", frozenset({"correct_bias"})),
     ("an optimizer of bitsandbytes in 8 bits without blocks, of 2022,", frozenset({"new_max1"})),
     ("an optimizer of bitsandbytes with percentile clipping", frozenset({"gnorm_vec"})),
-    ("an optimizer of bitsandbytes, not AdamW", frozenset({"state1"})),
+    ("an optimizer of bitsandbytes, not AdamW or Lion", frozenset({"state1"})),
 )
 """Keys by which an optimizer is known that is not rebuilt, the most telling ones first."""
 

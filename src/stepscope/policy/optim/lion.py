@@ -1,0 +1,159 @@
+"""Lion (Chen et al. 2023, arXiv:2302.06675) as lion-pytorch and bitsandbytes have it: the step is a sign.
+
+With c g the clipped gradient, m the running mean of gradients and a = -g,
+
+    direction = - sign(b1 m + (1 - b1) c g) - wd params
+
+m itself moves by b2, after the step. The derivative of the sign is 0 wherever it has one, so no small change
+of a batch changes a step. What the batch as a whole does is to turn coordinates: those where it outweighs m
+and has the other sign. The secant P = (direction with the batch - direction without) / a is 2 / |a| there,
+1 / |a| where m is 0, and 0 at all others; P a is what the batch adds.
+
+lion-pytorch's option ``decoupled_weight_decay`` divides the decay by the first learning rate and is not
+saved: a state is read as one without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from stepscope.errors import CheckpointError, MeasurementError
+from stepscope.policy.optim.base import Keys, ParameterGroup, SavedGroup, SavedState, Through, Update
+from stepscope.policy.optim.nonlinear import NonlinearState
+from stepscope.policy.optim.slope import Slope
+from stepscope.policy.vectors import ParameterVector
+
+
+@dataclass(frozen=True)
+class LionGroup(ParameterGroup):
+    """Hyperparameters of Lion: b1 mixes the gradient into the step, b2 into the mean."""
+
+    betas: tuple[float, float] = (0.9, 0.99)
+
+    @property
+    def fractions(self) -> dict[str, float]:
+        """Hyperparameters that are at least 0 and below 1."""
+        return {"beta1": self.betas[0], "beta2": self.betas[1]}
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class LionState(NonlinearState):
+    """Lion's state, matched to parameters by name.
+
+    Attributes:
+        groups: parameter groups in the optimizer's order.
+        exp_avg: m, per parameter.
+    """
+
+    groups: tuple[LionGroup, ...]
+    exp_avg: Mapping[str, Tensor]
+
+    label: ClassVar[str] = "Lion"
+    keys: ClassVar[Keys] = Keys(
+        group=frozenset({"lr", "betas", "weight_decay"}), entry=frozenset({"exp_avg"})
+    )
+    throughs: ClassVar[tuple[Through, ...]] = ("fixed",)
+    nonlinear: ClassVar[str] = (
+        "Lion's step is a sign, which is not linear in the gradient and has no derivative"
+    )
+
+    @classmethod
+    def read(cls, saved: SavedState) -> Self:
+        """The state of named parameters."""
+        return cls(
+            groups=tuple(map(_group, saved.groups)), steps=saved.steps(), exp_avg=saved.tensors("exp_avg")
+        )
+
+    @classmethod
+    def fresh(cls, parameter: Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """A mean of zero."""
+        return {"exp_avg": torch.zeros_like(parameter)}
+
+    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """The means."""
+        return {"exp_avg": self.exp_avg}
+
+    def options(self, group: ParameterGroup) -> dict[str, Any]:
+        """Arguments of lion-pytorch's ``Lion``."""
+        assert isinstance(group, LionGroup)
+        return super().options(group) | {"betas": group.betas}
+
+    def update(
+        self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
+    ) -> Update:
+        """The secant P, the decay, and the rest of the step: the one without a gradient, up to round-off."""
+        momentum: dict[str, Tensor] = {}
+        decay: dict[str, Tensor] = {}
+        preconditioner: dict[str, Tensor] = {}
+        for group, name, rate in self._each(lr):
+            beta, mean = group.betas[0], self.exp_avg[name]
+            own = ascent[name].to(mean.dtype)
+            before = -(mean * beta).sign()
+            after = -(mean * beta).add(own, alpha=-clip * (1 - beta)).sign()
+            secant = torch.where(own == 0, 0.0, (after - before) / own)
+            # the quotient by the smallest numbers is none, and such a coordinate's turn is left to the rest
+            secant = torch.where(secant.isfinite(), secant, 0.0)
+            preconditioner[name] = rate * secant
+            momentum[name] = rate * (after - secant * own)
+            decay[name] = -rate * group.weight_decay * parameters[name].detach().to(mean.dtype)
+        return Update({"momentum": momentum, "decay": decay}, preconditioner)
+
+    def slope(self, ascent: ParameterVector, *, clip: float, lr: float) -> Slope:
+        """There is none.
+
+        Raises:
+            MeasurementError: always.
+        """
+        raise MeasurementError(f"{self.nonlinear}; take influence through=fixed, or re-made steps")
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class BitsAndBytesLion(LionState):
+    """bitsandbytes' Lion in 32 bits, paged or not, under lion-pytorch's names.
+
+    Where it puts a weight decay, beside the step or into the gradient, is different between its versions and
+    devices, so that a state with one is refused.
+    """
+
+    label: ClassVar[str] = "bitsandbytes' Lion in 32 bits"
+    asked_for: ClassVar[tuple[str, ...]] = ("lion_32bit", "paged_lion_32bit")
+    keys: ClassVar[Keys] = Keys(
+        group=frozenset({"lr", "betas", "eps", "weight_decay"}),
+        group_optional=frozenset({"alpha", "t_alpha", "t_beta3"}),
+        entry=frozenset({"step", "state1"}),
+    )
+
+    @classmethod
+    def objection(cls, groups: Sequence[Mapping[str, Any]], entries: Mapping[Any, Mapping[str, Any]]) -> str:
+        """Means in 8 bits, a decay, and those of bitsandbytes that keep one state and are not Lion.
+
+        Lion alone has two betas above 0 and no eps: SGD keeps its dampening, 0 but for who sets it, as the
+        second, RMSprop and Adagrad have an eps.
+        """
+        if any(entry["state1"].dtype != torch.float32 for entry in entries.values()):
+            return "the mean is bitsandbytes' in 8 bits"
+        if any(group["eps"] or len(group["betas"]) != 2 or not all(group["betas"]) for group in groups):
+            return "the state is that of an optimizer of bitsandbytes, not AdamW or Lion"
+        if any(group["weight_decay"] for group in groups):
+            return "bitsandbytes' Lion has a weight decay, which its versions put into different places"
+        return ""
+
+    @classmethod
+    def read(cls, saved: SavedState) -> Self:
+        """The state of named parameters."""
+        entries = {n: {"exp_avg": e["state1"], "step": e["step"]} for n, e in saved.entries.items()}
+        return super().read(replace(saved, entries=entries))
+
+
+def _group(saved: SavedGroup) -> LionGroup:
+    betas = saved.settings.get("betas")
+    if not isinstance(betas, Sequence) or len(betas) != 2:
+        raise CheckpointError(
+            f"{saved.where}: a parameter group has no two betas, expected Lion's; copy it again"
+        )
+    return LionGroup(**saved.shared, betas=(saved.number("betas", betas[0]), saved.number("betas", betas[1])))

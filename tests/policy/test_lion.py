@@ -1,0 +1,162 @@
+"""Lion: the steps of lion-pytorch and bitsandbytes rebuilt, and what its secant adds up to."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import cases
+from stepscope.errors import CheckpointError, MeasurementError
+from stepscope.measure.step.derivative import step_derivative
+from stepscope.measure.step.reconstruct import Step, sequence_direction
+from stepscope.policy import vectors
+from stepscope.policy.checkpoint.optimizer_state import match_optimizer
+from stepscope.policy.optim.lion import BitsAndBytesLion, LionState
+from stepscope.policy.state import Policy
+
+lion_pytorch = pytest.importorskip("lion_pytorch")
+bitsandbytes = pytest.importorskip("bitsandbytes")
+
+
+def trained(limit: float, made: Any, *, dtype: torch.dtype = torch.float64) -> Policy:
+    """A policy after three steps of an optimizer, with its state."""
+    policy = cases.policy(max_grad_norm=limit, dtype=dtype)
+    optimizer = made(policy)
+    for seed in range(3):
+        cases.take_step(policy, optimizer, cases.batch(policy, seed=seed))
+    saved = copy.deepcopy(optimizer.state_dict())
+    return replace(policy, optimizer=match_optimizer(saved, policy.model, where="optimizer.pt"))
+
+
+def of_lion_pytorch(policy: Policy) -> torch.optim.Optimizer:
+    named = list(policy.parameters.items())
+    groups = [
+        {"params": [p for n, p in named if p.ndim > 1], "weight_decay": 0.3},
+        {"params": [p for n, p in named if p.ndim == 1], "lr": 0.002, "betas": (0.8, 0.95)},
+    ]
+    optimizer: torch.optim.Optimizer = lion_pytorch.Lion(groups, lr=0.001)
+    return optimizer
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.02])
+def test_a_rebuilt_step_is_that_of_lion_pytorch(limit: float) -> None:
+    made: list[torch.optim.Optimizer] = []
+
+    def maker(policy: Policy) -> torch.optim.Optimizer:
+        made.append(of_lion_pytorch(policy))
+        return made[0]
+
+    policy = trained(limit, maker)
+    assert type(policy.optimizer) is LionState
+    step = cases.step(policy, seed=9)
+    assert list(step.components) == ["momentum", "decay", "sequences"]
+    assert (step.clip_coefficient < 1) == (limit > 0)
+    before = {n: p.detach().clone() for n, p in policy.parameters.items()}
+    cases.take_step(policy, made[0], step.update)
+    for n, p in policy.parameters.items():
+        torch.testing.assert_close(
+            (p.detach() - before[n]) / step.lr, step.direction[n], rtol=1e-9, atol=1e-10
+        )
+
+
+def test_a_rebuilt_step_is_that_of_bitsandbytes() -> None:
+    """Its steps on the processor, in float32."""
+    made: list[Any] = []
+
+    def maker(policy: Policy) -> Any:
+        made.append(bitsandbytes.optim.Lion32bit(policy.parameters.values(), lr=0.001, betas=(0.9, 0.95)))
+        return made[0]
+
+    policy = trained(0.0, maker, dtype=torch.float32)
+    assert type(policy.optimizer) is BitsAndBytesLion
+    assert set(policy.optimizer.steps.values()) == {3}
+    step = cases.step(policy, seed=9)
+    before = {n: p.detach().clone() for n, p in policy.parameters.items()}
+    cases.take_step(policy, made[0], step.update)
+    for n, p in policy.parameters.items():
+        torch.testing.assert_close((p.detach() - before[n]) / step.lr, step.direction[n], rtol=0, atol=5e-4)
+
+
+def own_step(limit: float = 0.02) -> tuple[Policy, Step]:
+    policy = trained(limit, of_lion_pytorch)
+    return policy, cases.step(policy, seed=9)
+
+
+def test_the_batch_turns_coordinates_and_its_sequences_share_them() -> None:
+    policy, step = own_step()
+    rate = {n: g.lr / step.lr for g in policy.optimizer.groups for n in g.names}  # type: ignore[union-attr]
+    turned = 0
+    for n, t in step.components["sequences"].items():
+        whole = (t / rate[n]).round(decimals=9).abs()
+        assert set(whole.unique().tolist()) <= {0.0, 2.0}  # a sign turns or it stays
+        turned += int((whole == 2).sum())
+        torch.testing.assert_close(
+            step.components["momentum"][n],
+            -rate[n] * policy.optimizer.exp_avg[n].sign(),  # type: ignore[union-attr]
+        )
+        assert bool((step.metric()[n] >= 0).all())
+    assert 0 < turned < sum(t.numel() for t in step.direction.values()) / 2
+    shares = [sequence_direction(policy, step, i) for i in range(len(step.update))]
+    for n, t in vectors.add(*shares).items():
+        torch.testing.assert_close(t, step.components["sequences"][n], rtol=1e-9, atol=1e-9)
+
+
+def test_there_is_no_derivative_of_a_sign() -> None:
+    policy, step = own_step()
+    with pytest.raises(MeasurementError, match=r"Lion's step is a sign.*use through=fixed"):
+        step_derivative(policy, step, "optimizer")
+    assert policy.optimizer is not None
+    with pytest.raises(MeasurementError, match="take influence through=fixed"):
+        policy.optimizer.slope(step.ascent, clip=1.0, lr=1.0)
+
+
+def test_a_coordinate_too_small_to_divide_by_is_left_to_the_rest() -> None:
+    model = torch.nn.Linear(2, 1, bias=False)
+    optimizer = lion_pytorch.Lion(model.parameters(), lr=1.0)
+    model.weight.grad = torch.zeros(1, 2)
+    optimizer.step()
+    state = match_optimizer(copy.deepcopy(optimizer.state_dict()), model, where="here")
+    ascent = {"weight": torch.tensor([[1e-40, 0.5]])}
+    made = state.update(dict(model.named_parameters()), ascent, clip=1.0, lr=1.0)
+    assert made.preconditioner is not None
+    assert made.preconditioner["weight"].tolist() == [[0.0, 2.0]]
+    assert (made.parts["momentum"]["weight"] + made.made_of(ascent)["weight"]).tolist() == [[1.0, 1.0]]
+
+
+def lion_of_bitsandbytes(**changes: Any) -> dict[str, Any]:
+    model = torch.nn.Linear(100, 50, bias=False)
+    optimizer = bitsandbytes.optim.Lion(model.parameters(), **changes)
+    model.weight.grad = torch.ones(50, 100)
+    optimizer.step()
+    saved: dict[str, Any] = copy.deepcopy(optimizer.state_dict())
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"optim_bits": 8}, "8 bits"),
+        ({"weight_decay": 0.1}, "weight decay, which its versions put into different places"),
+        ({"betas": (0.9, 0.0)}, "not AdamW or Lion"),
+    ],
+)
+def test_what_bitsandbytes_leaves_open_is_refused(changes: dict[str, Any], named: str) -> None:
+    model = torch.nn.Linear(100, 50, bias=False)
+    with pytest.raises(CheckpointError, match=named):
+        match_optimizer(lion_of_bitsandbytes(**changes), model, where="here")
+
+
+def test_a_cautious_lion_is_refused() -> None:
+    from lion_pytorch.cautious_lion import Lion
+
+    model = torch.nn.Linear(2, 3)
+    optimizer = Lion(model.parameters(), lr=0.1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    with pytest.raises(CheckpointError, match="cautious_factor"):
+        match_optimizer(copy.deepcopy(optimizer.state_dict()), model, where="here")
