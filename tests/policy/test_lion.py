@@ -81,6 +81,25 @@ def test_a_rebuilt_step_is_that_of_bitsandbytes() -> None:
         torch.testing.assert_close((p.detach() - before[n]) / step.lr, step.direction[n], rtol=0, atol=5e-4)
 
 
+def test_a_mean_in_8_bits_is_decoded_as_bitsandbytes_does() -> None:
+    model = torch.nn.Linear(100, 50, bias=False)
+    optimizer = bitsandbytes.optim.Lion8bit(model.parameters(), lr=0.01, betas=(0.9, 0.95))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        model.weight.grad = torch.randn(50, 100, generator=generator)
+        optimizer.step()
+    state = match_optimizer(copy.deepcopy(optimizer.state_dict()), model, where="here")
+    assert type(state) is BitsAndBytesLion
+    assert set(state.codes["exp_avg"]) == {"weight"}
+    gradient = 0.5 * torch.randn(50, 100, generator=generator)
+    made = state.update(dict(model.named_parameters()), {"weight": -gradient}, clip=1.0, lr=0.01)
+    direction = made.parts["momentum"]["weight"] + made.made_of({"weight": -gradient})["weight"]
+    before = model.weight.detach().clone()
+    model.weight.grad = gradient
+    optimizer.step()
+    torch.testing.assert_close((model.weight.detach() - before) / 0.01, direction, rtol=0, atol=1e-4)
+
+
 def own_step(limit: float = 0.02) -> tuple[Policy, Step]:
     policy = trained(limit, of_lion_pytorch)
     return policy, cases.step(policy, seed=9)
@@ -139,7 +158,6 @@ def lion_of_bitsandbytes(**changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"optim_bits": 8}, "8 bits"),
         ({"weight_decay": 0.1}, "weight decay, which its versions put into different places"),
         ({"betas": (0.9, 0.0)}, "not AdamW or Lion"),
     ],

@@ -75,17 +75,9 @@ class BitsAndBytesAdamW(AdamWState):
         for name, entry in saved.entries.items():
             entries[name] = {"step": entry["step"]}
             for number, key in _TORCHS_NAMES.items():
-                tensor = entry[f"state{number}"]
-                if tensor.dtype != torch.float32:
-                    parts: Any = tensor, entry.get(f"absmax{number}"), entry.get(f"qmap{number}")
-                    if problem := BlockCodes.problem(*parts):
-                        raise CheckpointError(
-                            f"{saved.where}: state{number} of {name} has {problem}; copy the file again"
-                        )
-                    found = BlockCodes(*parts).to(saved.parameters[name].device)
+                entries[name][key], found = decoded(saved, name, number)
+                if found is not None:
                     codes.setdefault(key, {})[name] = found
-                    tensor = found.value
-                entries[name][key] = tensor
         return replace(super().read(replace(saved, entries=entries)), codes=codes)
 
     @classmethod
@@ -115,3 +107,25 @@ class BitsAndBytesAdamW(AdamWState):
     def _shrunk(self, group: AdamWGroup) -> float:
         """1 - lr wd where the decay comes last."""
         return 1 - group.lr * group.weight_decay if self.on_gpu else 1.0
+
+
+def decoded(saved: SavedState, name: str, number: str) -> tuple[Tensor, BlockCodes | None]:
+    """What bitsandbytes keeps of a parameter under ``state1`` or ``state2``, and its codes if in 8 bits.
+
+    Args:
+        saved: the state.
+        name: of the parameter.
+        number: ``1`` or ``2``.
+
+    Raises:
+        CheckpointError: codes that do not fit their blocks and map.
+    """
+    entry = saved.entries[name]
+    tensor: Tensor = entry[f"state{number}"]
+    if tensor.dtype == torch.float32:
+        return tensor, None
+    parts: Any = tensor, entry.get(f"absmax{number}"), entry.get(f"qmap{number}")
+    if problem := BlockCodes.problem(*parts):
+        raise CheckpointError(f"{saved.where}: state{number} of {name} has {problem}; copy the file again")
+    found = BlockCodes(*parts).to(saved.parameters[name].device)
+    return found.value, found

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from stepscope.errors import CheckpointError, MeasurementError
 from stepscope.policy.optim.base import Keys, ParameterGroup, SavedGroup, SavedState, Through, Update
+from stepscope.policy.optim.bitsandbytes import decoded
 from stepscope.policy.optim.nonlinear import NonlinearState
 from stepscope.policy.optim.slope import Slope
 from stepscope.policy.vectors import ParameterVector
@@ -114,29 +115,28 @@ class LionState(NonlinearState):
 
 @dataclass(frozen=True, repr=False, kw_only=True)
 class BitsAndBytesLion(LionState):
-    """bitsandbytes' Lion in 32 bits, paged or not, under lion-pytorch's names.
+    """bitsandbytes' Lion with its mean in 8 or 32 bits, paged or not, under lion-pytorch's names.
 
     Where it puts a weight decay, beside the step or into the gradient, is different between its versions and
     devices, so that a state with one is refused.
     """
 
-    label: ClassVar[str] = "bitsandbytes' Lion in 32 bits"
-    asked_for: ClassVar[tuple[str, ...]] = ("lion_32bit", "paged_lion_32bit")
+    label: ClassVar[str] = "bitsandbytes' Lion"
+    asked_for: ClassVar[tuple[str, ...]] = ("lion_8bit", "lion_32bit", "paged_lion_8bit", "paged_lion_32bit")
     keys: ClassVar[Keys] = Keys(
         group=frozenset({"lr", "betas", "eps", "weight_decay"}),
         group_optional=frozenset({"alpha", "t_alpha", "t_beta3"}),
         entry=frozenset({"step", "state1"}),
+        entry_optional=frozenset({"qmap1", "absmax1"}),
     )
 
     @classmethod
     def objection(cls, groups: Sequence[Mapping[str, Any]], entries: Mapping[Any, Mapping[str, Any]]) -> str:
-        """Means in 8 bits, a decay, and those of bitsandbytes that keep one state and are not Lion.
+        """A decay, and those of bitsandbytes that keep one state and are not Lion.
 
         Lion alone has two betas above 0 and no eps: SGD keeps its dampening, 0 but for who sets it, as the
         second, RMSprop and Adagrad have an eps.
         """
-        if any(entry["state1"].dtype != torch.float32 for entry in entries.values()):
-            return "the mean is bitsandbytes' in 8 bits"
         if any(group["eps"] or len(group["betas"]) != 2 or not all(group["betas"]) for group in groups):
             return "the state is that of an optimizer of bitsandbytes, not AdamW or Lion"
         if any(group["weight_decay"] for group in groups):
@@ -145,9 +145,13 @@ class BitsAndBytesLion(LionState):
 
     @classmethod
     def read(cls, saved: SavedState) -> Self:
-        """The state of named parameters."""
-        entries = {n: {"exp_avg": e["state1"], "step": e["step"]} for n, e in saved.entries.items()}
-        return super().read(replace(saved, entries=entries))
+        """The state of named parameters, decoded where it is in 8 bits."""
+        means = {name: decoded(saved, name, "1") for name in saved.entries}
+        entries = {n: {"exp_avg": means[n][0], "step": e["step"]} for n, e in saved.entries.items()}
+        codes = {name: found for name, (_, found) in means.items() if found is not None}
+        return replace(
+            super().read(replace(saved, entries=entries)), codes={"exp_avg": codes} if codes else {}
+        )
 
 
 def _group(saved: SavedGroup) -> LionGroup:
