@@ -56,7 +56,7 @@ def left_out(policy: Policy, stages: Sequence[Stage]) -> dict[Stage, str]:
     state = policy.optimizer
     if state is None or "fixed" in state.throughs or "criteria" not in stages:
         return {}
-    return {"criteria": f"{state.nonlinear}: no preconditioner by which tokens could be judged one by one"}
+    return {"criteria": f"{state.nonlinear}, and no preconditioner tells tokens apart one by one"}
 
 
 def _shares(policy: Policy, stages: Sequence[Stage]) -> list[Finding]:

@@ -76,7 +76,7 @@ class MuonState(NonlinearState):
     groups: tuple[MuonGroup, ...]
     buffer: Mapping[str, Tensor]
 
-    label: ClassVar[str] = "torch's Muon"
+    label: ClassVar[str] = "Muon"
     keys: ClassVar[Keys] = Keys(
         group=frozenset(
             {

@@ -22,7 +22,7 @@ PRIMARY = {
     "preconditioner": "adamw",
     "version": "on_policy",
 }
-"""What the page shows first: what a token does to the entropy, through the whole kernel and AdamW."""
+"""What the page shows first: what a token does to the entropy, through the whole kernel and the optimizer."""
 
 _SHOWN = 24
 
@@ -45,7 +45,7 @@ _CHOICES: Mapping[str, tuple[str, Mapping[str, str]]] = {
             "diagonal fixed_prefix": "what it does at its own position (diagonal)",
         },
     ),
-    "preconditioner": ("step", {"adamw": "AdamW", "sgd": "plain gradient"}),
+    "preconditioner": ("step", {"adamw": "the optimizer", "sgd": "plain gradient"}),
     "kind": ("criteria", {"literature": "of the literature", "control": "trivial controls"}),
 }
 
@@ -252,8 +252,8 @@ def _standings_figure(ranked: Sequence[LeaderboardRow]) -> style.Figure:
     ]
     caption = (
         f"The {len(rows)} criteria that follow the influence of the update batch's tokens on the on-policy "
-        "entropy best, sign included, through the whole kernel and AdamW's preconditioner. Error bars: "
-        "95 %, bootstrap over update prompts, given the probe: what the probe adds is not in them."
+        "entropy best, sign included, through the whole kernel and the optimizer's preconditioner. Error "
+        "bars: 95 %, bootstrap over update prompts, given the probe: what the probe adds is not in them."
     )
     names = [row.criterion for row in rows]
     return style.figure(

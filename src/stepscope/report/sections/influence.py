@@ -25,10 +25,11 @@ _INFLUENTIAL = 8
 _WAYS = {"fixed": "preconditioner and clipping fixed", "optimizer": "through the optimizer"}
 """The two ways in which influence is taken, in words."""
 
-_RANKED_BY = "optimizer"
-"""The influence that ranks tokens on the page: it predicts best what leaving something out does."""
+_RANKED_BY = ("optimizer", "fixed")
+"""The influence that ranks tokens on the page, the first there is: it predicts best what leaving out does."""
 
-_RANKING = _WAYS[_RANKED_BY]
+_SPLIT_BY = ("fixed", "optimizer")
+"""That of sequences beside the other parts of the step, the first there is: it adds up with them."""
 
 
 def section(measurement: Measurement, room: Room) -> Section | None:
@@ -37,10 +38,11 @@ def section(measurement: Measurement, room: Room) -> Section | None:
     quantity = change.quantity if change else "entropy"
     unit = change.points[0].linear.unit if change and change.points else "change"
     scores = measurement.criteria_tokens.values if measurement.criteria_tokens else {}
+    way = _way(measurement.influence_tokens, _RANKED_BY)
     tokens = join_tokens(
         measurement.update,
         measurement.update_tokens,
-        _rows(measurement.influence_tokens, quantity, _RANKED_BY),
+        _rows(measurement.influence_tokens, quantity, way),
         {name: scores[name] for name in best_of(measurement, _SCORES_ON_HOVER) if name in scores},
     )
     sentences = [_parts(measurement.summary, change.lr)] if change and change.lr > 0 else []
@@ -49,9 +51,9 @@ def section(measurement: Measurement, room: Room) -> Section | None:
     responses: list[Response] = []
     if tokens is not None and "influence" in tokens:
         own = tokens[tokens.written]
-        figures += [_share_figure(own, quantity), _scatter_figure(own, quantity, unit, room.points)]
+        figures += [_share_figure(own, quantity, way), _scatter_figure(own, quantity, way, unit, room.points)]
         sentences.append(_concentration(own))
-        tables = [_top_tokens(own, quantity)]
+        tables = [_top_tokens(own, quantity, way)]
         responses = _influential(measurement, tokens, room)
     drawn = [f for f in figures if f is not None]
     if not drawn:
@@ -60,9 +62,9 @@ def section(measurement: Measurement, room: Room) -> Section | None:
         "influence",
         "Which sequences and tokens did it",
         sentences=[s for s in sentences if s],
-        intro=_certainty(measurement.reliability, quantity),
+        intro=_certainty(measurement.reliability, quantity, way),
         facts=_ways(measurement.summary),
-        figures=[*_reliability_figures(measurement.reliability, quantity), *drawn],
+        figures=[*_reliability_figures(measurement.reliability, quantity, way), *drawn],
         legend=bool(responses),
         responses=responses,
         tables=tables,
@@ -76,6 +78,12 @@ def _rows(influences: InfluenceSequences | InfluenceTokens | None, quantity: str
     found = influences.to_pandas()
     own = found[(found.quantity == quantity) & (found.through == through)]
     return None if own.empty else own
+
+
+def _way(influences: InfluenceSequences | InfluenceTokens | None, order: Sequence[str]) -> str:
+    """The first of these ways in which influence was taken."""
+    taken = set() if influences is None else set(influences.through)
+    return next((way for way in order if way in taken), order[0])
 
 
 def _parts(summary: Mapping[str, Estimate], lr: float) -> str:
@@ -100,6 +108,12 @@ def _ways(summary: Mapping[str, Estimate]) -> list[tuple[str, str]]:
         "own prompts",
         "influence_neglected": "share of the tokens' influence that goes through what is fixed",
     }
+    if "influence_nonlinear" in summary:
+        names |= {
+            "influence_sequences": "the batch's part of the step as a whole",
+            "influence_sequences_optimizer": "sum over sequences, by the derivative of the step at the batch",
+            "influence_nonlinear": "how far that derivative is from the batch's part, as a share of it",
+        }
     found = [(words, summary[key]) for key, words in names.items() if key in summary]
     return [(words, text.bare(e) + (f" ({e.reason})" if e.reason else "")) for words, e in found]
 
@@ -136,7 +150,8 @@ def _values(tokens: Any) -> Any:
 
 def _sequence_figure(measurement: Measurement, quantity: str, unit: str) -> style.Figure | None:
     """Influence of every sequence in ascending order with its error, momentum and decay beside them."""
-    rows = _rows(measurement.influence_sequences, quantity, "fixed")
+    way = _way(measurement.influence_sequences, _SPLIT_BY)
+    rows = _rows(measurement.influence_sequences, quantity, way)
     if rows is None:
         return None
     rows = rows.assign(
@@ -177,7 +192,7 @@ def _sequence_figure(measurement: Measurement, quantity: str, unit: str) -> styl
     beside = "; ".join(f"{row.component} {text.estimate(row.estimate)}" for row in others.itertuples())
     caption = (
         f"First-order influence of each of the {len(sequences)} sequences of the update batch on the "
-        f"{quantity} (per token, on-policy), per unit of learning rate, {_WAYS['fixed']}. Error bars: 95 % "
+        f"{quantity} (per token, on-policy), per unit of learning rate, {_WAYS[way]}. Error bars: 95 % "
         "interval, clustered over probe prompts. Sum over sequences "
         f"{text.number(float(sequences.influence.sum()))}"
         + (f"; for comparison {beside}." if beside else ".")
@@ -193,7 +208,7 @@ def _sequence_figure(measurement: Measurement, quantity: str, unit: str) -> styl
     )
 
 
-def _share_figure(tokens: Any, quantity: str) -> style.Figure | None:
+def _share_figure(tokens: Any, quantity: str, way: str) -> style.Figure | None:
     """Cumulative share of absolute and net influence against the share of tokens taken, largest first."""
     values = _values(tokens)
     total, net = float(np.abs(values).sum()), float(values.sum())
@@ -217,7 +232,7 @@ def _share_figure(tokens: Any, quantity: str) -> style.Figure | None:
         )
     ]
     caption = (
-        f"How concentrated the influence on the {quantity}, {_RANKING}, is over {len(values):,} tokens. "
+        f"How concentrated the influence on the {quantity}, {_WAYS[way]}, is over {len(values):,} tokens. "
         "Solid: share of the summed |influence|. Dashed: share of the batch's net influence; it can pass "
         f"100 % because tokens of opposite sign cancel (the net is {text.percent(abs(net) / total)} of the "
         "summed |influence|). Point estimates: noise in single tokens makes it look more even than it is."
@@ -234,7 +249,7 @@ def _share_figure(tokens: Any, quantity: str) -> style.Figure | None:
     )
 
 
-def _scatter_figure(tokens: Any, quantity: str, unit: str, most: int) -> style.Figure:
+def _scatter_figure(tokens: Any, quantity: str, way: str, unit: str, most: int) -> style.Figure:
     """Influence of single tokens against probability: the ``most``/2 largest, and one in so many others."""
     values = _values(tokens)
     order = np.argsort(-np.abs(values))
@@ -268,8 +283,8 @@ def _scatter_figure(tokens: Any, quantity: str, unit: str, most: int) -> style.F
     ]
     sampled = f"the {most // 2} largest and one in {stride} of the rest" if stride > 1 else "all"
     caption = (
-        f"First-order influence of single tokens on the {quantity}, {_RANKING}, against the probability the "
-        f"policy gave them; {sampled} of {len(values):,} tokens. Point estimates without error."
+        f"First-order influence of single tokens on the {quantity}, {_WAYS[way]}, against the probability "
+        f"the policy gave them; {sampled} of {len(values):,} tokens. Point estimates without error."
     )
     return style.figure(
         "influence-tokens",
@@ -282,7 +297,7 @@ def _scatter_figure(tokens: Any, quantity: str, unit: str, most: int) -> style.F
     )
 
 
-def _top_tokens(tokens: Any, quantity: str) -> Table:
+def _top_tokens(tokens: Any, quantity: str, way: str) -> Table:
     """The tokens with the largest absolute influence: shrunken where that is known, since it ranks better."""
     values = _values(tokens)
     total = float(np.abs(values).sum())
@@ -290,7 +305,7 @@ def _top_tokens(tokens: Any, quantity: str) -> Table:
     ranked = np.nan_to_num(tokens.shrunk) if shrunk else values
     top = tokens.assign(value=values, ranked=ranked).iloc[np.argsort(-np.abs(ranked))[:_TOP_TOKENS]]
     caption = (
-        f"The {len(top)} tokens with the largest absolute influence on the {quantity}, {_RANKING}, of "
+        f"The {len(top)} tokens with the largest absolute influence on the {quantity}, {_WAYS[way]}, of "
         f"{len(values):,}"
         + (", in the order of the shrunken influence" if shrunk else "")
         + ". ± is one standard error, from folds of the probe prompts, for the given update batch; the "
@@ -339,15 +354,15 @@ _SURE = ((0.9, "is well determined"), (0.7, "is roughly determined"), (0.0, "is 
 """Verdicts by the smallest correlation between two probes."""
 
 
-def _rankings(found: Reliabilities | None, quantity: str) -> list[Reliability]:
+def _rankings(found: Reliabilities | None, quantity: str, way: str) -> list[Reliability]:
     """What is known of the order of tokens and of sequences by the influence that ranks."""
     rankings = found.rankings if found else ()
-    return [own for own in rankings if (own.quantity, own.through) == (quantity, _RANKED_BY)]
+    return [own for own in rankings if (own.quantity, own.through) == (quantity, way)]
 
 
-def _certainty(known: Reliabilities | None, quantity: str) -> str:
+def _certainty(known: Reliabilities | None, quantity: str, way: str) -> str:
     """In words: how far the order of tokens and sequences would be found again, and what makes it sure."""
-    found = _rankings(known, quantity)
+    found = _rankings(known, quantity, way)
     if known is None or not found:
         return ""
     first = found[0]
@@ -363,7 +378,7 @@ def _certainty(known: Reliabilities | None, quantity: str) -> str:
     gains = [
         own.gain
         for own in known.shrunk
-        if (own.quantity, own.through) == (quantity, _RANKED_BY) and own.gain.reliable
+        if (own.quantity, own.through) == (quantity, way) and own.gain.reliable
     ]
     return " ".join(
         [
@@ -382,9 +397,9 @@ def _certainty(known: Reliabilities | None, quantity: str) -> str:
     )
 
 
-def _reliability_figures(known: Reliabilities | None, quantity: str) -> list[style.Figure]:
+def _reliability_figures(known: Reliabilities | None, quantity: str, way: str) -> list[style.Figure]:
     """Correlation between two probes against their number of prompts."""
-    found = [own for own in _rankings(known, quantity) if own.whole.reliable]
+    found = [own for own in _rankings(known, quantity, way) if own.whole.reliable]
     if not found:
         return []
     traces = [
