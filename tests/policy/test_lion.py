@@ -130,7 +130,7 @@ def test_there_is_no_derivative_of_a_sign() -> None:
         step_derivative(policy, step, "optimizer")
     assert policy.optimizer is not None
     with pytest.raises(MeasurementError, match="take influence through=fixed"):
-        policy.optimizer.slope(step.ascent, clip=1.0, lr=1.0)
+        policy.optimizer.slope(policy.parameters, step.ascent, clip=1.0, lr=1.0)
 
 
 def test_a_coordinate_too_small_to_divide_by_is_left_to_the_rest() -> None:

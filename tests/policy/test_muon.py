@@ -161,7 +161,6 @@ def test_what_the_derivative_neglects_is_measured() -> None:
         ("ns_steps", 2.5),
         ("ns_coefficients", (1.0, 2.0)),
         ("adjust_lr_fn", "spectral"),
-        ("nesterov", None),
         ("momentum", 1.5),
         ("eps", float("nan")),
     ],

@@ -104,7 +104,7 @@ class LionState(NonlinearState):
             decay[name] = -rate * group.weight_decay * parameters[name].detach().to(mean.dtype)
         return Update({"momentum": momentum, "decay": decay}, preconditioner)
 
-    def slope(self, ascent: ParameterVector, *, clip: float, lr: float) -> Slope:
+    def slope(self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float) -> Slope:
         """There is none.
 
         Raises:

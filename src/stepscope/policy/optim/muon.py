@@ -137,7 +137,9 @@ class MuonState(NonlinearState):
             decay[name] = -rate * group.weight_decay * parameters[name].detach().to(buffer.dtype)
         return Update({"momentum": momentum, "decay": decay}, None, own)
 
-    def slope(self, ascent: ParameterVector, *, clip: float, lr: float) -> Differentiated:
+    def slope(
+        self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
+    ) -> Differentiated:
         """Of the formula in the precision of the buffers, without the roundings to bfloat16."""
         each = list(self._each(lr))
         return Differentiated(
@@ -189,10 +191,10 @@ def _group(saved: SavedGroup) -> MuonGroup:
     coefficients, steps, scale = given["ns_coefficients"], given["ns_steps"], given["adjust_lr_fn"]
     sound = isinstance(coefficients, Sequence) and len(coefficients) == 3
     sound = sound and type(steps) is int and 0 <= steps < MOST_NS_STEPS and scale in _SCALES
-    if not sound or not isinstance(given["nesterov"], bool):
+    if not sound:
         raise CheckpointError(
-            f"{saved.where}: ns_coefficients, ns_steps, adjust_lr_fn or nesterov of a parameter group is not "
-            "what torch's Muon takes; copy the file again"
+            f"{saved.where}: ns_coefficients, ns_steps or adjust_lr_fn of a parameter group is not what "
+            "torch's Muon takes; copy the file again"
         )
     a, b, c = (saved.number("ns_coefficients", value) for value in coefficients)
     return MuonGroup(

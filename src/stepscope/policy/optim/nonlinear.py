@@ -40,4 +40,4 @@ class NonlinearState(OptimizerState):
         """Group, name and lr_j / lr of every parameter."""
         for group in self.groups:
             for name in group.names:
-                yield group, name, group.lr / lr if lr > 0 else 1.0
+                yield group, name, group.ratio(lr)

@@ -60,6 +60,7 @@ _MARKS: tuple[tuple[str, frozenset[str]], ...] = (
     ("an optimizer of the package dion", frozenset({"algorithm", "mu"})),
     ("a Muon other than torch's", frozenset({"ns_steps"})),
     ("a Muon other than torch's", frozenset({"backend_steps"})),
+    ("schedule-free RAdam", frozenset({"silent_sgd_phase"})),
     ("a schedule-free optimizer", frozenset({"weight_sum"})),
     ("Adafactor or a relative of it", frozenset({"exp_avg_sq_row"})),
     ("Adagrad", frozenset({"lr_decay"})),
