@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from trl import GRPOConfig, SFTConfig
+from trl import DPOConfig, GRPOConfig, RLOOConfig, SFTConfig
+from trl.experimental.cpo import CPOConfig
 from trl.experimental.gmpo import GMPOConfig
 from trl.experimental.sdpo import SDPOConfig
 
@@ -170,6 +171,88 @@ def test_every_loss_of_trl_is_measured(tmp_path: Path, changes: dict[str, Any]) 
     for name in of_loss.keys() & changes.keys():
         assert of_loss[name] == changes[name]
     assert settings.num_iterations == changes.get("num_iterations", 1)
+
+
+def test_settings_of_a_rloo_run(tmp_path: Path) -> None:
+    save_args(
+        tmp_path,
+        RLOOConfig,
+        beta=0.0,
+        normalize_advantages=True,
+        num_generations=4,
+        per_device_train_batch_size=8,
+        max_completion_length=33,
+        epsilon=0.1,
+    )
+    assert run_settings(tmp_path) == StepSettings(
+        loss_type="rloo",
+        advantage_estimator="rloo",
+        advantage_parameters={"normalize_advantages": True},
+        group_size=4,
+        prompts_per_step=2,
+        max_response_tokens=33,
+        epsilon_low=0.1,
+        epsilon_high=0.1,
+        micro_batch_size=8,
+        router_loss=None,
+        seed=42,
+    )
+    save_args(tmp_path, RLOOConfig, beta=0.0, reward_clip_range=(-1.0, 1.0), num_generations=4)
+    with pytest.raises(CheckpointError, match="reward_clip_range: the run clipped its rewards"):
+        run_settings(tmp_path)
+
+
+def test_settings_of_runs_on_pairs(tmp_path: Path) -> None:
+    save_args(
+        tmp_path,
+        DPOConfig,
+        beta=0.2,
+        loss_type=["sigmoid", "sft"],
+        loss_weights=[1.0, 0.5],
+        label_smoothing=0.1,
+        max_length=77,
+        per_device_train_batch_size=4,
+    )
+    settings = run_settings(tmp_path)
+    assert (settings.loss_type, settings.beta, settings.prompts_per_step) == ("dpo", 0.2, 4)
+    assert (settings.max_response_tokens, settings.temperature, settings.group_size) == (77, 1.0, 2)
+    assert settings.loss_parameters == {
+        "dpo_loss_type": ["sigmoid", "sft"],
+        "loss_weights": [1.0, 0.5],
+        "label_smoothing": 0.1,
+    }
+    save_args(tmp_path, DPOConfig, gradient_accumulation_steps=2)
+    assert run_settings(tmp_path).loss_parameters == {}
+    for changes, name in (
+        ({"use_weighting": True}, "use_weighting"),
+        ({"loss_type": ["sft"], "gradient_accumulation_steps": 2}, "loss_type"),
+        ({"sync_ref_model": True}, "sync_ref_model"),
+    ):
+        save_args(tmp_path, DPOConfig, **changes)
+        with pytest.raises(CheckpointError, match=f" {name}: "):
+            run_settings(tmp_path)
+    save_args(
+        tmp_path, CPOConfig, loss_type="simpo", cpo_alpha=0.0, simpo_gamma=1.0, gradient_accumulation_steps=2
+    )
+    settings = run_settings(tmp_path)
+    assert (settings.loss_type, settings.beta) == ("cpo", 0.1)
+    assert settings.loss_parameters == {"cpo_loss_type": "simpo", "cpo_alpha": 0.0, "simpo_gamma": 1.0}
+    (tmp_path / "README.md").write_text(
+        "It has been trained using [TRL](x).\n\nThis model was trained with ORPO, a"
+    )
+    with pytest.raises(CheckpointError, match="trained with ORPO, not CPO"):
+        run_settings(tmp_path)
+
+
+def test_rewards_normalised_one_by_one_are_measured_where_there_is_one(tmp_path: Path) -> None:
+    save_args(tmp_path, multi_objective_aggregation="normalize_then_sum")
+    state = tmp_path / "trainer_state.json"
+    log: list[dict[str, Any]] = [{"rewards/accuracy/mean": 0.5, "rewards/accuracy/std": 0.1, "reward": 0.5}]
+    state.write_text(json.dumps({"log_history": log}))
+    assert run_settings(tmp_path).advantage_estimator == "normalize_then_sum"
+    state.write_text(json.dumps({"log_history": [*log, {"rewards/length/mean": 3.0}]}))
+    with pytest.raises(CheckpointError, match=r"multi_objective_aggregation: .*logged 2 of them"):
+        run_settings(tmp_path)
 
 
 def test_two_processes_cut_a_batch(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.settings.training_args import TRAINING_ARGS_FILE
-from stepscope.policy.checkpoint.settings.trl_run import Obstacle, TrlRun, read_trl_run
+from stepscope.policy.checkpoint.settings.trl_obstacles import Obstacle
+from stepscope.policy.checkpoint.settings.trl_run import TrlRun, read_trl_run
 from stepscope.policy.loss.own import names_own_loss, use_own_loss
 from stepscope.policy.loss.settings import SETTINGS_FILE, StepSettings
 from stepscope.policy.loss.surrogate import understood
