@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import sys
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 import cases
 from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.optimizer_state import match_optimizer, read_optimizer
-from stepscope.policy.optim.registry import recognised
+from stepscope.policy.optim.registry import OPTIMIZERS, kind_of, recognised
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -46,6 +49,54 @@ def test_the_optimizers_of_torch(kind: str, options: dict[str, Any], named: str)
     with pytest.raises(CheckpointError, match=f"here: the state is that of .*{named}|{named}") as caught:
         recognised(saved, "here")
     assert "train with optim='adamw_torch'" in str(caught.value)
+
+
+def every_optimizer_of_torch() -> list[str]:
+    kinds = {name: kind for name, kind in vars(torch.optim).items() if isinstance(kind, type)}
+    return sorted(n for n, k in kinds.items() if issubclass(k, torch.optim.Optimizer) and n != "Optimizer")
+
+
+@pytest.mark.parametrize("name", every_optimizer_of_torch())
+def test_every_optimizer_of_torch_is_measured_or_refused(name: str) -> None:
+    """A running one and what it saves are both known or both refused."""
+    kind = getattr(torch.optim, name)
+    parameter = nn.Parameter(torch.ones(3, 2))
+    optimizer = kind([parameter], lr=1e-3)
+    sparse = torch.ones(3, 2).to_sparse()
+    parameter.grad = sparse if name == "SparseAdam" else torch.ones(3, 2)
+    optimizer.step(lambda: 1.0) if name == "LBFGS" else optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    if kind_of(optimizer) is not None:
+        assert recognised(saved, "here")[0].library in (kind_of(optimizer).library, torch.optim.AdamW)
+        return
+    with pytest.raises(CheckpointError, match=r"here: .*a step can be rebuilt of"):
+        recognised(saved, "here")
+
+
+@pytest.mark.parametrize("name", [name.value for name in OptimizerNames])
+def test_every_optimizer_of_the_trainer_is_measured_or_refused(name: str, tmp_path: Path) -> None:
+    """Those that a package makes which is not here cannot be tried; none of them counts as measured."""
+    measured = {known for kind in OPTIMIZERS for known in kind.asked_for}
+    arguments = TrainingArguments(output_dir=str(tmp_path), optim=name, use_cpu=True, report_to=[])
+    layer = nn.Linear(80, 80)
+    try:
+        made, options = Trainer.get_optimizer_cls_and_kwargs(arguments, layer)
+    except (ImportError, ValueError):
+        assert name not in measured
+        return
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")
+        optimizer = made(layer.parameters(), **options)
+        if hasattr(optimizer, "train"):
+            optimizer.train()
+        saved = state_of(optimizer)
+    if name in measured:
+        kind, _ = recognised(saved, "here")
+        assert name in kind.asked_for
+        assert match_optimizer(saved, layer, where="here").names == ("weight", "bias")
+    else:
+        with pytest.raises(CheckpointError, match=r"here: .*a step can be rebuilt of"):
+            recognised(saved, "here")
 
 
 class Cautious(torch.optim.AdamW):
@@ -170,6 +221,16 @@ def test_moments_that_are_no_plain_tensors_are_refused() -> None:
     saved = state_of(torch.optim.AdamW([nn.Parameter(torch.ones(3, 2))], lr=1e-3))
     saved["state"][0]["exp_avg"] = saved["state"][0]["exp_avg"].as_subclass(Packed)
     with pytest.raises(CheckpointError, match=r"exp_avg of parameter 0 is .*Packed"):
+        recognised(saved, "here")
+
+
+def test_what_torchao_saves_is_refused() -> None:
+    """As torchao 0.18 saves its AdamW: Adam's state is the same, and so is one with random rounding."""
+    saved = state_of(torch.optim.AdamW([nn.Parameter(torch.ones(3, 2))], lr=1e-3))
+    (group,) = saved["param_groups"]
+    kept = {key: group[key] for key in ("betas", "eps", "weight_decay", "amsgrad", "params")}
+    saved["param_groups"] = [{"lr": torch.tensor(1e-3), **kept}]
+    with pytest.raises(CheckpointError, match="torchao's Adam or AdamW, where nothing says"):
         recognised(saved, "here")
 
 

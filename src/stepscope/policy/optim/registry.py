@@ -85,7 +85,7 @@ Entries = dict[Any, dict[str, Any]]
 
 def measurable() -> str:
     """What to do about another optimizer."""
-    labels = " and of ".join(kind.label for kind in OPTIMIZERS)
+    labels = ", ".join(kind.label for kind in OPTIMIZERS)
     names = ", ".join(repr(name) for kind in OPTIMIZERS for name in kind.asked_for)
     return f"a step can be rebuilt of {labels}: train with optim={names}"
 
@@ -242,7 +242,7 @@ def _name(keys: set[str], lacking: frozenset[str]) -> str:
     if lacking == {"amsgrad"} and {"exp_avg", "exp_avg_sq"} <= keys:
         return "RAdam or another relative of Adam"
     if lacking == {"maximize"}:
-        return "torchao's AdamW or one like it"
+        return "torchao's Adam or AdamW, where nothing says if the decay is inside or the rounding random,"
     if "exp_avg" in keys and "exp_avg_sq" not in keys:
         return "Lion or another optimizer without second moments"
     return "another optimizer"
