@@ -133,6 +133,26 @@ def test_one_line_in_a_trainer_of_somebody_else(small_run: Path, tmp_path: Path)
     assert [entry["step"] for entry in logged] == [1, 3]
 
 
+@pytest.mark.parametrize(
+    "optim",
+    [
+        "adamw_bnb_8bit",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("sgd", "adafactor", "schedule_free_adamw")),
+    ],
+)
+def test_trainings_with_other_optimizers_are_probed(small_run: Path, tmp_path: Path, optim: str) -> None:
+    probe = ss.StepProbe(task="arithmetic:terms=2,digits=1,ops=+", every=1, num_prompts=8)
+    trainer = foreign_trainer(
+        small_run, tmp_path, probe, optim=optim, max_steps=2, learning_rate=1e-4, bf16=False
+    )
+    trainer.train()
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["predicted"] != 0
+        assert abs(row["difference"]) < 4 * row["difference_stderr"] + 0.1 * abs(row["predicted"])
+
+
 def test_a_mixture_of_experts_is_probed_and_trains_as_without(small_run: Path, tmp_path: Path) -> None:
     """The probe loops over the experts, the training multiplies them at once, before the probe and after."""
     tokenizer = AutoTokenizer.from_pretrained(small_run / "base")
@@ -171,8 +191,8 @@ def test_a_mixture_of_experts_is_probed_and_trains_as_without(small_run: Path, t
     [
         (
             {"task": "arithmetic"},
-            {"optim": "sgd"},
-            "the optimizer is SGD, and a step can be rebuilt of",
+            {"optim": "rmsprop"},
+            "the optimizer is RMSprop, and a step can be rebuilt of",
         ),
         ({"num_prompts": 64}, {}, "num_prompts is 64, the trainer's train_dataset has 16 rows; lower it"),
         (
