@@ -67,7 +67,7 @@ def _places(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...
         yield from _places(value, (*path, key))
 
 
-def _change(content: Any, draw: Any, values: list[Any]) -> None:
+def change(content: Any, draw: Any, values: list[Any]) -> None:
     """Replace, rename or remove one value of nested data."""
     places = list(_places(content))
     if not places:
@@ -118,7 +118,7 @@ def damage(file: Path, draw: Any) -> None:
     by_content = draw(st.sampled_from([True, True, True, False]))
     if by_content and file.suffix == ".json":
         content = json.loads(file.read_text())
-        _change(content, draw, ODD)
+        change(content, draw, ODD)
         file.write_text(json.dumps(content))
     elif by_content and file.suffix == ".parquet":
         _change_table(file, draw)
@@ -130,7 +130,7 @@ def damage(file: Path, draw: Any) -> None:
             torch.tensor(float("nan")),
             torch.zeros(2, dtype=torch.long),
         ]
-        _change(content, draw, [*ODD, *tensors])
+        change(content, draw, [*ODD, *tensors])
         torch.save(content, file)
     else:
         _change_bytes(file, draw)

@@ -18,6 +18,7 @@ from stepscope.policy.optim.adafactor import AdafactorState
 from stepscope.policy.optim.adamw import AdamState, AdamWState
 from stepscope.policy.optim.base import OptimizerState, SavedGroup, SavedState
 from stepscope.policy.optim.bitsandbytes import NESTED, BitsAndBytesAdamW
+from stepscope.policy.optim.deepspeed import DeepSpeedAdam
 from stepscope.policy.optim.lion import BitsAndBytesLion, LionState
 from stepscope.policy.optim.muon import MuonState
 from stepscope.policy.optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
@@ -28,6 +29,7 @@ OPTIMIZERS: list[type[OptimizerState]] = [
     AdamWState,
     AdamState,
     BitsAndBytesAdamW,
+    DeepSpeedAdam,
     SGDState,
     AdafactorState,
     TransformersAdafactorState,

@@ -6,21 +6,23 @@ from pathlib import Path
 
 from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.formats.base import Format, Part
+from stepscope.policy.checkpoint.formats.deepspeed import DeepSpeed
 from stepscope.policy.checkpoint.formats.distributed.format import Distributed
 from stepscope.policy.checkpoint.formats.fsdp import FilePerProcess, FullState
+from stepscope.policy.checkpoint.formats.megatron import Megatron
 from stepscope.policy.checkpoint.formats.plain import Plain
-from stepscope.policy.checkpoint.formats.refused import REFUSED
 from stepscope.policy.checkpoint.formats.verl import Verl
 
 _PLAIN = Plain()
 
 FORMATS: list[Format] = [
+    DeepSpeed(),
     FullState(),
     Verl(),
+    Megatron(),
     Distributed(),
     _PLAIN,
     FilePerProcess(),
-    *REFUSED,
 ]
 """Known formats; each part of a checkpoint is read by the first that has it. One more is an entry here.
 
