@@ -252,7 +252,7 @@ MEASUREMENT: dict[str, Any] = {
     "lrs": [1e-5],
     "stages": [*STAGES, "validation"],
     "validation": {"num_subsets": 6, "num_single": 12, "removals": ["zeroed", "recomputed"]},
-    "criteria": {"diagonal_tokens": 16, "resamples": 20, "drop_shares": [0.2]},
+    "criteria": {"diagonal_tokens": 16, "drop_shares": [0.2]},
     "batch_size": 64,
 }
 """Settings of a measurement of every stage that takes seconds, besides checkpoint and out."""

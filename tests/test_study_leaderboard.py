@@ -170,7 +170,7 @@ def small_study(trained_run: Path, out: Path) -> StudyConfig:
                 "lrs": [1e-4],
                 "second_order": False,
                 "batch_size": 64,
-                "criteria": {"diagonal_tokens": 4, "resamples": 20, "drop_shares": []},
+                "criteria": {"diagonal_tokens": 4, "drop_shares": []},
             },
         },
     )

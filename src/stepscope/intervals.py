@@ -32,8 +32,11 @@ FLAT = 1e-12
 """A spread below this share of the whole is round-off."""
 
 
-def student(count: int) -> float:
-    """Half width of a 95 % interval in standard errors, for ``count`` independent units; nan with one."""
+def student(count: float) -> float:
+    """Half width of a 95 % interval in standard errors, for ``count`` independent units; nan with one.
+
+    Degrees of freedom that are no whole number (Satterthwaite 1946) come as ``count`` - 1.
+    """
     return float(stdtrit(count - 1, 1 - TAIL)) if count > 1 else float("nan")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -62,9 +63,7 @@ def tabular_board(tabular_policy) -> Leaderboard:
     update = cases.batch(tabular_policy, num_prompts=6, group_size=4)
     probe = cases.batch(tabular_policy, num_prompts=4, group_size=2, seed=5)
     step = reconstruct_step(tabular_policy, update)
-    return rank_criteria(
-        tabular_policy, step, probe, options=RankingOptions(baseline="none", num_resamples=20)
-    )
+    return rank_criteria(tabular_policy, step, probe, options=RankingOptions(baseline="none"))
 
 
 def test_the_tabular_criterion_is_perfect_on_a_tabular_policy(tabular_board):
@@ -155,6 +154,34 @@ def test_columns_are_influences_and_halves_make_the_whole(case):
         np.testing.assert_allclose(truth.values, np.concatenate(shares.tokens), rtol=1e-9, atol=1e-15)
         np.testing.assert_allclose(truth.halves.mean(0), truth.values, rtol=1e-9, atol=1e-15)
         assert not np.allclose(truth.halves[0], truth.halves[1])
+        assert truth.folds.shape == (4, len(truth.values)), "a fold for each prompt where those are few"
+        np.testing.assert_array_equal(np.bincount(truth.probe_fold), [2, 2, 2, 2])
+        np.testing.assert_allclose(
+            truth.without_folds, (4 * truth.values - truth.folds) / 3, rtol=1e-9, atol=1e-15
+        )
+        np.testing.assert_allclose(truth.halves[1], truth.folds[1::2].mean(0), rtol=1e-9, atol=1e-15)
+
+
+def test_a_fold_is_to_first_order_what_its_prompts_alone_give(case):
+    """Per token and on policy the mean length is a fold's own, too: explicit means, 2 folds of 5 prompts."""
+    policy, step, _ = case
+    probe = cases.batch(policy, num_prompts=5, group_size=2, seed=11)
+    options = GroundTruthOptions(baseline="none", num_folds=3)
+    truth = by_name(ground_truths(policy, step, probe, options=options))["column_sgd_fixed_prefix"]
+    assert sorted(np.bincount(truth.probe_fold)) == [4, 6]
+    weights = torch.from_numpy(step.update.flat(step.token_weights))
+    logprobs = jacobians(policy, step.update)[0]
+    entropies = jacobians(policy, probe)[1]
+    lengths = probe.num_tokens
+    first = np.cumsum([0, *lengths])
+    sums = torch.stack([entropies[a:b].sum(0) for a, b in itertools.pairwise(first)])
+    whole = sums.sum(0) / lengths.sum()
+    for fold in (0, 1):
+        own = truth.probe_fold == fold
+        excess = sums[own].sum(0) - whole * lengths[own].sum()
+        slope = whole + excess / (own.sum() * lengths.mean())
+        expected = weights * (logprobs @ slope)
+        np.testing.assert_allclose(truth.folds[fold], expected, rtol=1e-7, atol=1e-12)
 
 
 def test_a_part_of_the_diagonal_and_tokens_without_weight(case):
@@ -196,7 +223,7 @@ def test_a_criterion_of_ones_own(case):
         step,
         probe,
         criteria=[*controls, mine],
-        options=RankingOptions(baseline="none", num_resamples=30),
+        options=RankingOptions(baseline="none"),
     )
     row = board.row("mine", truth)
     assert row.spearman.value == pytest.approx(1)
@@ -222,8 +249,8 @@ def test_what_is_stored(tabular_board, tmp_path):
     assert len(ranked) == len(data["rows"])
     assert {r["criterion"] for r in data["rows"]} == names
     for r in data["rows"]:
-        given_probe = "conditional on the probe batch" in r["spearman"]["method"]
-        assert given_probe == (r["truth"] == "column"), "rows and diagonals are of the update batch alone"
+        both_ways = r["spearman"]["method"] == "jackknife over 6 update prompts and 4 probe prompts"
+        assert both_ways == (r["truth"] == "column"), "rows and diagonals are of the update batch alone"
     row = next(r for r in data["rows"] if r["criterion"] == "cov_batch" and r["truth"] == "column")
     assert row["quantity"] == "entropy"
     assert set(row["captured"]) == {"0.0002", "0.01", "0.1"}
@@ -245,6 +272,8 @@ def test_what_is_stored(tabular_board, tmp_path):
     assert len(tables) == len(data["tables"]) == 8 + 6
     for table in data["tables"]:
         assert (table["reliability"] is None) == (table["truth"] != "column")
+        if table["reliability"] is not None:
+            assert "conditional on the probe batch" in table["reliability"]["method"]
     text = tabular_board.report().to_json()
     assert Criteria.from_json(text, "criteria.json").to_json() == text
     path = tmp_path / "criteria_tokens.parquet"

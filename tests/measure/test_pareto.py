@@ -77,7 +77,7 @@ def test_dropping_what_lowers_the_entropy_keeps_entropy(case):
         gradient(policy, step.update, weighted_logprobs(step.token_weights)),
         {},
     )
-    board = rank_criteria(policy, step, probe, options=RankingOptions(baseline="none", num_resamples=20))
+    board = rank_criteria(policy, step, probe, options=RankingOptions(baseline="none"))
     truth = board.truth("column", "adamw", "on_policy")
     exact = truth.values
     rules = drop_rules(board, reward_influence=-truth.halves, criteria=("disc_v", "top_ent_mask"))

@@ -151,7 +151,7 @@ def test_one_update_batch_and_lone_repeats_are_said_to_be_so(tmp_path: Path) -> 
     assert still in held.source
     assert still not in drawn.source
     assert still not in lone.source
-    assert "One measurement each; error bars: 95 %, bootstrap" in lone.source.replace("\u00a0", " ")
+    assert "One measurement each; error bars: 95 %, over update prompts" in lone.source.replace("\u00a0", " ")
     assert "standard errors of the mean" not in lone.source
 
 

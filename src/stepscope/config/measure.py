@@ -171,15 +171,13 @@ class CriteriaConfig(Section):
     Attributes:
         diagonal_tokens: most tokens whose effect on their own position is computed; each costs two gradients.
         micro_batch_size: sequences over which criteria of the public code that centre per micro-batch do so.
-        resamples: bootstrap resamples of the update prompts.
         drop_shares: shares of the tokens that rules of the kind "drop these tokens" may drop; each rule and
             share is a step taken again. An empty list leaves them out.
-        seed: of the resamples, of the choice of diagonal tokens and of the random rule.
+        seed: of the folds of the probe, of the choice of diagonal tokens and of the random rule.
     """
 
     diagonal_tokens: int = Field(default=512, ge=3, le=4096)
     micro_batch_size: int = Field(default=8, ge=1)
-    resamples: int = Field(default=200, ge=20)
     drop_shares: list[float] = Field(default_factory=_two_shares)
     seed: int = Field(default=0, ge=0)
 

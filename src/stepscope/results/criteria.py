@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from stepscope.results.records import FloatArray, IntArray, Record
 from stepscope.results.tables import Table
@@ -145,6 +145,8 @@ class Criteria(Record):
         definitions: of the criteria, by name.
         properties: regressions of influence on properties of tokens and sequences.
     """
+
+    format_version: ClassVar[int] = 2
 
     truths: tuple[str, ...]
     preconditioners: tuple[str, ...]

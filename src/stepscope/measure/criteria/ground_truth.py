@@ -13,14 +13,15 @@ are per unit of lr. Rows and columns are forward-mode derivatives, the diagonal 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch import Tensor
 
 from stepscope.errors import BatchError
-from stepscope.measure.influence.probe_gradient import probe_gradient
+from stepscope.measure.influence.attribution import NUM_FOLDS, token_products
+from stepscope.measure.influence.probe_gradient import ProbeGradient, fitting_groups, probe_gradient
 from stepscope.measure.kernel.fisher import split_tokens
 from stepscope.measure.quantity.base import VERSIONS, make_quantity
 from stepscope.measure.quantity.probe import bind_quantity
@@ -33,7 +34,7 @@ from stepscope.policy.gradients.stream import SequenceGradients
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
-from stepscope.results import FloatArray, IntArray, Rollouts
+from stepscope.results import BoolArray, FloatArray, IntArray, Rollouts
 
 TRUTHS = ("column", "row", "diagonal")
 PRECONDITIONERS = ("sgd", "adamw")
@@ -51,8 +52,9 @@ class GroundTruth:
         chosen: tokens it ranks, counted over the batch: all positions for rows; for columns those with a
             token weight, since the others have no effect; for diagonals a random part of those.
         method: in words.
-        halves: (2, tok) the same from each half of the probe prompts; None where no probe batch enters.
-        probe_half: (probe seq,) which half of the probe prompts each probe sequence is in; None likewise.
+        folds: (fold, tok) the same from each of a few folds of the probe prompts, an even number; None where
+            no probe batch enters.
+        probe_fold: (probe seq,) fold of each probe sequence; None likewise.
     """
 
     kind: str
@@ -61,8 +63,31 @@ class GroundTruth:
     values: FloatArray
     chosen: IntArray
     method: str
-    halves: FloatArray | None = None
-    probe_half: IntArray | None = None
+    folds: FloatArray | None = None
+    probe_fold: IntArray | None = None
+
+    @property
+    def probe_half(self) -> IntArray | None:
+        """(probe seq,) which half of the probe prompts each probe sequence is in: even or odd folds."""
+        return None if self.probe_fold is None else self.probe_fold % 2
+
+    @property
+    def halves(self) -> FloatArray | None:
+        """(2, tok) the truth from each half of the probe prompts."""
+        return self._mixed(lambda fold, part: fold % 2 == part, 2)
+
+    @property
+    def without_folds(self) -> FloatArray | None:
+        """(fold, tok) the truth from all the probe prompts but those of each fold."""
+        return None if self.folds is None else self._mixed(lambda fold, part: fold != part, len(self.folds))
+
+    def _mixed(self, chosen: Callable[[IntArray, IntArray], BoolArray], count: int) -> FloatArray | None:
+        """(count, tok) the truth from the folds that are chosen for each part, weighted by their size."""
+        if self.folds is None or self.probe_fold is None:
+            return None
+        parts, folds = np.arange(count)[:, None], np.arange(len(self.folds))
+        weights = chosen(folds, parts) * np.bincount(self.probe_fold, minlength=len(self.folds))
+        return np.asarray(weights / weights.sum(1, keepdims=True) @ self.folds, dtype=np.float64)
 
     @property
     def name(self) -> str:
@@ -78,12 +103,16 @@ class GroundTruthOptions:
     Attributes:
         baseline: rung of the baseline ladder of the on-policy entropy's gradient.
         max_diagonal: most tokens whose diagonal is computed, drawn at random; at most 4096.
-        seed: of that draw and of the halves of the probe prompts.
+        num_folds: most folds of the probe prompts that columns are taken from one by one, which tells the
+            part of the probe in every error; even. Fewer where there are fewer prompts, or where their
+            gradients do not fit.
+        seed: of that draw and of the folds of the probe prompts.
         mode: how token derivatives are taken, see ``directional_derivative``.
     """
 
     baseline: str = "best"
     max_diagonal: int = 512
+    num_folds: int = NUM_FOLDS
     seed: int = 0
     mode: Mode = "auto"
 
@@ -98,8 +127,10 @@ def ground_truths(
 ) -> tuple[GroundTruth, ...]:
     """All truths about the tokens of ``step.update``.
 
-    Costs two gradient passes over the probe batch, ten forward-mode passes over the update batch, and two
-    gradient passes over as many sequences as the diagonal has tokens.
+    Costs three gradient passes over the probe batch, a forward-mode pass over the update batch for each fold
+    of the probe, metric and version and two more (34 with 8 folds), and two gradient passes over as many
+    sequences as the diagonal has tokens. Eight folds and not four: an error from four has three degrees of
+    freedom, and intervals are a third longer for it.
 
     Args:
         policy: where the step starts; not changed.
@@ -122,23 +153,22 @@ def ground_truths(
 def _columns(
     policy: Policy, step: Step, probe: Rollouts, version: str, options: GroundTruthOptions, budget: Budget
 ) -> list[GroundTruth]:
-    weights = step.update.flat(step.token_weights)
-    pushed = np.flatnonzero(weights)
-    parts, half = _halves(policy, step, probe, version, options, budget)
-    sizes = np.bincount(half, minlength=2)
+    pushed = np.flatnonzero(step.update.flat(step.token_weights))
+    slope = _by_fold(policy, step, probe, version, options, budget)
+    folds = slope.folds(slope.num_groups)
     found = []
     for name, metric in _metrics(step).items():
-        slopes = [_slopes(policy, step.update, part, metric, options.mode, budget) for part in parts]
-        halves = weights * np.stack(slopes)
+        pulled = slope.parts if metric is None else vectors.multiply(metric, slope.parts)
+        by_fold = token_products(policy, step, pulled, folds.mixing, mode=options.mode, budget=budget)
         found.append(
             GroundTruth(
                 kind="column",
                 preconditioner=name,
                 version=version,
-                values=sizes / sizes.sum() @ halves,
+                values=folds.shares @ by_fold,
                 chosen=pushed,
-                halves=halves,
-                probe_half=half,
+                folds=by_fold,
+                probe_fold=folds.labels,
                 method=f"influence of each token on the {version} entropy per token of {len(probe)} probe "
                 f"responses, per unit of lr, {_METRIC[name]}; {len(pushed)} tokens with a weight",
             )
@@ -213,36 +243,20 @@ def _entropies(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
     return outputs.entropies
 
 
-def _halves(
+def _by_fold(
     policy: Policy,
     step: Step,
     probe: Rollouts,
     version: str,
     options: GroundTruthOptions,
     budget: Budget,
-) -> tuple[list[dict[str, Tensor]], IntArray]:
-    """The entropy's gradient on each half of the probe prompts, and the half of each probe sequence."""
+) -> ProbeGradient:
+    """The entropy's gradient in folds of the probe prompts."""
     entropy = make_quantity("entropy", probe, version=version)
     bound = bind_quantity(
         policy, probe, entropy, direction=step.direction, baseline=options.baseline, budget=budget
     )
-    prompts = np.random.default_rng(options.seed).permutation(probe.num_prompts) % 2
-    half = prompts[probe.prompt_index]
-    slope = probe_gradient(policy, probe, bound, groups=half, errors=False, budget=budget)
-    sizes = np.bincount(half, minlength=2)
-    parts = [{n: t[h] / int(sizes[h]) for n, t in slope.parts.items()} for h in range(2)]
-    return parts, half
-
-
-def _slopes(
-    policy: Policy,
-    update: Rollouts,
-    slope: ParameterVector,
-    metric: Mapping[str, Tensor] | None,
-    mode: Mode,
-    budget: Budget,
-) -> FloatArray:
-    """(tok,) (P slope) . grad l_k."""
-    u = slope if metric is None else vectors.multiply(metric, slope)
-    found = directional_derivative(policy, update, response_logprob, u, mode=mode, budget=budget)
-    return update.flat([d.double().cpu().numpy() for d in found])
+    twice = replace(budget, memory_bytes=budget.memory_bytes // 2)  # the parts, and the parts times P
+    count = min(options.num_folds, probe.num_prompts, fitting_groups(policy, twice))
+    folds = np.random.default_rng(options.seed).permutation(probe.num_prompts) % max(2, count - count % 2)
+    return probe_gradient(policy, probe, bound, groups=folds[probe.prompt_index], budget=budget)

@@ -1,14 +1,15 @@
 """The leaderboard: cheap criteria against the measured effect of every token on the entropy.
 
 Truths are those of :mod:`stepscope.measure.criteria.ground_truth`. Signed criteria are compared with the
-truth, magnitude criteria with its size. Every figure has a bootstrap error over the update batch's prompts,
-and every criterion is compared with the best trivial control of its kind on the same resamples.
+truth, magnitude criteria with its size. Every figure has an error over the update batch's prompts and, where
+its truth was measured on a probe batch, over the probe's (:mod:`stepscope.measure.criteria.two_way`); every
+criterion is compared with the best trivial control of its kind on the same tokens and probes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,7 +23,9 @@ from stepscope.measure.criteria.ground_truth import (
     GroundTruthOptions,
     ground_truths,
 )
-from stepscope.measure.criteria.statistics import SHARES, Comparison, compare
+from stepscope.measure.criteria.statistics import SHARES, Comparison, compare, left_out
+from stepscope.measure.criteria.two_way import Scale, Way, two_way
+from stepscope.measure.quantity.importance_weights import effective_sample_size
 from stepscope.measure.step.reconstruct import Step
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
@@ -42,7 +45,13 @@ FEWEST = 3
 """A rank correlation needs at least so many items."""
 
 GIVEN_PROBE = ", conditional on the probe batch"
-"""What the errors are given, where a truth is measured on a probe batch."""
+"""What the error of the truth's own reliability is given: it compares the halves of one probe."""
+
+FEW_ITEMS = 10
+"""Sums over fewer items than this hang on single ones: their errors are not known."""
+
+FEW_CARRIERS = 20
+"""Nor are those of sums that fewer items than this carry, in effect."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -126,15 +135,13 @@ class Leaderboard(Brief):
 
 @dataclass(frozen=True, kw_only=True)
 class RankingOptions(GroundTruthOptions):
-    """How criteria are ranked; ``seed`` is also that of the resamples.
+    """How criteria are ranked; ``seed`` is also that of the groups of more than 64 update prompts.
 
     Attributes:
         micro_batch_size: sequences over which micro-batch criteria centre.
-        num_resamples: bootstrap resamples of the update prompts.
     """
 
     micro_batch_size: int = 8
-    num_resamples: int = 200
 
 
 def rank_criteria(
@@ -153,7 +160,7 @@ def rank_criteria(
         step: the step.
         probe: samples of the policy that are not in the update batch.
         criteria: what to rank; all known ones by default.
-        options: of the truths and of the resamples.
+        options: of the truths and of the criteria.
         budget: what may be used at a time.
 
     Raises:
@@ -172,7 +179,7 @@ def rank_criteria(
     tokens = [c for c in chosen if c.level == "token"]
     boards = _token_boards(facts, tokens, scores, truths) + _sequence_boards(facts, chosen, scores, truths)
     for board in boards:
-        _rank(board, options.num_resamples, options.seed, rows, summaries)
+        _rank(board, probe.num_prompts, options.seed, rows, summaries)
     return Leaderboard(
         rows=tuple(rows),
         truths=truths,
@@ -193,7 +200,8 @@ class _Board:
         scores: (criterion, item).
         truths: which truths.
         values: (truth, item).
-        halves: (truth, 2, item), nan where a truth has none.
+        halves: (truth, 2, item) the values from halves of the probe; None where no probe enters.
+        without: (truth, fold, item) the values without each fold of the probe; None likewise.
         clusters: (item,) prompts.
     """
 
@@ -202,7 +210,8 @@ class _Board:
     scores: FloatArray
     truths: Sequence[GroundTruth]
     values: FloatArray
-    halves: FloatArray
+    halves: FloatArray | None
+    without: FloatArray | None
     clusters: IntArray
 
 
@@ -217,15 +226,20 @@ def _token_boards(
     for kind in TRUTHS:
         own = [t for t in truths if t.kind == kind]
         items = own[0].chosen
+
+        def chosen(rows: FloatArray, items: IntArray = items) -> FloatArray:
+            return rows[:, items]
+
         if len(items) >= FEWEST and criteria:
             boards.append(
                 _Board(
                     "token",
                     criteria,
-                    np.stack([scores[c.name][items] for c in criteria]),
+                    chosen(np.stack([scores[c.name] for c in criteria])),
                     own,
-                    np.stack([t.values[items] for t in own]),
-                    np.stack([_halves(t)[:, items] for t in own]),
+                    chosen(np.stack([t.values for t in own])),
+                    _stacked([t.halves for t in own], chosen),
+                    _stacked([t.without_folds for t in own], chosen),
                     facts.prompt[facts.sequence[items]],
                 )
             )
@@ -249,40 +263,130 @@ def _sequence_boards(
         table = [
             scores[c.name] if c.level == "sequence" else facts.per_sequence(scores[c.name]) for c in ranked
         ]
-        halves = [np.stack([facts.per_sequence(h) for h in _halves(t)]) for t in own]
+
+        def summed(rows: FloatArray, items: IntArray = items) -> FloatArray:
+            return np.stack([facts.per_sequence(row) for row in rows])[:, items]
+
         boards.append(
             _Board(
                 "sequence",
                 ranked,
                 np.stack(table)[:, items],
                 own,
-                np.stack([facts.per_sequence(t.values) for t in own])[:, items],
-                np.stack(halves)[..., items],
+                summed(np.stack([t.values for t in own])),
+                _stacked([t.halves for t in own], summed),
+                _stacked([t.without_folds for t in own], summed),
                 facts.prompt[items],
             )
         )
     return boards
 
 
-def _halves(truth: GroundTruth) -> FloatArray:
-    return np.full((2, len(truth.values)), np.nan) if truth.halves is None else truth.halves
+def _stacked(
+    parts: Sequence[FloatArray | None], about: Callable[[FloatArray], FloatArray]
+) -> FloatArray | None:
+    """(truth, part, item) of the items of a board; None where the truths rest on no probe."""
+    known = [about(part) for part in parts if part is not None]
+    return np.stack(known) if known else None
+
+
+@dataclass(frozen=True)
+class _Errors:
+    """What makes estimates of a board's statistics.
+
+    Attributes:
+        found: the statistics of all items, then without each group of update prompts.
+        folded: those against the truths without each fold of the probe, truth by truth; None where no probe
+            enters.
+        values: (truth, item) of the board.
+        prompts: update prompts of the board.
+        probe_prompts: prompts of the probe.
+    """
+
+    found: Comparison
+    folded: Comparison | None
+    values: FloatArray
+    prompts: int
+    probe_prompts: int
+
+    def estimate(
+        self, statistic: Callable[[Comparison], FloatArray], t: int, *, unit: str, scale: Scale
+    ) -> Estimate:
+        """One statistic against truth ``t``.
+
+        Args:
+            statistic: its (resample, truth) values in a comparison.
+            t: which truth.
+            unit: of the statistic.
+            scale: of its interval.
+        """
+        draws = statistic(self.found)[:, t]
+        ways = [Way("update prompts", self.prompts, draws[1:])]
+        if self.folded is not None:
+            by_fold = statistic(self.folded)[0].reshape(self.found.best.shape[-1], -1)[t]
+            ways.append(Way("probe prompts", self.probe_prompts, by_fold))
+        return two_way(float(draws[0]), tuple(ways), unit=unit, scale=scale)
+
+    def captured(self, of: Callable[[Comparison], FloatArray], t: int) -> dict[str, Estimate]:
+        """The shares of the total against truth ``t`` by share of the items.
+
+        Args:
+            of: its (share, resample, truth) values in a comparison.
+            t: which truth.
+        """
+        sizes = np.abs(self.values[t])
+        doubt = _carried(sizes)
+        found = {}
+        for q, share in enumerate(SHARES):
+
+            def selected(comparison: Comparison, q: int = q) -> FloatArray:
+                shares: FloatArray = of(comparison)[q]
+                return shares
+
+            figure = self.estimate(selected, t, unit="share of the total", scale="share")
+            found[_label(share)] = figure.doubted(_few_items(share * len(sizes)), doubt)
+        return found
+
+
+def _few_items(selected: float) -> str:
+    return f"hangs on {max(1.0, selected):.2g} items, fewer than {FEW_ITEMS}" if selected < FEW_ITEMS else ""
+
+
+def _carried(weights: FloatArray) -> str:
+    """Why a sum over items says nothing of other batches: few items carry it; empty where many do."""
+    size = effective_sample_size(weights)
+    return (
+        f"{size:.2g} items carry the sum, in effect, fewer than {FEW_CARRIERS}" if size < FEW_CARRIERS else ""
+    )
 
 
 def _rank(
     board: _Board,
-    num_resamples: int,
+    probe_prompts: int,
     seed: int,
     rows: list[LeaderboardRow],
     summaries: list[GroundTruthSummary],
 ) -> None:
     signed = np.array([c.target == "signed" for c in board.criteria])
-    count = len(np.unique(board.clusters))
-    found = compare(
-        board.scores, signed, board.values, board.clusters, num_resamples=num_resamples, seed=seed
-    )
+    names, index = np.unique(board.clusters, return_inverse=True)
+    counts = left_out(index, seed)
+    found = compare(board.scores, signed, board.values, index, counts=counts, seed=seed)
+    folded = None
+    if board.without is not None:
+        truths = board.without.reshape(-1, board.values.shape[1])
+        folded = compare(board.scores, signed, truths, index)
+    errors = _Errors(found, folded, board.values, len(names), probe_prompts)
     for t, truth in enumerate(board.truths):
         for c in range(len(board.criteria)):
-            rows.append(_row(board, found, c, t, count))
+            rows.append(_row(board, errors, c, t))
+        reliability = None
+        if board.halves is not None:
+            first, second = board.halves[t]
+            halves = compare(first[None], np.array([True]), second[None], index, counts=counts, seed=seed)
+            given = _Errors(halves, None, board.values, len(names), probe_prompts)
+            reliability = given.estimate(
+                lambda x: x.spearman[:, 0], 0, unit="correlation", scale="correlation"
+            )
         summaries.append(
             GroundTruthSummary(
                 level=board.level,
@@ -291,22 +395,31 @@ def _rank(
                 version=truth.version,
                 num_items=board.values.shape[1],
                 method=truth.method + ("" if board.level == "token" else "; summed over each response"),
-                best_possible={
-                    _label(share): _estimate(found.best[q, :, t], count, "share of the total", truth)
-                    for q, share in enumerate(SHARES)
-                },
-                reliability=_reliability(board, t, num_resamples, seed, count),
+                best_possible=errors.captured(lambda x: x.best, t),
+                reliability=reliability and replace(reliability, method=reliability.method + GIVEN_PROBE),
             )
         )
 
 
-def _row(board: _Board, found: Comparison, c: int, t: int, count: int) -> LeaderboardRow:
+def _row(board: _Board, errors: _Errors, c: int, t: int) -> LeaderboardRow:
     criterion, truth = board.criteria[c], board.truths[t]
-    control = _best_control(board, found, c, t)
+    control = _best_control(board, errors.found, c, t)
     gain = None
     if control is not None and criterion.kind != "control":
-        other = found.spearman[:, control, t]
-        gain = _estimate(found.spearman[:, c, t] - np.sign(other[0]) * other, count, "correlation", truth)
+        turn = np.sign(errors.found.spearman[0, control, t])
+        gain = errors.estimate(
+            lambda x: x.spearman[:, c] - turn * x.spearman[:, control],
+            t,
+            unit="correlation",
+            scale="difference",
+        )
+
+    def correlation(of: Callable[[Comparison], FloatArray]) -> Estimate:
+        return errors.estimate(lambda x: of(x)[:, c], t, unit="correlation", scale="correlation")
+
+    def share(of: Callable[[Comparison], FloatArray], unit: str) -> Estimate:
+        return errors.estimate(lambda x: of(x)[:, c], t, unit=unit, scale="share")
+
     return LeaderboardRow(
         quantity="entropy",
         criterion=criterion.name,
@@ -316,19 +429,14 @@ def _row(board: _Board, found: Comparison, c: int, t: int, count: int) -> Leader
         truth=truth.kind,
         preconditioner=truth.preconditioner,
         version=truth.version,
-        spearman=_estimate(found.spearman[:, c, t], count, "correlation", truth),
-        kendall=_estimate(found.kendall[:, c, t], count, "correlation", truth),
-        pearson=_estimate(found.pearson[:, c, t], count, "correlation", truth),
-        captured={
-            _label(share): _estimate(found.captured[q, :, c, t], count, "share of the total", truth)
-            for q, share in enumerate(SHARES)
-        },
+        spearman=correlation(lambda x: x.spearman),
+        kendall=correlation(lambda x: x.kendall),
+        pearson=correlation(lambda x: x.pearson).doubted(_carried(board.values[t] ** 2)),
+        captured=errors.captured(lambda x: x.captured[:, :, c], t),
         sign_agreement=(
-            _estimate(found.sign_agreement[:, c, t], count, "share of items", truth)
-            if criterion.target == "signed"
-            else None
+            share(lambda x: x.sign_agreement, "share of items") if criterion.target == "signed" else None
         ),
-        auc=_estimate(found.auc[:, c, t], count, "probability", truth),
+        auc=share(lambda x: x.auc, "probability"),
         gain_over_control=gain,
         best_control=None if control is None else board.criteria[control].name,
     )
@@ -345,42 +453,5 @@ def _best_control(board: _Board, found: Comparison, c: int, t: int) -> int | Non
     return max(known, key=known.__getitem__) if known else None
 
 
-def _reliability(board: _Board, t: int, num_resamples: int, seed: int, count: int) -> Estimate | None:
-    first, second = board.halves[t]
-    if not np.isfinite(first).all():
-        return None
-    halves = compare(
-        first[None],
-        np.array([True]),
-        second[None],
-        board.clusters,
-        num_resamples=num_resamples,
-        seed=seed,
-    ).spearman[:, 0, 0]
-    return _estimate(halves, count, "correlation", board.truths[t])
-
-
 def _label(share: float) -> str:
     return f"{share:g}"
-
-
-def _estimate(draws: FloatArray, count: int, unit: str, truth: GroundTruth) -> Estimate:
-    """The first entry with the spread of the others; what no resample or too few prompts give is flagged."""
-    value, others = float(draws[0]), draws[1:][np.isfinite(draws[1:])]
-    reason = ""
-    if not np.isfinite(value):
-        reason = "undefined: the criterion or the truth is the same for all"
-    elif count < 2:
-        reason = f"{count} prompt: an error needs at least two"
-    elif len(others) < 0.9 * (len(draws) - 1):
-        reason = f"undefined in {len(draws) - 1 - len(others)} of {len(draws) - 1} resamples"
-    stderr = float(others.std(ddof=1)) if count > 1 and len(others) > 1 else float("nan")
-    return Estimate(
-        value,
-        stderr,
-        count,
-        unit,
-        f"bootstrap over {count} update prompts" + ("" if truth.halves is None else GIVEN_PROBE),
-        reliable=not reason,
-        reason=reason,
-    )

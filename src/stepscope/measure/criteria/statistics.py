@@ -1,8 +1,8 @@
-"""How well scores rank a truth: correlations, captured shares and agreement, resampled by prompt.
+"""How well scores rank a truth: correlations, captured shares and agreement, with and without each prompt.
 
 Every statistic is computed for the batch and for resamples of its prompts at once. A resample is a number of
-copies per prompt, so a statistic of it is a weighted statistic of the batch: ranks are cumulative weights in
-an order that is sorted once, and no resample is ever sorted.
+copies per prompt (0 or 1 where groups of prompts are left out), so a statistic of it is a weighted statistic
+of the batch: ranks are cumulative weights in an order that is sorted once, and no resample is ever sorted.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ LARGE = 0.1
 
 MOST_IN_PAIRS = 512
 """Most items whose pairs enter the error of Kendall's tau; more are thinned at random."""
+
+MOST_GROUPS = 64
+"""Most groups of prompts that are left out one by one; more prompts are pooled at random."""
 
 BLOCK = 2_000_000
 """Most numbers in one (resample, item) array."""
@@ -53,12 +56,21 @@ class Comparison:
     best: FloatArray
 
 
-def resample_counts(clusters: IntArray, num_resamples: int, seed: int) -> FloatArray:
-    """(1 + resample, cluster) copies of each cluster: once each first, then drawn with replacement."""
+def left_out(clusters: IntArray, seed: int = 0) -> FloatArray:
+    """(1 + group, cluster) copies of each cluster: once each first, then none of each group's in turn.
+
+    Of one cluster only the first: nothing is left without it.
+
+    Args:
+        clusters: (item,) prompt of each item, 0, 1, ...
+        seed: of the groups, where there are more than 64 prompts.
+    """
     count = int(clusters.max()) + 1
-    generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(count, np.full(count, 1 / count), size=num_resamples)
-    return np.concatenate([np.ones((1, count)), drawn]).astype(np.float64)
+    groups = np.arange(count)
+    if count > MOST_GROUPS:
+        groups = np.random.default_rng(seed).permutation(count) % MOST_GROUPS
+    kept = groups != np.arange(min(count, MOST_GROUPS) if count > 1 else 0)[:, None]
+    return np.concatenate([np.ones((1, count)), kept]).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -128,7 +140,7 @@ def compare(
     truths: FloatArray,
     clusters: IntArray,
     *,
-    num_resamples: int = 200,
+    counts: FloatArray | None = None,
     seed: int = 0,
 ) -> Comparison:
     """Statistics of scores against truths, for the batch and for resamples of its prompts.
@@ -138,11 +150,11 @@ def compare(
         signed: (score,) True: compared with the truth; False: compared with its magnitude.
         truths: (truth, item).
         clusters: (item,) prompt of each item.
-        num_resamples: resamples of prompts.
-        seed: of the resamples.
+        counts: (resample, cluster) copies of each prompt, see :func:`left_out`; the batch alone by default.
+        seed: of the thinning for Kendall's tau.
     """
-    _, index = np.unique(clusters, return_inverse=True)
-    counts = resample_counts(index, num_resamples, seed)
+    names, index = np.unique(clusters, return_inverse=True)
+    counts = np.ones((1, len(names))) if counts is None else counts
     shape = (len(counts), len(scores), len(truths))
     spearman, auc = np.full(shape, np.nan), np.full(shape, np.nan)
     captured = np.full((len(SHARES), *shape), np.nan)

@@ -170,10 +170,7 @@ def probe_gradient(
         budget: what may be used at a time.
     """
     if groups is None:
-        per_group = sum(p.numel() * max(4, p.element_size()) for p in policy.parameters.values())
-        groups = _grouping(
-            rollouts.prompt_index, min(max_groups, max(1, budget.memory_bytes // per_group - 2))
-        )
+        groups = _grouping(rollouts.prompt_index, min(max_groups, fitting_groups(policy, budget)))
     gradients = SequenceGradients(
         rollouts, quantity_objective(probe), as_trained=False, keep_logits=probe.quantity.needs_logits
     )
@@ -189,6 +186,12 @@ def probe_gradient(
         groups=groups,
         by_prompt=int(groups.max()) + 1 == rollouts.num_prompts,
     )
+
+
+def fitting_groups(policy: Policy, budget: Budget) -> int:
+    """Most groups whose gradients the budget's memory holds, beside two more vectors; at least one."""
+    per_group = sum(p.numel() * max(4, p.element_size()) for p in policy.parameters.values())
+    return max(1, budget.memory_bytes // per_group - 2)
 
 
 def _grouping(prompts: Sequence[int] | IntArray, most: int) -> IntArray:

@@ -35,7 +35,6 @@ def criteria(session: Session) -> Figures:
             baseline=config.baseline,
             max_diagonal=config.criteria.diagonal_tokens,
             micro_batch_size=config.criteria.micro_batch_size,
-            num_resamples=config.criteria.resamples,
             seed=config.criteria.seed,
         ),
         budget=session.budget,

@@ -33,6 +33,9 @@ CAPTION = (
 )
 """What the columns of a leaderboard are."""
 
+OVER = "over update prompts and, where the truth was measured on a probe, over probe prompts"
+"""What the errors of a standing are over."""
+
 _CHOICES: Mapping[str, tuple[str, Mapping[str, str]]] = {
     "level": ("of", {"token": "tokens", "sequence": "sequences"}),
     "target": ("predicting", {"signed": "effects with their sign", "magnitude": "sizes of effects"}),
@@ -59,8 +62,8 @@ def section(measurement: Measurement, room: Room) -> Section | None:
         [Entry(row, row.best_control or "") for row in found.rows],
         found.shares,
         found.definitions,
-        f"{CAPTION} ± is one standard error, by bootstrap over update prompts. Gain: Spearman less "
-        "|Spearman| of the best trivial control, same resamples.",
+        f"{CAPTION} ± is one standard error, {OVER}. Gain: Spearman less "
+        "|Spearman| of the best trivial control, on the same tokens and probes.",
     )
     ranked = _ranked(found.rows)
     figures = [_standings_figure(ranked[:_SHOWN])] if ranked else []
@@ -253,7 +256,7 @@ def _standings_figure(ranked: Sequence[LeaderboardRow]) -> style.Figure:
     caption = (
         f"The {len(rows)} criteria that follow the influence of the update batch's tokens on the on-policy "
         "entropy best, sign included, through the whole kernel and the optimizer's preconditioner. Error "
-        "bars: 95 %, bootstrap over update prompts, given the probe: what the probe adds is not in them."
+        f"bars: 95 %, {OVER}."
     )
     names = [row.criterion for row in rows]
     return style.figure(

@@ -11,7 +11,7 @@ from typing import Any
 from stepscope.report import style, text
 from stepscope.report.load import StudyPage
 from stepscope.report.parts import Section
-from stepscope.report.sections.criteria import CAPTION, PRIMARY, Entry, agrees, make_board, truth_words
+from stepscope.report.sections.criteria import CAPTION, OVER, PRIMARY, Entry, agrees, make_board, truth_words
 from stepscope.report.tables import Board
 from stepscope.results.study import StudyLeaderboard, StudyStanding
 from stepscope.stats import Estimate
@@ -59,7 +59,7 @@ def _board(study: StudyPage, found: StudyLeaderboard, rows: Sequence[StudyStandi
     what = (
         f"Mean over {repeats} repeats ± the standard error of that mean, {study.report.spread}."
         if repeats > 1
-        else "± is one standard error, by bootstrap over update prompts."
+        else f"± is one standard error, {OVER}."
     )
     still = (
         " Rows and diagonals do not depend on the probe batch, so that repeats of one update batch agree."
@@ -127,7 +127,7 @@ def _by_checkpoint(study: StudyPage, rows: Sequence[StudyStanding], key: str) ->
     what = (
         f"Mean over {repeats} repeats; error bars: 95 % interval of the mean, {study.report.spread}"
         if repeats > 1
-        else "One measurement each; error bars: 95 %, bootstrap over update prompts, given the probe"
+        else f"One measurement each; error bars: 95 %, {OVER}"
     )
     caption = (
         f"Truth: {words}. The criteria of the literature (in colour) and the trivial controls (grey, open) "
