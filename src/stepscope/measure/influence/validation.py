@@ -95,7 +95,8 @@ class Remade:
         single_index: (single,) sequences left out, or reweighted, one at a time.
         single_true: (single,) change under the full step minus that without the sequence.
         reweighted_true: (single,) derivative of the change with respect to the sequence's relative weight;
-            none where advantages are recomputed.
+            none where advantages are recomputed, and none of an optimizer whose step has no derivative that
+            differences find: Lion's is a sign, and Muon's is computed in bfloat16.
         subset_folds: (fold, subset) ``subset_true`` on each fold of the probe alone.
         single_folds: (fold, single) the same of ``single_true``.
     """
@@ -164,11 +165,13 @@ def remake_steps(
     without = np.ones((len(singles), count), dtype=bool)
     without[np.arange(len(singles)), singles] = False
     masks = np.concatenate([np.ones((1, count), dtype=bool), subsets, without])
+    assert policy.optimizer is not None
+    reweighted = options.removal == "zeroed" and not policy.optimizer.nonlinear
     if options.removal == "zeroed":
         per_unit, shares = step.token_weights, masks.astype(np.float64)
-        little = np.ones((len(singles), count))
-        little[np.arange(len(singles)), singles] = 0.0
-        shares = np.concatenate([shares, 1 + REWEIGHTING * (1 - little), 1 - REWEIGHTING * (1 - little)])
+        little = REWEIGHTING * ~without
+        if reweighted:
+            shares = np.concatenate([shares, 1 + little, 1 - little])
     else:
         per_unit, shares = _unit_weights(policy, step), _advantages_within(policy, step.update, masks)
     gradients = weighted_gradients(
@@ -178,7 +181,7 @@ def remake_steps(
     parts = np.cumsum([1, len(subsets), len(singles), len(singles)])
     whole, halves, alone, more, less = np.split(truth, parts)
     whole_folds, halves_folds, alone_folds, *_ = np.split(by_fold, parts, axis=1)
-    if options.removal == "recomputed":
+    if not reweighted:
         more = less = np.empty(0)
     return Remade(
         quantity=found.quantity,
