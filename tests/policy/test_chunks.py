@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,29 @@ def test_a_hostile_file_is_an_error_and_nothing_else(sharded: Path, tmp_path: Pa
         assert any(f.level == "fail" for f in inspect_checkpoint(folder))
     assert not witness.exists()
     assert not Path("/tmp/stepscope-was-here").exists()
+
+
+@few(40)
+@given(place=st.integers(0, 10**6), bit=st.integers(0, 7), cut=st.booleans())
+def test_no_damage_to_a_directory_gives_a_traceback(
+    sharded: Path, tmp_path_factory: pytest.TempPathFactory, place: int, bit: int, cut: bool
+) -> None:
+    folder = tmp_path_factory.mktemp("damaged")
+    for file in (sharded / "shards").iterdir():
+        (folder / file.name).symlink_to(file)
+    content = bytearray((folder / ".metadata").read_bytes())
+    place %= len(content)
+    if cut:
+        del content[place:]
+    else:
+        content[place] ^= 1 << bit
+    (folder / ".metadata").unlink()
+    (folder / ".metadata").write_bytes(content)
+    with suppress(CheckpointError):
+        found = sort_items(read_directory(folder))
+        optimizer_dict(found, where=str(folder))
+        for tensor in found.others.values():
+            tensor[...]
 
 
 def test_a_tensor_is_read_as_it_was_saved(tmp_path: Path) -> None:

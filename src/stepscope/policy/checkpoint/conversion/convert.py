@@ -25,11 +25,13 @@ from stepscope.policy.checkpoint.formats.plain import Plain
 from stepscope.policy.checkpoint.formats.registry import checkpoint_folder, format_of, formats_in
 from stepscope.policy.checkpoint.load import load_checkpoint, read_settings
 from stepscope.policy.checkpoint.manifest import MANIFEST, write_manifest
-from stepscope.policy.checkpoint.models import quiet
+from stepscope.policy.checkpoint.models import TOKENIZER_FILES, quiet
 from stepscope.policy.checkpoint.optimizer_state import OPTIMIZER_FILE
 from stepscope.policy.checkpoint.settings.training_args import TRAINING_ARGS_FILE
 from stepscope.policy.loss.settings import SETTINGS_FILE, UNKNOWN
 from stepscope.policy.state import Policy
+
+_TOKENIZER = (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "chat_template*")
 
 _CARRIED = (SETTINGS_FILE, TRAINING_ARGS_FILE, TRAINER_STATE, "scheduler.pt")
 """Files that mean the same in every layout; those of the run's folder count for its checkpoints."""
@@ -96,7 +98,7 @@ def _written(folder: Path, partial: Path) -> list[str]:
             lost += write_adapter(model, folder, partial, _half(policy))
         else:
             model.save_pretrained(partial)
-        policy.tokenizer.save_pretrained(partial)
+        _write_tokenizer(policy.tokenizer, partial)
     torch.save(state, partial / OPTIMIZER_FILE)
     for name in _CARRIED:
         places = (folder,) if name == TRAINER_STATE else (folder, folder.parent)
@@ -117,6 +119,16 @@ def _written(folder: Path, partial: Path) -> list[str]:
     lost += _settings(folder, partial)
     _verify(policy, partial, precision)
     return lost
+
+
+def _write_tokenizer(tokenizer: Any, partial: Path) -> None:
+    """The files that it came from, which say more than the object; of a tokenizer from the hub, its own."""
+    source = Path(str(tokenizer.name_or_path))
+    if not source.is_dir():
+        tokenizer.save_pretrained(partial)
+        return
+    for file in {file for pattern in _TOKENIZER for file in source.glob(pattern) if file.is_file()}:
+        shutil.copyfile(file, partial / file.name)
 
 
 def _precision(types: tuple[str, ...]) -> str:
@@ -146,30 +158,38 @@ def _verify(policy: Policy, partial: Path, precision: str) -> None:
     """Read what was written and compare it with what was read, to the bit."""
     assert policy.optimizer is not None
     assert policy.optimizer.source is not None
-    again = load_checkpoint(partial, precision=precision, device="cpu", settings=UNKNOWN, keep_source=True)
+    try:
+        again = load_checkpoint(
+            partial, precision=precision, device="cpu", settings=UNKNOWN, keep_source=True
+        )
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{policy.path}: written anew it does not load ({error}); measure it as it is, and report its "
+            "format"
+        ) from error
     assert again.optimizer is not None
     assert again.optimizer.source is not None
     before, after = dict(policy.model.named_parameters()), dict(again.model.named_parameters())
     for name in sorted(before.keys() | after.keys()):
         if name not in before or name not in after or not torch.equal(before[name], after[name]):
-            raise _differs(partial, name)
+            raise _differs(policy, name)
     old, new = policy.optimizer.source.entries, again.optimizer.source.entries
     for name in sorted(old.keys() | new.keys()):
         if name not in old or name not in new or not same_state(old[name], new[name]):
-            raise _differs(partial, f"the state of {name}")
+            raise _differs(policy, f"the state of {name}")
     settings = [
         {name: {**vars(group), "names": ()} for group in each.optimizer.groups for name in group.names}
         for each in (policy, again)
         if each.optimizer is not None
     ]
     if settings[0] != settings[1] or policy.step != again.step:
-        raise _differs(partial, "the groups' settings or the number of steps")
+        raise _differs(policy, "the groups' settings or the number of steps")
 
 
-def _differs(partial: Path, what: str) -> CheckpointError:
+def _differs(policy: Policy, what: str) -> CheckpointError:
     return CheckpointError(
-        f"{partial}: {what} is not read back as it was in the source, so nothing is left there; measure the "
-        "source itself, and report its format"
+        f"{policy.path}: written anew, {what} is not what it was, so nothing is left of that; measure the "
+        "checkpoint as it is, and report its format"
     )
 
 
