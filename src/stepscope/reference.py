@@ -13,10 +13,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepscope.errors import MeasurementError
 from stepscope.policy.forward import TokenBatch, TokenOutputs, forward
+from stepscope.policy.numerics.attention import mathematical_attention
 from stepscope.policy.numerics.differentiation import whole_function
 from stepscope.policy.passes import Budget, sweep
 from stepscope.policy.rollouts import score_rollouts
@@ -265,7 +265,7 @@ def exact_derivatives(
     """First and second derivative of F(params + lr * direction) in lr at lr = 0, by reverse mode twice."""
     lr = torch.zeros((), dtype=policy.dtype, device=policy.device, requires_grad=True)
     params = {n: p.detach() for n, p in policy.parameters.items()}
-    with sdpa_kernel(SDPBackend.MATH), whole_function(policy.model):
+    with mathematical_attention(), whole_function(policy.model):
         moved = {n: p + lr * direction[n] if n in direction else p for n, p in params.items()}
         value = exact_value(
             policy,

@@ -21,8 +21,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
-PIECE_BYTES = 32 * 2**20
-"""Logits that are made at a time; a few times as much is held while they are normalised."""
+PIECE_BYTES = 32 * 2**20 + 1
+"""Logits that are made at a time, at least; a few times as much is held while they are normalised.
+
+Tensors of up to 32 MiB may come from glibc's heap, which does not give them back: three times the peak.
+"""
 
 T = TypeVar("T")
 Inside = Callable[[], AbstractContextManager[Any]]
@@ -88,9 +91,11 @@ class Head:
             with self.inside():
                 return self._run(lambda: say(self._logits(states, tokens), tokens))
 
-        again = torch.is_grad_enabled() and self.params is None
-        kept = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": _contexts}
-        run = partial(checkpoint, piece, **kept) if again else piece
+        run: Callable[..., tuple[Tensor, ...]] = piece
+        if torch.is_grad_enabled() and self.params is None:
+            run = partial(
+                checkpoint, piece, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts
+            )
         cuts = (torch.split(values, self.size, 1) for values in (hidden, ids))
         parts = [run(*rows) for rows in zip(*cuts, strict=True)]
         return tuple(torch.cat(columns, 1) for columns in zip(*parts, strict=True))
@@ -146,7 +151,7 @@ def head_of(
     if not isinstance(config, PreTrainedConfig):
         return None
     itemsize = torch.promote_types(next(model.parameters()).dtype, torch.float32).itemsize
-    size = max(1, PIECE_BYTES // (len(ids) * config.get_text_config().vocab_size * itemsize))
+    size = -(-PIECE_BYTES // (len(ids) * config.get_text_config().vocab_size * itemsize))
     if size >= ids.shape[1]:
         return None
     if whole not in _found:

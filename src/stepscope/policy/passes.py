@@ -6,15 +6,19 @@ Whatever runs a model over more sequences than fit at once does so through :func
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
+from weakref import WeakKeyDictionary
 
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from rich.console import Console
 from rich.progress import track as track_progress
-from torch import Tensor
+from torch import Tensor, nn
 
 from stepscope.errors import MeasurementError
 from stepscope.policy.forward import TokenBatch, make_batch
@@ -23,6 +27,8 @@ from stepscope.results import Rollouts
 
 T = TypeVar("T")
 _bars: list[str] = []  # the one on the terminal
+_most_tokens: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # padded, of a micro-batch of a model
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,17 +59,23 @@ class Budget:
             raise MeasurementError(f"max_sequences is {self.max_sequences}, expected at least 1")
 
 
-def track(items: Sequence[T], what: str, budget: Budget) -> Iterator[T]:
+def track(items: Iterable[T], what: str, budget: Budget, *, total: int | None = None) -> Iterator[T]:
     """The items one after the other, with a progress bar on standard error where the budget allows one.
 
     None is shown where standard error is no terminal, nor inside a loop that shows one.
+
+    Args:
+        items: what to go through.
+        what: title of the bar.
+        budget: whether one is shown.
+        total: how many there are, where they cannot be counted.
     """
     if not budget.progress or _bars or not sys.stderr.isatty():
         yield from items
         return
     _bars.append(what)
     try:
-        yield from track_progress(items, what, console=Console(stderr=True), transient=True)
+        yield from track_progress(items, what, total, console=Console(stderr=True), transient=True)
     finally:
         _bars.pop()
 
@@ -118,23 +130,95 @@ def sweep(
     *,
     budget: Budget,
     order: Sequence[int] | None = None,
+    divisible: bool = True,
     what: str = "",
 ) -> Iterator[tuple[TokenBatch, T]]:
     """The micro-batches, one at a time, each with what ``run`` makes of it.
 
+    Where the memory does not suffice for a micro-batch, it and all after it, in this sweep and later ones of
+    the model, have half its padded tokens, and a line says so.
+
     Args:
         policy: on whose device the micro-batches are.
         rollouts: the sequences.
-        run: called with one micro-batch after the other.
+        run: called with one micro-batch after the other; again with a part of one that ran out of memory.
         budget: how large they are.
         order: which sequences, in which order; default all, longest first.
+        divisible: whether a micro-batch may be run in parts.
         what: title of the progress bar; none is shown without.
+
+    Raises:
+        MeasurementError: the memory does not suffice for a single sequence, or for a micro-batch that is not
+            divisible.
     """
     chosen = by_length(rollouts) if order is None else order
-    pieces = cut(rollouts, chosen, budget)
-    for piece in track(pieces, what, budget) if what else pieces:
+    known = fitting(policy, budget) if divisible else budget
+    waiting = deque(cut(rollouts, chosen, known))
+
+    def pieces() -> Iterator[slice]:
+        while waiting:
+            yield waiting.popleft()
+
+    for piece in track(pieces(), what, budget, total=len(waiting)) if what else pieces():
         batch = gather(policy, rollouts, chosen[piece])
-        yield batch, run(batch)
+        found = _within_memory(run, batch, divisible and len(batch) > 1)
+        if found is None:
+            _learn(policy, batch)
+            waiting.clear()
+            smaller = cut(rollouts, chosen[piece.start :], fitting(policy, budget))
+            waiting.extend(slice(piece.start + s.start, piece.start + s.stop) for s in smaller)
+            continue
+        yield batch, found[0]
+
+
+def _within_memory(run: Callable[[TokenBatch], T], batch: TokenBatch, divisible: bool) -> tuple[T] | None:
+    """What a function makes of a micro-batch; None where the memory did not suffice.
+
+    Raises:
+        MeasurementError: the micro-batch is not divisible.
+    """
+    try:
+        return (run(batch),)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        if not divisible:
+            raise too_large(batch) from error
+    clear_device_cache(garbage_collection=True)
+    return None
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the memory did not suffice."""
+    found: bool = should_reduce_batch_size(error)
+    return found
+
+
+def too_large(batch: TokenBatch) -> MeasurementError:
+    """What to say where the memory does not suffice for a micro-batch that cannot be cut."""
+    count, length = batch.input_ids.shape
+    cure = "a smaller batch_size" if count > 1 else "--precision bfloat16, shorter responses"
+    return MeasurementError(
+        f"out of memory with {count} sequence(s) of {length} tokens at a time; use {cure}, or a device with "
+        "more memory"
+    )
+
+
+def _learn(policy: Policy, batch: TokenBatch) -> None:
+    """From now on micro-batches of a model have at most half the padded tokens of this one."""
+    _most_tokens[policy.model] = max(1, batch.input_ids.numel() // 2)
+    logger.warning(
+        "out of memory with %d sequences of %d tokens; going on with micro-batches of half the tokens",
+        *batch.input_ids.shape,
+    )
+
+
+def fitting(policy: Policy, budget: Budget) -> Budget:
+    """The budget within what is known of the memory that passes of this model take."""
+    known = _most_tokens.get(policy.model)
+    if known is None or (budget.max_tokens is not None and budget.max_tokens <= known):
+        return budget
+    return replace(budget, max_tokens=known)
 
 
 def sweep_rows(

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 
 from stepscope.errors import MeasurementError
 from stepscope.measure.quantity.base import Quantity
 from stepscope.policy.forward import TokenBatch, forward
+from stepscope.policy.numerics.attention import mathematical_attention
 from stepscope.policy.numerics.differentiation import whole_function
 from stepscope.policy.numerics.nested import SmoothActivations
 from stepscope.policy.passes import Budget, sweep, sweep_rows
@@ -174,7 +174,7 @@ def derivatives(
             return found
 
         whole = whole_function(policy.model)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), whole, _rules(order):
+        with torch.no_grad(), mathematical_attention(), whole, _rules(order):
             if order == 1:
                 return (slopes(zero),)
             with SmoothActivations():

@@ -278,18 +278,20 @@ class _Drift:
 
     def __init__(self, update: Rollouts) -> None:
         self.update = update
-        self.total = 0.0
-        self.count = 0
+        self.total = np.zeros(len(update))
+        self.count = np.zeros(len(update))
 
     def add(self, outputs: TokenOutputs, batch: TokenBatch) -> None:
-        """Take in one micro-batch."""
+        """Take in one micro-batch, anew where it is run again."""
         now = outputs.logprobs.detach().double().cpu()
-        self.total += float((now - batch.pad(self.update.logprobs, now)).abs().sum())
-        self.count += int(batch.response_mask.sum())
+        apart = (now - batch.pad(self.update.logprobs, now)).abs().sum(1)
+        rows = batch.seq_index.cpu()
+        self.total[rows] = apart
+        self.count[rows] = batch.response_mask.sum(1).cpu()
 
     def check(self) -> None:
         """Refuse a batch of another policy."""
-        mean = self.total / self.count
+        mean = float(self.total.sum() / self.count.sum())
         if not mean <= DRIFT_LIMIT:
             raise BatchError(
                 f"update batch: its log-probs differ from this policy's by {mean:.3g} nats per token on "

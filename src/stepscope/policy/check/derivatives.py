@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepscope.errors import MeasurementError
 from stepscope.policy.forward import TokenBatch, excluded_logit, forward
+from stepscope.policy.numerics.attention import mathematical_attention
 from stepscope.policy.numerics.differentiation import whole_function
 from stepscope.policy.state import Policy
 
@@ -92,7 +92,7 @@ def derivative_errors(
         logprobs = forward(policy.model, batch, temperature=temperature, params=here).logprobs
         return logprobs[mask]
 
-    with sdpa_kernel(SDPBackend.MATH), whole_function(policy.model):
+    with mathematical_attention(), whole_function(policy.model):
         zero = torch.zeros((), dtype=policy.dtype, device=policy.device)
         with torch.no_grad():
             both = torch.func.jvp(at, (zero,), (torch.ones_like(zero),))

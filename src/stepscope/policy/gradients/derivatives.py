@@ -10,10 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from stepscope.errors import MeasurementError
 from stepscope.policy.forward import TokenBatch, TokenOutputs, forward
+from stepscope.policy.numerics.attention import mathematical_attention
 from stepscope.policy.numerics.differentiation import frozen_padding, lacks_a_rule, whole_function
 from stepscope.policy.numerics.finiteness import first_not_finite
 from stepscope.policy.passes import Budget, sweep, sweep_rows
@@ -114,7 +114,7 @@ def directional_derivative(
             return objective(outputs, batch)
 
         meant = frozen_padding(policy.model) if as_trained else whole_function(policy.model)
-        with sdpa_kernel(SDPBackend.MATH), meant:
+        with mathematical_attention(), meant:
             if mode != "double_backward":
                 try:
                     return _forward_mode(value, params, tangent)

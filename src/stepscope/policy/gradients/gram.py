@@ -26,7 +26,7 @@ from stepscope.policy.gradients.stream import (
     coverage_of,
     stream,
 )
-from stepscope.policy.passes import Budget, by_length, cut, lengths
+from stepscope.policy.passes import Budget, by_length, cut, fitting, lengths
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import Rollouts
@@ -86,6 +86,7 @@ def grams(
         MeasurementError: a metric does not fit the policy, or the budget does not hold one sequence.
     """
     check_metrics(policy, metrics)
+    budget = fitting(policy, budget)
     order = by_length(gradients.rollouts)
     theirs = [] if other is None else by_length(other.rollouts)
     size = len(order) if budget.scratch else _block_size(policy, gradients.rollouts, budget)
@@ -144,7 +145,7 @@ def _square_at_once(
         for m, k in layer.square().items():
             square[m] += k
 
-    stream(policy, gradients, consume, budget=budget)
+    stream(policy, gradients, consume, divisible=False, budget=budget)
 
 
 def _stream_past(

@@ -135,7 +135,7 @@ def paired_dots(
             for metric, products in store.paired(gradient).items():
                 found[metric][block] += products.numpy()
 
-        stream(policy, second, consume, order=block, in_parts=True, budget=held)
+        stream(policy, second, consume, order=block, in_parts=True, divisible=False, budget=held)
     return found
 
 

@@ -21,7 +21,7 @@ from stepscope.policy.gradients.coverage import Coverage, NotSeparableError, cla
 from stepscope.policy.gradients.derivatives import Objective
 from stepscope.policy.gradients.layer_gradient import LayerGradient, Whole, matrix_shape
 from stepscope.policy.numerics.differentiation import has_detached_parts, whole_function
-from stepscope.policy.passes import Budget, sweep
+from stepscope.policy.passes import Budget, out_of_memory, sweep, too_large
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 
@@ -67,6 +67,7 @@ def stream(
     *,
     order: Sequence[int] | None = None,
     in_parts: bool = False,
+    divisible: bool = True,
     budget: Budget = Budget(),
 ) -> None:
     """Pass each sequence's gradient to ``consume``, parameter by parameter.
@@ -82,6 +83,7 @@ def stream(
         order: which sequences, in which order; default all, longest first.
         in_parts: a parameter may come several times per micro-batch, with what one use or some positions add;
             for whoever is linear in the gradients, and then no more than a part is held.
+        divisible: False where ``consume`` counts on all sequences of the budget's micro-batch at once.
         budget: how large micro-batches are.
 
     Raises:
@@ -92,15 +94,35 @@ def stream(
 
     def run(batch: TokenBatch) -> None:
         rows = slice(done, done + len(batch))
-        _differentiate(capture, batch, value, lambda gradient: consume(gradient, rows), in_parts=in_parts)
-        for gradient in _one_by_one(policy, coverage.slow, batch, value):
+        begun = False
+
+        def hand_over(gradient: LayerGradient) -> None:
+            nonlocal begun
+            begun = True
             consume(gradient, rows)
+
+        try:
+            _differentiate(capture, batch, value, hand_over, in_parts=in_parts)
+            for gradient in _one_by_one(policy, coverage.slow, batch, value):
+                hand_over(gradient)
+        except RuntimeError as error:
+            if begun and out_of_memory(error):  # what was handed over cannot be taken back
+                raise too_large(batch) from error
+            raise
 
     with nullcontext() if gradients.as_trained else whole_function(policy.model):
         coverage = coverage_of(policy, gradients.rollouts, as_trained=gradients.as_trained)
         capture = Capture(policy.model, coverage, policy.parameters)
         with capture.installed():
-            passes = sweep(policy, gradients.rollouts, run, budget=budget, order=order, what="gradients")
+            passes = sweep(
+                policy,
+                gradients.rollouts,
+                run,
+                budget=budget,
+                order=order,
+                divisible=divisible,
+                what="gradients",
+            )
             for batch, _ in passes:
                 done += len(batch)
 
