@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
+from transformers.optimization import Adafactor
 from trl import GRPOConfig
 from trl.experimental.gmpo import GMPOConfig
 from typer.testing import CliRunner
@@ -203,6 +205,16 @@ FURTHER: dict[str, tuple[Callable[[Path], None], bool | None, Sequence[str]]] = 
     "a frozen layer": (stepped_by(frozen_layer), False, ()),
     "transformers 4.49": (stepped_by(older_trainer), True, ()),
     "paged AdamW in 32 bits": (in_bitsandbytes(torch.float32), True, ()),
+    "AdamW in 8 bits": (
+        stepped_by(lambda m: bitsandbytes.optim.AdamW8bit(m.parameters(), lr=1e-3, min_8bit_size=64)),
+        True,
+        (),
+    ),
+    "transformers' Adafactor": (
+        stepped_by(lambda m: Adafactor(m.parameters(), lr=1e-3, scale_parameter=False, relative_step=False)),
+        True,
+        (),
+    ),
     "AdamW in 8 bits without its map": (in_bitsandbytes(torch.uint8), False, ()),
     "LoRA with a KL penalty": (
         adapted(LoraConfig(r=2, target_modules="all-linear")),
