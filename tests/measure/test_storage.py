@@ -86,6 +86,36 @@ def test_the_step_with_the_moments_before_encoding_lies_within_the_bounds(stored
     assert storage_figures(None, 3) == {}
 
 
+def test_earlier_encodings_have_lost_more_than_the_last() -> None:
+    """Against the moments of 32 bits after the same gradients: what no file tells."""
+    policy = cases.policy(dtype=torch.float64)
+    twins = {n: torch.nn.Parameter(p.detach().clone()) for n, p in policy.parameters.items()}
+    eight: Any = bitsandbytes.optim.AdamW8bit(policy.parameters.values(), lr=1e-3, min_8bit_size=1)
+    fine = torch.optim.AdamW(twins.values(), lr=1e-3)
+    for seed in range(30):
+        cases.take_step(policy, eight, cases.batch(policy, seed=seed))
+        for name, p in policy.parameters.items():
+            twins[name].grad = None if p.grad is None else p.grad.clone()
+        fine.step()
+    state = match_optimizer(
+        copy.deepcopy(eight.state_dict()), policy.model, where="here", dtype=torch.float64
+    )
+    policy = replace(policy, optimizer=state)
+    moments = {
+        key: {n: fine.state[p][key] for n, p in twins.items()}
+        for key in state.tensors()
+        if key in state.codes
+    }
+    step = cases.step(policy, seed=99)
+    found = storage_loss(policy, step)
+    assert found is not None
+    other = replace(policy, optimizer=replace(state, codes={}, **moments))
+    whole = assemble_step(other, step.update, step.token_weights, step.ascent, {})
+    lost = apart(step.direction, whole.direction)
+    assert 1.5 * found.direction < lost < 0.1
+    assert vectors.cosine(step.direction, whole.direction) > 0.998
+
+
 def test_every_coordinate_lies_within_its_corners(stored: tuple[Policy, Any]) -> None:
     """States drawn anywhere in the intervals, the ends included, are no farther than the bound."""
     policy, _ = stored
