@@ -93,6 +93,28 @@ def test_the_step_is_the_librarys(max_grad_norm: float) -> None:
         torch.testing.assert_close(step.direction[name], moved, rtol=1e-5, atol=1e-6)
 
 
+def test_parameters_in_bfloat16_are_rounded_once_by_a_step() -> None:
+    """The library computes in float32: where it ends is the number nearest to params + lr * direction."""
+    policy, optimizer = trained(dtype=torch.bfloat16)
+    state = of_cpu(matched(policy, optimizer)).optimizer
+    assert state is not None
+    assert not state.moment_types  # nothing in the state tells the type of the parameters
+    before = {n: p.detach().float() for n, p in policy.parameters.items() if p.grad is not None}
+    ascent = {n: 0.01 * torch.randn_like(p).bfloat16() for n, p in before.items()}
+    made = state.update(before, ascent, clip=1.0, lr=1e-2)
+    direction = vectors.add(made.made_of(ascent), *made.parts.values())
+    for name, own in ascent.items():
+        policy.parameters[name].grad = -own
+    optimizer.step()
+    for name, p in before.items():
+        expected = (p + 1e-2 * direction[name]).bfloat16()
+        moved = policy.parameters[name].detach()
+        assert not torch.equal(moved.float(), p)
+        # a sum on the edge between two numbers may fall to either
+        assert float((moved != expected).float().mean()) < 0.01
+        torch.testing.assert_close(moved, expected, rtol=2**-7, atol=0)
+
+
 def kernel(p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: int, group: Any) -> Tensor:
     """One step as ``kOptimizerStatic8bit2StateBlockwise`` takes it (``csrc/kernels.cu``), in float64."""
     b1, b2 = group["betas"]
