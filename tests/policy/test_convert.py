@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from typer.testing import CliRunner
 
 import cases
+import deepspeed_layout
 from stepscope import cli
 from stepscope.errors import CheckpointError, RunFolderError
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy.check.inspection import inspect_checkpoint
 from stepscope.policy.checkpoint.conversion.convert import convert
 from stepscope.policy.checkpoint.conversion.state import numbered_state
-from stepscope.policy.checkpoint.load import load_checkpoint
+from stepscope.policy.checkpoint.load import load_checkpoint, read_settings
 from stepscope.policy.checkpoint.manifest import damage
 from stepscope.policy.checkpoint.models import load_model
 from stepscope.policy.checkpoint.optimizer_state import match_optimizer, state_by_name
@@ -210,3 +211,11 @@ def test_a_base_that_is_nowhere_else_is_written_too(tokenizer: Any, tmp_path: Pa
     assert torch.equal(
         found.model.get_parameter("base_model.model.model.norm.weight"), torch.full((16,), 3.0)
     )
+
+
+def test_what_deepspeed_alone_knows_comes_along(tmp_path: Path) -> None:
+    plain, split = deepspeed_layout.folders(cases.model(), tmp_path, stage=3, world=2, clip=0.25)
+    convert(split, tmp_path / "step")
+    assert read_settings(tmp_path / "step").max_grad_norm == read_settings(split).max_grad_norm == 0.25
+    assert read_settings(plain).max_grad_norm != 0.25
+    assert_same(load_checkpoint(tmp_path / "step"), load_checkpoint(plain))

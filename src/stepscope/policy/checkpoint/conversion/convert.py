@@ -144,14 +144,21 @@ def _half(policy: Policy) -> torch.dtype | None:
 
 
 def _settings(folder: Path, partial: Path) -> list[str]:
-    """Settings that only the source's format can read, as a file of their own."""
-    if any((partial / name).is_file() for name in (SETTINGS_FILE, TRAINING_ARGS_FILE)):
-        return []
+    """Settings as the source's format reads them, in a file of their own where those copied say others."""
+    copied = any((partial / name).is_file() for name in (SETTINGS_FILE, TRAINING_ARGS_FILE))
     try:
-        read_settings(folder).save(partial)
+        known = read_settings(folder)
     except CheckpointError:
-        return ["the settings of the loss: nothing says them; give loss.KEY=VALUE to measure"]
-    return []
+        return (
+            [] if copied else ["the settings of the loss: nothing says them; give loss.KEY=VALUE to measure"]
+        )
+    try:
+        if read_settings(partial) == known:
+            return []
+    except CheckpointError:
+        pass
+    known.save(partial)
+    return [f"settings that only the source's format has: {SETTINGS_FILE} has all of them"] if copied else []
 
 
 def _verify(policy: Policy, partial: Path, precision: str) -> None:

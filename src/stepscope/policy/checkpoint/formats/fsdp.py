@@ -51,8 +51,7 @@ class FullState(Format):
     def holds(self, folder: Path) -> frozenset[Part]:
         """What files there are; settings beside either. Of no tensors at all, it has no weights."""
         found: set[Part] = set()
-        file = folder / WEIGHTS
-        if file.is_file() and (file.stat().st_size > _EMPTY or _tensors(folder)):
+        if _has_weights(folder):
             found |= {"weights", "settings"}
         if (folder / STATE).is_file():
             found |= {"optimizer", "settings"}
@@ -121,6 +120,17 @@ class FilePerProcess(Format):
 
     def _ranks(self, folder: Path) -> set[str]:
         return {found[1] for file in folder.glob("*_rank*.bin") if (found := _RANKS.fullmatch(file.name))}
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether there are tensors, or something that reading has to say."""
+    file = folder / WEIGHTS
+    if not file.is_file() or file.stat().st_size > _EMPTY:
+        return file.is_file()
+    try:
+        return bool(_tensors(folder))
+    except CheckpointError:
+        return True
 
 
 def _weights(folder: Path) -> dict[str, Tensor]:

@@ -1,0 +1,110 @@
+"""FSDP's full state: files that are hostile, damaged or empty are errors and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cases
+from stepscope.errors import CheckpointError
+from stepscope.policy.check.inspection import inspect_checkpoint
+from stepscope.policy.checkpoint.load import load_checkpoint
+from stepscope.policy.loss.settings import StepSettings
+
+WEIGHTS, STATE = "pytorch_model_fsdp.bin", "optimizer.bin"
+
+
+class Touches:
+    """What makes a file when it is unpickled."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> Any:
+        return eval, (f"open({str(self.witness)!r}, 'w')",)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound checkpoint; the writers' own files are in ``test_sharded.py``."""
+    folder = tmp_path_factory.mktemp("whole")
+    model = cases.model("qwen2")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved, names = optimizer.state_dict(), [n for n, _ in model.named_parameters()]
+    saved["state"] = {names[i]: entry for i, entry in saved["state"].items()}
+    saved["param_groups"][0]["params"] = names
+    torch.save(model.state_dict(), folder / WEIGHTS)
+    torch.save(saved, folder / STATE)
+    model.config.save_pretrained(folder)
+    cases.tokenizer().save_pretrained(folder)
+    StepSettings().save(folder)
+    assert load_checkpoint(folder).optimizer is not None
+    return folder
+
+
+def saved(file: str, content: Callable[[Path], Any]) -> Callable[[Path, Path], None]:
+    return lambda folder, witness: torch.save(content(witness), folder / file)
+
+
+def cut(file: str) -> Callable[[Path, Path], None]:
+    def apply(folder: Path, witness: Path) -> None:
+        (folder / file).write_bytes((folder / file).read_bytes()[:-3000])
+
+    return apply
+
+
+def packed(folder: Path, witness: Path) -> None:
+    with zipfile.ZipFile(folder / WEIGHTS) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(folder / WEIGHTS, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+        archive.writestr("archive/data/999", bytes(2**24))
+
+
+def strided(folder: Path, witness: Path) -> None:
+    """A number that claims to be 10^12 of them."""
+    weights = torch.load(folder / WEIGHTS, weights_only=True)
+    weights["model.norm.weight"] = torch.ones(1).expand(10**12)
+    torch.save(weights, folder / WEIGHTS)
+
+
+ATTACKS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
+    "weights that run": (saved(WEIGHTS, lambda w: {"a": Touches(w)}), r"fsdp\.bin: it holds builtins\.eval"),
+    "a state that runs": (saved(STATE, Touches), r"optimizer\.bin: the optimizer state is not plain tensors"),
+    "weights of text": (saved(WEIGHTS, lambda _: {"a": "b"}), "it holds no weights by name"),
+    "a list of weights": (saved(WEIGHTS, lambda _: [torch.ones(2)]), "it holds no weights by name"),
+    "no weights": (saved(WEIGHTS, lambda _: {}), r"fsdp\.bin: it is empty|no weights|cannot be loaded"),
+    "weights cut short": (cut(WEIGHTS), r"fsdp\.bin: damaged"),
+    "a state cut short": (cut(STATE), r"optimizer\.bin: damaged"),
+    "packed weights": (packed, "bytes unpacked from a file of"),
+    "a weight of 10^12 numbers": (strided, r"norm\.weight among them: got \(1000000000000,\)"),
+    "a state of groups alone": (saved(STATE, lambda _: {"param_groups": []}), "without 'state'"),
+    "another optimizer's numbers": (
+        saved(STATE, lambda _: {"state": {}, "param_groups": [{"params": [0], "lr": 1e-3}]}),
+        r"optimizer\.bin",
+    ),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_a_hostile_file_is_an_error_and_nothing_else(whole: Path, tmp_path: Path, attack: str) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "step"))
+    witness = tmp_path / "witness"
+    change, said = ATTACKS[attack]
+    change(folder, witness)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        load_checkpoint(folder)
+    assert "\n" not in str(caught.value)
+    if attack.endswith("run"):
+        assert any(f.level == "fail" for f in inspect_checkpoint(folder))
+    assert not witness.exists()
