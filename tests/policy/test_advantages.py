@@ -19,6 +19,8 @@ from stepscope.policy.loss.advantages import advantages
 from stepscope.policy.loss.estimators import ESTIMATORS, with_advantages
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.loss.surrogate import token_weights
+from stepscope.policy.rollouts import score_rollouts
+from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 
 
@@ -93,6 +95,76 @@ def test_advantages_equal_what_trl_computes_while_training(
     assert ours is not None
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
     assert np.ptp(ours) > 0
+
+
+def test_a_kl_penalty_comes_off_the_rewards_as_in_trls_rloo(tmp_path: Path) -> None:
+    """On a real trainer whose reference policy is another one."""
+    cases.model().save_pretrained(tmp_path / "model")
+    cases.tokenizer().save_pretrained(tmp_path / "model")
+    trainer = RLOOTrainer(
+        model=str(tmp_path / "model"),
+        reward_funcs=lambda completion_ids, **kwargs: [0.1 * sum(ids) for ids in completion_ids],
+        args=RLOOConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=8,
+            num_generations=4,
+            max_completion_length=6,
+            use_cpu=True,
+            bf16=False,
+            report_to=[],
+            beta=0.3,
+            model_init_kwargs={"dtype": "float32"},
+        ),
+        train_dataset=Dataset.from_dict({"prompt": ["1+1=", "2+2="]}),
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainer.ref_model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    made = trainer._generate_and_score_completions([{"prompt": p} for p in ["1+1="] * 4 + ["2+2="] * 4])
+    owner = Policy(trainer.model.eval(), None, StepSettings(max_response_tokens=6))
+    batch = cases.scored(owner, cases.from_trl([made]))
+    rewards = np.array([0.1 * sum(ids) for ids in batch.response_token_ids])
+    batch = replace(batch, rewards=rewards, prompt_ids=("a",) * 4 + ("b",) * 4)
+    settings = StepSettings(advantage_estimator="rloo", kl_in_reward=0.3)
+    ref = score_rollouts(replace(owner, model=trainer.ref_model.eval()), batch)[0]
+    ours = with_advantages(batch, settings, ref).advantages
+    assert ours is not None
+    np.testing.assert_allclose(ours, made["advantages"].double().numpy(), rtol=1e-4, atol=1e-5)
+    plain = with_advantages(batch, replace(settings, kl_in_reward=0.0)).advantages
+    assert plain is not None
+    assert np.abs(ours - plain).max() > 1e-3
+    with pytest.raises(ConfigError, match=r"kl_in_reward = 0\.3: advantages need the reference"):
+        with_advantages(batch, settings)
+
+
+def test_penalties_of_tokens_come_off_the_returns_before_them() -> None:
+    """REINFORCE++ with KL in the reward (verl: token_level_rewards less beta times kld), by its recursion."""
+    rng = np.random.default_rng(0)
+    masks = [np.array([True, False, True, True]), np.array([True, True])]
+    old, ref = ([-rng.random(len(m)) * m for m in masks] for _ in range(2))
+    batch = replace(graded(np.array([1.0, -2.0]), np.array([0, 0]), masks), logprobs=tuple(old))
+    for gamma in (1.0, 0.7):
+        settings = StepSettings(
+            advantage_estimator="verl:reinforce_plus_plus",
+            advantage_parameters={"gamma": gamma},
+            kl_in_reward=0.5,
+            kl_penalty="mse",
+        )
+        returns = []
+        for i, mask in enumerate(masks):
+            rewards = -0.5 * 0.5 * (old[i] - ref[i]) ** 2 * mask
+            rewards[-1] += batch.rewards[i]
+            running, row = 0.0, np.zeros(len(mask))
+            for t in reversed(range(len(mask))):
+                new = rewards[t] + gamma * running
+                row[t], running = new * mask[t], new if mask[t] else running
+            returns.append(row[mask])
+        flat = np.concatenate(returns)
+        white = (flat - flat.mean()) / np.sqrt(flat.var(ddof=1) + 1e-8)
+        found = with_advantages(batch, settings, ref)
+        assert found.token_advantages is not None
+        np.testing.assert_allclose(found.flat(found.token_advantages), white, rtol=1e-6)
 
 
 def graded(rewards: np.ndarray, group: np.ndarray, masks: Sequence[np.ndarray] | None = None) -> Rollouts:

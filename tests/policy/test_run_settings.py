@@ -177,7 +177,7 @@ def test_settings_of_a_rloo_run(tmp_path: Path) -> None:
     save_args(
         tmp_path,
         RLOOConfig,
-        beta=0.0,
+        beta=0.03,
         normalize_advantages=True,
         num_generations=4,
         per_device_train_batch_size=8,
@@ -186,6 +186,7 @@ def test_settings_of_a_rloo_run(tmp_path: Path) -> None:
     )
     assert run_settings(tmp_path) == StepSettings(
         loss_type="rloo",
+        kl_in_reward=0.03,
         advantage_estimator="rloo",
         advantage_parameters={"normalize_advantages": True},
         group_size=4,

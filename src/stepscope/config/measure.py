@@ -114,6 +114,7 @@ class LossConfig(Section):
 
     loss_type: str | None = None
     loss_parameters: dict[str, Any] | None = None
+    kl_in_reward: float | None = Field(default=None, ge=0)
     advantage_estimator: str | None = None
     advantage_parameters: dict[str, Any] | None = None
     aggregation: str | None = None

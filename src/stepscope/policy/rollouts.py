@@ -117,7 +117,8 @@ def sample_rollouts(
         policy: with a tokenizer.
         task: where prompts and rewards come from.
         num_prompts: prompt groups.
-        group_size: responses per prompt; advantages are filled in when it is more than 1.
+        group_size: responses per prompt; advantages are filled in when it is more than 1 and no
+            KL divergence is taken off the rewards (``with_advantages`` makes them then).
         seed: of prompts and responses.
         split: ``train`` or ``test``.
         options: prompts to leave out, groups to replace, and how tokens are drawn.
@@ -159,7 +160,7 @@ def sample_rollouts(
     rollouts.refuse_ungraded()
     logprobs, entropies = score_rollouts(policy, rollouts, budget=budget)
     rollouts = replace(rollouts, logprobs=logprobs, entropies=entropies)
-    if group_size == 1:
+    if group_size == 1 or policy.settings.kl_in_reward != 0.0:
         return rollouts
     return with_advantages(rollouts, policy.settings)
 

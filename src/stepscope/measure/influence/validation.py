@@ -295,7 +295,7 @@ def _unit_weights(policy: Policy, step: Step) -> tuple[FloatArray, ...]:
     assert update.advantages is not None
     settings = replace(policy.settings, objective=None)
     unit = token_weights(replace(update, advantages=np.ones(len(update)), token_advantages=None), settings)
-    proportional = settings == policy.settings and settings.beta == 0.0
+    proportional = settings == policy.settings and settings.beta == 0.0 and settings.kl_in_reward == 0.0
     proportional = proportional and all(
         np.allclose(a * b, w, rtol=1e-6, atol=1e-12)
         for a, b, w in zip(update.advantages, unit, step.token_weights, strict=True)

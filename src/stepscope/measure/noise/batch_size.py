@@ -88,7 +88,9 @@ def loss_scale(update: Rollouts, settings: StepSettings, token_weights: Sequence
         there = np.concatenate([token_weights[int(i)] for i in members])
         if not there.any():
             return 1.0
-        here = np.concatenate(loss_token_weights(with_advantages(part, settings), settings))
+        if settings.kl_in_reward == 0.0:
+            part = with_advantages(part, settings)
+        here = np.concatenate(loss_token_weights(part, settings))
         return float(here @ there / (there @ there)) * len(groups) / update.num_prompts
 
     return scale

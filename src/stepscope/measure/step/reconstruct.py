@@ -27,13 +27,13 @@ from torch import Tensor
 from stepscope.errors import BatchError, CheckpointError, MeasurementError
 from stepscope.measure.step.terms import term_gradients
 from stepscope.policy import vectors
-from stepscope.policy.checkpoint.adapters import is_adapted, reference_adapter
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients.derivatives import Objective, gradient
 from stepscope.policy.loss.surrogate import needs_reference, token_weights
 from stepscope.policy.numerics.finiteness import first_not_finite
 from stepscope.policy.optim.base import OptimizerState, Update
 from stepscope.policy.passes import Budget
+from stepscope.policy.reference import reference_logprobs
 from stepscope.policy.rollouts import score_discriminators, score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.results import Brief, FloatArray, Rollouts
@@ -138,7 +138,9 @@ def reconstruct_step(
         else None,
         influences=influences,
         step=policy.step,
-        ref_logprobs=_reference_logprobs(policy, update, reference, budget),
+        ref_logprobs=reference_logprobs(policy, update, reference, budget)
+        if needs_reference(policy.settings)
+        else None,
     )
     for i, row in enumerate(weights):
         if not np.isfinite(row).all():
@@ -317,19 +319,3 @@ def _optimizer(policy: Policy) -> OptimizerState:
             "trainable parameters must be those the optimizer has, reload the checkpoint"
         )
     return state
-
-
-def _reference_logprobs(
-    policy: Policy, update: Rollouts, reference: Policy | None, budget: Budget
-) -> tuple[FloatArray, ...] | None:
-    if not needs_reference(policy.settings):
-        return None
-    if reference is not None:
-        return score_rollouts(reference, update, budget=budget)[0]
-    if not is_adapted(policy.model):
-        raise MeasurementError(
-            f"the loss looks at a reference policy (beta = {policy.settings.beta}), and the policy is a full "
-            "model; pass the policy it is held to as reference"
-        )
-    with reference_adapter(policy.model):
-        return score_rollouts(policy, update, budget=budget)[0]

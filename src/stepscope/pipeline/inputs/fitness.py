@@ -104,11 +104,13 @@ def _loss(policy: Policy, config: MeasureSettings) -> list[Finding]:
     found = []
     if config.reference is None and not is_adapted(policy.model):
         cure = "give reference=MODEL (the model that the training started from)"
-        if known_loss(policy.settings.loss_type) and needs_reference(policy.settings):
-            what = (
-                f"the loss looks at a reference (beta = {policy.settings.beta}), and a full model has no base"
-            )
+        settings = policy.settings
+        if known_loss(settings.loss_type) and needs_reference(settings):
+            what = f"the loss looks at a reference (beta = {settings.beta}), and a full model has no base"
             found.append(Finding("fail", what, cure + ", or loss.beta=0 for the step without it"))
+        if settings.kl_in_reward != 0.0:
+            what = f"rewards have a KL penalty ({settings.kl_in_reward}), and a full model has no base"
+            found.append(Finding("fail", what, cure + ", or loss.kl_in_reward=0 for the step without it"))
         if "kl" in config.quantities:
             found.append(
                 Finding("fail", "kl needs a reference, and a full model has no base beside it", cure)

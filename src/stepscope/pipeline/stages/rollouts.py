@@ -15,6 +15,7 @@ from stepscope.pipeline.inputs.update_files import is_own, update_from_file
 from stepscope.pipeline.stages.plan import PROBE, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
 from stepscope.policy.loss.estimators import with_advantages
+from stepscope.policy.reference import reference_logprobs
 from stepscope.policy.rollouts import SamplingOptions, response_text, sample_rollouts, score_rollouts
 from stepscope.results import Rollouts
 from stepscope.runs import PROVENANCE, write_json
@@ -90,8 +91,11 @@ def sample_update(session: Session) -> Rollouts:
         BatchError: no reward variance in any prompt group, so that there is no step.
     """
     update = _drawn(session, "update", SamplingOptions(resample=session.config.resample))
-    if session.config.update.file is not None and update.advantages is None:
-        update = with_advantages(update, session.policy.settings)
+    if update.advantages is None:
+        policy, ref = session.policy, None
+        if policy.settings.kl_in_reward != 0.0:
+            ref = reference_logprobs(policy, update, session.reference, session.budget)
+        update = with_advantages(update, policy.settings, ref)
     return _with_variance(update)
 
 

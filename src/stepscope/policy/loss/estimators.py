@@ -9,16 +9,18 @@ Source: TRL 1.16, ``_generate_and_score_completions`` of its trainers; verl 0.9.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import Field
 
 from stepscope.errors import ConfigError
 from stepscope.policy.loss.advantages import STD_EPSILON, advantages
 from stepscope.policy.loss.base import LossParameters
+from stepscope.policy.loss.kl import kl_penalty
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.loss.verl import PREFIX
 from stepscope.results import FloatArray, IntArray, Rollouts
@@ -51,12 +53,14 @@ class Graded:
         group: (seq,) number of each response's group.
         lengths: (seq,) n.
         scale: the settings' ``scale_rewards``.
+        penalties: per sequence (n,) what each token takes off the reward; None for nothing.
     """
 
     rewards: FloatArray
     group: IntArray
     lengths: IntArray
     scale: str
+    penalties: tuple[FloatArray, ...] | None = None
 
     def per_group(self, of: Callable[[FloatArray], FloatArray]) -> FloatArray:
         """(seq,) a function of each group's rewards, over its responses; 0 for a response alone."""
@@ -66,6 +70,14 @@ class Graded:
             if members.sum() > 1:
                 found[members] = of(self.rewards[members])
         return found
+
+    @property
+    def scores(self) -> FloatArray:
+        """(seq,) R before anything was taken off it."""
+        if self.penalties is None:
+            return self.rewards
+        taken = np.array([row.sum() for row in self.penalties])
+        return np.asarray(self.rewards + taken, dtype=np.float64)
 
     @property
     def baseline(self) -> FloatArray:
@@ -166,10 +178,15 @@ def gpg(graded: Graded, own: LossParameters) -> FloatArray:
 
 
 def reinforce_plus_plus(graded: Graded, own: Discounted) -> FloatArray | list[FloatArray]:
-    """Discounted return of every token, whitened over all tokens (arXiv:2501.03262)."""
-    if own.gamma == 1.0:
+    """Discounted return of every token, penalties taken off, whitened over all tokens (arXiv:2501.03262)."""
+    if own.gamma == 1.0 and graded.penalties is None:
         return _whitened(graded.rewards, graded.lengths)
-    rows = [r * own.gamma ** np.arange(n)[::-1] for r, n in zip(graded.rewards, graded.lengths, strict=True)]
+    rows = []
+    for i, n in enumerate(graded.lengths):
+        own_rewards = np.zeros(n) if graded.penalties is None else -graded.penalties[i]
+        own_rewards[-1] += graded.scores[i]
+        ahead = np.arange(n)[None, :] - np.arange(n)[:, None]
+        rows.append(np.where(ahead >= 0, own.gamma ** np.maximum(ahead, 0), 0.0) @ own_rewards)
     flat = np.concatenate(rows)
     white = _whitened(flat, np.ones(len(flat), dtype=np.int64))
     return np.split(white, np.cumsum(graded.lengths)[:-1])
@@ -230,21 +247,54 @@ def known_estimator(settings: StepSettings) -> tuple[Function, LossParameters]:
     return function, own
 
 
-def with_advantages(rollouts: Rollouts, settings: StepSettings) -> Rollouts:
+def with_advantages(
+    rollouts: Rollouts, settings: StepSettings, ref_logprobs: Sequence[FloatArray] | None = None
+) -> Rollouts:
     """The batch with the advantages that the run's estimator gives its rewards.
+
+    Args:
+        rollouts: graded.
+        settings: of the run.
+        ref_logprobs: log-probs of the reference policy; needed when ``settings.kl_in_reward`` is not zero.
 
     Raises:
         BatchError: a reward is not finite.
-        ConfigError: the estimator is unknown, or needs more than rewards.
+        ConfigError: the estimator is unknown, or needs more than it is given.
     """
     function, own = known_estimator(settings)
     rollouts.refuse_ungraded()
     lengths = rollouts.num_policy_tokens
-    graded = Graded(
-        np.asarray(rollouts.rewards, dtype=np.float64), rollouts.group_index, lengths, settings.scale_rewards
-    )
+    penalties = _penalties(rollouts, settings, ref_logprobs)
+    rewards = np.asarray(rollouts.rewards, dtype=np.float64)
+    if penalties is not None:
+        rewards = rewards - np.array([row.sum() for row in penalties])
+    graded = Graded(rewards, rollouts.group_index, lengths, settings.scale_rewards, penalties)
     found = function(graded, own)
     if isinstance(found, np.ndarray):
         return replace(rollouts, advantages=found, token_advantages=None)
     means = np.array([row.mean() for row in found])
     return replace(rollouts, advantages=means, token_advantages=rollouts.rows(np.concatenate(found)))
+
+
+def _penalties(
+    rollouts: Rollouts, settings: StepSettings, ref_logprobs: Sequence[FloatArray] | None
+) -> tuple[FloatArray, ...] | None:
+    """What each token that the policy wrote takes off the reward; None for nothing.
+
+    A response that leaves the loss because it was cut has none, as in TRL.
+    """
+    if settings.kl_in_reward == 0.0:
+        return None
+    if ref_logprobs is None:
+        raise ConfigError(
+            f"kl_in_reward = {settings.kl_in_reward}: advantages need the reference policy's log-probs, got "
+            "none; pass ref_logprobs, or give a batch that brings its advantages"
+        )
+    name = settings.kl_penalty or "k1"
+    found = []
+    rows = zip(rollouts.behaviour, ref_logprobs, rollouts.written, rollouts.truncated, strict=True)
+    for old, ref, mask, cut in rows:
+        each = kl_penalty(name, torch.from_numpy(np.asarray(old)), torch.from_numpy(np.asarray(ref))).numpy()
+        counted = 0.0 if cut and settings.mask_truncated else settings.kl_in_reward
+        found.append(np.asarray(counted * each[mask], dtype=np.float64))
+    return tuple(found)

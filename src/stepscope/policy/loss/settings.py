@@ -39,6 +39,7 @@ _RANGES: dict[str, _Range] = {
     "epsilon_low": _NOT_NEGATIVE,
     "epsilon_high": _NOT_NEGATIVE,
     "beta": _NOT_NEGATIVE,
+    "kl_in_reward": _NOT_NEGATIVE,
     "top_p": ("above 0 and at most 1", lambda v: 0 < v <= 1),
     "seed": _NOT_NEGATIVE,
     "format_weight": ("from 0 to 1", lambda v: 0 <= v <= 1),
@@ -74,9 +75,11 @@ class StepSettings:
             their default.
         aggregation: how the loss per token is averaged, one of
             :data:`~stepscope.policy.loss.aggregation.AGGREGATIONS`; empty for the loss's own way.
-        kl_penalty: estimate of the KL divergence that ``beta`` weighs, one of
-            :data:`~stepscope.policy.loss.kl.KL_PENALTIES`; empty for ``k3``.
+        kl_penalty: estimate of the KL divergence that ``beta`` or ``kl_in_reward`` weighs, one of
+            :data:`~stepscope.policy.loss.kl.KL_PENALTIES`; empty for ``k3``, and ``k1`` in the reward.
         scale_rewards: how advantages are scaled: ``none``, ``group`` or ``batch`` standard deviation.
+        kl_in_reward: weight of the KL divergence to the reference policy, summed over a response, that is
+            taken off its reward before advantages are made (TRL's RLOO, verl's ``use_kl_in_reward``).
         advantage_estimator: how advantages come from rewards, one of
             :data:`~stepscope.policy.loss.estimators.ESTIMATORS`; empty for GRPO's.
         advantage_parameters: its own parameters; those left out have their default.
@@ -144,6 +147,7 @@ class StepSettings:
     micro_batch_size: int | None = None
     disable_dropout: bool = False
     loss_parameters: dict[str, Any] = field(default_factory=dict, hash=False)
+    kl_in_reward: float = 0.0
     advantage_estimator: str = ""
     advantage_parameters: dict[str, Any] = field(default_factory=dict, hash=False)
     aggregation: str = ""

@@ -135,8 +135,6 @@ def rloo_obstacles(args: TrlArguments) -> Iterator[Obstacle]:
     """What RLOOTrainer makes of rewards before they are compared."""
     if args.values.get("reward_clip_range") is not None:
         yield Obstacle("reward_clip_range", "the run clipped its rewards")
-    if args.number("beta", 0.0) != 0.0:
-        yield Obstacle("beta", "RLOO takes the KL penalty off the rewards, which is not done here")
 
 
 def preference_obstacles(args: TrlArguments, kinds: tuple[str, ...]) -> Iterator[Obstacle]:

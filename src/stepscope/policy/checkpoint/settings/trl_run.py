@@ -132,6 +132,7 @@ def _rloo(args: TrlArguments, folder: Path) -> _Read:
         "advantage_estimator": "rloo",
         "advantage_parameters": {"normalize_advantages": True} if normalised else {},
         "beta": 0.0,
+        "kl_in_reward": args("beta", 0.05),
     }
     return "RLOO", values, (*rloo_obstacles(args), *online_obstacles(args, _metrics(folder)))
 
