@@ -15,10 +15,13 @@ from typing import Any
 import torch
 
 from stepscope.errors import CheckpointError, printable
-from stepscope.policy.checkpoint.foreign import LARGEST_PICKLE, refuse_packed
+from stepscope.policy.checkpoint.foreign import refuse_packed
 
 Stubs = Mapping[str, Any]
 """What is made in place of a class or function, by its full name (``package.module.name``)."""
+
+LARGEST = 2**29
+"""Bytes of a pickle without tensors: some 200 for each part of a tensor in a directory of shards."""
 
 UNREADABLE = (
     *(RuntimeError, EOFError, OSError, ValueError, LookupError, pickle.UnpicklingError),
@@ -95,9 +98,9 @@ def unpickle(path: Path, *, stubs: Stubs) -> Any:
     """
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; copy the checkpoint again")
-    if (size := path.stat().st_size) > LARGEST_PICKLE:
+    if (size := path.stat().st_size) > LARGEST:
         raise CheckpointError(
-            f"{path}: {size} bytes, expected at most {LARGEST_PICKLE} for what names tensors; copy it again"
+            f"{path}: {size} bytes, expected at most {LARGEST} for what names tensors; copy it again"
         )
     try:
         return _Restricted(path, stubs).load()
