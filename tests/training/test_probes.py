@@ -137,7 +137,10 @@ def test_one_line_in_a_trainer_of_somebody_else(small_run: Path, tmp_path: Path)
     "optim",
     [
         "adamw_bnb_8bit",
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ("sgd", "adafactor", "schedule_free_adamw")),
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("sgd", "adafactor", "schedule_free_adamw", "lion_8bit")
+        ),
     ],
 )
 def test_trainings_with_other_optimizers_are_probed(small_run: Path, tmp_path: Path, optim: str) -> None:
@@ -151,6 +154,22 @@ def test_trainings_with_other_optimizers_are_probed(small_run: Path, tmp_path: P
     for row in rows:
         assert row["predicted"] != 0
         assert abs(row["difference"]) < 4 * row["difference_stderr"] + 0.1 * abs(row["predicted"])
+
+
+def test_a_training_with_muon_is_probed(small_run: Path, tmp_path: Path) -> None:
+    """On the matrices of the layers; the gradients of the others count in the clip and move nothing."""
+    probe = ss.StepProbe(task="arithmetic:terms=2,digits=1,ops=+", every=1, num_prompts=8, top_tokens=2)
+    trainer = foreign_trainer(small_run, tmp_path, probe, max_steps=2, bf16=False)
+    named = trainer.model.named_parameters()
+    trainer.optimizer = torch.optim.Muon([p for n, p in named if p.ndim == 2 and "layers" in n], lr=1e-4)
+    trainer.train()
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["predicted"] != 0
+        assert abs(row["difference"]) < 4 * row["difference_stderr"] + 0.1 * abs(row["predicted"])
+    tokens = read_table(tmp_path / "probes_tokens.parquet").to_pylist()
+    assert [token["step"] for token in tokens] == [1, 1, 2, 2]
 
 
 def test_a_mixture_of_experts_is_probed_and_trains_as_without(small_run: Path, tmp_path: Path) -> None:

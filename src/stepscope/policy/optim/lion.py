@@ -64,6 +64,12 @@ class LionState(NonlinearState):
     )
 
     @classmethod
+    def runs(cls, optimizer: object) -> bool:
+        """By name, since the library need not be there."""
+        made = type(optimizer)
+        return made.__module__.startswith("lion_pytorch.") and made.__name__ == "Lion"
+
+    @classmethod
     def read(cls, saved: SavedState) -> Self:
         """The state of named parameters."""
         return cls(
@@ -129,6 +135,16 @@ class BitsAndBytesLion(LionState):
         entry=frozenset({"step", "state1"}),
         entry_optional=frozenset({"qmap1", "absmax1"}),
     )
+
+    @classmethod
+    def runs(cls, optimizer: object) -> bool:
+        """By name, since the library need not be there."""
+        return type(optimizer).__module__ == "bitsandbytes.optim.lion"
+
+    @classmethod
+    def fresh(cls, parameter: Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """A mean of zero."""
+        return {"step": 0, "state1": torch.zeros_like(parameter, dtype=torch.float32)}
 
     @classmethod
     def objection(cls, groups: Sequence[Mapping[str, Any]], entries: Mapping[Any, Mapping[str, Any]]) -> str:

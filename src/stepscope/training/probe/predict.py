@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,10 +55,39 @@ def predict(
         budget: what may be used at a time.
     """
     assert policy.optimizer is not None
+    moved = {name for group in policy.optimizer.groups for name in group.names}
+    with _alone(policy, moved):
+        return _predicted(policy, probe, captured, args, noise=noise, top_tokens=top_tokens, budget=budget)
+
+
+@contextmanager
+def _alone(policy: Policy, moved: set[str]) -> Iterator[None]:
+    """Inside the block the parameters that the optimizer moves are the trainable ones."""
+    others = [p for name, p in policy.parameters.items() if name not in moved]
+    for parameter in others:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+
+
+def _predicted(
+    policy: Policy,
+    probe: Rollouts,
+    captured: list[Captured],
+    args: Any,
+    *,
+    noise: bool,
+    top_tokens: int,
+    budget: Budget,
+) -> Pending:
+    """The same where every trainable parameter is the optimizer's."""
+    assert policy.optimizer is not None
     state = policy.optimizer
     lr = next(g.lr for g in state.groups if g.names and g.lr > 0)
-    used = {name for group in state.groups for name in group.names}
-    ascent = {n: -p.grad for n, p in policy.parameters.items() if n in used and p.grad is not None}
+    ascent = {n: -p.grad for n, p in policy.parameters.items() if p.grad is not None}
     made = state.update(policy.parameters, ascent, clip=1.0, lr=lr)
     batch = made.made_of(ascent)
     prediction = predict_change(
