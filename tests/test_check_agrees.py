@@ -225,6 +225,24 @@ FURTHER: dict[str, tuple[Callable[[Path], None], bool | None, Sequence[str]]] = 
 }
 
 
+def test_what_8_bits_lost_stands_beside_the_step(checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    change, *_ = (CORE | FURTHER)["AdamW in 8 bits"]
+    change(folder)
+    checked = CliRunner().invoke(cli.app, ["check", str(folder), *TASK, *SMALL])
+    assert "moments are kept in 8 bits" in " ".join(checked.stdout.split())
+    out = tmp_path / "m"
+    stages = ["--out", str(out), "--stages", "rollouts,step"]
+    measured = CliRunner().invoke(cli.app, ["measure", str(folder), *TASK, *stages, *SMALL])
+    assert measured.exit_code == 0, (measured.output, measured.exception)
+    stored = json.loads((out / "step.json").read_text())["storage"]
+    assert set(stored["tensors"]) == {"exp_avg", "exp_avg_sq"}
+    figures = json.loads((out / "summary.json").read_text())
+    assert figures["storage_error"]["value"] == stored["direction"] > 0
+    assert figures["storage_error_worst"]["value"] == stored["direction_worst"] > stored["direction"]
+    assert "the step is the training's own" in figures["storage_error"]["method"]
+
+
 def test_findings_about_a_run_folder_are_not_repeated(trained_run: Path) -> None:
     folder = trained_run / "checkpoints"
     result = CliRunner().invoke(cli.app, ["check", str(folder)])
