@@ -55,6 +55,7 @@ def examine(policy: Policy) -> list[Finding]:
         *_base(policy),
         _tied(policy.model),
         *_mixture(policy),
+        *_pictures(policy),
         *_reference(policy),
         *_forward(policy),
         *_positions(policy),
@@ -354,6 +355,18 @@ def _mixture(policy: Policy) -> list[Finding]:
             )
         )
     return found
+
+
+def _pictures(policy: Policy) -> list[Finding]:
+    """A model of images and text is measured on text alone."""
+    config: Any = getattr(base_model(policy.model), "config", None)
+    if getattr(config, "vision_config", None) is None:
+        return []
+    what = (
+        "a model of images and text, measured on text alone: prompts and the batch of the step have no "
+        "images, so that what sees them moves by momentum and decay only"
+    )
+    return [Finding("warn", what, "keep it in mind; the step of a batch with images is another")]
 
 
 def _reference(policy: Policy) -> list[Finding]:

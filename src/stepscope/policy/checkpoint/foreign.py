@@ -17,7 +17,14 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+)
 
 from stepscope.errors import CheckpointError, mendable_line, printable
 
@@ -124,7 +131,7 @@ def refuse_disproportion(
         )
     described = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
+        model: nn.Module = auto_class(described).from_config(described, trust_remote_code=False)
     parameters = sum(p.numel() for p in model.parameters())
     if parameters > ROOM * sum(sizes):
         raise CheckpointError(
@@ -132,6 +139,14 @@ def refuse_disproportion(
             f"{sum(sizes):.3g} numbers; mend config.json, or copy the weights again"
         )
     return model
+
+
+def auto_class(described: PreTrainedConfig) -> Any:
+    """What of transformers makes a model: of language, or of images and text, whose text path is used."""
+    if type(described) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    pictured = type(described) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return AutoModelForImageTextToText if pictured else AutoModelForCausalLM
 
 
 def _stored_sizes(folder: Path) -> Iterator[int]:

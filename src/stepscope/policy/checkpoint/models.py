@@ -14,11 +14,16 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 from transformers.utils import logging
 
 from stepscope.errors import CheckpointError, ConfigError
-from stepscope.policy.checkpoint.foreign import reads_foreign, refuse_disproportion, refuse_large_texts
+from stepscope.policy.checkpoint.foreign import (
+    auto_class,
+    reads_foreign,
+    refuse_disproportion,
+    refuse_large_texts,
+)
 from stepscope.policy.checkpoint.tensors import Stored, filled
 from stepscope.policy.numerics.finiteness import refuse_broken_weights
 from stepscope.policy.numerics.precision import lift_model
@@ -121,9 +126,10 @@ def load_weights(
             else:
                 if config and folder.is_dir():
                     refuse_disproportion(folder, config)
-                loaded, report = AutoModelForCausalLM.from_pretrained(
-                    **source, **NO_CODE, **wanted, use_safetensors=True
-                )
+                made: Any = AutoModelForCausalLM
+                if config:
+                    made = auto_class(AutoConfig.from_pretrained(**source, **NO_CODE))
+                loaded, report = made.from_pretrained(**source, **NO_CODE, **wanted, use_safetensors=True)
         except ImportError as error:
             raise CheckpointError(
                 f"{model}: reading it needs a package that is not installed ({brief(error)}); install "
