@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from made_tokenizers import CHAT, byte_level
 from stepscope.errors import CheckpointError, MeasurementError
 from stepscope.policy import forward as forward_module
 from stepscope.policy.check.derivatives import random_direction
-from stepscope.policy.check.examination import _asking, computed_types, examine
+from stepscope.policy.check.examination import _asking, _settings, computed_types, examine
 from stepscope.policy.check.findings import Finding
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.precision import lift_model
@@ -221,3 +222,25 @@ def test_an_adapter_that_hardly_says_anything_is_no_false_alarm(tokenizer: Any) 
             parameter.data += 5e-3 * torch.randn_like(parameter).sign()
     found = levels(policy_of(model, tokenizer))
     assert any(what.startswith("derivatives are those of the function") for what in found), found
+
+
+def test_what_a_loss_is_made_of_is_said() -> None:
+    policy = cases.policy(
+        loss_type="verl:vanilla",
+        loss_parameters={"clip_ratio_c": 5.0},
+        aggregation="token-sum",
+        advantage_estimator="verl:rloo",
+    )
+    (found,) = _settings(policy)
+    assert found.level == "ok"
+    for words in (
+        "loss verl:vanilla",
+        "averaged by token-sum",
+        "advantages by verl:rloo",
+        "clip_ratio_c 5.0",
+    ):
+        assert words in found.what
+    odd = replace(policy, settings=replace(policy.settings, loss_parameters={"delta": 1.0}))
+    (found,) = _settings(odd)
+    assert found.level == "fail"
+    assert found.what.startswith("loss_parameters.delta of verl:vanilla")

@@ -76,6 +76,15 @@ def _settings(policy: Policy) -> list[Finding]:
         "max_grad_norm": settings.max_grad_norm,
         "mask_truncated": settings.mask_truncated,
     }
+    rarer = {
+        "averaged by": settings.aggregation,
+        "advantages by": settings.advantage_estimator,
+        "kl_penalty": settings.kl_penalty,
+        "kl_in_reward": settings.kl_in_reward,
+        **settings.advantage_parameters,
+        **settings.loss_parameters,
+    }
+    said |= {name: value for name, value in rarer.items() if value}
     loss = settings.loss_type + (f" with {settings.objective.name}" if settings.objective else "")
     found = [Finding("ok", f"loss {loss}, " + ", ".join(f"{k} {v}" for k, v in said.items()))]
     try:
