@@ -16,6 +16,7 @@ from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.adapters import load_adapter
 from stepscope.policy.checkpoint.models import load_model, model_of_tensors
 from stepscope.policy.checkpoint.names import Names
+from stepscope.policy.checkpoint.tensors import trained_types
 
 
 def saved(model: Any, tokenizer: Any, folder: Path) -> Path:
@@ -163,6 +164,17 @@ def test_an_adapter_of_other_tensors_is_refused(
     change(tensors)
     with pytest.raises(CheckpointError, match=said):
         load_adapter(folder, dtype=torch.float32, tensors=tensors)
+
+
+def test_types_are_those_of_what_was_trained() -> None:
+    tensors = {
+        "base_model.model.a.base_layer.weight": torch.ones(1).bfloat16(),
+        "n": torch.ones(1, dtype=torch.int8),
+    }
+    assert trained_types(tensors) == ("bfloat16",)
+    assert trained_types(tensors | {"base_model.model.a.lora_A.default.weight": torch.ones(1)}) == (
+        "float32",
+    )
 
 
 def test_a_name_that_is_the_models_own_is_left() -> None:

@@ -18,6 +18,9 @@ from stepscope.policy.checkpoint.foreign import refuse_disproportion
 from stepscope.policy.checkpoint.names import Names
 from stepscope.policy.numerics.precision import type_name
 
+_ADAPTERS = (".lora_", ".modules_to_save.")
+"""In the names of an adapter's weights, and in none of its base's."""
+
 
 class Stored(Protocol):
     """A tensor that need not have been read yet; ``[...]`` reads it. Every tensor is one."""
@@ -37,6 +40,12 @@ class Stored(Protocol):
 def types_of(tensors: Iterable[Stored]) -> tuple[str, ...]:
     """Names of the floating-point types among them, each once."""
     return tuple(sorted({type_name(t.dtype) for t in tensors if t.dtype.is_floating_point}))
+
+
+def trained_types(tensors: Mapping[str, Stored]) -> tuple[str, ...]:
+    """The types of what was trained: of an adapted model its adapter's where names tell, else of all."""
+    own = [t for name, t in tensors.items() if any(mark in name for mark in _ADAPTERS)]
+    return types_of(own or tensors.values())
 
 
 def filled(

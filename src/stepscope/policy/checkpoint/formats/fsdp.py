@@ -27,7 +27,7 @@ from stepscope.policy.checkpoint.formats.frame import (
 )
 from stepscope.policy.checkpoint.optimizer_state import read_optimizer, state_by_name
 from stepscope.policy.checkpoint.pickles import read_tensors
-from stepscope.policy.checkpoint.tensors import types_of
+from stepscope.policy.checkpoint.tensors import trained_types, types_of
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.optim.base import OptimizerState
 
@@ -91,7 +91,7 @@ class FullState(Format):
 
     def stored_types(self, folder: Path) -> tuple[str, ...]:
         """Of the weights, which are mapped and not read."""
-        return types_of(_weights(folder).values())
+        return trained_types(_weights(folder))
 
 
 class FilePerProcess(Format):

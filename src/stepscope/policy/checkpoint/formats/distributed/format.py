@@ -28,7 +28,7 @@ from stepscope.policy.checkpoint.formats.frame import (
     weights_in_frame,
 )
 from stepscope.policy.checkpoint.optimizer_state import state_by_name
-from stepscope.policy.checkpoint.tensors import types_of
+from stepscope.policy.checkpoint.tensors import trained_types, types_of
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.optim.base import OptimizerState
 
@@ -98,7 +98,7 @@ class Distributed(Format):
 
     def stored_types(self, folder: Path) -> tuple[str, ...]:
         """Of the weights, by the directory."""
-        return types_of(self._weights(folder).values())
+        return trained_types(self._weights(folder))
 
     def _weights(self, folder: Path) -> dict[str, ChunkedTensor]:
         (inner,) = self._with(folder, "weights")
