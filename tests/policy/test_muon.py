@@ -15,6 +15,7 @@ from stepscope.errors import CheckpointError
 from stepscope.measure.step.derivative import step_derivative
 from stepscope.measure.step.nonlinear import neglected_part
 from stepscope.measure.step.reconstruct import assemble_step
+from stepscope.measure.step.rounding import rounded_step
 from stepscope.policy import vectors
 from stepscope.policy.checkpoint.optimizer_state import match_optimizer
 from stepscope.policy.optim.muon import MuonState, orthogonalised
@@ -90,6 +91,32 @@ def test_terms_of_the_loss_add_up_with_the_sequences() -> None:
     for n, t in step.direction.items():
         torch.testing.assert_close(parted.direction[n], t, rtol=1e-12, atol=1e-12)
     assert vectors.norm(parted.components["bonus"]) > 0.01 * vectors.norm(parted.components["sequences"])
+
+
+def test_a_training_with_weights_in_bfloat16_is_rounded_as_torch_does() -> None:
+    policy = cases.policy(dtype=torch.float32, max_grad_norm=0.02)
+    for p in policy.model.parameters():
+        p.requires_grad_(p.ndim == 2)
+    kept = {n: torch.nn.Parameter(p.detach().bfloat16()) for n, p in policy.parameters.items()}
+    optimizer = torch.optim.Muon(list(kept.items()), lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    for p in kept.values():
+        p.grad = 0.01 * torch.randn(p.shape, generator=generator).bfloat16()
+    optimizer.step()
+    for n, p in policy.parameters.items():
+        p.data.copy_(kept[n])
+    state = match_optimizer(copy.deepcopy(optimizer.state_dict()), policy.model, where="here")
+    policy = replace(policy, optimizer=state)
+    step = cases.step(policy, seed=9)
+    taken = rounded_step(policy, step, step.lr)
+    assert taken is not None
+    assert 0 < taken.share_moved < 1
+    for n, p in kept.items():
+        p.grad = -step.ascent[n].bfloat16()
+    torch.nn.utils.clip_grad_norm_(kept.values(), 0.02)
+    optimizer.step()
+    for n, p in kept.items():
+        torch.testing.assert_close(taken.parameters[n], p.detach(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(8, 20), (20, 8), (12, 12)])
