@@ -277,6 +277,11 @@ def test_verls_dump_gives_prompts_their_special_tokens_and_responses_their_end_b
     )
     np.testing.assert_allclose(batch.advantages, spread, rtol=1e-12)
     assert any("scaled by group" in note for note in found.notes)
+    jsonl(tmp_path / "8.jsonl", as_verl(chatting, sampled[::-1], 8))
+    halved = replace(
+        chatting, path=tmp_path / "global_step_7" / "actor", step=14
+    )  # two updates on each batch
+    assert read(halved, tmp_path).rollouts.rewards.tolist() == list(SCORES[::-1])
 
 
 def test_every_layout_of_one_batch_is_one_batch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -64,7 +65,7 @@ def update_from_file(policy: Policy, source: Path, *, step: int | None, budget: 
     """
     if policy.tokenizer is None:
         raise BatchError(f"{source}: this policy has no tokenizer to read it with; load it from a checkpoint")
-    dump = read_dump(source, next_step=policy.step + 1, chosen=step)
+    dump = read_dump(source, next_step=_next_step(policy), chosen=step)
     _refuse_several_steps(policy, dump)
     rows = _in_loss(logged(dump, reward_functions(policy)))
     reader = TokenReader(policy, stripped=dump.kind == "verl")
@@ -90,6 +91,13 @@ def update_from_file(policy: Policy, source: Path, *, step: int | None, budget: 
     figures |= scaled
     doubts = [f"{figure.reason} ({name})" for name, figure in figures.items() if not figure.reliable]
     return GivenBatch(batch, figures, (*notes, *more, *further, *doubts))
+
+
+def _next_step(policy: Policy) -> int:
+    """As the trainer counts: TRL its optimizer's steps, verl its batches, which name its folders."""
+    parts = () if policy.path is None else reversed(policy.path.resolve().parts)
+    named = (re.fullmatch(r"global_step_(\d+)", part) for part in parts)
+    return next((int(found[1]) for found in named if found), policy.step) + 1
 
 
 def _refuse_several_steps(policy: Policy, dump: Dump) -> None:

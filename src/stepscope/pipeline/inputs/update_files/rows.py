@@ -82,11 +82,12 @@ def read_dump(source: Path, *, next_step: int, chosen: int | None) -> Dump:
         raise BatchError(f"{path}: holds no rows; give another file")
     if not rows:
         known = sorted(steps)
+        listed = ", ".join(map(str, known[:8])) + (" ..." if len(known) > 8 else "")
+        which = "the next one" if chosen is None else "which was asked for"
         raise BatchError(
-            f"{path}: no rows of step {wanted}, {'which was asked for' if chosen else 'the next one'}; it "
-            f"has {'step' if len(known) == 1 else 'steps'} {', '.join(map(str, known[:8]))}"
-            f"{' ...' if len(known) > 8 else ''}; give the checkpoint of the step before, or "
-            f"update.step={known[0]} if you know that this batch made the step"
+            f"{path}: no rows of step {wanted}, {which}; it has {'step' if len(known) == 1 else 'steps'} "
+            f"{listed}; give the checkpoint of the step before, or update.step={known[0]} if you know that "
+            "this batch made the step"
         )
     kind = _KINDS.get(path.suffix, "trl" if names >= _TRL else "verl" if names >= _VERL else "table")
     return Dump(path, kind, None if None in steps else wanted, tuple(rows))
