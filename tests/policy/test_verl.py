@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import cases
 import verl_writer
-from hostile import damage, few
+from hostile import damage, ends_well, few
 from stepscope.errors import CheckpointError
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy.check.inspection import inspect_checkpoint
@@ -146,6 +146,22 @@ def test_check_tells_the_layout_and_what_must_be_given(layouts: Path) -> None:
     assert read_settings(folder, overrides=NEEDED).loss_type == "grpo"
 
 
+@pytest.mark.slow
+def test_it_is_measured_with_the_settings_given(layouts: Path, tmp_path: Path) -> None:
+    checkpoint = layouts / "fsdp2" / "global_step_2"
+    task = ["--task", "arithmetic:terms=2,digits=1,ops=+", "--out", tmp_path / "m"]
+    code, said = ends_well("measure", checkpoint, *task)
+    assert code == 2
+    assert all(f"loss.{name}=..." in said for name in NEEDED)
+    given = [f"loss.{name}={value}" for name, value in (NEEDED | {"max_response_tokens": 2}).items()]
+    batches = ["update.num_prompts=16", "update.group_size=8", "probe.num_prompts=8"]
+    short = ["loss.answer_format=last_number", *batches, "--stages", "rollouts,step,change"]
+    assert ends_well("measure", checkpoint, *task, *given, *short)[0] == 0
+    step = json.loads((tmp_path / "m" / "step.json").read_text())
+    assert step["lr"] == 0.00075
+    assert step["num_parameters"] == 5744
+
+
 def test_a_run_folder_is_told_from_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("20")
     for step in (10, 20):
@@ -227,7 +243,7 @@ SPOILED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
             rewritten(path, lambda c: [c["param_groups"][0].pop(k) for k in ("maximize", "fused")])
             for path in f.glob("optim_*.pt")
         ],
-        "torchao's AdamW or one like it",
+        "torchao's Adam or AdamW, where nothing says",
     ),
 }
 
