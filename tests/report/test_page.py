@@ -23,7 +23,7 @@ from stepscope.report.sections.responses import join_tokens
 from stepscope.results import RolloutTokens
 from stepscope.results.change import Changes, Taken
 from stepscope.results.kernel import KernelReport
-from stepscope.results.step import Rounding, Routing, StepReport, Storage, StoredTensor
+from stepscope.results.step import Rounding, Routing, SequenceShares, StepReport, Storage, StoredTensor
 from stepscope.results.summary import Summary
 
 LARGEST_PAGE = 6_000_000
@@ -133,6 +133,14 @@ def test_a_rounded_step_is_told_and_heads_the_page(measure_folder: Path) -> None
     changed(measure_folder / "step.json", StepReport, rounding=nothing)
     said = Page(write_report(measure_folder)).source.replace("\u00a0", " ")
     assert "0 % of the weights move at all; so that the step changes nothing." in said
+
+
+def test_whose_gradient_it_is_is_told(measure_folder: Path) -> None:
+    shares = SequenceShares((0.1, 0.95, -0.05), (0.4, 2.0, 0.3), largest=1, effective=1.09)
+    changed(measure_folder / "step.json", StepReport, gradient=shares)
+    said = " ".join(Page(write_report(measure_folder)).source.replace("\u00a0", " ").split())
+    assert "The gradient is made by as many as 1.09 of the batch&#39;s 3 sequences" in said
+    assert "the largest share has sequence 1, 95 % (norm 2.00)." in said
 
 
 def test_flips_of_routers_are_told(measure_folder: Path) -> None:

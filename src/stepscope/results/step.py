@@ -106,6 +106,24 @@ class Routing(Record):
 
 
 @dataclass(frozen=True)
+class SequenceShares(Record):
+    """Whose gradient it is.
+
+    Attributes:
+        share: of each sequence of the update batch, <g_i, g>/|g|^2; with those of the loss's further terms
+            they add up to 1.
+        norm: |g_i| of each.
+        largest: number of the sequence with the largest share, from 0.
+        effective: (sum of shares)^2 / sum of their squares: as many sequences of one share would do it.
+    """
+
+    share: tuple[Number, ...]
+    norm: tuple[Number, ...]
+    largest: int
+    effective: Number
+
+
+@dataclass(frozen=True)
 class Lifetime(Record):
     """A batch's effect beyond its own step, and its share of that step against two kinds of gradients.
 
@@ -150,6 +168,7 @@ class StepReport(Record):
         rounding: of a training in a half type, else None.
         storage: of an optimizer with moments in 8 bits, else None.
         routing: of a mixture of experts, else None.
+        gradient: shares of the sequences in it; None where it is 0.
         lifetime: of the update batch; None for an optimizer whose step is no sum over gradients.
     """
 
@@ -169,6 +188,7 @@ class StepReport(Record):
     rounding: Rounding | None
     storage: Storage | None
     routing: Routing | None
+    gradient: SequenceShares | None
     lifetime: Lifetime | None
 
     def to_plain(self) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from stepscope.measure.step.lifetime import lifetime, lifetime_figures
 from stepscope.measure.step.reconstruct import step_components
 from stepscope.measure.step.rounding import RoundedStep
 from stepscope.measure.step.routing import routing_change, routing_figures
+from stepscope.measure.step.sequence_shares import sequence_share_figures, sequence_shares
 from stepscope.measure.step.storage import storage_figures, storage_loss
 from stepscope.pipeline.stages.plan import STEP, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
@@ -53,6 +54,7 @@ def step(session: Session) -> Figures:
         rounding=session.taken.report() if session.taken else None,
         storage=storage_loss(session.policy, step),
         routing=routing,
+        gradient=sequence_shares(session.policy, step, budget=session.budget),
         lifetime=lifetime(session.policy, step),
     )
     vectors.save(step.direction, session.run.file("direction.safetensors"))
@@ -69,7 +71,7 @@ def step(session: Session) -> Figures:
         for name, part in report.components.items()
     }
     found = shares | lifetime_figures(report.lifetime, count) | storage_figures(report.storage, count)
-    found |= routing_figures(routing, count)
+    found |= routing_figures(routing, count) | sequence_share_figures(report.gradient, count)
     assert session.policy.optimizer is not None
     rounding = _rounding_figures(session.taken, session.policy.optimizer.label, count)
     return session.doubted(found, "step") | rounding

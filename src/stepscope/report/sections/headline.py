@@ -64,6 +64,8 @@ HEADLINES: Mapping[str, Label] = {
     "storage_error_worst": Label("The most that 8 bits can have made of it", "def-storage"),
     "routing_share_choices": Label("Choices of experts that the step flips", "def-routing"),
     "routing_share_tokens": Label("Tokens that go to other experts after it", "def-routing"),
+    "gradient_share_largest": Label("Largest share of one sequence in the gradient", "def-gradient-share"),
+    "gradient_sequences_effective": Label("Sequences that make the gradient", "def-gradient-share"),
     "influence_sequences_own_prompts": Label(
         "Influence of this batch on its own prompts, answered afresh", "def-influence"
     ),

@@ -11,7 +11,7 @@ from stepscope.reading.measurement import Measurement
 from stepscope.report import style, text
 from stepscope.report.parts import Room, Section
 from stepscope.results.change import Taken
-from stepscope.results.step import Lifetime, Rounding, Routing, StepReport, Storage
+from stepscope.results.step import Lifetime, Rounding, Routing, SequenceShares, StepReport, Storage
 
 _LOOKS: Mapping[str, tuple[str, str]] = {
     "momentum": ("momentum", style.BLUE),
@@ -41,6 +41,8 @@ def section(measurement: Measurement, room: Room) -> Section | None:
     sentences = [_lifetime_sentence(step.lifetime)] if step.lifetime else []
     if step.storage:
         sentences.append(_storage_sentence(step.storage))
+    if step.gradient:
+        sentences.append(_gradient_sentence(step.gradient))
     if step.routing:
         sentences.append(_routing_sentence(step.routing))
     if step.rounding:
@@ -135,6 +137,16 @@ def _storage_sentence(storage: Storage) -> str:
         f"{storage.kept_in}, and this is the step it takes with them. With moments as they were before their "
         f"last encoding it would differ by {text.percent(storage.direction)} of its norm typically, and by "
         f"{text.number(storage.direction_worst, 2)} times its norm at most."
+    )
+
+
+def _gradient_sentence(gradient: SequenceShares) -> str:
+    """Whose gradient it is."""
+    one = gradient.largest
+    return (
+        f"The gradient is made by as many as {text.number(gradient.effective, 3)} of the batch's "
+        f"{len(gradient.share)} sequences; the largest share has sequence {one}, "
+        f"{text.percent(gradient.share[one])} (norm {text.number(gradient.norm[one], 3)})."
     )
 
 

@@ -1,0 +1,97 @@
+"""Whose gradient it is: the share of each sequence in the gradient's squared norm, so that a spike has names.
+
+With a_i = sum_k w_ik grad l_ik of sequence i and a = -grad Loss, their sum and the gradients of the terms,
+
+    share_i = <a_i, a>/|a|^2,    effective number = (sum share_i)^2 / sum share_i^2
+
+The shares of sequences and terms add up to 1; one below 0 pulls against the rest. The effective number is the
+batch's size where all have one share, and 1 where one sequence has all. Clipping, momentum and preconditioner
+have no part in it. One backward pass makes products and norms, and no sequence's gradient as a whole. Pinned
+by ``tests/measure/test_sequence_shares.py`` against the gradient of each sequence alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from stepscope.measure.step.reconstruct import Step, weighted_logprobs
+from stepscope.policy import vectors
+from stepscope.policy.gradients.layer_gradient import LayerGradient
+from stepscope.policy.gradients.products import CHUNK_BYTES, compute_dtype
+from stepscope.policy.gradients.stream import SequenceGradients, stream
+from stepscope.policy.passes import Budget, by_length
+from stepscope.policy.state import Policy
+from stepscope.results.step import SequenceShares
+from stepscope.stats import Estimate
+
+
+def sequence_shares(policy: Policy, step: Step, *, budget: Budget = Budget()) -> SequenceShares | None:
+    """The share of each sequence in the gradient before clipping, and the norm of its own.
+
+    Args:
+        policy: where the step starts; not changed.
+        step: the step.
+        budget: what may be used at a time.
+
+    Returns:
+        None where the gradient is 0.
+    """
+    total = vectors.norm(step.ascent)
+    if total == 0:
+        return None
+    gradients = SequenceGradients(step.update, weighted_logprobs(step.token_weights))
+    order = by_length(step.update)
+    whole: dict[str, torch.Tensor] = {}
+    found = torch.zeros(2, len(order), dtype=torch.float64, device=policy.device)
+
+    def consume(gradient: LayerGradient, rows: slice) -> None:
+        name = gradient.name
+        if name not in whole:
+            ascent = step.ascent[name]
+            whole[name] = gradient.oriented(ascent).to(policy.device, compute_dtype(ascent))
+        size = rows.stop - rows.start
+        for start, stop in gradient.row_slices(size, CHUNK_BYTES, whole[name].element_size()):
+            own = gradient.dense(start, stop).flatten(1)
+            found[0, rows] += own @ whole[name][start:stop].flatten()
+            found[1, rows] += own.square().sum(1)
+
+    stream(policy, gradients, consume, order=order, budget=budget)
+    products, squares = np.empty((2, len(order)))
+    products[order], squares[order] = found.cpu().numpy()
+    shares = products / total**2
+    square = float(np.sum(shares**2))
+    return SequenceShares(
+        share=tuple(shares.tolist()),
+        norm=tuple(np.sqrt(squares).tolist()),
+        largest=int(shares.argmax()),
+        effective=float(shares.sum()) ** 2 / square if square else float("nan"),
+    )
+
+
+def sequence_share_figures(found: SequenceShares | None, count: int) -> dict[str, Estimate]:
+    """The headline figures; none where there is no gradient.
+
+    Args:
+        found: of the step.
+        count: prompts of the update batch.
+    """
+    if found is None:
+        return {}
+    exact = "exact for this update batch"
+    return {
+        "gradient_share_largest": Estimate(
+            found.share[found.largest],
+            float("nan"),
+            count,
+            "share of the gradient",
+            f"<g_i, g>/|g|^2 of sequence {found.largest}, the largest; {exact}",
+        ),
+        "gradient_sequences_effective": Estimate(
+            found.effective,
+            float("nan"),
+            count,
+            "sequences",
+            f"(sum s)^2/sum s^2 of s_i = <g_i, g>/|g|^2 over {len(found.share)} sequences; {exact}",
+        ),
+    }
