@@ -49,3 +49,16 @@ def test_missing_file_is_a_checkpoint_error(tmp_path: Path) -> None:
 
 def test_whole_numbers_are_fine_where_a_float_is_meant() -> None:
     assert StepSettings.from_plain({"temperature": 1}, where="here").temperature == 1.0
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_settings_of_checkpoints_from_before_losses_off_policy(tmp_path: Path, limited: bool) -> None:
+    """The flag said whether a loss was known on policy only; where it was set, its parameters are missing."""
+    StepSettings(beta=0.1).save(tmp_path)
+    file = tmp_path / "stepscope.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"on_policy_only": limited}))
+    if limited:
+        with pytest.raises(CheckpointError, match="on_policy_only"):
+            StepSettings.load(tmp_path)
+    else:
+        assert StepSettings.load(tmp_path) == StepSettings(beta=0.1)

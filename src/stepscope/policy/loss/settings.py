@@ -199,6 +199,10 @@ class StepSettings:
                 f"{file}: settings of version {shown(version)}, expected {SETTINGS_VERSION}; "
                 "use the stepscope version that wrote it"
             )
+        if data.get("on_policy_only") is False:
+            del data[
+                "on_policy_only"
+            ]  # said of every loss until November 2026, of those that it limits still
         return cls.from_plain(data, where=str(file))
 
     @classmethod
