@@ -1,4 +1,7 @@
-"""Checkpoints laid out as DeepSpeed 0.19.8 does, without it: ``runtime/engine.py``, ``runtime/zero/*.py``."""
+"""Checkpoints laid out as DeepSpeed 0.19.8 does, without it: ``runtime/engine.py``, ``runtime/zero/*.py``.
+
+``tests/policy/test_deepspeed_real.py`` holds what is written here against DeepSpeed's own files.
+"""
 
 from __future__ import annotations
 
@@ -143,7 +146,7 @@ class Training:
         module = OrderedDict(
             (n, torch.empty(0, dtype=torch.bfloat16) if self.stage == 3 else t.bfloat16())
             for n, t in self.model.state_dict().items()
-            if self.frozen or shared.get(n, n) not in free
+            if self.frozen or n not in free  # a second name of a tied weight stays
         )
         shapes = fragments = None
         if self.stage > 1 and self.frozen:
