@@ -50,8 +50,11 @@ GIVEN_PROBE = ", conditional on the probe batch"
 FEW_ITEMS = 10
 """Sums over fewer items than this hang on single ones: their errors are not known."""
 
-FEW_CARRIERS = 20
+FEW_CARRIERS = 50
 """Nor are those of sums that fewer items than this carry, in effect."""
+
+FEW_SQUARES = 20
+"""The same for sums of squares, as in Pearson's correlation."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -335,7 +338,7 @@ class _Errors:
             t: which truth.
         """
         sizes = np.abs(self.values[t])
-        doubt = _carried(sizes)
+        doubt = _carried(sizes, FEW_CARRIERS)
         found = {}
         for q, share in enumerate(SHARES):
 
@@ -352,12 +355,10 @@ def _few_items(selected: float) -> str:
     return f"hangs on {max(1.0, selected):.2g} items, fewer than {FEW_ITEMS}" if selected < FEW_ITEMS else ""
 
 
-def _carried(weights: FloatArray) -> str:
+def _carried(weights: FloatArray, fewest: int) -> str:
     """Why a sum over items says nothing of other batches: few items carry it; empty where many do."""
     size = effective_sample_size(weights)
-    return (
-        f"{size:.2g} items carry the sum, in effect, fewer than {FEW_CARRIERS}" if size < FEW_CARRIERS else ""
-    )
+    return f"{size:.2g} items carry the sum, in effect, fewer than {fewest}" if size < fewest else ""
 
 
 def _rank(
@@ -431,7 +432,7 @@ def _row(board: _Board, errors: _Errors, c: int, t: int) -> LeaderboardRow:
         version=truth.version,
         spearman=correlation(lambda x: x.spearman),
         kendall=correlation(lambda x: x.kendall),
-        pearson=correlation(lambda x: x.pearson).doubted(_carried(board.values[t] ** 2)),
+        pearson=correlation(lambda x: x.pearson).doubted(_carried(board.values[t] ** 2, FEW_SQUARES)),
         captured=errors.captured(lambda x: x.captured[:, :, c], t),
         sign_agreement=(
             share(lambda x: x.sign_agreement, "share of items") if criterion.target == "signed" else None

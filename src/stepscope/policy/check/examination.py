@@ -113,6 +113,17 @@ def _optimizer(policy: Policy) -> list[Finding]:
             f"{', '.join(map(str, lrs))}",
         )
     ]
+    if late := [g for g in state.groups if g.names and g.saved_lr is not None]:
+        pairs = ", ".join(dict.fromkeys(f"{g.lr:g} instead of {g.saved_lr:g}" for g in late))
+        found.append(
+            Finding(
+                "warn",
+                f"the optimizer was saved before its scheduler's step: the next step is taken at the "
+                f"scheduler's learning rate, {pairs}",
+                "call scheduler.step() before saving; a training that is resumed from this checkpoint takes "
+                "its first step at the old rate",
+            )
+        )
     if lrs == [0.0]:
         found.append(
             Finding(

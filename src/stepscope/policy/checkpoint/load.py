@@ -16,6 +16,7 @@ from stepscope.policy.checkpoint.foreign import reads_foreign
 from stepscope.policy.checkpoint.formats.registry import checkpoint_folder, files_of, format_of
 from stepscope.policy.checkpoint.manifest import MANIFEST, altered
 from stepscope.policy.checkpoint.models import load_model, usable_device
+from stepscope.policy.checkpoint.schedule import at_scheduled_rates
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.optim.base import OptimizerState
 from stepscope.policy.state import Policy
@@ -76,6 +77,7 @@ def load_checkpoint(
     optimizer: OptimizerState | None = None
     if match is not None:
         optimizer = match(model, torch.float64 if dtype == torch.float64 else None)
+        optimizer = at_scheduled_rates(optimizer, folder)
         optimizer = optimizer if keep_source else replace(optimizer, source=None)
         own = set(optimizer.names)
         for name, parameter in model.named_parameters():

@@ -39,15 +39,17 @@ class ParameterGroup:
 
     Attributes:
         names: of the parameters.
-        lr: learning rate of the *next* step, as the scheduler left it in the checkpoint.
+        lr: learning rate of the *next* step, as the scheduler has it, or left it in the optimizer's state.
         weight_decay: decoupled from the gradient, or as the optimizer has it.
         initial_lr: the one that the schedule started from, where the state says so.
+        saved_lr: the one in the optimizer's state, where the scheduler's is another.
     """
 
     names: tuple[str, ...]
     lr: float
     weight_decay: float = 0.0
     initial_lr: float | None = None
+    saved_lr: float | None = None
 
     def ratio(self, lr: float) -> float:
         """The factor of the group's parts of a direction that is per unit of ``lr``."""

@@ -27,13 +27,14 @@ from stepscope.policy.checkpoint.load import load_checkpoint, read_settings
 from stepscope.policy.checkpoint.manifest import MANIFEST, write_manifest
 from stepscope.policy.checkpoint.models import TOKENIZER_FILES, quiet
 from stepscope.policy.checkpoint.optimizer_state import OPTIMIZER_FILE
+from stepscope.policy.checkpoint.schedule import SCHEDULER_FILE
 from stepscope.policy.checkpoint.settings.training_args import TRAINING_ARGS_FILE
 from stepscope.policy.loss.settings import SETTINGS_FILE, UNKNOWN
 from stepscope.policy.state import Policy
 
 _TOKENIZER = (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "chat_template*")
 
-_CARRIED = (SETTINGS_FILE, TRAINING_ARGS_FILE, TRAINER_STATE, "scheduler.pt")
+_CARRIED = (SETTINGS_FILE, TRAINING_ARGS_FILE, TRAINER_STATE, SCHEDULER_FILE)
 """Files that mean the same in every layout; those of the run's folder count for its checkpoints."""
 
 
@@ -108,7 +109,7 @@ def _written(folder: Path, partial: Path) -> list[str]:
     if not (partial / TRAINER_STATE).is_file():
         (partial / TRAINER_STATE).write_text(json.dumps({"global_step": policy.step}), encoding="utf-8")
         lost.append("the Trainer's log: the source has only a number of steps")
-    if not (partial / "scheduler.pt").is_file():
+    if not (partial / SCHEDULER_FILE).is_file():
         lost.append(
             "the state of a scheduler: none is there, and the next learning rate is that of the groups"
         )
