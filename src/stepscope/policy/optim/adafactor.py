@@ -17,18 +17,16 @@ learning rate, and the direction is that at the checkpoint's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.optim.base import Keys, OptimizerState, ParameterGroup, SavedGroup, SavedState, Update
-from stepscope.policy.optim.slope import Differentiated
-from stepscope.policy.vectors import ParameterVector
+from stepscope.policy.optim.base import Keys, ParameterGroup, SavedGroup, SavedState
+from stepscope.policy.optim.by_parameter import AsWhole, Parts, Place
 
 YOUNG = 0.05
 """Weight of a batch in its own second moment from which the batch makes much of it."""
@@ -71,7 +69,7 @@ class AdafactorGroup(ParameterGroup):
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class AdafactorState(OptimizerState):
+class AdafactorState(AsWhole[AdafactorGroup]):
     """torch's Adafactor, matched to parameters by name.
 
     Attributes:
@@ -141,36 +139,22 @@ class AdafactorState(OptimizerState):
         own = {"beta2_decay": group.beta2_decay, "eps": group.eps, "d": group.d, "foreach": group.foreach}
         return super().options(group) | own
 
-    def update(
-        self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
-    ) -> Update:
-        """Decay and P; there is no momentum."""
-        momentum: dict[str, Tensor] = {}
-        decay: dict[str, Tensor] = {}
-        preconditioner: dict[str, Tensor] = {}
-        for group in self.groups:
-            for name in group.names:
-                point = clip * ascent[name].to(self._like(name).dtype)
-                factor = group.ratio(lr) * self._factor(group, name, parameters[name])
-                preconditioner[name] = clip * factor * self._inverse(group, name, point)
-                parameter = parameters[name].detach().to(point.dtype)
-                shrink = group.ratio(lr) * self._decay(group, parameters[name])
-                decay[name] = -shrink * parameter if shrink else torch.zeros_like(parameter)
-                momentum[name] = torch.zeros_like(parameter)
-        return Update({"momentum": momentum, "decay": decay}, preconditioner)
+    def _kept(self, name: str) -> Tensor:
+        return self.row_var[name] if name in self.row_var else self.variance[name]
 
-    def slope(
-        self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
-    ) -> Differentiated:
-        """That of x times what it is multiplied with, the second moments and the RMS not held."""
-        functions: dict[str, Callable[[Tensor], Tensor]] = {}
-        points: dict[str, Tensor] = {}
-        for group in self.groups:
-            for name in group.names:
-                factor = group.ratio(lr) * self._factor(group, name, parameters[name])
-                functions[name] = partial(self._moved, group, name, factor)
-                points[name] = clip * ascent[name].to(self._like(name).dtype)
-        return Differentiated(functions, points)
+    def _parts(self, at: Place[AdafactorGroup]) -> Parts:
+        """Decay and P; there is no momentum."""
+        factor = at.rate * self._factor(at.group, at.name, at.parameter)
+        return Parts(
+            torch.zeros_like(at.weights),
+            at.decay(at.rate * self._decay(at.group, at.parameter)),
+            at.clip * factor * self._inverse(at.group, at.name, at.point),
+        )
+
+    def _moved(self, at: Place[AdafactorGroup], point: Tensor) -> Tensor:
+        """P a: x times what it is multiplied with, the second moments and the RMS not held."""
+        factor = at.rate * self._factor(at.group, at.name, at.parameter)
+        return factor * point * self._inverse(at.group, at.name, point)
 
     def carried(self, name: str, horizon: int) -> float:
         """Only the decay changes what a gradient has moved."""
@@ -189,15 +173,6 @@ class AdafactorState(OptimizerState):
         if weight < YOUNG:
             return ""
         return f"Adafactor is at step {age}, so the batch makes {weight:.0%} of its own second moment"
-
-    def _group_of(self, name: str) -> AdafactorGroup:
-        return next(group for group in self.groups if name in group.names)
-
-    def _like(self, name: str) -> Tensor:
-        return self.row_var[name] if name in self.row_var else self.variance[name]
-
-    def _moved(self, group: AdafactorGroup, name: str, factor: float, point: Tensor) -> Tensor:
-        return factor * point * self._inverse(group, name, point)
 
     def _inverse(self, group: AdafactorGroup, name: str, point: Tensor) -> Tensor:
         """1 / sqrt(V'), made smaller where the update would be large."""

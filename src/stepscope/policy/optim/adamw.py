@@ -15,7 +15,7 @@ step is -(1 - b1) wd params / ((1 - b1^t) D), with v' held as it is held for the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.optim.base import Keys, OptimizerState, ParameterGroup, SavedGroup, SavedState, Update
-from stepscope.policy.optim.slope import Elementwise
-from stepscope.policy.vectors import ParameterVector
+from stepscope.policy.optim.base import Keys, ParameterGroup, SavedGroup, SavedState
+from stepscope.policy.optim.by_parameter import ByCoordinate, Parts, Place
 
 YOUNG = 20
 """Steps before which a batch makes much of the second moment that divides it."""
@@ -74,34 +73,32 @@ class _Terms:
     """What AdamW makes of one parameter's gradient, rounded as ``torch.optim.AdamW`` does.
 
     Attributes:
-        name: of the parameter.
-        group: its hyperparameters.
         scale: the group's learning rate over the one that a direction is per unit of, over 1 - b1^t.
         first: m, the first moment before the step.
         clipped: -c g, for Adam with the decay in it.
         root: sqrt(v') of the second moment after the step.
         root_scale: sqrt(1 - b2^t).
+        eps: added to the root.
         fresh: where this step's gradient has part in ``root``: everywhere but where AMSGrad's maximum is
             older.
     """
 
-    name: str
-    group: AdamWGroup
     scale: float
     first: Tensor
     clipped: Tensor
     root: Tensor
     root_scale: float
+    eps: float
     fresh: Tensor | None
 
     @property
     def denominator(self) -> Tensor:
         """D."""
-        return (self.root / self.root_scale).add_(self.group.eps)
+        return (self.root / self.root_scale).add_(self.eps)
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class AdamWState(OptimizerState):
+class AdamWState(ByCoordinate[AdamWGroup]):
     """AdamW's state, matched to parameters by name.
 
     Attributes:
@@ -209,44 +206,36 @@ class AdamWState(OptimizerState):
             "fused": group.fused,
         }
 
-    def update(
-        self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
-    ) -> Update:
-        """Momentum, decay and P."""
-        momentum: dict[str, Tensor] = {}
-        decay: dict[str, Tensor] = {}
-        preconditioner: dict[str, Tensor] = {}
-        for terms in self._terms(parameters, ascent, clip=clip, lr=lr):
-            name, beta1, denominator = terms.name, terms.group.betas[0], terms.denominator
-            momentum[name] = -terms.scale * beta1 * terms.first / denominator
-            parameter = parameters[name].detach().to(terms.first.dtype)
-            rate: float | Tensor = terms.group.ratio(lr) * terms.group.weight_decay
-            if rate and not terms.group.decoupled:
-                rate = terms.scale * (1 - beta1) * terms.group.weight_decay / denominator
-            # a bias that excludes a token with -inf is in a group without decay, and 0 x inf is no number
-            decay[name] = -rate * parameter if terms.group.weight_decay else torch.zeros_like(parameter)
-            preconditioner[name] = terms.scale * (1 - beta1) * clip / denominator
-        return Update({"momentum": momentum, "decay": decay}, preconditioner)
+    def _kept(self, name: str) -> Tensor:
+        return self.exp_avg[name]
 
-    def slope(
-        self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
-    ) -> Elementwise:
+    def _parts(self, at: Place[AdamWGroup]) -> Parts:
+        """Momentum, decay and P."""
+        terms, beta1 = self._terms(at), at.group.betas[0]
+        denominator = terms.denominator
+        shrink: float | Tensor = at.rate * at.group.weight_decay
+        if shrink and not at.group.decoupled:
+            shrink = terms.scale * (1 - beta1) * at.group.weight_decay / denominator
+        return Parts(
+            -terms.scale * beta1 * terms.first / denominator,
+            at.decay(shrink),
+            terms.scale * (1 - beta1) * at.clip / denominator,
+        )
+
+    def _derivative(self, at: Place[AdamWGroup]) -> Tensor:
         """R / (1 - b1^t) [(1 - b1) / D - M / D^2 dD/d(c a)], with a = -g and M = - b1 m + (1 - b1) c a.
 
         dD/d(c a) = (1 - b2) c a / sqrt(v' (1 - b2^t)); where v' is 0 so is a, and D has its kink: held as it
         is there.
         """
-        found = {}
-        for terms in self._terms(parameters, ascent, clip=clip, lr=lr):
-            beta1, beta2 = terms.group.betas
-            denominator = terms.denominator
-            rise = (1 - beta2) * terms.clipped / (terms.root * terms.root_scale)
-            rise = torch.where(terms.root > 0, rise, torch.zeros_like(rise))
-            if terms.fresh is not None:
-                rise = torch.where(terms.fresh, rise, torch.zeros_like(rise))
-            moment = (1 - beta1) * terms.clipped - beta1 * terms.first
-            found[terms.name] = terms.scale * ((1 - beta1) / denominator - moment / denominator**2 * rise)
-        return Elementwise(found)
+        terms, (beta1, beta2) = self._terms(at), at.group.betas
+        denominator = terms.denominator
+        rise = (1 - beta2) * terms.clipped / (terms.root * terms.root_scale)
+        rise = torch.where(terms.root > 0, rise, torch.zeros_like(rise))
+        if terms.fresh is not None:
+            rise = torch.where(terms.fresh, rise, torch.zeros_like(rise))
+        moment = (1 - beta1) * terms.clipped - beta1 * terms.first
+        return terms.scale * ((1 - beta1) / denominator - moment / denominator**2 * rise)
 
     def carried(self, name: str, horizon: int) -> float:
         """A geometric series in b1, up to the bias corrections."""
@@ -269,35 +258,25 @@ class AdamWState(OptimizerState):
         """By what the decay multiplies the rest of the step: 1, since torch decays first."""
         return 1.0
 
-    def _group_of(self, name: str) -> AdamWGroup:
-        return next(group for group in self.groups if name in group.names)
-
-    def _terms(
-        self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
-    ) -> Iterator[_Terms]:
-        for group in self.groups:
-            beta1, beta2 = group.betas
-            for name in group.names:
-                first, second = self.exp_avg[name], self.exp_avg_sq[name]
-                steps = self.steps[name] + 1
-                clipped = clip * ascent[name].to(first.dtype)
-                if group.weight_decay and not group.decoupled:
-                    clipped = clipped - group.weight_decay * parameters[name].detach().to(first.dtype)
-                moment = second.mul(beta2).addcmul_(clipped, clipped, value=1 - beta2)
-                fresh = None
-                if group.amsgrad:
-                    fresh = moment > self.max_exp_avg_sq[name]
-                    moment = torch.maximum(moment, self.max_exp_avg_sq[name])
-                yield _Terms(
-                    name=name,
-                    group=group,
-                    scale=group.ratio(lr) * self._shrunk(group) / (1 - beta1**steps),
-                    first=first,
-                    clipped=clipped,
-                    root=moment.sqrt(),
-                    root_scale=(1 - beta2**steps) ** 0.5,
-                    fresh=fresh,
-                )
+    def _terms(self, at: Place[AdamWGroup]) -> _Terms:
+        group, steps, clipped = at.group, self.steps[at.name] + 1, at.point
+        beta1, beta2 = group.betas
+        if group.weight_decay and not group.decoupled:
+            clipped = clipped - group.weight_decay * at.weights
+        moment = self.exp_avg_sq[at.name].mul(beta2).addcmul_(clipped, clipped, value=1 - beta2)
+        fresh = None
+        if group.amsgrad:
+            fresh = moment > self.max_exp_avg_sq[at.name]
+            moment = torch.maximum(moment, self.max_exp_avg_sq[at.name])
+        return _Terms(
+            scale=at.rate * self._shrunk(group) / (1 - beta1**steps),
+            first=self.exp_avg[at.name],
+            clipped=clipped,
+            root=moment.sqrt(),
+            root_scale=(1 - beta2**steps) ** 0.5,
+            eps=group.eps,
+            fresh=fresh,
+        )
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from stepscope.errors import CheckpointError, MeasurementError
-from stepscope.policy.optim.base import Keys, ParameterGroup, SavedGroup, SavedState, Through, Update
+from stepscope.policy.optim.base import Keys, ParameterGroup, SavedGroup, SavedState, Through
 from stepscope.policy.optim.bitsandbytes import decoded
+from stepscope.policy.optim.by_parameter import ByParameter, Parts, Place
 from stepscope.policy.optim.nonlinear import NonlinearState
 from stepscope.policy.optim.slope import Slope
 from stepscope.policy.vectors import ParameterVector
@@ -43,7 +44,7 @@ class LionGroup(ParameterGroup):
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class LionState(NonlinearState):
+class LionState(NonlinearState, ByParameter[LionGroup]):
     """Lion's state, matched to parameters by name.
 
     Attributes:
@@ -90,25 +91,20 @@ class LionState(NonlinearState):
         assert isinstance(group, LionGroup)
         return super().options(group) | {"betas": group.betas}
 
-    def update(
-        self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
-    ) -> Update:
+    def _kept(self, name: str) -> Tensor:
+        return self.exp_avg[name]
+
+    def _parts(self, at: Place[LionGroup]) -> Parts:
         """The secant P, the decay, and the rest of the step: the one without a gradient, up to round-off."""
-        momentum: dict[str, Tensor] = {}
-        decay: dict[str, Tensor] = {}
-        preconditioner: dict[str, Tensor] = {}
-        for group, name, rate in self._each(lr):
-            beta, mean = group.betas[0], self.exp_avg[name]
-            own = ascent[name].to(mean.dtype)
-            before = -(mean * beta).sign()
-            after = -(mean * beta).add(own, alpha=-clip * (1 - beta)).sign()
-            secant = torch.where(own == 0, 0.0, (after - before) / own)
-            # the quotient by the smallest numbers is none, and such a coordinate's turn is left to the rest
-            secant = torch.where(secant.isfinite(), secant, 0.0)
-            preconditioner[name] = rate * secant
-            momentum[name] = rate * (after - secant * own)
-            decay[name] = -rate * group.weight_decay * parameters[name].detach().to(mean.dtype)
-        return Update({"momentum": momentum, "decay": decay}, preconditioner)
+        beta, mean, own = at.group.betas[0], self.exp_avg[at.name], at.ascent
+        before = -(mean * beta).sign()
+        after = -(mean * beta).add(own, alpha=-at.clip * (1 - beta)).sign()
+        secant = torch.where(own == 0, 0.0, (after - before) / own)
+        # the quotient by the smallest numbers is none, and such a coordinate's turn is left to the rest
+        secant = torch.where(secant.isfinite(), secant, 0.0)
+        return Parts(
+            at.rate * (after - secant * own), at.decay(at.rate * at.group.weight_decay), at.rate * secant
+        )
 
     def slope(self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float) -> Slope:
         """There is none.

@@ -17,17 +17,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.optim.base import Keys, ParameterGroup, SavedGroup, SavedState, Through, Update
+from stepscope.policy.optim.base import Keys, ParameterGroup, SavedGroup, SavedState, Through
+from stepscope.policy.optim.by_parameter import AsWhole, Parts, Place
 from stepscope.policy.optim.nonlinear import NonlinearState
-from stepscope.policy.optim.slope import Differentiated
-from stepscope.policy.vectors import ParameterVector
 
 MOST_NS_STEPS = 100
 """From so many Newton-Schulz steps on torch refuses."""
@@ -65,7 +63,7 @@ class MuonGroup(ParameterGroup):
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class MuonState(NonlinearState):
+class MuonState(NonlinearState, AsWhole[MuonGroup]):
     """Muon's state, matched to parameters by name.
 
     Attributes:
@@ -123,29 +121,18 @@ class MuonState(NonlinearState):
             "adjust_lr_fn": group.adjust_lr_fn,
         }
 
-    def update(
-        self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
-    ) -> Update:
-        """The step without a gradient, the decay, and what the gradient adds."""
-        momentum: dict[str, Tensor] = {}
-        decay: dict[str, Tensor] = {}
-        own: dict[str, Tensor] = {}
-        for group, name, rate in self._each(lr):
-            buffer = self.buffer[name]
-            momentum[name] = rate * self._taken(group, name, torch.zeros_like(buffer))
-            own[name] = rate * self._taken(group, name, clip * ascent[name].to(buffer.dtype)) - momentum[name]
-            decay[name] = -rate * group.weight_decay * parameters[name].detach().to(buffer.dtype)
-        return Update({"momentum": momentum, "decay": decay}, None, own)
+    def _kept(self, name: str) -> Tensor:
+        return self.buffer[name]
 
-    def slope(
-        self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
-    ) -> Differentiated:
-        """Of the formula in the precision of the buffers, without the roundings to bfloat16."""
-        each = list(self._each(lr))
-        return Differentiated(
-            {name: partial(orthogonalised, group, self.buffer[name], rate) for group, name, rate in each},
-            {name: clip * ascent[name].to(self.buffer[name].dtype) for _, name, _ in each},
-        )
+    def _parts(self, at: Place[MuonGroup]) -> Parts:
+        """The step without a gradient, the decay, and what the gradient adds."""
+        alone = at.rate * self._taken(at.group, at.name, torch.zeros_like(at.ascent))
+        whole = at.rate * self._taken(at.group, at.name, at.point)
+        return Parts(alone, at.decay(at.rate * at.group.weight_decay), whole - alone)
+
+    def _moved(self, at: Place[MuonGroup], point: Tensor) -> Tensor:
+        """The formula in the precision of the buffers, without the roundings to bfloat16."""
+        return orthogonalised(at.group, self.buffer[at.name], at.rate, point)
 
     def take(self, copies: Mapping[str, nn.Parameter], *, scale: float | None, lr: float) -> str:
         """One step of torch's Muon from this state, which has one implementation."""

@@ -6,9 +6,8 @@ of a batch's sequences, and not over those of the steps before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from stepscope.errors import MeasurementError
 from stepscope.policy.optim.base import OptimizerState
@@ -35,9 +34,3 @@ class NonlinearState(OptimizerState):
             MeasurementError: always.
         """
         raise MeasurementError(f"{self.nonlinear}, so a batch has no share of a step by arithmetic")
-
-    def _each(self, lr: float) -> Iterator[tuple[Any, str, float]]:
-        """Group, name and lr_j / lr of every parameter."""
-        for group in self.groups:
-            for name in group.names:
-                yield group, name, group.ratio(lr)

@@ -32,9 +32,8 @@ from torch import Tensor
 from stepscope.errors import CheckpointError
 from stepscope.policy.numerics.finiteness import whole_number
 from stepscope.policy.optim.adamw import YOUNG
-from stepscope.policy.optim.base import Keys, OptimizerState, ParameterGroup, SavedGroup, SavedState, Update
-from stepscope.policy.optim.slope import Elementwise
-from stepscope.policy.vectors import ParameterVector
+from stepscope.policy.optim.base import Keys, ParameterGroup, SavedGroup, SavedState
+from stepscope.policy.optim.by_parameter import ByCoordinate, Parts, Place
 
 MANY = 10**6
 """Steps above which sums over them are taken as integrals."""
@@ -96,7 +95,7 @@ class ScheduleFreeGroup(ParameterGroup):
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class ScheduleFreeState(OptimizerState):
+class ScheduleFreeState(ByCoordinate[ScheduleFreeGroup]):
     """The state of either optimizer, matched to parameters by name.
 
     Attributes:
@@ -187,41 +186,26 @@ class ScheduleFreeState(OptimizerState):
         """The second moment."""
         return ("exp_avg_sq",)
 
-    def update(
-        self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
-    ) -> Update:
-        """The pull of the average, decay and P."""
-        momentum: dict[str, Tensor] = {}
-        decay: dict[str, Tensor] = {}
-        preconditioner: dict[str, Tensor] = {}
-        for group in self.groups:
-            warm, share = next(group.following())
-            rate = group.ratio(lr) * warm * group.own(share)
-            for name in group.names:
-                z = self.z[name]
-                y = parameters[name].detach().to(z.dtype)
-                momentum[name] = share / lr * (z - y)
-                shrink = rate * group.weight_decay
-                decay[name] = -shrink * y if shrink else torch.zeros_like(y)
-                preconditioner[name] = (
-                    clip * rate / self._denominator(group, name, clip * ascent[name].to(z.dtype))
-                )
-        return Update({"momentum": momentum, "decay": decay}, preconditioner)
+    def _kept(self, name: str) -> Tensor:
+        return self.z[name]
 
-    def slope(
-        self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
-    ) -> Elementwise:
+    def _parts(self, at: Place[ScheduleFreeGroup]) -> Parts:
+        """The pull of the average, decay and P."""
+        warm, share = next(at.group.following())
+        rate = at.rate * warm * at.group.own(share)
+        return Parts(
+            share / at.lr * (self.z[at.name] - at.weights),
+            at.decay(rate * at.group.weight_decay),
+            at.clip * rate / self._denominator(at.group, at.name, at.point),
+        )
+
+    def _derivative(self, at: Place[ScheduleFreeGroup]) -> Tensor:
         """S (1 - b (1 - ck)) (1 / D - x / D^2 dD/dx)."""
-        found = {}
-        for group in self.groups:
-            warm, share = next(group.following())
-            rate = group.ratio(lr) * warm * group.own(share)
-            for name in group.names:
-                point = clip * ascent[name].to(self.z[name].dtype)
-                denominator = self._denominator(group, name, point)
-                rise = self._rise(group, name, point)
-                found[name] = rate * (1 / denominator - point / denominator**2 * rise)
-        return Elementwise(found)
+        warm, share = next(at.group.following())
+        denominator = self._denominator(at.group, at.name, at.point)
+        rise = self._rise(at.group, at.name, at.point)
+        rate = at.rate * warm * at.group.own(share)
+        return rate * (1 / denominator - at.point / denominator**2 * rise)
 
     def _denominator(self, group: ScheduleFreeGroup, name: str, point: Tensor) -> Tensor:
         """D."""
@@ -259,9 +243,6 @@ class ScheduleFreeState(OptimizerState):
             parts = sums[:-1] / sums[-1] if group.taken else sums
             once, squared = float(parts.sum()), float((parts**2).sum())
         return own**2 / (own**2 + weight**2 * squared), own / (own + weight * once)
-
-    def _group_of(self, name: str) -> ScheduleFreeGroup:
-        return next(group for group in self.groups if name in group.names)
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)

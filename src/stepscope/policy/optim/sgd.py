@@ -17,9 +17,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from stepscope.policy.optim.base import Keys, OptimizerState, ParameterGroup, SavedState, Update
-from stepscope.policy.optim.slope import Elementwise
-from stepscope.policy.vectors import ParameterVector
+from stepscope.policy.optim.base import Keys, ParameterGroup, SavedState
+from stepscope.policy.optim.by_parameter import ByCoordinate, Parts, Place
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class SGDGroup(ParameterGroup):
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class SGDState(OptimizerState):
+class SGDState(ByCoordinate[SGDGroup]):
     """SGD's state, matched to parameters by name; without momentum there is none.
 
     Attributes:
@@ -108,40 +107,22 @@ class SGDState(OptimizerState):
         """The buffers."""
         return {"momentum_buffer": self.buffer}
 
-    def update(
-        self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
-    ) -> Update:
-        """Momentum, decay and P, which is the same for all elements of a parameter."""
-        momentum: dict[str, Tensor] = {}
-        decay: dict[str, Tensor] = {}
-        preconditioner: dict[str, Tensor] = {}
-        for group in self.groups:
-            rate = group.ratio(lr)
-            for name in group.names:
-                own, kept, _ = group.factors(begun=name in self.buffer)
-                like = self.buffer.get(name, ascent[name])
-                parameter = parameters[name].detach().to(like.dtype)
-                momentum[name] = -rate * kept * like if kept else torch.zeros_like(like)
-                shrink = rate * own * group.weight_decay
-                # a bias that excludes a token with -inf is in a group without decay, and 0 x inf is no number
-                decay[name] = -shrink * parameter if shrink else torch.zeros_like(parameter)
-                preconditioner[name] = torch.full_like(like, rate * own * clip)
-        return Update({"momentum": momentum, "decay": decay}, preconditioner)
+    def _kept(self, name: str) -> Tensor | None:
+        return self.buffer.get(name)
 
-    def slope(
-        self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
-    ) -> Elementwise:
-        """P / c: the step is linear in its gradient."""
-        return Elementwise(
-            {
-                name: torch.full_like(
-                    self.buffer.get(name, ascent[name]),
-                    group.ratio(lr) * group.factors(begun=name in self.buffer)[0],
-                )
-                for group in self.groups
-                for name in group.names
-            }
+    def _parts(self, at: Place[SGDGroup]) -> Parts:
+        """Momentum, decay and P, which is the same for all elements of a parameter."""
+        own, kept, _ = at.group.factors(begun=at.name in self.buffer)
+        return Parts(
+            -at.rate * kept * self.buffer[at.name] if kept else torch.zeros_like(at.ascent),
+            at.decay(at.rate * own * at.group.weight_decay),
+            torch.full_like(at.ascent, at.rate * own * at.clip),
         )
+
+    def _derivative(self, at: Place[SGDGroup]) -> Tensor:
+        """P / c: the step is linear in its gradient."""
+        own, _, _ = at.group.factors(begun=at.name in self.buffer)
+        return torch.full_like(at.ascent, at.rate * own)
 
     def carried(self, name: str, horizon: int) -> float:
         """By the recursion itself, for what one step's gradient leaves of displacement and buffer."""
@@ -174,6 +155,3 @@ class SGDState(OptimizerState):
             "foreach": group.foreach,
             "fused": group.fused,
         }
-
-    def _group_of(self, name: str) -> SGDGroup:
-        return next(group for group in self.groups if name in group.names)
