@@ -46,7 +46,7 @@ def one_end() -> PreTrainedTokenizerFast:
     return made
 
 
-def trained(out: Path, **arguments: Any) -> Path:
+def trained(out: Path, evaluates: Dataset | None = None, **arguments: Any) -> Path:
     """A GRPO run of TRL: four steps, a checkpoint and a log of completions for each, ids by one line."""
     problems = load_task(TASK).problems("train")
 
@@ -78,6 +78,7 @@ def trained(out: Path, **arguments: Any) -> Path:
             **arguments,
         ),
         train_dataset=Dataset.from_list([{"prompt": TEMPLATE.format(question=p.question)} for p in problems]),
+        eval_dataset=evaluates,
         processing_class=one_end(),
     ).train()
     return out
@@ -454,7 +455,7 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
     "no step": ([ONE | {"step": 7}], "no rows of step 4, the next one; it has step 7"),
     "many steps": ([{"input": "a", "output": "b", "score": 1.0, "step": 4}] * 8, "8 responses were sampled"),
     "template": (
-        [{"input": "strange", "output": "b", "score": 1.0, "step": 4}],
+        [{"input": "strange", "output": "b", "score": 1.0, "step": 4}] * 4,
         "is not what the chat template makes of one user message",
     ),
     "bool ids": ([ONE | {"response_token_ids": [True]}], "expected a list of token ids"),

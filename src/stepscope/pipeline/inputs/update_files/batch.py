@@ -13,6 +13,12 @@ import numpy as np
 from stepscope.errors import BatchError, ConfigError
 from stepscope.pipeline.inputs.update_files.checks import length_figure, logprob_figures, reward_functions
 from stepscope.pipeline.inputs.update_files.fields import Logged, logged
+from stepscope.pipeline.inputs.update_files.refusals import (
+    in_loss,
+    refuse_later_update,
+    refuse_odd_groups,
+    refuse_other_rows,
+)
 from stepscope.pipeline.inputs.update_files.rows import Dump, read_dump
 from stepscope.pipeline.inputs.update_files.tokens import TokenReader, Told
 from stepscope.policy.loss.estimators import with_advantages
@@ -66,8 +72,8 @@ def update_from_file(policy: Policy, source: Path, *, step: int | None, budget: 
     if policy.tokenizer is None:
         raise BatchError(f"{source}: this policy has no tokenizer to read it with; load it from a checkpoint")
     dump = read_dump(source, next_step=_next_step(policy), chosen=step)
-    _refuse_several_steps(policy, dump)
-    rows = _in_loss(logged(dump, reward_functions(policy)))
+    refuse_other_rows(policy, dump)
+    rows = in_loss(policy, logged(dump, reward_functions(policy)))
     reader = TokenReader(policy, stripped=dump.kind == "verl")
     told = [reader.tell(row) for row in rows]
     of_step = "" if dump.step is None else f" of step {dump.step}"
@@ -81,12 +87,13 @@ def update_from_file(policy: Policy, source: Path, *, step: int | None, budget: 
         old_logprobs=_all_or_none(rows, "old_logprobs"),
         sampler_logprobs=_all_or_none(rows, "logprobs"),
     )
-    _refuse_later_update(policy, dump, batch)
+    refuse_later_update(policy, dump, batch)
     figures = logprob_figures(batch, [row.logprobs for row in rows], "logprob") | logprob_figures(
         batch, [row.old_logprobs for row in rows], "old_logprob"
     )
     if any(t.from_text for t in told) and (found := length_figure(policy, batch, dump.step)):
         figures["update_length_difference"] = found
+    refuse_odd_groups(policy, batch, rows)
     batch, scaled, further = _with_advantages(policy, batch, rows)
     figures |= scaled
     doubts = [f"{figure.reason} ({name})" for name, figure in figures.items() if not figure.reliable]
@@ -98,43 +105,6 @@ def _next_step(policy: Policy) -> int:
     parts = () if policy.path is None else reversed(policy.path.resolve().parts)
     named = (re.fullmatch(r"global_step_(\d+)", part) for part in parts)
     return next((int(found[1]) for found in named if found), policy.step) + 1
-
-
-def _refuse_several_steps(policy: Policy, dump: Dump) -> None:
-    """TRL and verl log what was sampled together, which may be cut into several optimizer steps."""
-    expected = policy.settings.prompts_per_step * policy.settings.group_size
-    count = len(dump.rows)
-    if dump.kind in ("trl", "verl") and count > expected:
-        raise BatchError(
-            f"{dump.path}: {count} responses were sampled together, and the run takes {expected} for a step; "
-            "which of them made the next one is not in the file. Give a table of those, with old_logprobs "
-            "where it was not the first step on them, or say "
-            f"loss.prompts_per_step={count // policy.settings.group_size} if one step took all"
-        )
-
-
-def _refuse_later_update(policy: Policy, dump: Dump, batch: Rollouts) -> None:
-    """A run that takes several steps on a batch is on policy in the first alone; verl counts batches."""
-    updates = policy.settings.num_iterations
-    done = policy.step % updates
-    if done and dump.kind in ("trl", "table") and batch.old_logprobs is None:
-        raise BatchError(
-            f"{dump.path}: the next step is the update {done + 1} of {updates} on its batch, whose loss "
-            "divides by the log-probs before the first one; give them in a column old_logprobs, or measure "
-            "the checkpoint before the first update"
-        )
-
-
-def _in_loss(rows: Sequence[Logged]) -> list[Logged]:
-    """Without responses that a mask takes out of the loss as a whole."""
-    kept = [row for row in rows if row.mask is None or row.mask.any()]
-    if len(kept) < len(rows) and any(_level(row) is None for row in kept):
-        odd = next(row for row in rows if row.mask is not None and not row.mask.any())
-        raise BatchError(
-            f"{odd.where}: its mask takes the whole response out of the loss, and without advantages in the "
-            "file those of its group cannot be told; log advantages"
-        )
-    return kept
 
 
 def _on_tokens(told: Sequence[Told]) -> list[str]:
@@ -171,7 +141,7 @@ def _assembled(
         if not np.isnan(rewards).all():
             i = int(np.isnan(rewards).argmax())
             raise BatchError(f"{rows[i].where}: no reward, and other rows have one; give all or none")
-        values = [_level(row) for row in rows]
+        values = [row.level for row in rows]
         if any(value is None for value in values):
             raise BatchError(f"{dump.path}: neither rewards nor advantages; give one of them")
         rewards = np.array(values, dtype=np.float64)
@@ -201,10 +171,6 @@ def _assembled(
     return replace(batch, response_masks=masks), notes
 
 
-def _level(row: Logged) -> float | None:
-    return row.advantage if row.token_advantages is None else float(row.token_advantages.mean())
-
-
 def _groups(dump: Dump, rows: Sequence[Logged], told: Sequence[Told], size: int) -> tuple[str, ...]:
     """Ids of the groups: as logged; else blocks of the run's size with one prompt each; else by prompt."""
     if all(row.group is not None for row in rows):
@@ -221,7 +187,7 @@ def _with_advantages(
     policy: Policy, batch: Rollouts, rows: Sequence[Logged]
 ) -> tuple[Rollouts, dict[str, Estimate], list[str]]:
     """The batch with advantages: those logged, or those of the rewards; and how far the two are apart."""
-    given = [_level(row) for row in rows]
+    given = [row.level for row in rows]
     settings = policy.settings
     how = settings.advantage_estimator or f"GRPO's, scaled by {settings.scale_rewards}"
     if all(value is None for value in given):

@@ -11,6 +11,11 @@ import numpy as np
 
 from stepscope.errors import RunFolderError
 from stepscope.measure.step.reconstruct import DRIFT_LIMIT
+from stepscope.policy.checkpoint.settings.training_args import (
+    TRAINING_ARGS_FILE,
+    Record,
+    read_training_args,
+)
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, Rollouts
 from stepscope.runs import read_json
@@ -79,6 +84,24 @@ def _logged_lengths(policy: Policy, step: int) -> float | None:
             if entry.get("step") == step and isinstance(value, int | float):
                 return float(value)
     return None
+
+
+def evaluated(policy: Policy, step: int) -> bool:
+    """Whether the run evaluated after a step, as far as its arguments or the states beside it tell."""
+    for state in _states(policy):
+        for entry in state["log_history"]:
+            if entry.get("step") == step and any(str(key).startswith("eval_") for key in entry):
+                return True
+    path = None if policy.path is None else policy.path / TRAINING_ARGS_FILE
+    if path is None or not path.is_file():
+        return False
+    values = read_training_args(path).values
+    strategy, every = values.get("eval_strategy"), values.get("eval_steps")
+    named = strategy.__dict__.get("arguments", ()) if isinstance(strategy, Record) else (strategy,)
+    late = values.get("eval_delay")
+    if "steps" not in named or type(every) is not int or every < 1:
+        return False
+    return step % every == 0 and not (isinstance(late, int | float) and step < late)
 
 
 def reward_functions(policy: Policy) -> frozenset[str]:

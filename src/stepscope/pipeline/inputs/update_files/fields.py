@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ GROUP = ("prompt_id", "group_id", "group_index", "uid")
 """Names under which fields are known, the first that is there wins."""
 
 _NUMBERS = (bool, int, float)
+ROUNDING = 1e-3
+"""Nats that a log-prob may be above 0 by the rounding of a half type."""
+
+LARGEST_TOKEN = 2**31
+"""No vocabulary has so many."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,14 @@ class Logged:
     truncated: bool | None = None
     correct: bool | None = None
     group: str | None = None
+
+    @property
+    def level(self) -> float | None:
+        """The advantage, or the mean of those of the tokens that the policy wrote."""
+        if self.token_advantages is None:
+            return self.advantage
+        own = self.token_advantages if self.mask is None else self.token_advantages[self.mask]
+        return float(own.mean()) if len(own) else 0.0
 
 
 def logged(dump: Dump, reward_functions: frozenset[str] = frozenset()) -> list[Logged]:
@@ -122,9 +136,9 @@ def _read(row: _Fields, parts: Sequence[str]) -> Logged:
             f"and one of {', '.join(RESPONSE_IDS + RESPONSE)}, got {', '.join(list(row.values)[:12])}"
         )
     count = None if response_ids is None else len(response_ids)
-    advantage = row.value(ADVANTAGE)
-    per_token = row.numbers(ADVANTAGE, count) if isinstance(advantage, list) else None
     mask = row.numbers(MASK, count)
+    advantage = row.value(ADVANTAGE)
+    per_token = row.numbers(ADVANTAGE, count, gaps=mask) if isinstance(advantage, list) else None
     if mask is not None and not np.isin(mask, (0, 1)).all():
         raise row.refuse("its mask holds other values than 0 and 1; 1 stands for a token of the policy")
     reward = row.number(REWARD)
@@ -140,8 +154,8 @@ def _read(row: _Fields, parts: Sequence[str]) -> Logged:
         prompt_ids=prompt_ids,
         response_ids=response_ids,
         mask=None if mask is None else mask.astype(np.bool_),
-        logprobs=row.numbers(LOGPROBS, count, gaps=mask, missing=True),
-        old_logprobs=row.numbers(OLD_LOGPROBS, count, gaps=mask),
+        logprobs=row.numbers(LOGPROBS, count, gaps=mask, missing=True, most=ROUNDING),
+        old_logprobs=row.numbers(OLD_LOGPROBS, count, gaps=mask, most=ROUNDING),
         advantage=None if per_token is not None else row.number(ADVANTAGE),
         token_advantages=per_token,
         reward=reward,
@@ -167,6 +181,10 @@ class _Fields:
     def words(self, names: Sequence[str]) -> str | list[dict[str, Any]] | None:
         """A text, or messages with a role each, null fields left out."""
         value = self.value(names)
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except (UnicodeEncodeError, RecursionError) as error:
+            raise self.refuse(f"{names[0]} holds what is no text ({error}); mend it") from error
         if value is None or isinstance(value, str):
             return value
         if isinstance(value, list) and value and all(isinstance(m, dict) and m.get("role") for m in value):
@@ -179,7 +197,8 @@ class _Fields:
         value = self.value(names)
         if value is None:
             return None
-        if not isinstance(value, list) or not value or any(type(token) is not int for token in value):
+        sound = isinstance(value, list) and all(type(t) is int and 0 <= t < LARGEST_TOKEN for t in value)
+        if not sound or not value:
             raise self.refuse(f"{names[0]} is {shown(value)}, expected a list of token ids that is not empty")
         return tuple(value)
 
@@ -187,7 +206,7 @@ class _Fields:
         value = self.value(names)
         if value is None:
             return None
-        if type(value) not in _NUMBERS or not math.isfinite(value):
+        if not _finite(value):
             raise self.refuse(f"{names[0]} is {shown(value)}, expected a finite number")
         return float(value)
 
@@ -198,6 +217,7 @@ class _Fields:
         *,
         gaps: FloatArray | None = None,
         missing: bool = False,
+        most: float = math.inf,
     ) -> FloatArray | None:
         """A number for every response token.
 
@@ -206,10 +226,13 @@ class _Fields:
             count: response tokens.
             gaps: (tok,) 0 where there need be no number; it is 0 there.
             missing: others may be missing too, and are nan.
+            most: no number may be above it.
         """
         value = self.value(names)
-        if not isinstance(value, list):
+        if value is None:
             return None
+        if not isinstance(value, list):
+            raise self.refuse(f"{names[0]} is {shown(value)}, expected a list with a number per token")
         if count is None:
             raise self.refuse(
                 f"{names[0]} has a value per token, and the tokens' ids are not there; log them"
@@ -224,7 +247,18 @@ class _Fields:
             if missing and (number is None or number != number):
                 found[k] = math.nan
                 continue
-            if type(number) not in _NUMBERS or not math.isfinite(number):
-                raise self.refuse(f"{names[0]} of token {k} is {shown(number)}, expected a finite number")
+            if not _finite(number) or number > most:
+                limit = "" if most == math.inf else ", at most 0: a logarithm of a probability"
+                raise self.refuse(
+                    f"{names[0]} of token {k} is {shown(number)}, expected a finite number{limit}"
+                )
             found[k] = number
         return found
+
+
+def _finite(value: Any) -> bool:
+    """Whether it is a number that a float can hold."""
+    try:
+        return type(value) in _NUMBERS and math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
