@@ -110,6 +110,18 @@ def test_nothing_is_left_of_a_source_that_cannot_be_read(written: Path, tmp_path
         convert(source, source)
 
 
+def test_no_target_inside_of_the_source_or_behind_a_link(written: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(written / "plain-full", tmp_path / "source"))
+    before = sorted(source.rglob("*"))
+    with pytest.raises(RunFolderError, match="is inside of the checkpoint"):
+        convert(source, source / "inner" / "step")
+    assert sorted(source.rglob("*")) == before
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(RunFolderError, match="is there already"):
+        convert(source, link)
+
+
 def test_a_plain_checkpoint_is_copied_as_it_is(written: Path, tmp_path: Path) -> None:
     source = written / "plain-full"
     done = convert(source, tmp_path / "step")

@@ -151,6 +151,13 @@ def test_the_last_of_several_steps_has_to_be_named(whole: Path, tmp_path: Path) 
         load_checkpoint(folder)
 
 
+def test_a_step_that_latest_names_and_that_is_not_there_is_not_replaced(whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "checkpoint"))
+    (folder / "latest").write_text("global_step7")
+    with pytest.raises(CheckpointError, match=r"latest: it names 'global_step7', of which no files.*step3"):
+        load_checkpoint(folder)
+
+
 class Runs:
     """What a hostile file would run."""
 

@@ -51,6 +51,45 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_running_numbers_as_accelerate_saves_them_without_fsdp(whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "checkpoint"))
+    model = cases.model("qwen2")
+    model.save_pretrained(folder)
+    (folder / WEIGHTS).unlink()
+    named = torch.load(folder / STATE, weights_only=True)
+    names = named["param_groups"][0]["params"]
+    named["state"] = {i: named["state"][name] for i, name in enumerate(names)}
+    named["param_groups"][0]["params"] = list(range(len(names)))
+    torch.save(named, folder / STATE)
+    found, expected = load_checkpoint(folder).optimizer, load_checkpoint(whole).optimizer
+    assert found is not None
+    assert expected is not None
+    assert found.groups == expected.groups
+    for key, tensors in expected.tensors().items():
+        assert all(torch.equal(found.tensors()[key][name], value) for name, value in tensors.items())
+
+
+def test_parameters_without_a_state_are_named(whole: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(whole, tmp_path / "checkpoint"))
+    kept = torch.load(folder / STATE, weights_only=True)
+    del kept["state"]["model.norm.weight"]
+    torch.save(kept, folder / STATE)
+    warned = [f.what for f in inspect_checkpoint(folder) if f.level == "warn"]
+    assert any(w.startswith("1 trained parameters have no") and "model.norm.weight" in w for w in warned)
+
+
+def test_two_states_in_one_folder_are_refused(whole: Path, tmp_path: Path) -> None:
+    """A state that another run left there would be measured, or passed over, without a word."""
+    folder = Path(shutil.copytree(whole, tmp_path / "checkpoint"))
+    model = cases.model("qwen2")
+    torch.save(torch.optim.AdamW(model.parameters()).state_dict(), folder / "optimizer.pt")
+    with pytest.raises(
+        CheckpointError, match=r"optimizer states of 2 layouts \(FSDP \(full state\), Hugging"
+    ):
+        load_checkpoint(folder)
+    assert any(f.level == "fail" and "2 layouts" in f.what for f in inspect_checkpoint(folder))
+
+
 def saved(file: str, content: Callable[[Path], Any]) -> Callable[[Path, Path], None]:
     return lambda folder, witness: torch.save(content(witness), folder / file)
 

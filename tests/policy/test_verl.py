@@ -208,6 +208,11 @@ SPOILED: dict[str, tuple[str, Callable[[Path], Any], str]] = {
         lambda f: swap(f, "model_world_size_3_rank_0.pt", "model_world_size_3_rank_1.pt"),
         "the file of process 0 has been written by another",
     ),
+    "moments under each other's names": (
+        "fsdp2",
+        lambda f: swap(f, "optim_world_size_3_rank_0.pt", "optim_world_size_3_rank_1.pt"),
+        "the file of process 0 has been written by another",
+    ),
     "a file of a later step": (
         "original",
         lambda f: rewritten(f / "optim_world_size_3_rank_1.pt", later),

@@ -144,13 +144,22 @@ def _optimizer(policy: Policy) -> list[Finding]:
                 f"GPU; the last encoding lost {each}",
             )
         )
+    if state.blank:
+        found.append(
+            Finding(
+                "warn",
+                f"{len(state.blank)} trained parameters have no optimizer state, {state.blank[0]} among "
+                "them: they got no gradient so far, and the step leaves them where they are",
+                "make sure that the run freezes or does not use them; if not, copy the checkpoint again",
+            )
+        )
     taken = Counter(state.steps.values())
     if taken and set(taken) != {policy.step}:
         found.append(
             Finding(
                 "warn",
                 f"the optimizer has taken {sorted(taken)} steps and trainer_state.json says {policy.step}",
-                "make sure that optimizer.pt belongs to this checkpoint; skipped steps explain a small "
+                "make sure that the optimizer's state is of this checkpoint; skipped steps explain a small "
                 "difference",
             )
         )

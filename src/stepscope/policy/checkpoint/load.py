@@ -13,7 +13,12 @@ import torch
 from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.first_pass import made_up_sequences
 from stepscope.policy.checkpoint.foreign import reads_foreign
-from stepscope.policy.checkpoint.formats.registry import checkpoint_folder, files_of, format_of
+from stepscope.policy.checkpoint.formats.registry import (
+    checkpoint_folder,
+    files_of,
+    format_of,
+    format_of_state,
+)
 from stepscope.policy.checkpoint.manifest import MANIFEST, altered
 from stepscope.policy.checkpoint.models import load_model, usable_device
 from stepscope.policy.checkpoint.schedule import at_scheduled_rates
@@ -70,7 +75,7 @@ def load_checkpoint(
         )
     dtype = PRECISIONS[precision]
     settings = read_settings(folder) if settings is None else settings
-    match = format_of(folder, "optimizer").optimizer(folder) if require_optimizer else None
+    match = format_of_state(folder).optimizer(folder) if require_optimizer else None
     stored = format_of(folder, "weights")
     step = stored.steps(folder)
     model, tokenizer = stored.weights(folder, dtype=dtype, device=device)

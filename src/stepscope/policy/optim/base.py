@@ -229,6 +229,7 @@ class OptimizerState(Brief, ABC):
             optimizer that does not count.
         moment_types: type per parameter in which the training kept it, as far as the state tells.
         codes: key to parameter name to what the file has, for tensors that it keeps in 8 bits.
+        blank: parameters of its groups that train and have no state: they got no gradient so far.
         source: what it was read from, under the file's own keys and types; None once nobody needs it.
     """
 
@@ -236,6 +237,7 @@ class OptimizerState(Brief, ABC):
     steps: Mapping[str, int]
     moment_types: Mapping[str, torch.dtype] = field(default_factory=dict)
     codes: Mapping[str, Mapping[str, BlockCodes]] = field(default_factory=dict)
+    blank: tuple[str, ...] = ()
     source: SavedState | None = None
 
     label: ClassVar[str]

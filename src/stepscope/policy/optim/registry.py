@@ -174,20 +174,22 @@ def named_state(
     kind, entries = recognised(saved, where)
     groups: list[SavedGroup] = []
     by_name: dict[str, dict[str, Any]] = {}
+    parameters, blank = dict(model.named_parameters()), []
     for group, names in zip(saved["param_groups"], names_by_group, strict=True):
         none: dict[str, Any] | None = {} if kind.keeps_nothing(group) else None
         named = {name: entries.get(n, none) for n, name in zip(group["params"], names, strict=True)}
         kept = {name: entry for name, entry in named.items() if entry is not None}
         groups.append(SavedGroup(group, tuple(kept), where))
         by_name |= kept
+        blank += [name for name in named if name not in kept and parameters[name].requires_grad]
     if not by_name:
         count = sum(map(len, names_by_group))
         raise CheckpointError(
             f"{where}: there is no state for any of {count} parameters (an optimizer before its first step); "
             "use a checkpoint saved after at least one step"
         )
-    source = SavedState(groups, by_name, dict(model.named_parameters()), where, dtype)
-    state = replace(kind.read(source), source=source)
+    source = SavedState(groups, by_name, parameters, where, dtype)
+    state = replace(kind.read(source), blank=tuple(blank), source=source)
     state.refuse_impossible(where)
     return state
 

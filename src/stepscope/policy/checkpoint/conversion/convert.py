@@ -62,18 +62,20 @@ def convert(source: Path, target: Path) -> Converted:
 
     Args:
         source: a checkpoint of any format.
-        target: a folder that is not there yet.
+        target: a folder that is not there yet, outside of the source.
 
     Raises:
-        RunFolderError: the target is there.
+        RunFolderError: the target is there, or inside of the source.
         CheckpointError: the source cannot be read, or what was written is not what was read.
 
     Pinned by ``tests/policy/test_convert.py``.
     """
     folder = checkpoint_folder(source.expanduser())
     target = target.expanduser()
-    if target.exists():
+    if target.exists() or target.is_symlink():
         raise RunFolderError(f"{target}: is there already; give a new folder, or remove it")
+    if target.resolve().is_relative_to(folder.resolve()):
+        raise RunFolderError(f"{target}: is inside of the checkpoint {folder}; give a folder outside of it")
     formats = formats_in(folder)
     with _arriving(target) as partial:
         if [type(known) for known in formats] == [Plain]:

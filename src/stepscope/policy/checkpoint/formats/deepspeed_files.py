@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stepscope.errors import CheckpointError, printable
+from stepscope.errors import CheckpointError, printable, shown
 from stepscope.policy.checkpoint.pickles import Stubs, read_tensors
 
 LATEST = "latest"
@@ -107,29 +107,40 @@ def read_states(path: Path) -> Mapping[str, Any]:
 
 def step_folder(folder: Path) -> Path | None:
     """The folder with the files of the last step; None where this is no checkpoint of DeepSpeed."""
-    named = folder / LATEST
-    if named.is_file() and named.stat().st_size < 1000:
-        tag = named.read_text(encoding="utf-8", errors="replace").strip()
-        if tag and Path(tag).name == tag and any((folder / tag).glob(STATES)):
-            return folder / tag
+    tag = _named(folder)
+    if tag and Path(tag).name == tag and any((folder / tag).glob(STATES)):
+        return folder / tag
     inside = [inner for inner in sorted(folder.glob("global_step*")) if any(inner.glob(STATES))]
     if len(inside) > 1:
         return max(inside, key=lambda inner: (len(inner.name), inner.name))
     return inside[0] if inside else folder if any(folder.glob(STATES)) else None
 
 
+def _named(folder: Path) -> str:
+    """The folder that ``latest`` names; empty where there is no such file, or no name in it."""
+    file = folder / LATEST
+    if not file.is_file() or file.stat().st_size >= 1000:
+        return ""
+    return file.read_text(encoding="utf-8", errors="replace").strip()
+
+
 def files_in(folder: Path) -> Files:
     """The files of a checkpoint that has some.
 
     Raises:
-        CheckpointError: the model was spread over more than data-parallel processes, or it is open which step
-            is meant.
+        CheckpointError: the model was spread over more than data-parallel processes, it is open which step
+            is meant, or that step is not there.
     """
     inner = step_folder(folder)
     assert inner is not None
-    tagged = (folder / LATEST).is_file() or inner == folder
+    tag = _named(folder)
+    if tag and inner.name != tag:
+        raise CheckpointError(
+            f"{folder / LATEST}: it names {shown(tag)}, of which no files are there; copy that folder, or "
+            f"write the name of the one that is meant into the file, such as {inner.name}"
+        )
     others = [p.name for p in sorted(folder.glob("global_step*")) if any(p.glob(STATES))]
-    if not tagged and len(others) > 1:
+    if not tag and inner != folder and len(others) > 1:
         raise CheckpointError(
             f"{folder}: it holds {', '.join(others[:6])} and no file {LATEST!r} that says which; write the "
             f"name of one into {folder / LATEST}"

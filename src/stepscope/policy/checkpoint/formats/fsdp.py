@@ -2,7 +2,8 @@
 
 Written by ``save_fsdp_model`` and ``save_fsdp_optimizer`` of ``accelerate.utils.fsdp_utils`` (1.15) with
 ``FULL_STATE_DICT``, of FSDP 1 and 2. Where the Trainer wrote the folder, the same weights stand in
-``model.safetensors``; of an adapter under FSDP 1 they stand in its own file alone.
+``model.safetensors``; of an adapter under FSDP 1 they stand in its own file alone. Without FSDP,
+``Accelerator.save_state`` gives the optimizer's file the same name, with running numbers in it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ from stepscope.policy.checkpoint.formats.frame import (
     weights_in_frame,
     writers,
 )
-from stepscope.policy.checkpoint.optimizer_state import read_optimizer, state_by_name
+from stepscope.policy.checkpoint.optimizer_state import (
+    match_optimizer,
+    read_optimizer,
+    state_by_name,
+)
 from stepscope.policy.checkpoint.pickles import read_tensors
 from stepscope.policy.checkpoint.tensors import trained_types, types_of
 from stepscope.policy.loss.settings import StepSettings
@@ -62,12 +67,13 @@ class FullState(Format):
         return weights_in_frame(folder, _weights(folder), dtype=dtype, device=device)
 
     def optimizer(self, folder: Path) -> Matching:
-        """The state in ``optimizer.bin``, whose parameters are names."""
+        """The state in ``optimizer.bin``, whose parameters are names, or numbers if FSDP did not write it."""
         file = folder / STATE
         saved = read_optimizer(file, lazily=True)
+        found = match_optimizer if _numbered(saved) else state_by_name
 
         def match(model: nn.Module, dtype: torch.dtype | None) -> OptimizerState:
-            return state_by_name(saved, model, where=str(file), dtype=dtype)
+            return found(saved, model, where=str(file), dtype=dtype)
 
         return match
 
@@ -120,6 +126,15 @@ class FilePerProcess(Format):
 
     def _ranks(self, folder: Path) -> set[str]:
         return {found[1] for file in folder.glob("*_rank*.bin") if (found := _RANKS.fullmatch(file.name))}
+
+
+def _numbered(saved: Mapping[str, Any]) -> bool:
+    """Whether a state has running numbers for its parameters, as torch's ``state_dict()`` does."""
+    groups = saved["param_groups"]
+    if not isinstance(groups, list):
+        return False
+    owned = [group.get("params") for group in groups if isinstance(group, Mapping)]
+    return any(type(n) is int for params in owned if isinstance(params, list) for n in params)
 
 
 def _has_weights(folder: Path) -> bool:

@@ -39,6 +39,22 @@ def format_of(folder: Path, part: Part) -> Format:
     return (has or [known for known in FORMATS if known.holds(folder)] or [_PLAIN])[0]
 
 
+def format_of_state(folder: Path) -> Format:
+    """The format that reads the optimizer's state, where it is the only one that has one.
+
+    Raises:
+        CheckpointError: several formats have a state, and nothing says which is the checkpoint's.
+    """
+    has = [known for known in FORMATS if "optimizer" in known.holds(folder)]
+    if len(has) > 1:
+        names = ", ".join(known.name for known in has)
+        raise CheckpointError(
+            f"{folder}: it has optimizer states of {len(has)} layouts ({names}), expected one, and nothing "
+            "says which belongs to these weights; remove what another run or a conversion left there"
+        )
+    return format_of(folder, "optimizer")
+
+
 def formats_in(folder: Path) -> list[Format]:
     """The formats that weights and optimizer's state are read from, those that refuse to be read included."""
     found = (format_of(folder, part) for part in ("weights", "optimizer"))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.checkpoint.formats.verl_shards import Grid, agreed, joined
+from stepscope.policy.checkpoint.formats.verl_shards import Grid, agreed, grid_of, joined
 from stepscope.policy.checkpoint.formats.verl_units import units_of
 from stepscope.policy.checkpoint.names import Names
 from stepscope.policy.optim.base import OptimizerState
@@ -65,6 +65,11 @@ def state_of_ranks(
             raise CheckpointError(
                 f"{where}: the optimizer has {len(entries)} parameters, expected {len(order)} for this "
                 "model; these are moments of another model, copy those that belong to these weights"
+            )
+        if grid_of([_tensors(saved) for saved in ranks], where) != grid:
+            raise CheckpointError(
+                f"{where}: moments and weights are shared among the processes in different ways; these are "
+                "files of different runs, copy the checkpoint again"
             )
         for name, pieces in zip(order, entries, strict=True):
             if any(piece is not None for piece in pieces):
@@ -119,6 +124,11 @@ def _entries(ranks: Sequence[Mapping[Any, Any]], where: str) -> list[list[Entry 
                     f"{count}; copy the checkpoint again"
                 )
     return [[saved["state"].get(number) for saved in ranks] for number in range(count)]
+
+
+def _tensors(saved: Mapping[Any, Any]) -> dict[tuple[Any, Any], Any]:
+    """All that a process keeps, by number and key."""
+    return {(number, key): value for number, e in saved["state"].items() for key, value in e.items()}
 
 
 def _order(names: Sequence[str], model: nn.Module) -> list[str]:
