@@ -18,8 +18,9 @@ from stepscope.measure.step.lifetime import lifetime
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy import vectors
 from stepscope.policy.checkpoint.optimizer_state import match_optimizer
-from stepscope.policy.optim.base import Keys, OptimizerState, ParameterGroup, SavedState, Update
+from stepscope.policy.optim.base import OptimizerState, Update
 from stepscope.policy.optim.registry import OPTIMIZERS, kind_of, measurable
+from stepscope.policy.optim.saved import Keys, ParameterGroup, SavedState
 from stepscope.policy.optim.slope import Elementwise, Slope
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector

@@ -17,7 +17,7 @@ learning rate, and the direction is that at the checkpoint's own.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.optim.base import Keys, ParameterGroup, SavedGroup, SavedState
 from stepscope.policy.optim.by_parameter import AsWhole, Parts, Place
+from stepscope.policy.optim.saved import Keys, ParameterGroup, SavedGroup, SavedState
 
 YOUNG = 0.05
 """Weight of a batch in its own second moment from which the batch makes much of it."""
@@ -92,6 +92,7 @@ class AdafactorState(AsWhole[AdafactorGroup]):
         entry_optional=frozenset({"row_var", "col_var", "variance"}),
     )
     library: ClassVar[type[torch.optim.Optimizer] | None] = torch.optim.Adafactor
+    passed: ClassVar[tuple[str, ...]] = ("beta2_decay", "eps", "d", "foreach")
 
     @classmethod
     def shape_in(cls, entry: Mapping[str, Any]) -> tuple[int, ...] | None:
@@ -133,16 +134,11 @@ class AdafactorState(AsWhole[AdafactorGroup]):
         """All of them."""
         return tuple(self.tensors())
 
-    def options(self, group: ParameterGroup) -> dict[str, Any]:
-        """Arguments of ``torch.optim.Adafactor``."""
-        assert isinstance(group, AdafactorGroup)
-        own = {"beta2_decay": group.beta2_decay, "eps": group.eps, "d": group.d, "foreach": group.foreach}
-        return super().options(group) | own
-
-    def _kept(self, name: str) -> Tensor:
+    def kept(self, name: str) -> Tensor:
+        """A second moment."""
         return self.row_var[name] if name in self.row_var else self.variance[name]
 
-    def _parts(self, at: Place[AdafactorGroup]) -> Parts:
+    def parts(self, at: Place[AdafactorGroup]) -> Parts:
         """Decay and P; there is no momentum."""
         factor = at.rate * self._factor(at.group, at.name, at.parameter)
         return Parts(
@@ -151,7 +147,7 @@ class AdafactorState(AsWhole[AdafactorGroup]):
             at.clip * factor * self._inverse(at.group, at.name, at.point),
         )
 
-    def _moved(self, at: Place[AdafactorGroup], point: Tensor) -> Tensor:
+    def moved(self, at: Place[AdafactorGroup], point: Tensor) -> Tensor:
         """P a: x times what it is multiplied with, the second moments and the RMS not held."""
         factor = at.rate * self._factor(at.group, at.name, at.parameter)
         return factor * point * self._inverse(at.group, at.name, point)
@@ -228,11 +224,7 @@ def two_eps(saved: SavedGroup, *, none: bool) -> tuple[float | None, float]:
     Raises:
         CheckpointError: there are no two numbers.
     """
-    eps = saved.settings.get("eps")
-    if not isinstance(eps, Sequence) or len(eps) != 2:
-        raise CheckpointError(
-            f"{saved.where}: a parameter group has no two eps, expected Adafactor's; copy it again"
-        )
+    eps = saved.pair("eps")
     first = None if none and eps[0] is None else saved.number("eps", eps[0])
     return first, saved.number("eps", eps[1])
 

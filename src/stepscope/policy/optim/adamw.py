@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.optim.base import Keys, ParameterGroup, SavedGroup, SavedState
 from stepscope.policy.optim.by_parameter import ByCoordinate, Parts, Place
+from stepscope.policy.optim.saved import Keys, ParameterGroup, SavedGroup, SavedState
 
 YOUNG = 20
 """Steps before which a batch makes much of the second moment that divides it."""
@@ -124,6 +124,7 @@ class AdamWState(ByCoordinate[AdamWGroup]):
         entry_optional=frozenset({"max_exp_avg_sq"}),
     )
     library: ClassVar[type[torch.optim.Optimizer] | None] = torch.optim.AdamW
+    passed: ClassVar[tuple[str, ...]] = ("betas", "eps", "amsgrad", "foreach", "fused")
 
     @classmethod
     def read(cls, saved: SavedState) -> Self:
@@ -152,14 +153,9 @@ class AdamWState(ByCoordinate[AdamWGroup]):
     @staticmethod
     def _group(saved: SavedGroup) -> AdamWGroup:
         given, shared = saved.settings, saved.shared
-        betas = given.get("betas")
-        if not isinstance(betas, Sequence) or len(betas) != 2:
-            raise CheckpointError(
-                f"{saved.where}: a parameter group has no two betas, expected AdamW's; copy it again"
-            )
         return AdamWGroup(
             **shared,
-            betas=(saved.number("betas", betas[0]), saved.number("betas", betas[1])),
+            betas=saved.betas,
             eps=saved.number("eps"),
             amsgrad=bool(given.get("amsgrad")),
             foreach=given.get("foreach"),
@@ -195,21 +191,11 @@ class AdamWState(ByCoordinate[AdamWGroup]):
         """The second moments."""
         return ("exp_avg_sq", "max_exp_avg_sq")
 
-    def options(self, group: ParameterGroup) -> dict[str, Any]:
-        """Arguments of ``torch.optim.AdamW``."""
-        assert isinstance(group, AdamWGroup)
-        return super().options(group) | {
-            "betas": group.betas,
-            "eps": group.eps,
-            "amsgrad": group.amsgrad,
-            "foreach": group.foreach,
-            "fused": group.fused,
-        }
-
-    def _kept(self, name: str) -> Tensor:
+    def kept(self, name: str) -> Tensor:
+        """The first moment."""
         return self.exp_avg[name]
 
-    def _parts(self, at: Place[AdamWGroup]) -> Parts:
+    def parts(self, at: Place[AdamWGroup]) -> Parts:
         """Momentum, decay and P."""
         terms, beta1 = self._terms(at), at.group.betas[0]
         denominator = terms.denominator
@@ -222,7 +208,7 @@ class AdamWState(ByCoordinate[AdamWGroup]):
             terms.scale * (1 - beta1) * at.clip / denominator,
         )
 
-    def _derivative(self, at: Place[AdamWGroup]) -> Tensor:
+    def derivative(self, at: Place[AdamWGroup]) -> Tensor:
         """R / (1 - b1^t) [(1 - b1) / D - M / D^2 dD/d(c a)], with a = -g and M = - b1 m + (1 - b1) c a.
 
         dD/d(c a) = (1 - b2) c a / sqrt(v' (1 - b2^t)); where v' is 0 so is a, and D has its kink: held as it

@@ -20,14 +20,11 @@ from torch import Tensor
 
 from stepscope.errors import CheckpointError
 from stepscope.policy.optim.adamw import AdamWGroup, AdamWState
-from stepscope.policy.optim.base import Keys, SavedState
 from stepscope.policy.optim.block_codes import CPU_SLACK, BlockCodes
+from stepscope.policy.optim.saved import Keys, SavedState
 
 NESTED = "__bnb_optimizer_quant_state__"
 """Key of an entry under which bitsandbytes has kept its tensors since 2026."""
-
-_TORCHS_NAMES = {"1": "exp_avg", "2": "exp_avg_sq"}
-"""What is called state1 and state2."""
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -70,15 +67,8 @@ class BitsAndBytesAdamW(AdamWState):
     @classmethod
     def read(cls, saved: SavedState) -> Self:
         """The state of named parameters, decoded where it is in 8 bits."""
-        codes: dict[str, dict[str, BlockCodes]] = {}
-        entries: dict[str, dict[str, Any]] = {}
-        for name, entry in saved.entries.items():
-            entries[name] = {"step": entry["step"]}
-            for number, key in _TORCHS_NAMES.items():
-                entries[name][key], found = decoded(saved, name, number)
-                if found is not None:
-                    codes.setdefault(key, {})[name] = found
-        return replace(super().read(replace(saved, entries=entries)), codes=codes)
+        plain, codes = decoded(saved, {"1": "exp_avg", "2": "exp_avg_sq"})
+        return replace(super().read(plain), codes=codes)
 
     @classmethod
     def fresh(cls, parameter: Tensor, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,23 +99,32 @@ class BitsAndBytesAdamW(AdamWState):
         return 1 - group.lr * group.weight_decay if self.on_gpu else 1.0
 
 
-def decoded(saved: SavedState, name: str, number: str) -> tuple[Tensor, BlockCodes | None]:
-    """What bitsandbytes keeps of a parameter under ``state1`` or ``state2``, and its codes if in 8 bits.
+def decoded(
+    saved: SavedState, names: Mapping[str, str]
+) -> tuple[SavedState, dict[str, dict[str, BlockCodes]]]:
+    """A state of bitsandbytes under other keys, in 32 bits, and what it keeps in 8 by key and parameter.
 
     Args:
         saved: the state.
-        name: of the parameter.
-        number: ``1`` or ``2``.
+        names: what is called ``state1`` and ``state2``, by number.
 
     Raises:
         CheckpointError: codes that do not fit their blocks and map.
     """
-    entry = saved.entries[name]
-    tensor: Tensor = entry[f"state{number}"]
-    if tensor.dtype == torch.float32:
-        return tensor, None
-    parts: Any = tensor, entry.get(f"absmax{number}"), entry.get(f"qmap{number}")
-    if problem := BlockCodes.problem(*parts):
-        raise CheckpointError(f"{saved.where}: state{number} of {name} has {problem}; copy the file again")
-    found = BlockCodes(*parts).to(saved.parameters[name].device)
-    return found.value, found
+    codes: dict[str, dict[str, BlockCodes]] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    for name, entry in saved.entries.items():
+        entries[name] = {"step": entry["step"]}
+        for number, key in names.items():
+            tensor = entries[name][key] = entry[f"state{number}"]
+            if tensor.dtype == torch.float32:
+                continue
+            parts: Any = tensor, entry.get(f"absmax{number}"), entry.get(f"qmap{number}")
+            if problem := BlockCodes.problem(*parts):
+                raise CheckpointError(
+                    f"{saved.where}: state{number} of {name} has {problem}; copy the file again"
+                )
+            found = BlockCodes(*parts).to(saved.parameters[name].device)
+            entries[name][key] = found.value
+            codes.setdefault(key, {})[name] = found
+    return replace(saved, entries=entries), codes

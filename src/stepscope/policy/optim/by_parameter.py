@@ -16,7 +16,8 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from stepscope.policy.optim.base import OptimizerState, ParameterGroup, Update
+from stepscope.policy.optim.base import OptimizerState, Update
+from stepscope.policy.optim.saved import ParameterGroup
 from stepscope.policy.optim.slope import Differentiated, Elementwise, Slope
 from stepscope.policy.vectors import ParameterVector
 
@@ -89,18 +90,18 @@ class ByParameter(OptimizerState, Generic[G]):
     groups: tuple[G, ...]
 
     @abstractmethod
-    def _kept(self, name: str) -> Tensor | None:
+    def kept(self, name: str) -> Tensor | None:
         """What has the type in which a parameter's step is computed; None where that is the gradient's."""
 
     @abstractmethod
-    def _parts(self, at: Place[G]) -> Parts:
+    def parts(self, at: Place[G]) -> Parts:
         """What a parameter's direction is made of."""
 
     def update(
         self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float
     ) -> Update:
         """Momentum, decay and the gradient's part of every parameter."""
-        found = {at.name: self._parts(at) for at in self._places(parameters, ascent, clip=clip, lr=lr)}
+        found = {at.name: self.parts(at) for at in self._places(parameters, ascent, clip=clip, lr=lr)}
         parts = {
             "momentum": {name: own.momentum for name, own in found.items()},
             "decay": {name: own.decay for name, own in found.items()},
@@ -114,7 +115,7 @@ class ByParameter(OptimizerState, Generic[G]):
         """Every parameter, in the order of the groups."""
         for group in self.groups:
             for name in group.names:
-                kept, own = self._kept(name), ascent[name]
+                kept, own = self.kept(name), ascent[name]
                 yield Place(
                     name=name,
                     group=group,
@@ -133,13 +134,13 @@ class ByCoordinate(ByParameter[G]):
     """Whose coordinates each answer to their own gradient alone, all that scales it taken along."""
 
     @abstractmethod
-    def _derivative(self, at: Place[G]) -> Tensor:
+    def derivative(self, at: Place[G]) -> Tensor:
         """Of each coordinate of a parameter's direction, in that of the clipped -grad Loss."""
 
     def slope(self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float) -> Slope:
         """A diagonal."""
         places = self._places(parameters, ascent, clip=clip, lr=lr)
-        return Elementwise({at.name: self._derivative(at) for at in places})
+        return Elementwise({at.name: self.derivative(at) for at in places})
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -147,12 +148,12 @@ class AsWhole(ByParameter[G]):
     """Whose coordinates answer to those of the whole parameter."""
 
     @abstractmethod
-    def _moved(self, at: Place[G], point: Tensor) -> Tensor:
+    def moved(self, at: Place[G], point: Tensor) -> Tensor:
         """The gradient's part of a parameter's direction at an x, differentiable in it."""
 
     def slope(self, parameters: ParameterVector, ascent: ParameterVector, *, clip: float, lr: float) -> Slope:
         """By automatic differentiation of the gradient's part."""
         places = list(self._places(parameters, ascent, clip=clip, lr=lr))
         return Differentiated(
-            {at.name: partial(self._moved, at) for at in places}, {at.name: at.point for at in places}
+            {at.name: partial(self.moved, at) for at in places}, {at.name: at.point for at in places}
         )

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from stepscope.policy.optim.adamw import AdamWState
-from stepscope.policy.optim.base import Keys
+from stepscope.policy.optim.saved import Keys
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)

@@ -22,11 +22,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from stepscope.errors import CheckpointError, MeasurementError
-from stepscope.policy.optim.base import Keys, ParameterGroup, SavedGroup, SavedState, Through
+from stepscope.errors import MeasurementError
+from stepscope.policy.optim.base import Through
 from stepscope.policy.optim.bitsandbytes import decoded
 from stepscope.policy.optim.by_parameter import ByParameter, Parts, Place
 from stepscope.policy.optim.nonlinear import NonlinearState
+from stepscope.policy.optim.saved import Keys, ParameterGroup, SavedGroup, SavedState
 from stepscope.policy.optim.slope import Slope
 from stepscope.policy.vectors import ParameterVector
 
@@ -59,6 +60,7 @@ class LionState(NonlinearState, ByParameter[LionGroup]):
     keys: ClassVar[Keys] = Keys(
         group=frozenset({"lr", "betas", "weight_decay"}), entry=frozenset({"exp_avg"})
     )
+    passed: ClassVar[tuple[str, ...]] = ("betas",)
     throughs: ClassVar[tuple[Through, ...]] = ("fixed",)
     nonlinear: ClassVar[str] = (
         "Lion's step is a sign, which is not linear in the gradient and has no derivative"
@@ -86,15 +88,11 @@ class LionState(NonlinearState, ByParameter[LionGroup]):
         """The means."""
         return {"exp_avg": self.exp_avg}
 
-    def options(self, group: ParameterGroup) -> dict[str, Any]:
-        """Arguments of lion-pytorch's ``Lion``."""
-        assert isinstance(group, LionGroup)
-        return super().options(group) | {"betas": group.betas}
-
-    def _kept(self, name: str) -> Tensor:
+    def kept(self, name: str) -> Tensor:
+        """The mean."""
         return self.exp_avg[name]
 
-    def _parts(self, at: Place[LionGroup]) -> Parts:
+    def parts(self, at: Place[LionGroup]) -> Parts:
         """The secant P, the decay, and the rest of the step: the one without a gradient, up to round-off."""
         beta, mean, own = at.group.betas[0], self.exp_avg[at.name], at.ascent
         before = -(mean * beta).sign()
@@ -158,18 +156,9 @@ class BitsAndBytesLion(LionState):
     @classmethod
     def read(cls, saved: SavedState) -> Self:
         """The state of named parameters, decoded where it is in 8 bits."""
-        means = {name: decoded(saved, name, "1") for name in saved.entries}
-        entries = {n: {"exp_avg": means[n][0], "step": e["step"]} for n, e in saved.entries.items()}
-        codes = {name: found for name, (_, found) in means.items() if found is not None}
-        return replace(
-            super().read(replace(saved, entries=entries)), codes={"exp_avg": codes} if codes else {}
-        )
+        plain, codes = decoded(saved, {"1": "exp_avg"})
+        return replace(super().read(plain), codes=codes)
 
 
 def _group(saved: SavedGroup) -> LionGroup:
-    betas = saved.settings.get("betas")
-    if not isinstance(betas, Sequence) or len(betas) != 2:
-        raise CheckpointError(
-            f"{saved.where}: a parameter group has no two betas, expected Lion's; copy it again"
-        )
-    return LionGroup(**saved.shared, betas=(saved.number("betas", betas[0]), saved.number("betas", betas[1])))
+    return LionGroup(**saved.shared, betas=saved.betas)

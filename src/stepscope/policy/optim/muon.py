@@ -23,9 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from stepscope.errors import CheckpointError
-from stepscope.policy.optim.base import Keys, ParameterGroup, SavedGroup, SavedState, Through
+from stepscope.policy.optim.base import Through
 from stepscope.policy.optim.by_parameter import AsWhole, Parts, Place
 from stepscope.policy.optim.nonlinear import NonlinearState
+from stepscope.policy.optim.saved import Keys, ParameterGroup, SavedGroup, SavedState
 
 MOST_NS_STEPS = 100
 """From so many Newton-Schulz steps on torch refuses."""
@@ -85,6 +86,14 @@ class MuonState(NonlinearState, AsWhole[MuonGroup]):
         entry=frozenset({"momentum_buffer"}),
     )
     library: ClassVar[type[torch.optim.Optimizer] | None] = torch.optim.Muon
+    passed: ClassVar[tuple[str, ...]] = (
+        "momentum",
+        "nesterov",
+        "ns_coefficients",
+        "eps",
+        "ns_steps",
+        "adjust_lr_fn",
+    )
     throughs: ClassVar[tuple[Through, ...]] = ("optimizer",)
     nonlinear: ClassVar[str] = (
         "Muon orthogonalises each gradient matrix as a whole, which is not linear in it"
@@ -109,28 +118,17 @@ class MuonState(NonlinearState, AsWhole[MuonGroup]):
         """The buffers."""
         return {"momentum_buffer": self.buffer}
 
-    def options(self, group: ParameterGroup) -> dict[str, Any]:
-        """Arguments of ``torch.optim.Muon``."""
-        assert isinstance(group, MuonGroup)
-        return super().options(group) | {
-            "momentum": group.momentum,
-            "nesterov": group.nesterov,
-            "ns_coefficients": group.ns_coefficients,
-            "eps": group.eps,
-            "ns_steps": group.ns_steps,
-            "adjust_lr_fn": group.adjust_lr_fn,
-        }
-
-    def _kept(self, name: str) -> Tensor:
+    def kept(self, name: str) -> Tensor:
+        """The buffer."""
         return self.buffer[name]
 
-    def _parts(self, at: Place[MuonGroup]) -> Parts:
+    def parts(self, at: Place[MuonGroup]) -> Parts:
         """The step without a gradient, the decay, and what the gradient adds."""
         alone = at.rate * self._taken(at.group, at.name, torch.zeros_like(at.ascent))
         whole = at.rate * self._taken(at.group, at.name, at.point)
         return Parts(alone, at.decay(at.rate * at.group.weight_decay), whole - alone)
 
-    def _moved(self, at: Place[MuonGroup], point: Tensor) -> Tensor:
+    def moved(self, at: Place[MuonGroup], point: Tensor) -> Tensor:
         """The formula in the precision of the buffers, without the roundings to bfloat16."""
         return orthogonalised(at.group, self.buffer[at.name], at.rate, point)
 

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from stepscope.errors import CheckpointError
 from stepscope.policy.optim.adafactor import AdafactorState
 from stepscope.policy.optim.adamw import AdamState, AdamWState
-from stepscope.policy.optim.base import OptimizerState, SavedGroup, SavedState
+from stepscope.policy.optim.base import OptimizerState
 from stepscope.policy.optim.bitsandbytes import NESTED, BitsAndBytesAdamW
 from stepscope.policy.optim.deepspeed import DeepSpeedAdam
 from stepscope.policy.optim.lion import BitsAndBytesLion, LionState
 from stepscope.policy.optim.muon import MuonState
+from stepscope.policy.optim.saved import SavedGroup, SavedState
 from stepscope.policy.optim.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from stepscope.policy.optim.sgd import SGDState
 from stepscope.policy.optim.transformers_adafactor import TransformersAdafactorState

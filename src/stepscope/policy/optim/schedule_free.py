@@ -32,8 +32,8 @@ from torch import Tensor
 from stepscope.errors import CheckpointError
 from stepscope.policy.numerics.finiteness import whole_number
 from stepscope.policy.optim.adamw import YOUNG
-from stepscope.policy.optim.base import Keys, ParameterGroup, SavedGroup, SavedState
 from stepscope.policy.optim.by_parameter import ByCoordinate, Parts, Place
+from stepscope.policy.optim.saved import Keys, ParameterGroup, SavedGroup, SavedState
 
 MANY = 10**6
 """Steps above which sums over them are taken as integrals."""
@@ -186,10 +186,11 @@ class ScheduleFreeState(ByCoordinate[ScheduleFreeGroup]):
         """The second moment."""
         return ("exp_avg_sq",)
 
-    def _kept(self, name: str) -> Tensor:
+    def kept(self, name: str) -> Tensor:
+        """Z."""
         return self.z[name]
 
-    def _parts(self, at: Place[ScheduleFreeGroup]) -> Parts:
+    def parts(self, at: Place[ScheduleFreeGroup]) -> Parts:
         """The pull of the average, decay and P."""
         warm, share = next(at.group.following())
         rate = at.rate * warm * at.group.own(share)
@@ -199,7 +200,7 @@ class ScheduleFreeState(ByCoordinate[ScheduleFreeGroup]):
             at.clip * rate / self._denominator(at.group, at.name, at.point),
         )
 
-    def _derivative(self, at: Place[ScheduleFreeGroup]) -> Tensor:
+    def derivative(self, at: Place[ScheduleFreeGroup]) -> Tensor:
         """S (1 - b (1 - ck)) (1 / D - x / D^2 dD/dx)."""
         warm, share = next(at.group.following())
         denominator = self._denominator(at.group, at.name, at.point)
@@ -278,10 +279,7 @@ class ScheduleFreeAdamW(ScheduleFreeState):
 
     @classmethod
     def _betas(cls, saved: SavedGroup) -> dict[str, Any]:
-        betas = saved.settings.get("betas")
-        if not isinstance(betas, Sequence) or len(betas) != 2:
-            raise CheckpointError(f"{saved.where}: a parameter group has no two betas; copy the file again")
-        first, second = (saved.number("betas", beta) for beta in betas)
+        first, second = saved.betas
         return {"beta": first, "beta2": second, "eps": saved.number("eps")}
 
     @property

@@ -17,8 +17,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from stepscope.policy.optim.base import Keys, ParameterGroup, SavedState
 from stepscope.policy.optim.by_parameter import ByCoordinate, Parts, Place
+from stepscope.policy.optim.saved import Keys, ParameterGroup, SavedState
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class SGDState(ByCoordinate[SGDGroup]):
         entry_optional=frozenset({"momentum_buffer"}),
     )
     library: ClassVar[type[torch.optim.Optimizer] | None] = torch.optim.SGD
+    passed: ClassVar[tuple[str, ...]] = ("momentum", "dampening", "nesterov", "foreach", "fused")
 
     @classmethod
     def shape_in(cls, entry: Mapping[str, Any]) -> tuple[int, ...] | None:
@@ -107,10 +108,11 @@ class SGDState(ByCoordinate[SGDGroup]):
         """The buffers."""
         return {"momentum_buffer": self.buffer}
 
-    def _kept(self, name: str) -> Tensor | None:
+    def kept(self, name: str) -> Tensor | None:
+        """The buffer, where there is one."""
         return self.buffer.get(name)
 
-    def _parts(self, at: Place[SGDGroup]) -> Parts:
+    def parts(self, at: Place[SGDGroup]) -> Parts:
         """Momentum, decay and P, which is the same for all elements of a parameter."""
         own, kept, _ = at.group.factors(begun=at.name in self.buffer)
         return Parts(
@@ -119,7 +121,7 @@ class SGDState(ByCoordinate[SGDGroup]):
             torch.full_like(at.ascent, at.rate * own * at.clip),
         )
 
-    def _derivative(self, at: Place[SGDGroup]) -> Tensor:
+    def derivative(self, at: Place[SGDGroup]) -> Tensor:
         """P / c: the step is linear in its gradient."""
         own, _, _ = at.group.factors(begun=at.name in self.buffer)
         return torch.full_like(at.ascent, at.rate * own)
@@ -144,14 +146,3 @@ class SGDState(ByCoordinate[SGDGroup]):
         own, kept, taken = group.factors(begun=True)
         mu, earlier = group.momentum, kept * taken
         return own**2 / (own**2 + earlier**2 / (1 - mu**2)), own / (own + earlier / (1 - mu))
-
-    def options(self, group: ParameterGroup) -> dict[str, Any]:
-        """Arguments of ``torch.optim.SGD``."""
-        assert isinstance(group, SGDGroup)
-        return super().options(group) | {
-            "momentum": group.momentum,
-            "dampening": group.dampening,
-            "nesterov": group.nesterov,
-            "foreach": group.foreach,
-            "fused": group.fused,
-        }

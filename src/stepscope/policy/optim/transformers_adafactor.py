@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.optimization import Adafactor
 
 from stepscope.policy.optim.adafactor import AdafactorGroup, AdafactorState, refuse_incomplete, two_eps
-from stepscope.policy.optim.base import Keys, SavedGroup, SavedState
+from stepscope.policy.optim.saved import Keys, SavedGroup, SavedState
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stepscope.policy.checkpoint.parameter_order import decay_parameter_names
-from stepscope.policy.optim.base import SavedGroup, SavedState
+from stepscope.policy.optim.saved import SavedGroup, SavedState
 
 
 def numbered_state(source: SavedState, model: nn.Module) -> tuple[dict[str, Any], list[str]]:
