@@ -16,6 +16,8 @@ import cases
 from stepscope.errors import BatchError
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.pipeline.inputs.update_files import update_from_file
+from stepscope.pipeline.inputs.update_files.fields import logged
+from stepscope.pipeline.inputs.update_files.rows import Dump
 from stepscope.policy import vectors
 from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.policy.passes import Budget
@@ -127,14 +129,43 @@ def test_the_log_of_a_step_that_an_evaluation_followed(tmp_path: Path) -> None:
             assert len(read(run, tmp_path, rows)) == 4
 
 
+def test_rewards_are_the_weighted_sum_that_trl_takes(tmp_path: Path) -> None:
+    row = {
+        "step": 1,
+        "prompt": "1",
+        "completion": "2",
+        "reward": 0.5,
+        "size": 7,
+        "form": None,
+        "advantage": 1.0,
+    }
+    dump = Dump(tmp_path / "log.parquet", "trl", 1, (row, {**row, "form": 2.0}))
+    names = frozenset({"reward", "form"})
+    assert [one.reward for one in logged(dump, names, (1.0, 0.1))] == [0.5, 0.7]
+    assert [one.reward for one in logged(dump, names)] == [0.5, 2.5]
+    with pytest.raises(BatchError, match=r"2 columns of rewards \(reward, form\), and the run weighed 1"):
+        logged(dump, names, (1.0,))
+
+
 @pytest.mark.slow
 def test_logs_of_real_runs_that_are_not_the_batch(tmp_path: Path) -> None:
     """TRL writes an evaluation's responses over the step's, and keeps the last of a step's generations."""
     asked = Dataset.from_list([{"prompt": "9+9="}, {"prompt": "8+8="}])
-    run = trained(tmp_path / "a", asked, eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=8)
+    run = trained(
+        tmp_path / "a",
+        asked,
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_eval_batch_size=8,
+        reward_weights=[2.0],
+    )
     reader = load_checkpoint(run / "checkpoint-2", precision="float64")
-    batch = update_from_file(reader, run / "completions", step=None, budget=Budget()).rollouts
-    found = reconstruct_step(reader, batch).direction
+    given = update_from_file(reader, run / "completions", step=None, budget=Budget())
+    assert given.rollouts.rewards == pytest.approx(
+        [2 * sum(c.isdigit() for c in text) / 24 for text in given.rollouts.responses]
+    )
+    assert given.figures["update_advantage_difference"].reliable
+    found = reconstruct_step(reader, given.rollouts).direction
     assert vectors.cosine(found, true_direction(run, 2)) >= 1 - 1e-6
     reader = load_checkpoint(run / "checkpoint-1", precision="float64")
     for _ in range(2):

@@ -112,6 +112,10 @@ TWO_PIECES = {"gradient_accumulation_steps": 2}
     ("changes", "name"),
     [
         ({"steps_per_generation": 1, **TWO_PIECES}, "steps_per_generation"),
+        (
+            {"steps_per_generation": 1, "loss_type": "grpo", "scale_rewards": "batch", **TWO_PIECES},
+            "steps_per_generation",
+        ),
         ({"loss_type": "of_tomorrow"}, "loss_type"),
         ({"top_entropy_quantile": 0.2, "entropy_coef": 0.01}, "entropy_coef"),
         ({"use_adaptive_entropy": True}, "use_adaptive_entropy"),
@@ -200,6 +204,9 @@ def test_settings_of_a_rloo_run(tmp_path: Path) -> None:
     )
     save_args(tmp_path, RLOOConfig, beta=0.0, reward_clip_range=(-1.0, 1.0), num_generations=4)
     with pytest.raises(CheckpointError, match="reward_clip_range: the run clipped its rewards"):
+        run_settings(tmp_path)
+    save_args(tmp_path, RLOOConfig, normalize_advantages=True, steps_per_generation=1, **TWO_PIECES)
+    with pytest.raises(CheckpointError, match="2 generations, and its advantages are scaled over each"):
         run_settings(tmp_path)
 
 

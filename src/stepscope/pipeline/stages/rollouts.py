@@ -101,7 +101,8 @@ def sample_update(session: Session) -> Rollouts:
 
 def _with_variance(update: Rollouts) -> Rollouts:
     """The batch itself, refused where it has no gradient."""
-    if update.advantages is None or not np.any(update.advantages):
+    given = (update.advantages,) if update.token_advantages is None else update.token_advantages
+    if update.advantages is None or not any(np.any(row) for row in given):
         raise BatchError(
             f"update batch: the rewards of all {update.num_prompts} prompt groups have zero variance "
             f"(mean reward {update.rewards.mean():.3g}), so all advantages are zero and there is no "

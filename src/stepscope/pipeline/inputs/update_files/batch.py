@@ -11,7 +11,12 @@ from typing import Any
 import numpy as np
 
 from stepscope.errors import BatchError, ConfigError
-from stepscope.pipeline.inputs.update_files.checks import length_figure, logprob_figures, reward_functions
+from stepscope.pipeline.inputs.update_files.checks import (
+    length_figure,
+    logprob_figures,
+    reward_functions,
+    reward_weights,
+)
 from stepscope.pipeline.inputs.update_files.fields import Logged, logged
 from stepscope.pipeline.inputs.update_files.refusals import (
     in_loss,
@@ -73,7 +78,7 @@ def update_from_file(policy: Policy, source: Path, *, step: int | None, budget: 
         raise BatchError(f"{source}: this policy has no tokenizer to read it with; load it from a checkpoint")
     dump = read_dump(source, next_step=_next_step(policy), chosen=step)
     refuse_other_rows(policy, dump)
-    rows = in_loss(policy, logged(dump, reward_functions(policy)))
+    rows = in_loss(policy, logged(dump, reward_functions(policy), reward_weights(policy)))
     reader = TokenReader(policy, stripped=dump.kind == "verl")
     told = [reader.tell(row) for row in rows]
     of_step = "" if dump.step is None else f" of step {dump.step}"

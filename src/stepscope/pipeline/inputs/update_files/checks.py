@@ -92,16 +92,27 @@ def evaluated(policy: Policy, step: int) -> bool:
         for entry in state["log_history"]:
             if entry.get("step") == step and any(str(key).startswith("eval_") for key in entry):
                 return True
-    path = None if policy.path is None else policy.path / TRAINING_ARGS_FILE
-    if path is None or not path.is_file():
-        return False
-    values = read_training_args(path).values
+    values = _arguments(policy)
     strategy, every = values.get("eval_strategy"), values.get("eval_steps")
     named = strategy.__dict__.get("arguments", ()) if isinstance(strategy, Record) else (strategy,)
     late = values.get("eval_delay")
     if "steps" not in named or type(every) is not int or every < 1:
         return False
     return step % every == 0 and not (isinstance(late, int | float) and step < late)
+
+
+def reward_weights(policy: Policy) -> tuple[float, ...] | None:
+    """What TRL multiplied the reward functions by, in their order; None for 1 each."""
+    given = _arguments(policy).get("reward_weights")
+    if not isinstance(given, list) or not all(type(weight) in (int, float) for weight in given):
+        return None
+    return tuple(float(weight) for weight in given)
+
+
+def _arguments(policy: Policy) -> dict[str, Any]:
+    """The run's arguments; nothing where the checkpoint has none."""
+    path = None if policy.path is None else policy.path / TRAINING_ARGS_FILE
+    return {} if path is None or not path.is_file() else read_training_args(path).values
 
 
 def reward_functions(policy: Policy) -> frozenset[str]:

@@ -88,18 +88,30 @@ class Logged:
         return float(own.mean()) if len(own) else 0.0
 
 
-def logged(dump: Dump, reward_functions: frozenset[str] = frozenset()) -> list[Logged]:
+def logged(
+    dump: Dump,
+    reward_functions: frozenset[str] = frozenset(),
+    reward_weights: tuple[float, ...] | None = None,
+) -> list[Logged]:
     """The rows of a dump, read.
 
     Args:
         dump: the rows.
         reward_functions: names of TRL's, where they are known; else every column of numbers is one.
+        reward_weights: their weights, in the order of the columns; None for 1 each.
 
     Raises:
         BatchError: a field is of the wrong type, its length is not that of the response, or neither text nor
-            ids of prompt and response are there.
+            ids of prompt and response are there; or there are not as many weights as rewards.
     """
-    parts = _reward_parts(dump, reward_functions) if dump.kind == "trl" else ()
+    names = _reward_parts(dump, reward_functions) if dump.kind == "trl" else ()
+    weights = (1.0,) * len(names) if reward_weights is None else reward_weights
+    if names and len(names) != len(weights):
+        raise BatchError(
+            f"{dump.path}: {len(names)} columns of rewards ({', '.join(names)[:120]}), and the run weighed "
+            f"{len(weights)} (reward_weights); give a table with a column reward, their weighted sum"
+        )
+    parts = dict(zip(names, weights, strict=False))
     return [
         _read(_Fields(f"{dump.path}, row {i}", _split(row) if dump.kind == "slime" else row), parts)
         for i, row in enumerate(dump.rows)
@@ -110,7 +122,7 @@ def _reward_parts(dump: Dump, functions: frozenset[str]) -> tuple[str, ...]:
     """TRL has a column of numbers for each reward function, under the function's name."""
     known = {*STEP, *PROMPT, *RESPONSE, *ADVANTAGE, *CORRECT, *TRUNCATED, *GROUP, "images"}
     names = [name for name in dump.rows[0] if (name in functions if functions else name not in known)]
-    if any(name in REWARD for name in names):
+    if not functions and any(name in REWARD for name in names):
         return ()
     return tuple(n for n in names if all(row[n] is None or type(row[n]) in (int, float) for row in dump.rows))
 
@@ -127,7 +139,7 @@ def _split(row: Row) -> Row:
     return {**kept, **further}
 
 
-def _read(row: _Fields, parts: Sequence[str]) -> Logged:
+def _read(row: _Fields, parts: Mapping[str, float]) -> Logged:
     prompt_ids, response_ids = row.ids(PROMPT_IDS), row.ids(RESPONSE_IDS)
     prompt, response = row.words(PROMPT), row.words(RESPONSE)
     if (prompt is None and prompt_ids is None) or (response is None and response_ids is None):
@@ -143,8 +155,8 @@ def _read(row: _Fields, parts: Sequence[str]) -> Logged:
         raise row.refuse("its mask holds other values than 0 and 1; 1 stands for a token of the policy")
     reward = row.number(REWARD)
     if parts:
-        found = [row.number((name,)) for name in parts]
-        reward = math.fsum(value for value in found if value is not None)
+        found = [(row.number((name,)), weight) for name, weight in parts.items()]
+        reward = math.fsum(weight * value for value, weight in found if value is not None)
     truncated, correct = row.number(TRUNCATED), row.number(CORRECT)
     group = row.value(GROUP)
     return Logged(

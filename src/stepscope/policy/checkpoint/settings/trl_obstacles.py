@@ -109,13 +109,11 @@ def grpo_obstacles(
     adaptive = args("use_adaptive_entropy", False)
     if not known_loss(loss):
         yield Obstacle("loss_type", f"the loss {said(loss)} is not known here")
-    generated, accumulated = args.count("steps_per_generation", args.accumulation), args.accumulation
-    if generated < accumulated and loss in ("dapo", "cispo", "vespo"):
-        yield Obstacle(
-            "steps_per_generation",
-            f"a step has responses of {accumulated / generated:g} generations, and {loss} averages over the "
-            "tokens of each",
-        )
+    each = args("multi_objective_aggregation", "sum_then_normalize") != "sum_then_normalize"
+    if loss in ("dapo", "cispo", "vespo"):
+        yield from _generations(args, f"{loss} averages over the tokens of each")
+    elif each or args("scale_rewards", "group") == "batch":
+        yield from _generations(args, "its advantages are scaled over each")
     if kept < 1.0 and (bonus != 0.0 or adaptive):
         yield Obstacle("entropy_coef", "the entropy bonus is a mean over the tokens of highest entropy")
     elif adaptive and controller is None:
@@ -123,7 +121,7 @@ def grpo_obstacles(
             "use_adaptive_entropy",
             "the weight of the entropy bonus moves during the run, and entropy_ctrl_state.json is not there",
         )
-    if args("multi_objective_aggregation", "sum_then_normalize") != "sum_then_normalize" and rewards != 1:
+    if each and rewards != 1:
         logged = f"{rewards} of them" if rewards else "none"
         yield Obstacle(
             "multi_objective_aggregation",
@@ -131,8 +129,18 @@ def grpo_obstacles(
         )
 
 
+def _generations(args: TrlArguments, why: str) -> Iterator[Obstacle]:
+    """A step on several generations, where something is an average over each."""
+    generated, accumulated = args.count("steps_per_generation", args.accumulation), args.accumulation
+    if generated < accumulated:
+        number = f"{accumulated / generated:g}"
+        yield Obstacle("steps_per_generation", f"a step has responses of {number} generations, and {why}")
+
+
 def rloo_obstacles(args: TrlArguments) -> Iterator[Obstacle]:
     """What RLOOTrainer makes of rewards before they are compared."""
+    if args("normalize_advantages", False):
+        yield from _generations(args, "its advantages are scaled over each")
     if args.values.get("reward_clip_range") is not None:
         yield Obstacle("reward_clip_range", "the run clipped its rewards")
 
