@@ -167,6 +167,20 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_snapshot_of_the_hub_is_read(sharded: Path, tmp_path: Path) -> None:
+    """Its files are links to where the hub's client keeps what it has downloaded."""
+    for file in sharded.rglob("*"):
+        if file.is_file():
+            link = tmp_path / "snapshot" / file.relative_to(sharded)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file)
+    found, expected = load_checkpoint(tmp_path / "snapshot"), load_checkpoint(sharded)
+    assert all(torch.equal(p, expected.parameters[name]) for name, p in found.parameters.items())
+    assert found.optimizer is not None
+    assert expected.optimizer is not None
+    assert found.optimizer.steps == expected.optimizer.steps
+
+
 def metadata(change: Callable[[Any], Any]) -> Callable[[Path, Path], None]:
     """A change of the directory, made by torch's own classes."""
 

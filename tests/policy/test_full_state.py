@@ -78,6 +78,16 @@ def test_parameters_without_a_state_are_named(whole: Path, tmp_path: Path) -> No
     assert any(w.startswith("1 trained parameters have no") and "model.norm.weight" in w for w in warned)
 
 
+def test_embeddings_that_were_one_and_differ_are_refused(whole: Path, tmp_path: Path) -> None:
+    """transformers would untie them, and the output's would stand still."""
+    folder = Path(shutil.copytree(whole, tmp_path / "checkpoint"))
+    weights = torch.load(folder / WEIGHTS, weights_only=True)
+    weights["lm_head.weight"] = weights["lm_head.weight"] + 1
+    torch.save(weights, folder / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"lm_head.weight and model.embed_tokens.weight differ"):
+        load_checkpoint(folder)
+
+
 def test_two_states_in_one_folder_are_refused(whole: Path, tmp_path: Path) -> None:
     """A state that another run left there would be measured, or passed over, without a word."""
     folder = Path(shutil.copytree(whole, tmp_path / "checkpoint"))

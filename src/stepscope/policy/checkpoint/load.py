@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from stepscope.errors import CheckpointError
+from stepscope.policy.checkpoint.adapters import is_adapted
 from stepscope.policy.checkpoint.first_pass import made_up_sequences
 from stepscope.policy.checkpoint.foreign import reads_foreign
 from stepscope.policy.checkpoint.formats.registry import (
@@ -85,6 +87,7 @@ def load_checkpoint(
         optimizer = at_scheduled_rates(optimizer, folder)
         optimizer = optimizer if keep_source else replace(optimizer, source=None)
         own = set(optimizer.names)
+        _refuse_half_tied(model, own, folder)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in own)
         step = max(optimizer.steps.values(), default=0) if step is None else step
@@ -99,6 +102,25 @@ def load_checkpoint(
     )
     made_up_sequences(policy)  # a first pass: a config can describe what loads and does not run
     return policy
+
+
+def _refuse_half_tied(model: nn.Module, trained: Set[str], folder: Path) -> None:
+    """Refuse embeddings that were one in training, as config and optimizer have it, and are two in the files.
+
+    transformers unties what differs, so that one of them would stand still.
+    """
+    whole: Any = model
+    if is_adapted(model) or not getattr(whole.config.get_text_config(), "tie_word_embeddings", False):
+        return
+    ends = [getattr(e, "weight", None) for e in (whole.get_input_embeddings(), whole.get_output_embeddings())]
+    own = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {own[id(weight)] for weight in ends if id(weight) in own}
+    if len(names & trained) == 1 < len(names):
+        raise CheckpointError(
+            f"{folder}: {' and '.join(sorted(names))} differ in the files, and are one weight by "
+            "tie_word_embeddings and by the optimizer's state; copy the weights again, or set "
+            "tie_word_embeddings to false if the training had two and left one of them as it was"
+        )
 
 
 @reads_foreign
