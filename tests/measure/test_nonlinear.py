@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
 import cases
+import real_steps
 from stepscope.errors import MeasurementError
 from stepscope.measure.change.logprob_change import predict_logprobs
 from stepscope.measure.influence.attribution import InfluenceOptions, influence, influences
@@ -19,7 +17,6 @@ from stepscope.measure.quantity.probe import bind_quantity
 from stepscope.measure.step.lifetime import lifetime
 from stepscope.measure.step.reconstruct import Step, weighted_logprobs
 from stepscope.policy import vectors
-from stepscope.policy.checkpoint.optimizer_state import match_optimizer
 from stepscope.policy.gradients.derivatives import gradient
 from stepscope.policy.optim.muon import MuonState, orthogonalised
 from stepscope.policy.state import Policy
@@ -34,10 +31,8 @@ def muon(limit: float) -> tuple[Policy, Step]:
     for p in policy.model.parameters():
         p.requires_grad_(p.ndim == 2)
     optimizer = torch.optim.Muon(list(policy.parameters.items()), lr=0.01)
-    for seed in range(3):
-        cases.take_step(policy, optimizer, cases.batch(policy, seed=seed))
-    state = match_optimizer(copy.deepcopy(optimizer.state_dict()), policy.model, where="optimizer.pt")
-    policy = replace(policy, optimizer=state)
+    real_steps.train(policy, optimizer)
+    policy = real_steps.matched(policy, optimizer)
     return policy, cases.step(policy, seed=9)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import pytest
@@ -12,12 +11,12 @@ import torch
 from torch import Tensor
 
 import cases
+import real_steps
 from stepscope.measure.influence.attribution import InfluenceOptions, influences
 from stepscope.measure.step.derivative import step_derivative
 from stepscope.measure.step.lifetime import lifetime
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy import vectors
-from stepscope.policy.checkpoint.optimizer_state import match_optimizer
 from stepscope.policy.optim.base import OptimizerState, Update
 from stepscope.policy.optim.registry import OPTIMIZERS, kind_of, measurable
 from stepscope.policy.optim.saved import Keys, ParameterGroup, SavedState
@@ -99,9 +98,7 @@ def trained(registered: None, tiny_policy: Policy) -> tuple[Policy, torch.optim.
         for p in tiny_policy.parameters.values():
             p.grad = 0.01 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
         optimizer.step()
-    saved = copy.deepcopy(optimizer.state_dict())
-    state = match_optimizer(saved, tiny_policy.model, where="optimizer.pt")
-    return replace(tiny_policy, optimizer=state), optimizer
+    return real_steps.matched(tiny_policy, optimizer), optimizer
 
 
 def test_a_step_of_ones_own_optimizer_is_that_of_its_library(

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.optimization import Adafactor
 
 import cases
+import real_steps
 from stepscope.errors import CheckpointError
 from stepscope.measure.influence.attribution import InfluenceOptions, influences
 from stepscope.measure.step.derivative import step_derivative
 from stepscope.measure.step.lifetime import lifetime
-from stepscope.measure.step.rounding import rounded_step
 from stepscope.policy import vectors
 from stepscope.policy.checkpoint.optimizer_state import match_optimizer
 from stepscope.policy.optim.adafactor import AdafactorState
@@ -39,45 +39,24 @@ KINDS: list[tuple[Any, dict[str, Any]]] = [
 def trained(
     kind: Any, options: dict[str, Any], *, steps: int = 3, lr: float = 1e-2, **settings: Any
 ) -> tuple[Policy, torch.optim.Optimizer]:
-    """A policy after real steps in two groups with their own lr, one of them without decay."""
+    """A policy after real steps, with the optimizer's state."""
     policy = cases.policy(**settings)
-    params = list(policy.parameters.values())
-    groups = [
-        {"params": [p for p in params if p.dim() > 1], "lr": lr},
-        {"params": [p for p in params if p.dim() == 1], "lr": 2 * lr, "weight_decay": 0.0},
-    ]
-    optimizer = kind(groups, **{"lr": lr, **options})
-    for seed in range(steps):
-        cases.take_step(policy, optimizer, cases.batch(policy, seed=seed))
-    return policy, optimizer
-
-
-def matched(policy: Policy, optimizer: torch.optim.Optimizer) -> Policy:
-    """With the optimizer's state by name."""
-    saved = copy.deepcopy(optimizer.state_dict())
-    return replace(policy, optimizer=match_optimizer(saved, policy.model, where="optimizer.pt"))
-
-
-def direction(policy: Policy, ascent: dict[str, Tensor], lr: float) -> dict[str, Tensor]:
-    assert policy.optimizer is not None
-    clip = min(1.0, policy.settings.max_grad_norm / (vectors.norm(ascent) + 1e-6))
-    made = policy.optimizer.update(policy.parameters, ascent, clip=clip, lr=lr)
-    return vectors.add(made.made_of(ascent), *made.parts.values())
+    optimizer = kind(real_steps.two_groups(policy, lr=lr), **{"lr": lr, **options})
+    real_steps.train(policy, optimizer, steps=steps)
+    if steps:
+        return real_steps.matched(policy, optimizer), optimizer
+    state = optimizer_state(optimizer, policy.model, after_backward=False)
+    return replace(policy, optimizer=state), optimizer
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.02, 0.0])
 @pytest.mark.parametrize(("kind", "options"), KINDS)
 def test_the_step_is_the_librarys(kind: Any, options: dict[str, Any], max_grad_norm: float) -> None:
     policy, optimizer = trained(kind, options, max_grad_norm=max_grad_norm)
-    policy = matched(policy, optimizer)
     expected = AdafactorState if kind is torch.optim.Adafactor else TransformersAdafactorState
     assert kind_of(optimizer) is type(policy.optimizer) is expected
     step = cases.step(policy, seed=9)
-    before = {name: p.detach().clone() for name, p in policy.parameters.items()}
-    cases.take_step(policy, optimizer, step.update)
-    for name, p in policy.parameters.items():
-        moved = (p.detach() - before[name]) / step.lr
-        torch.testing.assert_close(step.direction[name], moved, rtol=1e-9, atol=1e-11)
+    real_steps.assert_step_is_the_librarys(policy, optimizer, step, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adafactor, Adafactor])
@@ -85,41 +64,24 @@ def test_the_first_step_is_the_librarys(kind: Any) -> None:
     """And one at a learning rate above 1/sqrt(t), which torch does not take."""
     options = {} if kind is torch.optim.Adafactor else GIVEN
     policy, optimizer = trained(kind, options, steps=0, lr=2.0)
-    policy = replace(policy, optimizer=optimizer_state(optimizer, policy.model, after_backward=False))
     step = cases.step(policy, seed=9)
-    before = {name: p.detach().clone() for name, p in policy.parameters.items()}
-    cases.take_step(policy, optimizer, step.update)
-    for name, p in policy.parameters.items():
-        moved = (p.detach() - before[name]) / step.lr
-        torch.testing.assert_close(step.direction[name], moved, rtol=1e-9, atol=1e-11)
+    real_steps.assert_step_is_the_librarys(policy, optimizer, step, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.02, 0.0])
 @pytest.mark.parametrize(("kind", "options"), KINDS)
 def test_its_derivative_is_that_of_its_step(kind: Any, options: dict[str, Any], max_grad_norm: float) -> None:
-    policy, optimizer = trained(kind, options, max_grad_norm=max_grad_norm or 1e9)
-    policy = matched(policy, optimizer)
+    policy, _ = trained(kind, options, max_grad_norm=max_grad_norm)
     step = cases.step(policy, seed=9)
-    change = {n: torch.randn(p.shape, dtype=p.dtype) * p.std() for n, p in step.ascent.items()}
-    up, down = (
-        direction(policy, vectors.add(step.ascent, vectors.scale(change, by)), step.lr)
-        for by in (1e-6, -1e-6)
-    )
+    real_steps.assert_derivative_is_that_of_the_step(policy, step, h=1e-6, rtol=1e-5, relative_atol=1e-5)
     derivative = step_derivative(policy, step, "optimizer")
-    along = derivative.along(change)
-    for name, value in along.items():
-        expected = (up[name] - down[name]) / 2e-6
-        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-    other = {n: torch.randn(p.shape, dtype=p.dtype) for n, p in step.ascent.items()}
-    pulled = derivative.pulled({n: t[None].clone() for n, t in other.items()})
-    assert vectors.dot({n: t[0] for n, t in pulled.items()}, change) == pytest.approx(
-        vectors.dot(other, along)
-    )
+    one, other = ({n: torch.randn_like(t) for n, t in step.ascent.items()} for _ in range(2))
+    pulled = {n: t[0] for n, t in derivative.pulled({n: t[None] for n, t in other.items()}).items()}
+    assert vectors.dot(pulled, one) == pytest.approx(vectors.dot(other, derivative.along(one)))
 
 
 def test_its_steps_are_attributed() -> None:
-    policy, optimizer = trained(*KINDS[1])
-    policy = matched(policy, optimizer)
+    policy, _ = trained(*KINDS[1])
     step = cases.step(policy, num_prompts=2, group_size=3)
     probe = cases.batch(policy, num_prompts=3, group_size=2, seed=5)
     fixed, through = influences(policy, step, step.update, probe, options=InfluenceOptions(baseline="none"))
@@ -161,17 +123,7 @@ def test_matrices_of_three_dimensions_and_parameters_without_gradient() -> None:
 
 
 def test_in_bfloat16_the_step_is_taken_by_torch() -> None:
-    policy, optimizer = trained(torch.optim.Adafactor, {}, dtype=torch.bfloat16)
-    policy = matched(policy, optimizer)
-    step = cases.step(policy, seed=9)
-    taken = rounded_step(policy, step, step.lr)
-    assert taken is not None
-    for name, p in policy.parameters.items():
-        p.grad = -step.ascent[name].to(p.dtype)
-    torch.nn.utils.clip_grad_norm_(policy.parameters.values(), policy.settings.max_grad_norm)
-    optimizer.step()
-    for name, p in policy.parameters.items():
-        torch.testing.assert_close(taken.parameters[name], p.detach(), rtol=0, atol=0)
+    real_steps.assert_rounded_as_the_library_does(*trained(torch.optim.Adafactor, {}, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize(

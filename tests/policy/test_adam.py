@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import cases
+import real_steps
 from stepscope.errors import CheckpointError
 from stepscope.measure.influence.attribution import InfluenceOptions, influences
-from stepscope.measure.step.derivative import step_derivative
 from stepscope.measure.step.lifetime import lifetime
-from stepscope.policy import vectors
-from stepscope.policy.checkpoint.optimizer_state import match_optimizer
 from stepscope.policy.optim.adamw import AdamState, AdamWState
 from stepscope.policy.optim.registry import kind_of, recognised
 from stepscope.policy.state import Policy
@@ -35,39 +31,27 @@ KINDS: list[tuple[type[torch.optim.Adam], dict[str, Any]]] = [
 def trained(
     kind: Any, options: dict[str, Any], *, max_grad_norm: float
 ) -> tuple[Policy, torch.optim.Optimizer]:
-    """A policy after real steps in two groups with their own lr, and its state by name."""
+    """A policy after real steps, with the optimizer's state."""
     policy = cases.policy(max_grad_norm=max_grad_norm)
-    params = list(policy.parameters.values())
-    groups = [
-        {"params": [p for p in params if p.dim() > 1]},
-        {"params": [p for p in params if p.dim() == 1], "lr": 2e-3, "weight_decay": 0.0},
-    ]
-    optimizer = kind(groups, **{"lr": 1e-3, **options})
-    for seed in range(3):
-        cases.take_step(policy, optimizer, cases.batch(policy, seed=seed))
-    saved = copy.deepcopy(optimizer.state_dict())
-    return replace(policy, optimizer=match_optimizer(saved, policy.model, where="here")), optimizer
+    optimizer = kind(real_steps.two_groups(policy, lr=1e-3), **{"lr": 1e-3, **options})
+    real_steps.train(policy, optimizer)
+    return real_steps.matched(policy, optimizer), optimizer
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.02, 0.0])
 @pytest.mark.parametrize(("kind", "options"), KINDS)
 def test_the_step_is_that_of_torch(kind: Any, options: dict[str, Any], max_grad_norm: float) -> None:
     policy, optimizer = trained(kind, options, max_grad_norm=max_grad_norm)
-    state, live = policy.optimizer, optimizer_state(optimizer, policy.model, after_backward=False)
+    live = optimizer_state(optimizer, policy.model, after_backward=False)
     inside = kind is torch.optim.Adam
-    assert type(state) is type(live) is (AdamState if inside and "weight_decay" in options else AdamWState)
+    expected = AdamState if inside and "weight_decay" in options else AdamWState
+    assert type(policy.optimizer) is type(live) is expected
     assert kind_of(optimizer) is (AdamState if inside else AdamWState)
     step = cases.step(policy, seed=9)
-    before = {name: p.detach().clone() for name, p in policy.parameters.items()}
-    copies = {name: nn.Parameter(p.clone()) for name, p in before.items()}
-    for name, p in copies.items():
-        p.grad = -step.clip_coefficient * step.ascent[name]
-    cases.take_step(policy, optimizer, step.update)
-    state.take(copies, scale=1.0, lr=step.lr)
+    taken = real_steps.taken_from_state(policy, step)
+    real_steps.assert_step_is_the_librarys(policy, optimizer, step, rtol=1e-8, atol=1e-10)
     for name, p in policy.parameters.items():
-        moved = (p.detach() - before[name]) / step.lr
-        torch.testing.assert_close(step.direction[name], moved, rtol=1e-8, atol=1e-10)
-        torch.testing.assert_close(copies[name].detach(), p.detach(), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(taken[name], p.detach(), rtol=1e-10, atol=1e-12)
 
 
 def test_parts_of_a_step_with_the_decay_inside() -> None:
@@ -96,21 +80,9 @@ def test_parts_of_a_step_with_the_decay_inside() -> None:
 @pytest.mark.parametrize(("kind", "options"), KINDS[:2])
 def test_its_derivative_is_that_of_its_step(kind: Any, options: dict[str, Any]) -> None:
     policy, _ = trained(kind, options, max_grad_norm=0.02)
-    state = policy.optimizer
-    assert state is not None
-    step = cases.step(policy, seed=9)
-    change = {n: torch.randn(p.shape, dtype=p.dtype) * p.std() for n, p in step.ascent.items()}
-
-    def direction(by: float) -> dict[str, Tensor]:
-        ascent = vectors.add(step.ascent, vectors.scale(change, by))
-        clip = min(1.0, 0.02 / (vectors.norm(ascent) + 1e-6))
-        made = state.update(policy.parameters, ascent, clip=clip, lr=step.lr)
-        return vectors.add(made.made_of(ascent), *made.parts.values())
-
-    up, down = direction(1e-6), direction(-1e-6)
-    for name, value in step_derivative(policy, step, "optimizer").along(change).items():
-        expected = (up[name] - down[name]) / 2e-6
-        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+    real_steps.assert_derivative_is_that_of_the_step(
+        policy, cases.step(policy, seed=9), h=1e-6, rtol=1e-3, relative_atol=1e-5
+    )
 
 
 def test_its_steps_are_attributed() -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import cases
+import real_steps
 from stepscope.errors import CheckpointError
-from stepscope.measure.step.derivative import step_derivative
 from stepscope.policy import vectors
 from stepscope.policy.check.examination import examine
 from stepscope.policy.checkpoint.optimizer_state import match_optimizer, read_optimizer
@@ -50,8 +50,7 @@ def trained(
         min_8bit_size=300,
         **options,
     )
-    for seed in range(steps):
-        cases.take_step(policy, optimizer, cases.batch(policy, seed=seed))
+    real_steps.train(policy, optimizer, steps=steps)
     for group in optimizer.param_groups:
         group["lr"] *= 300  # steps that are large beside the round-off of float32 weights
     return policy, optimizer
@@ -59,25 +58,15 @@ def trained(
 
 def matched(policy: Policy, optimizer: torch.optim.Optimizer) -> Policy:
     """With the optimizer's state by name."""
-    saved = copy.deepcopy(optimizer.state_dict())
     wide = torch.float64 if policy.dtype == torch.float64 else None
-    state = match_optimizer(saved, policy.model, where="optimizer.pt", dtype=wide)
-    assert isinstance(state, BitsAndBytesAdamW)
-    return replace(policy, optimizer=state)
+    policy = real_steps.matched(policy, optimizer, dtype=wide)
+    assert isinstance(policy.optimizer, BitsAndBytesAdamW)
+    return policy
 
 
 def of_cpu(policy: Policy) -> Policy:
     assert isinstance(policy.optimizer, BitsAndBytesAdamW)
     return replace(policy, optimizer=policy.optimizer.of_cpu())
-
-
-def displacement(
-    policy: Policy, optimizer: torch.optim.Optimizer, update: Any, lr: float
-) -> dict[str, Tensor]:
-    """What the library's step does, per unit of lr."""
-    before = {n: p.detach().clone() for n, p in policy.parameters.items()}
-    cases.take_step(policy, optimizer, update)
-    return {n: (p.detach() - before[n]) / lr for n, p in policy.parameters.items()}
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.02, 0.0])
@@ -89,8 +78,7 @@ def test_the_step_is_the_librarys(max_grad_norm: float) -> None:
     assert 0 < len(policy.optimizer.codes["exp_avg"]) < len(policy.optimizer.names)
     step = cases.step(policy, seed=50)
     assert (step.clip_coefficient < 1) == (max_grad_norm > 0)
-    for name, moved in displacement(policy, optimizer, step.update, step.lr).items():
-        torch.testing.assert_close(step.direction[name], moved, rtol=1e-5, atol=1e-6)
+    real_steps.assert_step_is_the_librarys(policy, optimizer, step, rtol=1e-5, atol=1e-6)
 
 
 def test_parameters_in_bfloat16_are_rounded_once_by_a_step() -> None:
@@ -149,22 +137,9 @@ def test_on_a_gpu_the_decay_comes_last() -> None:
 def test_its_derivative_is_that_of_its_step() -> None:
     policy, optimizer = trained(dtype=torch.float64)
     policy = matched(policy, optimizer)
-    state = policy.optimizer
-    assert state is not None
-    step = cases.step(policy, seed=50)
-    change = {n: torch.randn(p.shape, dtype=p.dtype) * p.std() for n, p in step.ascent.items()}
-    limit, eps = policy.settings.max_grad_norm, 1e-6
-
-    def direction(by: float) -> dict[str, Tensor]:
-        ascent = vectors.add(step.ascent, vectors.scale(change, by))
-        clip = min(1.0, limit / (vectors.norm(ascent) + 1e-6))
-        made = state.update(policy.parameters, ascent, clip=clip, lr=step.lr)
-        return vectors.add(made.made_of(ascent), *made.parts.values())
-
-    expected = vectors.scale(vectors.add(direction(eps), vectors.scale(direction(-eps), -1)), 0.5 / eps)
-    found = step_derivative(policy, step, "optimizer").along(change)
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5 * float(value.abs().max()))
+    real_steps.assert_derivative_is_that_of_the_step(
+        policy, cases.step(policy, seed=50), h=1e-6, rtol=1e-4, relative_atol=1e-5
+    )
 
 
 def flat(saved: dict[str, Any]) -> dict[str, Any]:
@@ -196,8 +171,7 @@ def test_check_tells_what_8_bits_lost() -> None:
     settings = StepSettings(group_size=2, prompts_per_step=2, max_response_tokens=6)
     policy = Policy(cases.model(), cases.tokenizer(), settings)
     optimizer: Any = bitsandbytes.optim.AdamW8bit(policy.parameters.values(), lr=1e-3, min_8bit_size=300)
-    for seed in range(2):
-        cases.take_step(policy, optimizer, cases.batch(policy, seed=seed))
+    real_steps.train(policy, optimizer, steps=2)
     (told,) = [f for f in examine(matched(policy, optimizer)) if "8 bits" in f.what]
     assert told.level == "ok"
     lost = {key: float(value) for key, value in re.findall(r"(exp_avg\w*) (\S+) of its norm", told.what)}

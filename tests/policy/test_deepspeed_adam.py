@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import cases
+import real_steps
 from deepspeed_layout import Training
 from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.formats.deepspeed_state import Shards
@@ -53,17 +52,11 @@ class Fused(torch.optim.Optimizer):
 def test_the_step_is_that_of_the_kernel(decay: float) -> None:
     policy = cases.policy(max_grad_norm=0.02)
     optimizer = Fused(policy.parameters.values(), lr=0.01, weight_decay=decay)
-    for seed in range(3):
-        cases.take_step(policy, optimizer, cases.batch(policy, seed=seed))
-    found = match_optimizer(copy.deepcopy(optimizer.state_dict()), policy.model, where="here")
-    assert isinstance(found, DeepSpeedAdam)
-    step = cases.step(replace(policy, optimizer=found), seed=9)
-    before = {name: p.detach().clone() for name, p in policy.parameters.items()}
-    cases.take_step(policy, optimizer, step.update)
-    for name, p in policy.parameters.items():
-        torch.testing.assert_close(
-            step.direction[name], (p.detach() - before[name]) / 0.01, rtol=0, atol=1e-11
-        )
+    real_steps.train(policy, optimizer)
+    policy = real_steps.matched(policy, optimizer)
+    assert isinstance(policy.optimizer, DeepSpeedAdam)
+    step = cases.step(policy, seed=9)
+    real_steps.assert_step_is_the_librarys(policy, optimizer, step, rtol=0, atol=1e-11)
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 import cases
+import real_steps
 from stepscope.errors import CheckpointError, MeasurementError
 from stepscope.measure.step.derivative import step_derivative
 from stepscope.measure.step.reconstruct import Step, sequence_direction
@@ -22,63 +22,37 @@ lion_pytorch = pytest.importorskip("lion_pytorch")
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
 
-def trained(limit: float, made: Any, *, dtype: torch.dtype = torch.float64) -> Policy:
-    """A policy after three steps of an optimizer, with its state."""
-    policy = cases.policy(max_grad_norm=limit, dtype=dtype)
-    optimizer = made(policy)
-    for seed in range(3):
-        cases.take_step(policy, optimizer, cases.batch(policy, seed=seed))
-    saved = copy.deepcopy(optimizer.state_dict())
-    return replace(policy, optimizer=match_optimizer(saved, policy.model, where="optimizer.pt"))
-
-
-def of_lion_pytorch(policy: Policy) -> torch.optim.Optimizer:
-    named = list(policy.parameters.items())
-    groups = [
-        {"params": [p for n, p in named if p.ndim > 1], "weight_decay": 0.3},
-        {"params": [p for n, p in named if p.ndim == 1], "lr": 0.002, "betas": (0.8, 0.95)},
-    ]
-    optimizer: torch.optim.Optimizer = lion_pytorch.Lion(groups, lr=0.001)
-    return optimizer
+def trained(limit: float) -> tuple[Policy, torch.optim.Optimizer]:
+    """A policy after steps of lion-pytorch in two groups, with its state."""
+    policy = cases.policy(max_grad_norm=limit)
+    groups = real_steps.two_groups(policy, lr=0.001)
+    groups[0] |= {"weight_decay": 0.3}
+    groups[1] |= {"betas": (0.8, 0.95)}
+    optimizer = lion_pytorch.Lion(groups, lr=0.001)
+    real_steps.train(policy, optimizer)
+    return real_steps.matched(policy, optimizer), optimizer
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.02])
 def test_a_rebuilt_step_is_that_of_lion_pytorch(limit: float) -> None:
-    made: list[torch.optim.Optimizer] = []
-
-    def maker(policy: Policy) -> torch.optim.Optimizer:
-        made.append(of_lion_pytorch(policy))
-        return made[0]
-
-    policy = trained(limit, maker)
+    policy, optimizer = trained(limit)
     assert type(policy.optimizer) is LionState
     step = cases.step(policy, seed=9)
     assert list(step.components) == ["momentum", "decay", "sequences"]
     assert (step.clip_coefficient < 1) == (limit > 0)
-    before = {n: p.detach().clone() for n, p in policy.parameters.items()}
-    cases.take_step(policy, made[0], step.update)
-    for n, p in policy.parameters.items():
-        torch.testing.assert_close(
-            (p.detach() - before[n]) / step.lr, step.direction[n], rtol=1e-9, atol=1e-10
-        )
+    real_steps.assert_step_is_the_librarys(policy, optimizer, step, rtol=1e-9, atol=1e-10)
 
 
 def test_a_rebuilt_step_is_that_of_bitsandbytes() -> None:
     """Its steps on the processor, in float32."""
-    made: list[Any] = []
-
-    def maker(policy: Policy) -> Any:
-        made.append(bitsandbytes.optim.Lion32bit(policy.parameters.values(), lr=0.001, betas=(0.9, 0.95)))
-        return made[0]
-
-    policy = trained(0.0, maker, dtype=torch.float32)
+    policy = cases.policy(max_grad_norm=0.0, dtype=torch.float32)
+    optimizer = bitsandbytes.optim.Lion32bit(policy.parameters.values(), lr=0.001, betas=(0.9, 0.95))
+    real_steps.train(policy, optimizer)
+    policy = real_steps.matched(policy, optimizer)
     assert type(policy.optimizer) is BitsAndBytesLion
     assert set(policy.optimizer.steps.values()) == {3}
     step = cases.step(policy, seed=9)
-    before = {n: p.detach().clone() for n, p in policy.parameters.items()}
-    cases.take_step(policy, made[0], step.update)
-    for n, p in policy.parameters.items():
-        torch.testing.assert_close((p.detach() - before[n]) / step.lr, step.direction[n], rtol=0, atol=5e-4)
+    real_steps.assert_step_is_the_librarys(policy, optimizer, step, rtol=0, atol=5e-4)
 
 
 def test_a_mean_in_8_bits_is_decoded_as_bitsandbytes_does() -> None:
@@ -101,7 +75,7 @@ def test_a_mean_in_8_bits_is_decoded_as_bitsandbytes_does() -> None:
 
 
 def own_step(limit: float = 0.02) -> tuple[Policy, Step]:
-    policy = trained(limit, of_lion_pytorch)
+    policy, _ = trained(limit)
     return policy, cases.step(policy, seed=9)
 
 

@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import schedulefree
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import cases
+import real_steps
 from stepscope.errors import CheckpointError
 from stepscope.measure.influence.attribution import InfluenceOptions, influences
-from stepscope.measure.step.derivative import step_derivative
-from stepscope.policy import vectors
 from stepscope.policy.checkpoint.optimizer_state import match_optimizer
 from stepscope.policy.optim.registry import kind_of, recognised
 from stepscope.policy.optim.schedule_free import (
@@ -40,81 +39,56 @@ KINDS: list[tuple[Any, dict[str, Any]]] = [
 def trained(
     kind: Any, options: dict[str, Any], *, steps: int = 4, max_grad_norm: float = 0.02
 ) -> tuple[Policy, Any]:
-    """A policy after real steps in two groups, at the point y."""
+    """A policy after real steps, at the point y, with the optimizer's state."""
     policy = cases.policy(max_grad_norm=max_grad_norm)
-    params = list(policy.parameters.values())
     lr = 1e-3 if kind is AdamW else 0.1
-    groups = [
-        {"params": [p for p in params if p.dim() > 1]},
-        {"params": [p for p in params if p.dim() == 1], "lr": 2 * lr, "weight_decay": 0.0},
-    ]
-    optimizer = kind(groups, **{"lr": lr, **options})
+    optimizer = kind(real_steps.two_groups(policy, lr=lr), **{"lr": lr, **options})
     optimizer.train()
-    for seed in range(steps):
-        cases.take_step(policy, optimizer, cases.batch(policy, seed=seed))
-    return policy, optimizer
+    real_steps.train(policy, optimizer, steps=steps)
+    if steps:
+        return real_steps.matched(policy, optimizer), optimizer
+    state = optimizer_state(optimizer, policy.model, after_backward=False)
+    return replace(policy, optimizer=state), optimizer
 
 
-def matched(policy: Policy, optimizer: Any) -> Policy:
-    """With the optimizer's state by name."""
-    saved = copy.deepcopy(optimizer.state_dict())
-    return replace(policy, optimizer=match_optimizer(saved, policy.model, where="optimizer.pt"))
+def in_training(options: dict[str, Any]) -> real_steps.Make:
+    """SGD in its training mode."""
+
+    def make(params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        optimizer = SGD(params, **{"lr": 0.1, **options})
+        optimizer.train()
+        return optimizer
+
+    return make
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.02, 0.0])
 @pytest.mark.parametrize(("kind", "options"), KINDS)
 def test_the_step_is_the_librarys(kind: Any, options: dict[str, Any], max_grad_norm: float) -> None:
     policy, optimizer = trained(kind, options, max_grad_norm=max_grad_norm)
-    policy = matched(policy, optimizer)
-    assert (
-        kind_of(optimizer)
-        is type(policy.optimizer)
-        is (ScheduleFreeAdamW if kind is AdamW else ScheduleFreeSGD)
-    )
+    expected = ScheduleFreeAdamW if kind is AdamW else ScheduleFreeSGD
+    assert kind_of(optimizer) is type(policy.optimizer) is expected
     step = cases.step(policy, seed=9)
-    before = {name: p.detach().clone() for name, p in policy.parameters.items()}
-    cases.take_step(policy, optimizer, step.update)
-    for name, p in policy.parameters.items():
-        moved = (p.detach() - before[name]) / step.lr
-        torch.testing.assert_close(step.direction[name], moved, rtol=1e-8, atol=1e-10)
+    real_steps.assert_step_is_the_librarys(policy, optimizer, step, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("kind", [AdamW, SGD])
 def test_the_first_step_is_the_librarys(kind: Any) -> None:
     policy, optimizer = trained(kind, {}, steps=0)
-    policy = replace(policy, optimizer=optimizer_state(optimizer, policy.model, after_backward=False))
     step = cases.step(policy, seed=9)
-    before = {name: p.detach().clone() for name, p in policy.parameters.items()}
-    cases.take_step(policy, optimizer, step.update)
-    for name, p in policy.parameters.items():
-        moved = (p.detach() - before[name]) / step.lr
-        torch.testing.assert_close(step.direction[name], moved, rtol=1e-8, atol=1e-10)
+    real_steps.assert_step_is_the_librarys(policy, optimizer, step, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize(("kind", "options"), KINDS)
 def test_its_derivative_is_that_of_its_step(kind: Any, options: dict[str, Any]) -> None:
-    policy, optimizer = trained(kind, options)
-    policy = matched(policy, optimizer)
-    state = policy.optimizer
-    assert state is not None
-    step = cases.step(policy, seed=9)
-    change = {n: torch.randn(p.shape, dtype=p.dtype) * p.std() for n, p in step.ascent.items()}
-
-    def direction(by: float) -> dict[str, Tensor]:
-        ascent = vectors.add(step.ascent, vectors.scale(change, by))
-        clip = min(1.0, 0.02 / (vectors.norm(ascent) + 1e-6))
-        made = state.update(policy.parameters, ascent, clip=clip, lr=step.lr)
-        return vectors.add(made.made_of(ascent), *made.parts.values())
-
-    up, down = direction(1e-6), direction(-1e-6)
-    for name, value in step_derivative(policy, step, "optimizer").along(change).items():
-        expected = (up[name] - down[name]) / 2e-6
-        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()) + 1e-8)
+    policy, _ = trained(kind, options)
+    real_steps.assert_derivative_is_that_of_the_step(
+        policy, cases.step(policy, seed=9), h=1e-6, rtol=1e-3, relative_atol=1e-5, atol=1e-8
+    )
 
 
 def test_its_steps_are_attributed() -> None:
-    policy, optimizer = trained(*KINDS[1])
-    policy = matched(policy, optimizer)
+    policy, _ = trained(*KINDS[1])
     step = cases.step(policy, num_prompts=2, group_size=3)
     probe = cases.batch(policy, num_prompts=3, group_size=2, seed=5)
     fixed, _ = influences(policy, step, step.update, probe, options=InfluenceOptions(baseline="none"))
@@ -129,21 +103,7 @@ def test_its_steps_are_attributed() -> None:
 def test_what_becomes_of_a_gradient_is_what_the_library_makes_of_it(
     options: dict[str, Any], begun: int
 ) -> None:
-    """A further gradient in one step, over ten steps with the same gradients."""
-    paths: list[list[float]] = [[], []]
-    for further, path in enumerate(paths):
-        p = nn.Parameter(torch.tensor([0.3], dtype=torch.float64))
-        optimizer = SGD([p], **{"lr": 0.1, **options})
-        optimizer.train()
-        for _ in range(begun):
-            p.grad = torch.tensor([0.2], dtype=torch.float64)
-            optimizer.step()
-        state = optimizer_state(optimizer, nn.ParameterDict({"p": p}), after_backward=False)
-        for n in range(10):
-            p.grad = torch.tensor([0.1 + further * (n == 0)], dtype=torch.float64)
-            optimizer.step()
-            path.append(float(p.detach()))
-    moved = [b - a for a, b in zip(*paths, strict=True)]
+    state, moved = real_steps.carried_on(in_training(options), begun=begun)
     for n in (1, 2, 10):
         assert state.carried("p", n) == pytest.approx(moved[n - 1] / moved[0], rel=1e-9)
 
@@ -151,16 +111,7 @@ def test_what_becomes_of_a_gradient_is_what_the_library_makes_of_it(
 @pytest.mark.parametrize("options", [{}, {"r": 1.0}, {"momentum": 0.5}])
 @pytest.mark.parametrize("steps", [1, 2, 60])
 def test_shares_by_arithmetic(options: dict[str, Any], steps: int) -> None:
-    """Weights of all gradients so far in one step, read off the library's: each has its own coordinate."""
-    p = nn.Parameter(torch.zeros(steps, dtype=torch.float64))
-    optimizer = SGD([p], **{"lr": 0.1, **options})
-    optimizer.train()
-    for gradient in torch.eye(steps, dtype=torch.float64):
-        before = p.detach().clone()
-        state = optimizer_state(optimizer, nn.ParameterDict({"p": p}), after_backward=False)
-        p.grad = gradient.clone()
-        optimizer.step()
-    weights = before - p.detach()
+    state, weights = real_steps.gradients_in_a_step(in_training(options), steps=steps)
     white, same = state.own_shares("p")
     assert white == pytest.approx(float(weights[-1] ** 2 / (weights**2).sum()), rel=1e-9)
     assert same == pytest.approx(float(weights[-1] / weights.sum()), rel=1e-9)

@@ -8,14 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import cases
+import real_steps
 from stepscope.errors import CheckpointError
-from stepscope.measure.step.derivative import step_derivative
 from stepscope.measure.step.lifetime import lifetime
-from stepscope.measure.step.rounding import rounded_step
-from stepscope.policy import vectors
 from stepscope.policy.checkpoint.optimizer_state import match_optimizer
 from stepscope.policy.optim.registry import kind_of
 from stepscope.policy.optim.sgd import SGDState
@@ -35,26 +32,15 @@ KINDS: list[dict[str, Any]] = [
 def trained(
     options: dict[str, Any], *, steps: int = 3, **settings: Any
 ) -> tuple[Policy, torch.optim.Optimizer]:
-    """A policy after real steps; two groups with their own lr, one of them without decay."""
+    """A policy after real steps, with the optimizer's state."""
     policy = cases.policy(**settings)
-    params = list(policy.parameters.values())
-    groups = [
-        {"params": [p for p in params if p.dim() > 1], "lr": 0.1},
-        {"params": [p for p in params if p.dim() == 1], "lr": 0.2, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.SGD(groups, **{"lr": 0.1, **options})
-    for seed in range(steps):
-        cases.take_step(policy, optimizer, cases.batch(policy, seed=seed))
-    return policy, optimizer
-
-
-def matched(policy: Policy, optimizer: torch.optim.Optimizer) -> Policy:
-    """With the optimizer's state; unnamed parameters without moments are in the order of the model."""
-    saved = copy.deepcopy(optimizer.state_dict())
-    names = {id(p): n for n, p in policy.model.named_parameters()}
-    for group, live in zip(saved["param_groups"], optimizer.param_groups, strict=True):
-        group["param_names"] = [names[id(p)] for p in live["params"]]
-    return replace(policy, optimizer=match_optimizer(saved, policy.model, where="optimizer.pt"))
+    optimizer = torch.optim.SGD(real_steps.two_groups(policy, lr=0.1), **{"lr": 0.1, **options})
+    real_steps.train(policy, optimizer, steps=steps)
+    if steps:
+        return real_steps.matched(policy, optimizer, named=True), optimizer
+    # before the first step there is no file
+    state = optimizer_state(optimizer, policy.model, after_backward=False)
+    return replace(policy, optimizer=state), optimizer
 
 
 @pytest.mark.parametrize("max_grad_norm", [0.02, 0.0])
@@ -62,80 +48,39 @@ def matched(policy: Policy, optimizer: torch.optim.Optimizer) -> Policy:
 @pytest.mark.parametrize("options", KINDS)
 def test_the_step_is_that_of_torch(options: dict[str, Any], steps: int, max_grad_norm: float) -> None:
     policy, optimizer = trained(options, steps=steps, max_grad_norm=max_grad_norm)
-    assert kind_of(optimizer) is SGDState
-    state = optimizer_state(
-        optimizer, policy.model, after_backward=False
-    )  # before the first step there is no file
-    policy = matched(policy, optimizer) if steps else replace(policy, optimizer=state)
-    assert policy.optimizer is not None
-    assert policy.optimizer.groups == state.groups
+    assert kind_of(optimizer) is type(policy.optimizer) is SGDState
+    live = optimizer_state(optimizer, policy.model, after_backward=False)
+    assert policy.optimizer.groups == live.groups
     step = cases.step(policy, seed=9)
-    before = {name: p.detach().clone() for name, p in policy.parameters.items()}
-    copies = {name: torch.nn.Parameter(p.clone()) for name, p in before.items()}
-    for name, p in copies.items():
-        p.grad = -step.clip_coefficient * step.ascent[name]
-    cases.take_step(policy, optimizer, step.update)
-    policy.optimizer.take(copies, scale=1.0, lr=step.lr)
+    taken = real_steps.taken_from_state(policy, step)
+    real_steps.assert_step_is_the_librarys(policy, optimizer, step, rtol=1e-10, atol=1e-12)
     for name, p in policy.parameters.items():
-        moved = (p.detach() - before[name]) / step.lr
-        torch.testing.assert_close(step.direction[name], moved, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(copies[name].detach(), p.detach(), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(taken[name], p.detach(), rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("options", KINDS)
 def test_its_derivative_is_that_of_its_step(options: dict[str, Any]) -> None:
-    policy, optimizer = trained(options, max_grad_norm=0.02)
-    policy = matched(policy, optimizer)
-    state = policy.optimizer
-    assert state is not None
-    step = cases.step(policy, seed=9)
-    change = {n: torch.randn(p.shape, dtype=p.dtype) * p.std() for n, p in step.ascent.items()}
-
-    def direction(by: float) -> dict[str, Tensor]:
-        ascent = vectors.add(step.ascent, vectors.scale(change, by))
-        clip = min(1.0, 0.02 / (vectors.norm(ascent) + 1e-6))
-        made = state.update(policy.parameters, ascent, clip=clip, lr=step.lr)
-        return vectors.add(made.made_of(ascent), *made.parts.values())
-
-    found = step_derivative(policy, step, "optimizer").along(change)
-    for name, value in found.items():
-        expected = (direction(1e-5)[name] - direction(-1e-5)[name]) / 2e-5
-        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    policy, _ = trained(options, max_grad_norm=0.02)
+    real_steps.assert_derivative_is_that_of_the_step(
+        policy, cases.step(policy, seed=9), h=1e-5, rtol=1e-3, relative_atol=1e-3
+    )
 
 
-@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize("begun", [1, 0])
 @pytest.mark.parametrize("options", KINDS)
-def test_what_becomes_of_a_gradient_is_what_torch_makes_of_it(options: dict[str, Any], begun: bool) -> None:
-    """A tiny further gradient in one step, over ten steps with the same gradients."""
-    paths = []
-    for further in (0.0, 1.0):
-        p = torch.nn.Parameter(torch.tensor([0.3], dtype=torch.float64))
-        optimizer = torch.optim.SGD([p], **{"lr": 0.1, **options})
-        if begun:
-            p.grad = torch.tensor([0.2], dtype=torch.float64)
-            optimizer.step()
-        state = optimizer_state(optimizer, torch.nn.ParameterDict({"p": p}), after_backward=False)
-        paths.append([])
-        for n in range(10):
-            p.grad = torch.tensor([0.1 + further * (n == 0)], dtype=torch.float64)
-            optimizer.step()
-            paths[-1].append(float(p.detach()))
-    moved = [b - a for a, b in zip(*paths, strict=True)]
+def test_what_becomes_of_a_gradient_is_what_torch_makes_of_it(options: dict[str, Any], begun: int) -> None:
+    state, moved = real_steps.carried_on(
+        lambda params: torch.optim.SGD(params, **{"lr": 0.1, **options}), begun=begun
+    )
     for n in (1, 2, 10):
         assert state.carried("p", n) == pytest.approx(moved[n - 1] / moved[0], rel=1e-9)
 
 
 @pytest.mark.parametrize("options", KINDS)
 def test_shares_by_arithmetic(options: dict[str, Any]) -> None:
-    """Weights of a long series of gradients in one step, read off torch's own."""
-    p = torch.nn.Parameter(torch.zeros(200, dtype=torch.float64))
-    optimizer = torch.optim.SGD([p], **{"lr": 0.1, **options, "weight_decay": 0.0})
-    for gradient in torch.eye(200, dtype=torch.float64):  # each step's is that of a coordinate of its own
-        before = p.detach().clone()
-        p.grad = gradient.clone()
-        optimizer.step()
-    weights = before - p.detach()
-    state = optimizer_state(optimizer, torch.nn.ParameterDict({"p": p}), after_backward=False)
+    """In a step after very many."""
+    own = {"lr": 0.1, **options, "weight_decay": 0.0}
+    state, weights = real_steps.gradients_in_a_step(lambda params: torch.optim.SGD(params, **own), steps=200)
     white, same = state.own_shares("p")
     assert white == pytest.approx(float(weights[-1] ** 2 / (weights**2).sum()), rel=1e-6)
     assert same == pytest.approx(float(weights[-1] / weights.sum()), rel=1e-6)
@@ -151,7 +96,7 @@ def test_parameters_without_gradient_and_frozen_ones() -> None:
         cases.take_step(policy, optimizer, cases.batch(policy, seed=seed))
         idle.grad = None
     # matched by the shapes of the buffers alone, which frozen layers make ambiguous without names
-    state = matched(policy, optimizer).optimizer
+    state = real_steps.matched(policy, optimizer, named=True).optimizer
     assert state is not None
     assert names[3] not in state.names
     found = lifetime(replace(policy, optimizer=state), cases.step(replace(policy, optimizer=state), seed=4))
@@ -161,18 +106,9 @@ def test_parameters_without_gradient_and_frozen_ones() -> None:
 
 def test_in_bfloat16_the_step_is_taken_by_torch() -> None:
     policy, optimizer = trained({"momentum": 0.9, "weight_decay": 0.1}, dtype=torch.bfloat16)
-    policy = matched(policy, optimizer)
     assert policy.optimizer is not None
     assert policy.optimizer.half_types == ("bfloat16",)
-    step = cases.step(policy, seed=9)
-    taken = rounded_step(policy, step, step.lr)
-    assert taken is not None
-    for name, p in policy.parameters.items():
-        p.grad = -step.ascent[name].to(p.dtype)
-    torch.nn.utils.clip_grad_norm_(policy.parameters.values(), policy.settings.max_grad_norm)
-    optimizer.step()
-    for name, p in policy.parameters.items():
-        torch.testing.assert_close(taken.parameters[name], p.detach(), rtol=0, atol=0)
+    real_steps.assert_rounded_as_the_library_does(policy, optimizer)
 
 
 def test_one_that_maximizes_is_refused() -> None:
