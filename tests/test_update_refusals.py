@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
+from trl import GRPOConfig
 
 import cases
 from stepscope.errors import BatchError
@@ -23,7 +25,7 @@ from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
-from test_update_files import trained, true_direction
+from test_update_files import one_end, trained, true_direction
 
 ONE = {"prompt_token_ids": [5, 6], "response_token_ids": [7, 8, 1], "reward": 1.0, "advantage": 0.5}
 TWO = {"prompt_token_ids": [5, 6], "response_token_ids": [9, 1], "reward": 0.0, "advantage": -0.5}
@@ -84,6 +86,7 @@ def test_the_advantage_of_a_response_is_that_of_its_own_tokens(tmp_path: Path) -
         assert batch.advantages.tolist() == [0.5, -0.5]
 
 
+ARGUMENTS = {"gradient_accumulation_steps": 2, "use_cpu": True, "bf16": False, "report_to": []}
 PLAIN = {name: value for name, value in ONE.items() if name != "advantage"}
 LOGGED = {"prompt": "1", "completion": "2", "advantage": 1.0, "r": 1.0, "step": 1}
 REFUSED: dict[str, tuple[list[dict[str, Any]], str]] = {
@@ -127,6 +130,32 @@ def test_the_log_of_a_step_that_an_evaluation_followed(tmp_path: Path) -> None:
                 read(run, tmp_path, rows)
         else:
             assert len(read(run, tmp_path, rows)) == 4
+
+
+def test_a_later_step_on_a_generation_needs_the_log_probs_before_the_first(tmp_path: Path) -> None:
+    """TRL cuts a generation of twice a step's batch into two steps, of which the second is off policy."""
+    folder = tmp_path / "checkpoint-3"
+    folder.mkdir()
+    args = GRPOConfig(output_dir=str(folder), num_generations=2, steps_per_generation=4, **ARGUMENTS)
+    torch.save(args, folder / "training_args.bin")
+    rows = [ONE, TWO] * 2
+    for step in (2, 3):
+        reader = replace(policy(), path=folder, step=step)
+        if step == 2:
+            assert len(read(reader, tmp_path, rows)) == 4
+            continue
+        with pytest.raises(BatchError, match="the update 2 of 2 on its batch"):
+            read(reader, tmp_path, rows)
+        old = [{**row, "old_logprobs": [-1.0] * len(row["response_token_ids"])} for row in rows]
+        assert len(read(reader, tmp_path, old)) == 4
+
+
+def test_a_text_that_ended_has_room_for_its_end(tmp_path: Path) -> None:
+    row = {"prompt": "1", "response": "1234", "reward": 1.0, "advantage": 1.0}
+    reader = replace(policy(max_response_tokens=4), tokenizer=one_end())
+    assert read(reader, tmp_path, [row] * 4).truncated.all()
+    with pytest.raises(BatchError, match="has 5 tokens when tokenized back, its end among them, and the run"):
+        read(reader, tmp_path, [{**row, "truncated": False}] * 4)
 
 
 def test_rewards_are_the_weighted_sum_that_trl_takes(tmp_path: Path) -> None:

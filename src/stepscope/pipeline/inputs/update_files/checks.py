@@ -109,6 +109,16 @@ def reward_weights(policy: Policy) -> tuple[float, ...] | None:
     return tuple(float(weight) for weight in given)
 
 
+def steps_on_a_generation(policy: Policy) -> int:
+    """Optimizer steps that the run takes on what it samples together, of which the first is on policy."""
+    values = _arguments(policy)
+    sampled, accumulated = values.get("steps_per_generation"), values.get("gradient_accumulation_steps")
+    parts = 1
+    if type(sampled) is int and type(accumulated) is int and accumulated >= 1:
+        parts = max(1, sampled // accumulated)
+    return policy.settings.num_iterations * parts
+
+
 def _arguments(policy: Policy) -> dict[str, Any]:
     """The run's arguments; nothing where the checkpoint has none."""
     path = None if policy.path is None else policy.path / TRAINING_ARGS_FILE

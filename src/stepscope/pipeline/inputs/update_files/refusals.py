@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from stepscope.errors import BatchError
-from stepscope.pipeline.inputs.update_files.checks import evaluated
+from stepscope.pipeline.inputs.update_files.checks import evaluated, steps_on_a_generation
 from stepscope.pipeline.inputs.update_files.fields import Logged
 from stepscope.pipeline.inputs.update_files.rows import Dump
 from stepscope.policy.loss.registry import loss_named
@@ -46,7 +46,7 @@ def refuse_other_rows(policy: Policy, dump: Dump) -> None:
         )
     if dump.kind == "verl" or dump.step is None:
         return
-    first = dump.step - (dump.step - 1) % policy.settings.num_iterations
+    first = dump.step - (dump.step - 1) % steps_on_a_generation(policy)
     for step in range(first, dump.step + 1):
         if evaluated(policy, step):
             raise BatchError(
@@ -61,11 +61,11 @@ def refuse_later_update(policy: Policy, dump: Dump, batch: Rollouts) -> None:
     Raises:
         BatchError: the step is not on policy, and nothing says what its loss divides by.
     """
-    updates = policy.settings.num_iterations
+    updates = steps_on_a_generation(policy)
     done = policy.step % updates
     if done and dump.kind in ("trl", "table") and batch.old_logprobs is None:
         raise BatchError(
-            f"{dump.path}: the next step is the update {done + 1} of {updates} on its batch, whose loss "
+            f"{dump.path}: the next step is the update {done + 1} of {updates} on its batch, and its loss "
             "divides by the log-probs before the first one; give them in a column old_logprobs, or measure "
             "the checkpoint before the first update"
         )

@@ -162,12 +162,12 @@ class TokenReader:
     def _ended(self, row: Logged, ids: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
         """With the token that ended it, unless it was cut at the longest length."""
         most = self._settings.max_response_tokens
-        if len(ids) > most:
-            raise BatchError(
-                f"{row.where}: the response has {len(ids)} tokens when tokenized back, and the run allows "
-                f"{most}: its tokens were others; {LOG_IDS}, or mend loss.max_response_tokens"
-            )
         cut = len(ids) == most if row.truncated is None else row.truncated
+        if (count := len(ids) + (not cut)) > most:
+            raise BatchError(
+                f"{row.where}: the response has {count} tokens when tokenized back, its end among them, and "
+                f"the run allows {most}: its tokens were others; {LOG_IDS}, or mend loss.max_response_tokens"
+            )
         if cut:
             return ids, True
         if self._tokenizer.eos_token_id is None:
