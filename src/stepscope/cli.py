@@ -297,9 +297,7 @@ def report(
 @_mendable
 def check(
     context: typer.Context,
-    target: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT|CONFIG", help="Checkpoint folder, or YAML file.")
-    ],
+    target: Annotated[Path, typer.Argument(metavar="CHECKPOINT|RUN|CONFIG", help="Folder, or YAML file.")],
     overrides: Overrides = None,
     task: TaskSpec = None,
     time_limit: Annotated[
@@ -308,7 +306,8 @@ def check(
 ) -> None:
     """Is this fit to be measured? What is missing, and what to do? Takes the settings of measure.
 
-    On the task, a few responses are sampled from a checkpoint to see which answer format finds answers. All
+    On the task, a few responses are sampled from a checkpoint to see which answer format finds answers. Of a
+    run's folder it is asked whether the run is healthy: moments kept at resumes, settings, and the log. All
     of it happens in a process of its own, bounded in time and memory.
     """
     if context.obj == COMMAND and INSIDE not in os.environ:
@@ -316,7 +315,7 @@ def check(
     from stepscope.pipeline import run_check
 
     if not run_check(target, overrides or [], task=task):
-        raise ConfigError(f"{target}: not fit to be measured; see the findings above")
+        raise ConfigError(f"{target}: not fit to be measured, or not healthy; see the findings above")
 
 
 @app.command()

@@ -35,7 +35,7 @@ def run_check(target: Path, overrides: Sequence[str] = (), *, task: str | None =
     """Show what was found as a table; True unless a finding fails.
 
     Args:
-        target: checkpoint folder, or configuration file.
+        target: checkpoint folder, folder of a run with several, or configuration file.
         overrides: settings of ``measure``, as it takes them; the checkpoint is examined for that measurement.
         task: specification of the task on which answers are looked for, or None for the one the checkpoint
             was trained on.
@@ -52,9 +52,12 @@ def run_check(target: Path, overrides: Sequence[str] = (), *, task: str | None =
     values = {"checkpoint": str(target), "out": "unused", "task": task}
     config = load_config(MeasureConfig, None, overrides, values)
     from stepscope.policy.check.findings import Finding
+    from stepscope.policy.check.health.run import examine_run, is_run
 
-    found = check_checkpoint(config)
-    found.append(Finding(*_isolation()))
+    if is_run(target):
+        found = examine_run(target, overrides=config.loss.given(), progress=True)
+    else:
+        found = [*check_checkpoint(config), Finding(*_isolation())]
     table = Table("", "finding", "what to do")
     for finding in found:
         colour = COLOURS[finding.level]

@@ -70,11 +70,7 @@ def load_checkpoint(
         raise CheckpointError(
             f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}; use one of these"
         )
-    if fault := altered(folder, *files_of(folder, tensors_only=True)):
-        raise CheckpointError(
-            f"{folder}: {fault}, says {MANIFEST}; copy the checkpoint again, or delete {MANIFEST} if the "
-            "change was made on purpose"
-        )
+    refuse_altered(folder)
     dtype = PRECISIONS[precision]
     settings = read_settings(folder) if settings is None else settings
     match = format_of_state(folder).optimizer(folder) if require_optimizer else None
@@ -120,6 +116,19 @@ def _refuse_half_tied(model: nn.Module, trained: Set[str], folder: Path) -> None
             f"{folder}: {' and '.join(sorted(names))} differ in the files, and are one weight by "
             "tie_word_embeddings and by the optimizer's state; copy the weights again, or set "
             "tie_word_embeddings to false if the training had two and left one of them as it was"
+        )
+
+
+def refuse_altered(folder: Path) -> None:
+    """Refuse weights and moments that are not what this project's training wrote.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    if fault := altered(folder, *files_of(folder, tensors_only=True)):
+        raise CheckpointError(
+            f"{folder}: {fault}, says {MANIFEST}; copy the checkpoint again, or delete {MANIFEST} if the "
+            "change was made on purpose"
         )
 
 

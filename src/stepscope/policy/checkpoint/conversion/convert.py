@@ -20,7 +20,6 @@ from stepscope.policy.checkpoint.conversion.adapter import write_adapter
 from stepscope.policy.checkpoint.conversion.state import numbered_state, same_state
 from stepscope.policy.checkpoint.foreign import reads_foreign
 from stepscope.policy.checkpoint.formats.base import Format
-from stepscope.policy.checkpoint.formats.frame import TRAINER_STATE
 from stepscope.policy.checkpoint.formats.plain import Plain
 from stepscope.policy.checkpoint.formats.registry import checkpoint_folder, format_of, formats_in
 from stepscope.policy.checkpoint.load import load_checkpoint, read_settings
@@ -29,6 +28,7 @@ from stepscope.policy.checkpoint.models import TOKENIZER_FILES, quiet
 from stepscope.policy.checkpoint.optimizer_state import OPTIMIZER_FILE
 from stepscope.policy.checkpoint.schedule import SCHEDULER_FILE
 from stepscope.policy.checkpoint.settings.training_args import TRAINING_ARGS_FILE
+from stepscope.policy.checkpoint.trainer_log import TRAINER_STATE
 from stepscope.policy.loss.settings import SETTINGS_FILE, UNKNOWN
 from stepscope.policy.state import Policy
 

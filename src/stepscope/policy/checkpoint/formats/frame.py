@@ -16,13 +16,11 @@ from stepscope.policy.checkpoint.models import TOKENIZER_FILES, brief, load_toke
 from stepscope.policy.checkpoint.settings.run_settings import run_settings
 from stepscope.policy.checkpoint.settings.training_args import TRAINING_ARGS_FILE, base_revision
 from stepscope.policy.checkpoint.tensors import Stored
+from stepscope.policy.checkpoint.trainer_log import TRAINER_STATE
 from stepscope.policy.loss.settings import SETTINGS_FILE, StepSettings
 from stepscope.policy.numerics.finiteness import MOST_STEPS, whole_number
 
 MODEL_CONFIG = "config.json"
-
-TRAINER_STATE = "trainer_state.json"
-"""Where the Trainer keeps the number of steps."""
 
 TOKENIZER_FOLDER = "tokenizer"
 """Where NeMo-RL keeps the tokenizer, beside its shards."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from stepscope.errors import CheckpointError
@@ -61,6 +62,18 @@ def formats_in(folder: Path) -> list[Format]:
     return list(dict.fromkeys(known for known in found if {"weights", "optimizer"} & known.holds(folder)))
 
 
+def checkpoints_in(run: Path) -> list[Path]:
+    """The checkpoints of a run folder in the order of the steps that their names end with."""
+    found = {p for pattern in _RUNS for p in run.glob(pattern) if p.is_dir()}
+    return sorted(found, key=lambda p: (step_in_name(p) or 0, p.name))
+
+
+def step_in_name(folder: Path) -> int | None:
+    """The number at the end of a folder's name."""
+    number = re.search(r"\d{1,18}$", folder.name, re.ASCII)
+    return int(number[0]) if number else None
+
+
 def checkpoint_folder(path: Path) -> Path:
     """The folder itself where some format knows it, or an error that says what is there instead.
 
@@ -71,9 +84,9 @@ def checkpoint_folder(path: Path) -> Path:
         raise CheckpointError(f"{path}: no such checkpoint folder; check the path")
     if _PLAIN.holds(path):
         return path
-    inside = [p for pattern in _RUNS for p in path.glob(pattern) if p.is_dir()]
+    inside = checkpoints_in(path)
     if inside:
-        latest = max(inside, key=lambda p: (p.stat().st_mtime, p.name))
+        latest = inside[-1]
         raise CheckpointError(
             f"{path}: a run with {len(inside)} checkpoints, expected one checkpoint; point at one, such "
             f"as {latest}"

@@ -22,6 +22,7 @@ from stepscope.policy.checkpoint.settings.trl_obstacles import (
     rloo_obstacles,
     trainer_obstacles,
 )
+from stepscope.policy.checkpoint.trainer_log import read_log
 from stepscope.policy.loss.registry import LOSSES, known_loss
 
 CONTROLLER_FILE = "entropy_ctrl_state.json"
@@ -231,12 +232,4 @@ def _metrics(folder: Path) -> frozenset[str]:
     Raises:
         CheckpointError: the log cannot be read.
     """
-    path = folder / "trainer_state.json"
-    if not path.is_file():
-        return frozenset()
-    try:
-        history = json.loads(path.read_text(encoding="utf-8")).get("log_history", [])
-        return frozenset(name for entry in history for name in entry)
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        reason = (str(error).splitlines() or ["damaged"])[0][:120]
-        raise CheckpointError(f"{path}: cannot be read ({reason}); copy it again") from error
+    return frozenset(name for entry in read_log(folder) or () for name in entry)

@@ -1,0 +1,1 @@
+"""Is a run healthy? What its checkpoints, held against each other, and its log say."""
