@@ -98,6 +98,11 @@ class Estimate:
         return replace(self, reliable=self.reliable and not any(reasons), reason="; ".join(given))
 
 
+def exact(value: float, count: int, unit: str, method: str) -> Estimate:
+    """A number without a standard error: that of the batch itself, exact for it."""
+    return Estimate(value, float("nan"), count, unit, method)
+
+
 def estimate_from_sums(
     value: float, sums: npt.ArrayLike, *, unit: str, method: str, stderr: float | None = None
 ) -> Estimate:

@@ -81,4 +81,3 @@ def test_nothing_flips_at_the_policy_itself() -> None:
 def test_a_dense_model_has_no_choices() -> None:
     policy = cases.policy()
     assert routing_change(policy, cases.step(policy), lr=LR) is None
-    assert routing_figures(None, 3) == {}

@@ -83,4 +83,3 @@ def test_no_gradient_has_no_shares(tiny_policy: Policy) -> None:
     step = cases.step(tiny_policy)
     still = replace(step, ascent={n: torch.zeros_like(t) for n, t in step.ascent.items()})
     assert sequence_shares(tiny_policy, still) is None
-    assert sequence_share_figures(None, 3) == {}

@@ -83,7 +83,6 @@ def test_the_step_with_the_moments_before_encoding_lies_within_the_bounds(stored
     figures = storage_figures(found, 3)
     assert figures["storage_error"].value == found.direction
     assert figures["storage_error_worst"].value == found.direction_worst
-    assert storage_figures(None, 3) == {}
 
 
 def test_earlier_encodings_have_lost_more_than_the_last() -> None:

@@ -25,7 +25,7 @@ from stepscope.measure.step.reconstruct import Step
 from stepscope.policy import vectors
 from stepscope.policy.state import Policy
 from stepscope.results.step import Lifetime
-from stepscope.stats import Estimate
+from stepscope.stats import Estimate, exact
 
 HORIZONS = (1, 10, 40)
 """Steps in all, the batch's own the first, at which the effect of a batch is given."""
@@ -74,20 +74,16 @@ def lifetime(policy: Policy, step: Step, *, horizons: tuple[int, ...] = HORIZONS
     )
 
 
-def lifetime_figures(found: Lifetime | None, count: int) -> dict[str, Estimate]:
-    """The headline figures; none where there is no lifetime.
+def lifetime_figures(found: Lifetime, count: int) -> dict[str, Estimate]:
+    """The headline figures of what becomes of the batch.
 
     Args:
         found: of the step.
         count: prompts of the update batch.
     """
-    if found is None:
-        return {}
-    nan = float("nan")
     figures = {
-        "share_sequences_relative": Estimate(
+        "share_sequences_relative": exact(
             found.relative_share,
-            nan,
             count,
             "white-noise shares",
             f"share of this batch over {found.white_noise_share:.4g}, which independent gradients would "
@@ -96,9 +92,8 @@ def lifetime_figures(found: Lifetime | None, count: int) -> dict[str, Estimate]:
     }
     for n, value in found.effect.items():
         if n > 1:
-            figures[f"effect_after_{n}_steps"] = Estimate(
+            figures[f"effect_after_{n}_steps"] = exact(
                 value,
-                nan,
                 count,
                 "own-step effects",
                 f"displacement of this batch over {n} steps, its own the first, through the first "

@@ -28,7 +28,7 @@ from stepscope.policy.passes import Budget, sweep
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector, placed, shifted
 from stepscope.results.step import Routing
-from stepscope.stats import Estimate
+from stepscope.stats import Estimate, exact
 
 _CHOSEN = ("top_k_index", "router_indices")
 """What transformers calls the (token, k) chosen experts where it hands them on."""
@@ -73,25 +73,20 @@ def routing_change(
     )
 
 
-def routing_figures(found: Routing | None, count: int) -> dict[str, Estimate]:
-    """The headline figures; none for a model without experts.
+def routing_figures(found: Routing, count: int) -> dict[str, Estimate]:
+    """The headline figures of what the routers flipped.
 
     Args:
         found: of the step.
         count: prompts of the update batch.
     """
-    if found is None:
-        return {}
     how = (
         f"experts chosen at theta and after the step at lr {found.lr:g}, on {found.num_tokens} tokens of the "
+        "update batch and its prompts; exact for this update batch"
     )
-    how += "update batch and its prompts; exact for this update batch"
     return {
-        name: Estimate(value, float("nan"), count, unit, how)
-        for name, value, unit in (
-            ("routing_share_choices", found.share_choices, "share of choices"),
-            ("routing_share_tokens", found.share_tokens, "share of tokens"),
-        )
+        "routing_share_choices": exact(found.share_choices, count, "share of choices", how),
+        "routing_share_tokens": exact(found.share_tokens, count, "share of tokens", how),
     }
 
 

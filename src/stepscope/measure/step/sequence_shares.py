@@ -23,7 +23,7 @@ from stepscope.policy.gradients.stream import SequenceGradients, stream
 from stepscope.policy.passes import Budget, by_length
 from stepscope.policy.state import Policy
 from stepscope.results.step import SequenceShares
-from stepscope.stats import Estimate
+from stepscope.stats import Estimate, exact
 
 
 def sequence_shares(policy: Policy, step: Step, *, budget: Budget = Budget()) -> SequenceShares | None:
@@ -69,29 +69,25 @@ def sequence_shares(policy: Policy, step: Step, *, budget: Budget = Budget()) ->
     )
 
 
-def sequence_share_figures(found: SequenceShares | None, count: int) -> dict[str, Estimate]:
-    """The headline figures; none where there is no gradient.
+def sequence_share_figures(found: SequenceShares, count: int) -> dict[str, Estimate]:
+    """The headline figures of the sequences' shares.
 
     Args:
         found: of the step.
         count: prompts of the update batch.
     """
-    if found is None:
-        return {}
-    exact = "exact for this update batch"
     return {
-        "gradient_share_largest": Estimate(
+        "gradient_share_largest": exact(
             found.share[found.largest],
-            float("nan"),
             count,
             "share of the gradient",
-            f"<g_i, g>/|g|^2 of sequence {found.largest}, the largest; {exact}",
+            f"<g_i, g>/|g|^2 of sequence {found.largest}, the largest; exact for this update batch",
         ),
-        "gradient_sequences_effective": Estimate(
+        "gradient_sequences_effective": exact(
             found.effective,
-            float("nan"),
             count,
             "sequences",
-            f"(sum s)^2/sum s^2 of s_i = <g_i, g>/|g|^2 over {len(found.share)} sequences; {exact}",
+            f"(sum s)^2/sum s^2 of s_i = <g_i, g>/|g|^2 over {len(found.share)} sequences; "
+            "exact for this update batch",
         ),
     }

@@ -27,7 +27,7 @@ from stepscope.policy.optim.block_codes import BLOCK
 from stepscope.policy.optim.storage import drawn_state, extreme_states, stored_tensors
 from stepscope.policy.state import Policy
 from stepscope.results.step import Storage
-from stepscope.stats import Estimate
+from stepscope.stats import Estimate, exact
 
 
 def storage_loss(policy: Policy, step: Step) -> Storage | None:
@@ -72,25 +72,21 @@ def storage_loss(policy: Policy, step: Step) -> Storage | None:
     )
 
 
-def storage_figures(found: Storage | None, count: int) -> dict[str, Estimate]:
-    """The headline figures; none where nothing is kept in 8 bits.
+def storage_figures(found: Storage, count: int) -> dict[str, Estimate]:
+    """The headline figures of what 8 bits lost.
 
     Args:
         found: of the step.
         count: prompts of the update batch.
     """
-    if found is None:
-        return {}
     how = (
         f"moments kept in {found.kept_in}: the step is the training's own, and this is how far that of the "
         "same optimizer in 32 bits may be from it by the last encoding; "
     )
     drawn = how + "moments drawn once uniformly from what their codes stand for"
     corners = how + "every coordinate at the ends of what its codes stand for"
+    unit = "share of the step's norm"
     return {
-        name: Estimate(value, float("nan"), count, "share of the step's norm", method)
-        for name, value, method in (
-            ("storage_error", found.direction, drawn),
-            ("storage_error_worst", found.direction_worst, corners),
-        )
+        "storage_error": exact(found.direction, count, unit, drawn),
+        "storage_error_worst": exact(found.direction_worst, count, unit, corners),
     }

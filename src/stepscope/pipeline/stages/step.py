@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 
@@ -18,7 +20,9 @@ from stepscope.pipeline.stages.session import Session
 from stepscope.policy import vectors
 from stepscope.results import RolloutTokens
 from stepscope.results.step import StepReport
-from stepscope.stats import Estimate
+from stepscope.stats import Estimate, exact
+
+T = TypeVar("T")
 
 
 @stage(reads=UPDATE, writes=(*STEP, "update_tokens.parquet"), config=("task", "reference", "batch_size"))
@@ -61,20 +65,29 @@ def step(session: Session) -> Figures:
     runs.write_record(session.run.file("step.json"), report)
     count = session.update.num_prompts
     shares = {
-        f"share_{name}": Estimate(
-            value=part.share,
-            stderr=float("nan"),
-            n=count,
-            unit="share of the step",
-            method=f"<{name}, direction>/|direction|^2, exact for this update batch",
+        f"share_{name}": exact(
+            part.share,
+            count,
+            "share of the step",
+            f"<{name}, direction>/|direction|^2, exact for this update batch",
         )
         for name, part in report.components.items()
     }
-    found = shares | lifetime_figures(report.lifetime, count) | storage_figures(report.storage, count)
-    found |= routing_figures(routing, count) | sequence_share_figures(report.gradient, count)
+    found = (
+        shares
+        | _figures(report.lifetime, lifetime_figures, count)
+        | _figures(report.storage, storage_figures, count)
+        | _figures(report.routing, routing_figures, count)
+        | _figures(report.gradient, sequence_share_figures, count)
+    )
     assert session.policy.optimizer is not None
     rounding = _rounding_figures(session.taken, session.policy.optimizer.label, count)
     return session.doubted(found, "step") | rounding
+
+
+def _figures(found: T | None, figures: Callable[[T, int], dict[str, Estimate]], count: int) -> Figures:
+    """The headline figures of what the step has; none of what it has not."""
+    return {} if found is None else figures(found, count)
 
 
 def _rounding_figures(taken: RoundedStep | None, optimizer: str, count: int) -> Figures:
