@@ -124,3 +124,6 @@ def test_refusals(case) -> None:
     odd = replace(step, token_weights=tuple(w + 0.1 for w in step.token_weights))
     with pytest.raises(MeasurementError, match="not proportional"):
         validate_influence(policy, odd, probe, found, removal="recomputed")
+    logged = replace(step.update, advantages=2 * step.update.advantages)  # of the run's, not of the rewards
+    with pytest.raises(MeasurementError, match="from those of its rewards by the settings"):
+        validate_influence(policy, reconstruct_step(policy, logged), probe, found, removal="recomputed")

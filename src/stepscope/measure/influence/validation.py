@@ -310,7 +310,20 @@ def _unit_weights(policy: Policy, step: Step) -> tuple[FloatArray, ...]:
 
 
 def _advantages_within(policy: Policy, update: Rollouts, masks: BoolArray) -> FloatArray:
-    """(mask, seq) advantages among the sequences of each mask, zero for the others."""
+    """(mask, seq) advantages among the sequences of each mask, zero for the others.
+
+    Raises:
+        MeasurementError: the step's own are not those of the rewards, so that these would be of another step.
+    """
+    own, all_of_them = update.advantages, with_advantages(update, policy.settings).advantages
+    assert own is not None
+    assert all_of_them is not None
+    apart = float(np.abs(own - all_of_them).max())
+    if apart > 1e-3 * max(1.0, float(np.abs(all_of_them).max())):
+        raise MeasurementError(
+            f"recomputed advantages: those of the update batch are up to {apart:.3g} from those of its "
+            "rewards by the settings, so those of a part of it cannot be told; validate with removal='zeroed'"
+        )
     found = np.zeros(masks.shape)
     for row, mask in enumerate(masks):
         remaining = with_advantages(update.select(np.flatnonzero(mask)), policy.settings)
