@@ -77,12 +77,14 @@ def step(session: Session) -> Figures:
         shares
         | _figures(report.lifetime, lifetime_figures, count)
         | _figures(report.storage, storage_figures, count)
-        | _figures(report.routing, routing_figures, count)
-        | _figures(report.gradient, sequence_share_figures, count)
     )
+    own = _figures(report.routing, routing_figures, count)
+    own |= _figures(report.gradient, sequence_share_figures, count)
+    if session.taken is None:  # else these are of the step as taken, and of a gradient, which is not rounded
+        own = session.doubted(own, "step")
     assert session.policy.optimizer is not None
     rounding = _rounding_figures(session.taken, session.policy.optimizer.label, count)
-    return session.doubted(found, "step") | rounding
+    return session.doubted(found, "step") | own | rounding
 
 
 def _figures(found: T | None, figures: Callable[[T, int], dict[str, Estimate]], count: int) -> Figures:
