@@ -152,3 +152,14 @@ def test_a_cautious_lion_is_refused() -> None:
     optimizer.step()
     with pytest.raises(CheckpointError, match="cautious_factor"):
         match_optimizer(copy.deepcopy(optimizer.state_dict()), model, where="here")
+
+
+def test_what_excludes_a_token_has_no_decay_where_its_group_has_none() -> None:
+    model = torch.nn.Linear(2, 1, bias=False)
+    optimizer = lion_pytorch.Lion(model.parameters(), lr=1.0)
+    model.weight.grad = torch.zeros(1, 2)
+    optimizer.step()
+    state = match_optimizer(copy.deepcopy(optimizer.state_dict()), model, where="here")
+    weights = {"weight": torch.tensor([[-torch.inf, 1.0]])}
+    made = state.update(weights, {"weight": torch.ones(1, 2)}, clip=1.0, lr=1.0)
+    assert made.parts["decay"]["weight"].tolist() == [[0.0, 0.0]]
