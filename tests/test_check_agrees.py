@@ -65,10 +65,11 @@ def by_args(kind: Any = GRPOConfig, **changes: Any) -> Callable[[Path], None]:
 
 
 def stepped_by(make: Callable[[torch.nn.Module], torch.optim.Optimizer]) -> Callable[[Path], None]:
-    """The state of another optimizer after a real step on this checkpoint's model."""
+    """The state of another optimizer after a real step on this checkpoint's model; its rates are its own."""
 
     def change(folder: Path) -> None:
         args(folder)
+        (folder / "scheduler.pt").unlink(missing_ok=True)
         model = AutoModelForCausalLM.from_pretrained(folder)
         optimizer = make(model)
         ids = torch.arange(4, 16)[None]
