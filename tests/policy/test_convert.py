@@ -122,6 +122,20 @@ def test_no_target_inside_of_the_source_or_behind_a_link(written: Path, tmp_path
         convert(source, link)
 
 
+def test_a_full_disk_is_no_fault_of_the_source(
+    written: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch's writer raises on a full disk has no number of the system's."""
+
+    def full(*_: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunFolderError, match=r"cannot be written there, \d+ bytes are free.*make room"):
+        convert(written / "full-fsdp2-full", tmp_path / "new" / "step")
+    assert not list((tmp_path / "new").iterdir())
+
+
 def test_a_plain_checkpoint_is_copied_as_it_is(written: Path, tmp_path: Path) -> None:
     source = written / "plain-full"
     done = convert(source, tmp_path / "step")

@@ -54,6 +54,19 @@ def coupled(step: Path) -> None:
     edit(state_of(step), lambda content: content["ds_config"].update(config))
 
 
+def exchanged(state: dict[str, Any]) -> None:
+    """Places of another order than the masters, as DeepSpeed writes under ``round_robin_gradients``."""
+    places = state["param_slice_mappings"][0]
+    one, other = (f"model.layers.0.self_attn.{n}_proj.weight" for n in "qo")
+    places[one].start, places[other].start = places[other].start, places[one].start
+
+
+def swapped(step: Path) -> None:
+    state_of(step).rename(step / "kept")
+    state_of(step, 1).rename(state_of(step))
+    (step / "kept").rename(state_of(step, 1))
+
+
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a rank is missing": (
         lambda s: state_of(s, 1).unlink(),
@@ -66,6 +79,19 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "two files of a rank": (
         lambda s: shutil.copy(state_of(s), s / state_of(s).name.removeprefix("bf16_")),
         "are of one rank",
+    ),
+    "files under each other's names": (swapped, r"the masters of .* are not those of the weights in"),
+    "places of another order": (
+        of_state(exchanged, 0),
+        r"_proj\.weight are not those of the weights .* train without round_robin_gradients",
+    ),
+    "another learning rate on a rank": (
+        of_state(lambda state: state["base_optimizer_state"]["param_groups"][0].update(lr=5.0), 1),
+        "the parameter groups of the ranks have other settings each",
+    ),
+    "weights of another step": (
+        lambda s: edit(model_of(s), lambda content: content["module"]["model.norm.weight"].mul_(1.1)),
+        r"the masters of model\.norm\.weight are not those of the weights in",
     ),
     "no model file": (lambda s: model_of(s).unlink(), "the file of rank 0 is missing"),
     "tensor parallelism": (

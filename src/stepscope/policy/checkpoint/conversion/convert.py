@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from stepscope.errors import CheckpointError, RunFolderError
 from stepscope.policy.checkpoint.adapters import ADAPTER_CONFIG
@@ -24,7 +25,7 @@ from stepscope.policy.checkpoint.formats.plain import Plain
 from stepscope.policy.checkpoint.formats.registry import checkpoint_folder, format_of, formats_in
 from stepscope.policy.checkpoint.load import load_checkpoint, read_settings
 from stepscope.policy.checkpoint.manifest import MANIFEST, write_manifest
-from stepscope.policy.checkpoint.models import TOKENIZER_FILES, quiet
+from stepscope.policy.checkpoint.models import TOKENIZER_FILES, brief, quiet
 from stepscope.policy.checkpoint.optimizer_state import OPTIMIZER_FILE
 from stepscope.policy.checkpoint.schedule import SCHEDULER_FILE
 from stepscope.policy.checkpoint.settings.training_args import TRAINING_ARGS_FILE
@@ -65,7 +66,7 @@ def convert(source: Path, target: Path) -> Converted:
         target: a folder that is not there yet, outside of the source.
 
     Raises:
-        RunFolderError: the target is there, or inside of the source.
+        RunFolderError: the target is there, inside of the source, or cannot be written.
         CheckpointError: the source cannot be read, or what was written is not what was read.
 
     Pinned by ``tests/policy/test_convert.py``.
@@ -96,13 +97,13 @@ def _written(folder: Path, partial: Path) -> list[str]:
     assert policy.optimizer.source is not None
     model: Any = policy.model
     state, lost = numbered_state(policy.optimizer.source, model)
-    with quiet():
+    with quiet(), _writing(partial):
         if isinstance(model, PeftModel):
             lost += write_adapter(model, folder, partial, _half(policy))
         else:
             model.save_pretrained(partial)
         _write_tokenizer(policy.tokenizer, partial)
-    torch.save(state, partial / OPTIMIZER_FILE)
+        torch.save(state, partial / OPTIMIZER_FILE)
     for name in _CARRIED:
         places = (folder,) if name == TRAINER_STATE else (folder, folder.parent)
         for place in places:
@@ -213,6 +214,19 @@ def _left(folder: Path, formats: list[Format]) -> list[str]:
         if f.is_file() and f not in read and f.name not in known and not f.name.endswith((".json", ".jinja"))
     ]
     return [f"{', '.join(others[:8])}{' and more' if others[8:] else ''}"] if others else []
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Inside the block a failure of torch's and safetensors' writers is one of the target's disk."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(folder).free
+        raise RunFolderError(
+            f"{folder.parent}: the target cannot be written there, {free} bytes are free ({brief(error)}); "
+            "make room on the disk, then run again"
+        ) from error
 
 
 @contextmanager

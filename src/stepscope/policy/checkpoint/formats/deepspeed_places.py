@@ -83,6 +83,40 @@ class Joined:
         return self.place.join(self.flats)[index]
 
 
+@dataclass(frozen=True)
+class Master(Joined):
+    """A parameter's master, held against the copy of it in the training's type.
+
+    The copy is the master rounded. Parts under each other's file names give something else altogether; so do
+    places under ``round_robin_gradients`` with several processes: DeepSpeed 0.19.8 puts the group in another
+    order, that of ``param_shapes``, and counts places through the first one (``_link_all_hp_params``).
+
+    Attributes:
+        copy: in ``*_model_states.pt``.
+        where: the folder of the step, for errors.
+    """
+
+    copy: Tensor
+    where: Path
+
+    def __getitem__(self, index: EllipsisType, /) -> Tensor:
+        """The tensor.
+
+        Raises:
+            CheckpointError: it is further from its copy than rounding can be.
+        """
+        found, kind = super().__getitem__(index), torch.finfo(self.copy.dtype)
+        room = kind.eps * found.abs() + kind.tiny
+        if found.shape != self.copy.shape or ((found - self.copy.to(found.dtype)).abs() > room).any():
+            raise CheckpointError(
+                f"{self.where}: the masters of {printable(self.place.name)} are not those of the weights in "
+                "*_model_states.pt: files of different steps or under each other's names, or a training with "
+                "round_robin_gradients, with which DeepSpeed writes down other places than it uses; copy the "
+                "checkpoint again, or train without round_robin_gradients"
+            )
+        return found
+
+
 def places_by_slices(groups: Sequence[Any], ranks: Sequence[Sequence[Any]], where: Path) -> Iterator[Place]:
     """Places in stages 1 and 2.
 

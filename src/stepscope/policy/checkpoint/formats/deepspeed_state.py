@@ -21,6 +21,7 @@ from stepscope.policy.checkpoint.formats.deepspeed_files import (
 )
 from stepscope.policy.checkpoint.formats.deepspeed_places import (
     Joined,
+    Master,
     Place,
     places_by_partition,
     places_by_slices,
@@ -148,7 +149,12 @@ class Shards:
         found: dict[str, Stored] = {name: t for name, t in module.items() if t.numel()}
         found |= self._frozen()
         masters = [self._masters(rank) for rank in range(len(self.optimizers))]
-        found |= {p.name: Joined(p, [own[p.group] for own in masters]) for p in self.places}
+        for place in self.places:
+            flats, copy = [own[place.group] for own in masters], module.get(place.name)
+            if copy is not None and copy.numel() and copy.dtype.is_floating_point:
+                found[place.name] = Master(place, flats, copy, self.where)
+            else:
+                found[place.name] = Joined(place, flats)
         shared = self.models[0].get("shared_params") or {}
         for alias, name in mapping(shared, "shared_params", self.where).items():
             if name in found:
@@ -167,6 +173,11 @@ class Shards:
             return self._unsplit()
         states = [self._base(rank) for rank in range(len(self.optimizers))]
         groups = sequence(states[0].get("param_groups"), "param_groups", self.where)
+        if any(repr(state.get("param_groups")) != repr(groups) for state in states):
+            raise CheckpointError(
+                f"{self.where}: the parameter groups of the ranks have other settings each; the files are of "
+                "different steps or trainings, copy the checkpoint again"
+            )
         numbers = [n for group in groups for n in group["params"]]
         if numbers != list(range(len(self._masters(0)))):
             raise CheckpointError(
