@@ -16,6 +16,7 @@ from stepscope.measure.step.reconstruct import Step, sequence_direction
 from stepscope.policy import vectors
 from stepscope.policy.checkpoint.optimizer_state import match_optimizer
 from stepscope.policy.optim.lion import BitsAndBytesLion, LionState
+from stepscope.policy.optim.registry import kind_of
 from stepscope.policy.state import Policy
 
 lion_pytorch = pytest.importorskip("lion_pytorch")
@@ -147,6 +148,8 @@ def test_a_cautious_lion_is_refused() -> None:
 
     model = torch.nn.Linear(2, 3)
     optimizer = Lion(model.parameters(), lr=0.1)
+    assert kind_of(optimizer) is None
+    assert kind_of(lion_pytorch.Lion(model.parameters())) is not None
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()

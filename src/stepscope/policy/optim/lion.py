@@ -68,9 +68,10 @@ class LionState(NonlinearState, ByParameter[LionGroup]):
 
     @classmethod
     def runs(cls, optimizer: object) -> bool:
-        """By name, since the library need not be there."""
+        """By name, since the library need not be there; its cautious relative has the same name elsewhere."""
         made = type(optimizer)
-        return made.__module__.startswith("lion_pytorch.") and made.__name__ == "Lion"
+        plain = ("lion_pytorch.lion_pytorch", "lion_pytorch.foreach")
+        return made.__module__ in plain and made.__name__ == "Lion"
 
     @classmethod
     def read(cls, saved: SavedState) -> Self:
