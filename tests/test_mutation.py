@@ -46,20 +46,20 @@ MUTATIONS = {
     ),
     "momentum pushes the other way": Mutation(
         "policy/optim/adamw.py",
-        "momentum[name] = -terms.scale * beta1 * terms.first / denominator",
-        "momentum[name] = terms.scale * beta1 * terms.first / denominator",
+        "-terms.scale * beta1 * terms.first / denominator,",
+        "terms.scale * beta1 * terms.first / denominator,",
         STEP,
     ),
     "decay pushes the other way": Mutation(
-        "policy/optim/adamw.py",
-        "decay[name] = -rate * parameter if rate",
-        "decay[name] = rate * parameter if rate",
+        "policy/optim/by_parameter.py",
+        "return -factor * self.weights",
+        "return factor * self.weights",
         STEP,
     ),
     "the preconditioner lacks 1 - b1": Mutation(
         "policy/optim/adamw.py",
-        "preconditioner[name] = terms.scale * (1 - beta1) * clip / denominator",
-        "preconditioner[name] = terms.scale * clip / denominator",
+        "terms.scale * (1 - beta1) * at.clip / denominator,",
+        "terms.scale * at.clip / denominator,",
         STEP,
     ),
     "the second moment does not follow its own gradient": Mutation(

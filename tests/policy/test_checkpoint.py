@@ -300,6 +300,7 @@ def test_names_in_the_optimizer_win_over_the_order(copied: Callable[[str], Path]
         p.grad = torch.full_like(p, float(i + 1))
     optimizer.step()
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    (folder / "scheduler.pt").unlink()
     again = load_checkpoint(folder).optimizer
     assert again is not None
     for i, name in enumerate(names):
@@ -314,6 +315,7 @@ def test_a_single_group_is_in_model_order(copied: Callable[[str], Path]) -> None
         p.grad = torch.full_like(p, float(i + 1))
     optimizer.step()
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    (folder / "scheduler.pt").unlink()
     again = load_checkpoint(folder).optimizer
     assert again is not None
     assert again.groups[0].names == tuple(policy.parameters)
@@ -491,7 +493,8 @@ def test_inspection_names_what_limits_a_measurement(
     folder = copied("full")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.1}))
-    shutil.copy(runs["full"].checkpoint(3) / "optimizer.pt", folder / "optimizer.pt")
+    for name in ("optimizer.pt", "scheduler.pt"):
+        shutil.copy(runs["full"].checkpoint(3) / name, folder / name)
     replace(read_settings(folder), top_p=0.9).save(folder)
     warned = [f.what for f in inspect_checkpoint(folder) if f.level == "warn"]
     assert len(warned) == 4

@@ -20,6 +20,7 @@ from stepscope.errors import BatchError, ConfigError
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy import vectors
 from stepscope.policy.forward import make_batch
+from stepscope.policy.loss.batch import Further
 from stepscope.policy.loss.preference import DPO_LOSSES
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.loss.surrogate import policy_loss, token_weights
@@ -97,8 +98,10 @@ def our_gradient(batch: dict[str, Tensor], settings: StepSettings) -> Tensor:
         batch["mask"][order],
         settings,
         batch["ref"][order],
-        rewards=torch.tensor([1.0] * PAIRS + [0.0] * PAIRS)[order],
-        group=torch.arange(2 * PAIRS)[order] % PAIRS,
+        Further(
+            rewards=torch.tensor([1.0] * PAIRS + [0.0] * PAIRS)[order],
+            group=torch.arange(2 * PAIRS)[order] % PAIRS,
+        ),
     )
     return torch.autograd.grad(loss, leaves)[0]
 

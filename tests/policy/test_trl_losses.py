@@ -18,6 +18,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 import cases
 from stepscope.errors import ConfigError
 from stepscope.policy.forward import forward, make_batch
+from stepscope.policy.loss.batch import Further
 from stepscope.policy.loss.registry import LOSSES
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.loss.surrogate import entropy_weights, policy_loss, token_weights
@@ -134,7 +135,8 @@ def trl_gradient(trainer: Any, batch: Mapping[str, Tensor], **changes: Any) -> T
 def our_gradient(batch: Mapping[str, Tensor], settings: StepSettings, **changes: Any) -> Tensor:
     leaves = batch["now"].clone().requires_grad_(True)
     mask = batch["completion"] & batch["tool"]
-    loss = policy_loss(leaves, batch["old"], batch["advantages"], mask, settings, batch["ref"], **changes)
+    given = batch["old"], batch["advantages"], mask, settings, batch["ref"]
+    loss = policy_loss(leaves, *given, Further(**changes))
     (gradient,) = torch.autograd.grad(loss, leaves)
     return gradient
 

@@ -16,6 +16,7 @@ import torch
 
 from stepscope.errors import ConfigError
 from stepscope.policy.loss.aggregation import AGGREGATIONS
+from stepscope.policy.loss.batch import Further
 from stepscope.policy.loss.registry import LOSSES
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.loss.surrogate import policy_loss, understood
@@ -207,7 +208,7 @@ def test_the_gradient_by_each_log_prob_is_that_of_verls_formula(name: str, aggre
             tensors["mask"],
             settings,
             tensors["ref"],
-            random=random,
+            Further(random=random),
         )
         (gradient,) = torch.autograd.grad(found, leaves)
         expected = transcribed(name, batch, aggregation, kl, 0.2, np.random.default_rng(seed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -9,6 +10,25 @@ from torch import Tensor
 
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.results import Brief
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class Further(Brief):
+    """What only some losses look at.
+
+    Attributes:
+        sampler_logprobs: (seq, tok) l as the engine that sampled gave it, where it is known.
+        rewards: (seq,) for losses of preferences.
+        group: (seq,) number of each response's prompt group, for the same.
+        pieces: rows of each micro-batch, for losses that depend on how a batch was cut; one by default.
+        random: of losses that draw tokens; by default by the seed of the settings.
+    """
+
+    sampler_logprobs: Tensor | None = None
+    rewards: Tensor | None = None
+    group: Tensor | None = None
+    pieces: Sequence[Tensor] = ()
+    random: np.random.Generator | None = None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)

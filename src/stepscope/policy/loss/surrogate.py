@@ -15,7 +15,7 @@ from torch import Tensor
 from stepscope.errors import BatchError, ConfigError
 from stepscope.policy.loss.aggregation import AGGREGATIONS, aggregation_weights
 from stepscope.policy.loss.base import Loss
-from stepscope.policy.loss.batch import LossBatch
+from stepscope.policy.loss.batch import Further, LossBatch
 from stepscope.policy.loss.kl import ALIASES, KL_PENALTIES, kl_penalty, known_penalty, schulman
 from stepscope.policy.loss.ratio import importance_ratio
 from stepscope.policy.loss.registry import loss_named
@@ -59,12 +59,7 @@ def policy_loss(
     mask: Tensor,
     settings: StepSettings,
     ref_logprobs: Tensor | None = None,
-    *,
-    sampler_logprobs: Tensor | None = None,
-    rewards: Tensor | None = None,
-    group: Tensor | None = None,
-    pieces: Sequence[Tensor] = (),
-    random: np.random.Generator | None = None,
+    further: Further = Further(),
 ) -> Tensor:
     """The scalar loss that the run's trainer would compute on this batch.
 
@@ -84,11 +79,7 @@ def policy_loss(
             of the loss.
         settings: the loss.
         ref_logprobs: (seq, tok) l of the reference policy; needed when ``settings.beta`` is not zero.
-        sampler_logprobs: (seq, tok) l as the engine that sampled gave it, where it is known.
-        rewards: (seq,) for losses of preferences.
-        group: (seq,) number of each response's prompt group, for the same.
-        pieces: rows of each micro-batch, for losses that depend on how a batch was cut; one by default.
-        random: of losses that draw tokens.
+        further: what only some losses look at.
 
     Raises:
         ConfigError: the loss, its parameters or its aggregation are unknown, or beta is set and there are no
@@ -107,14 +98,14 @@ def policy_loss(
         mask=mask,
         settings=settings,
         ref_logprobs=ref_logprobs,
-        sampler_logprobs=sampler_logprobs,
-        rewards=rewards,
-        group=group,
-        random=random or np.random.default_rng(settings.seed),
+        sampler_logprobs=further.sampler_logprobs,
+        rewards=further.rewards,
+        group=further.group,
+        random=further.random or np.random.default_rng(settings.seed),
     )
     if not loss.aggregation:
         return loss.function(batch, own)
-    cuts = list(pieces) or [torch.arange(len(mask), device=mask.device)]
+    cuts = list(further.pieces) or [torch.arange(len(mask), device=mask.device)]
     if loss.per_piece:
         per_token = torch.zeros_like(logprobs)
         for rows in cuts:
@@ -246,11 +237,13 @@ def token_weights(
         mask,
         settings,
         None if ref_logprobs is None else _pad(ref_logprobs),
-        sampler_logprobs=None if rollouts.sampler_logprobs is None else _pad(rollouts.sampler_logprobs),
-        rewards=torch.from_numpy(np.asarray(rollouts.rewards)),
-        group=torch.from_numpy(rollouts.group_index),
-        pieces=micro_batches(settings.micro_batch_size, settings, len(rollouts), step),
-        random=np.random.default_rng([settings.seed, step]),
+        Further(
+            sampler_logprobs=None if rollouts.sampler_logprobs is None else _pad(rollouts.sampler_logprobs),
+            rewards=torch.from_numpy(np.asarray(rollouts.rewards)),
+            group=torch.from_numpy(rollouts.group_index),
+            pieces=micro_batches(settings.micro_batch_size, settings, len(rollouts), step),
+            random=np.random.default_rng([settings.seed, step]),
+        ),
     )
     (grad,) = torch.autograd.grad(loss, leaves)
     weights = (-grad).numpy()
