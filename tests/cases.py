@@ -122,6 +122,19 @@ def adamw_state(
     )
 
 
+def stepped() -> tuple[Any, dict[str, Any]]:
+    """A Qwen2 after AdamW's first step along ones, and ``state_dict()`` of the optimizer with names."""
+    trained = model()
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
+    for p in trained.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    saved, names = optimizer.state_dict(), [n for n, _ in trained.named_parameters()]
+    saved["state"] = {names[i]: entry for i, entry in saved["state"].items()}
+    saved["param_groups"][0]["params"] = names
+    return trained, saved
+
+
 def policy(*, seed: int = 0, dtype: torch.dtype = torch.float64, **settings: Any) -> Policy:
     """A two-layer Qwen2 policy over twelve tokens (0 pads, 1 ends) with AdamW state; no tokenizer."""
     trained = model(seed=seed, vocab_size=VOCAB).to(dtype)

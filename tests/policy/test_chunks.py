@@ -19,7 +19,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hostile import few
+from hostile import Runs, few
 from stepscope.errors import CheckpointError
 from stepscope.policy.check.inspection import inspect_checkpoint
 from stepscope.policy.checkpoint.formats.distributed.metadata import (
@@ -129,16 +129,6 @@ def test_two_optimizers_are_not_mixed(tmp_path: Path) -> None:
         optimizer_dict(sort_items(read_directory(tmp_path)), where="here")
 
 
-class Hostile:
-    """What opens a file for writing when it is unpickled by force."""
-
-    def __init__(self, witness: Path) -> None:
-        self.witness = witness
-
-    def __reduce__(self) -> Any:
-        return eval, (f"open({str(self.witness)!r}, 'w')",)
-
-
 class System:
     def __reduce__(self) -> Any:
         return os.system, ("touch /tmp/stepscope-was-here",)
@@ -151,14 +141,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from stepscope.policy.loss.settings import StepSettings
 
     folder = tmp_path_factory.mktemp("sharded")
-    model = cases.model("qwen2")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    saved, names = optimizer.state_dict(), [n for n, _ in model.named_parameters()]
-    saved["state"] = {names[i]: entry for i, entry in saved["state"].items()}
-    saved["param_groups"][0]["params"] = names
+    model, saved = cases.stepped()
     dcp.save({"model": model.state_dict(), "optimizer": saved}, checkpoint_id=folder / "shards", no_dist=True)
     model.config.save_pretrained(folder)
     cases.tokenizer().save_pretrained(folder)
@@ -238,7 +221,7 @@ ATTACKS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "a directory that runs": (
         lambda folder, witness: (
             (folder / "shards" / ".metadata").write_bytes(
-                pickle.dumps({"state_dict_metadata": Hostile(witness)})
+                pickle.dumps({"state_dict_metadata": Runs(witness)})
             )
             and None
         ),
@@ -248,8 +231,8 @@ ATTACKS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
         metadata(lambda found: setattr(found, "planner_data", System())),
         r"it holds posix\.system",
     ),
-    "an item that runs": (item(Hostile, "optimizer.param_groups.0.lr"), r"lr: damaged, or no plain data"),
-    "a weight that runs": (item(Hostile, WEIGHT), r"norm\.weight: damaged, or no plain data"),
+    "an item that runs": (item(Runs, "optimizer.param_groups.0.lr"), r"lr: damaged, or no plain data"),
+    "a weight that runs": (item(Runs, WEIGHT), r"norm\.weight: damaged, or no plain data"),
     "a weight of text": (item(lambda _: "weights", WEIGHT), r"norm\.weight is no tensor"),
     "a weight of another type": (
         item(lambda _: torch.zeros(16, dtype=torch.int8), WEIGHT),

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import cases
+from hostile import Runs
 from stepscope.errors import CheckpointError
 from stepscope.policy.check.inspection import inspect_checkpoint
 from stepscope.policy.checkpoint.load import load_checkpoint
@@ -20,28 +21,11 @@ from stepscope.policy.loss.settings import StepSettings
 WEIGHTS, STATE = "pytorch_model_fsdp.bin", "optimizer.bin"
 
 
-class Touches:
-    """What makes a file when it is unpickled."""
-
-    def __init__(self, witness: Path) -> None:
-        self.witness = witness
-
-    def __reduce__(self) -> Any:
-        return eval, (f"open({str(self.witness)!r}, 'w')",)
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sound checkpoint; the writers' own files are in ``test_sharded.py``."""
     folder = tmp_path_factory.mktemp("whole")
-    model = cases.model("qwen2")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    saved, names = optimizer.state_dict(), [n for n, _ in model.named_parameters()]
-    saved["state"] = {names[i]: entry for i, entry in saved["state"].items()}
-    saved["param_groups"][0]["params"] = names
+    model, saved = cases.stepped()
     torch.save(model.state_dict(), folder / WEIGHTS)
     torch.save(saved, folder / STATE)
     model.config.save_pretrained(folder)
@@ -128,8 +112,8 @@ def strided(folder: Path, witness: Path) -> None:
 
 
 ATTACKS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
-    "weights that run": (saved(WEIGHTS, lambda w: {"a": Touches(w)}), r"fsdp\.bin: it holds builtins\.eval"),
-    "a state that runs": (saved(STATE, Touches), r"optimizer\.bin: the optimizer state is not plain tensors"),
+    "weights that run": (saved(WEIGHTS, lambda w: {"a": Runs(w)}), r"fsdp\.bin: it holds builtins\.eval"),
+    "a state that runs": (saved(STATE, Runs), r"optimizer\.bin: the optimizer state is not plain tensors"),
     "weights of text": (saved(WEIGHTS, lambda _: {"a": "b"}), "it holds no weights by name"),
     "a list of weights": (saved(WEIGHTS, lambda _: [torch.ones(2)]), "it holds no weights by name"),
     "no weights": (saved(WEIGHTS, lambda _: {}), r"fsdp\.bin: it is empty|no weights|cannot be loaded"),

@@ -87,19 +87,6 @@ def test_what_is_no_pickle_is_an_error(tmp_path: Path, content: bytes) -> None:
         read_tensors(tmp_path / "none")
 
 
-def named() -> tuple[Any, dict[str, Any]]:
-    """A model and AdamW's state by name."""
-    model = cases.model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    saved, names = optimizer.state_dict(), [n for n, _ in model.named_parameters()]
-    saved["state"] = {names[i]: entry for i, entry in saved["state"].items()}
-    saved["param_groups"][0]["params"] = names
-    return model, saved
-
-
 def renamed(saved: dict[str, Any], change: Callable[[str], str]) -> None:
     saved["state"] = {change(n): e for n, e in saved["state"].items()}
     group = saved["param_groups"][0]
@@ -107,7 +94,7 @@ def renamed(saved: dict[str, Any], change: Callable[[str], str]) -> None:
 
 
 def test_a_state_is_found_under_wrapped_names() -> None:
-    model, saved = named()
+    model, saved = cases.stepped()
     renamed(
         saved, lambda n: f"module._fsdp_wrapped_module.{n.replace('mlp.', 'mlp._checkpoint_wrapped_module.')}"
     )
@@ -116,7 +103,7 @@ def test_a_state_is_found_under_wrapped_names() -> None:
 
 
 def test_a_parameter_without_state_may_be_frozen() -> None:
-    model, saved = named()
+    model, saved = cases.stepped()
     model.model.norm.weight.requires_grad_(False)
     del saved["state"]["model.norm.weight"]
     assert "model.norm.weight" not in state_by_name(saved, model, where="here").names
@@ -140,7 +127,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_state_of_another_model_is_named(fault: str) -> None:
-    model, saved = named()
+    model, saved = cases.stepped()
     change, said = FAULTS[fault]
     change(saved)
     with pytest.raises(CheckpointError, match=f"^here: .*{said}"):

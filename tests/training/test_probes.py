@@ -133,6 +133,13 @@ def test_one_line_in_a_trainer_of_somebody_else(small_run: Path, tmp_path: Path)
     assert [entry["step"] for entry in logged] == [1, 3]
 
 
+def two_steps_are_predicted(rows: list[dict[str, Any]]) -> None:
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["predicted"] != 0
+        assert abs(row["difference"]) < 4 * row["difference_stderr"] + 0.1 * abs(row["predicted"])
+
+
 @pytest.mark.parametrize(
     "optim",
     [
@@ -149,11 +156,7 @@ def test_trainings_with_other_optimizers_are_probed(small_run: Path, tmp_path: P
         small_run, tmp_path, probe, optim=optim, max_steps=2, learning_rate=1e-4, bf16=False
     )
     trainer.train()
-    rows = rows_of(tmp_path)
-    assert [row["step"] for row in rows] == [1, 2]
-    for row in rows:
-        assert row["predicted"] != 0
-        assert abs(row["difference"]) < 4 * row["difference_stderr"] + 0.1 * abs(row["predicted"])
+    two_steps_are_predicted(rows_of(tmp_path))
 
 
 def test_a_training_with_muon_is_probed(small_run: Path, tmp_path: Path) -> None:
@@ -163,11 +166,7 @@ def test_a_training_with_muon_is_probed(small_run: Path, tmp_path: Path) -> None
     named = trainer.model.named_parameters()
     trainer.optimizer = torch.optim.Muon([p for n, p in named if p.ndim == 2 and "layers" in n], lr=1e-4)
     trainer.train()
-    rows = rows_of(tmp_path)
-    assert [row["step"] for row in rows] == [1, 2]
-    for row in rows:
-        assert row["predicted"] != 0
-        assert abs(row["difference"]) < 4 * row["difference_stderr"] + 0.1 * abs(row["predicted"])
+    two_steps_are_predicted(rows_of(tmp_path))
     tokens = read_table(tmp_path / "probes_tokens.parquet").to_pylist()
     assert [token["step"] for token in tokens] == [1, 1, 2, 2]
 

@@ -55,9 +55,50 @@ def predict(
         budget: what may be used at a time.
     """
     assert policy.optimizer is not None
-    moved = {name for group in policy.optimizer.groups for name in group.names}
-    with _alone(policy, moved):
-        return _predicted(policy, probe, captured, args, noise=noise, top_tokens=top_tokens, budget=budget)
+    state = policy.optimizer
+    with _alone(policy, set(state.names)):
+        lr = next(g.lr for g in state.groups if g.names and g.lr > 0)
+        ascent = {n: -p.grad for n, p in policy.parameters.items() if p.grad is not None}
+        made = state.update(policy.parameters, ascent, clip=1.0, lr=lr)
+        batch = made.made_of(ascent)
+        prediction = predict_change(
+            policy,
+            {**made.parts, "batch": batch},
+            probe,
+            lr=lr,
+            budget=budget,
+        )
+        norm = vectors.norm(ascent)
+        pending = Pending(prediction, {"reward": _mean_reward(probe)}, {}, norm)
+        if not noise and not top_tokens:
+            return pending
+        update = as_rollouts(
+            captured,
+            policy.tokenizer,
+            response_text(policy),
+            temperature=policy.settings.temperature,
+            max_response_tokens=policy.settings.max_response_tokens,
+        )
+        weights = tuple(sequence.weights for sequence in captured)
+        products = products_of_batch(
+            policy, update, weights, replace(budget, max_sequences=args.per_device_train_batch_size)
+        )
+        if noise:
+            pending.figures["noise_scale"] = noise_of_batch(products, update, norm, args.max_grad_norm)
+        if top_tokens and norm > 0:
+            scale = norm / math.sqrt(products.sum())
+            step = Step(
+                components={**made.parts, "sequences": batch},
+                preconditioner=made.preconditioner,
+                ascent=vectors.scale(ascent, 1 / scale),
+                token_weights=tuple(scale * w for w in weights),
+                lr=lr,
+                grad_norm=norm / scale,
+                clip_coefficient=scale,
+                update=update,
+            )
+            pending.tokens = _strongest_tokens(policy, step, probe, count=top_tokens, budget=budget)
+        return pending
 
 
 @contextmanager
@@ -71,63 +112,6 @@ def _alone(policy: Policy, moved: set[str]) -> Iterator[None]:
     finally:
         for parameter in others:
             parameter.requires_grad_(True)
-
-
-def _predicted(
-    policy: Policy,
-    probe: Rollouts,
-    captured: list[Captured],
-    args: Any,
-    *,
-    noise: bool,
-    top_tokens: int,
-    budget: Budget,
-) -> Pending:
-    """The same where every trainable parameter is the optimizer's."""
-    assert policy.optimizer is not None
-    state = policy.optimizer
-    lr = next(g.lr for g in state.groups if g.names and g.lr > 0)
-    ascent = {n: -p.grad for n, p in policy.parameters.items() if p.grad is not None}
-    made = state.update(policy.parameters, ascent, clip=1.0, lr=lr)
-    batch = made.made_of(ascent)
-    prediction = predict_change(
-        policy,
-        {**made.parts, "batch": batch},
-        probe,
-        lr=lr,
-        budget=budget,
-    )
-    norm = vectors.norm(ascent)
-    pending = Pending(prediction, {"reward": _mean_reward(probe)}, {}, norm)
-    if not noise and not top_tokens:
-        return pending
-    update = as_rollouts(
-        captured,
-        policy.tokenizer,
-        response_text(policy),
-        temperature=policy.settings.temperature,
-        max_response_tokens=policy.settings.max_response_tokens,
-    )
-    weights = tuple(sequence.weights for sequence in captured)
-    products = products_of_batch(
-        policy, update, weights, replace(budget, max_sequences=args.per_device_train_batch_size)
-    )
-    if noise:
-        pending.figures["noise_scale"] = noise_of_batch(products, update, norm, args.max_grad_norm)
-    if top_tokens and norm > 0:
-        scale = norm / math.sqrt(products.sum())
-        step = Step(
-            components={**made.parts, "sequences": batch},
-            preconditioner=made.preconditioner,
-            ascent=vectors.scale(ascent, 1 / scale),
-            token_weights=tuple(scale * w for w in weights),
-            lr=lr,
-            grad_norm=norm / scale,
-            clip_coefficient=scale,
-            update=update,
-        )
-        pending.tokens = _strongest_tokens(policy, step, probe, count=top_tokens, budget=budget)
-    return pending
 
 
 def _mean_reward(probe: Rollouts) -> Estimate:

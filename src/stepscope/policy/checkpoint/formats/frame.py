@@ -12,6 +12,7 @@ from torch import nn
 
 from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.adapters import ADAPTER_CONFIG, load_adapter
+from stepscope.policy.checkpoint.formats.base import Format
 from stepscope.policy.checkpoint.models import TOKENIZER_FILES, brief, load_tokenizer, load_weights
 from stepscope.policy.checkpoint.settings.run_settings import run_settings
 from stepscope.policy.checkpoint.settings.training_args import TRAINING_ARGS_FILE, base_revision
@@ -84,6 +85,18 @@ def trainer_steps(folder: Path) -> int | None:
     if not 0 <= step <= MOST_STEPS:
         raise CheckpointError(f"{path}: global_step is {step}, expected 0 or more; copy it again")
     return step
+
+
+class Framed(Format):
+    """A format of shards whose settings and number of steps stand beside them as the Trainer leaves them."""
+
+    def settings(self, folder: Path, overrides: Mapping[str, Any] | None, *, for_step: bool) -> StepSettings:
+        """Those beside it."""
+        return settings_in_frame(folder, overrides, for_step=for_step)
+
+    def steps(self, folder: Path) -> int | None:
+        """According to ``trainer_state.json``."""
+        return trainer_steps(folder)
 
 
 def beside(folder: Path) -> tuple[list[str], list[str]]:

@@ -20,9 +20,8 @@ from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.foreign import reads_foreign
 from stepscope.policy.checkpoint.formats.base import PARTS, Contents, Format, Matching, Part
 from stepscope.policy.checkpoint.formats.frame import (
+    Framed,
     beside,
-    settings_in_frame,
-    trainer_steps,
     weights_in_frame,
     writers,
 )
@@ -33,7 +32,6 @@ from stepscope.policy.checkpoint.optimizer_state import (
 )
 from stepscope.policy.checkpoint.pickles import read_tensors
 from stepscope.policy.checkpoint.tensors import trained_types, types_of
-from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.optim.base import OptimizerState
 
 WEIGHTS = "pytorch_model_fsdp.bin"
@@ -46,7 +44,7 @@ _EMPTY = 4096
 _RANKS = re.compile(r"(?:optimizer|pytorch_model_fsdp)_\d+_rank(\d{1,6})\.bin")
 
 
-class FullState(Format):
+class FullState(Framed):
     """Weights and moments in a file each, gathered by the first process."""
 
     name = "FSDP (full state)"
@@ -76,14 +74,6 @@ class FullState(Format):
             return found(saved, model, where=str(file), dtype=dtype)
 
         return match
-
-    def settings(self, folder: Path, overrides: Mapping[str, Any] | None, *, for_step: bool) -> StepSettings:
-        """Those beside it."""
-        return settings_in_frame(folder, overrides, for_step=for_step)
-
-    def steps(self, folder: Path) -> int | None:
-        """According to ``trainer_state.json``."""
-        return trainer_steps(folder)
 
     def contents(self, folder: Path) -> Contents:
         """Its two files and what is beside them."""

@@ -7,7 +7,7 @@ looked through for an optimizer's state and for weights.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,18 @@ from torch import nn
 
 from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.foreign import reads_foreign
-from stepscope.policy.checkpoint.formats.base import Contents, Format, Matching, Part
+from stepscope.policy.checkpoint.formats.base import Contents, Matching, Part
 from stepscope.policy.checkpoint.formats.distributed.metadata import METADATA, read_directory
 from stepscope.policy.checkpoint.formats.distributed.state import Sorted, optimizer_dict, sort_items
 from stepscope.policy.checkpoint.formats.distributed.tensors import ChunkedTensor
 from stepscope.policy.checkpoint.formats.distributed.weights import weights_among
 from stepscope.policy.checkpoint.formats.frame import (
+    Framed,
     beside,
-    settings_in_frame,
-    trainer_steps,
     weights_in_frame,
 )
 from stepscope.policy.checkpoint.optimizer_state import state_by_name
 from stepscope.policy.checkpoint.tensors import trained_types, types_of
-from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.optim.base import OptimizerState
 
 _CHECKPOINT = re.compile(r"(checkpoint-|step[-_]|global_step_?|iter_)\d+")
@@ -38,7 +36,7 @@ _CHECKPOINT = re.compile(r"(checkpoint-|step[-_]|global_step_?|iter_)\d+")
 _SHARD = re.compile(r"__(\d{1,6})_\d{1,6}\.distcp")
 
 
-class Distributed(Format):
+class Distributed(Framed):
     """Tensors in chunks, read one by one and put together by their offsets."""
 
     name = "torch.distributed.checkpoint (sharded state)"
@@ -71,14 +69,6 @@ class Distributed(Format):
             return state_by_name(saved, model, where=str(inner), dtype=dtype)
 
         return match
-
-    def settings(self, folder: Path, overrides: Mapping[str, Any] | None, *, for_step: bool) -> StepSettings:
-        """Those beside it."""
-        return settings_in_frame(folder, overrides, for_step=for_step)
-
-    def steps(self, folder: Path) -> int | None:
-        """According to ``trainer_state.json``."""
-        return trainer_steps(folder)
 
     def contents(self, folder: Path) -> Contents:
         """Folders of shards, who wrote them, and what is beside."""
