@@ -49,7 +49,8 @@ def of_lion(named: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
 def trained_by(made: Any, checkpoint: Path, folder: Path) -> Path:
     """The checkpoint after three steps of another optimizer, as the Trainer would leave it."""
     shutil.copytree(checkpoint, folder)
-    (folder / MANIFEST).unlink()
+    for name in (MANIFEST, "scheduler.pt"):
+        (folder / name).unlink()
     policy = load_checkpoint(folder)
     optimizer = made(policy.model.named_parameters())
     task = load_task(TASK, format_weight=policy.settings.format_weight)
