@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from peft import LoraConfig, get_peft_model
 from pydantic import TypeAdapter
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from stepscope.config import STAGES, TrainConfig, build_config
@@ -120,6 +122,28 @@ def adamw_state(
         exp_avg_sq={n: s["exp_avg_sq"].clone() for n, s in state.items()},
         steps={n: int(s["step"]) for n, s in state.items()},
     )
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that a tensor of some kind holds, of all that are made in the block."""
+
+    def __init__(self, counts: Callable[[Tensor], bool]) -> None:
+        super().__init__()
+        self.counts, self.found = counts, 0
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and self.counts(leaf):
+                self.found = max(self.found, numbers_held(leaf))
+        return result
+
+
+def numbers_held(tensor: Tensor) -> int:
+    """Those of its memory, whatever part of it a view shows."""
+    return tensor.untyped_storage().nbytes() // tensor.itemsize
 
 
 def stepped() -> tuple[Any, dict[str, Any]]:

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import cases
 from stepscope.policy.gradients.derivatives import directional_derivative, response_logprob
@@ -54,21 +52,6 @@ def test_blocks_are_the_whole(mask: str, monkeypatch: pytest.MonkeyPatch) -> Non
     torch.testing.assert_close(along(attention.in_blocks), whole, rtol=1e-13, atol=1e-13)
 
 
-class Largest(TorchDispatchMode):
-    """The most numbers that a tensor holds."""
-
-    found = 0
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point():
-                self.found = max(self.found, leaf.untyped_storage().nbytes() // leaf.itemsize)
-        return result
-
-
 def test_token_derivatives_of_a_long_response_hold_no_square(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = cases.policy()
     generator = torch.Generator().manual_seed(0)
@@ -77,7 +60,7 @@ def test_token_derivatives_of_a_long_response_hold_no_square(monkeypatch: pytest
     whole = directional_derivative(policy, update, response_logprob, dict(policy.parameters))
     heads, length = policy.model.config.num_attention_heads, len(ids)
     monkeypatch.setattr(attention, "BLOCK_BYTES", 8 * heads * length * 10)  # ten queries
-    with Largest() as largest:
+    with cases.Largest(Tensor.is_floating_point) as largest:
         found = directional_derivative(policy, update, response_logprob, dict(policy.parameters))
     torch.testing.assert_close(found, whole, rtol=1e-12, atol=1e-12)
     assert 0 < largest.found < heads * length**2 / 2

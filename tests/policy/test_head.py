@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import cases
 from stepscope.policy import head
@@ -136,24 +134,6 @@ def test_a_model_that_cannot_be_cut_is_run_whole(monkeypatch: pytest.MonkeyPatch
         assert head.head_of(policy.model, policy.model, rows, inside=_as_it_is) is None
 
 
-class Largest(TorchDispatchMode):
-    """The most numbers of a tensor that has the vocabulary as an axis, parameters apart."""
-
-    def __init__(self, vocabulary: int, parameters: int) -> None:
-        super().__init__()
-        self.vocabulary, self.parameters, self.found = vocabulary, parameters, 0
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and self.vocabulary in leaf.shape:
-                numbers = leaf.untyped_storage().nbytes() // leaf.itemsize
-                self.found = max(self.found, numbers if numbers != self.parameters else 0)
-        return result
-
-
 @pytest.mark.parametrize("adapter", [False, True])
 def test_no_tensor_is_larger_than_a_piece(monkeypatch: pytest.MonkeyPatch, adapter: bool) -> None:
     vocabulary, hidden = 997, 16
@@ -167,12 +147,16 @@ def test_no_tensor_is_larger_than_a_piece(monkeypatch: pytest.MonkeyPatch, adapt
     u = random_direction(policy)
     one = SequenceGradients(update, what_is_said)
     per_sequence_dot(policy, one, u)  # the check of how parameters are covered is done once
+
+    def logits(tensor: Tensor) -> bool:
+        return vocabulary in tensor.shape and cases.numbers_held(tensor) != vocabulary * hidden  # of the head
+
     runs: dict[str, Callable[[], object]] = {
         "gradient": lambda: gradient(policy, update, what_is_said),
         "forward": lambda: directional_derivative(policy, update, what_is_said, u, mode="forward"),
         "per sequence": lambda: per_sequence_dot(policy, one, u),
     }
     for name, run in runs.items():
-        with pieces(monkeypatch, 2 * 4 * vocabulary), Largest(vocabulary, vocabulary * hidden) as largest:
+        with pieces(monkeypatch, 2 * 4 * vocabulary), cases.Largest(logits) as largest:
             run()
         assert 0 < largest.found <= 2 * 4 * vocabulary, name

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from stepscope.errors import CheckpointError, shown
 from stepscope.policy.checkpoint.foreign import reads_foreign
 from stepscope.policy.checkpoint.models import LOADING, brief, load_tokenizer, load_weights, placed, quiet
-from stepscope.policy.checkpoint.names import unwrapped
+from stepscope.policy.checkpoint.names import ADAPTED, unwrapped
 from stepscope.policy.checkpoint.tensors import Stored, fill
 from stepscope.policy.numerics.differentiation import Substituted
 from stepscope.policy.numerics.finiteness import refuse_broken_weights
@@ -224,7 +224,7 @@ def _resize(model: Any, stored: Mapping[str, Stored]) -> None:
     path = next((n for n, module in model.named_modules() if module is embedding), "")
     known = {unwrapped(name): tensor for name, tensor in stored.items()}
     for inner in ("", "base_layer.", "modules_to_save.default."):
-        name = f"base_model.model.{path}.{inner}weight"
+        name = f"{ADAPTED}{path}.{inner}weight"
         rows = known[name].shape[0] if name in known else embedding.weight.shape[0]
         if rows != embedding.weight.shape[0]:
             model.resize_token_embeddings(rows, mean_resizing=False)

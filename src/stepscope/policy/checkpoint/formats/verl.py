@@ -32,6 +32,7 @@ from stepscope.policy.checkpoint.models import (
     placed,
     quiet,
 )
+from stepscope.policy.checkpoint.names import ADAPTED
 from stepscope.policy.checkpoint.settings.run_settings import run_settings
 from stepscope.policy.checkpoint.tensors import types_of
 from stepscope.policy.loss.settings import SETTINGS_FILE, StepSettings
@@ -40,7 +41,6 @@ from stepscope.policy.optim.base import OptimizerState
 
 _FILES = ("model_world_size_*_rank_*.pt", "optim_world_size_*_rank_*.pt")
 _CONFIGS = ("fsdp_config.json", "lora_train_meta.json", "huggingface/config.json")
-_ADAPTED = "base_model.model."
 
 
 class Verl(Format):
@@ -146,7 +146,7 @@ def _is_adapted(tensors: Mapping[str, Any]) -> bool:
 def _base(described: Path, tensors: Mapping[str, Joined], dtype: torch.dtype) -> nn.Module:
     """The model under an adapter: from the same files, or its own where they hold the adapter alone."""
     own = {
-        name.removeprefix(_ADAPTED).replace(".base_layer.", "."): tensor
+        name.removeprefix(ADAPTED).replace(".base_layer.", "."): tensor
         for name, tensor in tensors.items()
         if ".lora_" not in name
     }
@@ -171,7 +171,7 @@ def _lora(inner: Path, tensors: Mapping[str, Joined]) -> LoraConfig:
                 f"{inner / 'lora_train_meta.json'}: {key} is {shown(value)}, expected a positive whole "
                 "number, which the adapter is scaled by; write it in as the run had it"
             )
-    modules = {name.removeprefix(_ADAPTED).partition(".lora_")[0] for name in tensors if ".lora_" in name}
+    modules = {name.removeprefix(ADAPTED).partition(".lora_")[0] for name in tensors if ".lora_" in name}
     return LoraConfig(
         task_type="CAUSAL_LM",
         bias="none",
