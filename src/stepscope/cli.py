@@ -217,6 +217,10 @@ def measure(
         float | None,
         typer.Option("--memory", metavar="GIB", help="Budget for gradients that are kept (default 4)."),
     ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Also write where time and memory go, pass by pass, and print it."),
+    ] = False,
     precision: Precision = None,
     device: Device = None,
     config: ConfigFile = None,
@@ -234,6 +238,7 @@ def measure(
         "quantities": _split(quantity),
         "update.file": update,
         "memory": memory,
+        "profile": profile or None,
         "precision": precision,
         "device": device,
     }

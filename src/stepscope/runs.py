@@ -38,6 +38,8 @@ S = TypeVar("S", bound=Stored)
 CONFIG = "config.yaml"
 PROVENANCE = "provenance.json"
 LOCK = ".lock"
+PROFILE, TRACE = "profile.json", "profile_trace.json"
+"""Of the last call that was asked for them; nothing reads them."""
 PARTS = "_parts"
 """End of the name of a run folder whose result is a file beside it: ``eval_parts`` for ``eval.parquet``."""
 BESIDE = "beside"
@@ -134,7 +136,8 @@ def check_version(folder: Path) -> None:
 def unsealed(folder: Path) -> list[Path]:
     """Data files in a folder and below whose content no record vouches for."""
     files = sorted(f for kind in ("json", "parquet", "safetensors") for f in folder.rglob(f"*.{kind}"))
-    return [f for f in files if f.name != PROVENANCE and f.name not in _digests(f.parent)]
+    told = (PROVENANCE, PROFILE, TRACE)
+    return [f for f in files if f.name not in told and f.name not in _digests(f.parent)]
 
 
 def _digests(folder: Path) -> dict[str, list[str]]:

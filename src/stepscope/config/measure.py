@@ -281,11 +281,13 @@ class MeasureConfig(MeasureSettings):
         checkpoint: folder of the checkpoint.
         out: run folder.
         stages: stages to run, in any order; they run in the order of the pipeline.
+        profile: also write where the time goes: ``profile.json`` and ``profile_trace.json``.
     """
 
     checkpoint: str
     out: str
     stages: list[Stage] = Field(default_factory=lambda: list(STAGES), min_length=1)
+    profile: bool = False
 
 
 class StudyConfig(Section):

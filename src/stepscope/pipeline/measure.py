@@ -20,13 +20,16 @@ from stepscope.pipeline.stages.session import Session
 from stepscope.pipeline.stages.staleness import inputs, needs, reason_to_do
 from stepscope.pipeline.stages.summary import write_summary
 from stepscope.policy.checkpoint.load import checkpoint_digest
+from stepscope.policy.checkpoint.models import usable_device
 from stepscope.policy.loss.own import own_source
+from stepscope.policy.profiler import Profiler, profiled_stage, profiling
 from stepscope.policy.state import Policy
 from stepscope.processes import is_main_process
 from stepscope.report import measured
-from stepscope.runs import PROVENANCE, RunFolder, locked
+from stepscope.results.files import whole
+from stepscope.runs import PROFILE, PROVENANCE, TRACE, RunFolder, locked, write_record
 
-HERE_ONLY = ("stages", "out", "memory", "scratch")
+HERE_ONLY = ("stages", "out", "memory", "scratch", "profile")
 """Keys of the configuration that say how a call measures, and not what."""
 
 
@@ -59,8 +62,11 @@ def run_measure(
     run = RunFolder(Path(config.out))
     if not is_main_process():
         return run.path
-    with locked(run.path):
+    profiler = Profiler(usable_device(config.device)) if config.profile else None
+    with locked(run.path), profiling(profiler):
         _measure(config, run, resume, policy)
+        if profiler is not None:
+            _write_profile(run, profiler)
     page = run.file(PAGE)
     say_result("measure", measured(run.path), *([page if page.is_file() else run.path] if show_page else []))
     return run.path
@@ -76,7 +82,8 @@ def _measure(config: MeasureConfig, run: RunFolder, resume: bool, policy: Policy
     session = Session(config, run, policy)
     limits: list[str] = []
     if not held or any(PLANS[s].needs_policy and reason_to_do(run, s, plain) for s in due):
-        limits = _refuse_impossible(session)
+        with profiled_stage("check"):
+            limits = _refuse_impossible(session)
         gone = left_out(session.policy, due)
         wanted, due = ([s for s in stages if s not in gone] for stages in (wanted, due))
     digest = checkpoint_digest(Path(config.checkpoint)) if session.has_policy else None
@@ -128,13 +135,22 @@ def _run_stage(session: Session, stage: Stage, config: Mapping[str, Any], *, wan
         return
     if run.is_done(stage):
         say(f"{stage}: stale, done again ({reason})")
-    with run.stage(stage, plan.writes, inputs=partial(inputs, plan, config=config)):
+    done = run.stage(stage, plan.writes, inputs=partial(inputs, plan, config=config))
+    with profiled_stage(stage), done:
         figures = plan.work(session)
         if stage != "report":
             write_summary(run, stage, figures)
     if stage != "report":  # the page shows the time of the stages before it, and shall stay true
         write_summary(run, stage, figures)
     say(f"{stage}: {run.seconds(stage):.1f} s")
+
+
+def _write_profile(run: RunFolder, profiler: Profiler) -> None:
+    """The table and the trace of this call, also on standard error."""
+    profile = profiler.profile()
+    write_record(run.file(PROFILE), profile)
+    whole(run.file(TRACE), profiler.write_trace)
+    say(profile.table())
 
 
 def _refuse_impossible(session: Session) -> list[str]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from stepscope.errors import MeasurementError
 from stepscope.policy.forward import TokenBatch, make_batch
+from stepscope.policy.profiler import watched
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 
@@ -154,6 +155,7 @@ def sweep(
     chosen = by_length(rollouts) if order is None else order
     known = fitting(policy, budget) if divisible else budget
     waiting = deque(cut(rollouts, chosen, known))
+    run = watched(run)
 
     def pieces() -> Iterator[slice]:
         while waiting:

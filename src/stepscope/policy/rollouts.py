@@ -23,6 +23,7 @@ from stepscope.policy.forward import TokenBatch, base_model, forward, plain_expe
 from stepscope.policy.loss.estimators import with_advantages
 from stepscope.policy.numerics.precision import matching_precision
 from stepscope.policy.passes import Budget, sweep_rows, track
+from stepscope.policy.profiler import generating
 from stepscope.policy.state import Policy
 from stepscope.policy.texts import ResponseText
 from stepscope.results import FloatArray, Rollouts, same_text
@@ -422,8 +423,9 @@ def _generate(
         pad_token_id=pad,
         bos_token_id=policy.tokenizer.bos_token_id,
     )
+    most = int(attention.sum()) + len(prompts) * policy.settings.max_response_tokens
     try:
-        with torch.no_grad(), matching_precision(model), plain_experts(model):
+        with torch.no_grad(), matching_precision(model), plain_experts(model), generating(len(prompts), most):
             output: Tensor = model.generate(
                 input_ids=input_ids.to(policy.device),
                 attention_mask=attention.to(policy.device),
