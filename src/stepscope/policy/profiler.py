@@ -45,7 +45,7 @@ class _Event:
 
 
 class Profiler:
-    """Writes down every micro-batch while it is :func:`at work <profiling>`.
+    """Writes down every micro-batch while it is at work, see :func:`profiling`.
 
     Attributes:
         device: whose memory is looked at; the process's resident memory where it is no GPU.
