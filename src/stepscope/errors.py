@@ -48,6 +48,10 @@ class MeasurementError(StepscopeError):
     """The measurement asked for does not exist for this policy or these settings."""
 
 
+class PeerError(StepscopeError):
+    """Another of the processes that work together has failed or gone."""
+
+
 def mendable_line(error: BaseException) -> str:
     """What to tell the user about an error in one printable line, or "" for a bug.
 
