@@ -26,6 +26,7 @@ class RolloutTokens(Table):
         old_logprob: log-prob of the policy that the loss divides by; None where that is ``logprob``.
         sampler_logprob: as the engine that sampled gave it; None where that is not known.
         token_weight: w_k = -dLoss/dl_k; None before, or without, a step that the batch makes.
+        entropy_weight: -dLoss/dH_k; None where the loss sees no entropy.
     """
 
     format_version: ClassVar[int] = 2
@@ -41,3 +42,4 @@ class RolloutTokens(Table):
     old_logprob: FloatArray | None = None
     sampler_logprob: FloatArray | None = None
     token_weight: FloatArray | None = None
+    entropy_weight: FloatArray | None = None

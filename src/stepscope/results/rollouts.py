@@ -202,6 +202,8 @@ class Rollouts(Brief):
         tokens_path: Path,
         *,
         tokens: Sequence[Sequence[str]],
+        token_weights: Sequence[FloatArray] | None = None,
+        entropy_weights: Sequence[FloatArray] | None = None,
     ) -> None:
         """Write the batch as two tables: a row per sequence and a row per response token.
 
@@ -212,6 +214,8 @@ class Rollouts(Brief):
             sequences_path: table of sequences (``update.parquet``).
             tokens_path: table of tokens (``update_tokens.parquet``).
             tokens: decoded text of every response token, per sequence.
+            token_weights: per sequence (tok,) -dLoss/dl, where the batch has made a step.
+            entropy_weights: per sequence (tok,) -dLoss/dH, where the loss sees entropies.
 
         Raises:
             BatchError: ``tokens`` do not match the response lengths.
@@ -230,6 +234,8 @@ class Rollouts(Brief):
             advantage=_joined(self.token_advantages),
             old_logprob=_joined(self.old_logprobs),
             sampler_logprob=_joined(self.sampler_logprobs),
+            token_weight=_joined(token_weights),
+            entropy_weight=_joined(entropy_weights),
         )
         settings = {
             VERSION: str(self.format_version),
@@ -266,8 +272,13 @@ class Rollouts(Brief):
         return pa.table(columns)
 
     @classmethod
-    def from_parquet(cls, sequences_path: Path, tokens_path: Path) -> Rollouts:
+    def from_parquet(cls, sequences_path: Path, tokens_path: Path, *, graded: bool = True) -> Rollouts:
         """Read back what :meth:`to_parquet` wrote, bit for bit.
+
+        Args:
+            sequences_path: table of sequences.
+            tokens_path: table of tokens.
+            graded: refuse a batch with a reward that is not known.
 
         Raises:
             RunFolderError: a file is missing, damaged, lacks a column, or holds one of another type or with
@@ -331,7 +342,8 @@ class Rollouts(Brief):
             old_logprobs=_split(flat, "old_logprob", cuts),
             sampler_logprobs=_split(flat, "sampler_logprob", cuts),
         )
-        found.refuse_ungraded()
+        if graded:
+            found.refuse_ungraded()
         return found
 
 
@@ -365,7 +377,7 @@ _TOKEN_COLUMNS = {
 _CURE = "sample the batch again with `stepscope measure --stages rollouts`"
 
 
-def _joined(rows: tuple[npt.NDArray[Any], ...] | None) -> npt.NDArray[Any] | None:
+def _joined(rows: Sequence[npt.NDArray[Any]] | None) -> npt.NDArray[Any] | None:
     return None if rows is None else np.concatenate(rows)
 
 
