@@ -18,7 +18,7 @@ from stepscope.policy import vectors
 from stepscope.policy.checkpoint.optimizer_state import match_optimizer
 from stepscope.policy.optim.base import OptimizerState
 from stepscope.policy.state import Policy
-from stepscope.training.probe.state import optimizer_state
+from stepscope.training.watching.state import optimizer_state
 
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 

@@ -23,7 +23,7 @@ from stepscope.policy.optim.adafactor import AdafactorState
 from stepscope.policy.optim.registry import kind_of
 from stepscope.policy.optim.transformers_adafactor import TransformersAdafactorState
 from stepscope.policy.state import Policy
-from stepscope.training.probe.state import optimizer_state
+from stepscope.training.watching.state import optimizer_state
 
 GIVEN = {"scale_parameter": False, "relative_step": False}
 KINDS: list[tuple[Any, dict[str, Any]]] = [

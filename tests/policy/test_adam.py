@@ -16,7 +16,7 @@ from stepscope.measure.step.lifetime import lifetime
 from stepscope.policy.optim.adamw import AdamState, AdamWState
 from stepscope.policy.optim.registry import kind_of, recognised
 from stepscope.policy.state import Policy
-from stepscope.training.probe.state import optimizer_state
+from stepscope.training.watching.state import optimizer_state
 
 KINDS: list[tuple[type[torch.optim.Adam], dict[str, Any]]] = [
     (torch.optim.Adam, {"weight_decay": 0.3}),

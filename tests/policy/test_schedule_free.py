@@ -24,7 +24,7 @@ from stepscope.policy.optim.schedule_free import (
     ScheduleFreeSGD,
 )
 from stepscope.policy.state import Policy
-from stepscope.training.probe.state import optimizer_state
+from stepscope.training.watching.state import optimizer_state
 
 AdamW, SGD = schedulefree.AdamWScheduleFree, schedulefree.SGDScheduleFree
 KINDS: list[tuple[Any, dict[str, Any]]] = [

@@ -17,7 +17,7 @@ from stepscope.policy.checkpoint.optimizer_state import match_optimizer
 from stepscope.policy.optim.registry import kind_of
 from stepscope.policy.optim.sgd import SGDState
 from stepscope.policy.state import Policy
-from stepscope.training.probe.state import optimizer_state
+from stepscope.training.watching.state import optimizer_state
 
 KINDS: list[dict[str, Any]] = [
     {},

@@ -1,25 +1,18 @@
-"""The batch of the step under way, as TRL's loss sees it: sequences, log-probs and token weights."""
+"""What the batch of the step under way says about the gradient's noise."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
-import torch
-from accelerate.utils import gather_object
-from torch import Tensor, nn
 
-from stepscope.errors import MeasurementError
 from stepscope.measure.noise.scale import from_products
 from stepscope.measure.step.reconstruct import CLIP_EPSILON, weighted_logprobs
 from stepscope.policy.gradients.gram import gram
 from stepscope.policy.gradients.stream import SequenceGradients
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
-from stepscope.policy.texts import ResponseText
 from stepscope.results import FloatArray, Rollouts
 from stepscope.stats import Estimate
 
@@ -28,166 +21,6 @@ MIN_PROMPTS = 3
 
 SAME_NORM = 0.01
 """Largest relative difference between the gradient in use and that of the captured token weights."""
-
-
-@dataclass(frozen=True)
-class SeenSequence:
-    """One sequence of the step under way.
-
-    Attributes:
-        prompt_ids: of its prompt.
-        response_ids: of the response tokens that are in the loss.
-        logprobs: (tok,) their log-probs.
-        entropies: (tok,) entropies before them.
-    """
-
-    prompt_ids: tuple[int, ...]
-    response_ids: tuple[int, ...]
-    logprobs: FloatArray
-    entropies: FloatArray
-
-
-@dataclass(frozen=True)
-class Captured(SeenSequence):
-    """One sequence as the loss saw it.
-
-    Attributes:
-        weights: (tok,) token weights -dLoss/dl that the loss sent back.
-    """
-
-    weights: FloatArray
-
-
-@dataclass
-class _MicroBatch:
-    """What one forward pass of the loss gave; all (seq, pos) but for the weights that backward adds.
-
-    Position j of ``logprobs``, ``entropies`` and ``scored`` belongs to token j + 1 of ``ids``.
-    """
-
-    ids: Tensor
-    attention: Tensor
-    scored: Tensor
-    logprobs: Tensor
-    entropies: Tensor
-    weights: Tensor | None = None
-
-    def take_gradient(self, gradient: Tensor) -> None:
-        """Keep dLoss/dlogprob, with its sign turned."""
-        self.weights = -gradient.detach()
-
-
-@dataclass
-class BatchRecorder:
-    """Reads the batch off the forward and backward passes of the loss, without a hand in either.
-
-    TRL computes its loss from ``log_probs`` that the model's own forward returns. A hook keeps them, and a
-    hook on their gradient keeps the token weights w_ik = -dLoss/dl_ik: exact for every loss, clipping, mask
-    and scaling, because they are what the loss itself sent back.
-
-    Attributes:
-        model: the model that is trained, without wrappers.
-    """
-
-    model: nn.Module
-    _seen: list[_MicroBatch] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        """Start to record."""
-        self._handle = self.model.register_forward_hook(self._keep, with_kwargs=True)
-
-    def stop(self) -> None:
-        """Record no more."""
-        self._handle.remove()
-
-    def _keep(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        logprobs = getattr(output, "log_probs", None)
-        if logprobs is None or not logprobs.requires_grad:
-            return
-        micro = _MicroBatch(
-            ids=kwargs["input_ids"],
-            attention=kwargs["attention_mask"].bool(),
-            scored=output.label_mask,
-            logprobs=logprobs.detach(),
-            entropies=output.entropy.detach(),
-        )
-        logprobs.register_hook(micro.take_gradient)
-        self._seen.append(micro)
-
-    def gather(self) -> list[Captured]:
-        """The sequences of the whole step, those of all processes; every process has to call this.
-
-        Weights are divided by the number of processes, since their gradients are averaged.
-        """
-        own = [sequence for micro in self._seen if micro.weights is not None for sequence in _rows(micro)]
-        if torch.distributed.is_initialized() and (world := torch.distributed.get_world_size()) > 1:
-            every = gather_object(own)
-            return [replace(sequence, weights=sequence.weights / world) for sequence in every]
-        return own
-
-
-def _rows(micro: _MicroBatch) -> list[Captured]:
-    """The sequences of a micro-batch, without padding."""
-    assert micro.weights is not None
-    found = []
-    start = int(micro.scored.any(0).int().argmax()) + 1
-    for row in range(len(micro.ids)):
-        mask = micro.scored[row]
-        if not mask.any():  # taken out of the loss
-            continue
-        real = micro.attention[row].clone()
-        real[start:] = False
-        found.append(
-            Captured(
-                prompt_ids=tuple(micro.ids[row][real].tolist()),
-                response_ids=tuple(micro.ids[row, 1:][mask].tolist()),
-                logprobs=_numbers(micro.logprobs[row][mask]),
-                entropies=_numbers(micro.entropies[row][mask]),
-                weights=_numbers(micro.weights[row][mask]),
-            )
-        )
-    return found
-
-
-def _numbers(values: Tensor) -> FloatArray:
-    return np.asarray(values.double().cpu().numpy(), dtype=np.float64)
-
-
-def as_rollouts(
-    sequences: Sequence[SeenSequence],
-    tokenizer: Any,
-    read: ResponseText,
-    *,
-    temperature: float,
-    max_response_tokens: int,
-) -> Rollouts:
-    """The sequences as an update batch; rewards and advantages are not known.
-
-    Responses are as ``read`` reads them. Equal prompts form a group.
-
-    Raises:
-        MeasurementError: nothing was captured, so the loss does not use the log-probs of TRL's model output.
-    """
-    if not sequences:
-        raise MeasurementError(
-            "the loss took no log-probs from the model's output, so the batch of the step cannot be seen; "
-            "train with TRL's GRPOTrainer, or set noise=False and top_tokens=0"
-        )
-    count = len(sequences)
-    return Rollouts(
-        prompt_ids=tuple(" ".join(map(str, s.prompt_ids)) for s in sequences),
-        prompts=tuple(tokenizer.batch_decode([list(s.prompt_ids) for s in sequences])),
-        responses=tuple(read.whole(s.response_ids) for s in sequences),
-        prompt_token_ids=tuple(s.prompt_ids for s in sequences),
-        response_token_ids=tuple(s.response_ids for s in sequences),
-        rewards=np.full(count, np.nan),
-        correct=np.zeros(count, dtype=np.bool_),
-        truncated=np.zeros(count, dtype=np.bool_),
-        logprobs=tuple(s.logprobs for s in sequences),
-        entropies=tuple(s.entropies for s in sequences),
-        temperature=temperature,
-        max_response_tokens=max_response_tokens,
-    )
 
 
 def products_of_batch(

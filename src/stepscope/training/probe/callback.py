@@ -10,19 +10,16 @@ from __future__ import annotations
 import math
 import re
 import time
-import traceback
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
-from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import TrainerCallback
 
-from stepscope.errors import ConfigError, MeasurementError, StepscopeError
+from stepscope.errors import ConfigError
 from stepscope.measure.change.online import realised_change
 from stepscope.measure.noise.window import window_noise_scale
 from stepscope.policy.loss.settings import StepSettings
@@ -30,11 +27,17 @@ from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.stats import Estimate
 from stepscope.tasks import Task, load_task
-from stepscope.training.probe.batch import BatchRecorder, Captured
 from stepscope.training.probe.predict import Pending, predict
-from stepscope.training.probe.source import Source, TaskSource, TrainerSource, trainer_of
-from stepscope.training.probe.state import optimizer_state, optimizer_within, successive_products, undisturbed
+from stepscope.training.probe.source import Source, TaskSource, TrainerSource
 from stepscope.training.probe.table import append, columns_of, doubt, forget, tokens_path
+from stepscope.training.watching.capture import BatchRecorder, Captured
+from stepscope.training.watching.guest import Guest, reason_of, require_readable, trainer_of, warn_off
+from stepscope.training.watching.state import (
+    optimizer_state,
+    optimizer_within,
+    successive_products,
+    undisturbed,
+)
 
 NAME = "probe"
 """Name of the only probe of a trainer, or of its first."""
@@ -136,11 +139,11 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Find out whether this run can be probed; take up what the checkpoint it goes on from has."""
         self._off, self._warned, self._due, self._row = False, False, False, None
-        with _Guest(self, state):
+        with Guest(self, state):
             trainer = trainer_of(self)
             probes = self._step_to_the_front(trainer.callback_handler.callbacks)
             self._name = names_of(probes)[probes.index(self)]
-            _require_probable(args, model, optimizer)
+            require_readable(args, model, optimizer)
             self._source = self._source_of(trainer)
             earlier = probes[: probes.index(self)]
             path = self._path(args)
@@ -179,7 +182,7 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
         """Predict what the step will do."""
         if self._off:
             return
-        with _Guest(self, state):
+        with Guest(self, state):
             inner = optimizer_within(optimizer)
             pair = successive_products(inner)
             if pair is not None:
@@ -225,7 +228,7 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
         pending, self._pending = self._pending, None
         if pending is None:
             return control
-        with _Guest(self, state):
+        with Guest(self, state):
             begin = time.perf_counter()
             with undisturbed(model):
                 policy = Policy(model=model, tokenizer=processing_class, settings=_settings(args))
@@ -325,7 +328,7 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
         if self._row is None:
             return
         (row, figures), self._row = self._row, None
-        with _Guest(self, state):
+        with Guest(self, state):
             assert self._source is not None
             prompts = self._source.name
             warning = doubt(figures["entropy"], logged, prompts_per_step=_prompts_per_step(args))
@@ -337,44 +340,13 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
                 self._warned = True
                 warnings.warn(f"StepProbe {self._name}, step {row['step']}: {warning}", stacklevel=2)
 
-    def _give_up(self, error: BaseException, step: int) -> None:
+    def give_up(self, error: Exception, step: int) -> None:
         """Be off from here on, and say so."""
         self._off, self._pending, self._row = True, None, None
         if self._recorder is not None:
             self._recorder.stop()
             self._recorder = None
-        place = ""
-        if not isinstance(error, StepscopeError):
-            last = traceback.extract_tb(error.__traceback__)[-1]
-            place = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}: "
-        reason = " ".join(str(error).split()).removeprefix("StepProbe: ")
-        warnings.warn(
-            f"StepProbe {self._name}: off from step {step + 1} on, and the training goes on without it: "
-            f"{place}{reason}",
-            stacklevel=3,
-        )
-
-
-class _Guest:
-    """What goes wrong inside the block ends the probe and not the training it is a guest of.
-
-    Model, tokenizer, data and reward functions are somebody else's, so that it may be any exception.
-    """
-
-    def __init__(self, probe: StepProbe, state: Any) -> None:
-        self.probe, self.step = probe, int(state.global_step)
-
-    def __enter__(self) -> None:
-        """Nothing to prepare."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool:
-        """Give up on an exception; interrupts pass."""
-        if not isinstance(error, Exception):
-            return False
-        self.probe._give_up(error, self.step)
-        return True
+        warn_off(f"StepProbe {self._name}", step, reason_of(error, "StepProbe"))
 
 
 def names_of(probes: list[StepProbe]) -> list[str]:
@@ -393,20 +365,6 @@ def names_of(probes: list[StepProbe]) -> list[str]:
         numbered = (wanted if number == 1 else f"{wanted}-{number}" for number in range(1, len(probes) + 2))
         names.append(next(name for name in numbered if name not in names))
     return names
-
-
-def _require_probable(args: Any, model: Any, optimizer: Any) -> None:
-    """Refuse a run whose steps cannot be read."""
-    if not hasattr(args, "max_completion_length"):
-        raise ConfigError(
-            f"the trainer has {type(args).__name__}, expected TRL's GRPOConfig; a probe needs a policy that "
-            "samples responses"
-        )
-    if args.fp16:
-        raise ConfigError("fp16 scales the gradients; train in bf16 or float32")
-    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise MeasurementError("the model is sharded by FSDP; use plain data parallelism")
-    optimizer_within(optimizer)
 
 
 def _prompts_per_step(args: Any) -> float:

@@ -19,7 +19,8 @@ from stepscope.policy.rollouts import response_text
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 from stepscope.stats import Estimate, clustered_mean
-from stepscope.training.probe.batch import Captured, as_rollouts, noise_of_batch, products_of_batch
+from stepscope.training.probe.batch import noise_of_batch, products_of_batch
+from stepscope.training.watching.capture import Captured, as_rollouts
 
 
 @dataclass

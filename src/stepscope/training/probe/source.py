@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from accelerate.utils import gather_object
-from transformers import Trainer, TrainerCallback
 from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
 
@@ -20,6 +17,7 @@ from stepscope.policy.rollouts import SamplingOptions, sample_responses, sample_
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, Rollouts
 from stepscope.tasks import Task, TemplatedTask
+from stepscope.training.watching.guest import weighted_rewards
 
 Used = frozenset[tuple[int, ...]]
 """Prompts of the batch under way, as token ids."""
@@ -212,9 +210,7 @@ class TrainerSource:
                 completions = [[{"role": "assistant", "content": text}] for text in completions]
         with _logs_untouched(self.trainer):
             found = self.trainer._calculate_rewards(list(rows), prompts, completions, ids)
-        weighted = found * self.trainer.reward_weights.to(found.device)
-        sums = torch.where(found.isnan().all(1), torch.nan, weighted.nansum(1))
-        return np.asarray(sums.double().cpu().numpy(), dtype=np.float64)
+        return weighted_rewards(self.trainer, found)
 
 
 @contextmanager
@@ -232,21 +228,3 @@ def _logs_untouched(trainer: Any) -> Iterator[None]:
         for log, before in kept:
             log.clear()
             log.update(before)
-
-
-def trainer_of(callback: TrainerCallback) -> Any:
-    """The trainer that is calling ``callback``.
-
-    transformers tells a callback the model and the data loaders but neither data sets nor reward functions,
-    so the trainer is looked up among the callers.
-
-    Raises:
-        ConfigError: no trainer is.
-    """
-    frame = inspect.currentframe()
-    while frame is not None:
-        found = frame.f_locals.get("self")
-        if isinstance(found, Trainer) and any(c is callback for c in found.callback_handler.callbacks):
-            return found
-        frame = frame.f_back
-    raise ConfigError("StepProbe: no trainer calls it; use it as GRPOTrainer(..., callbacks=[StepProbe()])")

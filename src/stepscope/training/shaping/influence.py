@@ -18,8 +18,8 @@ from stepscope.policy.rollouts import response_text, sample_influence_probe
 from stepscope.policy.state import Policy
 from stepscope.rules import Tokens
 from stepscope.tasks import Task
-from stepscope.training.probe.batch import SeenSequence, as_rollouts
-from stepscope.training.probe.state import optimizer_state, optimizer_within, undisturbed
+from stepscope.training.watching.capture import SeenSequence, as_rollouts
+from stepscope.training.watching.state import optimizer_state, optimizer_within, undisturbed
 
 
 class InfluenceMeter:
