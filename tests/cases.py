@@ -141,6 +141,19 @@ class Largest(TorchDispatchMode):
         return result
 
 
+class SmallDevice:
+    """Has memory for so many sequences at a time; counts how often that did not suffice."""
+
+    def __init__(self, model: nn.Module, room: int) -> None:
+        self.room, self.failures = room, 0
+        self.handle = model.model.layers[-1].mlp.register_forward_hook(self)  # type: ignore[union-attr, index]
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        if len(output) > self.room:
+            self.failures += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+
+
 def numbers_held(tensor: Tensor) -> int:
     """Those of its memory, whatever part of it a view shows."""
     return tensor.untyped_storage().nbytes() // tensor.itemsize

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -10,13 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 import cases
 from stepscope.errors import MeasurementError, RunFolderError
 from stepscope.evaluation import (
     EvaluationRow,
-    FittingBatch,
     PromptResult,
     differences,
     evaluate,
@@ -275,33 +274,6 @@ def test_stored_responses_give_the_figures_again(task: TemplatedTask, tmp_path: 
     assert row.format_rate == pytest.approx(np.mean([e["formatted"] for e in table]))
 
 
-def test_batch_size_halves_until_it_fits() -> None:
-    tried = []
-
-    def work(size: int) -> int:
-        tried.append(size)
-        if size > 5:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return size
-
-    fitting = FittingBatch(48)
-    assert fitting.run(work) == 3
-    assert fitting.run(work) == 3
-    assert tried == [48, 24, 12, 6, 3, 3]
-
-    def hopeless(size: int) -> int:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    with pytest.raises(MeasurementError, match="out of memory with a single sequence"):
-        FittingBatch(4).run(hopeless)
-
-    def broken(size: int) -> int:
-        raise RuntimeError("shapes do not match")
-
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        FittingBatch(4).run(broken)
-
-
 @pytest.fixture(scope="module")
 def policy() -> Policy:
     words = ["<pad>", "</s>", "<think>", "</think>", "<answer>", "</answer>", *"0123456789+-=;?"]
@@ -327,6 +299,25 @@ def test_tiny_policy(policy: Policy, task: TemplatedTask) -> None:
     assert halved.prompts[0].num_tokens == row.prompts[0].num_tokens
     assert halved.pass_at == row.pass_at
     assert halved.entropy_per_token == pytest.approx(row.entropy_per_token, rel=1e-5)
+
+
+def test_too_little_memory_halves_what_is_sampled_at_a_time(
+    policy: Policy, task: TemplatedTask, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scarce = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
+    device = cases.SmallDevice(scarce.model, 5)
+    files = [tmp_path / "plenty.parquet", tmp_path / "scarce.parquet"]
+    for owner, file in zip((policy, scarce), files, strict=True):
+        evaluate(owner, task, num_prompts=6, samples_per_prompt=4, seed=5, ks=(1,), responses=file)
+    plenty, halved = (pq.read_table(file).to_pydict() for file in files)
+    assert halved["response"] == plenty["response"]
+    assert halved["correct"] == plenty["correct"]
+    np.testing.assert_allclose(halved["entropy"], plenty["entropy"], rtol=1e-5, atol=1e-6)
+    assert caplog.text.count("going on with micro-batches of half the tokens") == device.failures >= 2
+    hopeless = dataclasses.replace(policy, model=copy.deepcopy(policy.model))
+    cases.SmallDevice(hopeless.model, 0)
+    with pytest.raises(MeasurementError, match=r"out of memory with 1 sequence\(s\).*shorter responses"):
+        evaluate(hopeless, task, num_prompts=2, samples_per_prompt=4, seed=5, ks=(1,))
 
 
 def test_temperature_profile(policy: Policy, task: TemplatedTask) -> None:

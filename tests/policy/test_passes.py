@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,12 +12,20 @@ from torch import Tensor, nn
 
 import cases
 from stepscope.errors import MeasurementError
+from stepscope.measure.quantity.base import make_quantity
+from stepscope.measure.quantity.values import derivatives, hidden_states, values_at
 from stepscope.measure.step.reconstruct import reconstruct_step
-from stepscope.policy.forward import TokenBatch
-from stepscope.policy.gradients.derivatives import directional_derivative, response_logprob
+from stepscope.policy import memory
+from stepscope.policy.forward import TokenBatch, TokenOutputs
+from stepscope.policy.gradients.derivatives import directional_derivative, gradient, response_logprob
 from stepscope.policy.gradients.gram import gram
 from stepscope.policy.gradients.layer_gradient import LayerGradient
-from stepscope.policy.gradients.products import per_sequence_dot
+from stepscope.policy.gradients.products import (
+    group_gradients,
+    paired_dots,
+    per_sequence_dot,
+    per_sequence_dots,
+)
 from stepscope.policy.gradients.stream import SequenceGradients, coverage_of, stream
 from stepscope.policy.passes import Budget, longest, sweep, sweep_rows, track
 from stepscope.policy.rollouts import score_rollouts
@@ -80,51 +89,90 @@ def test_bars_are_on_standard_error_where_it_is_a_terminal(
     assert ("outer" in err) == (terminal and wanted)
 
 
-class SmallDevice:
-    """Has memory for so many sequences at a time; counts how often that did not suffice."""
-
-    def __init__(self, model: nn.Module, room: int) -> None:
-        self.room, self.failures = room, 0
-        self.handle = model.model.layers[-1].mlp.register_forward_hook(self)  # type: ignore[union-attr, index]
-
-    def __call__(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-        if len(output) > self.room:
-            self.failures += 1
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+def paired(policy: Policy, update: Rollouts) -> Tensor:
+    first, second = (SequenceGradients(update, f) for f in (response_logprob, _entropies))
+    return torch.from_numpy(paired_dots(policy, first, second, {"P": dict(policy.parameters)})["P"])
 
 
+def _entropies(outputs: TokenOutputs, rows: TokenBatch) -> Tensor:
+    return outputs.entropies
+
+
+def slopes(policy: Policy, update: Rollouts, order: int) -> Tensor:
+    entropy = make_quantity("entropy", update)
+    found = derivatives(policy, update, [entropy], dict(policy.parameters), order=order)
+    return torch.from_numpy(np.stack([table.prefix for table in found]))
+
+
+RUNS: dict[str, Callable[[Policy, Rollouts], Tensor]] = {
+    "step": lambda p, b: nn.utils.parameters_to_vector(reconstruct_step(p, b).direction.values()),
+    "gradient": lambda p, b: nn.utils.parameters_to_vector(gradient(p, b, _entropies).values()),
+    "token derivatives": lambda p, b: torch.cat(
+        directional_derivative(p, b, response_logprob, dict(p.parameters))
+    ),
+    "double backward": lambda p, b: torch.cat(
+        directional_derivative(p, b, response_logprob, dict(p.parameters), mode="double_backward")
+    ),
+    "first derivatives": lambda p, b: slopes(p, b, 1),
+    "second derivatives": lambda p, b: slopes(p, b, 2),
+    "values": lambda p, b: torch.from_numpy(values_at(p, b, [make_quantity("entropy", b)]).prefix),
+    "product": lambda p, b: torch.from_numpy(
+        per_sequence_dot(p, SequenceGradients(b, response_logprob), dict(p.parameters))
+    ),
+    "products": lambda p, b: torch.from_numpy(
+        per_sequence_dots(
+            p, SequenceGradients(b, response_logprob), {n: t[None] for n, t in p.parameters.items()}
+        )
+    ),
+    "sums": lambda p, b: nn.utils.parameters_to_vector(
+        group_gradients(p, SequenceGradients(b, response_logprob), b.prompt_index).values()
+    ),
+    "paired": paired,
+    "kernel": lambda p, b: gram(p, SequenceGradients(b, response_logprob)),
+    "kernel across": lambda p, b: gram(
+        p, SequenceGradients(b, response_logprob), other=SequenceGradients(b, _entropies)
+    ),
+    "log-probs": lambda p, b: torch.from_numpy(np.concatenate(score_rollouts(p, b)[0])),
+    "hidden states": lambda p, b: torch.from_numpy(hidden_states(p, b)),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
 def test_too_little_memory_halves_the_micro_batches_and_changes_no_number(
-    caplog: pytest.LogCaptureFixture,
+    run: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def found(policy: Policy) -> dict[str, Tensor]:
-        update = cases.batch(policy, num_prompts=4, group_size=3)
-        one = SequenceGradients(update, response_logprob)
-        u = dict(policy.parameters)
-        step = reconstruct_step(policy, update)
-        return {
-            "direction": nn.utils.parameters_to_vector(step.direction.values()),
-            "token derivatives": torch.cat(directional_derivative(policy, update, response_logprob, u)),
-            "products": torch.from_numpy(per_sequence_dot(policy, one, u)),
-            "kernel": gram(policy, one),
-            "log-probs": torch.from_numpy(np.concatenate(score_rollouts(policy, update)[0])),
-        }
-
-    plenty, scarce = found(cases.policy()), cases.policy()
-    device = SmallDevice(scarce.model, 3)
-    halved = found(scarce)
+    plenty, scarce = cases.policy(), cases.policy()
+    update = cases.batch(plenty, num_prompts=4, group_size=3)
+    expected = RUNS[run](plenty, update)
+    device = cases.SmallDevice(scarce.model, 3)
+    torch.testing.assert_close(RUNS[run](scarce, update), expected, rtol=1e-12, atol=1e-12)
     failures = device.failures
     assert 2 <= failures <= 4  # twelve, six, five sequences of fewer tokens
-    found(scarce)
+    assert caplog.text.count("going on with micro-batches of half the tokens") == failures
+    RUNS[run](scarce, update)
     assert device.failures == failures  # known from then on
-    assert "going on with micro-batches of half the tokens" in caplog.text
-    for name, expected in plenty.items():
-        torch.testing.assert_close(halved[name], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("asked", "most"),
+    [(Budget(), 32), (Budget(max_sequences=2), 32), (Budget(max_tokens=20), 20)],
+)
+def test_micro_batches_are_as_large_as_the_memory_at_hand(
+    tiny_policy: Policy, update: Rollouts, monkeypatch: pytest.MonkeyPatch, asked: Budget, most: int
+) -> None:
+    """Half of a quarter, where kept gradients may take the rest, and a power of two of tokens below."""
+    each = memory.cost(tiny_policy.model, "passes").token
+    monkeypatch.setattr(memory, "available_bytes", lambda device: int(4 * 2 * 45 * each))
+    padded = [batch.input_ids for batch, _ in sweep(tiny_policy, update, len, budget=asked)]
+    assert max(ids.numel() for ids in padded) <= most
+    assert max(len(ids) for ids in padded) > 1
+    assert len(padded) > 1
 
 
 def test_too_little_memory_for_one_sequence_says_what_to_do() -> None:
     policy = cases.policy()
     batch = cases.batch(policy)
-    SmallDevice(policy.model, 0)
+    cases.SmallDevice(policy.model, 0)
     with pytest.raises(MeasurementError, match=r"1 sequence\(s\) of .* tokens .*bfloat16"):
         score_rollouts(policy, batch)
 

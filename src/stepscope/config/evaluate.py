@@ -29,8 +29,8 @@ class EvalSettings(Section):
         bootstrap: resamples of the prompts for intervals of the entropy law; 0 leaves its errors to the
             delta method.
         precision: floating-point type.
-        batch_size: sequences per forward pass, or ``auto``: as many as the memory holds (64 on a CPU). The
-            responses do not depend on it.
+        batch_size: most sequences per forward pass, fewer where the memory at hand does not hold them, or
+            ``auto``: as many as it holds (at most 64 on a CPU). The responses do not depend on it.
         device: torch device, or null for a GPU where there is one.
         loss: sampling settings for a checkpoint that does not carry its own.
     """

@@ -209,7 +209,7 @@ class MeasureSettings(Section):
             ``bootstrap`` (400 resamples of prompts); the influence always uses the delta method.
         reference: model that ``kl`` is taken to (hub id, folder, GGUF file), or null for what an adapter
             started from: its frozen copy ``ref``, or its base.
-        batch_size: sequences per forward pass.
+        batch_size: most sequences per forward pass; fewer where the memory at hand does not hold them.
         device: torch device, or null for a GPU where there is one.
         loss: loss settings for a checkpoint that does not carry its own.
         resample: times the update batch is topped up to replace prompt groups without reward variance.

@@ -8,7 +8,6 @@ from __future__ import annotations
 from stepscope.evaluation.compare import compared, differences, transitions
 from stepscope.evaluation.entropy_law import fit_entropy_law, fit_run
 from stepscope.evaluation.figures import evaluate, evaluate_rollouts
-from stepscope.evaluation.fitting import FittingBatch
 from stepscope.evaluation.responses import write_responses
 from stepscope.results.evaluation import (
     EvaluationRow,
@@ -21,7 +20,6 @@ from stepscope.results.evaluation import (
 
 __all__ = [
     "EvaluationRow",
-    "FittingBatch",
     "PromptResult",
     "Transitions",
     "compared",

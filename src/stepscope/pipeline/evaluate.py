@@ -16,7 +16,6 @@ from stepscope.console import say, say_result, timed
 from stepscope.errors import RunFolderError
 from stepscope.evaluation import (
     EvaluationRow,
-    FittingBatch,
     compared,
     evaluate,
     fit_run,
@@ -104,9 +103,8 @@ def evaluate_all(config: EvalConfig, out: Path, *, resume: bool) -> None:
             extra={"source": str(Path(config.source).resolve())},
         )
         hold_data(parts, _tasks(config, checkpoints))
-        fitting = _fitting_batch(config)
         try:
-            found = [_evaluate_checkpoint(config, checkpoint, parts, fitting) for checkpoint in checkpoints]
+            found = [_evaluate_checkpoint(config, checkpoint, parts) for checkpoint in checkpoints]
         finally:
             parts.clean_up()
         rows, profiles = [row for row, _ in found], [row for _, others in found for row in others]
@@ -148,16 +146,16 @@ def _tasks(config: EvalConfig, checkpoints: Sequence[Path]) -> list[TemplatedTas
     return tasks
 
 
-def _fitting_batch(config: EvalConfig) -> FittingBatch:
-    """Start from all sequences at once on a GPU; a CPU gains nothing beyond 64."""
+def _max_sequences(config: EvalConfig) -> int:
+    """All sequences at once on a GPU, within its memory; a CPU gains nothing beyond 64."""
     if config.batch_size != "auto":
-        return FittingBatch(config.batch_size)
+        return config.batch_size
     on_gpu = torch.cuda.is_available() if config.device is None else config.device.startswith("cuda")
-    return FittingBatch(min(config.num_prompts * config.samples_per_prompt, 1024 if on_gpu else 64))
+    return min(config.num_prompts * config.samples_per_prompt, 1024 if on_gpu else 64)
 
 
 def _evaluate_checkpoint(
-    config: EvalConfig, checkpoint: Path, parts: RunFolder, fitting: FittingBatch
+    config: EvalConfig, checkpoint: Path, parts: RunFolder
 ) -> tuple[EvaluationRow, list[EvaluationRow]]:
     """The row of a checkpoint as it is, and those of its profiles; each from its part if that is finished."""
     digest = checkpoint_digest(checkpoint)
@@ -169,7 +167,7 @@ def _evaluate_checkpoint(
             responses = parts.file(f"{key}_responses.parquet")
             names = [path.name for path in (file, prompts_path(file), responses)]
             with timed(f"eval {key}"), parts.stage(key, names):
-                row = fitting.run(lambda size: loaded.evaluate(temperature, top_p, size, responses))
+                row = loaded.evaluate(temperature, top_p, responses)
                 write_eval([replace(row, checkpoint_digest=digest)], file)
         for written in (file, prompts_path(file)):
             verified(written)
@@ -220,9 +218,7 @@ class _Loaded:
             say(f"warning: {conflict}")
         return task
 
-    def evaluate(
-        self, temperature: float | None, top_p: float, batch_size: int, responses: Path
-    ) -> EvaluationRow:
+    def evaluate(self, temperature: float | None, top_p: float, responses: Path) -> EvaluationRow:
         config = self.config
         return evaluate(
             self.policy,
@@ -235,7 +231,7 @@ class _Loaded:
             temperature=temperature,
             top_p=top_p,
             responses=responses,
-            budget=Budget(max_sequences=batch_size, progress=True),
+            budget=Budget(max_sequences=_max_sequences(config), progress=True),
         )
 
 

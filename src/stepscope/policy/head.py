@@ -38,6 +38,11 @@ def replaying() -> bool:
     return bool(_replaying)
 
 
+def runs_whole(model: nn.Module) -> bool:
+    """Whether a model is known to be one that cannot be cut, so that its logits are all made at once."""
+    return model in _found and _found[model] is None
+
+
 class _Replay:
     """A block that counts as :func:`replaying`; it may be entered again and again."""
 

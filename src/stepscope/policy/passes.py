@@ -1,7 +1,8 @@
 """Passes of a policy over a batch: cut into micro-batches, gathered, run, un-padded and shown here alone.
 
-Whatever runs a model over more sequences than fit at once does so through :func:`sweep`, within a
-:class:`Budget`: the one place that knows how large a micro-batch may be and where it runs.
+Whatever runs a model over more sequences than fit at once does so through :func:`sweep` (generation through
+:func:`in_pieces`), within a :class:`Budget`: the one place that knows how large a micro-batch may be and
+where it runs, and that halves it where the memory does not suffice.
 """
 
 from __future__ import annotations
@@ -22,13 +23,17 @@ from torch import Tensor, nn
 
 from stepscope.errors import MeasurementError
 from stepscope.policy.forward import TokenBatch, make_batch
+from stepscope.policy.memory import Use, room
 from stepscope.policy.profiler import watched
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 
 T = TypeVar("T")
+Width = tuple[int, int]
+"""Tokens of a prompt and of its response, which are padded apart."""
+
 _bars: list[str] = []  # the one on the terminal
-_most_tokens: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # padded, of a micro-batch of a model
+_most_tokens: WeakKeyDictionary[nn.Module, dict[Use, int]] = WeakKeyDictionary()  # of a micro-batch, padded
 logger = logging.getLogger(__name__)
 
 
@@ -38,7 +43,8 @@ class Budget:
 
     Attributes:
         max_sequences: most sequences in a micro-batch.
-        max_tokens: most padded tokens in a micro-batch, or None for no limit.
+        max_tokens: most padded tokens in a micro-batch, or None for what is estimated to fit the memory at
+            hand.
         memory_bytes: for gradients that are kept; activations of a micro-batch come on top.
         scratch: existing folder to keep gradients in, on disk, or None for memory alone.
         progress: show progress bars on standard error, where that is a terminal.
@@ -93,17 +99,27 @@ def by_length(rollouts: Rollouts) -> list[int]:
     return sorted(range(len(totals)), key=lambda i: (-totals[i], i))
 
 
-def cut(rollouts: Rollouts, order: Sequence[int], budget: Budget) -> list[slice]:
-    """The micro-batches of some sequences, as slices of ``order``."""
-    totals = lengths(rollouts)
+def widths(rollouts: Rollouts, order: Sequence[int]) -> list[Width]:
+    """Tokens of prompt and response of some sequences."""
+    return [(len(rollouts.prompt_token_ids[i]), len(rollouts.response_token_ids[i])) for i in order]
+
+
+def padded(items: Sequence[Width]) -> int:
+    """Columns of a micro-batch: the longest prompt and the longest response, whosever they are."""
+    return max(prompt for prompt, _ in items) + max(response for _, response in items)
+
+
+def cut(items: Sequence[Width], budget: Budget) -> list[slice]:
+    """The micro-batches of items of such widths, as slices of their order."""
     most = float("inf") if budget.max_tokens is None else budget.max_tokens
-    pieces, start, widest = [], 0, 0
-    for stop, i in enumerate(order):
-        count, widest = stop - start, max(widest, totals[i])
-        if count and (count == budget.max_sequences or widest * (count + 1) > most):
+    pieces, start, widest = [], 0, (0, 0)
+    for stop, item in enumerate(items):
+        count, together = stop - start, (max(widest[0], item[0]), max(widest[1], item[1]))
+        if count and (count == budget.max_sequences or sum(together) * (count + 1) > most):
             pieces.append(slice(start, stop))
-            start, widest = stop, totals[i]
-    return [*pieces, slice(start, len(order))] if order else []
+            start, together = stop, item
+        widest = together
+    return [*pieces, slice(start, len(items))] if items else []
 
 
 def gather(policy: Policy, rollouts: Rollouts, chosen: Sequence[int]) -> TokenBatch:
@@ -134,10 +150,7 @@ def sweep(
     divisible: bool = True,
     what: str = "",
 ) -> Iterator[tuple[TokenBatch, T]]:
-    """The micro-batches, one at a time, each with what ``run`` makes of it.
-
-    Where the memory does not suffice for a micro-batch, it and all after it, in this sweep and later ones of
-    the model, have half its padded tokens, and a line says so.
+    """The micro-batches, one at a time, each with what ``run`` makes of it; see :func:`in_pieces`.
 
     Args:
         policy: on whose device the micro-batches are.
@@ -149,45 +162,87 @@ def sweep(
         what: title of the progress bar; none is shown without.
 
     Raises:
-        MeasurementError: the memory does not suffice for a single sequence, or for a micro-batch that is not
+        TooLargeError: the memory does not suffice for a single sequence, or for a micro-batch that is not
             divisible.
     """
     chosen = by_length(rollouts) if order is None else order
-    known = fitting(policy, budget) if divisible else budget
-    waiting = deque(cut(rollouts, chosen, known))
     run = watched(run)
+
+    def one(piece: slice) -> tuple[TokenBatch, T]:
+        batch = gather(policy, rollouts, chosen[piece])
+        return batch, run(batch)
+
+    items = widths(rollouts, chosen)
+    yield from in_pieces(policy, items, one, budget=budget, divisible=divisible, what=what)
+
+
+def in_pieces(
+    policy: Policy,
+    items: Sequence[Width],
+    run: Callable[[slice], T],
+    *,
+    budget: Budget,
+    use: Use = "passes",
+    divisible: bool = True,
+    what: str = "",
+) -> Iterator[T]:
+    """What ``run`` makes of items, as many at a time as the budget and the memory at hand allow.
+
+    Where the memory does not suffice for a piece, it and all after it, here and in later calls for the model,
+    have half its padded tokens, and a line says so.
+
+    Args:
+        policy: whose model runs.
+        items: their widths.
+        run: called with one slice of the items after the other; again with a part of one that ran out of
+            memory.
+        budget: how large pieces are.
+        use: what the memory is for.
+        divisible: whether a piece that the budget allows may be run in parts.
+        what: title of the progress bar; none is shown without.
+
+    Raises:
+        TooLargeError: the memory does not suffice for a single item, or for a piece that is not divisible.
+    """
+
+    def from_start(start: int) -> list[slice]:
+        known = fitting(policy, budget, items[start:], use) if divisible else budget
+        return [slice(start + s.start, start + s.stop) for s in cut(items[start:], known)]
+
+    waiting = deque(from_start(0))
 
     def pieces() -> Iterator[slice]:
         while waiting:
             yield waiting.popleft()
 
     for piece in track(pieces(), what, budget, total=len(waiting)) if what else pieces():
-        batch = gather(policy, rollouts, chosen[piece])
-        found = _within_memory(run, batch, divisible and len(batch) > 1)
-        if found is None:
-            _learn(policy, batch)
-            waiting.clear()
-            smaller = cut(rollouts, chosen[piece.start :], fitting(policy, budget))
-            waiting.extend(slice(piece.start + s.start, piece.start + s.stop) for s in smaller)
+        count, width = piece.stop - piece.start, padded(items[piece])
+        try:
+            found = run(piece)
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            if count > 1:
+                _learn(policy, use, count, width)
+            if not divisible or count == 1:
+                raise TooLargeError(count, width) from error
+        else:
+            yield found
             continue
-        yield batch, found[0]
+        clear_device_cache(garbage_collection=True)
+        waiting.clear()
+        waiting.extend(from_start(piece.start))
 
 
-def _within_memory(run: Callable[[TokenBatch], T], batch: TokenBatch, divisible: bool) -> tuple[T] | None:
-    """What a function makes of a micro-batch; None where the memory did not suffice.
+class TooLargeError(MeasurementError):
+    """The memory does not suffice for a micro-batch that cannot be cut."""
 
-    Raises:
-        MeasurementError: the micro-batch is not divisible.
-    """
-    try:
-        return (run(batch),)
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        if not divisible:
-            raise too_large(batch) from error
-    clear_device_cache(garbage_collection=True)
-    return None
+    def __init__(self, count: int, length: int) -> None:
+        cure = "a smaller batch_size" if count > 1 else "--precision bfloat16, shorter responses"
+        super().__init__(
+            f"out of memory with {count} sequence(s) of {length} tokens at a time; use {cure}, or a device "
+            "with more memory"
+        )
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -196,31 +251,35 @@ def out_of_memory(error: Exception) -> bool:
     return found
 
 
-def too_large(batch: TokenBatch) -> MeasurementError:
-    """What to say where the memory does not suffice for a micro-batch that cannot be cut."""
-    count, length = batch.input_ids.shape
-    cure = "a smaller batch_size" if count > 1 else "--precision bfloat16, shorter responses"
-    return MeasurementError(
-        f"out of memory with {count} sequence(s) of {length} tokens at a time; use {cure}, or a device with "
-        "more memory"
-    )
-
-
-def _learn(policy: Policy, batch: TokenBatch) -> None:
+def _learn(policy: Policy, use: Use, count: int, width: int) -> None:
     """From now on micro-batches of a model have at most half the padded tokens of this one."""
-    _most_tokens[policy.model] = max(1, batch.input_ids.numel() // 2)
+    _most_tokens.setdefault(policy.model, {})[use] = max(1, count * width // 2)
     logger.warning(
         "out of memory with %d sequences of %d tokens; going on with micro-batches of half the tokens",
-        *batch.input_ids.shape,
+        count,
+        width,
     )
 
 
-def fitting(policy: Policy, budget: Budget) -> Budget:
-    """The budget within what is known of the memory that passes of this model take."""
-    known = _most_tokens.get(policy.model)
-    if known is None or (budget.max_tokens is not None and budget.max_tokens <= known):
+def fitting(policy: Policy, budget: Budget, items: Sequence[Width], use: Use = "passes") -> Budget:
+    """The budget with a number of padded tokens that is estimated to fit, within what is known not to.
+
+    Args:
+        policy: whose model runs.
+        budget: what is asked for; its own ``max_tokens`` counts where it has one.
+        items: widths of what is to be cut.
+        use: what the memory is for.
+    """
+    if not items:
         return budget
-    return replace(budget, max_tokens=known)
+    most = budget.max_tokens
+    if most is None and len(items) > 1 and budget.max_sequences > 1:
+        most = room(
+            policy, use, narrowest=min(map(sum, items)), widest=padded(items), kept_bytes=budget.memory_bytes
+        )
+    known = _most_tokens.get(policy.model, {}).get(use)
+    limits = [limit for limit in (most, known) if limit is not None]
+    return replace(budget, max_tokens=min(limits)) if limits else budget
 
 
 def sweep_rows(

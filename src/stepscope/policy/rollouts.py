@@ -22,7 +22,7 @@ from stepscope.errors import BatchError, CheckpointError, MeasurementError, show
 from stepscope.policy.forward import TokenBatch, base_model, forward, plain_experts
 from stepscope.policy.loss.estimators import with_advantages
 from stepscope.policy.numerics.precision import matching_precision
-from stepscope.policy.passes import Budget, sweep_rows, track
+from stepscope.policy.passes import Budget, in_pieces, sweep_rows
 from stepscope.policy.profiler import generating
 from stepscope.policy.state import Policy
 from stepscope.policy.texts import ResponseText
@@ -202,11 +202,7 @@ def sample_responses(
     """
     for ids in prompts:
         _require_room(policy, len(ids))
-    uniforms = _uniforms(np.random.default_rng([seed, 1]), len(prompts), policy.settings.max_response_tokens)
-    responses: list[tuple[int, ...]] = []
-    for start in range(0, len(prompts), budget.max_sequences):
-        rows = slice(start, start + budget.max_sequences)
-        responses += _generate(policy, prompts[rows], uniforms[rows], Sampler())
+    responses = _responses(policy, prompts, np.random.default_rng([seed, 1]), Sampler(), budget)
     ends = set(end_tokens(policy))
     read = response_text(policy)
     texts = [policy.tokenizer.decode(list(ids)) for ids in prompts]
@@ -326,12 +322,7 @@ def _sample_groups(
     """``group_size`` scored responses to each problem."""
     prompts = [_prompt(policy, task, problem) for problem in problems]
     rows = [i for i in range(len(problems)) for _ in range(group_size)]
-    responses: list[tuple[int, ...]] = []
-    size = budget.max_sequences
-    for start in track(range(0, len(rows), size), "sampling", budget):
-        chunk = rows[start : start + size]
-        uniforms = _uniforms(generator, len(chunk), policy.settings.max_response_tokens)
-        responses += _generate(policy, [prompts[i].token_ids for i in chunk], uniforms, sampler)
+    responses = _responses(policy, [prompts[i].token_ids for i in rows], generator, sampler, budget)
     ends = set(end_tokens(policy))
     read = response_text(policy)
     groups: list[list[_Sequence]] = [[] for _ in problems]
@@ -396,6 +387,25 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]
         level = self.uniforms[:, column : column + 1] * below[:, -1:]
         token = torch.searchsorted(below, level, right=True)
         return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+def _responses(
+    policy: Policy,
+    prompts: Sequence[tuple[int, ...]],
+    generator: np.random.Generator,
+    sampler: Sampler,
+    budget: Budget,
+) -> list[tuple[int, ...]]:
+    """A response to each of some prompts."""
+    longest = policy.settings.max_response_tokens
+    uniforms = _uniforms(generator, len(prompts), longest)
+
+    def some(rows: slice) -> list[tuple[int, ...]]:
+        return _generate(policy, prompts[rows], uniforms[rows], sampler)
+
+    widths = [(len(ids), longest) for ids in prompts]
+    found = in_pieces(policy, widths, some, budget=budget, use="generation", what="sampling")
+    return [response for rows in found for response in rows]
 
 
 def _generate(

@@ -26,7 +26,7 @@ from stepscope.policy.gradients.stream import (
     coverage_of,
     stream,
 )
-from stepscope.policy.passes import Budget, by_length, cut, fitting, lengths
+from stepscope.policy.passes import Budget, TooLargeError, by_length, cut, fitting, lengths, widths
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import Rollouts
@@ -86,16 +86,17 @@ def grams(
         MeasurementError: a metric does not fit the policy, or the budget does not hold one sequence.
     """
     check_metrics(policy, metrics)
-    budget = fitting(policy, budget)
     order = by_length(gradients.rollouts)
     theirs = [] if other is None else by_length(other.rollouts)
     size = len(order) if budget.scratch else _block_size(policy, gradients.rollouts, budget)
     blocks = [slice(start, min(start + size, len(order))) for start in range(0, len(order), size)]
     square = _zeros(metrics, len(order), len(order))
     cross, norms = _zeros(metrics, len(theirs), len(order)), _zeros(metrics, len(theirs))
-    if len(blocks) == 1 and other is None and len(cut(gradients.rollouts, order, budget)) == 1:
-        _square_at_once(policy, gradients, square, metrics, budget)
-    else:
+    if (
+        len(blocks) > 1
+        or other is not None
+        or not _square_at_once(policy, gradients, square, metrics, budget)
+    ):
         for block in blocks:
             with _stored(policy, gradients, order[block], metrics, budget) as store:
                 for m, k in store.square().items():
@@ -136,16 +137,32 @@ def _stored(
 
 def _square_at_once(
     policy: Policy, gradients: SequenceGradients, square: dict[str, Tensor], metrics: Metrics, budget: Budget
-) -> None:
-    """All sequences in one micro-batch: each layer's products are added up and its gradients forgotten."""
+) -> bool:
+    """All sequences in one micro-batch: each layer's products are added up and its gradients forgotten.
+
+    Returns:
+        Whether they fit.
+    """
+    items = widths(gradients.rollouts, by_length(gradients.rollouts))
+    budget = fitting(policy, budget, items)
+    if len(cut(items, budget)) > 1:
+        return False
+    total = _zeros(metrics, len(items), len(items))
 
     def consume(gradient: LayerGradient, rows: slice) -> None:
         layer = GradientStore(rows.stop, metrics)
         layer.hold(gradient, rows)
         for m, k in layer.square().items():
-            square[m] += k
+            total[m] += k
 
-    stream(policy, gradients, consume, divisible=False, budget=budget)
+    try:
+        stream(policy, gradients, consume, divisible=False, budget=budget)
+    except TooLargeError:
+        if len(items) == 1:
+            raise
+        return False
+    square.update(total)
+    return True
 
 
 def _stream_past(

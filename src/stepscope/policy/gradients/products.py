@@ -105,8 +105,8 @@ def paired_dots(
 ) -> dict[str, FloatArray]:
     """(seq,) inner products grad first_i . P . grad second_i of two gradients of the same sequence.
 
-    Costs two gradient passes. The first gradients of a micro-batch are held while the second stream past, so
-    a micro-batch has as many sequences as the budget's memory holds, at most its ``max_sequences``.
+    Costs two gradient passes. The first gradients of a block are held while the second stream past; a block
+    has as many sequences as the budget's memory holds, at most its ``max_sequences``.
 
     Args:
         policy: its trainable parameters are differentiated.
@@ -122,7 +122,7 @@ def paired_dots(
     order = by_length(first.rollouts)
     own = sum(p.numel() * max(4, p.element_size()) for p in policy.parameters.values())
     size = max(1, min(budget.max_sequences, budget.memory_bytes // own))
-    held = replace(budget, max_sequences=size, max_tokens=None, progress=False)
+    held = replace(budget, max_sequences=size, progress=False)
     found = {m: np.zeros(len(order)) for m in metrics}
     for start in range(0, len(order), size):
         block = order[start : start + size]
@@ -132,10 +132,10 @@ def paired_dots(
         def consume(
             gradient: LayerGradient, rows: slice, store: GradientStore = store, block: list[int] = block
         ) -> None:
-            for metric, products in store.paired(gradient).items():
-                found[metric][block] += products.numpy()
+            for metric, products in store.paired(gradient, rows).items():
+                found[metric][block[rows]] += products.numpy()
 
-        stream(policy, second, consume, order=block, in_parts=True, divisible=False, budget=held)
+        stream(policy, second, consume, order=block, in_parts=True, budget=held)
     return found
 
 

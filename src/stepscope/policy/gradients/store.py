@@ -127,9 +127,9 @@ class GradientStore:
                     result[cols, rows] = product.double().cpu().T
         return result
 
-    def paired(self, gradient: LayerGradient) -> dict[str, Tensor]:
-        """(seq,) inner products h_i' P g_i with other gradients h of the block's own sequences."""
-        return self._multiplied(gradient, torch.linalg.vecdot)
+    def paired(self, gradient: LayerGradient, rows: slice) -> dict[str, Tensor]:
+        """(seq,) inner products h_i' P g_i with other gradients h of the block's sequences at ``rows``."""
+        return self._multiplied(gradient, lambda others, chunk: torch.linalg.vecdot(others, chunk[rows]))
 
     def cross(self, gradient: LayerGradient) -> dict[str, Tensor]:
         """(other, seq) inner products h_e' P g_i with the gradients h of other sequences."""

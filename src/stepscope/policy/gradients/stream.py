@@ -21,7 +21,7 @@ from stepscope.policy.gradients.coverage import Coverage, NotSeparableError, cla
 from stepscope.policy.gradients.derivatives import Objective
 from stepscope.policy.gradients.layer_gradient import LayerGradient, Whole, matrix_shape
 from stepscope.policy.numerics.differentiation import has_detached_parts, whole_function
-from stepscope.policy.passes import Budget, out_of_memory, sweep, too_large
+from stepscope.policy.passes import Budget, TooLargeError, out_of_memory, sweep
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 
@@ -107,7 +107,7 @@ def stream(
                 hand_over(gradient)
         except RuntimeError as error:
             if begun and out_of_memory(error):  # what was handed over cannot be taken back
-                raise too_large(batch) from error
+                raise TooLargeError(*batch.input_ids.shape) from error
             raise
 
     with nullcontext() if gradients.as_trained else whole_function(policy.model):
