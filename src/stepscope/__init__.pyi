@@ -28,6 +28,8 @@ from .policy.checkpoint.load import load_checkpoint as load_checkpoint
 from .policy.loss.settings import StepSettings as StepSettings
 from .policy.optim.base import OptimizerState as OptimizerState
 from .policy.passes import Budget as Budget
+from .policy.recorded import RecordedStep as RecordedStep
+from .policy.recorded import RecordedTraining as RecordedTraining
 from .policy.rollouts import Nucleus as Nucleus
 from .policy.rollouts import SamplingOptions as SamplingOptions
 from .policy.rollouts import sample_rollouts as sample_rollouts
@@ -49,5 +51,6 @@ from .stats import Estimate as Estimate
 from .tasks import Task as Task
 from .tasks import load_task as load_task
 from .training.probe.callback import StepProbe as StepProbe
+from .training.record.callback import StepRecorder as StepRecorder
 
 __version__: str

@@ -128,6 +128,20 @@ class StepProbeConfig(Section):
     max_sequences: int = Field(default=32, ge=1)
 
 
+class RecordConfig(Section):
+    """The record of every optimizer step, in ``OUT/record``: batch, token weights, gradient, states.
+
+    Attributes:
+        state_every: steps from one whole state (parameters and moments) that is kept to the next.
+        max_bytes: most that the record may take; states are thinned out to fit.
+        check: hold the token weights against the gradient at the first step.
+    """
+
+    state_every: int = Field(default=16, ge=1)
+    max_bytes: int = Field(default=50_000_000_000, ge=1)
+    check: bool = True
+
+
 class RlConfig(Section):
     """Reinforcement learning: every batch is sampled from the policy itself, used and dropped.
 
@@ -155,6 +169,7 @@ class RlConfig(Section):
         gradient_checkpointing: trade time for memory in the backward pass.
         optimizer: AdamW and its schedule.
         probe: probes inside the training, or null for none; rows go to ``OUT/probes.parquet``.
+        record: record every step for an account of the whole training, or null for none.
         report_to: where curves go: any name TRL knows.
     """
 
@@ -178,6 +193,7 @@ class RlConfig(Section):
     gradient_checkpointing: bool = False
     optimizer: OptimizerConfig = OptimizerConfig()
     probe: StepProbeConfig | None = None
+    record: RecordConfig | None = None
     report_to: list[str] = Field(default_factory=lambda: ["tensorboard"])
 
     @model_validator(mode="after")

@@ -24,6 +24,8 @@ from stepscope.rules import UNCLIPPED, EntropyBonus
 from stepscope.tasks.load import TemplatedTask, asked_through
 from stepscope.tasks.problem import Problem, Score, Task
 from stepscope.training.probe.callback import StepProbe
+from stepscope.training.record.callback import StepRecorder
+from stepscope.training.record.tap import Known
 from stepscope.training.setup.arguments import diverged, install_callbacks, shared_arguments
 from stepscope.training.setup.prompts import prompt_rows
 from stepscope.training.setup.start import adapter, writing
@@ -105,6 +107,12 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         metrics["reward_kept"].append(metrics["reward"][-1])
         metrics["reward"][-1] = self._sampled_reward
         return output
+
+    def known_response(self, row: dict[str, Any], completion: str) -> Known:
+        """What a recorder of the training cannot see of a completion to a row of the data set."""
+        problem = self.reward.problems[row["index"]]
+        correct = self.reward.score(row["index"], completion).correct
+        return Known(problem.prompt_id, problem.question, correct)
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """The next micro-batch, with advantages per token where there is an objective."""
@@ -362,6 +370,8 @@ def reinforce(
     if rl.probe is not None:
         probe = StepProbe(task, seed=config.seed, file=out / "probes.parquet", **rl.probe.model_dump())
         trainer.add_callback(probe)
+    if rl.record is not None:
+        trainer.add_callback(StepRecorder(out, **rl.record.model_dump()))
     install_callbacks(
         trainer,
         section="rl",

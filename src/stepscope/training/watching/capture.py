@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -39,13 +39,18 @@ class Captured(SeenSequence):
 
     Attributes:
         weights: (tok,) token weights -dLoss/dl that the loss sent back.
+        entropy_weights: (tok,) -dLoss/dH, where it sent some back to the entropies, too (a bonus).
     """
 
     weights: FloatArray
+    entropy_weights: FloatArray | None = None
+
+
+C = TypeVar("C", bound=Captured)
 
 
 @dataclass
-class _MicroBatch:
+class MicroBatch:
     """What one forward pass of the loss gave; all (seq, pos) but for the weights that backward adds.
 
     Position j of ``logprobs``, ``entropies`` and ``scored`` belongs to token j + 1 of ``ids``.
@@ -57,10 +62,42 @@ class _MicroBatch:
     logprobs: Tensor
     entropies: Tensor
     weights: Tensor | None = None
+    entropy_weights: Tensor | None = None
 
     def take_gradient(self, gradient: Tensor) -> None:
         """Keep dLoss/dlogprob, with its sign turned."""
         self.weights = -gradient.detach()
+
+    def take_entropy_gradient(self, gradient: Tensor) -> None:
+        """Keep dLoss/dentropy, with its sign turned."""
+        self.entropy_weights = -gradient.detach()
+
+    def sequences(self) -> list[tuple[int, Captured]]:
+        """The sequences that are in the loss, without padding, each with its row."""
+        assert self.weights is not None
+        ids, attention, scored, logprobs, entropies, weights = (
+            values.cpu()
+            for values in (self.ids, self.attention, self.scored, self.logprobs, self.entropies, self.weights)
+        )
+        bonus = None if self.entropy_weights is None else self.entropy_weights.cpu()
+        found = []
+        start = int(scored.any(0).int().argmax()) + 1
+        for row in range(len(ids)):
+            mask = scored[row]
+            if not mask.any():  # taken out of the loss
+                continue
+            real = attention[row].clone()
+            real[start:] = False
+            captured = Captured(
+                prompt_ids=tuple(ids[row][real].tolist()),
+                response_ids=tuple(ids[row, 1:][mask].tolist()),
+                logprobs=numbers(logprobs[row][mask]),
+                entropies=numbers(entropies[row][mask]),
+                weights=numbers(weights[row][mask]),
+                entropy_weights=None if bonus is None else numbers(bonus[row][mask]),
+            )
+            found.append((row, captured))
+        return found
 
 
 @dataclass
@@ -73,10 +110,11 @@ class BatchRecorder:
 
     Attributes:
         model: the model that is trained, without wrappers.
+        seen: the micro-batches so far.
     """
 
     model: nn.Module
-    _seen: list[_MicroBatch] = field(default_factory=list)
+    seen: list[MicroBatch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Start to record."""
@@ -90,7 +128,7 @@ class BatchRecorder:
         logprobs = getattr(output, "log_probs", None)
         if logprobs is None or not logprobs.requires_grad:
             return
-        micro = _MicroBatch(
+        micro = MicroBatch(
             ids=kwargs["input_ids"],
             attention=kwargs["attention_mask"].bool(),
             scored=output.label_mask,
@@ -98,44 +136,34 @@ class BatchRecorder:
             entropies=output.entropy.detach(),
         )
         logprobs.register_hook(micro.take_gradient)
-        self._seen.append(micro)
+        if output.entropy.requires_grad:
+            output.entropy.register_hook(micro.take_entropy_gradient)
+        self.seen.append(micro)
 
     def gather(self) -> list[Captured]:
-        """The sequences of the whole step, those of all processes; every process has to call this.
+        """The sequences of the whole step, those of all processes; every process has to call this."""
+        return gathered([s for micro in self.seen if micro.weights is not None for _, s in micro.sequences()])
 
-        Weights are divided by the number of processes, since their gradients are averaged.
-        """
-        own = [sequence for micro in self._seen if micro.weights is not None for sequence in _rows(micro)]
-        if torch.distributed.is_initialized() and (world := torch.distributed.get_world_size()) > 1:
-            every = gather_object(own)
-            return [replace(sequence, weights=sequence.weights / world) for sequence in every]
+
+def gathered(own: list[C]) -> list[C]:
+    """The sequences of all processes; every process has to call this.
+
+    Weights are divided by the number of processes, since their gradients are averaged.
+    """
+    if not torch.distributed.is_initialized() or (world := torch.distributed.get_world_size()) == 1:
         return own
-
-
-def _rows(micro: _MicroBatch) -> list[Captured]:
-    """The sequences of a micro-batch, without padding."""
-    assert micro.weights is not None
-    found = []
-    start = int(micro.scored.any(0).int().argmax()) + 1
-    for row in range(len(micro.ids)):
-        mask = micro.scored[row]
-        if not mask.any():  # taken out of the loss
-            continue
-        real = micro.attention[row].clone()
-        real[start:] = False
-        found.append(
-            Captured(
-                prompt_ids=tuple(micro.ids[row][real].tolist()),
-                response_ids=tuple(micro.ids[row, 1:][mask].tolist()),
-                logprobs=_numbers(micro.logprobs[row][mask]),
-                entropies=_numbers(micro.entropies[row][mask]),
-                weights=_numbers(micro.weights[row][mask]),
-            )
+    return [
+        replace(
+            sequence,
+            weights=sequence.weights / world,
+            entropy_weights=None if (bonus := sequence.entropy_weights) is None else bonus / world,
         )
-    return found
+        for sequence in gather_object(own)
+    ]
 
 
-def _numbers(values: Tensor) -> FloatArray:
+def numbers(values: Tensor) -> FloatArray:
+    """An array in float64."""
     return np.asarray(values.double().cpu().numpy(), dtype=np.float64)
 
 
