@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import cases
+from stepscope.measure.quantity.base import make_quantity, readings_of
+from stepscope.measure.quantity.values import derivatives, hidden_states, values_at
 from stepscope.policy import head
 from stepscope.policy.forward import TokenBatch, TokenOutputs, base_model, forward, make_batch
 from stepscope.policy.gradients.derivatives import directional_derivative, gradient
@@ -134,6 +137,39 @@ def test_a_model_that_cannot_be_cut_is_run_whole(monkeypatch: pytest.MonkeyPatch
         assert head.head_of(policy.model, policy.model, rows, inside=_as_it_is) is None
 
 
+def divergence(policy: Policy, update: Rollouts, reference: nn.Module | None) -> SequenceGradients:
+    """The KL divergence from another model, or from that under the adapter, per sequence."""
+    kl = make_quantity("kl", update, policy=policy, reference=reference)
+    readings = partial(readings_of, [kl])
+    return SequenceGradients(update, kl.prefix_values, as_trained=False, readings=readings)
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_divergences_in_pieces(monkeypatch: pytest.MonkeyPatch, adapter: bool) -> None:
+    model = cases.model("llama")
+    policy = policy_of(cases.adapted(model, **LORA) if adapter else model)
+    reference = None if adapter else lift_model(cases.model("gemma2", seed=1, **SCALED["gemma2"]))
+    update, u = batch(), random_direction(policy)
+    one = divergence(policy, update, reference)
+    kl = make_quantity("kl", update, policy=policy, reference=reference)
+
+    def found() -> dict[str, Tensor]:
+        tables = values_at(policy, update, [kl]), *derivatives(policy, update, [kl], u, order=2)
+        return {
+            "values and slopes": torch.from_numpy(np.stack([table.prefix for table in tables])),
+            "products": torch.from_numpy(per_sequence_dot(policy, one, u)),
+            "kernel": gram(policy, one, preconditioner={n: t.square() for n, t in u.items()}),
+        }
+
+    whole = found()
+    assert float(whole["values and slopes"].abs().min(0).values.max()) > 0
+    with pieces(monkeypatch, 3 * 2 * len(cases.CHARACTERS)):
+        in_pieces = found()
+    torch.testing.assert_close(in_pieces, whole, rtol=1e-11, atol=1e-12)
+    slopes = torch.from_numpy(derivatives(policy, update, [kl], u)[0].prefix).sum((0, -1))
+    torch.testing.assert_close(whole["products"], slopes, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 def test_no_tensor_is_larger_than_a_piece(monkeypatch: pytest.MonkeyPatch, adapter: bool) -> None:
     vocabulary, hidden = 997, 16
@@ -146,6 +182,9 @@ def test_no_tensor_is_larger_than_a_piece(monkeypatch: pytest.MonkeyPatch, adapt
     update = cases.rollouts([row[:3] for row in ids], [row[3:] for row in ids], temperature=1.0)
     u = random_direction(policy)
     one = SequenceGradients(update, what_is_said)
+    reference = None if adapter else lift_model(cases.model("llama", seed=1, vocab_size=vocabulary))
+    kl = make_quantity("kl", update, policy=policy, reference=reference)
+    apart = divergence(policy, update, reference)
     per_sequence_dot(policy, one, u)  # the check of how parameters are covered is done once
 
     def logits(tensor: Tensor) -> bool:
@@ -155,8 +194,16 @@ def test_no_tensor_is_larger_than_a_piece(monkeypatch: pytest.MonkeyPatch, adapt
         "gradient": lambda: gradient(policy, update, what_is_said),
         "forward": lambda: directional_derivative(policy, update, what_is_said, u, mode="forward"),
         "per sequence": lambda: per_sequence_dot(policy, one, u),
+        "divergence": lambda: values_at(policy, update, [kl]),
+        "divergence forward": lambda: derivatives(policy, update, [kl], u, order=2),
+        "divergence per sequence": lambda: per_sequence_dot(policy, apart, u),
+        "hidden states": lambda: hidden_states(policy, update),
     }
     for name, run in runs.items():
         with pieces(monkeypatch, 2 * 4 * vocabulary), cases.Largest(logits) as largest:
             run()
         assert 0 < largest.found <= 2 * 4 * vocabulary, name
+    gradients = 2 * vocabulary * (2 if adapter else hidden)  # of the head, of both sequences
+    with pieces(monkeypatch, 2 * 4 * vocabulary), cases.Largest(logits) as largest:
+        gram(policy, one)
+    assert 0 < largest.found <= gradients + 2 * 4 * vocabulary

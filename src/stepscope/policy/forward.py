@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,10 +22,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from stepscope.errors import BatchError, MeasurementError
-from stepscope.policy.head import head_of
+from stepscope.policy.head import Replay, head_of
 from stepscope.policy.numerics.differentiation import differentiable
 from stepscope.policy.numerics.precision import matching_precision
 from stepscope.results import BoolArray, FloatArray
+
+Reading = Callable[[Tensor, slice], Tensor]
+"""From (seq, some, vocab) log pi of some response positions, and which these are, to (seq, some) figures.
+
+It is asked for all positions, a few at a time, and may be asked again while gradients are taken."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,7 @@ class TokenBatch:
 
     def row(self, index: int) -> TokenBatch:
         """One sequence, with the padding that it has here."""
-        return TokenBatch(*(getattr(self, field.name)[index : index + 1] for field in fields(self)))
+        return TokenBatch(*(getattr(self, own.name)[index : index + 1] for own in fields(self)))
 
     def unpad(self, values: Tensor) -> tuple[Tensor, ...]:
         """The rows of (seq,) or (seq, tok, ...) values, those of tokens without padding."""
@@ -92,6 +98,7 @@ class TokenOutputs:
         collisions: (seq, tok) sum_v pi_v^2, the chance that two draws agree; present on request.
         discriminators: (seq, tok) M_k = sum_v pi_v^2 (log pi_v + H_k), the mean over v ~ pi of
             S_v = pi_v (log pi_v + H_k) = -dH_k/dz_v; present on request.
+        read: (seq, tok) what each reading that was asked for says, by its key.
     """
 
     logprobs: Tensor
@@ -100,6 +107,7 @@ class TokenOutputs:
     hidden: Tensor | None = None
     collisions: Tensor | None = None
     discriminators: Tensor | None = None
+    read: Mapping[Hashable, Tensor] = field(default_factory=dict)
 
 
 def base_model(model: nn.Module) -> nn.Module:
@@ -250,6 +258,7 @@ def forward(
     keep_logits: bool = False,
     keep_hidden: bool = False,
     keep_squares: bool = False,
+    readings: Mapping[Hashable, Reading] = MappingProxyType({}),
 ) -> TokenOutputs:
     """Log-probs and entropies of the response tokens of a batch.
 
@@ -262,9 +271,10 @@ def forward(
         temperature: T of pi(.|s) = softmax(z(s)/T).
         params: values to use instead of the model's own, by ``named_parameters()`` name; missing names keep
             the model's own value.
-        keep_logits: also return logits / temperature.
+        keep_logits: also return logits / temperature, all at once: for small vocabularies.
         keep_hidden: also return the last hidden states.
         keep_squares: also return the sums over pi_v^2, ``collisions`` and ``discriminators``.
+        readings: what else to read off the distribution at every position, by key.
 
     A model whose parameters are float64 computes in float64 throughout (``true_float64``); logits in
     bfloat16 or float16 are divided and normalised in float32.
@@ -282,7 +292,11 @@ def forward(
         head = head_of(model, base_model(model), batch.response_ids, inside=inside, params=params)
     if head is not None:
         hidden = head.hidden(inputs)[:, -length - 1 : -1]
-        say = partial(_figures, temperature=temperature, squares=keep_squares)
+
+        def say(raw: Tensor, at: slice) -> tuple[Tensor, ...]:
+            tempered, ids = _tempered(raw, temperature), batch.response_ids[:, at]
+            return _of_logits(tempered, ids, keep_squares, readings, at)
+
         figures = head.in_pieces(say, hidden, batch.response_ids)
     else:
         if keep_hidden:
@@ -294,10 +308,11 @@ def forward(
                 out = torch.func.functional_call(model, dict(params), (), inputs)
         hidden = out.hidden_states[-1][:, -length - 1 : -1] if keep_hidden else None
         logits = _tempered(out.logits[:, -length - 1 : -1], temperature)
-        figures = _of_logits(logits, batch.response_ids, keep_squares)
+        figures = _of_logits(logits, batch.response_ids, keep_squares, readings, slice(0, length))
     mask = batch.response_mask
     _refuse_unsound(figures[0].detach(), figures[1].detach(), batch)
-    logprobs, entropies, *squares = (values.masked_fill(~mask, 0.0) for values in figures)
+    logprobs, entropies, *further = (values.masked_fill(~mask, 0.0) for values in figures)
+    squares = further[: len(further) - len(readings)]
     return TokenOutputs(
         logprobs=logprobs,
         entropies=entropies,
@@ -305,7 +320,51 @@ def forward(
         hidden=hidden if keep_hidden else None,
         collisions=squares[0] if squares else None,
         discriminators=squares[1] if squares else None,
+        read=dict(zip(readings, further[len(squares) :], strict=True)),
     )
+
+
+def log_distributions(
+    model: nn.Module,
+    batch: TokenBatch,
+    *,
+    temperature: float,
+    inside: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Callable[[slice], Tensor]:
+    """(seq, some, vocab) log pi of some response positions at a time, without gradient.
+
+    The backbone runs once, now; logits are made when they are asked for, where the model can be cut.
+
+    Args:
+        model: causal language model.
+        batch: padded sequences.
+        temperature: T of pi(.|s) = softmax(z(s)/T).
+        inside: contexts in which the model is the one that is meant, made anew for each run of it.
+
+    Raises:
+        MeasurementError: the model cannot be told the positions of padded sequences.
+    """
+    length = batch.response_ids.shape[1]
+    inputs = forward_inputs(model, batch, positions=length + 1)
+
+    @contextmanager
+    def run() -> Iterator[None]:
+        with torch.no_grad(), Replay(), inside(), _computing(model):
+            yield
+
+    head = head_of(model, base_model(model), batch.response_ids, inside=run)
+    if head is None:
+        with run():
+            whole = model(**inputs).logits[:, -length - 1 : -1]
+    else:
+        hidden = head.hidden(inputs)[:, -length - 1 : -1]
+
+    def some(at: slice) -> Tensor:
+        with torch.no_grad():
+            logits = whole[:, at] if head is None else head.logits(hidden[:, at], batch.response_ids[:, at])
+            return torch.log_softmax(_tempered(logits, temperature), dim=-1)
+
+    return some
 
 
 @contextmanager
@@ -327,21 +386,20 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
     return logits
 
 
-def _of_logits(logits: Tensor, ids: Tensor, squares: bool) -> tuple[Tensor, ...]:
-    """(seq, tok) log-probs, entropies and, on request, collisions and discriminators."""
+def _of_logits(
+    logits: Tensor, ids: Tensor, squares: bool, readings: Mapping[Hashable, Reading], at: slice
+) -> tuple[Tensor, ...]:
+    """(seq, some) log-probs, entropies and, on request, collisions, discriminators and readings."""
     distribution = torch.log_softmax(logits, dim=-1)
     logprobs = distribution.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     probs = distribution.exp()
     entropies = -(probs * distribution).sum(-1)
-    if not squares:
-        return logprobs, entropies
-    squared = probs.square()
-    collisions = squared.sum(-1)
-    return logprobs, entropies, collisions, (squared * distribution).sum(-1) + collisions * entropies
-
-
-def _figures(logits: Tensor, ids: Tensor, *, temperature: float, squares: bool) -> tuple[Tensor, ...]:
-    return _of_logits(_tempered(logits, temperature), ids, squares)
+    further = [reading(distribution, at) for reading in readings.values()]
+    if squares:
+        squared = probs.square()
+        collisions = squared.sum(-1)
+        further = [collisions, (squared * distribution).sum(-1) + collisions * entropies, *further]
+    return logprobs, entropies, *further
 
 
 def excluded_logit(dtype: torch.dtype) -> float:

@@ -43,7 +43,7 @@ def runs_whole(model: nn.Module) -> bool:
     return model in _found and _found[model] is None
 
 
-class _Replay:
+class Replay:
     """A block that counts as :func:`replaying`; it may be entered again and again."""
 
     def __enter__(self) -> None:
@@ -82,28 +82,34 @@ class Head:
         return found
 
     def in_pieces(
-        self, say: Callable[[Tensor, Tensor], tuple[Tensor, ...]], hidden: Tensor, ids: Tensor
+        self, say: Callable[[Tensor, slice], tuple[Tensor, ...]], hidden: Tensor, ids: Tensor
     ) -> tuple[Tensor, ...]:
         """What a function of logits says of every position, a few positions at a time.
 
         Args:
-            say: (seq, some, vocab) logits and their (seq, some) token ids to (seq, some) figures.
+            say: (seq, some, vocab) logits and which positions they are of to (seq, some) figures.
             hidden: (seq, tok, hidden).
             ids: (seq, tok) the tokens that follow.
         """
 
-        def piece(states: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-            with self.inside():
-                return self._run(lambda: say(self._logits(states, tokens), tokens))
+        def piece(states: Tensor, at: slice) -> tuple[Tensor, ...]:
+            return say(self.logits(states, ids[:, at]), at)
 
         run: Callable[..., tuple[Tensor, ...]] = piece
         if torch.is_grad_enabled() and self.params is None:
             run = partial(
                 checkpoint, piece, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts
             )
-        cuts = (torch.split(values, self.size, 1) for values in (hidden, ids))
-        parts = [run(*rows) for rows in zip(*cuts, strict=True)]
+        length = ids.shape[1]
+        starts = range(0, length, self.size)
+        cuts = [slice(start, min(start + self.size, length)) for start in starts]
+        parts = [run(*rows) for rows in zip(torch.split(hidden, self.size, 1), cuts, strict=True)]
         return tuple(torch.cat(columns, 1) for columns in zip(*parts, strict=True))
+
+    def logits(self, states: Tensor, tokens: Tensor) -> Tensor:
+        """(seq, some, vocab) of (seq, some, hidden) states before (seq, some) tokens."""
+        with self.inside():
+            return self._run(lambda: self._logits(states, tokens))
 
     def _logits(self, states: Tensor, tokens: Tensor) -> Tensor:
         # of what is not contiguous, matmul would multiply each sequence with a copy of the head of its own
@@ -176,7 +182,7 @@ def _cut(whole: nn.Module, model: nn.Module, ids: Tensor, inside: Inside) -> typ
     if not prefix or not isinstance(getattr(model, prefix, None), nn.Module):
         return None
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-    with torch.no_grad(), _Replay(), inside():
+    with torch.no_grad(), Replay(), inside():
         expected = whole(**inputs).logits
         states = _backbone(model)(**inputs)
         hidden = getattr(states, "last_hidden_state", None)
@@ -202,4 +208,4 @@ def _returning(module: nn.Module, value: Any) -> Iterator[None]:
 
 
 def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    return nullcontext(), _Replay()
+    return nullcontext(), Replay()

@@ -28,6 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from stepscope.errors import MeasurementError
 from stepscope.measure.influence.probe_gradient import Folds, ProbeGradient, probe_gradient
-from stepscope.measure.quantity.base import Quantity
+from stepscope.measure.quantity.base import Quantity, readings_of
 from stepscope.measure.quantity.objective import quantity_objective
 from stepscope.measure.quantity.probe import bind_quantity
 from stepscope.measure.step.derivative import step_derivative
@@ -313,7 +314,7 @@ def influences(
                 probe,
                 quantity_objective(bound),
                 as_trained=False,
-                keep_logits=bound.quantity.needs_logits,
+                readings=partial(readings_of, [bound.quantity]),
             ),
             budget=budget,
         ).numpy()

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stepscope.intervals import studentised
+from stepscope.measure.quantity.base import readings_of
 from stepscope.measure.quantity.estimators import ProbeValues
 from stepscope.measure.quantity.estimators import value as quantity_value
 from stepscope.measure.quantity.objective import quantity_objective
@@ -172,7 +174,7 @@ def probe_gradient(
     if groups is None:
         groups = _grouping(rollouts.prompt_index, min(max_groups, fitting_groups(policy, budget)))
     gradients = SequenceGradients(
-        rollouts, quantity_objective(probe), as_trained=False, keep_logits=probe.quantity.needs_logits
+        rollouts, quantity_objective(probe), as_trained=False, readings=partial(readings_of, [probe.quantity])
     )
     parts = group_gradients(policy, gradients, groups, budget=budget)
     slope = {n: torch.full_like(t[0], 0.0 if errors else math.nan) for n, t in parts.items()}

@@ -14,6 +14,7 @@ Fbar counts as a prefix value. (Policy gradient theorem; Rao-Blackwellised KL: A
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from stepscope.errors import MeasurementError
-from stepscope.policy.forward import TokenBatch, TokenOutputs
+from stepscope.policy.forward import Reading, TokenBatch, TokenOutputs
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 
@@ -36,12 +37,13 @@ class Quantity:
     """What can be measured: the sums over responses of some f_k, in a normalisation and a version.
 
     A new one is a subclass in a file of ``measure.quantity.kinds``, named like it: a name, a unit, and one of
-    ``prefix_values`` and ``token_values``; the derivatives, estimators and errors are the same for all.
+    ``prefix_values`` and ``token_values``; the derivatives, estimators and errors are the same for all. One
+    that needs more of a distribution than log-prob and entropy has a ``reading`` of it, and finds what that
+    says in ``outputs.read[self.values_key]``.
 
     Attributes:
         name: as on the command line.
         sum_unit: of the sum over a response.
-        needs_logits: whether the forward pass must keep (seq, tok, vocab) logits.
         needs_rewards: whether the batch must be graded.
         normalisations: those for which the quantity is not constant by definition.
         versions: those for which the quantity is not constant by definition.
@@ -54,7 +56,6 @@ class Quantity:
 
     name: ClassVar[str]
     sum_unit: ClassVar[str]
-    needs_logits: ClassVar[bool] = False
     needs_rewards: ClassVar[bool] = False
     normalisations: ClassVar[tuple[str, ...]] = NORMALISATIONS
     versions: ClassVar[tuple[str, ...]] = VERSIONS
@@ -83,6 +84,10 @@ class Quantity:
     def token_values(self, outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
         """(seq, tok) the part of f_k that is a function of prefix and token; zero on padding."""
         return torch.zeros_like(outputs.logprobs)
+
+    def reading(self, batch: TokenBatch) -> Reading | None:
+        """What is read off the whole distribution at each position of a micro-batch; None for nothing."""
+        return None
 
     def on(self, rollouts: Rollouts, policy: Policy | None, reference: nn.Module | None) -> Quantity:
         """The quantity with what it needs of a batch, the policy that sampled it, and a reference model."""
@@ -114,6 +119,12 @@ class Quantity:
         return tuple(
             replace(self, normalisation=n, version=v) for n in self.normalisations for v in self.versions
         )
+
+
+def readings_of(chosen: Sequence[Quantity], batch: TokenBatch) -> dict[Hashable, Reading]:
+    """What some quantities read off the distributions of a micro-batch, for the forward pass."""
+    found = {quantity.values_key: quantity.reading(batch) for quantity in chosen}
+    return {key: reading for key, reading in found.items() if reading is not None}
 
 
 def quantities() -> dict[str, type[Quantity]]:

@@ -21,7 +21,7 @@ def quantity_objective(probe: ProbeValues) -> Objective:
         probe: values at the parameters where the gradient is taken.
 
     Returns:
-        An objective of shape (seq,) for ``policy.gradients``; use ``keep_logits=quantity.needs_logits``.
+        An objective of shape (seq,) for ``policy.gradients``; use ``readings_of`` for its quantity.
     """
     quantity, offset = probe.quantity, probe.offset
     divisor = probe.mean_length if quantity.per_token else 1.0

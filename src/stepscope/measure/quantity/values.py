@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from stepscope.errors import MeasurementError
-from stepscope.measure.quantity.base import Quantity
+from stepscope.measure.quantity.base import Quantity, readings_of
 from stepscope.policy.forward import TokenBatch, forward
 from stepscope.policy.numerics.attention import mathematical_attention
 from stepscope.policy.numerics.differentiation import whole_function
@@ -111,11 +111,14 @@ def _reader(
 
     Its second argument are parameter values to use instead of the policy's own.
     """
-    keep_logits = any(q.needs_logits for q in quantities)
 
     def read(batch: TokenBatch, params: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         outputs = forward(
-            policy.model, batch, temperature=rollouts.temperature, params=params, keep_logits=keep_logits
+            policy.model,
+            batch,
+            temperature=rollouts.temperature,
+            params=params,
+            readings=readings_of(quantities, batch),
         )
         prefix = torch.stack([q.prefix_values(outputs, batch) for q in quantities])
         token = torch.stack([q.token_values(outputs, batch) for q in quantities])

@@ -7,7 +7,7 @@ is made here; whoever consumes the stream decides what to keep.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from stepscope.policy.forward import TokenBatch, forward, make_batch
+from stepscope.policy.forward import Reading, TokenBatch, forward, make_batch
 from stepscope.policy.gradients.capture import Capture
 from stepscope.policy.gradients.coverage import Coverage, NotSeparableError, classify, known, settle
 from stepscope.policy.gradients.derivatives import Objective
@@ -29,6 +29,11 @@ Consume = Callable[[LayerGradient, slice], None]
 """Receives one parameter's gradients and which entries of ``order`` they belong to."""
 
 
+def nothing_read(batch: TokenBatch) -> Mapping[Hashable, Reading]:
+    """For objectives of log-probs and entropies."""
+    return {}
+
+
 @dataclass(frozen=True)
 class SequenceGradients:
     """Which gradients: of each sequence's own objective, summed over its tokens.
@@ -38,13 +43,13 @@ class SequenceGradients:
         objective: (seq,) or (seq, tok) function of the policy's outputs.
         as_trained: leave out what a training does (embeddings of padding tokens, DoRA's norm); otherwise the
             gradients are those of the function.
-        keep_logits: whether the objective needs logits.
+        readings: what the objective reads off the distributions of a micro-batch beside, by key.
     """
 
     rollouts: Rollouts
     objective: Objective
     as_trained: bool = True
-    keep_logits: bool = False
+    readings: Callable[[TokenBatch], Mapping[Hashable, Reading]] = nothing_read
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -52,8 +57,8 @@ class SequenceGradients:
 
     def value(self, policy: Policy, batch: TokenBatch) -> Tensor:
         """The objective, summed over a micro-batch."""
-        temperature = self.rollouts.temperature
-        outputs = forward(policy.model, batch, temperature=temperature, keep_logits=self.keep_logits)
+        temperature, readings = self.rollouts.temperature, self.readings(batch)
+        outputs = forward(policy.model, batch, temperature=temperature, readings=readings)
         return self.objective(outputs, batch).sum()
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from stepscope.errors import MeasurementError
 from stepscope.measure.quantity.base import Quantity
 from stepscope.policy.checkpoint.adapters import reference_adapter
-from stepscope.policy.forward import TokenBatch, TokenOutputs, forward
+from stepscope.policy.forward import Reading, TokenBatch, TokenOutputs, log_distributions
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 
@@ -33,13 +33,17 @@ class Reference:
     temperature: float
     switch_adapter: bool = False
 
-    def log_distribution(self, batch: TokenBatch) -> Tensor:
-        """(seq, tok, vocab) log-probs of every next token, without gradient."""
-        switched = reference_adapter(self.model, as_trained=False) if self.switch_adapter else nullcontext()
-        with torch.no_grad(), switched:
-            outputs = forward(self.model, batch, temperature=self.temperature, keep_logits=True)
-        assert outputs.logits is not None
-        return torch.log_softmax(outputs.logits, dim=-1)
+    def divergence(self, batch: TokenBatch) -> Reading:
+        """KL(pi | ref) at some positions at a time: sum_v pi_v (log pi_v - log ref_v)."""
+        inside = (
+            partial(reference_adapter, self.model, as_trained=False) if self.switch_adapter else nullcontext
+        )
+        log_ref = log_distributions(self.model, batch, temperature=self.temperature, inside=inside)
+
+        def read(log_pi: Tensor, at: slice) -> Tensor:
+            return (log_pi.exp() * (log_pi - log_ref(at).to(log_pi.dtype))).sum(-1)
+
+        return read
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,7 +56,6 @@ class KL(Quantity):
 
     name = "kl"
     sum_unit = "nats"
-    needs_logits = True
 
     reference: Reference | None = None
 
@@ -71,14 +74,15 @@ class KL(Quantity):
             )
         return replace(self, reference=Reference(policy.model, rollouts.temperature, switch_adapter=True))
 
+    def reading(self, batch: TokenBatch) -> Reading:
+        """The divergence from the reference."""
+        if self.reference is None:
+            raise MeasurementError("kl needs a reference; use make_quantity")
+        return self.reference.divergence(batch)
+
     def prefix_values(self, outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
         """sum_v pi_v (log pi_v - log ref_v)."""
-        if outputs.logits is None or self.reference is None:
-            raise MeasurementError("kl needs logits from the forward pass and a reference; use make_quantity")
-        log_pi = torch.log_softmax(outputs.logits, dim=-1)
-        log_ref = self.reference.log_distribution(batch).to(log_pi.dtype)
-        divergence = (log_pi.exp() * (log_pi - log_ref)).sum(-1)
-        divergence = divergence.masked_fill(~batch.response_mask, 0.0)
+        divergence = outputs.read[self.values_key]
         if not bool((divergence < INFINITE).all()):
             row, column = (~(divergence < INFINITE)).nonzero()[0].tolist()
             raise MeasurementError(
