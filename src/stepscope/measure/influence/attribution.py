@@ -378,6 +378,8 @@ def token_products(
 ) -> FloatArray:
     """(fold, tok) w_ik (u . grad l_ik) of each token of the policy, one forward-mode pass for each u.
 
+    Sequences without a token weight have no part in the pass; their products are exactly 0.
+
     Args:
         policy: where the step starts; not changed.
         step: the step.
@@ -386,15 +388,21 @@ def token_products(
         mode: how token derivatives are taken, see ``directional_derivative``.
         budget: what may be used at a time.
     """
-    found = []
-    for row in mixing:
+    weights = step.update.flat(step.token_weights)
+    pushed = [i for i, row in enumerate(step.token_weights) if np.any(row)]
+    found = np.zeros((len(mixing), len(weights)))
+    if not pushed:
+        return found
+    part = step.update.select(pushed)
+    places = np.isin(step.update.places[0], pushed)
+    for own, row in zip(found, mixing, strict=True):
         u = {
             n: torch.tensordot(torch.as_tensor(row, dtype=t.dtype, device=t.device), t, 1)
             for n, t in pulled.items()
         }
-        slopes = directional_derivative(policy, step.update, response_logprob, u, mode=mode, budget=budget)
-        found.append(step.update.flat([d.double().cpu().numpy() for d in slopes]))
-    return np.asarray(step.update.flat(step.token_weights) * np.stack(found), dtype=np.float64)
+        slopes = directional_derivative(policy, part, response_logprob, u, mode=mode, budget=budget)
+        own[places] = weights[places] * part.flat([d.double().cpu().numpy() for d in slopes])
+    return found
 
 
 def neglected_share(fixed: Influence, optimizer: Influence) -> Estimate:

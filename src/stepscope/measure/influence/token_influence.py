@@ -14,13 +14,14 @@ import numpy as np
 
 from stepscope.errors import MeasurementError
 from stepscope.measure.change.online import BASELINE
+from stepscope.measure.influence.attribution import token_products
 from stepscope.measure.influence.probe_gradient import probe_gradient
 from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.quantity.probe import bind_quantity
 from stepscope.measure.step.reconstruct import assemble_step, weighted_logprobs
 from stepscope.measure.step.terms import term_gradients
 from stepscope.policy import vectors
-from stepscope.policy.gradients.derivatives import directional_derivative, gradient, response_logprob
+from stepscope.policy.gradients.derivatives import gradient
 from stepscope.policy.loss.surrogate import token_weights
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
@@ -76,6 +77,6 @@ def token_influences(
         )
         slope = probe_gradient(policy, probe, bound, max_groups=1, errors=False, budget=budget)
         u = vectors.multiply(step.metric(), slope.mean())
-        along = directional_derivative(policy, update, response_logprob, u, budget=budget)
-        found[i] = tuple(w * d.double().cpu().numpy() for w, d in zip(weights, along, strict=True))
+        one = {n: t.unsqueeze(0) for n, t in u.items()}
+        found[i] = update.rows(token_products(policy, step, one, np.ones((1, 1)), budget=budget)[0])
     return found[0], found[1]

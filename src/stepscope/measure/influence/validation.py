@@ -126,8 +126,9 @@ def remake_steps(
     """Make a step again with other weights of its sequences, and measure each.
 
     Costs one forward and backward pass over the update batch for all re-made gradients together, and one
-    forward pass over the probe batch for each subset and each sequence left out, two for each reweighted. Use
-    float64: in float32 the effect of one sequence drowns in round-off.
+    forward pass over the probe batch for each subset and each sequence left out, two for each reweighted;
+    none where only sequences without a token weight are left out. Use float64: in float32 the effect of one
+    sequence drowns in round-off.
 
     Args:
         policy: where the step starts, with AdamW's state; restored bitwise.
@@ -177,7 +178,12 @@ def remake_steps(
     gradients = weighted_gradients(
         policy, SequenceGradients(step.update, weighted_logprobs(per_unit)), shares, budget=budget
     )
+    # sequences without a weight leave every gradient as it is, and so do steps that differ by them alone
+    pushed = np.array([bool(np.any(row)) for row in per_unit])
+    _, first, same = np.unique(shares[:, pushed], axis=0, return_index=True, return_inverse=True)
+    gradients = {n: t[first] for n, t in gradients.items()}
     truth, by_fold = _true_changes(policy, step, probe, bound, gradients, rate, found.folds, budget)
+    truth, by_fold = truth[same], by_fold[:, same]
     parts = np.cumsum([1, len(subsets), len(singles), len(singles)])
     whole, halves, alone, more, less = np.split(truth, parts)
     whole_folds, halves_folds, alone_folds, *_ = np.split(by_fold, parts, axis=1)

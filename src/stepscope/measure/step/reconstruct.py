@@ -28,7 +28,7 @@ from stepscope.errors import BatchError, CheckpointError, MeasurementError
 from stepscope.measure.step.terms import term_gradients
 from stepscope.policy import vectors
 from stepscope.policy.forward import TokenBatch, TokenOutputs
-from stepscope.policy.gradients.derivatives import Objective, gradient
+from stepscope.policy.gradients.derivatives import WeightedLogprobs, gradient
 from stepscope.policy.loss.surrogate import needs_reference, token_weights
 from stepscope.policy.numerics.finiteness import first_not_finite
 from stepscope.policy.optim.base import OptimizerState, Update
@@ -253,13 +253,13 @@ def sequence_direction(policy: Policy, step: Step, index: int) -> dict[str, Tens
     return vectors.multiply(step.metric(), {n: ascent[n] for n in step.metric()})
 
 
-def weighted_logprobs(weights: Sequence[FloatArray]) -> Objective:
+def weighted_logprobs(weights: Sequence[FloatArray]) -> WeightedLogprobs:
     """The objective sum_k w_ik l_ik, (seq, tok): its gradient is -grad Loss.
 
     Args:
         weights: one (tok,) array per sequence of the batch it will be used on.
     """
-    return lambda outputs, batch: batch.pad(weights, outputs.logprobs) * outputs.logprobs
+    return WeightedLogprobs(weights)
 
 
 def step_components(step: Step) -> dict[str, Component]:

@@ -20,7 +20,7 @@ from stepscope.policy import vectors
 from stepscope.policy.gradients.layer_gradient import LayerGradient
 from stepscope.policy.gradients.products import CHUNK_BYTES, compute_dtype
 from stepscope.policy.gradients.stream import SequenceGradients, stream
-from stepscope.policy.passes import Budget, by_length
+from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.results.step import SequenceShares
 from stepscope.stats import Estimate, exact
@@ -41,7 +41,7 @@ def sequence_shares(policy: Policy, step: Step, *, budget: Budget = Budget()) ->
     if total == 0:
         return None
     gradients = SequenceGradients(step.update, weighted_logprobs(step.token_weights))
-    order = by_length(step.update)
+    order = gradients.order
     whole: dict[str, torch.Tensor] = {}
     found = torch.zeros(2, len(order), dtype=torch.float64, device=policy.device)
 
@@ -57,7 +57,7 @@ def sequence_shares(policy: Policy, step: Step, *, budget: Budget = Budget()) ->
             found[1, rows] += own.square().sum(1)
 
     stream(policy, gradients, consume, order=order, budget=budget)
-    products, squares = np.empty((2, len(order)))
+    products, squares = np.zeros((2, len(step.update)))
     products[order], squares[order] = found.cpu().numpy()
     shares = products / total**2
     square = float(np.sum(shares**2))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -16,16 +18,39 @@ from stepscope.policy.forward import TokenBatch, TokenOutputs, forward
 from stepscope.policy.numerics.attention import mathematical_attention
 from stepscope.policy.numerics.differentiation import frozen_padding, lacks_a_rule, whole_function
 from stepscope.policy.numerics.finiteness import first_not_finite
-from stepscope.policy.passes import Budget, sweep, sweep_rows
+from stepscope.policy.passes import Budget, by_length, sweep, sweep_rows
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
-from stepscope.results import Rollouts
+from stepscope.results import FloatArray, Rollouts
 
 Objective = Callable[[TokenOutputs, TokenBatch], Tensor]
 """A differentiable function of what the policy says: (seq,) or (seq, tok), zero on padding."""
 
 Mode = Literal["auto", "forward", "double_backward"]
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightedLogprobs:
+    """The objective sum_k w_ik l_ik, (seq, tok): with a step's token weights its gradient is -grad Loss.
+
+    Attributes:
+        weights: one (tok,) array per sequence of the batch it is used on.
+    """
+
+    weights: Sequence[FloatArray]
+
+    def __call__(self, outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
+        """w_ik l_ik."""
+        return batch.pad(self.weights, outputs.logprobs) * outputs.logprobs
+
+
+def concerned(rollouts: Rollouts, objective: Objective) -> list[int]:
+    """Sequences that an objective depends on, longest first; the others add exactly 0 and need no pass."""
+    order = by_length(rollouts)
+    if isinstance(objective, WeightedLogprobs):
+        return [i for i in order if np.any(objective.weights[i])]
+    return order
 
 
 def response_logprob(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
@@ -43,7 +68,7 @@ def gradient(
 ) -> dict[str, Tensor]:
     """Gradient of the objective summed over all sequences (and tokens): one forward and one backward.
 
-    Parameters the objective does not depend on get a zero gradient.
+    Parameters the objective does not depend on get a zero gradient; sequences it does not, no pass.
 
     Args:
         policy: its trainable parameters are differentiated.
@@ -62,7 +87,8 @@ def gradient(
         return torch.autograd.grad(value, list(params.values()), allow_unused=True)
 
     with nullcontext() if as_trained else whole_function(policy.model):
-        for _, grads in sweep(policy, rollouts, pulled, budget=budget, what="gradient"):
+        order = concerned(rollouts, objective)
+        for _, grads in sweep(policy, rollouts, pulled, budget=budget, order=order, what="gradient"):
             for name, grad in zip(params, grads, strict=True):
                 if grad is not None:
                     total[name] += grad

@@ -26,7 +26,7 @@ from stepscope.policy.gradients.stream import (
     coverage_of,
     stream,
 )
-from stepscope.policy.passes import Budget, TooLargeError, by_length, cut, fitting, lengths, widths
+from stepscope.policy.passes import Budget, TooLargeError, cut, fitting, lengths, widths
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import Rollouts
@@ -86,10 +86,11 @@ def grams(
         MeasurementError: a metric does not fit the policy, or the budget does not hold one sequence.
     """
     check_metrics(policy, metrics)
-    order = by_length(gradients.rollouts)
-    theirs = [] if other is None else by_length(other.rollouts)
-    size = len(order) if budget.scratch else _block_size(policy, gradients.rollouts, budget)
-    blocks = [slice(start, min(start + size, len(order))) for start in range(0, len(order), size)]
+    order = gradients.order
+    theirs = [] if other is None else other.order
+    size = _block_size(policy, gradients.rollouts, max(1, len(order)), budget)
+    starts = range(0, max(1, len(order)), size)
+    blocks = [slice(start, min(start + size, len(order))) for start in starts]
     square = _zeros(metrics, len(order), len(order))
     cross, norms = _zeros(metrics, len(theirs), len(order)), _zeros(metrics, len(theirs))
     if (
@@ -111,13 +112,22 @@ def grams(
                     beside = {m: k[:, block] for m, k in cross.items()}
                     own = norms if block.start == 0 else {}
                     _stream_past(policy, other, theirs, store, beside, norms=own, budget=budget)
-    back, place = torch.argsort(torch.tensor(order)), torch.argsort(torch.tensor(theirs))
+    count, beyond = len(gradients), 0 if other is None else len(other)
     return Grams(
-        square={m: k[back][:, back] for m, k in square.items()},
-        cross={m: k[place][:, back] for m, k in cross.items()} if theirs else {},
-        other_norms={m: n[place] for m, n in norms.items()} if theirs else {},
+        square={m: _placed(k, (count, count), order, order) for m, k in square.items()},
+        cross={m: _placed(k, (beyond, count), theirs, order) for m, k in cross.items()}
+        if other is not None
+        else {},
+        other_norms={m: _placed(n, (beyond,), theirs) for m, n in norms.items()} if other is not None else {},
         blocks=len(blocks),
     )
+
+
+def _placed(values: Tensor, shape: tuple[int, ...], *places: list[int]) -> Tensor:
+    """Values at their places in the whole batch, and exactly 0 elsewhere."""
+    found = values.new_zeros(shape)
+    found[torch.meshgrid(*(torch.tensor(p, dtype=torch.long) for p in places), indexing="ij")] = values
+    return found
 
 
 def _zeros(metrics: Metrics, *shape: int) -> dict[str, Tensor]:
@@ -143,9 +153,9 @@ def _square_at_once(
     Returns:
         Whether they fit.
     """
-    items = widths(gradients.rollouts, by_length(gradients.rollouts))
+    items = widths(gradients.rollouts, gradients.order)
     budget = fitting(policy, budget, items)
-    if len(cut(items, budget)) > 1:
+    if len(cut(items, budget)) != 1:
         return False
     total = _zeros(metrics, len(items), len(items))
 
@@ -187,10 +197,11 @@ def _stream_past(
     stream(policy, gradients, consume, order=order, in_parts=not norms, budget=budget)
 
 
-def _block_size(policy: Policy, rollouts: Rollouts, budget: Budget) -> int:
+def _block_size(policy: Policy, rollouts: Rollouts, count: int, budget: Budget) -> int:
     """Sequences whose gradients fit the budget, in equal blocks; factors where they are the smaller form."""
+    if budget.scratch:
+        return count
     coverage = coverage_of(policy, rollouts)
-    count = len(rollouts)
     longest = max(lengths(rollouts))
     factors: dict[str, int] = {}
     for tap in coverage.taps:

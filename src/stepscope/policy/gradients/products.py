@@ -13,7 +13,7 @@ from stepscope.errors import MeasurementError
 from stepscope.policy.gradients.layer_gradient import LayerGradient, restore
 from stepscope.policy.gradients.store import GradientStore, Metrics
 from stepscope.policy.gradients.stream import SequenceGradients, stream
-from stepscope.policy.passes import Budget, by_length
+from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import FloatArray, IntArray
@@ -45,8 +45,8 @@ def per_sequence_dot(
     """
     check_vector(policy, u, "u")
     direction: dict[str, Tensor] = {}
-    order = by_length(gradients.rollouts)
-    total = torch.zeros(len(gradients), dtype=torch.float64, device=policy.device)
+    order = gradients.order
+    total = torch.zeros(len(order), dtype=torch.float64, device=policy.device)
 
     def consume(gradient: LayerGradient, rows: slice) -> None:
         name = gradient.name
@@ -55,7 +55,7 @@ def per_sequence_dot(
         total[rows] += gradient.dot(direction[name])
 
     stream(policy, gradients, consume, order=order, in_parts=True, budget=budget)
-    result = np.empty(len(gradients))
+    result = np.zeros(len(gradients))
     result[order] = total.cpu().numpy()
     return result
 
@@ -75,10 +75,10 @@ def per_sequence_dots(
         directions: name to (direction, ...parameter shape), as :func:`group_gradients` gives.
         budget: what may be used at a time.
     """
-    order = by_length(gradients.rollouts)
+    order = gradients.order
     count = len(next(iter(directions.values())))
     stacks: dict[str, Tensor] = {}
-    total = torch.zeros(count, len(gradients), dtype=torch.float64, device=policy.device)
+    total = torch.zeros(count, len(order), dtype=torch.float64, device=policy.device)
 
     def consume(gradient: LayerGradient, rows: slice) -> None:
         name = gradient.name
@@ -90,7 +90,7 @@ def per_sequence_dots(
             total[:, rows] += stack[:, start:stop].flatten(1) @ gradient.dense(start, stop).flatten(1).T
 
     stream(policy, gradients, consume, order=order, in_parts=True, budget=budget)
-    result = np.empty((count, len(gradients)))
+    result = np.zeros((count, len(gradients)))
     result[:, order] = total.cpu().numpy()
     return result
 
@@ -119,11 +119,11 @@ def paired_dots(
         MeasurementError: a metric does not fit the policy.
     """
     check_metrics(policy, metrics)
-    order = by_length(first.rollouts)
+    order = first.order
     own = sum(p.numel() * max(4, p.element_size()) for p in policy.parameters.values())
     size = max(1, min(budget.max_sequences, budget.memory_bytes // own))
     held = replace(budget, max_sequences=size, progress=False)
-    found = {m: np.zeros(len(order)) for m in metrics}
+    found = {m: np.zeros(len(first)) for m in metrics}
     for start in range(0, len(order), size):
         block = order[start : start + size]
         store = GradientStore(len(block), metrics)
@@ -173,7 +173,7 @@ def weighted_gradients(
         weights: (sum, seq) weight of each sequence's gradient in each sum.
         budget: what may be used at a time.
     """
-    order = by_length(gradients.rollouts)
+    order = gradients.order
     params = policy.parameters
     share = torch.as_tensor(weights[:, order], device=policy.device)
     total: dict[str, Tensor] = {}

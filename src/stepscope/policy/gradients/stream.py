@@ -18,7 +18,7 @@ from torch import Tensor
 from stepscope.policy.forward import Reading, TokenBatch, forward, make_batch
 from stepscope.policy.gradients.capture import Capture
 from stepscope.policy.gradients.coverage import Coverage, NotSeparableError, classify, known, settle
-from stepscope.policy.gradients.derivatives import Objective
+from stepscope.policy.gradients.derivatives import Objective, concerned
 from stepscope.policy.gradients.layer_gradient import LayerGradient, Whole, matrix_shape
 from stepscope.policy.numerics.differentiation import has_detached_parts, whole_function
 from stepscope.policy.passes import Budget, TooLargeError, out_of_memory, sweep
@@ -55,6 +55,11 @@ class SequenceGradients:
         """Number of sequences."""
         return len(self.rollouts)
 
+    @property
+    def order(self) -> list[int]:
+        """The sequences whose gradient may be other than 0, longest first."""
+        return concerned(self.rollouts, self.objective)
+
     def value(self, policy: Policy, batch: TokenBatch) -> Tensor:
         """The objective, summed over a micro-batch."""
         temperature, readings = self.rollouts.temperature, self.readings(batch)
@@ -85,7 +90,7 @@ def stream(
         gradients: of what.
         consume: called with a :class:`stepscope.policy.gradients.layer_gradient.LayerGradient` of some
             rows and their slice of ``order``.
-        order: which sequences, in which order; default all, longest first.
+        order: which sequences, in which order; default those of ``gradients.order``.
         in_parts: a parameter may come several times per micro-batch, with what one use or some positions add;
             for whoever is linear in the gradients, and then no more than a part is held.
         divisible: False where ``consume`` counts on all sequences of the budget's micro-batch at once.
@@ -124,7 +129,7 @@ def stream(
                 gradients.rollouts,
                 run,
                 budget=budget,
-                order=order,
+                order=gradients.order if order is None else order,
                 divisible=divisible,
                 what="gradients",
             )
