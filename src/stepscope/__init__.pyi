@@ -30,9 +30,12 @@ from .policy.optim.base import OptimizerState as OptimizerState
 from .policy.passes import Budget as Budget
 from .policy.recorded import RecordedStep as RecordedStep
 from .policy.recorded import RecordedTraining as RecordedTraining
-from .policy.rollouts import Nucleus as Nucleus
 from .policy.rollouts import SamplingOptions as SamplingOptions
 from .policy.rollouts import sample_rollouts as sample_rollouts
+from .policy.sampling.base import Decoding as Decoding
+from .policy.sampling.base import Sampler as Sampler
+from .policy.sampling.continuous import ContinuousSampler as ContinuousSampler
+from .policy.sampling.generate import TransformersSampler as TransformersSampler
 from .policy.state import Policy as Policy
 from .reading.evaluation import load_evaluation as load_evaluation
 from .reading.measurement import Measurement as Measurement

@@ -6,7 +6,7 @@ is the cluster (a prompt), and sequences of one cluster may depend on each other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -219,6 +219,34 @@ def clustered_estimate(
     """
     sums = _cluster_sums(residuals - residuals.mean(), clusters) / len(residuals)
     return estimate_from_sums(value, sums, unit=unit, method=method, stderr=stderr)
+
+
+def clustered_quantile(
+    rows: Sequence[FloatArray], clusters: npt.ArrayLike, level: float, *, unit: str, method: str
+) -> Estimate:
+    """Quantile over all tokens with its error, and its 95 % interval, by Woodruff's method.
+
+    The fraction of tokens at or below the quantile is a clustered ratio with error s and a 95 % interval
+    about the level. The quantiles at the ends of that bound the interval; half the distance between those at
+    level - s and level + s is the error.
+
+    Args:
+        rows: (tok,) values of each sequence.
+        clusters: (seq,) cluster of each sequence.
+        level: of the quantile, between 0 and 1.
+        unit: of the values.
+        method: how they were obtained; recorded.
+    """
+    pooled = np.sort(np.concatenate(list(rows)))
+    quantile = float(np.quantile(pooled, level))
+    below = [int((v <= quantile).sum()) for v in rows]
+    share = clustered_ratio(below, [len(v) for v in rows], clusters, unit="", method="")
+    if not np.isfinite(share.stderr):
+        return _without_error(quantile, share.n, unit, method)
+    half = share.high - share.value
+    reaches = np.array([-share.stderr, share.stderr, -half, half])
+    below_one, above_one, low, high = np.quantile(pooled, np.clip(level + reaches, 0.0, 1.0)).tolist()
+    return Estimate(quantile, (above_one - below_one) / 2, share.n, unit, method, low=low, high=high)
 
 
 def ratio_residuals(

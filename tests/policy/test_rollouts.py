@@ -18,7 +18,9 @@ from stepscope.policy.loss.advantages import advantages
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.precision import lift_model
 from stepscope.policy.passes import Budget
-from stepscope.policy.rollouts import Nucleus, SamplingOptions, sample_rollouts, score_rollouts
+from stepscope.policy.rollouts import SamplingOptions, sample_rollouts, score_rollouts
+from stepscope.policy.sampling.base import Decoding
+from stepscope.policy.sampling.generate import TransformersSampler
 from stepscope.policy.state import Policy
 from stepscope.tasks import load_task
 from stepscope.tasks.problem import Problem, Score, Task
@@ -97,7 +99,8 @@ def test_nucleus_leaves_out_the_tail(policy: Policy) -> None:
         "seed": 2,
         "budget": Budget(max_sequences=4000),
     }
-    batch = sample_rollouts(short, OneProblem(), options=SamplingOptions(sampler=Nucleus(0.6)), **arguments)
+    nucleus = SamplingOptions(sampler=TransformersSampler(decoding=Decoding(top_p=0.6)))
+    batch = sample_rollouts(short, OneProblem(), options=nucleus, **arguments)
     model: Any = policy.model
     with torch.no_grad():
         logits = model(torch.tensor([[7, 12, 7, 13]])).logits[0, -1]

@@ -14,11 +14,13 @@ from stepscope.evaluation.responses import write_responses
 from stepscope.evaluation.rows import prompt_ratios
 from stepscope.intervals import proportion
 from stepscope.policy.passes import Budget
-from stepscope.policy.rollouts import SAMPLING, Nucleus, SamplingOptions, sample_rollouts
+from stepscope.policy.rollouts import SAMPLING, SamplingOptions, sample_rollouts
+from stepscope.policy.sampling.base import Sampler
+from stepscope.policy.sampling.generate import TransformersSampler
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, Rollouts
 from stepscope.results.evaluation import EvaluationRow, PromptResult
-from stepscope.stats import clustered_ratio
+from stepscope.stats import clustered_quantile, clustered_ratio
 from stepscope.tasks import Task
 from stepscope.tasks.load import asked_through
 
@@ -34,6 +36,7 @@ def evaluate(
     split: str = "test",
     temperature: float | None = None,
     top_p: float = 1.0,
+    sampler: Sampler = TransformersSampler(),
     responses: Path | None = None,
     budget: Budget = SAMPLING,
 ) -> EvaluationRow:
@@ -49,6 +52,7 @@ def evaluate(
         split: split of the task.
         temperature: sampling temperature; None means the settings' own.
         top_p: sample only from the smallest set of tokens that holds this much probability.
+        sampler: who draws the responses.
         responses: parquet file to write the responses to (:func:`write_responses`), or None.
         budget: how many sequences are generated at a time; the figures do not depend on it.
 
@@ -67,7 +71,7 @@ def evaluate(
         group_size=samples_per_prompt,
         seed=seed,
         split=split,
-        options=SamplingOptions(sampler=Nucleus(top_p)),
+        options=SamplingOptions(sampler=nucleus(sampler, top_p)),
         budget=budget,
     )
     if responses is not None:
@@ -82,6 +86,11 @@ def evaluate(
         top_p=top_p,
         seed=seed,
     )
+
+
+def nucleus(sampler: Sampler, top_p: float) -> Sampler:
+    """The sampler with this ``top_p``, where it is below 1."""
+    return sampler if top_p == 1 else replace(sampler, decoding=replace(sampler.decoding, top_p=top_p))
 
 
 def evaluate_rollouts(
@@ -129,7 +138,8 @@ def evaluate_rollouts(
     surprisals = [-logprobs for logprobs in rollouts.logprobs]
     for q in (50, 90, 99):
         name = f"surprisal_q{q}"
-        figures[name], intervals[name] = _quantile(surprisals, clusters, q / 100)
+        found = clustered_quantile(surprisals, clusters, q / 100, unit="nats", method="")
+        figures[name], intervals[name] = (found.value, found.stderr), (found.low, found.high)
     pass_at = {k: figures.pop(f"pass_at_{k}") for k in sorted({1, *map(int, ks)})}
     return EvaluationRow(
         step=step,
@@ -189,24 +199,3 @@ def _require_samples(ks: Sequence[int], samples: int) -> None:
             f"evaluation: pass@k for k in {list(ks)} needs k between 1 and the {samples} samples per prompt; "
             "take more samples or smaller k"
         )
-
-
-def _quantile(
-    values: Sequence[FloatArray], clusters: npt.ArrayLike, level: float
-) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Quantile over all tokens with its error, and its 95 % interval, by Woodruff's method.
-
-    The fraction of tokens at or below the quantile is a clustered ratio with error s and a 95 % interval
-    about the level. The quantiles at the ends of that bound the interval; half the distance between those at
-    level - s and level + s is the error.
-    """
-    pooled = np.sort(np.concatenate(values))
-    quantile = float(np.quantile(pooled, level))
-    below = [int((v <= quantile).sum()) for v in values]
-    share = clustered_ratio(below, [len(v) for v in values], clusters, unit="", method="")
-    if not np.isfinite(share.stderr):
-        return (quantile, float("nan")), (float("nan"), float("nan"))
-    half = share.high - share.value
-    reaches = np.array([-share.stderr, share.stderr, -half, half])
-    below_one, above_one, low, high = np.quantile(pooled, np.clip(level + reaches, 0.0, 1.0))
-    return (quantile, float(above_one - below_one) / 2), (float(low), float(high))

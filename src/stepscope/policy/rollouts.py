@@ -5,25 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from stepscope.errors import BatchError, CheckpointError, MeasurementError, shown
-from stepscope.policy.forward import TokenBatch, base_model, forward, plain_experts
+from stepscope.errors import BatchError, CheckpointError, shown
+from stepscope.policy.forward import TokenBatch, base_model, forward
 from stepscope.policy.loss.estimators import with_advantages
-from stepscope.policy.numerics.precision import matching_precision
-from stepscope.policy.passes import Budget, in_pieces, sweep_rows
-from stepscope.policy.profiler import generating
+from stepscope.policy.passes import Budget, sweep_rows
+from stepscope.policy.sampling.base import Request, Response, Sampler
+from stepscope.policy.sampling.drawn_by import with_sampler
+from stepscope.policy.sampling.generate import TransformersSampler
 from stepscope.policy.state import Policy
 from stepscope.policy.texts import ResponseText
 from stepscope.results import FloatArray, Rollouts, same_text
@@ -35,29 +28,6 @@ from stepscope.tasks.problem import Problem, Task
 SAMPLING = Budget(max_sequences=64)
 
 
-@dataclass(frozen=True)
-class Sampler:
-    """How tokens are drawn: from the policy itself. Another way is a subclass with warpers of its own.
-
-    Log-probs and entropies of the responses stay those of the policy, whatever the sampler.
-    """
-
-    def warpers(self) -> list[LogitsProcessor]:
-        """What changes logits / temperature before a token is drawn, in order."""
-        return []
-
-
-@dataclass(frozen=True)
-class Nucleus(Sampler):
-    """From the smallest set of tokens that holds ``top_p`` of the probability; 1 takes in all."""
-
-    top_p: float
-
-    def warpers(self) -> list[LogitsProcessor]:
-        """Excludes the tail."""
-        return [TopPLogitsWarper(self.top_p)] if self.top_p < 1 else []
-
-
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """Which prompts are asked and how their responses are drawn.
@@ -66,12 +36,12 @@ class SamplingOptions:
         exclude: questions or prompt ids not to use; for a probe batch ``update.asked``.
         resample: rounds in which prompt groups whose rewards are all equal are replaced by groups of other
             prompts; 0 keeps every group.
-        sampler: how tokens are drawn.
+        sampler: who draws the responses, and by which temperature and truncation.
     """
 
     exclude: AbstractSet[str] = frozenset()
     resample: int = 0
-    sampler: Sampler = Sampler()
+    sampler: Sampler = TransformersSampler()
 
 
 @dataclass(frozen=True)
@@ -87,6 +57,7 @@ class _Sequence:
     truncated: bool
     reward: float
     correct: bool
+    engine_logprobs: FloatArray | None = None
 
 
 def sample_rollouts(
@@ -109,10 +80,10 @@ def sample_rollouts(
     ``max_response_tokens`` and flagged. Log-probs and entropies are recomputed with
     :func:`stepscope.policy.forward.forward`.
 
-    Every token is drawn by inverting the distribution function at a uniform number that belongs to its
-    sequence and position: the responses do not depend on ``budget`` (beyond round-off), policies that
-    differ little give responses that differ little, and no global random state is touched. The same arguments
-    give the same batch on the same machine.
+    By default transformers draws every token at a uniform number that belongs to its sequence and position
+    (:class:`TransformersSampler`): the same arguments give the same batch on the same machine. With another
+    sampler, temperature or truncation the batch also has log-probs of what it was drawn from
+    (``sampler_logprobs``).
 
     Args:
         policy: with a tokenizer.
@@ -126,7 +97,8 @@ def sample_rollouts(
         budget: how many sequences are generated at a time.
 
     Raises:
-        BatchError: too few prompts, a prompt too long for the model, or no reward variance after all rounds.
+        BatchError: too few prompts, a prompt too long for the model, no reward variance after all rounds, or
+            a sampler that cannot be reached or has another policy.
     """
     varied = options.resample > 0
     _check_request(policy, num_prompts, group_size, varied)
@@ -159,8 +131,7 @@ def sample_rollouts(
         )
     rollouts = _assemble(policy, [sequence for group in kept for sequence in group])
     rollouts.refuse_ungraded()
-    logprobs, entropies = score_rollouts(policy, rollouts, budget=budget)
-    rollouts = replace(rollouts, logprobs=logprobs, entropies=entropies)
+    rollouts = _scored(policy, rollouts, options.sampler, budget)
     if group_size == 1 or policy.settings.kl_in_reward != 0.0:
         return rollouts
     return with_advantages(rollouts, policy.settings)
@@ -202,7 +173,9 @@ def sample_responses(
     """
     for ids in prompts:
         _require_room(policy, len(ids))
-    responses = _responses(policy, prompts, np.random.default_rng([seed, 1]), Sampler(), budget)
+    sampler = SamplingOptions().sampler
+    drawn = _drawn(policy, prompts, np.random.default_rng([seed, 1]), sampler, budget)
+    responses = [response.token_ids for response in drawn]
     ends = set(end_tokens(policy))
     read = response_text(policy)
     texts = [policy.tokenizer.decode(list(ids)) for ids in prompts]
@@ -322,11 +295,12 @@ def _sample_groups(
     """``group_size`` scored responses to each problem."""
     prompts = [_prompt(policy, task, problem) for problem in problems]
     rows = [i for i in range(len(problems)) for _ in range(group_size)]
-    responses = _responses(policy, [prompts[i].token_ids for i in rows], generator, sampler, budget)
+    responses = _drawn(policy, [prompts[i].token_ids for i in rows], generator, sampler, budget)
     ends = set(end_tokens(policy))
     read = response_text(policy)
     groups: list[list[_Sequence]] = [[] for _ in problems]
-    for i, ids in zip(rows, responses, strict=True):
+    for i, drawn in zip(rows, responses, strict=True):
+        ids = drawn.token_ids
         text = read.whole(ids)
         score = task.score(problems[i], text)
         groups[i].append(
@@ -340,9 +314,37 @@ def _sample_groups(
                 truncated=ids[-1] not in ends,
                 reward=float(score.reward),
                 correct=bool(score.correct),
+                engine_logprobs=drawn.logprobs,
             )
         )
     return groups
+
+
+def _drawn(
+    policy: Policy,
+    prompts: Sequence[tuple[int, ...]],
+    generator: np.random.Generator,
+    sampler: Sampler,
+    budget: Budget,
+) -> list[Response]:
+    """A response to each prompt."""
+    length = policy.settings.max_response_tokens
+    request = Request(
+        prompts=prompts,
+        randomness=sampler.randomness(generator, len(prompts), length),
+        max_tokens=length,
+        temperature=policy.settings.temperature,
+        ends=tuple(end_tokens(policy)),
+    )
+    return sampler.sample(policy, request, budget)
+
+
+def _scored(policy: Policy, rollouts: Rollouts, sampler: Sampler, budget: Budget) -> Rollouts:
+    """The batch with the policy's log-probs and entropies, and the sampler's where it is not the policy."""
+    if sampler.conventions or not sampler.decoding.is_policy(rollouts.temperature):
+        return with_sampler(policy, rollouts, sampler, budget)
+    logprobs, entropies = score_rollouts(policy, rollouts, budget=budget)
+    return replace(rollouts, logprobs=logprobs, entropies=entropies)
 
 
 def _prompt(policy: Policy, task: Task, problem: Problem) -> Prompt:
@@ -364,94 +366,6 @@ def _require_room(policy: Policy, count: int) -> None:
         )
 
 
-def _uniforms(generator: np.random.Generator, count: int, length: int) -> FloatArray:
-    """(seq, tok) uniform multiples of 2^-52 below 1: their product with a number stays below that number."""
-    return generator.integers(1 << 52, size=(count, length)) / float(1 << 52)
-
-
-class _Draw(LogitsProcessor):  # type: ignore[misc]
-    """Leaves one token: the first at which the distribution function exceeds the uniform number given."""
-
-    def __init__(self, uniforms: Tensor, width: int) -> None:
-        self.uniforms = uniforms
-        self.width = width
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        below = scores.double().softmax(-1).cumsum(-1)
-        if not bool(below[:, -1].isfinite().all()):
-            raise MeasurementError(
-                f"the model's logits for response token {input_ids.shape[1] - self.width} are not finite, so "
-                "nothing can be sampled; load it at a wider precision (float32, float64)"
-            )
-        column = input_ids.shape[1] - self.width
-        level = self.uniforms[:, column : column + 1] * below[:, -1:]
-        token = torch.searchsorted(below, level, right=True)
-        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
-
-
-def _responses(
-    policy: Policy,
-    prompts: Sequence[tuple[int, ...]],
-    generator: np.random.Generator,
-    sampler: Sampler,
-    budget: Budget,
-) -> list[tuple[int, ...]]:
-    """A response to each of some prompts."""
-    longest = policy.settings.max_response_tokens
-    uniforms = _uniforms(generator, len(prompts), longest)
-
-    def some(rows: slice) -> list[tuple[int, ...]]:
-        return _generate(policy, prompts[rows], uniforms[rows], sampler)
-
-    widths = [(len(ids), longest) for ids in prompts]
-    found = in_pieces(policy, widths, some, budget=budget, use="generation", what="sampling")
-    return [response for rows in found for response in rows]
-
-
-def _generate(
-    policy: Policy, prompts: Sequence[tuple[int, ...]], uniforms: FloatArray, sampler: Sampler
-) -> list[tuple[int, ...]]:
-    """Responses to some prompts, each cut after its first end-of-sequence token."""
-    ends = end_tokens(policy)
-    pad = policy.tokenizer.pad_token_id
-    if pad is None:
-        pad = ends[0] if ends else 0
-    width = max(map(len, prompts))
-    input_ids = torch.full((len(prompts), width), pad, dtype=torch.long)
-    attention = torch.zeros_like(input_ids)
-    for row, ids in enumerate(prompts):
-        input_ids[row, width - len(ids) :] = torch.tensor(ids)
-        attention[row, width - len(ids) :] = 1
-    model: Any = base_model(policy.model)
-    kept = model.generation_config
-    draws = LogitsProcessorList([TemperatureLogitsWarper(policy.settings.temperature), *sampler.warpers()])
-    draws.append(_Draw(torch.from_numpy(uniforms).to(policy.device), width))
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=policy.settings.max_response_tokens,
-        eos_token_id=ends or None,
-        pad_token_id=pad,
-        bos_token_id=policy.tokenizer.bos_token_id,
-    )
-    most = int(attention.sum()) + len(prompts) * policy.settings.max_response_tokens
-    try:
-        with torch.no_grad(), matching_precision(model), plain_experts(model), generating(len(prompts), most):
-            output: Tensor = model.generate(
-                input_ids=input_ids.to(policy.device),
-                attention_mask=attention.to(policy.device),
-                logits_processor=draws,
-                generation_config=model.generation_config,
-            )
-    finally:
-        model.generation_config = kept
-    stops = set(ends)
-    found = []
-    for row in output[:, width:].tolist():
-        length = next((k + 1 for k, token in enumerate(row) if token in stops), len(row))
-        found.append(tuple(row[:length]))
-    return found
-
-
 def _assemble(policy: Policy, sequences: Sequence[_Sequence]) -> Rollouts:
     """The records as one batch; log-probs and entropies still to be filled in."""
     empty = tuple(np.zeros(len(s.response_token_ids)) for s in sequences)
@@ -467,6 +381,12 @@ def _assemble(policy: Policy, sequences: Sequence[_Sequence]) -> Rollouts:
         logprobs=empty,
         entropies=empty,
         questions=tuple(s.question for s in sequences),
+        sampler_logprobs=_all_or_none([s.engine_logprobs for s in sequences]),
         temperature=policy.settings.temperature,
         max_response_tokens=policy.settings.max_response_tokens,
     )
+
+
+def _all_or_none(rows: Sequence[FloatArray | None]) -> tuple[FloatArray, ...] | None:
+    known = tuple(row for row in rows if row is not None)
+    return known if len(known) == len(rows) else None

@@ -12,7 +12,10 @@ from stepscope.results.records import BoolArray
 if TYPE_CHECKING:
     from stepscope.results.rollouts import Rollouts
 
-_NUMBERS = ("logprobs", "entropies", "token_advantages", "old_logprobs")
+_NUMBERS = (
+    *("logprobs", "entropies", "token_advantages", "old_logprobs"),
+    *("decoding_logprobs", "kept_masses"),
+)
 _PER_TOKEN = (*_NUMBERS, "sampler_logprobs", "response_masks")
 _PER_SEQUENCE = (
     "prompts",

@@ -24,7 +24,10 @@ class RolloutTokens(Table):
             the policy wrote all.
         advantage: of the token; None where all tokens of a response have the response's.
         old_logprob: log-prob of the policy that the loss divides by; None where that is ``logprob``.
-        sampler_logprob: as the engine that sampled gave it; None where that is not known.
+        sampler_logprob: of what the sampler drew it from; None where that is not known, or the policy itself.
+        decoding_logprob: the same as this policy has it, at the sampler's temperature and truncation; None
+            where those are the policy's, or not known.
+        kept_mass: S_k, the policy's probability of all that truncation keeps; None likewise.
         token_weight: w_k = -dLoss/dl_k; None before, or without, a step that the batch makes.
         entropy_weight: -dLoss/dH_k; None where the loss sees no entropy.
     """
@@ -41,5 +44,7 @@ class RolloutTokens(Table):
     advantage: FloatArray | None = None
     old_logprob: FloatArray | None = None
     sampler_logprob: FloatArray | None = None
+    decoding_logprob: FloatArray | None = None
+    kept_mass: FloatArray | None = None
     token_weight: FloatArray | None = None
     entropy_weight: FloatArray | None = None

@@ -63,8 +63,12 @@ class Rollouts(Brief):
             place of ``advantages``; None where they do not.
         old_logprobs: per sequence (tok,) log-probs of the policy that the loss divides by, where it is not
             the one of ``logprobs`` (a second update on a batch); None where it is.
-        sampler_logprobs: per sequence (tok,) log-probs as the engine that sampled gave them, which some
-            losses correct for; nan where it gave none, None where they are not known.
+        sampler_logprobs: per sequence (tok,) log-probs of what the sampler drew from, which some losses
+            correct for; nan where it gave none, None where not known or where it was the policy itself.
+        decoding_logprobs: per sequence (tok,) the same as this policy has them, at the sampler's temperature
+            and truncation; None where those are the policy's, or not known.
+        kept_masses: per sequence (tok,) S_k, the probability under the policy of all tokens that truncation
+            keeps at the position; None likewise.
 
     Values per token come in two layouts: *rows*, one (tok,) array per sequence over the whole response, and
     *flat*, one array over all tokens of the batch that the policy wrote; :meth:`flat` and :meth:`rows` lead
@@ -91,6 +95,8 @@ class Rollouts(Brief):
     token_advantages: tuple[FloatArray, ...] | None = None
     old_logprobs: tuple[FloatArray, ...] | None = None
     sampler_logprobs: tuple[FloatArray, ...] | None = None
+    decoding_logprobs: tuple[FloatArray, ...] | None = None
+    kept_masses: tuple[FloatArray, ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse fields of different length, numbers that are not finite, and a policy that wrote nothing.
@@ -234,6 +240,8 @@ class Rollouts(Brief):
             advantage=_joined(self.token_advantages),
             old_logprob=_joined(self.old_logprobs),
             sampler_logprob=_joined(self.sampler_logprobs),
+            decoding_logprob=_joined(self.decoding_logprobs),
+            kept_mass=_joined(self.kept_masses),
             token_weight=_joined(token_weights),
             entropy_weight=_joined(entropy_weights),
         )
@@ -341,6 +349,8 @@ class Rollouts(Brief):
             token_advantages=_split(flat, "advantage", cuts),
             old_logprobs=_split(flat, "old_logprob", cuts),
             sampler_logprobs=_split(flat, "sampler_logprob", cuts),
+            decoding_logprobs=_split(flat, "decoding_logprob", cuts),
+            kept_masses=_split(flat, "kept_mass", cuts),
         )
         if graded:
             found.refuse_ungraded()
@@ -373,6 +383,8 @@ _TOKEN_COLUMNS = {
     "advantage": Column(pa.float64(), optional=True),
     "old_logprob": Column(pa.float64(), optional=True),
     "sampler_logprob": Column(pa.float64(), optional=True),
+    "decoding_logprob": Column(pa.float64(), optional=True),
+    "kept_mass": Column(pa.float64(), optional=True),
 }
 _CURE = "sample the batch again with `stepscope measure --stages rollouts`"
 

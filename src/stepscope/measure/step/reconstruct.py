@@ -35,15 +35,13 @@ from stepscope.policy.optim.base import OptimizerState, Update
 from stepscope.policy.passes import Budget
 from stepscope.policy.reference import reference_logprobs
 from stepscope.policy.rollouts import score_discriminators, score_rollouts
+from stepscope.policy.sampling.drawn_by import DRIFT_LIMIT
 from stepscope.policy.state import Policy
 from stepscope.results import Brief, FloatArray, Rollouts
 from stepscope.results.step import Component
 
 CLIP_EPSILON = 1e-6
 """``torch.nn.utils.clip_grad_norm_`` adds this to the norm."""
-
-DRIFT_LIMIT = 0.05
-"""Mean |difference| of log-probs, in nats, above which a batch cannot be called this policy's own."""
 
 
 @dataclass(frozen=True, repr=False)

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from stepscope.errors import RunFolderError
-from stepscope.measure.step.reconstruct import DRIFT_LIMIT
 from stepscope.policy.checkpoint.settings.training_args import (
     TRAINING_ARGS_FILE,
     Record,
     read_training_args,
 )
+from stepscope.policy.sampling.drawn_by import DRIFT_LIMIT
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, Rollouts
 from stepscope.runs import read_json

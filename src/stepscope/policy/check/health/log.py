@@ -9,6 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from stepscope.policy.check.findings import Finding
+from stepscope.policy.sampling.drawn_by import DRIFT_LIMIT, OTHER_POLICY
 
 Log = Sequence[Mapping[str, Any]]
 """``log_history``: one object for each time that something was logged."""
@@ -64,7 +65,9 @@ LIMITS = (
         "frac_reward_zero_std", "share of groups without reward variance", 0.5, 0.95,
         "such groups teach nothing: take other problems, larger groups or resample them",
     ),
-    Limit(f"{_GAP}/mean", "mean difference of log-probs, sampler to policy", 0.05, 0.5, _SAMPLER),
+    Limit(
+        f"{_GAP}/mean", "mean difference of log-probs, sampler to policy", DRIFT_LIMIT, OTHER_POLICY, _SAMPLER
+    ),
     Limit(
         f"{_GAP}/max", "largest difference of log-probs, sampler to policy", 5.0, None, _SAMPLER, worst=True
     ),

@@ -1,0 +1,90 @@
+"""A batch that some sampler drew, with the policy's log-probs beside the sampler's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from stepscope.errors import BatchError
+from stepscope.policy.passes import Budget
+from stepscope.policy.sampling.base import Convention, Sampler
+from stepscope.policy.sampling.decoded import Decoded, Rows, score_decoding
+from stepscope.policy.state import Policy
+from stepscope.results import FloatArray, Rollouts
+
+DRIFT_LIMIT = 0.05
+"""Mean distance of two log-probs of a token, in nats, that kernels and half types make between one policy and
+itself; beyond it a batch counts as drawn by another policy."""
+
+OTHER_POLICY = 0.5
+"""The same, beyond which it is refused."""
+
+OUTSIDE_LIMIT = 0.05
+"""Share of tokens outside of what truncation keeps, that round-off at its edge may make."""
+
+
+def with_sampler(policy: Policy, rollouts: Rollouts, sampler: Sampler, budget: Budget) -> Rollouts:
+    """Score a batch with the measuring forward, and put the sampler's log-probs on what it drew from.
+
+    An engine may leave truncation, or the temperature too, out of the log-probs that it gives. Which it does
+    is found from the batch: the convention whose log-probs, as the measuring forward has them, are nearest.
+    What it leaves out is then added as the measuring forward has it.
+
+    Args:
+        policy: that was to be sampled.
+        rollouts: with ``sampler_logprobs`` as the engine gave them, or without.
+        sampler: that drew it.
+        budget: of the forward pass.
+
+    Returns:
+        The batch with ``logprobs``, ``entropies``, ``sampler_logprobs`` (of what was drawn from) and, where
+        temperature or truncation are not the policy's, ``decoding_logprobs`` and ``kept_masses``.
+
+    Raises:
+        BatchError: the sampler has another policy, or does not truncate as it was told.
+    """
+    decoding = sampler.decoding
+    said = score_decoding(policy, rollouts, decoding, order=sampler.order, budget=budget)
+    found = replace(rollouts, logprobs=said.logprobs, entropies=said.entropies)
+    drawn = said.by_convention["processed"]
+    if not decoding.is_policy(rollouts.temperature):
+        found = replace(found, decoding_logprobs=drawn, kept_masses=said.masses)
+    given = rollouts.sampler_logprobs
+    if given is None:
+        return replace(found, sampler_logprobs=drawn)
+    nearest, gap = nearest_convention(given, said, sampler.conventions)
+    _refuse_other(policy, sampler, said, gap)
+    own = said.by_convention[nearest]
+    shifted = tuple(g + d - o for g, d, o in zip(given, drawn, own, strict=True))
+    return replace(found, sampler_logprobs=shifted)
+
+
+def nearest_convention(
+    given: Sequence[FloatArray], said: Decoded, conventions: Sequence[Convention]
+) -> tuple[Convention, float]:
+    """The convention that an engine's log-probs follow, and their mean distance from it in nats."""
+    gaps = {name: _distance(given, said.by_convention[name]) for name in conventions}
+    nearest = min(gaps, key=gaps.__getitem__)
+    return nearest, gaps[nearest]
+
+
+def _distance(one: Sequence[FloatArray], other: Rows) -> float:
+    return float(np.abs(np.concatenate(list(one)) - np.concatenate(other)).mean())
+
+
+def _refuse_other(policy: Policy, sampler: Sampler, said: Decoded, gap: float) -> None:
+    if not gap <= OTHER_POLICY:
+        raise BatchError(
+            f"{sampler.name}: does not serve this policy: its log-probs are {gap:.2g} nats from those of "
+            f"{policy.path or 'this policy'} on average, expected less than {DRIFT_LIMIT}; "
+            f"{sampler.advice(policy)}"
+        )
+    outside = 1 - float(np.concatenate(said.kept).mean())
+    if not outside <= OUTSIDE_LIMIT:
+        raise BatchError(
+            f"{sampler.name}: {outside:.0%} of the tokens it drew are ones that {sampler.decoding} excludes, "
+            f"expected at most {OUTSIDE_LIMIT:.0%}: it does not truncate as it was asked to; leave "
+            "top_k, top_p and min_p away, or use an engine that has them"
+        )
