@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recorded_steps import errors_of_gradients
 
 import cases
 from stepscope.config import MeasureConfig, build_config
@@ -18,6 +19,7 @@ from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.pipeline import run_measure
 from stepscope.policy import vectors
 from stepscope.policy.checkpoint.load import load_checkpoint
+from stepscope.policy.recorded import RecordedTraining
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts, read_table
@@ -58,6 +60,7 @@ rl:
   steps: 2
   save_every: 1
   probe: {every: 1, num_prompts: 8}
+  record: {state_every: 4}
   optimizer: {lr: 0.001, weight_decay: 0.01, max_grad_norm: 0.01}
 """
 
@@ -112,6 +115,13 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
     assert [row["step"] for row in probes] == [1, 2]
     assert probes[1]["grad_norm"] == pytest.approx(0.01, rel=1e-3)
     assert not any("token weights give" in row["noise_scale_reason"] for row in probes)
+
+    training = RecordedTraining.load(tmp_path / "run")
+    assert training.folder.record.complete
+    recorded = training.step(2)
+    assert sorted(recorded.rollouts.response_token_ids) == sorted(update.response_token_ids)
+    assert all(torch.equal(p, recorded.after.parameters[n]) for n, p in after.parameters.items())
+    assert max(errors_of_gradients(training, policy.model, policy.tokenizer)) < 1e-5
 
     run_measure(build_config(MeasureConfig, settings | {"out": str(tmp_path / "one")}))
     two, one = (json.loads((tmp_path / out / "summary.json").read_text()) for out in ("two", "one"))

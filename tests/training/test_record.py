@@ -15,8 +15,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from recorded_steps import errors_of_gradients, made_gradient
 from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.kernels import ChunkedLogProbFunction
@@ -25,11 +25,9 @@ import cases
 import stepscope as ss
 from stepscope.errors import ConfigError
 from stepscope.policy import vectors
-from stepscope.policy.forward import TokenBatch, TokenOutputs
-from stepscope.policy.gradients.derivatives import gradient
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.numerics.precision import true_float64
-from stepscope.policy.recorded import RecordedStep, RecordedTraining
+from stepscope.policy.recorded import RecordedTraining
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.reading.recording import find_record
@@ -106,30 +104,6 @@ def exact_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def lora_of(**options: Any) -> LoraConfig:
     return LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **options)
-
-
-def errors_of_gradients(training: RecordedTraining, model: torch.nn.Module, tokenizer: Any) -> list[float]:
-    """|g - g'| / |g| of every step: g as recorded, g' from its weights at its parameters."""
-    policy = Policy(model.eval(), tokenizer, StepSettings())
-    found = []
-    for step in training:
-        made = made_gradient(policy, step)
-        apart = {n: g + step.clip_coefficient * made[n] for n, g in step.gradient.items()}
-        found.append(vectors.norm(apart) / vectors.norm(step.gradient))
-    return found
-
-
-def made_gradient(policy: Policy, step: RecordedStep) -> dict[str, Tensor]:
-    """sum_ik w_ik grad l_ik + sum_ik e_ik grad H_ik at the parameters before the step."""
-
-    def objective(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
-        found = batch.pad(step.token_weights, outputs.logprobs) * outputs.logprobs
-        if step.entropy_weights is not None:
-            found = found + batch.pad(step.entropy_weights, outputs.entropies) * outputs.entropies
-        return found
-
-    with vectors.placed(policy.parameters, step.before.parameters):
-        return gradient(policy, step.rollouts, objective)
 
 
 def test_a_recorder_does_not_disturb_the_training(small_run: Path, recorded_run: Path) -> None:

@@ -68,9 +68,10 @@ class MicroBatch:
         """Keep dLoss/dlogprob, with its sign turned."""
         self.weights = -gradient.detach()
 
-    def take_entropy_gradient(self, gradient: Tensor) -> None:
-        """Keep dLoss/dentropy, with its sign turned."""
-        self.entropy_weights = -gradient.detach()
+    def take_entropy_gradient(self, gradient: Tensor | None) -> None:
+        """Keep dLoss/dentropy, with its sign turned; data parallelism sends back none where none is used."""
+        if gradient is not None:
+            self.entropy_weights = -gradient.detach()
 
     def sequences(self) -> list[tuple[int, Captured]]:
         """The sequences that are in the loss, without padding, each with its row."""
