@@ -24,7 +24,7 @@ from stepscope.measure.influence.attribution import NUM_FOLDS, token_products
 from stepscope.measure.influence.probe_gradient import ProbeGradient, fitting_groups, probe_gradient
 from stepscope.measure.kernel.fisher import split_tokens
 from stepscope.measure.quantity.base import VERSIONS, make_quantity
-from stepscope.measure.quantity.probe import bind_quantity
+from stepscope.measure.quantity.probe import Bindings, bindings_on
 from stepscope.measure.step.reconstruct import Step, weighted_logprobs
 from stepscope.policy import vectors
 from stepscope.policy.forward import TokenBatch, TokenOutputs
@@ -123,6 +123,7 @@ def ground_truths(
     probe: Rollouts,
     *,
     options: GroundTruthOptions = GroundTruthOptions(),
+    bindings: Bindings | None = None,
     budget: Budget = Budget(),
 ) -> tuple[GroundTruth, ...]:
     """All truths about the tokens of ``step.update``.
@@ -137,6 +138,7 @@ def ground_truths(
         step: the step.
         probe: samples of the policy that are not in the update batch; for the columns.
         options: baseline, diagonal, seed.
+        bindings: quantities of the probe batch that are known already, or will be asked for again.
         budget: what may be used at a time.
 
     Raises:
@@ -145,16 +147,18 @@ def ground_truths(
     """
     if probe.num_prompts < 2:
         raise BatchError("probe batch: one prompt only, and truths are checked on halves; use 2 or more")
-    columns = [c for v in VERSIONS for c in _columns(policy, step, probe, v, options, budget)]
+    bindings = bindings_on(bindings, policy, probe, step.direction, budget)
+    columns = [c for v in VERSIONS for c in _columns(step, bindings, v, options, budget)]
     rows = _rows(policy, step, options.mode, budget)
     return (*columns, *rows, *_diagonals(policy, step, options, budget))
 
 
 def _columns(
-    policy: Policy, step: Step, probe: Rollouts, version: str, options: GroundTruthOptions, budget: Budget
+    step: Step, bindings: Bindings, version: str, options: GroundTruthOptions, budget: Budget
 ) -> list[GroundTruth]:
+    policy, probe = bindings.policy, bindings.rollouts
     pushed = np.flatnonzero(step.update.flat(step.token_weights))
-    slope = _by_fold(policy, step, probe, version, options, budget)
+    slope = _by_fold(bindings, version, options, budget)
     folds = slope.folds(slope.num_groups)
     found = []
     for name, metric in _metrics(step).items():
@@ -243,19 +247,11 @@ def _entropies(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
     return outputs.entropies
 
 
-def _by_fold(
-    policy: Policy,
-    step: Step,
-    probe: Rollouts,
-    version: str,
-    options: GroundTruthOptions,
-    budget: Budget,
-) -> ProbeGradient:
+def _by_fold(bindings: Bindings, version: str, options: GroundTruthOptions, budget: Budget) -> ProbeGradient:
     """The entropy's gradient in folds of the probe prompts."""
+    policy, probe = bindings.policy, bindings.rollouts
     entropy = make_quantity("entropy", probe, version=version)
-    bound = bind_quantity(
-        policy, probe, entropy, direction=step.direction, baseline=options.baseline, budget=budget
-    )
+    bound = bindings.bind(entropy, options.baseline)
     twice = replace(budget, memory_bytes=budget.memory_bytes // 2)  # the parts, and the parts times P
     count = min(options.num_folds, probe.num_prompts, fitting_groups(policy, twice))
     folds = np.random.default_rng(options.seed).permutation(probe.num_prompts) % max(2, count - count % 2)

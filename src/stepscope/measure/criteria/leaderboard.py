@@ -26,6 +26,7 @@ from stepscope.measure.criteria.ground_truth import (
 from stepscope.measure.criteria.statistics import SHARES, Comparison, compare, left_out
 from stepscope.measure.criteria.two_way import Scale, Way, two_way
 from stepscope.measure.quantity.importance_weights import effective_sample_size
+from stepscope.measure.quantity.probe import Bindings
 from stepscope.measure.step.reconstruct import Step
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
@@ -154,6 +155,7 @@ def rank_criteria(
     *,
     criteria: Sequence[Criterion] | None = None,
     options: RankingOptions = RankingOptions(),
+    bindings: Bindings | None = None,
     budget: Budget = Budget(),
 ) -> Leaderboard:
     """Compute the truths about an update batch's tokens, and rank criteria against them.
@@ -164,6 +166,7 @@ def rank_criteria(
         probe: samples of the policy that are not in the update batch.
         criteria: what to rank; all known ones by default.
         options: of the truths and of the criteria.
+        bindings: quantities of the probe batch that are known already, or will be asked for again.
         budget: what may be used at a time.
 
     Raises:
@@ -176,7 +179,7 @@ def rank_criteria(
         raise MeasurementError(f"criterion {twice[0]} is there twice; give each a name of its own")
     facts = token_facts(policy, step.update, micro_batch_size=options.micro_batch_size, budget=budget)
     scores = {c.name: c(facts) for c in chosen}
-    truths = ground_truths(policy, step, probe, options=options, budget=budget)
+    truths = ground_truths(policy, step, probe, options=options, bindings=bindings, budget=budget)
     rows: list[LeaderboardRow] = []
     summaries: list[GroundTruthSummary] = []
     tokens = [c for c in chosen if c.level == "token"]

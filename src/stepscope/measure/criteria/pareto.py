@@ -29,7 +29,7 @@ from stepscope.measure.criteria.leaderboard import Leaderboard
 from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.quantity.estimators import ProbeValues, Sampled, per_decision, weights_of
 from stepscope.measure.quantity.importance_weights import check_weights, last_weights
-from stepscope.measure.quantity.probe import bind_quantity
+from stepscope.measure.quantity.probe import Bindings, bindings_on
 from stepscope.measure.quantity.values import values_at
 from stepscope.measure.step.reconstruct import Step, assemble_step, weighted_logprobs
 from stepscope.measure.step.terms import term_gradients
@@ -111,6 +111,7 @@ def drop_tokens(
     *,
     probe_half: IntArray | None = None,
     options: AblationOptions = AblationOptions(),
+    bindings: Bindings | None = None,
     budget: Budget = Budget(),
 ) -> Pareto:
     """Take the step again without the tokens that each rule drops, and measure entropy and reward.
@@ -126,6 +127,7 @@ def drop_tokens(
             at one half of the probe prompts each are judged on the other. See :func:`drop_rules`.
         probe_half: (probe seq,) 0 or 1, the half of each probe sequence.
         options: shares, learning rate, baseline.
+        bindings: quantities of the probe batch that are known already, or will be asked for again.
         budget: what may be used at a time.
 
     Raises:
@@ -150,10 +152,9 @@ def drop_tokens(
             )
     if wrong := [share for share in options.shares if not 0 < share < 1]:
         raise MeasurementError(f"share of tokens to drop: got {wrong[0]}, expected between 0 and 1")
+    known = bindings_on(bindings, policy, probe, step.direction, budget)
     bound = [
-        bind_quantity(
-            policy, probe, quantity, direction=step.direction, baseline=options.baseline, budget=budget
-        )
+        known.bind(quantity, options.baseline)
         for quantity in ("entropy", make_quantity("reward", probe, normalisation="per_seq"))
     ]
 

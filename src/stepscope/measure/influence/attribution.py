@@ -38,7 +38,7 @@ from stepscope.errors import MeasurementError
 from stepscope.measure.influence.probe_gradient import Folds, ProbeGradient, probe_gradient
 from stepscope.measure.quantity.base import Quantity, readings_of
 from stepscope.measure.quantity.objective import quantity_objective
-from stepscope.measure.quantity.probe import bind_quantity
+from stepscope.measure.quantity.probe import Bindings, bindings_on
 from stepscope.measure.step.derivative import step_derivative
 from stepscope.measure.step.nonlinear import nonlinear_doubt
 from stepscope.measure.step.reconstruct import Step, weighted_logprobs
@@ -213,6 +213,7 @@ def influence(
     through: Through = "fixed",
     quantity: str | Quantity = "entropy",
     options: InfluenceOptions = InfluenceOptions(),
+    bindings: Bindings | None = None,
     budget: Budget = Budget(),
 ) -> Influence:
     """The first-order effect of every sequence and token of an update on a quantity.
@@ -230,6 +231,7 @@ def influence(
             are; ``optimizer`` differentiates through both, which says what a change of the batch would do.
         quantity: a name, or a quantity.
         options: baseline, folds and groups.
+        bindings: quantities of the probe batch that are known already, or will be asked for again.
         budget: what may be used at a time.
 
     Returns:
@@ -240,9 +242,18 @@ def influence(
         MeasurementError: the step is not of this update batch, an unknown ``through``, or forward and
             reverse mode disagree.
     """
-    return influences(
-        policy, step, update, probe, throughs=(through,), quantity=quantity, options=options, budget=budget
-    )[0]
+    found = influences(
+        policy,
+        step,
+        update,
+        probe,
+        throughs=(through,),
+        quantity=quantity,
+        options=options,
+        bindings=bindings,
+        budget=budget,
+    )
+    return found[0]
 
 
 def influences(
@@ -254,6 +265,7 @@ def influences(
     throughs: Sequence[Through] | None = None,
     quantity: str | Quantity = "entropy",
     options: InfluenceOptions = InfluenceOptions(),
+    bindings: Bindings | None = None,
     budget: Budget = Budget(),
 ) -> tuple[Influence, ...]:
     """:func:`influence` for several ``throughs`` from the same passes over the probe batch.
@@ -269,6 +281,7 @@ def influences(
         throughs: ``fixed``, ``optimizer``, or both; by default what the optimizer has.
         quantity: a name, or a quantity.
         options: baseline, folds and groups.
+        bindings: quantities of the probe batch that are known already, or will be asked for again.
         budget: what may be used at a time.
 
     Raises:
@@ -282,9 +295,8 @@ def influences(
                 f"through: got {through!r}, expected one of {', '.join(THROUGHS)}; use one of these"
             )
     _check_update(step, update)
-    bound = bind_quantity(
-        policy, probe, quantity, direction=step.direction, baseline=options.baseline, budget=budget
-    )
+    bindings = bindings_on(bindings, policy, probe, step.direction, budget)
+    bound = bindings.bind(quantity, options.baseline)
     slope = probe_gradient(
         policy,
         probe,

@@ -20,7 +20,7 @@ from stepscope.measure.influence.attribution import Influence, token_products
 from stepscope.measure.influence.probe_gradient import probe_gradient
 from stepscope.measure.influence.reliability import FEWEST_FOLDS, implied_gain
 from stepscope.measure.quantity.base import Quantity, make_quantity
-from stepscope.measure.quantity.probe import bind_quantity
+from stepscope.measure.quantity.probe import Bindings, bindings_on
 from stepscope.measure.step.derivative import step_derivative
 from stepscope.measure.step.reconstruct import Step
 from stepscope.policy.gradients.derivatives import Mode
@@ -51,6 +51,7 @@ def shrunk_influence(
     *,
     quantity: str | Quantity = "entropy",
     mode: Mode = "auto",
+    bindings: Bindings | None = None,
     budget: Budget = Budget(),
 ) -> Shrunk | None:
     """Shrink an on-policy influence towards that at fixed prefixes.
@@ -64,6 +65,7 @@ def shrunk_influence(
         found: influence on the on-policy quantity, with at least four folds.
         quantity: as it was given to ``influence``.
         mode: how token derivatives are taken, see ``directional_derivative``.
+        bindings: quantities of the probe batch that are known already, or will be asked for again.
         budget: what may be used at a time.
 
     Returns:
@@ -76,7 +78,7 @@ def shrunk_influence(
     if "fixed_prefix" not in chosen.versions:
         return None
     at_fixed = replace(chosen, normalisation=found.normalisation, version="fixed_prefix")
-    bound = bind_quantity(policy, probe, at_fixed, direction=step.direction, budget=budget)
+    bound = bindings_on(bindings, policy, probe, step.direction, budget).bind(at_fixed)
     slope = probe_gradient(policy, probe, bound, groups=found.folds.labels, budget=budget)
     pulled = step_derivative(policy, step, found.through).pulled(slope.parts)
     own = slope.folds(len(found.fold_tokens))

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from stepscope.errors import MeasurementError
 from stepscope.measure.quantity.base import Quantity, make_quantity
 from stepscope.measure.quantity.baselines import fit_baseline, length_baseline
 from stepscope.measure.quantity.estimators import Baseline, ProbeValues
@@ -42,6 +43,79 @@ def probe_values(
     )
 
 
+class Bindings:
+    """The quantities of one probe batch, each evaluated and given its baseline once, however often asked for.
+
+    For whoever asks for the same quantities in several places while the policy stays where it is, or comes
+    back to where it was.
+
+    Attributes:
+        policy: the policy.
+        rollouts: the probe batch.
+        direction: of the step.
+        budget: what may be used at a time.
+    """
+
+    def __init__(
+        self, policy: Policy, rollouts: Rollouts, direction: ParameterVector, budget: Budget = Budget()
+    ) -> None:
+        self.policy = policy
+        self.rollouts = rollouts
+        self.direction = direction
+        self.budget = budget
+        self._values: dict[tuple[object, ...], TokenValues] = {}
+        self._slopes: dict[tuple[object, ...], TokenValues] = {}
+        self._bound: dict[tuple[object, ...], ProbeValues] = {}
+        self._held: list[
+            Quantity
+        ] = []  # keys have ids of what quantities hold, which are not to be used again
+
+    def bind(self, quantity: str | Quantity, baseline: str = "best") -> ProbeValues:
+        """A quantity with its baseline, as :func:`bind_quantity` makes it.
+
+        Raises:
+            MeasurementError: an unknown name.
+        """
+        chosen = make_quantity(quantity, self.rollouts, policy=self.policy)
+        whole = (*chosen.values_key, chosen.normalisation, chosen.version, baseline)
+        if whole not in self._bound:
+            self._held.append(chosen)
+            self._bound[whole] = self._made(chosen, baseline)
+        return self._bound[whole]
+
+    def _made(self, chosen: Quantity, baseline: str) -> ProbeValues:
+        policy, rollouts, budget, key = self.policy, self.rollouts, self.budget, chosen.values_key
+        if key not in self._values:
+            self._values[key] = values_at(policy, rollouts, (chosen,), budget=budget).quantity(0)
+        probe = probe_values(chosen, self._values[key], rollouts)
+        nothing = np.zeros(probe.mask.shape)
+        slopes = TokenValues(nothing, nothing, nothing)
+        if chosen.on_policy and baseline == "best":
+            if key not in self._slopes:
+                along = derivatives(policy, rollouts, (chosen,), self.direction, budget=budget)
+                self._slopes[key] = along[0].quantity(0)
+            slopes = self._slopes[key]
+        features = baseline_features(policy, rollouts, (chosen,), baseline, budget=budget)
+        return replace(probe, baseline=fit_baseline(baseline, probe, slopes, features=features))
+
+
+def bindings_on(
+    given: Bindings | None, policy: Policy, rollouts: Rollouts, direction: ParameterVector, budget: Budget
+) -> Bindings:
+    """The bindings that were given, of this policy and batch, or new ones where none were.
+
+    Raises:
+        MeasurementError: they are of another policy or probe batch.
+    """
+    if given is None:
+        return Bindings(policy, rollouts, direction, budget)
+    if given.policy is not policy or given.rollouts is not rollouts:
+        raise MeasurementError(
+            "bindings: of another policy or probe batch than those given; make Bindings of these"
+        )
+    return given
+
+
 def bind_quantity(
     policy: Policy,
     rollouts: Rollouts,
@@ -65,14 +139,7 @@ def bind_quantity(
     Raises:
         MeasurementError: an unknown name.
     """
-    chosen = make_quantity(quantity, rollouts, policy=policy)
-    probe = probe_values(chosen, values_at(policy, rollouts, (chosen,), budget=budget).quantity(0), rollouts)
-    nothing = np.zeros(probe.mask.shape)
-    slopes = TokenValues(nothing, nothing, nothing)
-    if chosen.on_policy and baseline == "best":
-        slopes = derivatives(policy, rollouts, (chosen,), direction, budget=budget)[0].quantity(0)
-    features = baseline_features(policy, rollouts, (chosen,), baseline, budget=budget)
-    return replace(probe, baseline=fit_baseline(baseline, probe, slopes, features=features))
+    return Bindings(policy, rollouts, direction, budget).bind(quantity, baseline)
 
 
 def baseline_features(

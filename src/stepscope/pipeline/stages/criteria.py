@@ -37,6 +37,7 @@ def criteria(session: Session) -> Figures:
             micro_batch_size=config.criteria.micro_batch_size,
             seed=config.criteria.seed,
         ),
+        bindings=session.bindings,
         budget=session.budget,
     )
     column = board.truth("column", "adamw", "on_policy")
@@ -66,6 +67,7 @@ def _drop_tokens(session: Session, board: Leaderboard) -> Pareto:
             session.probe,
             quantity=make_quantity("reward", session.probe, normalisation="per_seq"),
             options=InfluenceOptions(baseline=config.baseline, groups=half, num_folds=2),
+            bindings=session.bindings,
             budget=session.budget,
         )
         rules = drop_rules(board, reward_influence=reward.fold_tokens, seed=config.criteria.seed)
@@ -78,6 +80,7 @@ def _drop_tokens(session: Session, board: Leaderboard) -> Pareto:
         options=AblationOptions(
             shares=tuple(config.criteria.drop_shares), lr=session.stored_step.lr, baseline=config.baseline
         ),
+        bindings=session.bindings,
         budget=session.budget,
     )
 

@@ -81,6 +81,7 @@ def _shrunk(session: Session) -> dict[tuple[str, str], Shrunk]:
             session.probe,
             ways[-1],
             quantity=quantity,
+            bindings=session.bindings,
             budget=session.budget,
         )
         for quantity, ways in zip(session.quantities, session.influences, strict=True)

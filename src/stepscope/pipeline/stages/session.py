@@ -13,6 +13,7 @@ from stepscope.errors import BatchError, MeasurementError
 from stepscope.measure.influence.attribution import NUM_FOLDS, Influence, InfluenceOptions, influences
 from stepscope.measure.influence.token_influence import token_influences
 from stepscope.measure.quantity.base import Quantity, make_quantity
+from stepscope.measure.quantity.probe import Bindings
 from stepscope.measure.step.reconstruct import Step, reconstruct_step
 from stepscope.measure.step.rounding import RoundedStep, rounded_step
 from stepscope.pipeline.inputs.policies import open_policy, open_reference
@@ -106,6 +107,11 @@ class Session:
         """The quantities asked for, bound to the probe batch."""
         return [self.quantity(name, self.probe) for name in self.config.quantities]
 
+    @cached_property
+    def bindings(self) -> Bindings:
+        """The quantities of the probe batch with their baselines, shared by the stages."""
+        return Bindings(self.policy, self.probe, self.step.direction, self.budget)
+
     def quantity(self, name: str, probe: Rollouts) -> Quantity:
         """A quantity on a probe batch, with the reference model of the run."""
         reference = None if self.reference is None else self.reference.model
@@ -175,6 +181,7 @@ class Session:
             throughs=throughs,
             quantity=quantity,
             options=InfluenceOptions(baseline=self.config.baseline, num_folds=num_folds),
+            bindings=self.bindings if probe is self.probe else None,
             budget=self.budget,
         )
 
