@@ -133,7 +133,13 @@ def trained(
         )
         thetas.append(theta)
         steps.append(
-            PathStep(number=t + 1, policy=now, taken=taken, update=update, token_weights=tuple(weights))
+            PathStep(
+                number=t + 1,
+                taken=taken,
+                update=update,
+                token_weights=tuple(weights),
+                entropy_weights=entropy_weights(update, settings) or None,
+            )
         )
     thetas.append({n: p.detach().clone() for n, p in params.items()})
     assert start is not None
@@ -217,9 +223,8 @@ def closing_error(policy: Policy, path: Trained, quantity: str, every: int = 1) 
 
 
 def predicted(found: Sequence[Entries], parts: dict[str, float]) -> float:
-    terms = sum(float(t.sum()) for e in found for t in e.terms.values())
-    tokens = sum(float(e.whole.sum()) for e in found)
-    return tokens + terms + parts["momentum_before"] + parts["decay"]
+    batches = sum(float(e.whole.sum() + e.bonus.sum()) for e in found)
+    return batches + parts["momentum_before"] + parts["decay"]
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -238,7 +243,7 @@ def test_a_bonus_has_its_own_place() -> None:
     policy, path = trained(4, bonus=0.05)
     found, parts = accounted(policy, path)
     assert predicted(found, parts) == pytest.approx(parts["whole"], rel=1e-9)
-    assert all(list(e.terms) == ["bonus"] and float(e.terms["bonus"][0]) > 0 for e in found)
+    assert all(float(e.bonus[0]) > 0 for e in found)
 
 
 @pytest.mark.parametrize(

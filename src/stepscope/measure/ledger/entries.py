@@ -11,7 +11,7 @@ taken from where it was taken, and taken back from where it ended. R is the real
 F(theta_T) - F(theta_0), and its derivative in Delta_j is G_j. So an entry is an exact derivative of the
 realised change, not of its linearisation, along the path as it was: that a token also changes *where* later
 gradients are taken, and what later decay takes off, is not followed. Through ``fixed`` clip coefficients and
-D are held, too, and entries, momentum before the path, decay and further terms add up to sum_j G_j . Delta_j;
+D are held, too, and entries, momentum before the path, decay and bonus add up to sum_j G_j . Delta_j;
 through ``optimizer`` they are not, and the entries answer what a little more or less weight would do.
 (:mod:`stepscope.measure.ledger.adjoint`; the derivative is tested on listed policies in
 ``tests/measure/test_ledger.py``.)
@@ -19,7 +19,7 @@ through ``optimizer`` they are not, and the entries answer what a little more or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,9 +29,13 @@ from torch import Tensor
 from stepscope.measure.ledger.adjoint import Adjoint, pull
 from stepscope.measure.ledger.path import Path
 from stepscope.measure.step.reconstruct import weighted_logprobs
-from stepscope.measure.step.terms import term_gradients
 from stepscope.policy import vectors
-from stepscope.policy.gradients.derivatives import directional_derivative, gradient, response_logprob
+from stepscope.policy.gradients.derivatives import (
+    Objective,
+    directional_derivative,
+    gradient,
+    response_logprob,
+)
 from stepscope.policy.optim.base import Through
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
@@ -53,7 +57,7 @@ class Entries(Brief):
         whole: (row, tok) entry of each token that the policy wrote, over the rest of the path.
         own: (quantity, tok) its part through this step alone; the rest goes through the moments of later
             steps.
-        terms: (row,) the same for what in the loss belongs to no sequence, by component of the step.
+        bonus: (row,) the same for an entropy bonus, all tokens together; zero without one.
         decay: (row,) what a decay inside the gradient did; zero where there is none.
     """
 
@@ -62,7 +66,7 @@ class Entries(Brief):
     update: Rollouts
     whole: FloatArray
     own: FloatArray
-    terms: Mapping[str, FloatArray]
+    bonus: FloatArray
     decay: FloatArray
 
 
@@ -80,7 +84,7 @@ def step_entries(
     """The entries of one step, given what came after it.
 
     Costs a forward-mode pass over its batch for each row and each quantity; a gradient of it where nothing is
-    held and none was recorded; besides what the terms of the loss need.
+    held and none was recorded; one more with a bonus.
 
     Args:
         policy: the model of the path; its parameters are restored bitwise.
@@ -99,16 +103,17 @@ def step_entries(
     update, weights = step.update, step.token_weights
     theta = path.parameters(place)
     with placed(policy.parameters, theta):
-        here = replace(step.policy, model=policy.model)
-        terms = term_gradients(here, update, budget=budget)
+        bonus: dict[str, Tensor] = {}
+        if step.entropy_weights is not None:
+            bonus = gradient(policy, update, weighted_entropies(step.entropy_weights), budget=budget)
         taken = replace(step.taken, parameters=theta)
         if through == "optimizer" and not taken.ascent:
-            made = gradient(here, update, weighted_logprobs(weights), budget=budget)
-            taken = replace(taken, ascent=vectors.add(made, *terms.values()))
+            made = gradient(policy, update, weighted_logprobs(weights), budget=budget)
+            taken = replace(taken, ascent=vectors.add(made, bonus) if bonus else made)
         found = pull(taken, gains, after, through)
         whole = {n: found.own[n] + found.later[n] for n in found.own}
         derivatives = [
-            np.stack([_along(here, update, u, budget) for u in _rows(stack)])
+            np.stack([_along(policy, update, u, budget) for u in _rows(stack)])
             for stack in (whole, {n: _mixed(shares, t) for n, t in found.own.items()})
         ]
     flat = update.flat(weights)
@@ -119,10 +124,15 @@ def step_entries(
         update=update,
         whole=flat * derivatives[0],
         own=flat * derivatives[1],
-        terms={name: _products(whole, vector, len(shares.T)) for name, vector in terms.items()},
+        bonus=_products(whole, bonus, len(shares.T)) if bonus else np.zeros(len(shares.T)),
         decay=decayed,
     )
     return entries, found.before
+
+
+def weighted_entropies(weights: Sequence[FloatArray]) -> Objective:
+    """The objective sum_k e_ik H_ik, (seq, tok): its gradient is that of minus the bonus in the loss."""
+    return lambda outputs, batch: batch.pad(weights, outputs.entropies) * outputs.entropies
 
 
 def _along(policy: Policy, update: Rollouts, direction: Rows, budget: Budget) -> FloatArray:

@@ -19,7 +19,6 @@ from torch import Tensor
 from stepscope.errors import MeasurementError
 from stepscope.measure.ledger.adjoint import TakenStep, carried_moment
 from stepscope.policy import vectors
-from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import Brief, FloatArray, Rollouts
 
@@ -30,18 +29,17 @@ class PathStep(Brief):
 
     Attributes:
         number: of optimizer steps after it.
-        policy: the policy before it, for the settings of its loss; its parameters are those of the path once
-            :meth:`Path.parameters` were placed in it.
         taken: what the optimizer did.
         update: the batch that made the step.
         token_weights: w_ik = -dLoss/dl_ik before clipping, one (tok,) array per sequence.
+        entropy_weights: -dLoss/dH_ik of an entropy bonus, likewise; None without one.
     """
 
     number: int
-    policy: Policy
     taken: TakenStep
     update: Rollouts
     token_weights: tuple[FloatArray, ...]
+    entropy_weights: tuple[FloatArray, ...] | None = None
 
 
 class Path(Protocol):
