@@ -38,6 +38,7 @@ from .policy.sampling.continuous import ContinuousSampler as ContinuousSampler
 from .policy.sampling.generate import TransformersSampler as TransformersSampler
 from .policy.state import Policy as Policy
 from .reading.evaluation import load_evaluation as load_evaluation
+from .reading.ledger import load_ledger as load_ledger
 from .reading.measurement import Measurement as Measurement
 from .reading.measurement import load_measurement as load_measurement
 from .reading.study import load_study as load_study

@@ -268,6 +268,66 @@ def study(
 
 @app.command()
 @_mendable
+def ledger(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder of a recorded training.")],
+    overrides: Overrides = None,
+    start: Annotated[
+        int | None, typer.Option("--from", metavar="A", help="Begin after this step (default: the first).")
+    ] = None,
+    stop: Annotated[
+        int | None, typer.Option("--to", metavar="B", help="End after this step (default: the last).")
+    ] = None,
+    every: Annotated[
+        int | None,
+        typer.Option("--every", metavar="K", help="Gradients at every K-th step, interpolated between."),
+    ] = None,
+    quantity: Annotated[
+        str | None,
+        typer.Option(
+            "--quantity",
+            metavar="A,B",
+            help="entropy (default), entropy_fixed_prefix, reward, length, kl (to the start); the first is "
+            "the headline.",
+        ),
+    ] = None,
+    through: Annotated[
+        str | None,
+        typer.Option(
+            "--through", metavar="A,B", help="fixed (default) and optimizer: what entries go through."
+        ),
+    ] = None,
+    task: TaskSpec = None,
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="DIR", help="Where the ledger goes; default: RUN.")
+    ] = None,
+    precision: Precision = None,
+    device: Device = None,
+    config: ConfigFile = None,
+    resume: Resume = False,
+) -> None:
+    """What every token of every batch of a recorded training did to its entropy, added up and closed."""
+    from stepscope.config import LedgerConfig, load_config
+
+    values: dict[str, Any] = {
+        "run": run,
+        "start": start,
+        "stop": stop,
+        "every": every,
+        "quantities": _split(quantity),
+        "through": _split(through),
+        "task": task,
+        "out": out,
+        "precision": precision,
+        "device": device,
+    }
+    settings = load_config(LedgerConfig, config, overrides or [], values)
+    from stepscope.pipeline import run_ledger
+
+    run_ledger(settings, resume=resume)
+
+
+@app.command()
+@_mendable
 def report(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="Run folder, folder of a measurement, or study folder.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -56,8 +56,8 @@ class Trained:
     def step(self, place: int) -> PathStep:
         return self.steps[place]
 
-    def first_moment(self) -> Vector:
-        return dict(self.start.exp_avg)
+    def first_moment(self) -> tuple[Vector, Mapping[str, int]]:
+        return dict(self.start.exp_avg), self.start.steps
 
 
 def update_batch(policy: Policy, seed: int) -> Rollouts:

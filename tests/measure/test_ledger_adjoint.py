@@ -187,11 +187,28 @@ def test_fixed_parts_add_up_to_the_sum_along_the_path(decoupled: bool) -> None:
     assert parts == pytest.approx(float(total), rel=1e-11)
     by_steps = sum(
         float((g[n] * d).sum())
-        for age, (s, g) in enumerate(zip(steps, run.gains, strict=True), 1)
-        for n, d in carried_moment(s, run.start.exp_avg, age).items()
+        for s, g in zip(steps, run.gains, strict=True)
+        for n, d in carried_moment(s, run.start.exp_avg, run.start.steps).items()
     )
     by_recursion = -sum(float((found[0].before.first[n][0] * run.start.exp_avg[n]).sum()) for n in SHAPES)
     assert by_steps == pytest.approx(by_recursion, rel=1e-11)
+
+
+def test_a_parameter_that_a_step_leaves_alone_keeps_its_moments() -> None:
+    run = made(steps=1, count=3, limit=0.0, amsgrad=False)
+    _, states = run.replay(run.ascents, dict(run.start.exp_avg), held=None)
+    only = states[0][0].groups[0]
+    step = TakenStep(state=replace(states[0][0], groups=(only,)), ascent=run.ascents[0])
+    gains = {n: x.unsqueeze(0) for n, x in run.gains[0].items()}
+    later = {n: 2 * x for n, x in gains.items()}
+    found = pull(step, gains, Adjoint(later, later), "optimizer")
+    assert not found.own["b"].any()
+    assert not found.later["b"].any()
+    assert torch.equal(found.before.first["b"], later["b"])
+    assert torch.equal(found.before.second["b"], later["b"])
+    assert found.later["a"].any()
+    assert not step.decay(run.thetas[0])["b"].any()
+    assert not carried_moment(step, run.start.exp_avg, run.start.steps)["b"].any()
 
 
 def test_refuses_what_it_does_not_follow() -> None:

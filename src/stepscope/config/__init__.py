@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stepscope.config.base import Section
 from stepscope.config.evaluate import EvalConfig, EvalSettings
+from stepscope.config.ledger import LedgerConfig
 from stepscope.config.loading import (
     apply_overrides,
     build_config,
@@ -44,6 +45,7 @@ __all__ = [
     "EntropyBonusConfig",
     "EvalConfig",
     "EvalSettings",
+    "LedgerConfig",
     "LoraConfig",
     "LossConfig",
     "MeasureConfig",

@@ -27,7 +27,7 @@ STAGES: tuple[Stage, ...] = (
 Precision = Literal["float32", "float64", "bfloat16"]
 
 
-def _known(name: str) -> str:
+def known_quantity(name: str) -> str:
     """The name of a quantity: each has a file, which is not imported here, since it needs torch."""
     kinds = Path(__file__).parents[1] / "measure" / "quantity" / "kinds"
     names = sorted(file.stem for file in kinds.glob("[a-z]*.py"))
@@ -36,7 +36,7 @@ def _known(name: str) -> str:
     return name
 
 
-QuantityName = Annotated[str, AfterValidator(_known)]
+QuantityName = Annotated[str, AfterValidator(known_quantity)]
 """A quantity of the policy whose change can be measured."""
 
 

@@ -182,7 +182,7 @@ class RecordedTraining:
         batch = self.folder.batch(index)
         before = self.state(index - 1)
         after = self.state(index)
-        gradient = self._gradient(index)
+        gradient = self.gradient(index)
         return RecordedStep(
             index=index,
             rollouts=batch.rollouts,
@@ -190,7 +190,7 @@ class RecordedTraining:
             entropy_weights=batch.entropy_weights,
             grad_norm=batch.figures.grad_norm,
             clip_coefficient=batch.figures.clip_coefficient,
-            groups=self._groups(batch.figures.lrs, gradient),
+            groups=self.groups(batch.figures.lrs, gradient),
             before=before,
             gradient=gradient,
             after=after,
@@ -223,7 +223,7 @@ class RecordedTraining:
         """The state after step ``index``, from the one after step ``at``."""
         while at < index:
             at += 1
-            figures, gradient = self.folder.figures(at), self._gradient(at)
+            figures, gradient = self.folder.figures(at), self.gradient(at)
             state = adamw_step(state, self.folder.record.groups, figures.lrs, gradient)
             state = self._held_against_the_kept(at, state)
         self._at = at, state
@@ -270,10 +270,12 @@ class RecordedTraining:
         self.exact = False
         return kept
 
-    def _gradient(self, index: int) -> ParameterVector:
+    def gradient(self, index: int) -> ParameterVector:
+        """The gradient that the optimizer took in a step, after clipping."""
         return self._here(vectors.load(self.folder.gradient(index)))
 
-    def _groups(self, lrs: Sequence[float], gradient: ParameterVector) -> tuple[AdamWGroup, ...]:
+    def groups(self, lrs: Sequence[float], gradient: ParameterVector) -> tuple[AdamWGroup, ...]:
+        """AdamW's settings in a step of these learning rates, of the parameters that have a gradient."""
         return tuple(
             AdamWGroup(
                 names=tuple(n for n in group.names if n in gradient),

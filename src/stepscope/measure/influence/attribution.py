@@ -26,9 +26,10 @@ those of the step (:mod:`stepscope.measure.step.nonlinear`).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -379,10 +380,19 @@ def influences(
     return tuple(_doubted(f, doubt) if f.through == "fixed" else f for f in found)
 
 
+class Weighted(Protocol):
+    """A batch with its token weights, such as a step."""
+
+    @property
+    def update(self) -> Rollouts: ...  # noqa: D102
+    @property
+    def token_weights(self) -> Sequence[FloatArray]: ...  # noqa: D102
+
+
 def token_products(
     policy: Policy,
-    step: Step,
-    pulled: dict[str, Tensor],
+    step: Weighted,
+    pulled: Mapping[str, Tensor],
     mixing: FloatArray,
     *,
     mode: Mode = "auto",
@@ -394,7 +404,7 @@ def token_products(
 
     Args:
         policy: where the step starts; not changed.
-        step: the step.
+        step: the batch and its token weights.
         pulled: name to (part, ...parameter shape).
         mixing: (fold, part) makes the vectors u from the parts.
         mode: how token derivatives are taken, see ``directional_derivative``.

@@ -172,7 +172,7 @@ def probe_gradient(
         budget: what may be used at a time.
     """
     if groups is None:
-        groups = _grouping(rollouts.prompt_index, min(max_groups, fitting_groups(policy, budget)))
+        groups = prompt_groups(rollouts.prompt_index, min(max_groups, fitting_groups(policy, budget)))
     gradients = SequenceGradients(
         rollouts, quantity_objective(probe), as_trained=False, readings=partial(readings_of, [probe.quantity])
     )
@@ -196,7 +196,7 @@ def fitting_groups(policy: Policy, budget: Budget) -> int:
     return max(1, budget.memory_bytes // per_group - 2)
 
 
-def _grouping(prompts: Sequence[int] | IntArray, most: int) -> IntArray:
+def prompt_groups(prompts: Sequence[int] | IntArray, most: int) -> IntArray:
     """(seq,) group of each sequence: its prompt, or one of ``most`` random pools of prompts of equal size."""
     index = np.asarray(prompts, dtype=np.int64)
     count = int(index.max()) + 1

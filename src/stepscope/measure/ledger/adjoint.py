@@ -46,8 +46,8 @@ class TakenStep(Brief):
     """A step that AdamW took.
 
     Attributes:
-        state: after the step; its groups have the learning rates that the step was taken with. Where only
-            ``fixed`` is asked for, ``exp_avg`` may be empty.
+        state: after the step; its groups have the learning rates that the step was taken with, and the names
+            of what it moved. Where only ``fixed`` is asked for, ``exp_avg`` may be empty.
         clip: clip coefficient c.
         max_norm: of the clipping; 0 for none.
         ascent: a, -grad Loss before clipping; needed where nothing is held.
@@ -74,7 +74,7 @@ class TakenStep(Brief):
 
     @property
     def places(self) -> Iterator[tuple[str, AdamWGroup, int]]:
-        """Name, group and n of every parameter."""
+        """Name, group and n of every parameter that the step moved."""
         for group in self.state.groups:
             for name in group.names:
                 yield name, group, self.state.steps[name]
@@ -86,10 +86,10 @@ class TakenStep(Brief):
 
     def decay(self, theta: ParameterVector) -> dict[str, Tensor]:
         """-lr wd theta: the part of the displacement that is decay beside the gradient."""
-        found = {}
+        found = vectors.zeros_like(theta)
         for name, group, _ in self.places:
-            rate = group.lr * group.weight_decay if group.decoupled else 0.0
-            found[name] = -rate * theta[name] if rate else torch.zeros_like(theta[name])
+            if (rate := group.lr * group.weight_decay) and group.decoupled:
+                found[name] = -rate * theta[name]
         return found
 
 
@@ -104,21 +104,19 @@ def denominator(step: TakenStep, name: str, group: AdamWGroup, count: int) -> Te
     return root.add_(group.eps)
 
 
-def carried_moment(step: TakenStep, moment: ParameterVector, age: int) -> dict[str, Tensor]:
-    """The displacement that moments of so many steps before make in this one: lr b1^age m / ((1 - b1^n) D).
+def carried_moment(step: TakenStep, moment: ParameterVector, counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """The displacement that earlier moments make in a step: - lr b1^a m / ((1 - b1^n) D), a steps later.
 
     Args:
         step: the step.
-        moment: ``exp_avg`` as torch keeps it, of gradients.
-        age: steps since, this one among them: 1 for the state right before it.
+        moment: ``exp_avg`` as torch keeps it, of gradients, of all parameters.
+        counts: the optimizer's own count of steps then, by parameter.
     """
-    return {
-        name: -scale(group, count)
-        * group.betas[0] ** age
-        * moment[name]
-        / denominator(step, name, group, count)
-        for name, group, count in step.places
-    }
+    found = vectors.zeros_like(moment)
+    for name, group, count in step.places:
+        factor = -scale(group, count) * group.betas[0] ** (count - counts[name])
+        found[name] = factor * moment[name] / denominator(step, name, group, count)
+    return found
 
 
 @dataclass(frozen=True, repr=False)
@@ -155,7 +153,7 @@ class Pulled(Brief):
 
 
 def pull(step: TakenStep, gains: Mapping[str, Tensor], after: Adjoint, through: Through) -> Pulled:
-    """One step of the recursion.
+    """One step of the recursion. Moments of what the step did not move stay as they are.
 
     Args:
         step: the step.
@@ -175,11 +173,11 @@ def pull(step: TakenStep, gains: Mapping[str, Tensor], after: Adjoint, through: 
             "through=optimizer needs the gradient and the first moment of every step, got neither or one; "
             "take through=fixed"
         )
-    own, later, coupled, before = {}, {}, {}, Adjoint()
+    coupled: dict[str, Tensor] = {}
+    own, later = ({n: torch.zeros_like(g) for n, g in gains.items()} for _ in range(2))
+    before = Adjoint(dict(after.first), dict(after.second), dict(after.largest))
     for name, group, count in step.places:
         (b1, b2), gain = group.betas, gains[name]
-        lifted = gain.dim() - step.state.exp_avg_sq[name].dim()
-        assert lifted == 1, name
         divisor = denominator(step, name, group, count)
         mine = scale(group, count) * gain / divisor
         theirs = after.first.get(name, torch.zeros_like(mine))

@@ -19,22 +19,20 @@ through ``optimizer`` they are not, and the entries answer what a little more or
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from stepscope.measure.influence.attribution import token_products
 from stepscope.measure.ledger.adjoint import Adjoint, pull
 from stepscope.measure.ledger.path import Path
 from stepscope.measure.step.reconstruct import weighted_logprobs
 from stepscope.policy import vectors
 from stepscope.policy.gradients.derivatives import (
     Objective,
-    directional_derivative,
     gradient,
-    response_logprob,
 )
 from stepscope.policy.optim.base import Through
 from stepscope.policy.passes import Budget
@@ -100,34 +98,30 @@ def step_entries(
         The entries, and the derivatives with respect to the moments before the step.
     """
     step = path.step(place)
-    update, weights = step.update, step.token_weights
     theta = path.parameters(place)
     with placed(policy.parameters, theta):
         bonus: dict[str, Tensor] = {}
         if step.entropy_weights is not None:
-            bonus = gradient(policy, update, weighted_entropies(step.entropy_weights), budget=budget)
+            bonus = gradient(policy, step.update, weighted_entropies(step.entropy_weights), budget=budget)
         taken = replace(step.taken, parameters=theta)
         if through == "optimizer" and not taken.ascent:
-            made = gradient(policy, update, weighted_logprobs(weights), budget=budget)
+            made = gradient(policy, step.update, weighted_logprobs(step.token_weights), budget=budget)
             taken = replace(taken, ascent=vectors.add(made, bonus) if bonus else made)
         found = pull(taken, gains, after, through)
         whole = {n: found.own[n] + found.later[n] for n in found.own}
-        derivatives = [
-            np.stack([_along(policy, update, u, budget) for u in _rows(stack)])
-            for stack in (whole, {n: _mixed(shares, t) for n, t in found.own.items()})
-        ]
-    flat = update.flat(weights)
-    decayed = -_products(found.decay, theta, len(shares.T))
-    entries = Entries(
+        each = np.eye(shares.shape[1])
+        entries = token_products(policy, step, whole, each, budget=budget)
+        own = token_products(policy, step, found.own, shares, budget=budget)
+    made_by_batch = Entries(
         number=step.number,
         through=through,
-        update=update,
-        whole=flat * derivatives[0],
-        own=flat * derivatives[1],
-        bonus=_products(whole, bonus, len(shares.T)) if bonus else np.zeros(len(shares.T)),
-        decay=decayed,
+        update=step.update,
+        whole=entries,
+        own=own,
+        bonus=products(whole, bonus, len(each)) if bonus else np.zeros(len(each)),
+        decay=-products(found.decay, theta, len(each)),
     )
-    return entries, found.before
+    return made_by_batch, found.before
 
 
 def weighted_entropies(weights: Sequence[FloatArray]) -> Objective:
@@ -135,24 +129,8 @@ def weighted_entropies(weights: Sequence[FloatArray]) -> Objective:
     return lambda outputs, batch: batch.pad(weights, outputs.entropies) * outputs.entropies
 
 
-def _along(policy: Policy, update: Rollouts, direction: Rows, budget: Budget) -> FloatArray:
-    """(tok,) derivatives of the log-probs of the policy's tokens."""
-    found = directional_derivative(policy, update, response_logprob, direction, budget=budget)
-    return update.flat([row.double().cpu().numpy() for row in found])
-
-
-def _rows(stack: Rows) -> Iterator[dict[str, Tensor]]:
-    count = len(next(iter(stack.values())))
-    return ({name: tensor[i] for name, tensor in stack.items()} for i in range(count))
-
-
-def _mixed(mixing: FloatArray, rows: Tensor) -> Tensor:
-    made: Tensor = torch.tensordot(torch.as_tensor(mixing, dtype=rows.dtype, device=rows.device), rows, 1)
-    return made
-
-
-def _products(stack: Rows, vector: Rows, count: int) -> FloatArray:
-    """(row,) inner products of a stack with a vector, in float64."""
+def products(stack: Rows, vector: Rows, count: int) -> FloatArray:
+    """(row,) inner products of a stack of so many rows with a vector, in float64."""
     total = np.zeros(count)
     for name, rows in stack.items():
         total += (rows.flatten(1).double() @ vector[name].reshape(-1).to(rows.device).double()).cpu().numpy()

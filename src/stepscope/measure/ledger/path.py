@@ -57,8 +57,8 @@ class Path(Protocol):
         """The step from ``place`` to ``place`` + 1."""
         ...
 
-    def first_moment(self) -> ParameterVector:
-        """The optimizer's ``exp_avg`` before step 0."""
+    def first_moment(self) -> tuple[ParameterVector, Mapping[str, int]]:
+        """The optimizer's ``exp_avg`` before step 0, and its count of steps then, by parameter."""
         ...
 
 
@@ -98,7 +98,7 @@ def parts_along(path: Path, weights: Sequence[Mapping[int, float]]) -> list[dict
         For every sum ``whole`` (the displacement as it is), ``momentum_before`` (what the moment before step
         0 moves) and ``decay`` (beside the gradient).
     """
-    first = path.first_moment()
+    first, counts = path.first_moment()
     found: list[dict[str, dict[str, Tensor]]] = [
         {name: vectors.zeros_like(first) for name in ("whole", "momentum_before", "decay")} for _ in weights
     ]
@@ -106,7 +106,7 @@ def parts_along(path: Path, weights: Sequence[Mapping[int, float]]) -> list[dict
         taken = path.step(place).taken
         parts = {
             "whole": displacement(path, place),
-            "momentum_before": carried_moment(taken, first, place + 1),
+            "momentum_before": carried_moment(taken, first, counts),
             "decay": taken.decay(path.parameters(place)),
         }
         for sums, row in zip(found, weights, strict=True):

@@ -1,0 +1,1 @@
+"""``stepscope ledger``: the account of a recorded training."""
