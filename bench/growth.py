@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,6 +32,9 @@ from scipy.optimize import OptimizeWarning, curve_fit
 HERE = Path(__file__).resolve()
 WORKS = ("gradient", "influence", "tokens", "kernel")
 """A plain gradient; products u . grad of each sequence; of each token; the kernel of all pairs."""
+
+SURE = 0.3
+"""Largest error of an exponent beside a constant; else the constant is left out."""
 
 FLAT = 1.3
 """Where the largest is less than this times the smallest, nothing grows that a power could be told of."""
@@ -45,6 +50,8 @@ class Size:
         sequences: of the batch.
         hidden: width of the model, which has two layers.
         processes: that share the work.
+        adapter: train LoRA of rank 4 on all linear maps, and not the model itself, whose embeddings grow with
+            the vocabulary.
     """
 
     length: int = 64
@@ -52,6 +59,7 @@ class Size:
     sequences: int = 16
     hidden: int = 32
     processes: int = 1
+    adapter: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ AXES = (
     ),
     Axis(
         "vocabulary",
-        Size(sequences=4),
+        Size(sequences=4, adapter=True),
         tuple(2**k for k in range(10, 19, 2)),
         ("gradient", "influence", "tokens"),
     ),
@@ -93,6 +101,7 @@ AXES = (
 def one(size: Size, work: str) -> dict[str, float]:
     """Seconds and bytes of one figure, in this process (or these, under torchrun)."""
     import torch
+    from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     from stepscope.policy.gradients.derivatives import directional_derivative, gradient, response_logprob
@@ -116,7 +125,13 @@ def one(size: Size, work: str) -> dict[str, float]:
         max_position_embeddings=16384,
         tie_word_embeddings=True,
     )
-    policy = Policy(Qwen2ForCausalLM(config).eval(), None, StepSettings())
+    model = Qwen2ForCausalLM(config)
+    if size.adapter:
+        model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.02)
+    policy = Policy(model.eval(), None, StepSettings())
     ids = torch.randint(0, size.vocabulary, (size.sequences, 8 + size.length)).tolist()
 
     def batch(count: int, length: int) -> Rollouts:
@@ -180,20 +195,40 @@ def _status(key: str) -> float:
 
 
 def measured(size: Size, work: str) -> dict[str, float]:
-    """One figure from a fresh process."""
+    """One figure from a process of its own: a fork with the imports and no threads, or several new ones."""
+    if size.processes == 1:
+        import peft  # noqa: F401
+        import torch  # noqa: F401
+        import transformers.models.qwen2.modeling_qwen2  # noqa: F401
+
+        context = multiprocessing.get_context("fork")
+        receiving, sending = context.Pipe(duplex=False)
+        child = context.Process(target=_tell, args=(sending, size, work))
+        child.start()
+        sending.close()
+        found: dict[str, float] = receiving.recv()
+        child.join()
+        return found
     asked = json.dumps({"size": asdict(size), "work": work})
-    command = [sys.executable]
-    if size.processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size.processes}"]
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size.processes}"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     made = subprocess.run(
-        [*command, str(HERE), "--case", asked], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, *command, str(HERE), "--case", asked],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     lines = [line for line in made.stdout.splitlines() if line.startswith("{")]
     if made.returncode or not lines:
         raise SystemExit(f"{asked}: {made.stderr[-2000:]}")
-    found: dict[str, float] = json.loads(lines[0])
-    return found
+    told: dict[str, float] = json.loads(lines[0])
+    return told
+
+
+def _tell(sending: Any, size: Size, work: str) -> None:
+    sending.send(one(size, work))
+    sending.close()
 
 
 def key(size: Size, work: str) -> str:
@@ -223,11 +258,13 @@ def power(x: list[float], y: list[float]) -> str:
 
     start = (np.log(y[0]) - 1, np.log(y[-1]), 1.0)
     try:
-        best, spread = curve_fit(model, np.log(x), np.log(y), p0=start, maxfev=20000)
-    except (RuntimeError, OptimizeWarning):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", OptimizeWarning)  # an infinite error says it, too
+            best, spread = curve_fit(model, np.log(x), np.log(y), p0=start, maxfev=20000)
+    except RuntimeError:
         return ""
     error = float(np.sqrt(spread[2, 2])) if len(x) > 3 else float("inf")
-    if not np.isfinite(error) or best[0] < np.log(y[0]) - 8:  # nothing constant is seen: a plain power
+    if not error < SURE or best[0] < np.log(y[0]) - 8:  # nothing constant is seen: a plain power
         slope, covariance = np.polyfit(np.log(x), np.log(y), 1, cov="unscaled")
         residual = np.log(y) - np.polyval(slope, np.log(x))
         scale = float(residual @ residual) / max(1, len(x) - 2)

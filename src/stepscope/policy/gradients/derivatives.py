@@ -18,6 +18,7 @@ from stepscope.policy.forward import TokenBatch, TokenOutputs, forward
 from stepscope.policy.numerics.attention import mathematical_attention
 from stepscope.policy.numerics.differentiation import frozen_padding, lacks_a_rule, whole_function
 from stepscope.policy.numerics.finiteness import first_not_finite
+from stepscope.policy.numerics.linear import sparing_linear
 from stepscope.policy.passes import Budget, by_length, sweep, sweep_rows
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
@@ -157,7 +158,7 @@ def directional_derivative(
 def _forward_mode(
     value: Callable[[dict[str, Tensor]], Tensor], params: dict[str, Tensor], tangent: dict[str, Tensor]
 ) -> Tensor:
-    with torch.no_grad(), forward_ad.dual_level():
+    with torch.no_grad(), forward_ad.dual_level(), sparing_linear():
         duals = {
             n: forward_ad.make_dual(p, tangent[n])  # type: ignore[no-untyped-call]
             for n, p in params.items()
