@@ -38,6 +38,7 @@ from stepscope.results.change import Change, Changes, Taken
 from stepscope.results.criteria import Criteria, CriteriaTokens, Pareto
 from stepscope.results.influence import InfluenceSequences, InfluenceTokens, Reliabilities
 from stepscope.results.kernel import KernelReport
+from stepscope.results.mismatch import SamplerReport
 from stepscope.results.noise import NoiseScales
 from stepscope.results.step import Rounding, Routing, StepReport, Storage, StoredTensor
 from stepscope.results.summary import Summary
@@ -51,6 +52,7 @@ RECORDS: dict[str, type[Record]] = {
     "validation.json": Validations,
     "kernel.json": KernelReport,
     "noise.json": NoiseScales,
+    "sampler.json": SamplerReport,
     "criteria.json": Criteria,
     "pareto.json": Pareto,
 }
@@ -135,7 +137,8 @@ def test_every_record_comes_back_as_it_stands_in_its_file(tiny_measurement: Path
         for kind in subclasses(Record)
         if is_dataclass(kind) and kind.__module__.startswith("stepscope.results")
     }
-    elsewhere = {k for k in known if k.__module__.rsplit(".", 1)[1] in ("study", "evaluation", "entropy_law")}
+    others = ("study", "evaluation", "entropy_law", "mismatch", "profile", "recording", "ledger")
+    elsewhere = {k for k in known if k.__module__.rsplit(".", 1)[1] in others}
     special = {Rounding, Taken, Storage, StoredTensor, Routing}
     assert known - elsewhere - seen <= special, (
         "half types, moments in 8 bits and experts have tests of their own"

@@ -36,6 +36,8 @@ from .policy.sampling.base import Decoding as Decoding
 from .policy.sampling.base import Sampler as Sampler
 from .policy.sampling.continuous import ContinuousSampler as ContinuousSampler
 from .policy.sampling.generate import TransformersSampler as TransformersSampler
+from .policy.sampling.offline_vllm import VllmSampler as VllmSampler
+from .policy.sampling.server import ServerSampler as ServerSampler
 from .policy.state import Policy as Policy
 from .reading.evaluation import load_evaluation as load_evaluation
 from .reading.ledger import load_ledger as load_ledger

@@ -388,6 +388,9 @@ def check(
 def convert(
     source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint of any format that check names.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="New folder.")],
+    merged: Annotated[
+        bool, typer.Option(help="Weights alone, adapters merged, for an inference engine to serve.")
+    ] = False,
 ) -> None:
     """A checkpoint of any format (FSDP, torch's shards, verl) in Hugging Face's layout, with its moments.
 
@@ -396,7 +399,7 @@ def convert(
     """
     from stepscope.pipeline import run_convert
 
-    run_convert(source, target)
+    run_convert(source, target, merged=merged)
 
 
 def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:

@@ -26,6 +26,7 @@ from stepscope.config.measure import (
     UpdateConfig,
 )
 from stepscope.config.objectives import CurriculumConfig, EntropyBonusConfig, ObjectiveConfig
+from stepscope.config.sampler import SamplerConfig
 from stepscope.config.train import (
     LoraConfig,
     ModelConfig,
@@ -55,6 +56,7 @@ __all__ = [
     "OptimizerConfig",
     "ProbeConfig",
     "RlConfig",
+    "SamplerConfig",
     "Section",
     "SftConfig",
     "Stage",

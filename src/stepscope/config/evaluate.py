@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from stepscope.config.base import Section
 from stepscope.config.measure import LossConfig, Precision
+from stepscope.config.sampler import SamplerConfig
 
 
 def _one_and_eight() -> list[int]:
@@ -26,6 +27,7 @@ class EvalSettings(Section):
         ks: numbers of samples k for pass@k; 1 is always among them.
         temperatures: further sampling temperatures, for profiles; every one with every ``top_ps``.
         top_ps: nuclei for profiles: only the smallest set of tokens that holds this much probability.
+        sampler: who draws the responses; a server has one checkpoint, and the others are refused.
         bootstrap: resamples of the prompts for intervals of the entropy law; 0 leaves its errors to the
             delta method.
         precision: floating-point type.
@@ -43,6 +45,7 @@ class EvalSettings(Section):
     ks: list[int] = Field(default_factory=_one_and_eight, min_length=1)
     temperatures: list[Annotated[float, Field(gt=0)]] = Field(default_factory=list)
     top_ps: list[Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=list)
+    sampler: SamplerConfig = SamplerConfig()
     bootstrap: int = Field(default=0, ge=0)
     precision: Precision = "float32"
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
@@ -54,6 +57,14 @@ class EvalSettings(Section):
         if max(self.ks) > self.samples_per_prompt or min(self.ks) < 1:
             raise ValueError(
                 f"ks must lie between 1 and samples_per_prompt = {self.samples_per_prompt}, got {self.ks}"
+            )
+        own = SamplerConfig(engine="transformers")
+        if any(
+            getattr(self.sampler, k) != getattr(own, k) for k in ("temperature", "top_p", "top_k", "min_p")
+        ):
+            raise ValueError(
+                "an evaluation samples from the policy itself; for other ways give temperatures and top_ps, "
+                "not sampler.temperature, top_p, top_k or min_p"
             )
         return self
 

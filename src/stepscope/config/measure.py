@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from stepscope.config.base import Section
+from stepscope.config.sampler import SamplerConfig
 
 Stage = Literal[
     "rollouts", "step", "change", "influence", "validation", "kernel", "noise", "criteria", "report"
@@ -197,6 +198,7 @@ class MeasureSettings(Section):
         task: specification of the task, or null for the one the checkpoint was trained on.
         update: the batch that makes the step.
         probe: the batch on which the change is measured.
+        sampler: who draws the responses of both.
         lrs: learning rates of the sweep, or null for decades around the checkpoint's own.
         precision: floating-point type of the measurement.
         quantities: quantities of the policy; the first is the primary one.
@@ -225,6 +227,7 @@ class MeasureSettings(Section):
     task: str | None = None
     update: UpdateConfig = UpdateConfig()
     probe: ProbeConfig = ProbeConfig()
+    sampler: SamplerConfig = SamplerConfig()
     lrs: list[float] | None = Field(default=None, min_length=1)
     precision: Precision = "float32"
     quantities: list[QuantityName] = Field(default_factory=_entropy, min_length=1)

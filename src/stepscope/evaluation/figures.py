@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from stepscope.errors import MeasurementError
 from stepscope.evaluation.responses import write_responses
 from stepscope.evaluation.rows import prompt_ratios
 from stepscope.intervals import proportion
+from stepscope.measure.mismatch import sampler_mismatch
 from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import SAMPLING, SamplingOptions, sample_rollouts
 from stepscope.policy.sampling.base import Sampler
@@ -23,6 +25,8 @@ from stepscope.results.evaluation import EvaluationRow, PromptResult
 from stepscope.stats import clustered_quantile, clustered_ratio
 from stepscope.tasks import Task
 from stepscope.tasks.load import asked_through
+
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -74,6 +78,12 @@ def evaluate(
         options=SamplingOptions(sampler=nucleus(sampler, top_p)),
         budget=budget,
     )
+    if sampler.conventions and top_p == 1:
+        mismatch = sampler_mismatch(rollouts)
+        if mismatch is not None and mismatch.doubt:
+            logger.warning(
+                "%s is not quite %s: %s", sampler.name, policy.path or "this policy", mismatch.doubt
+            )
     if responses is not None:
         write_responses(rollouts, task, responses)
     return evaluate_rollouts(

@@ -25,10 +25,12 @@ from stepscope.evaluation import (
 )
 from stepscope.pipeline.inputs.logged_prompts import prompt_conflict
 from stepscope.pipeline.inputs.policies import checkpoints_in, open_policy
+from stepscope.pipeline.inputs.samplers import make_sampler
 from stepscope.pipeline.inputs.tasks import hold_data, open_task, say_what_is_shared, tasks_of
 from stepscope.policy.checkpoint.load import checkpoint_digest, read_settings
 from stepscope.policy.checkpoint.models import usable_device
 from stepscope.policy.passes import Budget
+from stepscope.policy.sampling.base import Sampler
 from stepscope.policy.state import Policy
 from stepscope.processes import is_main_process
 from stepscope.report import evaluated, write_evaluation
@@ -158,8 +160,16 @@ def _evaluate_checkpoint(
     config: EvalConfig, checkpoint: Path, parts: RunFolder
 ) -> tuple[EvaluationRow, list[EvaluationRow]]:
     """The row of a checkpoint as it is, and those of its profiles; each from its part if that is finished."""
-    digest = checkpoint_digest(checkpoint)
     loaded = _Loaded(config, checkpoint)
+    try:
+        return _rows(loaded, parts)
+    finally:
+        loaded.sampler.close()
+
+
+def _rows(loaded: _Loaded, parts: RunFolder) -> tuple[EvaluationRow, list[EvaluationRow]]:
+    config, checkpoint = loaded.config, loaded.checkpoint
+    digest = checkpoint_digest(checkpoint)
 
     def part(key: str, temperature: float | None, top_p: float) -> EvaluationRow:
         file = parts.file(f"{key}.parquet")
@@ -218,6 +228,11 @@ class _Loaded:
             say(f"warning: {conflict}")
         return task
 
+    @cached_property
+    def sampler(self) -> Sampler:
+        """Who draws the responses."""
+        return make_sampler(self.config.sampler)
+
     def evaluate(self, temperature: float | None, top_p: float, responses: Path) -> EvaluationRow:
         config = self.config
         return evaluate(
@@ -230,6 +245,7 @@ class _Loaded:
             split=config.split,
             temperature=temperature,
             top_p=top_p,
+            sampler=self.sampler,
             responses=responses,
             budget=Budget(max_sequences=_max_sequences(config), progress=True),
         )

@@ -20,6 +20,7 @@ from stepscope.results.change import Changes
 from stepscope.results.criteria import Criteria, CriteriaTokens, Pareto
 from stepscope.results.influence import InfluenceSequences, InfluenceTokens, Reliabilities
 from stepscope.results.kernel import KernelReport
+from stepscope.results.mismatch import SamplerReport
 from stepscope.results.noise import NoiseScales
 from stepscope.results.records import CURE
 from stepscope.results.step import StepReport
@@ -70,6 +71,11 @@ class Measurement(Folder):
     def probe_tokens(self) -> RolloutTokens | None:
         """The probe batch's response tokens."""
         return self.stored(RolloutTokens, "probe_tokens.parquet")
+
+    @cached_property
+    def sampler(self) -> SamplerReport | None:
+        """Sampler against policy, for the batches that the policy itself did not draw."""
+        return self.stored(SamplerReport, "sampler.json")
 
     @cached_property
     def step(self) -> StepReport | None:

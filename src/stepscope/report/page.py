@@ -40,6 +40,7 @@ from stepscope.report.sections import (
     noise,
     provenance,
     responses,
+    sampler,
     step,
     study,
     training,
@@ -58,6 +59,7 @@ _SECTIONS: Sequence[Callable[[Measurement, Room], Section | None]] = (
     kernel.section,
     noise.section,
     criteria.section,
+    sampler.section,
     responses.section,
 )
 """Of a measurement, in the order of the page; a missing artifact leaves its section out."""

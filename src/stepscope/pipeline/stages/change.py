@@ -40,7 +40,8 @@ def change(session: Session) -> Figures:
         taken=session.taken,
         budget=session.budget,
     )
-    primary, *others = found = tuple(doubted(s, session.doubt("step"), true=True) for s in found)
+    found = tuple(doubted(s, session.doubt("step"), true=True) for s in found)
+    primary, *others = found = tuple(s.doubted(session.doubt("sampler")) for s in found)
     runs.write_record(session.run.file("change.json"), Changes(**vars(primary), others=tuple(others)))
     figures: Figures = {}
     for series in found:
@@ -59,7 +60,7 @@ def change(session: Session) -> Figures:
                 own["change_kept"] = series.taken.ratio
         figures |= {f"{name}_{kind}{series.normalisation}": figure for name, figure in own.items()}
     fit = _fit_figures(primary.fit, primary.points[0].true.n)
-    return session.doubted(figures, "own_lr") | session.doubted(fit, "step")
+    return session.doubted(figures, "own_lr") | session.doubted(fit, "step", "sampler")
 
 
 def _fit_figures(fit: LogLogFit | None, count: int) -> Figures:

@@ -44,13 +44,13 @@ def criteria(session: Session) -> Figures:
     studies = property_study(
         board.facts, column.values, kernel_norm=_kernel_norms(session), unit="nats/token/lr"
     )
-    doubts = session.doubt("step"), session.doubt("derivatives")
+    doubts = session.doubt("step"), session.doubt("derivatives"), session.doubt("sampler")
     runs.write_record(session.run.file("criteria.json"), board.report(studies).doubted(*doubts))
     runs.write_record(session.run.file("criteria_tokens.parquet"), board.tokens())
-    pareto = _drop_tokens(session, board).doubted(session.doubt("step"))
+    pareto = _drop_tokens(session, board).doubted(session.doubt("step"), session.doubt("sampler"))
     runs.write_record(session.run.file("pareto.json"), pareto)
     figures = {f"influence_top_{share}": figure for share, figure in board.concentration(column).items()}
-    return session.doubted(figures, "step", "derivatives")
+    return session.doubted(figures, "step", "derivatives", "sampler")
 
 
 def _drop_tokens(session: Session, board: Leaderboard) -> Pareto:

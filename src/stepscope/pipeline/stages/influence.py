@@ -43,7 +43,7 @@ def influence(session: Session) -> Figures:
         rankings=tuple(order for both in sure.values() for order in both),
         shrunk=tuple(own.shrinkage for own in shrunk.values()),
     )
-    doubts = session.doubt("step"), session.doubt("derivatives")
+    doubts = session.doubt("step"), session.doubt("derivatives"), session.doubt("sampler")
     runs.write_record(session.run.file("reliability.json"), reliability.doubted(*doubts))
     primary = found[0]
     ranking = primary[-1]
@@ -66,7 +66,7 @@ def influence(session: Session) -> Figures:
         "shrinkage_gain": None if own is None else own.shrinkage.gain,
     }
     figures = {name: part for name, part in parts.items() if part is not None}
-    return session.doubted(figures, "step", "derivatives")
+    return session.doubted(figures, "step", "derivatives", "sampler")
 
 
 def _shrunk(session: Session) -> dict[tuple[str, str], Shrunk]:

@@ -11,6 +11,7 @@ import numpy as np
 from stepscope.console import say
 from stepscope.errors import BatchError
 from stepscope.measure.change.uncertainty import estimate_ratio
+from stepscope.measure.mismatch import sampler_mismatch
 from stepscope.pipeline.inputs.update_files import is_own, update_from_file
 from stepscope.pipeline.stages.plan import PROBE, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
@@ -18,25 +19,66 @@ from stepscope.policy.loss.estimators import with_advantages
 from stepscope.policy.reference import reference_logprobs
 from stepscope.policy.rollouts import SamplingOptions, response_text, sample_rollouts, score_rollouts
 from stepscope.results import Rollouts
-from stepscope.runs import PROVENANCE, write_json
+from stepscope.results.mismatch import SamplerReport
+from stepscope.runs import PROVENANCE, write_json, write_record
 from stepscope.stats import clustered_mean
+
+MISMATCH_FIGURES = {
+    "difference": "difference",
+    "difference_q99": "difference_q99",
+    "k1_per_token": "kl_per_token",
+    "k3_per_token": "kl_k3_per_token",
+    "k1_per_seq": "kl_per_seq",
+    "effective_per_seq": "effective_share",
+    "mass_lost": "mass_lost",
+    "positions_cut": "positions_cut",
+    "bias_entropy_per_token": "bias_entropy_per_token",
+    "bias_reward": "bias_reward",
+}
+"""Figures of sampler against policy that go into the summary, and what they are called there."""
 
 SAME_POLICY = {"float64": 1e-2, "float32": 1e-2, "bfloat16": 0.5}
 """Largest difference of a stored and a recomputed log-prob, in nats, that precision alone may make."""
 
 
-@stage(writes=(*UPDATE, *PROBE), config=("task", "update", "probe", "resample", "batch_size", "errors"))
+@stage(
+    writes=(*UPDATE, *PROBE, "sampler.json"),
+    config=("task", "update", "probe", "sampler", "resample", "batch_size", "errors"),
+)
 def rollouts(session: Session) -> Figures:
     """Sample update and probe batch; nothing is written before both are known to be fit for use."""
-    update, given = given_update(session)
-    probe = sample_probe(session, update)
+    try:
+        update, given = given_update(session)
+        probe = sample_probe(session, update)
+    finally:
+        session.sampler.close()
     for name, batch in (("update", update), ("probe", probe)):
         batch.to_parquet(
             session.run.file(f"{name}.parquet"),
             session.run.file(f"{name}_tokens.parquet"),
             tokens=_token_texts(session, batch),
         )
-    return batch_figures(update, probe, session.config.errors) | given
+    figures = batch_figures(update, probe, session.config.errors)
+    known = {"update": sampler_mismatch(update), "probe": sampler_mismatch(probe)}
+    found = {name: mismatch for name, mismatch in known.items() if mismatch is not None}
+    settings = {key: str(value) for key, value in session.sampler.described().items()}
+    write_record(session.run.file("sampler.json"), SamplerReport(settings, found))
+    for name, mismatch in found.items():
+        of_update = name == "update"
+        figures |= {
+            key: figure.doubted(mismatch.doubt)
+            for key, figure in figures.items()
+            if (key == "mean_reward_update") == of_update
+        }
+        prefix = "update_sampler" if of_update else "sampler"
+        figures |= {
+            f"{prefix}_{key}": mismatch.figures[own]
+            for own, key in MISMATCH_FIGURES.items()
+            if own in mismatch.figures
+        }
+        if mismatch.doubt:
+            say(f"warning: {name} batch: {mismatch.doubt}")
+    return figures | given
 
 
 def batch_figures(update: Rollouts, probe: Rollouts, errors: str) -> Figures:
@@ -90,7 +132,9 @@ def sample_update(session: Session) -> Rollouts:
     Raises:
         BatchError: no reward variance in any prompt group, so that there is no step.
     """
-    update = _drawn(session, "update", SamplingOptions(resample=session.config.resample))
+    update = _drawn(
+        session, "update", SamplingOptions(resample=session.config.resample, sampler=session.sampler)
+    )
     if update.advantages is None:
         policy, ref = session.policy, None
         if policy.settings.kl_in_reward != 0.0:
@@ -117,7 +161,7 @@ def sample_probe(session: Session, update: Rollouts) -> Rollouts:
     Raises:
         BatchError: the two batches share prompts.
     """
-    probe = _drawn(session, "probe", SamplingOptions(exclude=update.asked))
+    probe = _drawn(session, "probe", SamplingOptions(exclude=update.asked, sampler=session.sampler))
     refuse_overlap(update, probe)
     return probe
 

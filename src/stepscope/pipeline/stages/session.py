@@ -12,11 +12,13 @@ from stepscope.config import MeasureConfig
 from stepscope.errors import BatchError, MeasurementError
 from stepscope.measure.influence.attribution import NUM_FOLDS, Influence, InfluenceOptions, influences
 from stepscope.measure.influence.token_influence import token_influences
+from stepscope.measure.mismatch import sampler_mismatch
 from stepscope.measure.quantity.base import Quantity, make_quantity
 from stepscope.measure.quantity.probe import Bindings
 from stepscope.measure.step.reconstruct import Step, reconstruct_step
 from stepscope.measure.step.rounding import RoundedStep, rounded_step
 from stepscope.pipeline.inputs.policies import open_policy, open_reference
+from stepscope.pipeline.inputs.samplers import make_sampler
 from stepscope.pipeline.inputs.tasks import open_task, say_what_is_shared
 from stepscope.policy.check.derivatives import derivative_errors
 from stepscope.policy.forward import vocabulary_size
@@ -24,6 +26,7 @@ from stepscope.policy.numerics.finiteness import first_not_finite
 from stepscope.policy.optim.base import Through
 from stepscope.policy.passes import Budget, longest
 from stepscope.policy.rollouts import sample_influence_probe
+from stepscope.policy.sampling.base import Sampler
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector, load
 from stepscope.results import Rollouts
@@ -31,9 +34,10 @@ from stepscope.runs import RunFolder, read_json, verified
 from stepscope.stats import Estimate
 from stepscope.tasks import TemplatedTask
 
-Doubt = Literal["step", "derivatives", "own_lr"]
+Doubt = Literal["step", "derivatives", "own_lr", "sampler"]
 """What a figure may rest on that can be doubted: the step as rebuilt, which a training in a half type rounds;
-derivatives, which a model's code may get wrong; the step's own learning rate, 0 at the end of a schedule."""
+derivatives, which a model's code may get wrong; the step's own learning rate, 0 at the end of a schedule; a
+probe batch that the policy itself drew."""
 
 AT_INITIAL_LR = (
     "the checkpoint's own learning rate is 0 (the end of its schedule); this is at the initial one"
@@ -138,6 +142,8 @@ class Session:
                 return self.policy.rounding_doubt
             case "derivatives":
                 return self._derivative_doubt
+            case "sampler":
+                return self._sampler_doubt
             case "own_lr":
                 return "" if self.stored_step.own_lr > 0 else f"{AT_INITIAL_LR}, {self.stored_step.lr:g}"
 
@@ -160,6 +166,17 @@ class Session:
         few = longest(self.policy, self.probe)
         temperature = self.policy.settings.temperature
         return derivative_errors(self.policy, few, self.stored_step.direction, temperature=temperature).doubt
+
+    @cached_property
+    def _sampler_doubt(self) -> str:
+        """Why the probe batch cannot pass for one of the policy's own; empty where it can."""
+        found = sampler_mismatch(self.probe)
+        return "" if found is None else found.doubt
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """Who draws the responses."""
+        return make_sampler(self.config.sampler)
 
     @cached_property
     def influences(self) -> list[tuple[Influence, ...]]:

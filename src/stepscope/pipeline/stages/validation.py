@@ -46,6 +46,7 @@ def validation(session: Session) -> Figures:
             figures[f"lds_across_{name}"] = checked.lds_across
             figures[f"leave_one_out_across_{name}"] = checked.leave_one_out_across
     runs.write_record(
-        session.run.file("validation.json"), Validations(artifact).doubted(session.doubt("step"))
+        session.run.file("validation.json"),
+        Validations(artifact).doubted(session.doubt("step"), session.doubt("sampler")),
     )
-    return session.doubted(figures, "step")
+    return session.doubted(figures, "step", "sampler")

@@ -174,7 +174,7 @@ def _sampling(policy: Policy) -> list[Finding]:
                 "warn",
                 f"the run sampled with top_p = {policy.settings.top_p}; measurements sample from the "
                 "policy itself",
-                "train with top_p = 1 if the two shall be comparable",
+                "measure with sampler.top_p to see what that cuts away, or train with top_p = 1",
             )
         )
     if (ended := ended_prompts(policy)) is not None:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from transformers import GenerationConfig
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from stepscope.errors import BatchError, MeasurementError
 from stepscope.policy.forward import base_model, plain_experts, vocabulary_size
@@ -99,8 +98,10 @@ class ContinuousSampler(Sampler):
         ]
 
     @staticmethod
-    def _sizes(request: Request, budget: Budget, device: str, seed: int) -> ContinuousBatchingConfig:
+    def _sizes(request: Request, budget: Budget, device: str, seed: int) -> Any:
         """On a GPU the cache takes what memory is left; elsewhere what the sequences at hand can fill."""
+        from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
         shared: dict[str, Any] = {"return_logprobs": True, "seed": seed, "auto_switch_to_flash": False}
         if device == "cuda":
             return ContinuousBatchingConfig(**shared)

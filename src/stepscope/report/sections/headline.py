@@ -45,6 +45,22 @@ HEADLINES: Mapping[str, Label] = {
     "update_length_difference": Label(
         "Length of the texts' tokens against the logged one", "def-update-file"
     ),
+    **{
+        f"{prefix}sampler_{key}": Label(f"{name}{of}", "def-sampler")
+        for prefix, of in (("", ""), ("update_", ", update batch"))
+        for key, name in {
+            "difference": "Sampler’s log-probs against the policy’s",
+            "difference_q99": "99 % quantile of that distance",
+            "kl_per_token": "KL of sampler to policy per token (k1)",
+            "kl_k3_per_token": "The same by k3",
+            "kl_per_seq": "KL of sampler to policy per response (k1)",
+            "effective_share": "Effective sample size of the sampler’s responses",
+            "mass_lost": "−log of the probability that truncation keeps",
+            "positions_cut": "Positions where truncation cuts over 1 %",
+            "bias_entropy_per_token": "What the sampler does to the mean entropy",
+            "bias_reward": "What the sampler does to the mean reward",
+        }.items()
+    },
     "linearity_slope": Label("Slope of |true change| against learning rate, log-log", "def-linearity"),
     "linearity_r2": Label("R² of that fit", "def-linearity"),
     "share_momentum": Label("Share of the step from momentum", "def-share"),

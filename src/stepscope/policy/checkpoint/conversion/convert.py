@@ -31,6 +31,7 @@ from stepscope.policy.checkpoint.schedule import SCHEDULER_FILE
 from stepscope.policy.checkpoint.settings.training_args import TRAINING_ARGS_FILE
 from stepscope.policy.checkpoint.trainer_log import TRAINER_STATE
 from stepscope.policy.loss.settings import SETTINGS_FILE, UNKNOWN
+from stepscope.policy.sampling.weights import write_merged
 from stepscope.policy.state import Policy
 
 _TOKENIZER = (*TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", "chat_template*")
@@ -71,12 +72,7 @@ def convert(source: Path, target: Path) -> Converted:
 
     Pinned by ``tests/policy/test_convert.py``.
     """
-    folder = checkpoint_folder(source.expanduser())
-    target = target.expanduser()
-    if target.exists() or target.is_symlink():
-        raise RunFolderError(f"{target}: is there already; give a new folder, or remove it")
-    if target.resolve().is_relative_to(folder.resolve()):
-        raise RunFolderError(f"{target}: is inside of the checkpoint {folder}; give a folder outside of it")
+    folder, target = _apart(source, target)
     formats = formats_in(folder)
     with _arriving(target) as partial:
         if [type(known) for known in formats] == [Plain]:
@@ -87,6 +83,42 @@ def convert(source: Path, target: Path) -> Converted:
             write_manifest(partial)
         files = sorted(f.relative_to(partial).as_posix() for f in partial.rglob("*") if f.is_file())
     return Converted(tuple(known.name for known in formats), tuple(files), tuple(lost))
+
+
+@reads_foreign
+def merge(source: Path, target: Path) -> tuple[str, ...]:
+    """Write weights and tokenizer alone, adapters merged, for an inference engine to load.
+
+    Args:
+        source: a checkpoint of any format.
+        target: a folder that is not there yet, outside of the source.
+
+    Returns:
+        Files of the target.
+
+    Raises:
+        RunFolderError: the target is there, inside of the source, or cannot be written.
+        CheckpointError: the source cannot be read.
+    """
+    folder, target = _apart(source, target)
+    precision = _precision(format_of(folder, "weights").stored_types(folder))
+    policy = load_checkpoint(
+        folder, precision=precision, device="cpu", settings=UNKNOWN, require_optimizer=False
+    )
+    with _arriving(target) as partial, quiet(), _writing(partial):
+        write_merged(policy, partial)
+        return tuple(sorted(f.name for f in partial.iterdir()))
+
+
+def _apart(source: Path, target: Path) -> tuple[Path, Path]:
+    """The checkpoint's folder, and a target that is new and outside of it."""
+    folder = checkpoint_folder(source.expanduser())
+    target = target.expanduser()
+    if target.exists() or target.is_symlink():
+        raise RunFolderError(f"{target}: is there already; give a new folder, or remove it")
+    if target.resolve().is_relative_to(folder.resolve()):
+        raise RunFolderError(f"{target}: is inside of the checkpoint {folder}; give a folder outside of it")
+    return folder, target
 
 
 def _written(folder: Path, partial: Path) -> list[str]:
