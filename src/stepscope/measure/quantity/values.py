@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from stepscope.errors import MeasurementError
 from stepscope.measure.quantity.base import Quantity, readings_of
 from stepscope.policy.forward import TokenBatch, forward
+from stepscope.policy.gradients.derivatives import pushed_forward
 from stepscope.policy.numerics.attention import mathematical_attention
 from stepscope.policy.numerics.differentiation import whole_function
 from stepscope.policy.numerics.nested import SmoothActivations
@@ -169,6 +170,10 @@ def derivatives(
     def along(batch: TokenBatch) -> Slopes:
         nonlocal doubt
 
+        def stacked(moved: dict[str, Tensor]) -> Tensor:
+            logprobs, prefix, token = read(batch, moved)
+            return torch.cat([logprobs.unsqueeze(0), prefix, token])
+
         def values(lr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return read(batch, {n: p + lr * tangent[n] for n, p in params.items()})
 
@@ -179,7 +184,9 @@ def derivatives(
         whole = whole_function(policy.model)
         with torch.no_grad(), mathematical_attention(), whole, _rules(order):
             if order == 1:
-                return (slopes(zero),)
+                first = pushed_forward(stacked, params, tangent)
+                prefix, token = first[1:].chunk(2)
+                return ((first[0], prefix, token),)
             with SmoothActivations():
                 both: Slopes = torch.func.jvp(slopes, (zero,), (one,))
             if doubt is None:

@@ -144,7 +144,7 @@ def directional_derivative(
         with mathematical_attention(), meant:
             if mode != "double_backward":
                 try:
-                    return _forward_mode(value, params, tangent)
+                    return pushed_forward(value, params, tangent)
                 except (NotImplementedError, RuntimeError) as error:
                     if mode == "forward" or not lacks_a_rule(error):
                         raise
@@ -155,9 +155,10 @@ def directional_derivative(
     return sweep_rows(policy, rollouts, along, budget=budget)
 
 
-def _forward_mode(
+def pushed_forward(
     value: Callable[[dict[str, Tensor]], Tensor], params: dict[str, Tensor], tangent: dict[str, Tensor]
 ) -> Tensor:
+    """The derivative of a function of parameter values along a tangent, in forward mode; no graph is kept."""
     with torch.no_grad(), forward_ad.dual_level(), sparing_linear():
         duals = {
             n: forward_ad.make_dual(p, tangent[n])  # type: ignore[no-untyped-call]
