@@ -27,7 +27,7 @@ class RolloutTokens(Table):
         sampler_logprob: of what the sampler drew it from; None where that is not known, or the policy itself.
         decoding_logprob: the same as this policy has it, at the sampler's temperature and truncation; None
             where those are the policy's, or not known.
-        kept_mass: S_k, the policy's probability of all that truncation keeps; None likewise.
+        kept_mass: S_k, the policy's probability of all that truncation keeps; None without, or not known.
         token_weight: w_k = -dLoss/dl_k; None before, or without, a step that the batch makes.
         entropy_weight: -dLoss/dH_k; None where the loss sees no entropy.
     """

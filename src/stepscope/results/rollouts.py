@@ -68,7 +68,7 @@ class Rollouts(Brief):
         decoding_logprobs: per sequence (tok,) the same as this policy has them, at the sampler's temperature
             and truncation; None where those are the policy's, or not known.
         kept_masses: per sequence (tok,) S_k, the probability under the policy of all tokens that truncation
-            keeps at the position; None likewise.
+            keeps at the position; None where there is none, or it is not known.
 
     Values per token come in two layouts: *rows*, one (tok,) array per sequence over the whole response, and
     *flat*, one array over all tokens of the batch that the policy wrote; :meth:`flat` and :meth:`rows` lead

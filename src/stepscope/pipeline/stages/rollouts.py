@@ -59,26 +59,34 @@ def rollouts(session: Session) -> Figures:
             tokens=_token_texts(session, batch),
         )
     figures = batch_figures(update, probe, session.config.errors)
-    known = {"update": sampler_mismatch(update), "probe": sampler_mismatch(probe)}
+    return figures | _against_policy(session, figures, update=update, probe=probe) | given
+
+
+def _against_policy(session: Session, figures: Figures, **batches: Rollouts) -> Figures:
+    """What a sampler that is not the policy makes of the figures, and how far it is; leaves ``sampler.json``.
+
+    Means over the update batch are flagged with its doubt, all others with that of the probe batch.
+    """
+    known = {name: sampler_mismatch(batch) for name, batch in batches.items()}
     found = {name: mismatch for name, mismatch in known.items() if mismatch is not None}
     settings = {key: str(value) for key, value in session.sampler.described().items()}
+    if "update" in found and session.config.update.file is not None:
+        settings = {**settings, "update": "from a file"} if "probe" in found else {}
     write_record(session.run.file("sampler.json"), SamplerReport(settings, found))
+    more: Figures = {}
     for name, mismatch in found.items():
         of_update = name == "update"
-        figures |= {
-            key: figure.doubted(mismatch.doubt)
-            for key, figure in figures.items()
-            if (key == "mean_reward_update") == of_update
-        }
+        if mismatch.doubt:
+            say(f"warning: {name} batch: {mismatch.doubt}")
+            own = {k: v for k, v in figures.items() if (k == "mean_reward_update") == of_update}
+            more |= {key: figure.doubted(mismatch.doubt) for key, figure in own.items()}
         prefix = "update_sampler" if of_update else "sampler"
-        figures |= {
+        more |= {
             f"{prefix}_{key}": mismatch.figures[own]
             for own, key in MISMATCH_FIGURES.items()
             if own in mismatch.figures
         }
-        if mismatch.doubt:
-            say(f"warning: {name} batch: {mismatch.doubt}")
-    return figures | given
+    return more
 
 
 def batch_figures(update: Rollouts, probe: Rollouts, errors: str) -> Figures:

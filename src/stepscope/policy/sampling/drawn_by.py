@@ -40,7 +40,8 @@ def with_sampler(policy: Policy, rollouts: Rollouts, sampler: Sampler, budget: B
 
     Returns:
         The batch with ``logprobs``, ``entropies``, ``sampler_logprobs`` (of what was drawn from) and, where
-        temperature or truncation are not the policy's, ``decoding_logprobs`` and ``kept_masses``.
+        temperature or truncation are not the policy's, ``decoding_logprobs``; where there is truncation,
+        ``kept_masses``.
 
     Raises:
         BatchError: the sampler has another policy, or does not truncate as it was told.
@@ -50,7 +51,8 @@ def with_sampler(policy: Policy, rollouts: Rollouts, sampler: Sampler, budget: B
     found = replace(rollouts, logprobs=said.logprobs, entropies=said.entropies)
     drawn = said.by_convention["processed"]
     if not decoding.is_policy(rollouts.temperature):
-        found = replace(found, decoding_logprobs=drawn, kept_masses=said.masses)
+        masses = said.masses if decoding.warpers(sampler.order) else None
+        found = replace(found, decoding_logprobs=drawn, kept_masses=masses)
     given = rollouts.sampler_logprobs
     if given is None:
         return replace(found, sampler_logprobs=drawn)
