@@ -19,6 +19,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedConfig
 
 from stepscope.errors import BatchError, MeasurementError
@@ -293,8 +294,15 @@ def forward(
     if head is not None:
         hidden = head.hidden(inputs)[:, -length - 1 : -1]
 
+        by_hand = not (keep_squares or readings) and _by_hand(params)
+
         def say(raw: Tensor, at: slice) -> tuple[Tensor, ...]:
-            tempered, ids = _tempered(raw, temperature), batch.response_ids[:, at]
+            ids = batch.response_ids[:, at]
+            if by_hand:
+                found: tuple[Tensor, ...] = _LogprobsAndEntropies.apply(raw, ids, temperature)  # type: ignore[no-untyped-call]
+                return found
+            tempered = _tempered(raw, temperature)
+            del raw  # its memory is that of a piece
             return _of_logits(tempered, ids, keep_squares, readings, at)
 
         figures = head.in_pieces(say, hidden, batch.response_ids)
@@ -378,7 +386,8 @@ def _tempered(logits: Tensor, temperature: float) -> Tensor:
     """Logits / temperature in float32 at least, those of excluded tokens finite."""
     if logits.dtype in (torch.float16, torch.bfloat16):
         logits = logits.float()
-    logits = logits / temperature
+    if temperature != 1.0:
+        logits = logits / temperature
     lowest = excluded_logit(logits.dtype)
     if bool(logits.detach().amin() < lowest):
         # -inf or the type's minimum: a finite number in its place makes 0 log 0 = 0, in every derivative too
@@ -391,6 +400,7 @@ def _of_logits(
 ) -> tuple[Tensor, ...]:
     """(seq, some) log-probs, entropies and, on request, collisions, discriminators and readings."""
     distribution = torch.log_softmax(logits, dim=-1)
+    del logits
     logprobs = distribution.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
     probs = distribution.exp()
     entropies = -(probs * distribution).sum(-1)
@@ -398,8 +408,53 @@ def _of_logits(
     if squares:
         squared = probs.square()
         collisions = squared.sum(-1)
-        further = [collisions, (squared * distribution).sum(-1) + collisions * entropies, *further]
+        weighted = (squared * distribution).sum(-1)
+        further = [collisions, weighted + collisions * entropies, *further]
     return logprobs, entropies, *further
+
+
+def _by_hand(params: Mapping[str, Tensor] | None) -> bool:
+    """Whether no derivative is asked for that :class:`_LogprobsAndEntropies` has not."""
+    transformed: bool = torch._C._are_functorch_transforms_active()  # as its own ``apply`` asks
+    return not transformed and (params is None or not torch.is_grad_enabled())
+
+
+class _LogprobsAndEntropies(torch.autograd.Function):
+    """Log-probs and entropies off logits, with derivatives that hold a few tensors of their size at a time.
+
+    dl_y/dz_v = (1[v = y] - pi_v)/T and dH/dz_v = -pi_v (log pi_v + H)/T, in both modes, first order alone.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        found = torch.log_softmax(_tempered(logits, temperature), dim=-1)
+        ids = ids.unsqueeze(-1)
+        entropies = -found.exp().mul_(found).sum(-1)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(found, ids, entropies)
+        else:  # what is kept for forward mode is out of reach of the checkpoint around this
+            ctx.save_for_forward(found, ids, entropies)
+        ctx.temperature, ctx.dtype = temperature, logits.dtype
+        return found.gather(-1, ids).squeeze(-1), entropies
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_logprobs: Tensor, of_entropies: Tensor) -> tuple[Tensor, None, None]:
+        found, ids, entropies = ctx.saved_tensors
+        up = of_logprobs.unsqueeze(-1)
+        grad = (found + entropies.unsqueeze(-1)).mul_(of_entropies.unsqueeze(-1)).add_(up)
+        grad.mul_(found.exp()).neg_().scatter_add_(-1, ids, up)
+        return grad.div_(ctx.temperature).to(ctx.dtype), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, slopes: Tensor, *fixed: None) -> tuple[Tensor, Tensor]:
+        found, ids, entropies = ctx.saved_tensors
+        slopes = slopes.to(found.dtype)
+        weighted = found.exp().mul_(slopes)
+        mean = weighted.sum(-1)
+        of_logprobs = slopes.gather(-1, ids).squeeze(-1) - mean
+        of_entropies = -weighted.mul_(found).sum(-1) - entropies * mean
+        return of_logprobs / ctx.temperature, of_entropies / ctx.temperature
 
 
 def excluded_logit(dtype: torch.dtype) -> float:

@@ -21,11 +21,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
-PIECE_BYTES = 32 * 2**20 + 1
-"""Logits that are made at a time, at least; a few times as much is held while they are normalised.
+PIECE_BYTES = 4 * 2**20
+"""Logits that are made at a time of a small vocabulary; for second derivatives thirty times that is held."""
 
-Tensors of up to 32 MiB may come from glibc's heap, which does not give them back: three times the peak.
+LARGE_PIECE_BYTES = 32 * 2**20 + 1
+"""Of a vocabulary so large that :data:`FEWEST` positions take more than the former.
+
+Tensors of up to 32 MiB may come from glibc's heap, which gives little of them back: of pieces of 20 MiB the
+peak is two to five times that of these.
 """
+
+FEWEST = 64
+"""Positions for which the smaller pieces do: with fewer, a product takes as long as reading the head does."""
+
+ON_GPU = 8
+"""How many times the larger pieces are made at a time on a GPU, which has no use for little."""
 
 T = TypeVar("T")
 Inside = Callable[[], AbstractContextManager[Any]]
@@ -162,7 +172,11 @@ def head_of(
     if not isinstance(config, PreTrainedConfig):
         return None
     itemsize = torch.promote_types(next(model.parameters()).dtype, torch.float32).itemsize
-    size = -(-PIECE_BYTES // (len(ids) * config.get_text_config().vocab_size * itemsize))
+    each = config.get_text_config().vocab_size * itemsize
+    most = PIECE_BYTES if FEWEST * each <= PIECE_BYTES else LARGE_PIECE_BYTES
+    if ids.device.type != "cpu":
+        most = ON_GPU * LARGE_PIECE_BYTES
+    size = -(-most // (len(ids) * each))
     if size >= ids.shape[1]:
         return None
     if whole not in _found:

@@ -17,8 +17,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from stepscope.policy.numerics.differentiation import Substituted
 
-BLOCK_BYTES = 32 * 2**20
+BLOCK_BYTES = 2 * 2**20
 """Scores of queries against keys that are made at a time; a few times as much is held while they are used."""
+
+FEWEST = 16
+"""Queries that are taken at a time, at least."""
+
+ON_GPU = 64
+"""How many times as much on a GPU, which has no use for little at a time."""
 
 
 @contextmanager
@@ -50,7 +56,8 @@ def in_blocks(
     """
     queries, keys = query.shape[-2], key.shape[-2]
     each = query.shape[:-2].numel() * keys * query.element_size()
-    size = max(1, BLOCK_BYTES // max(1, each))
+    most = BLOCK_BYTES * (1 if query.device.type == "cpu" else ON_GPU)
+    size = max(FEWEST, most // max(1, each))
     if size >= queries:
         return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **options)
     found = []
