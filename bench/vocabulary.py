@@ -1,11 +1,11 @@
 """Peak memory and time of derivatives at a large vocabulary: logits in pieces, and all at once.
 
-    python bench/vocabulary.py [--vocabulary 151936] [--tokens 256] [--sequences 4] [--layers 2]
+    python bench/vocabulary.py [--vocabulary 151936] [--tokens 256] [--sequences 4] [--pieces-only]
 
 A Qwen2 of hidden size 896 with LoRA on all its linear maps. Each figure is taken in a process of its own: its
-peak above what it held before, as a multiple of all logits (float32) and of what the same needs up to the
-hidden states alone (the backbone, pulled back from a fixed vector), and seconds as a multiple of the same
-computation with all logits at once.
+peak resident memory above what it held after a pass over one sequence, as a multiple of what the same needs
+up to the hidden states alone (the backbone, pulled back from a fixed vector) and of all logits (float32), and
+seconds as a multiple of the same computation with all logits at once.
 """
 
 from __future__ import annotations
@@ -18,14 +18,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from memory import peak
 from stepscope.policy import head
 from stepscope.policy.forward import TokenBatch, TokenOutputs, base_model, forward_inputs
 from stepscope.policy.gradients.derivatives import directional_derivative, gradient
@@ -110,6 +108,12 @@ def works(policy: Policy, rollouts: Rollouts) -> dict[str, Callable[[], object]]
     }
 
 
+def resident(key: str) -> float:
+    """Resident memory of this process, MiB: what is there (``VmRSS``), or the peak (``VmHWM``)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(key))
+
+
 def _plain() -> torch.no_grad:
     return torch.enable_grad() if torch.is_grad_enabled() else torch.no_grad()
 
@@ -118,15 +122,17 @@ def one(options: argparse.Namespace) -> None:
     """One figure: megabytes above what was there, and seconds, best of a few rounds."""
     policy, rollouts = made(options)
     if options.whole:
-        head.PIECE_BYTES = 2**50
+        head.PIECE_BYTES = head.LARGE_PIECE_BYTES = 2**50
+    works(policy, rollouts.select(range(1)))[options.work]()  # checks of the model, once for all
     work = works(policy, rollouts)[options.work]
-    before = psutil.Process().memory_info().rss / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # from now on the peak is what is there now
+    before = resident("VmRSS")
     seconds = []
     for _ in range(options.rounds):
         start = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - start)
-    print(json.dumps({"mib": peak() * 1024 - before, "seconds": min(seconds)}))
+    print(json.dumps({"mib": resident("VmHWM") - before, "seconds": min(seconds)}))
 
 
 def main() -> None:
@@ -139,6 +145,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--work", default="")
     parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--pieces-only", action="store_true", help="leave out all logits at once")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if options.work:
@@ -148,18 +155,21 @@ def main() -> None:
     print(f"logits: {logits:.0f} MiB")
     found = {}
     for work in ("backbone gradient", "backbone forward", "gradient", "per sequence", "forward"):
-        for whole in (False, True)[: 1 if work.startswith("backbone") else 2]:
+        once = options.pieces_only or work.startswith("backbone")
+        for whole in (False,) if once else (False, True):
             command = [sys.executable, Path(__file__), *sys.argv[1:], "--work", work]
             done = subprocess.run(command + ["--whole"] * whole, capture_output=True, text=True, check=True)
             found[work, whole] = json.loads(done.stdout.splitlines()[-1])
     for work, floor in (("gradient", "gradient"), ("per sequence", "gradient"), ("forward", "forward")):
-        pieces, whole = found[work, False], found[work, True]
-        backbone = found[f"backbone {floor}", False]["mib"]
-        print(
-            f"{work:12s} {pieces['mib']:6.0f} MiB in pieces ({pieces['mib'] / backbone:.2f} x the backbone's "
-            f"{backbone:.0f}), {whole['mib']:6.0f} whole ({whole['mib'] / logits:.1f} x the logits); "
-            f"time {pieces['seconds'] / whole['seconds']:.2f} x the whole's {whole['seconds']:.1f} s"
-        )
+        pieces, backbone = found[work, False], found[f"backbone {floor}", False]["mib"]
+        times = pieces["mib"] / backbone
+        line = f"{work:12s} {pieces['mib']:6.0f} MiB, {times:.2f} x the backbone's {backbone:.0f}"
+        if whole := found.get((work, True)):
+            line += (
+                f"; whole {whole['mib']:.0f}, {whole['mib'] / logits:.1f} x the logits; time "
+                f"{pieces['seconds'] / whole['seconds']:.2f} x the whole's {whole['seconds']:.1f} s"
+            )
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
