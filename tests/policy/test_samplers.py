@@ -257,7 +257,9 @@ def test_the_model_is_named(policy: Policy, letters: Any, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("decoding", [Decoding(), Decoding(temperature=1.2, top_k=5, min_p=0.05)])
 def test_continuous_batching_is_the_policys(policy: Policy, letters: Any, decoding: Decoding) -> None:
-    """By transformers itself: seeds are honoured, log-probs are those of what is drawn from."""
+    """By transformers itself: seeds are honoured, log-probs are those of what is drawn from, adapters too."""
+    if decoding != Decoding():
+        policy = replace(policy, model=cases.adapted(policy.model))
     torch.manual_seed(7)
     before = torch.get_rng_state()
     sampler = ContinuousSampler(decoding=decoding)

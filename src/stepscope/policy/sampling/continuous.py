@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -68,10 +70,9 @@ class ContinuousSampler(Sampler):
         )
         seed = int(np.random.SeedSequence(request.randomness.ravel().tolist()).generate_state(1)[0])
         devices = [policy.device] if policy.device.type == "cuda" else []
-        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
         # its loop runs in a thread of its own, where the rules for float64 do not reach: it computes in the
         # model's type with the float32 parts that the model's code has
-        with torch.no_grad(), torch.random.fork_rng(devices), plain_experts(model):
+        with torch.no_grad(), torch.random.fork_rng(devices), plain_experts(model), _quiet():
             found = model.generate_batch(
                 [list(ids) for ids in request.prompts],
                 generation_config=config,
@@ -116,3 +117,15 @@ class ContinuousSampler(Sampler):
             use_cuda_graph=False,
             **shared,
         )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A block in which the loop's own log is kept off the terminal; what goes wrong is in the answers."""
+    log = logging.getLogger("ContinuousBatchingLogger")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
