@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from digits import DigitTask, digit_config, reinforced
 from safetensors.torch import load_file
 
 import cases
@@ -114,6 +115,19 @@ def test_a_training_killed_between_two_checkpoints_ends_as_if_it_had_not_been(
     for name in ("step-2", "step-4"):
         same_state(*(run / "checkpoints" / name for run in (out, probed_run)))
     assert probes_of(out) == probes_of(probed_run)
+
+
+def test_a_training_goes_on_in_its_second_epoch_with_the_order_of_that_epoch(tmp_path: Path) -> None:
+    """Eight prompts, four a step: step 4 is the last of the second epoch."""
+    config = digit_config(steps=5, save_every=1, max_resample=0)
+    reinforced(config, tmp_path / "once", DigitTask(num_dead=0, size=8))
+    shutil.copytree(tmp_path / "once", tmp_path / "again")
+    for step in (4, 5):
+        shutil.rmtree(tmp_path / "again" / "checkpoints" / f"step-{step}")
+    resume = tmp_path / "again" / "checkpoints" / "step-3"
+    reinforced(config, tmp_path / "again", DigitTask(num_dead=0, size=8), resume=resume)
+    for step in (4, 5):
+        same_state(*(tmp_path / run / "checkpoints" / f"step-{step}" for run in ("once", "again")))
 
 
 @pytest.mark.slow

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os.path
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.utils.data import Sampler
 from trl import GRPOConfig, GRPOTrainer
 
 from stepscope.config import RlConfig, TrainConfig
@@ -53,6 +55,34 @@ class TaskReward:
     def __call__(self, prompts: list[str], completions: list[str], index: list[int], **_: Any) -> list[float]:
         """Rewards of a batch; TRL passes the columns of the data set as keywords."""
         return [self.score(i, text).reward for i, text in zip(index, completions, strict=True)]
+
+
+SAME_EPOCH = 1e-6
+"""Of an epoch, by which rounding may keep the trainer's count from its end."""
+
+
+class OrderOfTheEpoch(Sampler[int]):
+    """The rows that TRL's sampler draws in an epoch, whichever epoch is asked for first.
+
+    Args:
+        sampler: draws a new order at every pass.
+        epoch: number of the epoch that is about to begin, or under way, from 0.
+    """
+
+    def __init__(self, sampler: Any, epoch: Callable[[], int]) -> None:
+        self.sampler = sampler
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        """The rows of the epoch."""
+        self.sampler.generator.manual_seed(self.sampler.seed)
+        for _ in range(self.epoch()):
+            torch.randperm(self.sampler.num_samples, generator=self.sampler.generator)
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        """Rows of an epoch, with repetitions."""
+        return len(self.sampler)
 
 
 class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
@@ -131,6 +161,17 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
             )
             self._metrics["train"]["objective_changed"].append(changed)
         return {**inputs, "advantages": self._shaped[place]}
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        """TRL's sampler, in the order of the epoch that the training is in.
+
+        TRL draws the order of every epoch from one generator, so that a training that goes on from its second
+        epoch would see the order of the first.
+        """
+        sampler = super()._get_train_sampler(dataset)
+        if not hasattr(sampler, "generator"):
+            return sampler
+        return OrderOfTheEpoch(sampler, lambda: int((self.state.epoch or 0.0) + SAME_EPOCH))
 
     def _rows_of_the_curriculum(self, curriculum: Curriculum, count: int) -> list[dict[str, Any]]:
         """This process's rows of a batch that the curriculum chose."""

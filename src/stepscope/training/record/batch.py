@@ -63,6 +63,7 @@ def step_batch(sequences: Sequence[TrainedSequence], policy: Policy) -> StepBatc
         temperature=settings.temperature,
         max_response_tokens=settings.max_response_tokens,
     )
+    texts = {ids: read.by_token(ids) for ids in {s.response_ids for s in sequences}}
     known = [s.graded.known for s in sequences]
     masks = [s.mask for s in sequences]
     written = [
@@ -93,7 +94,7 @@ def step_batch(sequences: Sequence[TrainedSequence], policy: Policy) -> StepBatc
         )
         if any(b is not None for b in bonus)
         else None,
-        [read.by_token(s.response_ids) for s in sequences],
+        [texts[s.response_ids] for s in sequences],
     )
 
 

@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from stepscope.errors import ConfigError, MeasurementError
 from stepscope.results import BoolArray, FloatArray
-from stepscope.training.watching.capture import BatchRecorder, Captured, MicroBatch, numbers
+from stepscope.training.watching.capture import BatchRecorder, Captured, MicroBatch
 from stepscope.training.watching.guest import Guest, weighted_rewards
 
 PLACE = "stepscope_place"
@@ -119,7 +121,7 @@ class TrainerTap:
         self._completions: Sequence[Any] = ()
         self._rewards: Tensor | None = None
         self._graded: list[Graded] = []
-        self._micro_batches: list[tuple[MicroBatch, int, Mapping[str, Tensor]]] = []
+        self._micro_batches: list[tuple[MicroBatch, int, Mapping[str, npt.NDArray[Any]]]] = []
 
     def open(self) -> None:
         """Wrap."""
@@ -158,24 +160,24 @@ class TrainerTap:
             for row, captured in micro.sequences()
         ]
 
-    def _trained(self, captured: Captured, row: int, inputs: Mapping[str, Tensor]) -> TrainedSequence:
+    def _trained(
+        self, captured: Captured, row: int, inputs: Mapping[str, npt.NDArray[Any]]
+    ) -> TrainedSequence:
         """A captured sequence with the trainer's part of it."""
-        real = inputs["completion_mask"][row].bool()
+        real = inputs["completion_mask"][row].astype(bool)
         if tuple(inputs["completion_ids"][row][real].tolist()) != captured.response_ids:
             raise MeasurementError("the loss looked at other tokens than those of the trainer's batch")
-        place = int(inputs[PLACE][row])
-        advantages = inputs["advantages"][row]
-        tool = inputs.get("tool_mask")
-        mask = None if tool is None else tool[row][real].bool().numpy()
+        advantages, tool = inputs["advantages"], inputs.get("tool_mask")
+        mask = None if tool is None else tool[row][real].astype(bool)
 
         def per_token(name: str) -> FloatArray | None:
             values = inputs.get(name)
-            return None if values is None else numbers(values[row][real])
+            return None if values is None else values[row][real].astype(np.float64)
 
         return TrainedSequence(
             **{f.name: getattr(captured, f.name) for f in fields(captured)},
-            graded=self._graded[place],
-            token_advantages=numbers(advantages[real]) if advantages.ndim else None,
+            graded=self._graded[int(inputs[PLACE][row])],
+            token_advantages=per_token("advantages") if advantages.ndim > 1 else None,
             old_logprobs=per_token("old_per_token_logps"),
             sampler_logprobs=per_token("sampling_per_token_logps"),
             mask=None if mask is None or mask.all() else mask,
@@ -240,7 +242,7 @@ class TrainerTap:
                 "the trainer makes its batches in a way of its own, so that sequences and rewards cannot be "
                 "brought together; record a training with TRL's GRPOTrainer"
             )
-        kept = {name: inputs[name].detach().cpu() for name in _KEPT if inputs.get(name) is not None}
+        kept = {name: _array(inputs[name]) for name in _KEPT if inputs.get(name) is not None}
         first = 0
         for micro in seen:
             self._micro_batches.append((micro, first, kept))
@@ -249,3 +251,9 @@ class TrainerTap:
             raise MeasurementError(
                 f"the loss looked at {first} sequences of {len(kept['completion_ids'])} in the batch"
             )
+
+
+def _array(values: Tensor) -> npt.NDArray[Any]:
+    """A tensor as an array; numpy knows no bfloat16."""
+    values = values.detach().cpu()
+    return np.asarray(values.float() if values.dtype == torch.bfloat16 else values)

@@ -76,26 +76,22 @@ class MicroBatch:
     def sequences(self) -> list[tuple[int, Captured]]:
         """The sequences that are in the loss, without padding, each with its row."""
         assert self.weights is not None
-        ids, attention, scored, logprobs, entropies, weights = (
-            values.cpu()
-            for values in (self.ids, self.attention, self.scored, self.logprobs, self.entropies, self.weights)
-        )
-        bonus = None if self.entropy_weights is None else self.entropy_weights.cpu()
+        ids, attention, scored = (v.cpu().numpy() for v in (self.ids, self.attention, self.scored))
+        per_token = [numbers(v) for v in (self.logprobs, self.entropies, self.weights)]
+        bonus = None if self.entropy_weights is None else numbers(self.entropy_weights)
         found = []
-        start = int(scored.any(0).int().argmax()) + 1
-        for row in range(len(ids)):
-            mask = scored[row]
+        start = int(scored.any(0).argmax()) + 1
+        for row, mask in enumerate(scored):
             if not mask.any():  # taken out of the loss
                 continue
-            real = attention[row].clone()
-            real[start:] = False
+            logprobs, entropies, weights = (values[row][mask] for values in per_token)
             captured = Captured(
-                prompt_ids=tuple(ids[row][real].tolist()),
+                prompt_ids=tuple(ids[row, :start][attention[row, :start]].tolist()),
                 response_ids=tuple(ids[row, 1:][mask].tolist()),
-                logprobs=numbers(logprobs[row][mask]),
-                entropies=numbers(entropies[row][mask]),
-                weights=numbers(weights[row][mask]),
-                entropy_weights=None if bonus is None else numbers(bonus[row][mask]),
+                logprobs=logprobs,
+                entropies=entropies,
+                weights=weights,
+                entropy_weights=None if bonus is None else bonus[row][mask],
             )
             found.append((row, captured))
         return found
@@ -189,10 +185,13 @@ def as_rollouts(
             "train with TRL's GRPOTrainer, or set noise=False and top_tokens=0"
         )
     count = len(sequences)
+    asked = list(dict.fromkeys(s.prompt_ids for s in sequences))
+    prompts = dict(zip(asked, tokenizer.batch_decode([list(ids) for ids in asked]), strict=True))
+    responses = {ids: read.whole(ids) for ids in {s.response_ids for s in sequences}}
     return Rollouts(
         prompt_ids=tuple(" ".join(map(str, s.prompt_ids)) for s in sequences),
-        prompts=tuple(tokenizer.batch_decode([list(s.prompt_ids) for s in sequences])),
-        responses=tuple(read.whole(s.response_ids) for s in sequences),
+        prompts=tuple(prompts[s.prompt_ids] for s in sequences),
+        responses=tuple(responses[s.response_ids] for s in sequences),
         prompt_token_ids=tuple(s.prompt_ids for s in sequences),
         response_token_ids=tuple(s.response_ids for s in sequences),
         rewards=np.full(count, np.nan),
