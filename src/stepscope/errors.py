@@ -28,6 +28,14 @@ class RunFolderError(StepscopeError):
     """A run folder or one of its artifacts is missing, damaged, or would be overwritten."""
 
 
+class InUseError(RunFolderError):
+    """Another process is at work in a run folder."""
+
+
+class StudyError(StepscopeError):
+    """Some measurements of a study could not be made, or what is to make them is not there."""
+
+
 class TaskError(StepscopeError):
     """A task is unknown or its data cannot be read."""
 

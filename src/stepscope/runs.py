@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -28,7 +28,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from stepscope import results
-from stepscope.errors import ConfigError, RunFolderError
+from stepscope.errors import ConfigError, InUseError, RunFolderError
 from stepscope.results.files import Stored, whole
 from stepscope.results.records import VERSION
 from stepscope.yaml_text import parse_yaml
@@ -237,30 +237,36 @@ def locked(path: Path) -> Iterator[None]:
     The lock ends with the process that holds it, however that ends; what a killed one leaves is void.
 
     Raises:
-        RunFolderError: another process is at work in the folder, or it cannot be written.
+        InUseError: another process is at work in the folder.
+        RunFolderError: it cannot be written.
     """
     if path.exists() and not path.is_dir():
         raise RunFolderError(f"{path}: is a file; choose another folder with --out")
     lock = FileLock(path / LOCK, timeout=0)
     try:
         path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_writable(path, error) from error
+    try:
         lock.acquire()
-    except Timeout as error:
-        raise RunFolderError(
+    except (Timeout, FileNotFoundError) as error:  # the second: whoever ended there has just removed it
+        raise InUseError(
             f"{path}: another process is at work in this folder; wait for it, or choose another folder with "
             "--out"
         ) from error
     except OSError as error:
-        raise RunFolderError(
-            f"{path}: cannot be written ({error}); choose another folder with --out"
-        ) from error
+        raise _not_writable(path, error) from error
     try:
         yield
     finally:
         (path / LOCK).unlink(missing_ok=True)
         lock.release()
-        if path.is_dir() and not any(path.iterdir()):
+        with suppress(OSError):  # it holds something, or has been renamed
             path.rmdir()
+
+
+def _not_writable(path: Path, error: OSError) -> RunFolderError:
+    return RunFolderError(f"{path}: cannot be written ({error}); choose another folder with --out")
 
 
 @dataclass(frozen=True)
@@ -305,9 +311,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             write_yaml(path / CONFIG, config)
         except OSError as error:
-            raise RunFolderError(
-                f"{path}: cannot be written ({error}); choose another folder with --out"
-            ) from error
+            raise _not_writable(path, error) from error
         started = {
             "command": " ".join(["stepscope", *sys.argv[1:]]),
             VERSION: FORMAT,

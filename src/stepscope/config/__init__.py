@@ -22,11 +22,11 @@ from stepscope.config.measure import (
     MeasureSettings,
     ProbeConfig,
     Stage,
-    StudyConfig,
     UpdateConfig,
 )
 from stepscope.config.objectives import CurriculumConfig, EntropyBonusConfig, ObjectiveConfig
 from stepscope.config.sampler import SamplerConfig
+from stepscope.config.study import RayConfig, SlurmConfig, StudyConfig
 from stepscope.config.train import (
     LoraConfig,
     ModelConfig,
@@ -55,10 +55,12 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "ProbeConfig",
+    "RayConfig",
     "RlConfig",
     "SamplerConfig",
     "Section",
     "SftConfig",
+    "SlurmConfig",
     "Stage",
     "StepProbeConfig",
     "StudyConfig",

@@ -1,4 +1,4 @@
-"""Configurations of ``stepscope measure`` and ``study``."""
+"""Configuration of ``stepscope measure``."""
 
 from __future__ import annotations
 
@@ -45,20 +45,12 @@ def _entropy() -> list[QuantityName]:
     return ["entropy"]
 
 
-def _one_setting() -> dict[str, dict[str, Any]]:
-    return {"default": {}}
-
-
 def _zeroed_only() -> list[Literal["zeroed", "recomputed"]]:
     return ["zeroed"]
 
 
 def _two_shares() -> list[float]:
     return [0.02, 0.1]
-
-
-def _change_only() -> list[Stage]:
-    return ["rollouts", "step", "change"]
 
 
 class BatchConfig(Section):
@@ -212,6 +204,8 @@ class MeasureSettings(Section):
         reference: model that ``kl`` is taken to (hub id, folder, GGUF file), or null for what an adapter
             started from: its frozen copy ``ref``, or its base.
         batch_size: most sequences per forward pass; fewer where the memory at hand does not hold them.
+        max_tokens: most padded tokens per forward pass, or null for what the memory at hand holds (in a study
+            for no limit but ``batch_size``, since memories differ, and last bits with them).
         device: torch device, or null for a GPU where there is one.
         loss: loss settings for a checkpoint that does not carry its own.
         resample: times the update batch is topped up to replace prompt groups without reward variance.
@@ -238,6 +232,7 @@ class MeasureSettings(Section):
     errors: Literal["delta", "jackknife", "bootstrap"] = "delta"
     reference: str | None = None
     batch_size: int = Field(default=16, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
     device: str | None = None
     loss: LossConfig = LossConfig()
     resample: int = Field(default=0, ge=0)
@@ -291,45 +286,3 @@ class MeasureConfig(MeasureSettings):
     out: str
     stages: list[Stage] = Field(default_factory=lambda: list(STAGES), min_length=1)
     profile: bool = False
-
-
-class StudyConfig(Section):
-    """Configuration of ``stepscope study``: checkpoints x settings x repeats.
-
-    Attributes:
-        checkpoints: folders of checkpoints, or run folders, which stand for all their checkpoints.
-        out: study folder.
-        repeats: measurements per checkpoint and setting.
-        resample: which batches get a new seed in each repeat: ``probe`` keeps the update batch, so that the
-            spread is conditional on it; ``both`` draws the update batch anew too.
-        measure: how each checkpoint is measured.
-        settings: named changes to ``measure``, for example ``{long: {probe.num_prompts: 1024}}``.
-        stages: stages of each measurement; with ``criteria`` the leaderboards of all are gathered into one.
-    """
-
-    checkpoints: list[str] = Field(min_length=1)
-    out: str
-    repeats: int = Field(default=1, ge=1)
-    resample: Literal["probe", "both"] = "probe"
-    measure: MeasureSettings = MeasureSettings()
-    settings: dict[str, dict[str, Any]] = Field(default_factory=_one_setting, min_length=1)
-    stages: list[Stage] = Field(default_factory=_change_only, min_length=1)
-
-    @field_validator("stages")
-    @classmethod
-    def _change_is_measured(cls, value: list[Stage]) -> list[Stage]:
-        if missing := [stage for stage in _change_only() if stage not in value]:
-            raise ValueError(
-                f"a study is a table of changes, so it needs the stages {', '.join(missing)} too"
-            )
-        return value
-
-    @field_validator("settings")
-    @classmethod
-    def _plain_names(cls, value: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        odd = [name for name in value if not name.replace("-", "").replace("_", "").isalnum()]
-        if odd:
-            raise ValueError(
-                f"names of settings become folder names: letters, digits, - and _ only, got {odd}"
-            )
-        return value

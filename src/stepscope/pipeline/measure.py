@@ -29,7 +29,7 @@ from stepscope.report import measured
 from stepscope.results.files import whole
 from stepscope.runs import PROFILE, PROVENANCE, TRACE, RunFolder, locked, write_record
 
-HERE_ONLY = ("stages", "out", "memory", "scratch", "profile")
+HERE_ONLY = ("stages", "out", "memory", "max_tokens", "scratch", "profile")
 """Keys of the configuration that say how a call measures, and not what."""
 
 
@@ -64,7 +64,7 @@ def run_measure(
         return run.path
     profiler = Profiler(usable_device(config.device)) if config.profile else None
     with locked(run.path), profiling(profiler):
-        _measure(config, run, resume, policy)
+        measure_into(run, config, resume=resume, policy=policy)
         if profiler is not None:
             _write_profile(run, profiler)
     page = run.file(PAGE)
@@ -72,7 +72,10 @@ def run_measure(
     return run.path
 
 
-def _measure(config: MeasureConfig, run: RunFolder, resume: bool, policy: Policy | None) -> None:
+def measure_into(
+    run: RunFolder, config: MeasureConfig, *, resume: bool = False, policy: Policy | None = None
+) -> None:
+    """Measure into a run folder whose lock is held already; see :func:`run_measure`."""
     plain = config.model_dump(mode="json")
     wanted = [stage for stage in PLANS if stage in config.stages]
     may_differ = _may_differ(run, wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from stepscope.results.criteria import CriterionDefinition, Kind, Level, Target
 from stepscope.results.records import BoolArray, FloatArray, IntArray, Record
@@ -216,6 +217,23 @@ class StudyLeaderboard(Record):
     definitions: Mapping[str, CriterionDefinition]
 
 
+@dataclass(frozen=True)
+class FailedCell(Record):
+    """A cell that could not be measured.
+
+    Attributes:
+        checkpoint: its folder.
+        setting: name of the setting.
+        repeat: number of the repeat.
+        reason: why not.
+    """
+
+    checkpoint: str
+    setting: str
+    repeat: int
+    reason: str
+
+
 @dataclass(frozen=True, repr=False)
 class StudyReport(Record):
     """``study.json``.
@@ -227,7 +245,10 @@ class StudyReport(Record):
         lines: fits of the repeats together.
         changes: changes of the repeats together.
         leaderboard: criteria over the repeats; None where the cells have no stage ``criteria``.
+        failed: cells that could not be measured, which nothing above knows of.
     """
+
+    format_version: ClassVar[int] = 2
 
     resample: str
     spread: str
@@ -235,3 +256,4 @@ class StudyReport(Record):
     lines: tuple[StudyLine, ...]
     changes: tuple[StudyChange, ...]
     leaderboard: StudyLeaderboard | None = None
+    failed: tuple[FailedCell, ...] = ()

@@ -101,6 +101,7 @@ class Session:
         scratch = self.config.scratch
         return Budget(
             max_sequences=self.config.batch_size,
+            max_tokens=self.config.max_tokens,
             memory_bytes=self.config.memory_bytes,
             scratch=None if scratch is None else Path(scratch),
             progress=True,

@@ -2,103 +2,43 @@
 
 from __future__ import annotations
 
-import hashlib
-import shutil
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import torch
 
 from stepscope import runs
-from stepscope.config import MeasureConfig, StudyConfig, build_config, set_path
+from stepscope.config import StudyConfig
 from stepscope.console import say, say_result
-from stepscope.pipeline.inputs.policies import checkpoints_in, open_policy
+from stepscope.errors import RunFolderError, StudyError, printable
 from stepscope.pipeline.inputs.tasks import hold_data, tasks_of
-from stepscope.pipeline.measure import run_measure
+from stepscope.pipeline.study.cells import Cell, cell_names, study_cells
+from stepscope.pipeline.study.drive import Driver
+from stepscope.pipeline.study.executors import Executor, WorkerBug, open_executor
 from stepscope.pipeline.study.leaderboard import standing_rows, summarise_standings
 from stepscope.pipeline.study.table import cell_fits, cell_rows, summarise
+from stepscope.pipeline.study.worker import Order
 from stepscope.policy.checkpoint.load import read_settings
-from stepscope.policy.state import Policy
 from stepscope.processes import is_main_process
 from stepscope.report import studied, write_study_report
 from stepscope.results.change import Changes
 from stepscope.results.criteria import Criteria
-from stepscope.results.study import StudyRows
-from stepscope.runs import RunFolder, locked
+from stepscope.results.study import FailedCell, StudyRows
+from stepscope.runs import PROVENANCE, RunFolder, environment, locked
 from stepscope.tasks import TemplatedTask
 
+HERE_ONLY = ("out", "threads", "executor", "attempts", "slurm", "ray")
+"""Keys of the configuration that say how a call measures, and not what; the provenance holds ``threads``."""
 
-@dataclass(frozen=True)
-class Cell:
-    """One measurement of a study.
+CELLS, JOBS = "cells", "jobs"
+"""Folders of a study: finished cells, and what engines write themselves."""
 
-    Attributes:
-        key: name of its folder.
-        checkpoint: what is measured.
-        setting: name of the setting.
-        repeat: number of the repeat.
-        config: the measurement.
-    """
-
-    key: str
-    checkpoint: Path
-    setting: str
-    repeat: int
-    config: MeasureConfig
-
-
-def study_cells(config: StudyConfig) -> list[Cell]:
-    """All cells of a study, in a fixed order.
-
-    Raises:
-        ConfigError: a setting names keys that a measurement does not have.
-        CheckpointError: a checkpoint is missing.
-    """
-    cells = []
-    for source in map(Path, config.checkpoints):
-        for checkpoint in checkpoints_in(source):
-            if checkpoint != source and not (checkpoint / "optimizer.pt").is_file():
-                continue  # a run's first checkpoint has taken no step yet
-            tag = hashlib.sha256(str(checkpoint.resolve()).encode()).hexdigest()[:8]
-            for setting, changes in config.settings.items():
-                for repeat in range(config.repeats):
-                    key = f"{checkpoint.name}-{tag}--{setting}--{repeat:03d}"
-                    cells.append(
-                        Cell(
-                            key,
-                            checkpoint,
-                            setting,
-                            repeat,
-                            _cell_config(config, key, checkpoint, changes, repeat),
-                        )
-                    )
-    return cells
-
-
-def _cell_config(
-    config: StudyConfig, key: str, checkpoint: Path, changes: dict[str, Any], repeat: int
-) -> MeasureConfig:
-    data = config.measure.model_dump(mode="json")
-    for path, value in changes.items():
-        set_path(data, path, value)
-    data |= {
-        "checkpoint": str(checkpoint),
-        "out": str(Path(config.out) / "cells" / f".{key}"),
-        "stages": list(config.stages),
-    }
-    measurement = build_config(MeasureConfig, data, f"setting of {key}")
-    batches: dict[str, Any] = {"probe": _reseeded(measurement.probe, repeat)}
-    if config.resample == "both":
-        batches["update"] = _reseeded(measurement.update, repeat)
-    return measurement.model_copy(update=batches)
-
-
-def _reseeded(batch: Any, repeat: int) -> Any:
-    """The batch with a seed of its own for each repeat; repeat 0 keeps the seed that was given."""
-    return batch.model_copy(update={"seed": batch.seed + 1000 * repeat})
+THREADS = "threads"
+"""Key of the provenance: threads of each measurement."""
 
 
 def run_study(config: StudyConfig) -> Path:
@@ -107,9 +47,12 @@ def run_study(config: StudyConfig) -> Path:
     Where the cells have the stage ``criteria``, their leaderboards are gathered into ``leaderboard.parquet``
     and under ``leaderboard`` of ``study.json``.
 
-    A cell is measured in a hidden folder that is renamed once it is complete, so a killed study neither loses
-    nor duplicates one, and resuming gives the same table as an undisturbed run. Of several processes the
-    first one measures, and the others return at once.
+    A cell is measured under a lock, in a hidden folder that is renamed once it is complete, so killed
+    processes neither lose nor duplicate one. The table has nothing of when, where and in which order cells
+    were measured: with the same packages on machines of one kind it is the same to the bit on every engine. A
+    cell whose measurement fails, or has cost ``attempts`` workers, keeps no other from being measured: the
+    table has the others, and ``failed`` of ``study.json`` names it. Of several processes the first one
+    measures, and the others return at once.
 
     Returns:
         The study folder.
@@ -118,22 +61,106 @@ def run_study(config: StudyConfig) -> Path:
         RunFolderError: the folder holds a study of another configuration, or another process is at work in
             it.
         TaskError: a task's data are not those the study began with.
+        StudyError: cells could not be measured, or the engine is not there.
     """
     cells = study_cells(config)
     out = Path(config.out)
     if not is_main_process():
         return out
     plain = config.model_dump(mode="json")
-    with locked(out):
-        run = RunFolder.open(out, plain, verb="study", resume=True, ignore=("out",))
+    with locked(out), _workers(config, cells) as executor:
+        run = RunFolder.open(out, plain, verb="study", resume=True, ignore=HERE_ONLY)
         hold_data(run, _tasks(cells))
-        folder = run.file("cells")
+        threads = _threads(config, run)
+        folder = run.file(CELLS)
         folder.mkdir(exist_ok=True)
-        _measure_missing(cells, folder)
-        _write_tables(config, cells, run, folder)
-        page = write_study_report(out)
-        say_result("study", studied(out), page)
+        failed: dict[str, str] = {}
+        bugs: list[str] = []
+        if executor is not None:
+            failed, bugs = _measure_missing(cells, folder, executor, threads, config.attempts)
+        measured = [cell for cell in cells if cell.key not in failed]
+        if measured:
+            _write_tables(config, measured, run, folder, _failures(cells, failed))
+            page = write_study_report(out)
+            say_result("study", studied(out), page)
+    _refuse_failures(out, cells, failed, bugs)
     return out
+
+
+@contextmanager
+def _workers(config: StudyConfig, cells: Sequence[Cell]) -> Iterator[Executor | None]:
+    """The engine, where there is work for it."""
+    out = Path(config.out)
+    if not _missing(cells, out / CELLS):
+        yield None
+        return
+    executor = open_executor(config, out / JOBS)
+    try:
+        yield executor
+    finally:
+        executor.close()
+
+
+def _missing(cells: Sequence[Cell], folder: Path) -> list[Cell]:
+    return [cell for cell in cells if not (folder / cell.key).is_dir()]
+
+
+def _threads(config: StudyConfig, run: RunFolder) -> int:
+    """Threads of each measurement: those that the study began with.
+
+    Raises:
+        RunFolderError: others are asked for now.
+    """
+    provenance = run.provenance()
+    here = {"local": torch.get_num_threads(), "slurm": config.slurm.cpus, "ray": math.ceil(config.ray.cpus)}
+    threads = int(provenance.get(THREADS) or config.threads or here[config.executor])
+    if config.threads not in (None, threads):
+        raise RunFolderError(
+            f"{run.path}: threads is {config.threads}, and the study began with {threads}; its cells would "
+            "differ in their last bits, so leave threads out, or choose another folder with --out"
+        )
+    if THREADS not in provenance:
+        runs.write_json(run.file(PROVENANCE), provenance | {THREADS: threads})
+    return threads
+
+
+def _measure_missing(
+    cells: Sequence[Cell], folder: Path, executor: Executor, threads: int, attempts: int
+) -> tuple[dict[str, str], list[str]]:
+    """Have what has no folder yet measured; reasons by key of what could not be, and tracebacks of bugs."""
+    missing = _missing(cells, folder)
+    done = len(cells) - len(missing)
+    if done:
+        say(f"study: {done} of {len(cells)} cells are there already")
+    order = Order((), folder, Path.cwd(), threads, environment()["versions"])
+    driver = Driver(executor, order, attempts, total=len(cells), done=done)
+    driver.measure(missing)
+    return driver.failed, list(driver.bugs.values())
+
+
+def _failures(cells: Sequence[Cell], reasons: Mapping[str, str]) -> tuple[FailedCell, ...]:
+    return tuple(FailedCell(**cell_names(c), reason=reasons[c.key]) for c in cells if c.key in reasons)
+
+
+def _refuse_failures(
+    out: Path, cells: Sequence[Cell], failed: Mapping[str, str], bugs: Sequence[str]
+) -> None:
+    """Say which cells could not be measured, and why.
+
+    Raises:
+        WorkerBug: one of them for a bug.
+        StudyError: where there is any.
+    """
+    for key, reason in failed.items():
+        say(f"study: cell {key} failed: {printable(reason)}")
+    if bugs:
+        raise WorkerBug(bugs[0])
+    if failed:
+        table = "the table has the others" if len(failed) < len(cells) else "there is no table"
+        raise StudyError(
+            f"{out}: {len(failed)} of {len(cells)} cells could not be measured, and {table}; the first, "
+            f"{next(iter(failed))}: {next(iter(failed.values()))}; the same command tries them again"
+        )
 
 
 def _tasks(cells: Sequence[Cell]) -> list[TemplatedTask]:
@@ -144,18 +171,24 @@ def _tasks(cells: Sequence[Cell]) -> list[TemplatedTask]:
     )
 
 
-def _write_tables(config: StudyConfig, cells: list[Cell], run: RunFolder, folder: Path) -> None:
+def _write_tables(
+    config: StudyConfig,
+    cells: Sequence[Cell],
+    run: RunFolder,
+    folder: Path,
+    failed: tuple[FailedCell, ...],
+) -> None:
     changes = [(cell, runs.read_record(Changes, folder / cell.key / "change.json")) for cell in cells]
-    rows = [{**_names(cell), **row} for cell, change in changes for row in cell_rows(change, cell.config)]
-    fits = [fit for cell, change in changes for fit in cell_fits(change, _names(cell))]
-    summary = summarise(rows, fits, config.resample)
+    rows = [{**cell_names(cell), **row} for cell, change in changes for row in cell_rows(change, cell.config)]
+    fits = [fit for cell, change in changes for fit in cell_fits(change, cell_names(cell))]
+    summary = replace(summarise(rows, fits, config.resample), failed=failed)
     boards = [
         (cell, runs.read_record(Criteria, folder / cell.key / "criteria.json"))
         for cell in cells
         if "criteria" in cell.config.stages
     ]
     standings = [
-        {**_names(cell), **row} for cell, board in boards for row in standing_rows(board, cell.config)
+        {**cell_names(cell), **row} for cell, board in boards for row in standing_rows(board, cell.config)
     ]
     if standings:
         definitions = {name: about for _, board in boards for name, about in board.definitions.items()}
@@ -169,42 +202,3 @@ def _write_tables(config: StudyConfig, cells: list[Cell], run: RunFolder, folder
         runs.write_record(run.file("study.json"), summary)
         for name in board_table:
             runs.write_table(run.file(name), {key: [row[key] for row in standings] for key in standings[0]})
-
-
-def _measure_missing(cells: list[Cell], folder: Path) -> None:
-    """Measure what has no folder yet, saying which cell is at work and how long the rest may take."""
-    missing = [cell for cell in cells if not (folder / cell.key).is_dir()]
-    if 0 < len(missing) < len(cells):
-        say(f"study: {len(cells) - len(missing)} of {len(cells)} cells are there already")
-    loaded: tuple[Any, Policy] | None = None
-    begin = time.perf_counter()
-    for number, cell in enumerate(missing):
-        partial = Path(cell.config.out)
-        if partial.exists():
-            shutil.rmtree(partial)
-        wanted = (cell.checkpoint, cell.config.precision, cell.config.device, cell.config.loss)
-        if loaded is None or loaded[0] != wanted:
-            policy = open_policy(
-                cell.checkpoint,
-                precision=cell.config.precision,
-                device=cell.config.device,
-                loss=cell.config.loss,
-            )
-            loaded = (wanted, policy)
-        place = len(cells) - len(missing) + number + 1
-        say(f"cell {place}/{len(cells)}: {cell.key}{_ahead(begin, number, missing)}")
-        run_measure(cell.config, policy=loaded[1], show_page=False)
-        partial.replace(folder / cell.key)
-
-
-def _ahead(begin: float, done: int, missing: list[Cell]) -> str:
-    """How long the cells to come may take, from those done since ``begin``."""
-    if not done:
-        return ""
-    seconds = (len(missing) - done) * (time.perf_counter() - begin) / done
-    return f", about {seconds / 60:.0f} min left" if seconds > 90 else f", about {seconds:.0f} s left"
-
-
-def _names(cell: Cell) -> dict[str, Any]:
-    """The columns that say which cell a row is of."""
-    return {"checkpoint": str(cell.checkpoint), "setting": cell.setting, "repeat": cell.repeat}

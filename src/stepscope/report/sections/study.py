@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
@@ -64,7 +65,21 @@ def lede(study: StudyPage) -> str:
     counts = [counted(len(study.distinct(name)), name) for name in ("checkpoint", "setting", "repeat")]
     spread = f" The spread over repeats is {study.report.spread}." if repeats > 1 else ""
     cells = {(row.checkpoint, row.setting, row.repeat) for row in study.rows}
-    return f"{study.path}: {counted(len(cells), 'measurement')} ({', '.join(counts)}).{spread}"
+    return (
+        f"{study.path}: {counted(len(cells), 'measurement')} ({', '.join(counts)}).{spread}{_failures(study)}"
+    )
+
+
+def _failures(study: StudyPage) -> str:
+    """What could not be measured, and for which reasons."""
+    failed = study.report.failed
+    if not failed:
+        return ""
+    names = ", ".join(f"{Path(c.checkpoint).name} {c.setting} {c.repeat}" for c in failed[:6])
+    more = f" and {len(failed) - 6} more" if len(failed) > 6 else ""
+    reasons = "; ".join(list(dict.fromkeys(cell.reason for cell in failed))[:3])
+    count = counted(len(failed), "further cell")
+    return f" {count} could not be measured, and nothing here is of them: {names}{more} ({reasons})."
 
 
 def counted(count: int, noun: str) -> str:
