@@ -96,6 +96,8 @@ def test_what_is_realised_is_what_the_account_says(made: Path) -> None:
     found = ss.load_ledger(made)
     fixed = found.account("entropy_fixed_prefix")
     assert fixed.predicted.value == pytest.approx(fixed.realised.value, rel=0.02, abs=2e-5)
+    assert fixed.predicted.stderr == pytest.approx(fixed.realised.stderr, rel=0.05)
+    assert fixed.closing_error.stderr < 0.1 * fixed.realised.stderr
     assert fixed.chained.value == pytest.approx(fixed.realised.value, rel=1e-6)
     entropy = found.account("entropy")
     assert entropy.closing_error.low < 0 < entropy.closing_error.high

@@ -139,7 +139,9 @@ def make_account(
         bonus=bonus.estimate(unit, f"entropy bonus of every step, {by_folds}")
         if batches.bonus.any()
         else exact(0.0, len(whole.groups), unit, "no entropy bonus"),
-        momentum_before=before.estimate(unit, f"moments before the first step, {along}"),
+        momentum_before=before.estimate(unit, f"moments before the first step, {along}")
+        if before.groups.any()
+        else exact(before.value, len(whole.groups), unit, "no moments before the first step"),
         decay=decayed,
         rounding=exact(
             whole.value - parts, len(whole.groups), unit, "along the displacements, less predicted"

@@ -210,6 +210,7 @@ def sentences(ledger: Ledger) -> list[str]:
             f"{account.before.value:.4g} to {account.after.value:.4g} {account.unit}; predicted change "
             f"{whole.value:.3g} +- {whole.stderr:.2g} ({parts}), realised {account.realised.value:.3g} +- "
             f"{account.realised.stderr:.2g}; closing error {closing.value:.2g}, 95 % interval "
-            f"{closing.low:.2g} to {closing.high:.2g}"
+            f"{closing.low:.2g} to {closing.high:.2g} (on the probe's own samples "
+            f"{account.curvature.value:.2g} +- {account.curvature.stderr:.2g})"
         )
     return found
