@@ -21,6 +21,7 @@ import typer
 
 from stepscope.bounded import INSIDE, run_bounded
 from stepscope.errors import ConfigError, mendable_line, printable
+from stepscope.processes import said_once
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -169,7 +170,8 @@ def evaluate(
 
     source, rest = _first_or_override(source, overrides)
     values = {"source": source, "task": task, "out": out, "precision": precision, "device": device}
-    settings = load_config(EvalConfig, config, rest, values)
+    with said_once():
+        settings = load_config(EvalConfig, config, rest, values)
     from stepscope.pipeline import run_eval
 
     run_eval(settings, resume=resume)
@@ -242,7 +244,8 @@ def measure(
         "precision": precision,
         "device": device,
     }
-    settings = load_config(MeasureConfig, config, rest, values)
+    with said_once():
+        settings = load_config(MeasureConfig, config, rest, values)
     if validate and "validation" not in settings.stages:
         settings = settings.model_copy(update={"stages": [*settings.stages, "validation"]})
     from stepscope.pipeline import run_measure

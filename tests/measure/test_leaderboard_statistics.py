@@ -36,6 +36,15 @@ def found(case) -> Comparison:
     return compare(*case, counts=COUNTS)
 
 
+def test_what_differs_by_round_off_is_a_tie(case, found):
+    scores, signed, truths, prompts = case
+    rng = np.random.default_rng(1)
+    noise = [1e-14 * rng.normal(size=values.shape) for values in (scores, truths)]
+    shaken = compare(scores + noise[0], signed, truths + noise[1], prompts, counts=COUNTS)
+    for name in ("spearman", "kendall", "auc", "captured"):
+        np.testing.assert_allclose(getattr(shaken, name), getattr(found, name), atol=1e-12)
+
+
 def written_out(case, resample: int) -> np.ndarray:
     """Items of a resample, with repeats."""
     return np.repeat(np.arange(NUM), COUNTS[resample].astype(int)[case[3]])

@@ -7,13 +7,34 @@ import socket
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import multiprocessing
 
+import cases
 from stepscope.errors import PeerError
+from stepscope.measure.quantity.kinds.entropy import Entropy
+from stepscope.measure.quantity.values import derivatives
 from stepscope.policy import group
+from stepscope.policy.gradients.derivatives import (
+    WeightedLogprobs,
+    directional_derivative,
+    gradient,
+    response_logprob,
+)
+from stepscope.policy.gradients.gram import grams
+from stepscope.policy.gradients.products import (
+    paired_dots,
+    per_sequence_dot,
+    per_sequence_dots,
+    weighted_gradients,
+)
+from stepscope.policy.gradients.projection import Sketch, sketches
+from stepscope.policy.gradients.stream import SequenceGradients
 from stepscope.policy.group import ALONE, Group, current, entered
+from stepscope.policy.passes import Budget
+from stepscope.policy.rollouts import score_rollouts
 
 
 def free_port() -> int:
@@ -36,6 +57,7 @@ def test_every_item_is_dealt_to_one_process(count: int) -> None:
     parts = [Group(rank, 3).share(items) for rank in range(3)]
     assert sorted(item for part in parts for item in part) == items
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert max(map(len, parts)) == Group(0, 3).largest_share(count)
 
 
 def test_from_more_to_less_work_parts_are_about_equal() -> None:
@@ -62,12 +84,65 @@ def test_alone_an_exchange_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         alone.barrier()
 
 
+def numbers(folder: Path) -> dict[str, torch.Tensor]:
+    """Whatever runs over the sequences of a batch, for whoever measures: alone or together."""
+    policy = cases.policy()
+    update, probe = cases.batch(policy), cases.batch(policy, num_prompts=4, group_size=2, seed=1)
+    rng = np.random.default_rng(0)
+    weights = tuple(rng.normal(size=n) * (i != 2) for i, n in enumerate(update.num_tokens))  # one has none
+    own, theirs = SequenceGradients(update, response_logprob), SequenceGradients(probe, response_logprob)
+    weighted = SequenceGradients(update, WeightedLogprobs(weights))
+    u = {
+        n: torch.rand(p.shape, generator=torch.Generator().manual_seed(1))
+        for n, p in policy.parameters.items()
+    }
+    u = {n: t.to(policy.dtype) for n, t in u.items()}
+    metrics = {"raw": None, "preconditioned": u}
+    per_sequence = sum(8 * p.numel() for p in policy.parameters.values())
+    found: dict[str, torch.Tensor] = {}
+    for name, budget in (
+        ("one block", Budget(max_sequences=2)),
+        ("three blocks", Budget(max_sequences=2, memory_bytes=3 * per_sequence)),
+        ("files", Budget(max_sequences=2, scratch=folder)),
+    ):
+        kernels = grams(policy, own, metrics=metrics, other=theirs, budget=budget)
+        for metric in metrics:
+            found[f"square {metric} {name}"] = kernels.square[metric]
+            found[f"cross {metric} {name}"] = kernels.cross[metric]
+            found[f"norms {metric} {name}"] = kernels.other_norms[metric]
+        found[f"blocks {name}"] = torch.tensor(kernels.blocks)
+    found["kernel"] = grams(policy, weighted, metrics={"raw": None}).square["raw"]
+    found |= {f"gradient {n}": g for n, g in gradient(policy, update, WeightedLogprobs(weights)).items()}
+    along = directional_derivative(policy, update, response_logprob, u)
+    found |= {f"derivative {i}": row for i, row in enumerate(along)}
+    found["dots"] = torch.from_numpy(per_sequence_dot(policy, weighted, u))
+    stack = {n: torch.stack([t, 2 * t]) for n, t in u.items()}
+    found["many dots"] = torch.from_numpy(per_sequence_dots(policy, own, stack))
+    paired = paired_dots(policy, own, weighted, metrics, budget=Budget(max_sequences=2))
+    found |= {f"paired {m}": torch.from_numpy(row) for m, row in paired.items()}
+    sums = weighted_gradients(policy, own, rng.normal(size=(2, len(update))))
+    found |= {f"sums {n}": t for n, t in sums.items()}
+    found |= sketches(policy, own, Sketch(64), metrics=metrics)
+    logprobs, entropies = score_rollouts(policy, update, budget=Budget(max_sequences=2))
+    found["scored"] = torch.from_numpy(np.concatenate([*logprobs, *entropies]))
+    first, second = derivatives(policy, update, [Entropy()], u, order=2)
+    found |= {"slopes": torch.from_numpy(first.prefix), "curvatures": torch.from_numpy(second.logprobs)}
+    return found
+
+
 def together(rank: int, folder: Path, port: int) -> None:
     """All exchanges, in each of two processes."""
     started(rank, 2, port)
     assert current() is ALONE
+    alone = numbers(folder)
     with entered() as pair:
         assert current() is pair
+        shared = numbers(folder)
+        assert alone.keys() == shared.keys()
+        for name, value in alone.items():
+            torch.testing.assert_close(shared[name], value, rtol=1e-9, atol=1e-9, msg=name)
+        mine = [value.numpy().tobytes() for value in shared.values()]
+        assert len(set(pair.gather(tuple(mine)))) == 1  # to the bit
         assert (pair.rank, pair.size, pair.is_main) == (rank, 2, rank == 0)
         assert pair.gather({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
         assert pair.merge({1 - rank: str(rank)}) == {0: "1", 1: "0"}

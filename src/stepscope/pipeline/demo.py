@@ -9,7 +9,7 @@ from stepscope.config import EvalConfig, MeasureConfig, build_config
 from stepscope.console import say
 from stepscope.pipeline.evaluate import evaluate_all
 from stepscope.pipeline.inputs.policies import checkpoints_in
-from stepscope.pipeline.measure import run_measure
+from stepscope.pipeline.measure import measure
 from stepscope.pipeline.preset import DemoConfig, demo_config
 from stepscope.pipeline.report import run_report
 from stepscope.processes import is_main_process
@@ -50,7 +50,7 @@ def run_demo(out: Path, overrides: Sequence[str] = ()) -> Path:
             say(f"measure {checkpoint.name}:")
             target = out / "measure" / checkpoint.name
             changes = {"checkpoint": str(checkpoint.resolve()), "out": str(target)}
-            run_measure(build_config(MeasureConfig, config.measure.model_dump() | changes), resume=True)
+            measure(build_config(MeasureConfig, config.measure.model_dump() | changes), resume=True)
         return run_report(out)
 
 

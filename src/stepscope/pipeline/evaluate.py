@@ -27,12 +27,13 @@ from stepscope.pipeline.inputs.logged_prompts import prompt_conflict
 from stepscope.pipeline.inputs.policies import checkpoints_in, open_policy
 from stepscope.pipeline.inputs.samplers import make_sampler
 from stepscope.pipeline.inputs.tasks import hold_data, open_task, say_what_is_shared, tasks_of
+from stepscope.pipeline.together import main_only, together
 from stepscope.policy.checkpoint.load import checkpoint_digest, read_settings
 from stepscope.policy.checkpoint.models import usable_device
+from stepscope.policy.group import current
 from stepscope.policy.passes import Budget
 from stepscope.policy.sampling.base import Sampler
 from stepscope.policy.state import Policy
-from stepscope.processes import is_main_process
 from stepscope.report import evaluated, write_evaluation
 from stepscope.results import FloatArray
 from stepscope.results.evaluation import EvaluationChanges, companion, law_path
@@ -51,8 +52,8 @@ def run_eval(config: EvalConfig, *, resume: bool = False) -> Path:
 
     Beside ``eval.parquet``: ``eval_prompts.parquet`` (per prompt), ``eval_profiles.parquet`` (other ways of
     sampling), ``eval_changes.json`` (paired differences between checkpoints), ``entropy_law.json``,
-    ``eval.html``, and ``eval_parts/`` with the finished parts and all responses. Of several processes the
-    first one evaluates, and the others return at once.
+    ``eval.html``, and ``eval_parts/`` with the finished parts and all responses. Several processes that were
+    started together (torchrun) evaluate together, and the first one keeps the files.
 
     Args:
         config: what to evaluate, how, and where to.
@@ -69,8 +70,17 @@ def run_eval(config: EvalConfig, *, resume: bool = False) -> Path:
     """
     source = Path(config.source)
     out = Path(config.out) if config.out is not None else source / "eval.parquet"
-    if not is_main_process():
-        return out
+    with together(config.device, out.parent) as group:
+        if group.is_main:
+            _refuse_present(out, resume)
+        evaluate_all(config, out, resume=resume)
+        if group.is_main:
+            page = write_evaluation(out)
+            say_result("eval", evaluated(out), out, page)
+    return out
+
+
+def _refuse_present(out: Path, resume: bool) -> None:
     if out.exists() and not resume:
         raise RunFolderError(
             f"{out}: exists already; remove it, choose another file with --out, or add --resume to evaluate "
@@ -78,14 +88,12 @@ def run_eval(config: EvalConfig, *, resume: bool = False) -> Path:
         )
     if out.exists() and not companion(out, "parts").is_dir():
         raise RunFolderError(f"{out}: no {companion(out, 'parts').name} beside it to go on from; remove it")
-    evaluate_all(config, out, resume=resume)
-    page = write_evaluation(out)
-    say_result("eval", evaluated(out), out, page)
-    return out
 
 
 def evaluate_all(config: EvalConfig, out: Path, *, resume: bool) -> None:
     """Evaluate what ``config.source`` stands for and write the table to ``out`` and what belongs to it.
+
+    In the group that is entered; else by this process alone, however many there are.
 
     Raises:
         RunFolderError: see :func:`run_eval`.
@@ -95,20 +103,20 @@ def evaluate_all(config: EvalConfig, out: Path, *, resume: bool) -> None:
     usable_device(config.device)
     checkpoints = checkpoints_in(Path(config.source))
     folder = companion(out, "parts")
-    with locked(folder):
-        parts = RunFolder.open(
-            folder,
-            config.model_dump(mode="json"),
-            verb="eval",
-            resume=resume,
-            ignore=MAY_DIFFER,
-            extra={"source": str(Path(config.source).resolve())},
-        )
-        hold_data(parts, _tasks(config, checkpoints))
+    parts = RunFolder(folder)
+    with main_only(lambda: locked(folder)):
+        if current().is_main:
+            source = {"source": str(Path(config.source).resolve())}
+            plain = config.model_dump(mode="json")
+            RunFolder.open(folder, plain, verb="eval", resume=resume, ignore=MAY_DIFFER, extra=source)
+            hold_data(parts, _tasks(config, checkpoints))
         try:
             found = [_evaluate_checkpoint(config, checkpoint, parts) for checkpoint in checkpoints]
         finally:
-            parts.clean_up()
+            if current().is_main:
+                parts.clean_up()
+        if not current().is_main:
+            return
         rows, profiles = [row for row, _ in found], [row for _, others in found for row in others]
         parts.seal_beside([])
         parts.seal_beside(_write_tables(config, out, rows, profiles))
@@ -169,19 +177,17 @@ def _evaluate_checkpoint(
 
 def _rows(loaded: _Loaded, parts: RunFolder) -> tuple[EvaluationRow, list[EvaluationRow]]:
     config, checkpoint = loaded.config, loaded.checkpoint
-    digest = checkpoint_digest(checkpoint)
+    digest = current().from_main(lambda: checkpoint_digest(checkpoint))
 
     def part(key: str, temperature: float | None, top_p: float) -> EvaluationRow:
         file = parts.file(f"{key}.parquet")
-        if not parts.is_done(key):
+        if not current().from_main(lambda: parts.is_done(key)):
             responses = parts.file(f"{key}_responses.parquet")
             names = [path.name for path in (file, prompts_path(file), responses)]
-            with timed(f"eval {key}"), parts.stage(key, names):
+            with timed(f"eval {key}"), main_only(lambda: parts.stage(key, names)):
                 row = loaded.evaluate(temperature, top_p, responses)
                 write_eval([replace(row, checkpoint_digest=digest)], file)
-        for written in (file, prompts_path(file)):
-            verified(written)
-        (row,) = read_eval(file)
+        row = current().from_main(lambda: _read_part(file))
         if row.checkpoint_digest != digest:
             raise RunFolderError(
                 f"{parts.path}: {checkpoint} has changed since it was evaluated (digest "
@@ -201,6 +207,13 @@ def _rows(loaded: _Loaded, parts: RunFolder) -> tuple[EvaluationRow, list[Evalua
                 key = f"{checkpoint.name}--temperature-{temperature:g}--top_p-{top_p:g}"
                 profiles.append(part(key, temperature, top_p))
     return own, profiles
+
+
+def _read_part(file: Path) -> EvaluationRow:
+    for written in (file, prompts_path(file)):
+        verified(written)
+    (row,) = read_eval(file)
+    return row
 
 
 class _Loaded:

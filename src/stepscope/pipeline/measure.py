@@ -19,12 +19,13 @@ from stepscope.pipeline.stages.report import PAGE
 from stepscope.pipeline.stages.session import Session
 from stepscope.pipeline.stages.staleness import inputs, needs, reason_to_do
 from stepscope.pipeline.stages.summary import write_summary
+from stepscope.pipeline.together import main_only, together
 from stepscope.policy.checkpoint.load import checkpoint_digest
 from stepscope.policy.checkpoint.models import usable_device
+from stepscope.policy.group import current
 from stepscope.policy.loss.own import own_source
 from stepscope.policy.profiler import Profiler, profiled_stage, profiling
 from stepscope.policy.state import Policy
-from stepscope.processes import is_main_process
 from stepscope.report import measured
 from stepscope.results.files import whole
 from stepscope.runs import PROFILE, PROVENANCE, TRACE, RunFolder, locked, write_record
@@ -39,8 +40,8 @@ def run_measure(
     """Measure what a checkpoint's next step does; leaves the files of DESIGN 5.3.
 
     A finished stage is repeated only where it is stale: what it has read (artifacts of other stages, keys of
-    the configuration) is no longer what it was. If nothing could be finished, nothing is left behind. Of
-    several processes the first one measures, and the others return at once.
+    the configuration) is no longer what it was. If nothing could be finished, nothing is left behind. Several
+    processes that were started together (torchrun) measure together, and the first one keeps the folder.
 
     Args:
         config: what to measure, how, and where to.
@@ -59,16 +60,24 @@ def run_measure(
         BatchError: the update batch makes no step, or the batches share prompts.
         TaskError: the task's data are not those the run began with.
     """
+    with together(config.device, Path(config.out)):
+        return measure(config, resume=resume, policy=policy, show_page=show_page)
+
+
+def measure(
+    config: MeasureConfig, *, resume: bool = False, policy: Policy | None = None, show_page: bool = True
+) -> Path:
+    """:func:`run_measure` in the group that was entered; in none, this process measures alone."""
     run = RunFolder(Path(config.out))
-    if not is_main_process():
-        return run.path
     profiler = Profiler(usable_device(config.device)) if config.profile else None
-    with locked(run.path), profiling(profiler):
+    with main_only(lambda: locked(run.path)), profiling(profiler):
         measure_into(run, config, resume=resume, policy=policy)
-        if profiler is not None:
+        if profiler is not None and current().is_main:
             _write_profile(run, profiler)
-    page = run.file(PAGE)
-    say_result("measure", measured(run.path), *([page if page.is_file() else run.path] if show_page else []))
+    if current().is_main:
+        page = run.file(PAGE)
+        files = [page if page.is_file() else run.path] if show_page else []
+        say_result("measure", measured(run.path), *files)
     return run.path
 
 
@@ -78,17 +87,45 @@ def measure_into(
     """Measure into a run folder whose lock is held already; see :func:`run_measure`."""
     plain = config.model_dump(mode="json")
     wanted = [stage for stage in PLANS if stage in config.stages]
-    may_differ = _may_differ(run, wanted)
-    held = run.holds_this_run(plain, verb="measure", resume=resume, ignore=may_differ)
-    _refuse_missing(run, wanted, held)
     due = [s for s in PLANS if s in wanted or any(s in needs(w) for w in wanted)]
     session = Session(config, run, policy)
     limits: list[str] = []
-    if not held or any(PLANS[s].needs_policy and reason_to_do(run, s, plain) for s in due):
+    to_load, may_differ = current().from_main(lambda: _first_look(run, plain, resume, wanted, due))
+    if to_load:
         with profiled_stage("check"):
             limits = _refuse_impossible(session)
         gone = left_out(session.policy, due)
         wanted, due = ([s for s in stages if s not in gone] for stages in (wanted, due))
+    if current().is_main:
+        _begin(session, plain, resume, may_differ, limits)
+    try:
+        for stage in due:
+            _run_stage(session, stage, plain, wanted=stage in wanted)
+    finally:
+        if current().is_main:
+            run.clean_up()
+    if current().is_main:
+        stale = [s for s in PLANS if s not in due and run.is_done(s) and reason_to_do(run, s, plain)]
+        if stale:
+            say(f"stale now: {', '.join(stale)}; --stages {','.join(stale)} brings them up to date")
+
+
+def _first_look(
+    run: RunFolder, plain: Mapping[str, Any], resume: bool, wanted: list[Stage], due: list[Stage]
+) -> tuple[bool, list[str]]:
+    """Whether the checkpoint has to be loaded, given that the folder takes this run; and what may differ."""
+    may_differ = _may_differ(run, wanted)
+    held = run.holds_this_run(plain, verb="measure", resume=resume, ignore=may_differ)
+    _refuse_missing(run, wanted, held)
+    to_load = not held or any(PLANS[s].needs_policy and reason_to_do(run, s, plain) for s in due)
+    return to_load, may_differ
+
+
+def _begin(
+    session: Session, plain: Mapping[str, Any], resume: bool, may_differ: list[str], limits: list[str]
+) -> None:
+    """Make the run folder, or see whether the one that is there is still of this checkpoint and task."""
+    config, run = session.config, session.run
     digest = checkpoint_digest(Path(config.checkpoint)) if session.has_policy else None
     loss = own_source(session.policy.settings.loss_type) if session.has_policy else None
     RunFolder.open(
@@ -118,33 +155,28 @@ def measure_into(
     run.renew_config({key: plain[key] for key in may_differ if key not in HERE_ONLY})
     if session.has_policy:
         hold_data(run, [session.task])
-    try:
-        for stage in due:
-            _run_stage(session, stage, plain, wanted=stage in wanted)
-    finally:
-        run.clean_up()
-    stale = [s for s in PLANS if s not in due and run.is_done(s) and reason_to_do(run, s, plain)]
-    if stale:
-        say(f"stale now: {', '.join(stale)}; --stages {','.join(stale)} brings them up to date")
 
 
 def _run_stage(session: Session, stage: Stage, config: Mapping[str, Any], *, wanted: bool) -> None:
     """Do a stage that is not done yet, or is stale; of one that is not asked for, only the second is said."""
     run, plan = session.run, PLANS[stage]
-    reason = reason_to_do(run, stage, config)
+    reason, before = current().from_main(lambda: (reason_to_do(run, stage, config), run.is_done(stage)))
     if not reason:
         if wanted:
             say(f"{stage}: done before (remove {plan.writes[0]} to repeat it)")
         return
-    if run.is_done(stage):
+    if before:
         say(f"{stage}: stale, done again ({reason})")
-    done = run.stage(stage, plan.writes, inputs=partial(inputs, plan, config=config))
+    done = main_only(lambda: run.stage(stage, plan.writes, inputs=partial(inputs, plan, config=config)))
+    keeps = current().is_main and stage != "report"  # the page shows the time of the stages before it
     with profiled_stage(stage), done:
         figures = plan.work(session)
-        if stage != "report":
+        if keeps:
             write_summary(run, stage, figures)
-    if stage != "report":  # the page shows the time of the stages before it, and shall stay true
+    if keeps:
         write_summary(run, stage, figures)
+    if not current().is_main:
+        return
     say(f"{stage}: {run.seconds(stage):.1f} s")
 
 

@@ -46,7 +46,7 @@ class Group:
     Attributes:
         rank: which one this is, from 0; 0 is the main one, which keeps files and speaks.
         size: how many there are.
-        device: where this one computes; None for wherever one process would.
+        device: the GPU of this one; None where there is none, or it is not asked for.
         lockstep: whether all have to run a model the same number of times.
     """
 
@@ -62,14 +62,25 @@ class Group:
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This process's part of some items, dealt there and back (0 1 1 0 0 1 ...).
+        """This process's part of some items; see :meth:`deal`."""
+        return self.deal(items)[self.rank]
+
+    def deal(self, items: Sequence[T]) -> list[list[T]]:
+        """Each process's part of some items, dealt there and back (0 1 1 0 0 1 ...).
 
         Of items that go from the most to the least work, parts are about equal work. Depends on nothing but
         the items' number.
         """
         period = 2 * self.size
-        places = (i % period for i in range(len(items)))
-        return [item for item, k in zip(items, places, strict=True) if self.rank in (k, period - 1 - k)]
+        parts: list[list[T]] = [[] for _ in range(self.size)]
+        for i, item in enumerate(items):
+            k = i % period
+            parts[min(k, period - 1 - k)].append(item)
+        return parts
+
+    def largest_share(self, count: int) -> int:
+        """Most items that a process has of so many."""
+        return -(-count // self.size)
 
     def gather(self, own: T) -> list[T]:
         """What each process has, by rank; anything that can be pickled."""
@@ -209,7 +220,7 @@ def entered(*, device: str | None = None, lockstep: bool = False) -> Iterator[Gr
         yield _current
         return
     on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
-    place = _place(device) if on_gpu else torch.device(device or "cpu")
+    place = _place(device) if on_gpu else None
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     with _exchange():
         if not dist.is_initialized():

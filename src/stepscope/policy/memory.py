@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from stepscope.policy.group import current
 from stepscope.policy.head import runs_whole
 from stepscope.policy.state import Policy
 
@@ -73,6 +74,8 @@ def room(policy: Policy, use: Use, *, narrowest: int, widest: int, kept_bytes: i
     if not each:
         return None
     left = available_bytes(policy.device)
+    if policy.device.type == "cpu":  # which those on one machine share
+        left //= current().size
     if use == "passes":
         left = max(left // 4, left - kept_bytes - sum(p.nbytes for p in policy.parameters.values()))
     fits = int(SHARE * left / each)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from stepscope.errors import MeasurementError
 from stepscope.policy.forward import TokenBatch, make_batch
+from stepscope.policy.group import current
 from stepscope.policy.memory import Use, room
 from stepscope.policy.profiler import watched
 from stepscope.policy.state import Policy
@@ -99,6 +100,14 @@ def by_length(rollouts: Rollouts) -> list[int]:
     return sorted(range(len(totals)), key=lambda i: (-totals[i], i))
 
 
+def own_share(rollouts: Rollouts) -> list[int]:
+    """This process's sequences of a batch, longest first: about as many tokens as the others have.
+
+    All of them where it measures alone. Which are whose depends on their lengths only, not on any budget.
+    """
+    return current().share(by_length(rollouts))
+
+
 def widths(rollouts: Rollouts, order: Sequence[int]) -> list[Width]:
     """Tokens of prompt and response of some sequences."""
     return [(len(rollouts.prompt_token_ids[i]), len(rollouts.response_token_ids[i])) for i in order]
@@ -157,7 +166,7 @@ def sweep(
         rollouts: the sequences.
         run: called with one micro-batch after the other; again with a part of one that ran out of memory.
         budget: how large they are.
-        order: which sequences, in which order; default all, longest first.
+        order: which sequences, in which order; default this process's share (:func:`own_share`).
         divisible: whether a micro-batch may be run in parts.
         what: title of the progress bar; none is shown without.
 
@@ -165,7 +174,7 @@ def sweep(
         TooLargeError: the memory does not suffice for a single sequence, or for a micro-batch that is not
             divisible.
     """
-    chosen = by_length(rollouts) if order is None else order
+    chosen = own_share(rollouts) if order is None else order
     run = watched(run)
 
     def one(piece: slice) -> tuple[TokenBatch, T]:
@@ -300,9 +309,9 @@ def sweep_rows(
         what: title of the progress bar; none is shown without.
 
     Returns:
-        A scalar or a (tok, ...) tensor for each sequence.
+        A scalar or a (tok, ...) tensor for each sequence, on all processes that measure together.
     """
     found: dict[int, Tensor] = {}
     for batch, values in sweep(policy, rollouts, run, budget=budget, what=what):
         found |= zip(batch.seq_index.tolist(), batch.unpad(values), strict=True)
-    return [found[i] for i in range(len(rollouts))]
+    return list(current().rows(found).values())

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stepscope.errors import BatchError, CheckpointError, shown
 from stepscope.policy.forward import TokenBatch, base_model, forward
+from stepscope.policy.group import current
 from stepscope.policy.loss.estimators import with_advantages
 from stepscope.policy.passes import Budget, sweep_rows
 from stepscope.policy.sampling.base import Request, Response, Sampler
@@ -83,7 +84,7 @@ def sample_rollouts(
     By default transformers draws every token at a uniform number that belongs to its sequence and position
     (:class:`TransformersSampler`): the same arguments give the same batch on the same machine. With another
     sampler, temperature or truncation the batch also has log-probs of what it was drawn from
-    (``sampler_logprobs``).
+    (``sampler_logprobs``). Processes that measure together share out the responses, and each gets all.
 
     Args:
         policy: with a tokenizer.
@@ -175,7 +176,7 @@ def sample_responses(
         _require_room(policy, len(ids))
     sampler = SamplingOptions().sampler
     drawn = _drawn(policy, prompts, np.random.default_rng([seed, 1]), sampler, budget)
-    responses = [response.token_ids for response in drawn]
+    responses = [response.token_ids for response in current().merge(drawn).values()]
     ends = set(end_tokens(policy))
     read = response_text(policy)
     texts = [policy.tokenizer.decode(list(ids)) for ids in prompts]
@@ -298,25 +299,26 @@ def _sample_groups(
     responses = _drawn(policy, [prompts[i].token_ids for i in rows], generator, sampler, budget)
     ends = set(end_tokens(policy))
     read = response_text(policy)
-    groups: list[list[_Sequence]] = [[] for _ in problems]
-    for i, drawn in zip(rows, responses, strict=True):
-        ids = drawn.token_ids
+    found: dict[int, _Sequence] = {}
+    for row, drawn in responses.items():
+        problem, prompt, ids = problems[rows[row]], prompts[rows[row]], drawn.token_ids
         text = read.whole(ids)
-        score = task.score(problems[i], text)
-        groups[i].append(
-            _Sequence(
-                prompt_id=problems[i].prompt_id,
-                question=problems[i].question,
-                prompt=prompts[i].text,
-                prompt_token_ids=prompts[i].token_ids,
-                response=text,
-                response_token_ids=ids,
-                truncated=ids[-1] not in ends,
-                reward=float(score.reward),
-                correct=bool(score.correct),
-                engine_logprobs=drawn.logprobs,
-            )
+        score = task.score(problem, text)
+        found[row] = _Sequence(
+            prompt_id=problem.prompt_id,
+            question=problem.question,
+            prompt=prompt.text,
+            prompt_token_ids=prompt.token_ids,
+            response=text,
+            response_token_ids=ids,
+            truncated=ids[-1] not in ends,
+            reward=float(score.reward),
+            correct=bool(score.correct),
+            engine_logprobs=drawn.logprobs,
         )
+    groups: list[list[_Sequence]] = [[] for _ in problems]
+    for row, sequence in current().merge(found).items():
+        groups[rows[row]].append(sequence)
     return groups
 
 
@@ -326,17 +328,20 @@ def _drawn(
     generator: np.random.Generator,
     sampler: Sampler,
     budget: Budget,
-) -> list[Response]:
-    """A response to each prompt."""
+) -> dict[int, Response]:
+    """Responses to some prompts by their places: this process's share."""
     length = policy.settings.max_response_tokens
+    mine = current().share(range(len(prompts)))
+    if not mine:
+        return {}
     request = Request(
-        prompts=prompts,
-        randomness=sampler.randomness(generator, len(prompts), length),
+        prompts=[prompts[i] for i in mine],
+        randomness=sampler.randomness(generator, len(prompts), length)[mine],
         max_tokens=length,
         temperature=policy.settings.temperature,
         ends=tuple(end_tokens(policy)),
     )
-    return sampler.sample(policy, request, budget)
+    return dict(zip(mine, sampler.sample(policy, request, budget), strict=True))
 
 
 def _scored(policy: Policy, rollouts: Rollouts, sampler: Sampler, budget: Budget) -> Rollouts:

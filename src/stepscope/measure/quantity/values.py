@@ -20,6 +20,7 @@ from stepscope.errors import MeasurementError
 from stepscope.measure.quantity.base import Quantity, readings_of
 from stepscope.policy.forward import TokenBatch, forward
 from stepscope.policy.gradients.derivatives import pushed_forward
+from stepscope.policy.group import current
 from stepscope.policy.numerics.attention import mathematical_attention
 from stepscope.policy.numerics.differentiation import whole_function
 from stepscope.policy.numerics.nested import SmoothActivations
@@ -200,6 +201,7 @@ def derivatives(
         for table, slope in zip(tables, found, strict=True):
             table.add(batch, *slope)
     first, *second = (t.result(f"derivative {i}") for i, t in enumerate(tables, 1))
+    doubt = current().from_main(lambda: doubt)  # of the longest sequences
     return (first, *(replace(table, doubt=doubt or "") for table in second))
 
 
@@ -275,6 +277,8 @@ class _Collector:
         self.token[:, rows, :width] = (token * mask).double().cpu().numpy()
 
     def result(self, what: str) -> TokenValues:
+        """The whole batch, with the rows of all processes."""
+        current().sum_(map(torch.from_numpy, (self.logprobs, self.prefix, self.token)))
         for kind, values in (
             ("log-prob", self.logprobs),
             ("quantity", self.prefix),

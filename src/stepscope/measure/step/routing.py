@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from stepscope.measure.step.reconstruct import Step
 from stepscope.policy.forward import TokenBatch, forward
+from stepscope.policy.group import current
 from stepscope.policy.passes import Budget, sweep
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector, placed, shifted
@@ -61,7 +62,8 @@ def routing_change(
     parameters = policy.parameters
     with shifted(parameters, step.direction, lr) if taken is None else placed(parameters, taken):
         after = list(_choices(policy, step, layers, budget))
-    flipped = torch.cat([_flipped(old, new) for old, new in zip(before, after, strict=True)], dim=1)
+    parts = current().gather([_flipped(old, new) for old, new in zip(before, after, strict=True)])
+    flipped = torch.cat([part for own in parts for part in own], dim=1)
     by_layer = flipped.double().mean((1, 2))
     return Routing(
         lr=lr,

@@ -20,6 +20,7 @@ from stepscope.policy import vectors
 from stepscope.policy.gradients.layer_gradient import LayerGradient
 from stepscope.policy.gradients.products import CHUNK_BYTES, compute_dtype
 from stepscope.policy.gradients.stream import SequenceGradients, stream
+from stepscope.policy.group import current
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.results.step import SequenceShares
@@ -41,9 +42,9 @@ def sequence_shares(policy: Policy, step: Step, *, budget: Budget = Budget()) ->
     if total == 0:
         return None
     gradients = SequenceGradients(step.update, weighted_logprobs(step.token_weights))
-    order = gradients.order
+    order = current().share(gradients.order)
     whole: dict[str, torch.Tensor] = {}
-    found = torch.zeros(2, len(order), dtype=torch.float64, device=policy.device)
+    own = torch.zeros(2, len(order), dtype=torch.float64, device=policy.device)
 
     def consume(gradient: LayerGradient, rows: slice) -> None:
         name = gradient.name
@@ -52,13 +53,12 @@ def sequence_shares(policy: Policy, step: Step, *, budget: Budget = Budget()) ->
             whole[name] = gradient.oriented(ascent).to(policy.device, compute_dtype(ascent))
         size = rows.stop - rows.start
         for start, stop in gradient.row_slices(size, CHUNK_BYTES, whole[name].element_size()):
-            own = gradient.dense(start, stop).flatten(1)
-            found[0, rows] += own @ whole[name][start:stop].flatten()
-            found[1, rows] += own.square().sum(1)
+            dense = gradient.dense(start, stop).flatten(1)
+            own[0, rows] += dense @ whole[name][start:stop].flatten()
+            own[1, rows] += dense.square().sum(1)
 
     stream(policy, gradients, consume, order=order, budget=budget)
-    products, squares = np.zeros((2, len(step.update)))
-    products[order], squares[order] = found.cpu().numpy()
+    products, squares = current().scatter(own.T, order, len(step.update)).T.cpu().numpy()
     shares = products / total**2
     square = float(np.sum(shares**2))
     return SequenceShares(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from stepscope.pipeline.stages.plan import PROBE, Figures, Plan
 from stepscope.pipeline.stages.session import Session
+from stepscope.policy.group import current
 from stepscope.report import write_report
 
 PAGE = "report.html"
@@ -12,7 +13,8 @@ PAGE = "report.html"
 
 def _report(session: Session) -> Figures:
     """The page shows whatever is there; all but the batches may be missing."""
-    write_report(session.run.path)
+    if current().is_main:
+        write_report(session.run.path)
     return {}
 
 

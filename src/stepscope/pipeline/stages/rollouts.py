@@ -15,6 +15,7 @@ from stepscope.measure.mismatch import sampler_mismatch
 from stepscope.pipeline.inputs.update_files import is_own, update_from_file
 from stepscope.pipeline.stages.plan import PROBE, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
+from stepscope.policy.group import current
 from stepscope.policy.loss.estimators import with_advantages
 from stepscope.policy.reference import reference_logprobs
 from stepscope.policy.rollouts import SamplingOptions, response_text, sample_rollouts, score_rollouts
@@ -130,7 +131,8 @@ def given_update(session: Session) -> tuple[Rollouts, Figures]:
     for note in found.notes:
         say(f"update batch: {note}")
     record = {"file": wanted.file, "notes": list(found.notes)}
-    write_json(session.run.path / PROVENANCE, session.run.provenance() | {"update": record})
+    if current().is_main:
+        write_json(session.run.path / PROVENANCE, session.run.provenance() | {"update": record})
     return _with_variance(found.rollouts), found.figures
 
 

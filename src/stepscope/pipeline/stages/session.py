@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from torch import Tensor
 
 from stepscope.config import MeasureConfig
 from stepscope.errors import BatchError, MeasurementError
@@ -22,6 +24,7 @@ from stepscope.pipeline.inputs.samplers import make_sampler
 from stepscope.pipeline.inputs.tasks import open_task, say_what_is_shared
 from stepscope.policy.check.derivatives import derivative_errors
 from stepscope.policy.forward import vocabulary_size
+from stepscope.policy.group import current
 from stepscope.policy.numerics.finiteness import first_not_finite
 from stepscope.policy.optim.base import Through
 from stepscope.policy.passes import Budget, longest
@@ -206,12 +209,15 @@ class Session:
     @cached_property
     def stored_step(self) -> StoredStep:
         """Where the step points and its learning rate, as stored."""
-        stored = load(verified(self.run.file("direction.safetensors")))
+        stored, figures = current().from_main(self._read_step)
         if problem := first_not_finite(stored.items()):
             raise MeasurementError(f"{self.run.file('direction.safetensors')}: {problem}; rebuild the step")
         direction = {n: t.to(self.policy.device) for n, t in stored.items()}
-        figures = read_json(self.run.file("step.json"))
         return StoredStep(direction, float(figures["lr"]), figures["initial_lr"])
+
+    def _read_step(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        stored = load(verified(self.run.file("direction.safetensors")))
+        return stored, dict(read_json(self.run.file("step.json")))
 
     def initial_lr(self) -> float | None:
         """The learning rate that the run's schedule started from, where the optimizer says so."""
@@ -225,7 +231,7 @@ class Session:
             BatchError: it has tokens that the model does not know, or numbers that are not finite.
         """
         tokens = path.with_name(f"{path.stem}_tokens.parquet")
-        rollouts = Rollouts.from_parquet(verified(path), verified(tokens))
+        rollouts = current().from_main(lambda: Rollouts.from_parquet(verified(path), verified(tokens)))
         size = vocabulary_size(self.policy.model)
         for i, rows in enumerate(zip(rollouts.prompt_token_ids, rollouts.response_token_ids, strict=True)):
             if odd := [t for row in rows for t in row if not 0 <= t < size]:

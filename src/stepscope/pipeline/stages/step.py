@@ -18,6 +18,7 @@ from stepscope.measure.step.storage import storage_figures, storage_loss
 from stepscope.pipeline.stages.plan import STEP, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
 from stepscope.policy import vectors
+from stepscope.policy.group import current
 from stepscope.results import RolloutTokens
 from stepscope.results.step import StepReport
 from stepscope.stats import Estimate, exact
@@ -31,7 +32,8 @@ def step(session: Session) -> Figures:
     step = session.step
     path = session.run.file("update_tokens.parquet")
     weights = np.concatenate(step.token_weights).astype(np.float64, copy=False)
-    runs.write_record(path, replace(runs.read_record(RolloutTokens, path), token_weight=weights))
+    tokens = current().from_main(lambda: runs.read_record(RolloutTokens, path))
+    runs.write_record(path, replace(tokens, token_weight=weights))
     total = vectors.norm(step.direction)
     initial_lr = session.initial_lr() if step.lr == 0 else None
     routing = routing_change(

@@ -25,6 +25,7 @@ from stepscope.policy.checkpoint.foreign import (
     refuse_large_texts,
 )
 from stepscope.policy.checkpoint.tensors import Stored, filled
+from stepscope.policy.group import current
 from stepscope.policy.numerics.finiteness import refuse_broken_weights
 from stepscope.policy.numerics.precision import lift_model
 
@@ -276,9 +277,13 @@ def placed(model: Any, dtype: torch.dtype, device: torch.device | str | None) ->
 def usable_device(device: torch.device | str | None) -> torch.device:
     """The device, given that tensors can be put there; None for a GPU where there is one.
 
+    Of several processes each has a GPU of its own.
+
     Raises:
         ConfigError: torch does not know it, or this machine or this build of torch does not have it.
     """
+    if (own := current().device) is not None and device in (None, "cuda"):
+        return own
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

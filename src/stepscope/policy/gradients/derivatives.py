@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from stepscope.errors import MeasurementError
 from stepscope.policy.forward import TokenBatch, TokenOutputs, forward
+from stepscope.policy.group import current
 from stepscope.policy.numerics.attention import mathematical_attention
 from stepscope.policy.numerics.differentiation import frozen_padding, lacks_a_rule, whole_function
 from stepscope.policy.numerics.finiteness import first_not_finite
@@ -88,11 +89,12 @@ def gradient(
         return torch.autograd.grad(value, list(params.values()), allow_unused=True)
 
     with nullcontext() if as_trained else whole_function(policy.model):
-        order = concerned(rollouts, objective)
+        order = current().share(concerned(rollouts, objective))
         for _, grads in sweep(policy, rollouts, pulled, budget=budget, order=order, what="gradient"):
             for name, grad in zip(params, grads, strict=True):
                 if grad is not None:
                     total[name] += grad
+    current().sum_(total.values())
     if problem := first_not_finite(total.items()):
         raise MeasurementError(
             f"the gradient is not finite: {problem}; measure with --precision float64, or an earlier "

@@ -3,6 +3,8 @@
 K[i, j] = g_i' P g_j with g_i the gradient of sequence i's objective and P a diagonal metric. The square
 kernel is computed from one side. Gradients that exceed the budget are split into blocks of sequences: one
 block is held while the later ones stream past, (blocks + 1) / 2 passes in all; or they go to disk, one pass.
+Of several processes each differentiates its share of every block and of what streams past, and all hold the
+block.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from stepscope.policy.gradients.stream import (
     coverage_of,
     stream,
 )
+from stepscope.policy.group import current
 from stepscope.policy.passes import Budget, TooLargeError, cut, fitting, lengths, widths
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
@@ -93,11 +96,9 @@ def grams(
     blocks = [slice(start, min(start + size, len(order))) for start in starts]
     square = _zeros(metrics, len(order), len(order))
     cross, norms = _zeros(metrics, len(theirs), len(order)), _zeros(metrics, len(theirs))
-    if (
-        len(blocks) > 1
-        or other is not None
-        or not _square_at_once(policy, gradients, square, metrics, budget)
-    ):
+    order = [i for block in blocks for share in current().deal(order[block]) for i in share]
+    alone = current().size == 1 and len(blocks) == 1 and other is None
+    if not (alone and _square_at_once(policy, gradients, square, metrics, budget)):
         for block in blocks:
             with _stored(policy, gradients, order[block], metrics, budget) as store:
                 for m, k in store.square().items():
@@ -138,10 +139,18 @@ def _zeros(metrics: Metrics, *shape: int) -> dict[str, Tensor]:
 def _stored(
     policy: Policy, gradients: SequenceGradients, order: list[int], metrics: Metrics, budget: Budget
 ) -> Iterator[GradientStore]:
-    """The gradients of some sequences, held as long as the block lasts."""
+    """The gradients of some sequences, the processes' shares in turn, held as long as the block lasts."""
+    sizes = list(map(len, current().deal(order)))
+    start = sum(sizes[: current().rank])
+    own = order[start : start + sizes[current().rank]]
     with tempfile.TemporaryDirectory(dir=budget.scratch) as files:
         store = GradientStore(len(order), metrics, directory=Path(files) if budget.scratch else None)
-        stream(policy, gradients, store.put, order=order, budget=budget)
+
+        def put(gradient: LayerGradient, rows: slice) -> None:
+            store.put(gradient, slice(start + rows.start, start + rows.stop))
+
+        stream(policy, gradients, put, order=own, budget=budget)
+        store.exchange(policy.device)
         yield store
 
 
@@ -185,16 +194,19 @@ def _stream_past(
     norms: Mapping[str, Tensor] | None = None,
     budget: Budget,
 ) -> None:
-    """Add the inner products of streamed sequences with the stored ones to ``products`` (and own norms)."""
+    """Put the inner products of streamed sequences with the stored ones in ``products`` (and own norms)."""
+    mine = torch.tensor(current().share(range(len(order))), dtype=torch.long)
 
     def consume(gradient: LayerGradient, rows: slice) -> None:
         for m, k in store.cross(gradient).items():
-            products[m][rows] += k
+            products[m][mine[rows]] += k
         if norms:
             for m, k in store.norms(gradient).items():
-                norms[m][rows] += k
+                norms[m][mine[rows]] += k
 
-    stream(policy, gradients, consume, order=order, in_parts=not norms, budget=budget)
+    own = [order[i] for i in mine.tolist()]
+    stream(policy, gradients, consume, order=own, in_parts=not norms, budget=budget)
+    current().sum_([*products.values(), *(norms or {}).values()])
 
 
 def _block_size(policy: Policy, rollouts: Rollouts, count: int, budget: Budget) -> int:

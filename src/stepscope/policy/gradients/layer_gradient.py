@@ -7,7 +7,7 @@ positions t. Products with it need the whole matrix only in slices of rows, or n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -145,6 +145,11 @@ class LayerGradient:
     def factor_numel(self) -> int:
         """Numbers held per sequence as long as it stays in factors."""
         return sum(part.numel for part in self.parts)
+
+    def to(self, device: torch.device | str) -> LayerGradient:
+        """The same on a device."""
+        parts = tuple(type(p)(*(getattr(p, f.name).to(device) for f in fields(p))) for p in self.parts)
+        return LayerGradient(self.name, self.shape, parts, self.transposed)
 
     def dense(self, start: int = 0, stop: int | None = None, out: Tensor | None = None) -> Tensor:
         """(seq, stop - start, cols) of the gradient, written to ``out`` where given."""

@@ -13,6 +13,7 @@ from stepscope.errors import MeasurementError
 from stepscope.policy.gradients.layer_gradient import LayerGradient, restore
 from stepscope.policy.gradients.store import GradientStore, Metrics
 from stepscope.policy.gradients.stream import SequenceGradients, stream
+from stepscope.policy.group import current
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
@@ -45,7 +46,7 @@ def per_sequence_dot(
     """
     check_vector(policy, u, "u")
     direction: dict[str, Tensor] = {}
-    order = gradients.order
+    order = current().share(gradients.order)
     total = torch.zeros(len(order), dtype=torch.float64, device=policy.device)
 
     def consume(gradient: LayerGradient, rows: slice) -> None:
@@ -55,8 +56,7 @@ def per_sequence_dot(
         total[rows] += gradient.dot(direction[name])
 
     stream(policy, gradients, consume, order=order, in_parts=True, budget=budget)
-    result = np.zeros(len(gradients))
-    result[order] = total.cpu().numpy()
+    result: FloatArray = current().scatter(total, order, len(gradients)).cpu().numpy()
     return result
 
 
@@ -75,7 +75,7 @@ def per_sequence_dots(
         directions: name to (direction, ...parameter shape), as :func:`group_gradients` gives.
         budget: what may be used at a time.
     """
-    order = gradients.order
+    order = current().share(gradients.order)
     count = len(next(iter(directions.values())))
     stacks: dict[str, Tensor] = {}
     total = torch.zeros(count, len(order), dtype=torch.float64, device=policy.device)
@@ -90,8 +90,7 @@ def per_sequence_dots(
             total[:, rows] += stack[:, start:stop].flatten(1) @ gradient.dense(start, stop).flatten(1).T
 
     stream(policy, gradients, consume, order=order, in_parts=True, budget=budget)
-    result = np.zeros((count, len(gradients)))
-    result[:, order] = total.cpu().numpy()
+    result: FloatArray = current().scatter(total.T, order, len(gradients)).T.cpu().numpy()
     return result
 
 
@@ -119,12 +118,12 @@ def paired_dots(
         MeasurementError: a metric does not fit the policy.
     """
     check_metrics(policy, metrics)
-    order = first.order
+    order = current().share(first.order)
     own = sum(p.numel() * max(4, p.element_size()) for p in policy.parameters.values())
     size = max(1, min(budget.max_sequences, budget.memory_bytes // own))
     held = replace(budget, max_sequences=size, progress=False)
     found = {m: np.zeros(len(first)) for m in metrics}
-    for start in range(0, len(order), size):
+    for start in range(0, current().largest_share(len(first.order)), size):
         block = order[start : start + size]
         store = GradientStore(len(block), metrics)
         stream(policy, first, store.put, order=block, budget=held)
@@ -136,6 +135,7 @@ def paired_dots(
                 found[metric][block[rows]] += products.numpy()
 
         stream(policy, second, consume, order=block, in_parts=True, budget=held)
+    current().sum_(torch.from_numpy(values) for values in found.values())
     return found
 
 
@@ -173,7 +173,7 @@ def weighted_gradients(
         weights: (sum, seq) weight of each sequence's gradient in each sum.
         budget: what may be used at a time.
     """
-    order = gradients.order
+    order = current().share(gradients.order)
     params = policy.parameters
     share = torch.as_tensor(weights[:, order], device=policy.device)
     total: dict[str, Tensor] = {}
@@ -193,12 +193,14 @@ def weighted_gradients(
             target[:, start:stop] += block.view(len(own), stop - start, -1)
 
     stream(policy, gradients, consume, order=order, in_parts=True, budget=budget)
-    return {
+    sums = {
         n: restore(total[n], transposed[n]).reshape(len(weights), *p.shape)
         if n in total
         else torch.zeros(len(weights), *p.shape, dtype=compute_dtype(p), device=policy.device)
         for n, p in params.items()
     }
+    current().sum_(sums.values())
+    return sums
 
 
 def compute_dtype(tensor: Tensor) -> torch.dtype:

@@ -19,6 +19,7 @@ from stepscope.policy.gradients.layer_gradient import LayerGradient
 from stepscope.policy.gradients.products import check_metrics, compute_dtype
 from stepscope.policy.gradients.store import Metrics
 from stepscope.policy.gradients.stream import SequenceGradients, stream
+from stepscope.policy.group import current
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 
@@ -94,7 +95,7 @@ def sketches(
         budget: what may be used at a time.
     """
     check_metrics(policy, metrics)
-    order = gradients.order
+    order = current().share(gradients.order)
     dtype = compute_dtype(next(iter(policy.parameters.values())))
     total = {m: torch.zeros(len(order), sketch.dim, dtype=dtype, device=policy.device) for m in metrics}
 
@@ -107,7 +108,4 @@ def sketches(
         sketch.add(gradient, {m: t[rows] for m, t in total.items()}, roots)
 
     stream(policy, gradients, consume, order=order, in_parts=True, budget=budget)
-    found = {m: t.new_zeros(len(gradients), sketch.dim) for m, t in total.items()}
-    for m, t in total.items():
-        found[m][order] = t
-    return found
+    return {m: current().scatter(t, order, len(gradients)) for m, t in total.items()}

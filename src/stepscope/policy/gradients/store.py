@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from stepscope.policy.gradients.layer_gradient import LayerGradient, ghost_inner, orient
+from stepscope.policy.group import current
 from stepscope.policy.vectors import ParameterVector
 
 Metrics = Mapping[str, ParameterVector | None]
@@ -46,7 +48,8 @@ class GradientStore:
         if name not in self._shapes:
             self._shapes[name], self._transposed[name] = gradient.shape, gradient.transposed
             if 2 * gradient.factor_numel >= height * width:
-                self._dense[name] = self._allocate(name, height * width, gradient)
+                like = gradient.dense(0, 1)
+                self._dense[name] = self._allocate(name, height * width, like.dtype, like.device)
         if name in self._dense:
             out = self._dense[name][rows].view(rows.stop - rows.start, height, width)
             gradient.dense(out=out)
@@ -58,21 +61,57 @@ class GradientStore:
         self._shapes[gradient.name], self._transposed[gradient.name] = gradient.shape, gradient.transposed
         self._factors.setdefault(gradient.name, []).append((rows, gradient))
 
-    def _allocate(self, name: str, numel: int, gradient: LayerGradient) -> Tensor:
-        like, size = gradient.dense(0, 1), self._count * numel
+    def _allocate(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        size = self._count * numel
         if self._directory is not None:
             path = self._directory / f"{len(self._dense)}.gradients"
-            found = torch.from_file(str(path), shared=True, size=size, dtype=like.dtype)
+            found = torch.from_file(str(path), shared=True, size=size, dtype=dtype)
         else:
-            found = torch.zeros(size, dtype=like.dtype, device=like.device)
+            found = torch.zeros(size, dtype=dtype, device=device)
         return found.view(self._count, numel)
 
-    def _chunks(self, name: str) -> Iterator[tuple[int, int, Tensor]]:
-        """Slices of the parameter's rows and the (seq, numbers) matrix of this block there."""
+    def exchange(self, device: torch.device) -> None:
+        """Put the rows of all processes together: each then holds the gradients of the whole block.
+
+        Args:
+            device: where gradients are.
+        """
+        group = current()
+        if group.size == 1:
+            return
+        types = {name: dense.dtype for name, dense in self._dense.items()}
+        own = {name: (shape, self._transposed[name], types.get(name)) for name, shape in self._shapes.items()}
+        every: dict[str, tuple[tuple[int, int], bool, torch.dtype | None]] = {}
+        for about in group.gather(own):
+            for name, (shape, transposed, dtype) in about.items():
+                every[name] = shape, transposed, dtype or every.get(name, (shape, transposed, None))[2]
+        for name, (shape, transposed, dtype) in every.items():
+            self._shapes[name], self._transposed[name] = shape, transposed
+            pieces = self._factors.pop(name, [])
+            if dtype is None:
+                told = group.gather([(rows, gradient.to("cpu")) for rows, gradient in pieces])
+                self._factors[name] = [(rows, g.to(device)) for some in told for rows, g in some]
+                continue
+            if name not in self._dense:
+                self._dense[name] = self._allocate(name, shape[0] * shape[1], dtype, device)
+            for rows, gradient in pieces:
+                self._dense[name][rows] += gradient.dense().flatten(1)
+            group.sum_([self._dense[name]])
+        self._shapes = {name: self._shapes[name] for name in every}
+
+    def _chunks(self, name: str, turn: Iterator[int] | None = None) -> Iterator[tuple[int, int, Tensor]]:
+        """Slices of the parameter's rows and the (seq, numbers) matrix of this block there.
+
+        Args:
+            name: of the parameter.
+            turn: whose turn it is to have the next slice; all slices are this process's without.
+        """
         height, width = self._shapes[name]
         step = max(1, min(height, CHUNK_BYTES // max(1, self._count * width * NUMBER_BYTES)))
         for start in range(0, height, step):
             stop = min(start + step, height)
+            if turn is not None and next(turn) != current().rank:
+                continue
             if name in self._dense:
                 yield start, stop, self._dense[name][:, start * width : stop * width]
             else:
@@ -86,25 +125,28 @@ class GradientStore:
                 yield start, stop, chunk
 
     def square(self) -> dict[str, Tensor]:
-        """(seq, seq) inner products g_i' P g_j of this block's gradients."""
-        total: dict[str, Tensor] = {}
+        """(seq, seq) inner products g_i' P g_j of this block's gradients; parameters are shared out."""
+        group = current()
+        total = {m: torch.zeros(self._count, self._count, dtype=torch.float64) for m in self._metrics}
+        turn = itertools.cycle(range(group.size))
         for name in self._shapes:
             flat = {
                 metric: None if w is None else orient(w[name], self._shapes[name], self._transposed[name])
                 for metric, w in self._metrics.items()
             }
             ghost = self._ghost(name) if any(w is None for w in flat.values()) else None
-            if ghost is not None:
+            if ghost is not None and next(turn) == group.rank:
                 for metric in (m for m, w in flat.items() if w is None):
                     _accumulate(total, metric, ghost)
             if ghost is not None and all(w is None for w in flat.values()):
                 continue
-            for start, stop, matrix in self._chunks(name):
+            for start, stop, matrix in self._chunks(name, turn):
                 for metric, weights in flat.items():
                     if weights is None and ghost is not None:
                         continue
                     weighted = _weigh(matrix, weights, start, stop)
                     _accumulate(total, metric, _symmetric_product(weighted, matrix))
+        group.sum_(total.values())
         return total
 
     def _ghost(self, name: str) -> Tensor | None:

@@ -20,6 +20,7 @@ from stepscope.policy.gradients.capture import Capture
 from stepscope.policy.gradients.coverage import Coverage, NotSeparableError, classify, known, settle
 from stepscope.policy.gradients.derivatives import Objective, concerned
 from stepscope.policy.gradients.layer_gradient import LayerGradient, Whole, matrix_shape
+from stepscope.policy.group import current
 from stepscope.policy.numerics.differentiation import has_detached_parts, whole_function
 from stepscope.policy.passes import Budget, TooLargeError, out_of_memory, sweep
 from stepscope.policy.state import Policy
@@ -90,7 +91,7 @@ def stream(
         gradients: of what.
         consume: called with a :class:`stepscope.policy.gradients.layer_gradient.LayerGradient` of some
             rows and their slice of ``order``.
-        order: which sequences, in which order; default those of ``gradients.order``.
+        order: which sequences, in which order; default this process's share of ``gradients.order``.
         in_parts: a parameter may come several times per micro-batch, with what one use or some positions add;
             for whoever is linear in the gradients, and then no more than a part is held.
         divisible: False where ``consume`` counts on all sequences of the budget's micro-batch at once.
@@ -129,7 +130,7 @@ def stream(
                 gradients.rollouts,
                 run,
                 budget=budget,
-                order=gradients.order if order is None else order,
+                order=current().share(gradients.order) if order is None else order,
                 divisible=divisible,
                 what="gradients",
             )
