@@ -29,8 +29,8 @@ VOCABULARY = 4096
 """Logits of a long response take 65 MB in float32, twelve times that while they are differentiated whole."""
 MEASURED = ["rollouts", "step", "change", "influence", "kernel"]
 ONE = Budget(max_sequences=1)
-HEADS = 8
-"""A number for each pair of positions takes 512 MB in float32, and a derivative needs several."""
+HEADS = 4
+"""A number for each pair of positions takes 256 MB in float32; second derivatives hold a dozen of that."""
 
 
 def long_model() -> torch.nn.Module:
