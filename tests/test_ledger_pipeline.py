@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
+from plotly.offline import get_plotlyjs
 
 import cases
 import stepscope as ss
@@ -18,9 +23,13 @@ from stepscope.errors import MeasurementError, RunFolderError
 from stepscope.pipeline import run_ledger
 from stepscope.pipeline.ledger import places
 from stepscope.pipeline.ledger.run import sentences
+from stepscope.pipeline.report import run_report
 from stepscope.policy.recorded import RecordedTraining
-from stepscope.results.ledger import LEDGER, STEPS, TOKENS
+from stepscope.reading.token_classes import WAYS
+from stepscope.report import text
+from stepscope.results.ledger import FOLDS, LEDGER, ROLLUPS, STEPS, TOKEN_FOLDS, TOKENS
 from stepscope.results.recording import StepFigures
+from stepscope.results.rollups import LedgerRollups
 from stepscope.training import train
 
 QUANTITIES = ["entropy", "entropy_fixed_prefix"]
@@ -126,7 +135,7 @@ def test_a_killed_ledger_goes_on_to_the_same_bytes(
             run_ledger(settings(recorded, out), resume=resume)
         assert not (out / LEDGER).exists()
     run_ledger(settings(recorded, out), resume=True)
-    for name in (LEDGER, TOKENS, STEPS):
+    for name in (LEDGER, TOKENS, STEPS, FOLDS, TOKEN_FOLDS, ROLLUPS):
         assert (out / name).read_bytes() == (made / name).read_bytes()
     assert len(list((out / "ledger_parts").glob("carry-*"))) == 1
 
@@ -145,6 +154,103 @@ def test_a_part_of_the_training_has_moments_before_it(recorded: Path, made: Path
     assert "too few to halve" in account.interpolation.reason
     steps = ss.load_ledger(tmp_path).steps
     assert steps.step[np.isfinite(steps.level)].tolist() == [3, 5]
+
+
+def test_roll_ups_are_the_sums_of_the_files(made: Path, recorded: Path) -> None:
+    """Of the parquet files and the record, joined anew; at every way what the account says of all tokens."""
+    found = ss.load_ledger(made)
+    tokens, folds = found.tokens.to_pandas(), found.token_folds.to_pandas()
+    kept = tokens[tokens.through == "fixed"].reset_index(drop=True)
+    place = ["step", "sequence_id", "position", "quantity"]
+    assert (kept[place] == folds[place]).all(axis=None)
+    shares = found.folds.share[:3]
+    by_fold = folds[[f"fold_{k}" for k in range(3)]].to_numpy()
+    np.testing.assert_allclose(by_fold @ shares, kept.influence, rtol=1e-9, atol=1e-18)
+    training = RecordedTraining.load(recorded).folder
+    texts, advantages = {}, {}
+    for step in training.steps:
+        batch = training.batch(step)
+        for i, row in enumerate(batch.texts):
+            advantages[step, i] = float(batch.rollouts.advantages[i])
+            texts |= {(step, i, k): text for k, text in enumerate(row)}
+    kept["text"] = [texts[key] for key in zip(kept.step, kept.sequence_id, kept.position, strict=True)]
+    for account in found.ledger.accounts:
+        own = kept.quantity == account.quantity
+        for way in WAYS:
+            rolled = found.rollups.of(account.quantity, way)
+            assert rolled.influence.sum() == pytest.approx(account.tokens.value, rel=1e-9), way
+            assert rolled.tokens.sum() == own.sum()
+        rolled = found.rollups.of(account.quantity, "token")
+        plain = kept[own].groupby("text").influence.sum()
+        for k, label in enumerate(rolled.label):
+            if label in plain:
+                assert rolled.influence[k] == pytest.approx(plain[label], rel=1e-9, abs=1e-15)
+        sign = [advantages[key] for key in zip(kept.step[own], kept.sequence_id[own], strict=True)]
+        rolled = found.rollups.of(account.quantity, "quadrant")
+        right = np.array([label.startswith("right") for label in rolled.label])
+        assert rolled.influence[right].sum() == pytest.approx(
+            kept.influence[own][np.array(sign) > 0].sum(), rel=1e-9, abs=1e-15
+        )
+        again = found.by("quadrant", account.quantity)
+        assert again.to_arrow().equals(rolled.to_arrow())
+    last = found.by(lambda table: table.position == table.num_tokens - 1)
+    assert list(last.label) == ["False", "True"]
+    assert last.influence.sum() == pytest.approx(found.account("entropy").tokens.value, rel=1e-9)
+    assert not last.reliable.any()
+    assert "3 folds" in last.reason[0]
+    with pytest.raises(RunFolderError, match="no account of 'length'"):
+        found.by("kind", "length")
+
+
+def test_the_page_says_what_the_files_say(made: Path, recorded: Path) -> None:
+    page = (made / "ledger.html").read_text()
+    found = ss.load_ledger(made)
+    account = found.account("entropy")
+    assert f"closing error {text.bare(account.closing_error)} (95" in page.replace("\u00a0", " ")
+    figures = [
+        json.loads(part) for part in re.findall(r'<script type="application/json">(.*?)</script>', page)
+    ]
+    falls = [f for f in figures if "data" in f and any("base" in trace for trace in f["data"])]
+    assert len(falls) == 2
+    bars = {
+        name[1]: value
+        for name, value in zip(falls[0]["data"][0]["customdata"], falls[0]["data"][0]["y"], strict=True)
+    }
+    rolled = found.rollups.of("entropy", "quadrant")
+    for label, influence in zip(rolled.label, rolled.influence, strict=True):
+        assert bars.pop(label, 0.0) == pytest.approx(influence, rel=1e-4, abs=1e-15)
+    assert bars.pop("closing error") == pytest.approx(account.closing_error.value, rel=1e-4)
+    assert bars == {"decay": pytest.approx(account.decay.value, rel=1e-4)}
+    curves = next(f for f in figures if "data" in f and any(t.get("yaxis") == "y2" for t in f["data"]))
+    stacked = sum(np.sum(t["y"]) for t in curves["data"] if t.get("yaxis") == "y2")
+    assert stacked == pytest.approx(account.predicted.value, rel=1e-3)
+    excerpts = [f for f in figures if "rows" in f and "most" in f]
+    assert len(excerpts) == 2
+    table = found.table("entropy").set_index(["step", "position"]).sort_index()
+    for step, _, influence, *_, at, tokens in excerpts[0]["rows"][:20]:
+        own = table.loc[step]
+        assert (own.influence - influence).abs().min() <= 6e-3 * abs(influence)
+        assert tokens[at][0] in set(own.token)
+    assert len(page) - len(get_plotlyjs()) < 1_000_000
+
+
+def test_texts_of_a_run_stay_texts(made: Path, recorded: Path, tmp_path: Path) -> None:
+    out = tmp_path / "hostile"
+    shutil.copytree(made, out, ignore=shutil.ignore_patterns("ledger_parts", "*.html"))
+    shutil.copytree(recorded / "record", out / "record")
+    evil = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)>"
+    for folder in sorted((out / "record/steps").iterdir()):
+        for name, column in (("tokens.parquet", "token"), ("sequences.parquet", "question")):
+            rows = pq.read_table(folder / name)
+            place = rows.column_names.index(column)
+            pq.write_table(rows.set_column(place, column, pa.array([evil] * len(rows))), folder / name)
+    found = ss.load_ledger(out)
+    LedgerRollups.joined([found.by(way, q) for q in QUANTITIES for way in WAYS]).write(out / ROLLUPS)
+    run_report(out)
+    page = (out / "ledger.html").read_text()
+    assert evil not in page
+    assert "<img src=x" not in page
+    assert page.count("onerror=alert(1)&gt;") + page.count("onerror=alert(1)\\u003e") > 10
 
 
 def test_refusals(recorded: Path, trained_run: Path, made: Path, tmp_path: Path) -> None:

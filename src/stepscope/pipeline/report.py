@@ -7,15 +7,32 @@ from pathlib import Path
 
 from stepscope.console import say
 from stepscope.errors import RunFolderError
-from stepscope.report import write_comparison, write_law_comparison, write_report, write_study_report
+from stepscope.report import (
+    write_comparison,
+    write_law_comparison,
+    write_ledger_report,
+    write_report,
+    write_study_report,
+)
+from stepscope.results.ledger import LEDGER
+
+_RUN = ("study.json", "summary.json", "checkpoints", "eval.parquet", "measure")
+"""What there is to report of a folder beside its ledger."""
 
 
 def run_report(run: Path) -> Path:
     """Rebuild ``report.html`` of a run folder, or ``study.html`` of a study folder, and say where it is.
 
+    Where a ledger is, its ``ledger.html`` is rebuilt, too; alone, where there is nothing else.
+
     Raises:
         RunFolderError: the folder holds nothing to report.
     """
+    if (run / LEDGER).is_file():
+        page = write_ledger_report(run)
+        say(f"report: {page}")
+        if not any((run / name).exists() for name in _RUN):
+            return page
     page = write_study_report(run) if (run / "study.json").is_file() else write_report(run)
     say(f"report: {page}")
     return page

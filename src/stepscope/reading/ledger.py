@@ -5,11 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stepscope import runs
 from stepscope.errors import RunFolderError
+from stepscope.reading import rollups
 from stepscope.reading.folder import Folder
-from stepscope.results.ledger import LEDGER, STEPS, TOKENS, Account, Ledger, LedgerSteps, LedgerTokens
+from stepscope.reading.recording import RecordFolder, find_record
+from stepscope.reading.rollups import Entries, Way
+from stepscope.results.ledger import (
+    FOLDS,
+    LEDGER,
+    PARTS,
+    ROLLUPS,
+    STEPS,
+    TOKEN_FOLDS,
+    TOKENS,
+    Account,
+    Ledger,
+    LedgerFolds,
+    LedgerSteps,
+    LedgerTokenFolds,
+    LedgerTokens,
+)
+from stepscope.results.rollups import LedgerRollups
+from stepscope.runs import RunFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -36,6 +59,69 @@ class LedgerFolder(Folder):
     def steps(self) -> LedgerSteps:
         """A row per step and quantity."""
         return runs.read_record(LedgerSteps, self.path / STEPS)
+
+    @cached_property
+    def token_folds(self) -> LedgerTokenFolds:
+        """What each fold of the probe says of a token."""
+        return runs.read_record(LedgerTokenFolds, self.path / TOKEN_FOLDS)
+
+    @cached_property
+    def folds(self) -> LedgerFolds:
+        """What each fold of the probe says of the batch of a step."""
+        return runs.read_record(LedgerFolds, self.path / FOLDS)
+
+    @cached_property
+    def rollups(self) -> LedgerRollups:
+        """The entries added up by class of token, for every quantity and named way."""
+        return runs.read_record(LedgerRollups, self.path / ROLLUPS)
+
+    @cached_property
+    def run(self) -> Path:
+        """The folder of the training."""
+        parts = self.path / PARTS
+        return Path(RunFolder(parts).config()["run"]) if (parts / runs.CONFIG).is_file() else self.path
+
+    @property
+    def name(self) -> str:
+        """Of the training."""
+        return self.run.resolve().name
+
+    @cached_property
+    def record(self) -> RecordFolder:
+        """The record of the training.
+
+        Raises:
+            RunFolderError: it is no longer where it was.
+        """
+        return find_record(self.run)
+
+    @cached_property
+    def recorded(self) -> pd.DataFrame:
+        """The tokens of all batches in the account; see :func:`stepscope.reading.rollups.recorded_tokens`."""
+        return rollups.recorded_tokens(self.record, self.ledger.first_step, self.ledger.last_step)
+
+    def entries(self, quantity: str | None = None) -> Entries:
+        """The tokens with their entries for a quantity, the first by default, whole and by fold."""
+        name = self.account(quantity or self.ledger.quantity).quantity
+        return Entries.of(self.recorded, self.tokens, self.token_folds, self.folds, name)
+
+    def table(self, quantity: str | None = None) -> pd.DataFrame:
+        """A row per token with what the record knows of it, and its entry for a quantity."""
+        return self.entries(quantity).table
+
+    def by(self, way: Way, quantity: str | None = None) -> LedgerRollups:
+        """Sums of the entries by class, with intervals.
+
+        Args:
+            way: ``quadrant``, ``kind``, ``rarity``, ``position``, ``pass_rate``, ``token``, ``prompt``,
+                ``step``, or a function from the data frame of :meth:`table` to a label for each row.
+            quantity: the first by default.
+        """
+        return self.entries(quantity).by(way)
+
+    def top(self, count: int = 20, quantity: str | None = None) -> pd.DataFrame:
+        """Tokens with the largest |influence|; see :meth:`stepscope.reading.rollups.Entries.top`."""
+        return self.entries(quantity).top(count)
 
     def account(self, quantity: str) -> Account:
         """The account of a quantity.

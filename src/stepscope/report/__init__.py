@@ -9,6 +9,7 @@ from stepscope.report.page import (
     write_comparison,
     write_evaluation,
     write_law_comparison,
+    write_ledger_report,
     write_report,
     write_study_report,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "write_comparison",
     "write_evaluation",
     "write_law_comparison",
+    "write_ledger_report",
     "write_report",
     "write_study_report",
 ]

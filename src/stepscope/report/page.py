@@ -21,7 +21,9 @@ from plotly.offline import get_plotlyjs
 from stepscope import runs
 from stepscope.errors import RunFolderError
 from stepscope.reading.evaluation import TABLE, Evaluation
+from stepscope.reading.ledger import LedgerFolder, load_ledger
 from stepscope.reading.measurement import Measurement, load_measurement
+from stepscope.report import text
 from stepscope.report.load import (
     Run,
     load_run,
@@ -37,6 +39,8 @@ from stepscope.report.sections import (
     influence,
     kernel,
     law,
+    ledger,
+    ledger_tokens,
     noise,
     provenance,
     responses,
@@ -46,6 +50,7 @@ from stepscope.report.sections import (
     training,
 )
 from stepscope.report.tables import GLOSSARY
+from stepscope.results.ledger import LEDGER_PAGE, Account
 
 _TEMPLATES = Path(__file__).parent / "templates"
 
@@ -209,6 +214,50 @@ def write_study_report(folder: Path) -> Path:
         checkpoints=study.cells_table(loaded),
         panels=[study.panel(loaded, s, f"m{i}") for i, s in enumerate(loaded.distinct("setting"))],
         footer="Made by stepscope from study.parquet and study.json; nothing here was recomputed.",
+    )
+
+
+@reads_artifacts
+def write_ledger_report(folder: Path) -> Path:
+    """Write ``ledger.html`` into the folder of a ledger: who moved the quantities of a training.
+
+    Args:
+        folder: left by ``stepscope ledger``.
+
+    Returns:
+        The path of the page. It is replaced in one piece if it was there.
+
+    Raises:
+        RunFolderError: the folder holds no finished ledger, a file of it is damaged, or the record of the
+            training has gone.
+    """
+    found = load_ledger(Path(folder))
+    accounts, room = found.ledger.accounts, Room(len(found.ledger.accounts))
+    return _write(
+        found.path / LEDGER_PAGE,
+        title=f"Who moved the {text.quantity_name(accounts[0].quantity)} of {found.name}",
+        lede=f"{found.path}: steps {found.ledger.first_step} to {found.ledger.last_step}, "
+        f"{len(found.recorded):,} tokens, {found.ledger.num_prompts} probe prompts.",
+        panels=[
+            _account_panel(found, account, f"m{i}", room, plane=i == 0) for i, account in enumerate(accounts)
+        ],
+    )
+
+
+def _account_panel(found: LedgerFolder, account: Account, key: str, room: Room, *, plane: bool) -> Panel:
+    entries = found.entries(account.quantity)
+    sections = [
+        ledger.account_section(found, entries, account),
+        ledger_tokens.section(entries, account.unit, room.excerpts),
+        ledger.classes_section(found, account),
+        ledger.prompts_section(found, entries, account),
+        ledger.plane_section(found, entries) if plane else None,
+    ]
+    return Panel(
+        key,
+        text.quantity_name(account.quantity).replace("_", " ").capitalize(),
+        ledger.headline(found, account),
+        [section for section in sections if section is not None],
     )
 
 

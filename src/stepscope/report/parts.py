@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from stepscope.report.style import Figure
 from stepscope.report.tables import Board, Table
 
 _TOKENS_ON_PAGE = 9000
 """Tokens shown on one page in all; each costs about a hundred bytes."""
+
+_EXCERPTS_ON_PAGE = 24000
+"""Tokens in the excerpts of one page in all."""
 
 _POINTS_ON_PAGE = 2400
 """Tokens in the scatter plots of one page in all."""
@@ -49,6 +53,23 @@ class Response:
 
 
 @dataclass(frozen=True)
+class Excerpts:
+    """Tokens in their responses that the script of the page shows, by step and class.
+
+    Attributes:
+        key: part of its element id.
+        caption: below it.
+        spec: ``steps`` and ``classes`` to choose from, ``most`` shown at once, and ``rows``: step, class,
+            influence, facts, prompt, place of the token, and tokens with the level of their colour. A click
+            in a figure of the same panel whose point has step and class as ``customdata`` chooses, too.
+    """
+
+    key: str
+    caption: str
+    spec: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Section:
     """One section of the page as the template shows it.
 
@@ -61,6 +82,7 @@ class Section:
         figures: figures, after the facts.
         legend: whether the colour scale of tokens is explained.
         responses: responses with their tokens.
+        excerpts: tokens in their responses that the reader chooses.
         tables: tables.
         board: a table that the reader filters.
         more_title: what unfolds; empty where nothing does.
@@ -77,6 +99,7 @@ class Section:
     figures: Sequence[Figure] = ()
     legend: bool = False
     responses: Sequence[Response] = ()
+    excerpts: Excerpts | None = None
     tables: Sequence[Table] = ()
     board: Board | None = None
     more_title: str = ""
@@ -104,6 +127,11 @@ class Room:
     def tokens(self, responses: int) -> int:
         """Tokens shown of each of so many responses, with half of the page's tokens for all of them."""
         return _TOKENS_ON_PAGE // (2 * responses * self.count)
+
+    @property
+    def excerpts(self) -> int:
+        """Tokens in excerpts; each costs about ten bytes."""
+        return _EXCERPTS_ON_PAGE // self.count
 
     @property
     def points(self) -> int:

@@ -225,6 +225,6 @@ def vertical(x: float, *, dash: str = "dot") -> dict[str, Any]:
     return {"type": "line", "yref": "paper", "line": line, "x0": x, "x1": x, "y0": 0, "y1": 1}
 
 
-def note(words: str, x: float, y: float, **options: Any) -> dict[str, Any]:
+def note(words: str, x: float | str, y: float, **options: Any) -> dict[str, Any]:
     """Words in a figure, without an arrow; ``y`` is a share of its height."""
     return {"x": x, "y": y, "yref": "paper", "text": words, "showarrow": False, **options}

@@ -12,7 +12,14 @@ from stepscope.results.tables import Table, TextArray
 from stepscope.stats import Estimate, Number, estimate_from_sums
 
 LEDGER, TOKENS, STEPS = "ledger.json", "ledger.parquet", "ledger_steps.parquet"
+FOLDS, TOKEN_FOLDS, ROLLUPS = "ledger_folds.parquet", "ledger_token_folds.parquet", "ledger_rollups.parquet"
 """Names of the files."""
+
+LEDGER_PAGE = "ledger.html"
+"""The page."""
+
+PARTS = "ledger_parts"
+"""Folder beside them with what is finished of a ledger."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,7 +100,7 @@ class LedgerEnds(Record):
 
 @dataclass(frozen=True, repr=False)
 class LedgerFolds(Table):
-    """What each fold of the probe says of the batch of a step, a row each.
+    """``ledger_folds.parquet``: what each fold of the probe says of the batch of a step, a row each.
 
     Attributes:
         step: number of the optimizer step.
@@ -223,6 +230,28 @@ class LedgerTokens(Table):
     own_step: FloatArray
     later: FloatArray
     stderr: FloatArray
+
+
+@dataclass(frozen=True, repr=False)
+class LedgerTokenFolds(Table):
+    """``ledger_token_folds.parquet``: what each fold of the probe says of a token, all entries of ``fixed``.
+
+    The rows are those of ``ledger.parquet`` with ``fixed``, in their order. Errors of tokens are correlated,
+    since all are judged by one probe: a sum over tokens has its error from the folds' own sums.
+
+    Attributes:
+        step: number of the optimizer step whose batch it is in.
+        sequence_id: place of its sequence in the batch.
+        position: from 0 in the response.
+        quantity: the quantity.
+        folds: by fold: the entry from this fold of the probe prompts alone.
+    """
+
+    step: IntArray
+    sequence_id: IntArray
+    position: IntArray
+    quantity: TextArray
+    folds: Mapping[str, FloatArray]
 
 
 @dataclass(frozen=True, repr=False)

@@ -127,8 +127,12 @@ class Table(Brief):
     @classmethod
     def joined(cls, tables: Sequence[Self]) -> Self:
         """The rows of several tables, one after another."""
-        names = [field.name for field in fields(cls)]  # type: ignore[arg-type]
-        return cls(**{name: np.concatenate([getattr(table, name) for table in tables]) for name in names})
+        known, rest = _schema(cls)
+        joined: dict[str, Any] = {n: np.concatenate([getattr(table, n) for table in tables]) for n in known}
+        if rest is not None:
+            others = [getattr(table, rest) for table in tables]
+            joined[rest] = {name: np.concatenate([own[name] for own in others]) for name in others[0]}
+        return cls(**joined)
 
     def where(self, rows: BoolArray) -> Self:
         """The rows at which ``rows`` is True."""

@@ -19,17 +19,24 @@ from stepscope.measure.ledger.entries import products, step_entries
 from stepscope.measure.ledger.path import displacement, parts_along
 from stepscope.measure.ledger.slopes import place_figures, place_slopes
 from stepscope.pipeline.ledger.shared import Accounting
-from stepscope.pipeline.ledger.tables import fold_rows, step_rows, token_rows
+from stepscope.pipeline.ledger.tables import fold_rows, step_rows, token_fold_rows, token_rows
 from stepscope.policy import vectors
 from stepscope.policy.vectors import ParameterVector, placed
 from stepscope.results import FloatArray
-from stepscope.results.ledger import LedgerFolds, LedgerPlace, LedgerSteps, LedgerTokens
+from stepscope.results.ledger import (
+    LedgerFolds,
+    LedgerPlace,
+    LedgerSteps,
+    LedgerTokenFolds,
+    LedgerTokens,
+)
 from stepscope.runs import RunFolder
 
-BEHIND: Mapping[str, type[LedgerTokens | LedgerFolds | LedgerSteps]] = {
+BEHIND: Mapping[str, type[LedgerTokens | LedgerFolds | LedgerSteps | LedgerTokenFolds]] = {
     "tokens": LedgerTokens,
     "folds": LedgerFolds,
     "steps": LedgerSteps,
+    "token_folds": LedgerTokenFolds,
 }
 """Tables of the steps behind a place."""
 
@@ -106,13 +113,14 @@ def _steps_behind(
     rows_behind: Mapping[str, Tensor],
     shares: FloatArray,
     after: dict[str, Adjoint],
-) -> tuple[LedgerTokens, LedgerFolds, LedgerSteps]:
+) -> tuple[LedgerTokens, LedgerFolds, LedgerSteps, LedgerTokenFolds]:
     """The steps from a place to the one behind it, taken from the last; ``after`` goes along."""
     path, labels, weights = work.path, work.config.quantities, work.weights[ALL]
     first, counts = path.first_moment()
     tokens: list[LedgerTokens] = []
     folds: list[LedgerFolds] = []
     steps: list[LedgerSteps] = []
+    token_folds: list[LedgerTokenFolds] = []
     for j in reversed(range(work.places[index], work.places[index + 1])):
         here, there = float(weights[index, j]), float(weights[index + 1, j])
         gains = {name: here * rows[name] + there * rows_behind[name] for name in rows}
@@ -138,10 +146,12 @@ def _steps_behind(
             if through == "fixed":
                 own = {name: shares @ products(gains, v, shares.shape[1]) for name, v in moved.items()}
                 steps.append(step_rows(entries, labels, shares, own))
+                token_folds.append(token_fold_rows(entries, labels, shares))
     return (
         LedgerTokens.joined(tokens[::-1]),
         LedgerFolds.joined(folds[::-1]),
         LedgerSteps.joined(steps[::-1]),
+        LedgerTokenFolds.joined(token_folds[::-1]),
     )
 
 

@@ -23,10 +23,17 @@ from stepscope.pipeline.ledger.tables import summed, with_levels
 from stepscope.policy.passes import track
 from stepscope.policy.vectors import placed
 from stepscope.processes import is_main_process
+from stepscope.reading.rollups import Entries, recorded_tokens
+from stepscope.reading.token_classes import WAYS
+from stepscope.report import write_ledger_report
 from stepscope.results.files import Stored
 from stepscope.results.ledger import (
+    FOLDS,
     LEDGER,
+    PARTS,
+    ROLLUPS,
     STEPS,
+    TOKEN_FOLDS,
     TOKENS,
     Account,
     GroupSums,
@@ -35,14 +42,15 @@ from stepscope.results.ledger import (
     LedgerFolds,
     LedgerPlace,
     LedgerSteps,
+    LedgerTokenFolds,
     LedgerTokens,
 )
+from stepscope.results.rollups import LedgerRollups
 from stepscope.runs import RunFolder, locked, read_record
 
-PARTS = "ledger_parts"
 ENDS = "ends.json"
 
-T = TypeVar("T", LedgerTokens, LedgerFolds, LedgerSteps)
+T = TypeVar("T", LedgerTokens, LedgerFolds, LedgerSteps, LedgerTokenFolds)
 
 HERE_ONLY = ("run", "out", "device", "batch_size", "memory")
 """Keys of the configuration that may change between two calls on one ledger; the record has a digest."""
@@ -97,13 +105,15 @@ def run_ledger(config: LedgerConfig, *, resume: bool = False) -> Path:
                 settle(work, run, index)
         finally:
             run.clean_up()
-        tokens, steps, ledger = _gathered(work, run)
+        artifacts = _gathered(work, run)
         run.seal_beside([])
-        written = [out / name for name in (TOKENS, STEPS, LEDGER)]
-        artifacts: tuple[Stored, ...] = (tokens, steps, ledger)
-        for path, artifact in zip(written, artifacts, strict=True):
+        written = [out / name for name in artifacts]
+        for path, artifact in zip(written, artifacts.values(), strict=True):
             artifact.write(path)
         run.seal_beside(written)
+    write_ledger_report(out)
+    ledger = artifacts[LEDGER]
+    assert isinstance(ledger, Ledger)
     say_result("ledger", sentences(ledger), out / LEDGER)
     return out / LEDGER
 
@@ -127,8 +137,8 @@ def _ends(work: Accounting, run: RunFolder) -> None:
         LedgerEnds(*found).write(run.file(ENDS))
 
 
-def _gathered(work: Accounting, run: RunFolder) -> tuple[LedgerTokens, LedgerSteps, Ledger]:
-    """The tables of all steps, and the accounts."""
+def _gathered(work: Accounting, run: RunFolder) -> dict[str, Stored]:
+    """The tables of all steps, the roll-ups and the accounts, by the names of their files."""
     numbers = [work.number(index) for index in range(len(work.places))]
     places = [read_record(LedgerPlace, run.file(figures_file(number))) for number in numbers]
     ends = read_record(LedgerEnds, run.file(ENDS))
@@ -159,7 +169,19 @@ def _gathered(work: Accounting, run: RunFolder) -> tuple[LedgerTokens, LedgerSte
         decay=first.decay,
         accounts=accounts,
     )
-    return tokens, with_levels(steps, levels), ledger
+    token_folds = _joined(run, numbers, "token_folds", LedgerTokenFolds)
+    recorded = recorded_tokens(work.training.folder, ledger.first_step, ledger.last_step)
+    rolled = [
+        Entries.of(recorded, tokens, token_folds, folds, label).by(way) for label in labels for way in WAYS
+    ]
+    return {
+        TOKENS: tokens,
+        TOKEN_FOLDS: token_folds,
+        FOLDS: folds,
+        STEPS: with_levels(steps, levels),
+        ROLLUPS: LedgerRollups.joined(rolled),
+        LEDGER: ledger,
+    }
 
 
 def _joined(run: RunFolder, numbers: Sequence[int], name: str, kind: type[T]) -> T:

@@ -8,7 +8,7 @@ import numpy as np
 
 from stepscope.measure.ledger.entries import Entries
 from stepscope.results import FloatArray
-from stepscope.results.ledger import LedgerFolds, LedgerSteps, LedgerTokens
+from stepscope.results.ledger import LedgerFolds, LedgerSteps, LedgerTokenFolds, LedgerTokens
 
 
 def token_rows(entries: Entries, labels: Sequence[str], shares: FloatArray) -> LedgerTokens:
@@ -39,6 +39,21 @@ def token_rows(entries: Entries, labels: Sequence[str], shares: FloatArray) -> L
         own_step=entries.own.reshape(-1),
         later=(whole - entries.own).reshape(-1),
         stderr=np.concatenate(errors),
+    )
+
+
+def token_fold_rows(entries: Entries, labels: Sequence[str], shares: FloatArray) -> LedgerTokenFolds:
+    """A row per quantity and token: its entry from each fold of the probe alone."""
+    sequence, position = entries.update.places
+    count, rows = len(labels), len(sequence)
+    folds = shares.shape[1] // count
+    by_fold = entries.whole.reshape(count, folds, rows).transpose(1, 0, 2).reshape(folds, count * rows)
+    return LedgerTokenFolds(
+        step=np.full(count * rows, entries.number, dtype=np.int64),
+        sequence_id=np.tile(sequence, count),
+        position=np.tile(position, count),
+        quantity=np.repeat(np.array(labels, dtype=np.object_), rows),
+        folds={f"fold_{k}": row for k, row in enumerate(by_fold)},
     )
 
 

@@ -138,7 +138,7 @@ def _spans(tokens: Any, scale: float, most: int) -> list[TokenSpan]:
         for row in shown[list(names)].itertuples(index=False)
     ]
     spans = [
-        TokenSpan(token, _level(value, scale), f"{visible(token)}: {detail}")
+        TokenSpan(token, level_of(value, scale), f"{visible(token)}: {detail}")
         if written
         else TokenSpan(token, 0, f"{visible(token)}: {_CONTEXT}", context=True)
         for token, value, detail, written in zip(shown.token, values, details, shown.written, strict=True)
@@ -147,7 +147,8 @@ def _spans(tokens: Any, scale: float, most: int) -> list[TokenSpan]:
     return spans if further <= 0 else [*spans, TokenSpan(f" … {further} more tokens", 0, "not shown")]
 
 
-def _level(influence: float, scale: float) -> int:
+def level_of(influence: float, scale: float) -> int:
+    """Level of a token's colour, -5 to 5, on a square-root scale."""
     if not math.isfinite(influence):
         return 0
     return int(np.sign(influence)) * min(_LEVELS, round(_LEVELS * math.sqrt(abs(influence) / scale)))

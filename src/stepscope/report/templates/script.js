@@ -76,7 +76,7 @@
         { name: "svg", title: "Save as SVG", icon: Plotly.Icons.disk, click: () => save(div, "svg") },
         { name: "png", title: "Save as PNG", icon: Plotly.Icons.camera, click: () => save(div, "png") },
       ]],
-    });
+    }).then(() => choosing(div));
   };
   const watcher = new IntersectionObserver((entries) => {
     entries.filter((entry) => entry.isIntersecting).forEach((entry) => {
@@ -146,6 +146,44 @@
     });
     fill();
   });
+  /* ---- excerpts: tokens in their responses, chosen by lists or by a click in a figure of the panel ---- */
+  all(".excerpts").forEach((box) => {
+    const spec = JSON.parse(box.querySelector("script").textContent);
+    const choice = (label, values) => {
+      const select = element("select", { onchange: () => fill() }, element("option", { value: "", textContent: "all" }),
+        ...values.map((value) => element("option", { value, textContent: value })));
+      box.querySelector(".controls").append(element("label", {}, label + " ", select));
+      return select;
+    };
+    const step = choice("Step", spec.steps.map(String)), kind = choice("Class", spec.classes);
+    const fill = () => {
+      const rows = spec.rows
+        .filter((row) => (!step.value || String(row[0]) === step.value) && (!kind.value || row[1] === kind.value))
+        .sort((a, b) => Math.abs(b[2]) - Math.abs(a[2])).slice(0, spec.most);
+      box.querySelector(".found").replaceChildren(...rows.map(([, , , facts, prompt, at, tokens]) => element("div", { className: "excerpt" },
+        element("p", { className: "facts-line", textContent: facts }),
+        element("p", { className: "tokens" }, element("span", { className: "asked", textContent: prompt + " " }),
+          ...tokens.map(([text, level], k) => element("span", {
+            className: "t" + (level ? " " + (level < 0 ? "n" : "p") + Math.abs(level) : "") + (k === at ? " mark" : ""), textContent: text }))))),
+        ...(rows.length ? [] : [element("p", { className: "caption", textContent: "No token of this choice is among those kept on the page; all are in ledger.parquet." })]));
+    };
+    box.choose = (picked) => {
+      step.value = spec.steps.includes(picked[0]) ? String(picked[0]) : "";
+      kind.value = spec.classes.includes(picked[1]) ? picked[1] : "";
+      fill();
+      box.scrollIntoView({ block: "nearest" });
+    };
+    fill();
+  });
+  const choosing = (div) => {
+    const panel = div.closest(".measurement"), box = panel && panel.querySelector(".excerpts");
+    if (!box || div.choosing) return;
+    div.choosing = true;
+    div.on("plotly_click", (event) => {
+      const picked = event.points[0].customdata;
+      if (Array.isArray(picked)) box.choose(picked);
+    });
+  };
   all("[data-find]").forEach((input) => input.addEventListener("input", () => {
     const wanted = input.value.trim().toLowerCase();
     all("tbody tr", input.closest(".table")).forEach((row) => { row.hidden = !row.textContent.toLowerCase().includes(wanted); });
