@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -18,6 +19,7 @@ from plotly.offline import get_plotlyjs
 
 import cases
 import stepscope as ss
+from browser import find_chromium, open_browser
 from stepscope.config import LedgerConfig, TrainConfig, build_config
 from stepscope.errors import MeasurementError, RunFolderError
 from stepscope.pipeline import run_ledger
@@ -32,6 +34,7 @@ from stepscope.results.recording import StepFigures
 from stepscope.results.rollups import LedgerRollups
 from stepscope.training import train
 
+CHROMIUM = find_chromium()
 QUANTITIES = ["entropy", "entropy_fixed_prefix"]
 
 
@@ -232,6 +235,38 @@ def test_the_page_says_what_the_files_say(made: Path, recorded: Path) -> None:
         assert (own.influence - influence).abs().min() <= 6e-3 * abs(influence)
         assert tokens[at][0] in set(own.token)
     assert len(page) - len(get_plotlyjs()) < 1_000_000
+
+
+@pytest.mark.skipif(
+    CHROMIUM is None and not os.environ.get("CI"),
+    reason="NO BROWSER: clicks on ledger.html are not tested; run `make browser` as root",
+)
+def test_a_click_in_a_figure_shows_its_tokens(made: Path) -> None:
+    assert CHROMIUM is not None, "CI has no browser: `make browser` did not install one"
+    with open_browser(CHROMIUM) as browser:
+        browser.open(made / "ledger.html", width=1280, height=800)
+        browser.evaluate("document.querySelector('#fig-m0-curve').scrollIntoView()")
+        browser.wait_for("!!document.querySelector('#fig-m0-curve .canvas').choosing")
+        facts = "[...document.querySelectorAll('#m0 .excerpt .facts-line')].map(e => e.textContent)"
+        before = browser.evaluate(facts)
+        bars = "document.querySelectorAll('#fig-m0-curve .barlayer .point:nth-child(n+2) path')"
+        browser.evaluate("document.querySelector('#fig-m0-curve').scrollIntoView({behavior: 'instant'})")
+        place = browser.evaluate(
+            f"(() => {{ const r = [...{bars}].map(b => b.getBoundingClientRect())"
+            ".sort((a, b) => b.height * b.width - a.height * a.width)[0];"
+            " return [r.x + r.width / 2, r.y + r.height / 2]; })()"
+        )
+        for kind in ("mouseMoved", "mousePressed", "mouseReleased"):
+            browser.call(
+                "Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1
+            )
+        browser.wait_for("document.querySelector('#m0 .excerpts select').value !== ''")
+        chosen = browser.evaluate("[...document.querySelectorAll('#m0 .excerpts select')].map(s => s.value)")
+        shown = browser.evaluate(facts)
+        assert shown not in ([], before)
+        assert all(line.startswith(f"step {chosen[0]}, {chosen[1]}, ") for line in shown)
+        assert browser.evaluate("document.querySelectorAll('#m0 .t.mark').length") == len(shown)
+        assert browser.errors == []
 
 
 def test_texts_of_a_run_stay_texts(made: Path, recorded: Path, tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ def test_a_function_of_the_table_divides_it_too() -> None:
     assert set(found.by) == {"long"}
     own = entries.table.influence[entries.table.token.str.len() > 2].sum()
     assert found.influence[1] == pytest.approx(own, rel=1e-12)
+    assert list(entries.by(lambda table: table.pass_rate).label)[-1] == "unknown"
     with pytest.raises(MeasurementError, match="3 labels for 400 tokens"):
         entries.by(lambda table: [1, 2, 3])
     with pytest.raises(MeasurementError, match="no way 'colour'"):

@@ -28,13 +28,13 @@ def run_report(run: Path) -> Path:
     Raises:
         RunFolderError: the folder holds nothing to report.
     """
-    if (run / LEDGER).is_file():
+    has_ledger = (run / LEDGER).is_file()
+    if not has_ledger or any((run / name).exists() for name in _RUN):
+        page = write_study_report(run) if (run / "study.json").is_file() else write_report(run)
+        say(f"report: {page}")
+    if has_ledger:
         page = write_ledger_report(run)
         say(f"report: {page}")
-        if not any((run / name).exists() for name in _RUN):
-            return page
-    page = write_study_report(run) if (run / "study.json").is_file() else write_report(run)
-    say(f"report: {page}")
     return page
 
 

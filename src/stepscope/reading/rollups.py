@@ -10,7 +10,7 @@ import numpy as np
 
 from stepscope.errors import MeasurementError
 from stepscope.reading.recording import RecordedBatch, RecordFolder
-from stepscope.reading.token_classes import END, PART, WAYS, Labels, kinds, ordered
+from stepscope.reading.token_classes import END, PART, UNKNOWN, WAYS, Labels, kinds, ordered
 from stepscope.results.ledger import LedgerFolds, LedgerTokenFolds, LedgerTokens, fold_sums
 from stepscope.results.records import FloatArray, IntArray
 from stepscope.results.rollups import LedgerRollups
@@ -287,7 +287,7 @@ def _labels(table: pd.DataFrame, way: Way) -> tuple[str, list[Any]]:
                 "table of tokens"
             )
         return way, list(WAYS[way](table))
-    labels = list(way(table))
+    labels = [UNKNOWN if label is None or label != label else label for label in way(table)]
     if len(labels) != len(table):
         raise MeasurementError(
             f"the function gave {len(labels)} labels for {len(table)} tokens; it must give one for each row"
