@@ -67,11 +67,21 @@ def test_the_textbook_formulas() -> None:
 def test_pure_noise_is_flagged() -> None:
     rng = np.random.default_rng(2)
     c, index = contributions(rng, 6, 4, between=50.0, within=50.0, dim=1000)
-    c = c - c.mean(0)
+    c = c - 0.9 * c.mean(0)
     found = from_products(c @ c.T, index, unit="", method="")
     assert not found.prompts.reliable
     assert "signal" in found.prompts.reason
     assert found.at_least > 5
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_sum_that_cancels_has_no_limits_whatever_its_round_off(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    c, index = contributions(rng, 6, 4, between=50.0, within=50.0, dim=1000)
+    c = c - c.mean(0)
+    found = from_products(c @ c.T, index, unit="", method="")
+    assert not found.prompts.reliable
+    assert found.at_least == 0
 
 
 def test_effect_is_one_dimensional() -> None:

@@ -25,6 +25,9 @@ from stepscope.results import FloatArray
 FARTHEST = 1e12
 """Signal per noise beyond which nothing is looked for."""
 
+ROUND_OFF = 1e-10
+"""Share of the groups' squared gradients below which that of their sum is what round-off left of 0."""
+
 
 def noise_limits(products: FloatArray) -> tuple[float, float]:
     """Lower and upper 95 % limit of noise / signal, in groups; the upper one is infinite if not resolved.
@@ -33,7 +36,8 @@ def noise_limits(products: FloatArray) -> tuple[float, float]:
         products: (group, group) inner products of the groups' gradients.
 
     Returns:
-        Both limits; nan with fewer than three groups, or where fewer than two have a gradient that varies.
+        Both limits; nan with fewer than three groups, or where fewer than two have a gradient that varies;
+        0 and infinity where the groups' gradients cancel.
     """
     count = len(products)
     nan = float("nan")
@@ -46,7 +50,7 @@ def noise_limits(products: FloatArray) -> tuple[float, float]:
     own = np.diag(centred)
     shrunk = (count / (count - 1)) ** 2
     square = float((centred**2).sum() - (own**2).sum()) / (count * (count - 1)) * shrunk
-    if not (noise > 0 and square > 0 and total > 0):
+    if not (noise > 0 and square > 0 and total > ROUND_OFF * trace):
         return (0.0, float("inf")) if noise > 0 else (nan, nan)
     along = float(means.var(ddof=1) / means.mean())
     of_noise = float(own.var(ddof=1)) / count * shrunk
