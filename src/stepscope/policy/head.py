@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig
 
+from stepscope.policy.numerics.differentiation import num_lanes
+
 PIECE_BYTES = 4 * 2**20
 """Logits that are made at a time of a small vocabulary; for second derivatives thirty times that is held."""
 
@@ -176,7 +178,7 @@ def head_of(
     most = PIECE_BYTES if FEWEST * each <= PIECE_BYTES else LARGE_PIECE_BYTES
     if ids.device.type != "cpu":
         most = ON_GPU * LARGE_PIECE_BYTES
-    size = -(-most // (len(ids) * each))
+    size = -(-most // (len(ids) * each * num_lanes()))
     if size >= ids.shape[1]:
         return None
     if whole not in _found:

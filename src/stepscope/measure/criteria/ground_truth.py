@@ -28,7 +28,7 @@ from stepscope.measure.quantity.probe import Bindings, bindings_on
 from stepscope.measure.step.reconstruct import Step, weighted_logprobs
 from stepscope.policy import vectors
 from stepscope.policy.forward import TokenBatch, TokenOutputs
-from stepscope.policy.gradients.derivatives import Mode, directional_derivative, gradient, response_logprob
+from stepscope.policy.gradients.derivatives import Mode, directional_derivatives, gradient, response_logprob
 from stepscope.policy.gradients.products import paired_dots
 from stepscope.policy.gradients.stream import SequenceGradients
 from stepscope.policy.passes import Budget
@@ -107,7 +107,7 @@ class GroundTruthOptions:
             part of the probe in every error; even. Fewer where there are fewer prompts, or where their
             gradients do not fit.
         seed: of that draw and of the folds of the probe prompts.
-        mode: how token derivatives are taken, see ``directional_derivative``.
+        mode: how token derivatives are taken, see ``directional_derivatives``.
     """
 
     baseline: str = "best"
@@ -183,10 +183,11 @@ def _columns(
 def _rows(policy: Policy, step: Step, mode: Mode, budget: Budget) -> list[GroundTruth]:
     ascent = gradient(policy, step.update, weighted_logprobs(step.token_weights), budget=budget)
     found = []
-    for name, direction in (("sgd", ascent), ("adamw", step.components["sequences"])):
-        change = directional_derivative(
-            policy, step.update, _entropies, direction, mode=mode, as_trained=False, budget=budget
-        )
+    both = (ascent, step.components["sequences"])
+    changes = directional_derivatives(
+        policy, step.update, _entropies, both, mode=mode, as_trained=False, budget=budget
+    )
+    for name, change in zip(("sgd", "adamw"), changes, strict=True):
         values = step.update.flat([d.double().cpu().numpy() for d in change])
         found.append(
             GroundTruth(

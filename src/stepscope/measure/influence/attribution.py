@@ -43,7 +43,7 @@ from stepscope.measure.quantity.probe import Bindings, bindings_on
 from stepscope.measure.step.derivative import step_derivative
 from stepscope.measure.step.nonlinear import nonlinear_doubt
 from stepscope.measure.step.reconstruct import Step, weighted_logprobs
-from stepscope.policy.gradients.derivatives import Mode, directional_derivative, response_logprob
+from stepscope.policy.gradients.derivatives import Mode, directional_derivatives, response_logprob
 from stepscope.policy.gradients.gram import gram
 from stepscope.policy.gradients.products import per_sequence_dots
 from stepscope.policy.gradients.stream import SequenceGradients
@@ -78,7 +78,7 @@ class InfluenceOptions:
         baseline: rung of the baseline ladder or ``best``, as in ``measure_change``.
         probe_resolved: also compute the fixed effect through every single probe sequence, which holds the
             update's gradients in the budget's memory.
-        mode: how token derivatives are taken, see ``directional_derivative``.
+        mode: how token derivatives are taken, see ``directional_derivatives``.
         groups: (probe seq,) groups of whole probe prompts to keep apart for the errors; by default prompts,
             or random pools of them.
         num_folds: folds of the probe that tokens are told apart by, made of the groups; 1 saves passes, and
@@ -398,7 +398,7 @@ def token_products(
     mode: Mode = "auto",
     budget: Budget = Budget(),
 ) -> FloatArray:
-    """(fold, tok) w_ik (u . grad l_ik) of each token of the policy, one forward-mode pass for each u.
+    """(fold, tok) w_ik (u . grad l_ik) of each token of the policy, a tangent in forward mode for each u.
 
     Sequences without a token weight have no part in the pass; their products are exactly 0.
 
@@ -407,7 +407,7 @@ def token_products(
         step: the batch and its token weights.
         pulled: name to (part, ...parameter shape).
         mixing: (fold, part) makes the vectors u from the parts.
-        mode: how token derivatives are taken, see ``directional_derivative``.
+        mode: how token derivatives are taken, see ``directional_derivatives``.
         budget: what may be used at a time.
     """
     weights = step.update.flat(step.token_weights)
@@ -417,13 +417,11 @@ def token_products(
         return found
     part = step.update.select(pushed)
     places = np.isin(step.update.places[0], pushed)
-    for own, row in zip(found, mixing, strict=True):
-        u = {
-            n: torch.tensordot(torch.as_tensor(row, dtype=t.dtype, device=t.device), t, 1)
-            for n, t in pulled.items()
-        }
-        slopes = directional_derivative(policy, part, response_logprob, u, mode=mode, budget=budget)
-        own[places] = weights[places] * part.flat([d.double().cpu().numpy() for d in slopes])
+    rows = [{n: torch.as_tensor(row).to(t) for n, t in pulled.items()} for row in mixing]
+    directions = ({n: torch.tensordot(row[n], t, 1) for n, t in pulled.items()} for row in rows)
+    slopes = directional_derivatives(policy, part, response_logprob, directions, mode=mode, budget=budget)
+    for own, slope in zip(found, slopes, strict=True):
+        own[places] = weights[places] * part.flat([d.double().cpu().numpy() for d in slope])
     return found
 
 

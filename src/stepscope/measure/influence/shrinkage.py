@@ -64,7 +64,7 @@ def shrunk_influence(
         probe: the probe batch of ``found``.
         found: influence on the on-policy quantity, with at least four folds.
         quantity: as it was given to ``influence``.
-        mode: how token derivatives are taken, see ``directional_derivative``.
+        mode: how token derivatives are taken, see ``directional_derivatives``.
         bindings: quantities of the probe batch that are known already, or will be asked for again.
         budget: what may be used at a time.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -17,10 +18,10 @@ from stepscope.errors import MeasurementError
 from stepscope.policy.forward import TokenBatch, TokenOutputs, forward
 from stepscope.policy.group import current
 from stepscope.policy.numerics.attention import mathematical_attention
-from stepscope.policy.numerics.differentiation import frozen_padding, lacks_a_rule, whole_function
+from stepscope.policy.numerics.differentiation import frozen_padding, lacks_a_rule, lanes, whole_function
 from stepscope.policy.numerics.finiteness import first_not_finite
 from stepscope.policy.numerics.linear import sparing_linear
-from stepscope.policy.passes import Budget, by_length, sweep, sweep_rows
+from stepscope.policy.passes import Budget, by_length, fitting, out_of_memory, padded, sweep, widths
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import FloatArray, Rollouts
@@ -30,6 +31,9 @@ Objective = Callable[[TokenOutputs, TokenBatch], Tensor]
 
 Mode = Literal["auto", "forward", "double_backward"]
 logger = logging.getLogger(__name__)
+
+MOST_DIRECTIONS = 8
+"""Most directions that share a forward pass; of which no more than an eighth of a pass each is then left."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,37 +117,59 @@ def directional_derivative(
     as_trained: bool = True,
     budget: Budget = Budget(),
 ) -> list[Tensor]:
-    """Derivative of the objective along a direction, for every sequence or every token, exactly.
+    """Derivative of the objective along a direction; see :func:`directional_derivatives`."""
+    (found,) = directional_derivatives(
+        policy, rollouts, objective, [direction], mode=mode, as_trained=as_trained, budget=budget
+    )
+    return found
+
+
+def directional_derivatives(
+    policy: Policy,
+    rollouts: Rollouts,
+    objective: Objective,
+    directions: Iterable[ParameterVector],
+    *,
+    mode: Mode = "auto",
+    as_trained: bool = True,
+    budget: Budget = Budget(),
+) -> Iterator[list[Tensor]]:
+    """Derivatives of the objective along directions, for every sequence or every token, exactly.
 
     Each entry is a scalar for an objective of shape (seq,), and (tok,) without padding for (seq, tok).
-    ``forward`` is forward-mode differentiation: about two forward passes, no graph kept. ``double_backward``
-    differentiates the linear map v -> grad(v . objective) . direction in v: about twice as slow, holds a
-    graph, and needs no forward-mode rules. ``auto`` takes forward mode and, where the model has an operation
-    without a forward-mode rule, says so and takes the other. Attention runs on the mathematical backend, the
-    only one with either rule.
+    ``forward`` is forward-mode differentiation: about two forward passes, no graph kept; several directions
+    at a time share the first of the two, where torch can batch all operations of the model.
+    ``double_backward`` differentiates the linear map v -> grad(v . objective) . direction in v: about twice
+    as slow, holds a graph, and needs no forward-mode rules. ``auto`` takes forward mode and, where the model
+    has an operation without a forward-mode rule, says so and takes the other. Attention runs on the
+    mathematical backend, the only one with either rule.
 
     Args:
         policy: not changed.
         rollouts: the sequences.
         objective: (seq,) or (seq, tok).
-        direction: by parameter name; parameters it lacks stay put.
+        directions: by parameter name, the same names in each; parameters they lack stay put. As many are
+            asked for at a time as are taken together.
         mode: how to differentiate.
         as_trained: leave out what a training does (embeddings of padding tokens, DoRA's norm);
             otherwise the derivative is that of the function.
-        budget: how large micro-batches are.
+        budget: how large micro-batches are, and the memory for directions.
     """
-    params = {n: policy.parameters[n].detach() for n in direction}
-    tangent = {n: t.to(params[n].dtype) for n, t in direction.items()}
+    count = 1 if mode == "double_backward" else _at_a_time(policy, rollouts, budget)
+    waiting = iter(directions)
 
-    def along(batch: TokenBatch) -> Tensor:
-        nonlocal mode
+    params: dict[str, Tensor] = {}
+    tangents: list[dict[str, Tensor]] = []
+
+    def along(batch: TokenBatch) -> Sequence[Tensor]:
+        nonlocal mode, count
 
         def value(values: dict[str, Tensor]) -> Tensor:
             outputs = forward(policy.model, batch, temperature=rollouts.temperature, params=values)
             return objective(outputs, batch)
 
-        meant = frozen_padding(policy.model) if as_trained else whole_function(policy.model)
-        with mathematical_attention(), meant:
+        def single(tangent: dict[str, Tensor]) -> Tensor:
+            nonlocal mode
             if mode != "double_backward":
                 try:
                     return pushed_forward(value, params, tangent)
@@ -154,7 +180,71 @@ def directional_derivative(
                     mode = "double_backward"
             return _double_backward(value, params, tangent)
 
-    return sweep_rows(policy, rollouts, along, budget=budget)
+        meant = frozen_padding(policy.model) if as_trained else whole_function(policy.model)
+        with mathematical_attention(), meant:
+            if len(tangents) > 1 and count > 1:
+                try:
+                    return _pushed_together(value, params, tangents).unbind()
+                except (NotImplementedError, RuntimeError) as error:
+                    if out_of_memory(error) and len(batch) > 1:
+                        raise
+                    logger.debug("directions one at a time: %s", error)
+                    count = 1
+            return [single(tangent) for tangent in tangents]
+
+    while chunk := list(islice(waiting, count)):
+        params = {n: policy.parameters[n].detach() for n in chunk[0]}
+        tangents = [{n: t.to(params[n].dtype) for n, t in direction.items()} for direction in chunk]
+        found: list[dict[int, Tensor]] = [{} for _ in chunk]
+        sizes = _smaller(budget, len(chunk), policy, rollouts)
+        for batch, values in sweep(policy, rollouts, along, budget=sizes):
+            for rows, own in zip(found, values, strict=True):
+                rows |= zip(batch.seq_index.tolist(), batch.unpad(own), strict=True)
+        for rows in found:
+            yield list(current().rows(rows).values())
+
+
+def _at_a_time(policy: Policy, rollouts: Rollouts, budget: Budget) -> int:
+    """Directions that are taken together: those that the budget's memory holds beside their stack."""
+    each = sum(p.nbytes for p in policy.parameters.values())
+    most = min(MOST_DIRECTIONS, budget.memory_bytes // (2 * each))
+    items = widths(rollouts, range(len(rollouts)))
+    tokens = fitting(policy, budget, items).max_tokens
+    if tokens is not None:
+        most = min(most, tokens // padded(items))
+    return max(1, most)
+
+
+def _smaller(budget: Budget, count: int, policy: Policy, rollouts: Rollouts) -> Budget:
+    """The budget for several directions at a time, of which each has the activations of a pass to itself.
+
+    Together they are as many rows as one pass has; more leave the caches, and take longer.
+    """
+    if count == 1:
+        return budget
+    tokens = fitting(policy, budget, widths(rollouts, range(len(rollouts)))).max_tokens
+    return replace(
+        budget,
+        max_sequences=max(1, budget.max_sequences // count),
+        max_tokens=None if tokens is None else max(1, tokens // count),
+    )
+
+
+def _pushed_together(
+    value: Callable[[dict[str, Tensor]], Tensor],
+    params: dict[str, Tensor],
+    tangents: Sequence[ParameterVector],
+) -> Tensor:
+    """(direction, ...) derivatives of a function of parameter values, which is computed once."""
+    stacks = {n: torch.stack([tangent[n] for tangent in tangents]) for n in params}
+
+    def pushed(tangent: dict[str, Tensor]) -> Tensor:
+        found: Tensor = torch.func.jvp(value, (params,), (tangent,))[1]
+        return found
+
+    with torch.no_grad(), sparing_linear(), lanes(len(tangents)):
+        together: Tensor = torch.func.vmap(pushed)(stacks)
+    return together
 
 
 def pushed_forward(

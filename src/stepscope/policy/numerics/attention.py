@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from stepscope.policy.numerics.differentiation import Substituted
+from stepscope.policy.numerics.differentiation import Substituted, num_lanes
 
 BLOCK_BYTES = 2 * 2**20
 """Scores of queries against keys that are made at a time; a few times as much is held while they are used."""
@@ -55,7 +55,7 @@ def in_blocks(
         options: ``scale`` and ``enable_gqa``.
     """
     queries, keys = query.shape[-2], key.shape[-2]
-    each = query.shape[:-2].numel() * keys * query.element_size()
+    each = query.shape[:-2].numel() * keys * query.element_size() * num_lanes()
     most = BLOCK_BYTES * (1 if query.device.type == "cpu" else ON_GPU)
     size = max(FEWEST, most // max(1, each))
     if size >= queries:

@@ -30,6 +30,23 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers.models.bloom import modeling_bloom
 
+_lanes = [1]
+
+
+@contextmanager
+def lanes(count: int) -> Iterator[None]:
+    """A block in which tensors stand for so many that are computed together."""
+    _lanes.append(count)
+    try:
+        yield
+    finally:
+        _lanes.pop()
+
+
+def num_lanes() -> int:
+    """For how many a tensor stands here; what is made a few bytes at a time counts all of them."""
+    return _lanes[-1]
+
 
 class Substituted(TorchFunctionMode):
     """A block in which calls of some torch functions go to others.
