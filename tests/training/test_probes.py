@@ -5,11 +5,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from killed import same_state
 from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
@@ -27,15 +26,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 
 def test_a_probe_does_not_disturb_the_training(small_run: Path, probed_run: Path) -> None:
     for step in (2, 4):
-        once, again = (run / "checkpoints" / f"step-{step}" for run in (small_run, probed_run))
-        weights, same = (load_file(folder / "model.safetensors") for folder in (once, again))
-        assert all(torch.equal(weights[name], same[name]) for name in weights)
-        states = [torch.load(f / "optimizer.pt", weights_only=True)["state"] for f in (once, again)]
-        assert all(torch.equal(v, states[1][i][k]) for i, e in states[0].items() for k, v in e.items())
-        random = [torch.load(folder / "rng_state.pth", weights_only=False) for folder in (once, again)]
-        assert random[0]["python"] == random[1]["python"]
-        assert np.array_equal(random[0]["numpy"][1], random[1]["numpy"][1])
-        assert torch.equal(random[0]["cpu"], random[1]["cpu"])
+        same_state(*(run / "checkpoints" / f"step-{step}" for run in (small_run, probed_run)))
 
 
 def test_prediction_and_outcome_agree_within_their_errors(probed_run: Path) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from killed import same_state
 from peft import LoraConfig
 from recorded_steps import errors_of_gradients, made_gradient
 from safetensors.torch import load_file
@@ -108,13 +109,7 @@ def lora_of(**options: Any) -> LoraConfig:
 
 def test_a_recorder_does_not_disturb_the_training(small_run: Path, recorded_run: Path) -> None:
     for step in (2, 4):
-        once, again = (run / "checkpoints" / f"step-{step}" for run in (small_run, recorded_run))
-        weights, same = (load_file(folder / "model.safetensors") for folder in (once, again))
-        assert all(torch.equal(weights[name], same[name]) for name in weights)
-        states = [torch.load(f / "optimizer.pt", weights_only=True)["state"] for f in (once, again)]
-        assert all(torch.equal(v, states[1][i][k]) for i, e in states[0].items() for k, v in e.items())
-        random = [torch.load(folder / "rng_state.pth", weights_only=False) for folder in (once, again)]
-        assert torch.equal(random[0]["cpu"], random[1]["cpu"])
+        same_state(*(run / "checkpoints" / f"step-{step}" for run in (small_run, recorded_run)))
 
 
 def test_replay_comes_to_the_checkpoints_bit_for_bit(recorded_run: Path) -> None:

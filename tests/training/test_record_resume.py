@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
+from killed import kill, same_state, start, wait_for, with_ten_kills, write_config
 from recorded_steps import contents
-from test_resume import kill, same_state, start, wait_for, write_config
 
 import cases
 from stepscope.policy.recorded import RecordedTraining
@@ -45,29 +44,11 @@ def test_two_kills_leave_the_record_of_an_undisturbed_training(small_run: Path, 
     assert training.verify()
 
 
-def finish(process: subprocess.Popen[str]) -> None:
-    process.communicate()
-    assert process.returncode == 0
-
-
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_leave_no_trace_in_the_record(small_run: Path, tmp_path: Path) -> None:
     path = write_config(cases.training(rl={"record": {"state_every": 5}, "steps": 40}), tmp_path)
     for name in ("once", "often"):
         cases.start_from(small_run, tmp_path / name)
-    begin = time.perf_counter()
-    finish(start(path, tmp_path / "once"))
-    seconds = time.perf_counter() - begin
-    moments = random.Random(0)
-    kills = 0
-    for _ in range(10):
-        process = start(path, tmp_path / "often")
-        try:
-            process.wait(timeout=moments.uniform(0.0, 1 / 6) * seconds)
-        except subprocess.TimeoutExpired:
-            kill(process)
-            kills += 1
-    assert kills == 10, "the training was over before it could be killed"
-    finish(start(path, tmp_path / "often"))
+    assert with_ten_kills(path, tmp_path / "once", tmp_path / "often") == 10, "over before it could be killed"
     assert contents(tmp_path / "once" / "record") == contents(tmp_path / "often" / "record")
     assert RecordedTraining.load(tmp_path / "often").verify()

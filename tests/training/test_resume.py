@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-import yaml
 from digits import DigitTask, digit_config, reinforced
-from safetensors.torch import load_file
+from killed import kill, same_state, start, wait_for, with_ten_kills, write_config
 
 import cases
 from stepscope.config import TrainConfig, load_config
@@ -26,77 +21,11 @@ from stepscope.results import read_table
 from stepscope.runs import LOCK, RunFolder, locked
 from stepscope.training import train
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from stepscope.config import TrainConfig, load_config
-from stepscope.training import train
-config = load_config(TrainConfig, Path(sys.argv[1]))
-print("ready", flush=True)
-train(config, Path(sys.argv[2]), resume=True)
-"""
-
-
-def start(config: Path, out: Path) -> subprocess.Popen[str]:
-    """A training in a process of its own that has imported everything."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(config), str(out)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
-
-
-def kill(process: subprocess.Popen[str]) -> None:
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-
-
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    while not path.exists():
-        assert process.poll() is None, f"the training ended without {path}"
-        time.sleep(0.005)
-
-
-def same_state(one: Path, two: Path) -> None:
-    """Weights, moments, schedule and random states of two checkpoints are the same bits."""
-    weights, others = (load_file(folder / "model.safetensors") for folder in (one, two))
-    assert weights.keys() == others.keys()
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-        assert_same(*(torch.load(folder / name, weights_only=False) for folder in (one, two)))
-
-
-def assert_same(one: Any, two: Any) -> None:
-    assert type(one) is type(two)
-    if isinstance(one, dict):
-        assert one.keys() == two.keys()
-        for key in one:
-            assert_same(one[key], two[key])
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(two)
-        for left, right in zip(one, two, strict=True):
-            assert_same(left, right)
-    elif hasattr(one, "tobytes"):
-        assert one.tobytes() == two.tobytes()
-    else:
-        assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
-
 
 def probes_of(run: Path) -> str:
     """The rows of the probes and their tokens without times; text, so that nan equals nan."""
     tables = [read_table(run / name) for name in ("probes.parquet", "probes_tokens.parquet")]
     return str([row | {"seconds": None} for table in tables for row in table.to_pylist()])
-
-
-def write_config(config: TrainConfig, folder: Path) -> Path:
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    return path
 
 
 def test_a_training_killed_between_two_checkpoints_ends_as_if_it_had_not_been(
@@ -139,21 +68,7 @@ def test_ten_kills_at_random_moments_leave_no_trace(
     path = write_config(cases.training(rl={"probe": probe, "steps": 24}), tmp_path)
     for name in ("once", "often"):
         cases.start_from(small_run, tmp_path / name)
-    undisturbed = start(path, tmp_path / "once")
-    begin = time.perf_counter()
-    assert undisturbed.wait() == 0
-    seconds = time.perf_counter() - begin
-    moments = random.Random(0)
-    kills = 0
-    for _ in range(10):
-        process = start(path, tmp_path / "often")
-        try:
-            process.wait(timeout=moments.uniform(0.0, 1 / 6) * seconds)
-        except subprocess.TimeoutExpired:
-            kill(process)
-            kills += 1
-    assert kills >= 5, "the training was over before it could be killed"
-    assert start(path, tmp_path / "often").wait() == 0
+    assert with_ten_kills(path, tmp_path / "once", tmp_path / "often") >= 5, "over before it could be killed"
     for step in range(2, 25, 2):
         same_state(*(tmp_path / run / "checkpoints" / f"step-{step}" for run in ("once", "often")))
     assert probes_of(tmp_path / "once") == probes_of(tmp_path / "often")
