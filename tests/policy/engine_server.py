@@ -28,6 +28,7 @@ class Engine:
         logprobs: which log-probs it gives: ``raw``, ``tempered`` or ``processed``.
         order: in which it truncates.
         ids: how it gives token ids: ``token_ids``, ``response_token_ids``, ``tokens`` or ``none``.
+        instead: settings of its own, which it takes in place of those that it is asked for.
         fault: what goes wrong.
         names: under which it serves.
         bodies: of the requests so far.
@@ -40,6 +41,7 @@ class Engine:
     fault: Fault = lambda number, answer: None
     names: tuple[str, ...] = ("policy",)
     ignores_truncation: bool = False
+    instead: dict[str, Any] = field(default_factory=dict)
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -48,6 +50,7 @@ class Engine:
         self, prompt: list[int], seed: int, most: int, ends: list[int], how: dict[str, Any]
     ) -> tuple[list[int], list[float]]:
         """One response with its log-probs, token by token."""
+        how = how | self.instead
         generator = torch.Generator().manual_seed(seed)
         ids: list[int] = []
         said: list[float] = []

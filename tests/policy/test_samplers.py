@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import socket
+import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +16,16 @@ import torch
 
 import cases
 from policy.engine_server import Answer, Engine, serving
+from stepscope.config import MeasureConfig, build_config
 from stepscope.errors import BatchError, ConfigError
 from stepscope.measure.mismatch import sampler_mismatch
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import SamplingOptions, sample_rollouts
+from stepscope.policy.sampling import server
 from stepscope.policy.sampling.base import Decoding, Sampler
 from stepscope.policy.sampling.continuous import ContinuousSampler
+from stepscope.policy.sampling.decoded import score_decoding
 from stepscope.policy.sampling.generate import TransformersSampler
 from stepscope.policy.sampling.server import ServerSampler
 from stepscope.policy.sampling.weights import write_merged
@@ -139,6 +144,47 @@ def test_a_server_that_does_not_truncate_is_refused(policy: Policy, letters: Any
         drawn(policy, letters, at(url, decoding=Decoding(top_k=2)))
 
 
+INSTEAD: dict[str, tuple[Decoding, dict[str, Any], str]] = {
+    "cooler": (Decoding(), {"temperature": 0.5}, "more probable"),
+    "hotter": (Decoding(), {"temperature": 1.2}, "less probable"),
+    "greedy": (Decoding(), {"top_k": 1}, "more probable"),
+    "truncated": (Decoding(), {"top_p": 0.7}, "more probable"),
+    "not as cool as asked": (Decoding(temperature=0.5), {"temperature": 0.8}, "less probable"),
+}
+
+
+@pytest.mark.parametrize("name", INSTEAD)
+def test_a_server_that_draws_otherwise_is_refused(policy: Policy, letters: Any, name: str) -> None:
+    """Its log-probs before temperature and truncation are the policy's, whatever it draws by."""
+    decoding, instead, how = INSTEAD[name]
+    with (
+        serving(Engine(policy.model, logprobs="raw", instead=instead)) as url,
+        pytest.raises(BatchError, match=f"does not draw as it was told: .* {how} on average"),
+    ):
+        drawn(policy, letters, at(url, decoding=decoding), prompts=32)
+    with serving(Engine(policy.model, logprobs="raw")) as url:
+        drawn(policy, letters, at(url, decoding=decoding), prompts=32)
+
+
+def test_what_is_drawn_is_as_probable_as_the_policy_says(policy: Policy, letters: Any) -> None:
+    """H(q) and Var[log q] are those of the distribution that truncation leaves, by numpy."""
+    sampler = TransformersSampler(decoding=Decoding(temperature=1.3, top_k=6, min_p=0.02))
+    batch = drawn(policy, letters, sampler, prompts=32)
+    said = score_decoding(policy, batch, sampler.decoding, order=sampler.order)
+    ids = [*batch.prompt_token_ids[0], *batch.response_token_ids[0]]
+    with torch.no_grad():
+        logits = policy.model(torch.tensor([ids[:-1]])).logits[0, -1].double().numpy() / 1.3
+    p = np.exp(logits - logits.max())
+    p[np.argsort(-p)[6:]] = 0
+    p[p < 0.02 * p.max()] = 0
+    p = p[p > 0] / p.sum()
+    assert said.surprises[0][-1] == pytest.approx(-(p * np.log(p)).sum(), rel=1e-5)
+    spread = (p * np.log(p) ** 2).sum() - (p * np.log(p)).sum() ** 2
+    assert said.variances[0][-1] == pytest.approx(spread, rel=1e-4)
+    off = np.concatenate(said.by_convention["processed"]) + np.concatenate(said.surprises)
+    assert abs(off.sum()) < 4 * np.sqrt(np.concatenate(said.variances).sum())
+
+
 def changed(path: tuple[Any, ...], value: Any) -> Any:
     """A fault that puts a value into every answer, or makes one of what stands there."""
 
@@ -172,6 +218,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     ),
     "no choice": (changed(("choices",), []), "choices are \\[\\], expected one"),
     "malformed": (lambda number, answer: (200, "<html>busy</html>"), "expected JSON; is this the address"),
+    "nested": (lambda number, answer: (200, "[" * 200_000), "expected JSON; is this the address"),
     "a list": (lambda number, answer: (200, [1]), "expected an object"),
     "broken off": (lambda number, answer: (200, b'{"choices": [{'), "failed 3 times, last with Remote"),
     "500s": (
@@ -238,6 +285,59 @@ def test_no_server_and_a_slow_one(policy: Policy, letters: Any) -> None:
     ):
         drawn(policy, letters, at(url, timeout=0.1, retries=0), prompts=2)
     assert time.perf_counter() - began < 10
+
+
+def answering(head: bytes, piece: bytes = b"") -> tuple[socket.socket, str]:
+    """A listener that sends this to whoever connects, and the piece again and again; and its address."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def tell(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            connection.recv(1 << 16)
+            connection.sendall(b"HTTP/1.1 " + head)
+            while piece:
+                time.sleep(0.02)
+                connection.sendall(piece)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                tell(listener.accept()[0])
+
+    threading.Thread(target=accept, daemon=True).start()
+    return listener, f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("head", "piece", "message"),
+    [
+        (b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n", "has not ended in time"),
+        (b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"F4240\r\n" + b" " * 1_000_000 + b"\r\n", "MiB"),
+        (b"200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\nabcd", b"", "DecodingError"),
+        (b"503 Busy\r\nRetry-After: \xb2\r\nContent-Length: 0\r\n\r\n", b"", "status 503"),
+        (b"302 Found\r\nLocation: http://a/\r\nContent-Length: 0\r\n\r\n", b"", "refuses with status 302"),
+    ],
+)
+def test_answers_that_never_end_or_cannot_be_read(
+    policy: Policy, letters: Any, monkeypatch: pytest.MonkeyPatch, head: bytes, piece: bytes, message: str
+) -> None:
+    monkeypatch.setattr(server, "LARGEST_ANSWER", 3 << 20)
+    listener, url = answering(head, piece)
+    with listener, pytest.raises(BatchError, match=message):
+        drawn(policy, letters, at(url, timeout=1.0, retries=1), prompts=2)
+
+
+@pytest.mark.parametrize("url", ["localhost:8000", "http://u:secret@a", "http://a?key=secret", "ftp://a", ""])
+def test_an_address_is_one_and_holds_no_secret(url: str) -> None:
+    with pytest.raises(ConfigError, match="http://HOST:PORT, without user, password") as error:
+        ServerSampler(url=url)
+    assert "secret" not in str(error.value)
+    config = {"checkpoint": "a", "out": "b", "sampler": {"engine": "openai", "url": url}}
+    with pytest.raises(ConfigError, match="http://HOST:PORT, without user, password") as error:
+        build_config(MeasureConfig, config)
+    assert "secret" not in str(error.value)
+    with pytest.raises(ConfigError, match="is no URL"):
+        ServerSampler(url="http://[::1")
 
 
 def test_the_model_is_named(policy: Policy, letters: Any, monkeypatch: pytest.MonkeyPatch) -> None:

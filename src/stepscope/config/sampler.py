@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from stepscope.addresses import NO_ADDRESS, is_address
 from stepscope.config.base import Section
 
 
@@ -50,6 +51,8 @@ class SamplerConfig(Section):
     def _fits_the_engine(self) -> SamplerConfig:
         if (self.engine == "openai") != (self.url is not None):
             raise ValueError("url is the address of a server: give it with engine=openai, and only there")
+        if self.url is not None and not is_address(self.url):
+            raise ValueError(f"url: {NO_ADDRESS}")
         if self.engine != "vllm" and (self.adapter or self.options):
             raise ValueError("adapter and options are vLLM's: give them with engine=vllm, and only there")
         return self

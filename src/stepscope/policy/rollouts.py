@@ -132,7 +132,7 @@ def sample_rollouts(
         )
     rollouts = _assemble(policy, [sequence for group in kept for sequence in group])
     rollouts.refuse_ungraded()
-    rollouts = _scored(policy, rollouts, options.sampler, budget)
+    rollouts = _scored(policy, rollouts, options.sampler, budget, chosen=varied)
     if group_size == 1 or policy.settings.kl_in_reward != 0.0:
         return rollouts
     return with_advantages(rollouts, policy.settings)
@@ -344,10 +344,12 @@ def _drawn(
     return dict(zip(mine, sampler.sample(policy, request, budget), strict=True))
 
 
-def _scored(policy: Policy, rollouts: Rollouts, sampler: Sampler, budget: Budget) -> Rollouts:
+def _scored(
+    policy: Policy, rollouts: Rollouts, sampler: Sampler, budget: Budget, *, chosen: bool
+) -> Rollouts:
     """The batch with the policy's log-probs and entropies, and the sampler's where it is not the policy."""
     if sampler.conventions or not sampler.decoding.is_policy(rollouts.temperature):
-        return with_sampler(policy, rollouts, sampler, budget)
+        return with_sampler(policy, rollouts, sampler, budget, chosen=chosen)
     logprobs, entropies = score_rollouts(policy, rollouts, budget=budget)
     return replace(rollouts, logprobs=logprobs, entropies=entropies)
 

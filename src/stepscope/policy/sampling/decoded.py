@@ -30,6 +30,8 @@ class Decoded:
             ``processed`` of a token that truncation excludes is its log-prob as if it were not excluded.
         masses: S_k = sum of pi(v) over the tokens v that truncation keeps at the position.
         kept: whether it keeps the token that was drawn.
+        surprises: H(q) = E_q[-log q] at the position, in nats: what -log q of the token is on average.
+        variances: Var_q[log q] at the position, in nats^2.
     """
 
     logprobs: Rows
@@ -37,6 +39,8 @@ class Decoded:
     by_convention: dict[Convention, Rows]
     masses: Rows
     kept: tuple[BoolArray, ...]
+    surprises: Rows
+    variances: Rows
 
 
 def score_decoding(
@@ -77,10 +81,12 @@ def score_decoding(
         by_convention={"raw": columns[2], "tempered": columns[3], "processed": columns[4]},
         masses=columns[5],
         kept=tuple(values > 0.5 for values in columns[6]),
+        surprises=columns[7],
+        variances=columns[8],
     )
 
 
-_FIGURES = ("raw", "tempered", "processed", "mass", "kept")
+_FIGURES = ("raw", "tempered", "processed", "mass", "kept", "surprise", "variance")
 
 
 class _Said:
@@ -118,10 +124,16 @@ class _Said:
             warped = warper(ids.reshape(-1, 1), warped)
         warped = warped.view_as(sharp)
         inside = warped.isfinite() & (log_pi > excluded_logit(log_pi.dtype) / 2)
+        log_q = warped.log_softmax(-1)
+        q = log_q.exp()
+        log_q = log_q.masked_fill_(q == 0, 0.0)
+        surprise = -(q * log_q).sum(-1)
         return {
             "raw": at(raw) - raw.logsumexp(-1),
             "tempered": at(sharp) - sharp.logsumexp(-1),
             "processed": at(sharp) - warped.logsumexp(-1),
             "mass": log_pi.exp().masked_fill(~inside, 0.0).sum(-1),
             "kept": at(inside.to(log_pi.dtype)),
+            "surprise": surprise,
+            "variance": (q * (log_q + surprise.unsqueeze(-1)) ** 2).sum(-1),
         }

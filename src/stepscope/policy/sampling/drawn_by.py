@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -24,8 +25,20 @@ OTHER_POLICY = 0.5
 OUTSIDE_LIMIT = 0.05
 """Share of tokens outside of what truncation keeps, that round-off at its edge may make."""
 
+OTHERWISE_LIMIT = 0.1
+"""Relative distance of two temperatures, beyond which a batch that looks drawn at the one is refused at the
+other, where chance does not make it."""
 
-def with_sampler(policy: Policy, rollouts: Rollouts, sampler: Sampler, budget: Budget) -> Rollouts:
+CHANCE = 5.0
+"""Standard errors that chance makes."""
+
+LEAST_VARIANCE = 25.0
+"""Sum of Var[log q] in nats^2 from which the temperature of a batch is judged: its error is then 0.2."""
+
+
+def with_sampler(
+    policy: Policy, rollouts: Rollouts, sampler: Sampler, budget: Budget, *, chosen: bool = False
+) -> Rollouts:
     """Score a batch with the measuring forward, and put the sampler's log-probs on what it drew from.
 
     An engine may leave truncation, or the temperature too, out of the log-probs that it gives. Which it does
@@ -37,6 +50,8 @@ def with_sampler(policy: Policy, rollouts: Rollouts, sampler: Sampler, budget: B
         rollouts: with ``sampler_logprobs`` as the engine gave them, or without.
         sampler: that drew it.
         budget: of the forward pass.
+        chosen: whether the responses were kept for what they are, so that they are no sample of what drew
+            them.
 
     Returns:
         The batch with ``logprobs``, ``entropies``, ``sampler_logprobs`` (of what was drawn from) and, where
@@ -44,7 +59,7 @@ def with_sampler(policy: Policy, rollouts: Rollouts, sampler: Sampler, budget: B
         ``kept_masses``.
 
     Raises:
-        BatchError: the sampler has another policy, or does not truncate as it was told.
+        BatchError: the sampler has another policy, or does not draw as it was told.
     """
     decoding = sampler.decoding
     said = score_decoding(policy, rollouts, decoding, order=sampler.order, budget=budget)
@@ -58,6 +73,8 @@ def with_sampler(policy: Policy, rollouts: Rollouts, sampler: Sampler, budget: B
         return replace(found, sampler_logprobs=drawn)
     nearest, gap = nearest_convention(given, said, sampler.conventions)
     _refuse_other(policy, sampler, said, gap)
+    if not chosen and gap <= DRIFT_LIMIT:
+        _refuse_otherwise(sampler, said, decoding.own_temperature(rollouts.temperature))
     own = said.by_convention[nearest]
     shifted = tuple(g + d - o for g, d, o in zip(given, drawn, own, strict=True))
     return replace(found, sampler_logprobs=shifted)
@@ -89,4 +106,28 @@ def _refuse_other(policy: Policy, sampler: Sampler, said: Decoded, gap: float) -
             f"{sampler.name}: {outside:.0%} of the tokens it drew are ones that {sampler.decoding} excludes, "
             f"expected at most {OUTSIDE_LIMIT:.0%}: it does not truncate as it was asked to; leave "
             "top_k, top_p and min_p away, or use an engine that has them"
+        )
+
+
+def _refuse_otherwise(sampler: Sampler, said: Decoded, temperature: float) -> None:
+    """Refuse a batch that was drawn at another temperature or truncation than its log-probs tell of.
+
+    -log q of a token that is drawn from q is H(q) on average, whatever the prefix, and its variance is known
+    too. With b/T' in place of 1/T' the mean moves by -(b - 1) Var_q[log q] to first order, which gives b.
+
+    Raises:
+        BatchError: b is not 1.
+    """
+    variance = float(np.concatenate(said.variances).sum())
+    if variance < LEAST_VARIANCE:
+        return
+    surprise = -np.concatenate(said.by_convention["processed"]) - np.concatenate(said.surprises)
+    off = -float(surprise.sum()) / variance
+    if abs(off) > OTHERWISE_LIMIT and abs(off) * math.sqrt(variance) > CHANCE:
+        raise BatchError(
+            f"{sampler.name}: does not draw as it was told: its tokens are {abs(surprise.mean()):.2g} nats "
+            f"{'more' if off > 0 else 'less'} probable on average than tokens drawn at temperature "
+            f"{temperature:g} with {sampler.decoding} ({abs(off) * math.sqrt(variance):.0f} standard "
+            "errors), though its log-probs are this policy's; see that it takes temperature, top_p, top_k "
+            "and min_p from the request, and has no defaults of its own (vLLM: `--generation-config vllm`)"
         )

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import httpx2
 
+from stepscope.addresses import NO_ADDRESS, is_address
 from stepscope.errors import BatchError, ConfigError, shown
 from stepscope.policy.forward import vocabulary_size
 from stepscope.policy.passes import Budget, track
@@ -28,6 +29,9 @@ from stepscope.policy.state import Policy
 
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 """Statuses after which the same request may succeed."""
+
+LARGEST_ANSWER = 1 << 28
+"""Bytes of an answer at most: some thousand for each of the longest response's tokens."""
 
 LONGEST_WAIT = 30.0
 """Seconds between two tries at most."""
@@ -58,6 +62,19 @@ class ServerSampler(Sampler):
     wait: float = 0.5
 
     conventions: ClassVar[tuple[Convention, ...]] = ("processed", "tempered", "raw")
+
+    def __post_init__(self) -> None:
+        """Refuse an address that holds more than one, or none.
+
+        Raises:
+            ConfigError: naming what is expected.
+        """
+        if not is_address(self.url):
+            raise ConfigError(f"sampler.url: {NO_ADDRESS}")
+        try:
+            httpx2.URL(self.url)
+        except httpx2.InvalidURL as error:
+            raise ConfigError(f"sampler.url: {self.url!r} is no URL ({error}); {NO_ADDRESS}") from error
 
     @property
     def order(self) -> tuple[Truncation, ...]:  # type: ignore[override]
@@ -158,11 +175,9 @@ class ServerSampler(Sampler):
         for attempt in range(self.retries + 1):
             pause = min(LONGEST_WAIT, self.wait * 2**attempt)
             try:
-                answer = http.request(method, path, json=body)
-            except httpx2.TransportError as error:
+                answer = self._answer(http, method, path, body)
+            except httpx2.RequestError as error:
                 trouble = f"{type(error).__name__}: {error}"
-            except httpx2.InvalidURL as error:
-                raise ConfigError(f"{self.name}: is no URL ({error})") from error
             else:
                 if answer.status_code not in TRANSIENT:
                     return self._accepted(answer, path)
@@ -175,6 +190,31 @@ class ServerSampler(Sampler):
             f"and what it logs (sampler.timeout is {self.timeout:g} s)"
         )
 
+    def _answer(
+        self, http: httpx2.Client, method: str, path: str, body: Mapping[str, Any] | None
+    ) -> httpx2.Response:
+        """What is answered to one request, read whole; httpx times each piece of it alone.
+
+        Raises:
+            httpx2.RequestError: nothing comes, or not within the time.
+            BatchError: it does not end.
+        """
+        latest = time.monotonic() + self.timeout
+        with http.stream(method, path, json=body) as answer:
+            pieces, size = [], 0
+            for piece in answer.iter_bytes():
+                pieces.append(piece)
+                size += len(piece)
+                if size > LARGEST_ANSWER:
+                    raise BatchError(
+                        f"{self.name}: {path} answers more than {LARGEST_ANSWER >> 20} MiB, expected one "
+                        "response; is this the address of the server?"
+                    )
+                if time.monotonic() > latest:
+                    raise httpx2.ReadTimeout("the answer has not ended in time")
+        kept = [(k, v) for k, v in answer.headers.raw if k.lower() in (b"content-type", b"retry-after")]
+        return httpx2.Response(answer.status_code, headers=kept, content=b"".join(pieces))
+
     def _accepted(self, answer: httpx2.Response, path: str) -> dict[str, Any]:
         if answer.status_code != 200:
             raise BatchError(
@@ -183,7 +223,7 @@ class ServerSampler(Sampler):
             )
         try:
             said = answer.json()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BatchError(
                 f"{self.name}: {path} answers {shown(answer.text)}, expected JSON; is this the address of "
                 "the server?"
@@ -195,4 +235,4 @@ class ServerSampler(Sampler):
 
 def _asked_to_wait(answer: httpx2.Response, otherwise: float) -> float:
     said = answer.headers.get("retry-after", "")
-    return min(LONGEST_WAIT, float(said)) if said.isdigit() else otherwise
+    return min(LONGEST_WAIT, float(said)) if said.isdecimal() else otherwise
