@@ -191,6 +191,14 @@ def test_wrong_settings_are_refused_before_anything_is_written(trained_run, tmp_
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize("key", ["out", "checkpoint", "stages"])
+def test_a_setting_gives_nothing_that_the_study_gives(trained_run, tmp_path, key):
+    config = study_config(trained_run, tmp_path / "s", settings={"a": {key: "x"}})
+    with pytest.raises(ConfigError, match=f"{key} cannot differ between settings"):
+        run_study(config)
+    assert not (tmp_path / "s").exists()
+
+
 def test_another_study_in_the_folder_is_refused(study, trained_run):
     with pytest.raises(RunFolderError, match=r"repeats \(2 there, 3 here\)"):
         run_study(study_config(trained_run, study, repeats=3))

@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from stepscope.config import MeasureConfig, StudyConfig, build_config, set_path
+from stepscope.errors import ConfigError
 from stepscope.pipeline.inputs.policies import checkpoints_in
 
 NO_LIMIT = 2**40
 """Tokens of a micro-batch in a study that sets none: memories at hand differ between machines."""
+
+_OF_THE_STUDY = frozenset({"checkpoint", "out", "stages"})
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,11 @@ def _cell_config(
     config: StudyConfig, key: str, checkpoint: Path, changes: dict[str, Any], repeat: int
 ) -> MeasureConfig:
     data = config.measure.model_dump(mode="json")
+    if given := sorted({path.split(".")[0] for path in changes} & _OF_THE_STUDY):
+        raise ConfigError(
+            f"setting of {key}: {', '.join(given)} cannot differ between settings; "
+            f"the study itself gives it: name checkpoints, out and stages beside settings, and leave {', '.join(given)} out here"
+        )
     for path, value in changes.items():
         set_path(data, path, value)
     data |= {
