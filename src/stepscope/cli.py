@@ -223,6 +223,12 @@ def measure(
         bool,
         typer.Option("--profile", help="Also write where time and memory go, pass by pass, and print it."),
     ] = False,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard", help="Each of several processes (torchrun) holds a part of the parameters and moments."
+        ),
+    ] = False,
     precision: Precision = None,
     device: Device = None,
     config: ConfigFile = None,
@@ -241,6 +247,7 @@ def measure(
         "update.file": update,
         "memory": memory,
         "profile": profile or None,
+        "shard": shard or None,
         "precision": precision,
         "device": device,
     }

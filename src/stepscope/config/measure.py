@@ -280,9 +280,12 @@ class MeasureConfig(MeasureSettings):
         out: run folder.
         stages: stages to run, in any order; they run in the order of the pipeline.
         profile: also write where the time goes: ``profile.json`` and ``profile_trace.json``.
+        shard: each of several processes holds a part of parameters, moments and directions, for what no
+            single device holds.
     """
 
     checkpoint: str
     out: str
     stages: list[Stage] = Field(default_factory=lambda: list(STAGES), min_length=1)
     profile: bool = False
+    shard: bool = False

@@ -22,7 +22,7 @@ from stepscope.pipeline.stages.summary import write_summary
 from stepscope.pipeline.together import main_only, together
 from stepscope.policy.checkpoint.load import checkpoint_digest
 from stepscope.policy.checkpoint.models import usable_device
-from stepscope.policy.group import current
+from stepscope.policy.group import current, launched
 from stepscope.policy.loss.own import own_source
 from stepscope.policy.profiler import Profiler, profiled_stage, profiling
 from stepscope.policy.state import Policy
@@ -30,7 +30,7 @@ from stepscope.report import measured
 from stepscope.results.files import whole
 from stepscope.runs import PROFILE, PROVENANCE, TRACE, RunFolder, locked, write_record
 
-HERE_ONLY = ("stages", "out", "memory", "max_tokens", "scratch", "profile")
+HERE_ONLY = ("stages", "out", "memory", "max_tokens", "scratch", "profile", "shard")
 """Keys of the configuration that say how a call measures, and not what."""
 
 
@@ -60,7 +60,12 @@ def run_measure(
         BatchError: the update batch makes no step, or the batches share prompts.
         TaskError: the task's data are not those the run began with.
     """
-    with together(config.device, Path(config.out)):
+    if config.shard and launched() == 1:
+        raise ConfigError(
+            "--shard cuts a policy into parts for several processes, and this is one; start them with "
+            "torchrun --nproc-per-node=N --no-python stepscope measure ..., or measure without --shard"
+        )
+    with together(config.device, Path(config.out), lockstep=config.shard):
         return measure(config, resume=resume, policy=policy, show_page=show_page)
 
 

@@ -30,12 +30,13 @@ _entries = 0  # so far, the same on all processes
 
 
 @contextmanager
-def together(device: str | None, folder: Path) -> Iterator[Group]:
+def together(device: str | None, folder: Path, *, lockstep: bool = False) -> Iterator[Group]:
     """A block that all processes which were started together run, as one measurement.
 
     Args:
         device: what the configuration says.
         folder: which the first process keeps.
+        lockstep: whether they run models together, which are sharded.
     """
     if launched() == 1:
         yield current()
@@ -44,7 +45,7 @@ def together(device: str | None, folder: Path) -> Iterator[Group]:
     _entries += 1
     store = None
     try:
-        with entered(device=device) as group:
+        with entered(device=device, lockstep=lockstep) as group:
             try:
                 with nullcontext() if group.is_main else _silent(folder):
                     yield group

@@ -10,7 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +26,7 @@ from stepscope.errors import BatchError, MeasurementError
 from stepscope.policy.head import Replay, head_of
 from stepscope.policy.numerics.differentiation import differentiable
 from stepscope.policy.numerics.precision import matching_precision
+from stepscope.policy.sharding import Replaced, changed, resharded, running, sharded
 from stepscope.results import BoolArray, FloatArray
 
 Reading = Callable[[Tensor, slice], Tensor]
@@ -61,6 +62,17 @@ class TokenBatch:
         """Number of sequences."""
         return int(self.input_ids.shape[0])
 
+    def part(self, rank: int, size: int) -> TokenBatch:
+        """One of ``size`` parts of a batch, all of one shape.
+
+        Parts of rows are filled up with the first row, as one in which the policy has written nothing.
+        """
+        count = -(-len(self) // size)
+        rows = torch.arange(rank * count, (rank + 1) * count, device=self.input_ids.device)
+        real = (rows < len(self)).unsqueeze(-1)
+        chosen = TokenBatch(*(getattr(self, f.name)[rows * real.squeeze(-1)] for f in fields(self)))
+        return replace(chosen, response_mask=chosen.response_mask & real, present=chosen.present & real)
+
     def row(self, index: int) -> TokenBatch:
         """One sequence, with the padding that it has here."""
         return TokenBatch(*(getattr(self, own.name)[index : index + 1] for own in fields(self)))
@@ -72,6 +84,12 @@ class TokenBatch:
         mask = self.present.to(values.device)
         counts: list[int] = mask.sum(1).tolist()
         return torch.split(values[mask], counts)
+
+    def rows(self, values: Tensor) -> dict[int, Tensor]:
+        """The same by sequence of the batch, without rows that only fill a micro-batch up."""
+        real = self.present.any(1).tolist()
+        found = zip(self.seq_index.tolist(), self.unpad(values), real, strict=True)
+        return {i: row for i, row, is_real in found if is_real}
 
     def pad(self, rows: Sequence[FloatArray], like: Tensor) -> Tensor:
         """(seq, tok) values of these sequences out of the (tok,) rows of the whole batch, zero on padding.
@@ -189,7 +207,7 @@ def _finds_positions(model: nn.Module) -> bool:
         row = torch.arange(1, 6, device=device)[None]
         alone = {"input_ids": row, "attention_mask": torch.ones_like(row)}
         padded = {name: nn.functional.pad(value, (3, 0)) for name, value in alone.items()}
-        with torch.no_grad(), matching_precision(model), plain_experts(model):
+        with torch.no_grad(), matching_precision(model), plain_experts(model), resharded(model):
             short, long = model(**alone).logits, model(**padded).logits[:, 3:]
         gap, spread = (short - long).abs().amax().float(), short.float().std()
         _positions_found[model] = bool(gap <= _ROUND_OFF.get(short.dtype, 0.1) * spread)
@@ -255,7 +273,7 @@ def forward(
     batch: TokenBatch,
     *,
     temperature: float,
-    params: Mapping[str, Tensor] | None = None,
+    params: Mapping[str, Tensor] | Replaced | None = None,
     keep_logits: bool = False,
     keep_hidden: bool = False,
     keep_squares: bool = False,
@@ -270,8 +288,8 @@ def forward(
         model: causal language model.
         batch: padded sequences.
         temperature: T of pi(.|s) = softmax(z(s)/T).
-        params: values to use instead of the model's own, by ``named_parameters()`` name; missing names keep
-            the model's own value.
+        params: values to use instead of the model's own, by ``named_parameters()`` name, or what makes them;
+            missing names keep the model's own value. A sharded model takes the second only.
         keep_logits: also return logits / temperature, all at once: for small vocabularies.
         keep_hidden: also return the last hidden states.
         keep_squares: also return the sums over pi_v^2, ``collisions`` and ``discriminators``.
@@ -284,6 +302,37 @@ def forward(
         MeasurementError: the model cannot be told the positions of padded sequences, its logits are not
             finite, or it gives a response token probability 0.
     """
+    run = partial(
+        _forward,
+        model,
+        batch,
+        temperature,
+        keep_logits=keep_logits,
+        keep_hidden=keep_hidden,
+        keep_squares=keep_squares,
+        readings=readings,
+    )
+    if not isinstance(params, Replaced):
+        with resharded(model):
+            return run(params)
+    if sharded(model) is None:
+        return run(params.values(model))
+    with resharded(model), changed(model, params.in_units):
+        return run(None)
+
+
+def _forward(
+    model: nn.Module,
+    batch: TokenBatch,
+    temperature: float,
+    params: Mapping[str, Tensor] | None,
+    *,
+    keep_logits: bool,
+    keep_hidden: bool,
+    keep_squares: bool,
+    readings: Mapping[Hashable, Reading],
+) -> TokenOutputs:
+    """:func:`forward`, all values of parameters at hand."""
     length = batch.response_ids.shape[1]
     inputs = forward_inputs(model, batch, positions=length + 1)
     inside = partial(_computing, model)
@@ -378,7 +427,7 @@ def log_distributions(
 @contextmanager
 def _computing(model: nn.Module) -> Iterator[None]:
     """A block in which a model computes as it is measured."""
-    with matching_precision(model), plain_experts(model), differentiable(model):
+    with matching_precision(model), plain_experts(model), differentiable(model), running(model):
         yield
 
 

@@ -57,13 +57,26 @@ class Group:
     _processes: Any = None
 
     @property
+    def processes(self) -> Any:
+        """Torch's process group; None for this process alone."""
+        return self._processes
+
+    @property
     def is_main(self) -> bool:
         """Whether this is the process that keeps files and speaks."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> list[T]:
-        """This process's part of some items; see :meth:`deal`."""
-        return self.deal(items)[self.rank]
+        """This process's part of some items; see :meth:`deal`. In lockstep each has a part in every item."""
+        return list(items) if self.lockstep else self.deal(items)[self.rank]
+
+    def place_of_share(self, count: int) -> slice:
+        """Where this process's part of so many items is, once the parts stand one after the other."""
+        if self.lockstep:
+            return slice(0, count)
+        sizes = list(map(len, self.deal(range(count))))
+        start = sum(sizes[: self.rank])
+        return slice(start, start + sizes[self.rank])
 
     def deal(self, items: Sequence[T]) -> list[list[T]]:
         """Each process's part of some items, dealt there and back (0 1 1 0 0 1 ...).
@@ -71,6 +84,8 @@ class Group:
         Of items that go from the most to the least work, parts are about equal work. Depends on nothing but
         the items' number.
         """
+        if self.lockstep:
+            return [list(items), *([] for _ in range(1, self.size))]
         period = 2 * self.size
         parts: list[list[T]] = [[] for _ in range(self.size)]
         for i, item in enumerate(items):
@@ -80,7 +95,7 @@ class Group:
 
     def largest_share(self, count: int) -> int:
         """Most items that a process has of so many."""
-        return -(-count // self.size)
+        return count if self.lockstep else -(-count // self.size)
 
     def gather(self, own: T) -> list[T]:
         """What each process has, by rank; anything that can be pickled."""
@@ -180,6 +195,14 @@ class Group:
             found |= {key: part.view(shape) for (key, shape, *_), part in zip(listed, parts, strict=True)}
         return dict(sorted(found.items()))
 
+    def concatenated(self, own: Tensor) -> Tensor:
+        """Tensors of one shape, by rank, one after the other along their first axis."""
+        found = own.new_empty(self.size * len(own), *own.shape[1:])
+        parts = [found[rank * len(own) : (rank + 1) * len(own)] for rank in range(self.size)]
+        with _exchange():
+            dist.all_gather(parts, own.contiguous(), group=self._processes)
+        return found
+
     def barrier(self) -> None:
         """Wait until all processes are here."""
         self.gather(None)
@@ -233,7 +256,8 @@ def entered(*, device: str | None = None, lockstep: bool = False) -> Iterator[Gr
         yield _current
     finally:
         _current = before
-        dist.destroy_process_group(processes)
+        if not lockstep:  # torch's cache of layouts names the first group that had such tensors
+            dist.destroy_process_group(processes)
 
 
 def _part() -> None:

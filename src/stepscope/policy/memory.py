@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 
 from stepscope.policy.group import current
 from stepscope.policy.head import runs_whole
+from stepscope.policy.shards import part
 from stepscope.policy.state import Policy
 
 Use = Literal["passes", "generation"]
@@ -77,7 +78,7 @@ def room(policy: Policy, use: Use, *, narrowest: int, widest: int, kept_bytes: i
     if policy.device.type == "cpu":  # which those on one machine share
         left //= current().size
     if use == "passes":
-        left = max(left // 4, left - kept_bytes - sum(p.nbytes for p in policy.parameters.values()))
+        left = max(left // 4, left - kept_bytes - sum(part(p).nbytes for p in policy.parameters.values()))
     fits = int(SHARE * left / each)
     return 1 << max(0, fits.bit_length() - 1)
 

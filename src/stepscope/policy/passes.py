@@ -66,6 +66,11 @@ class Budget:
         if self.max_sequences < 1:
             raise MeasurementError(f"max_sequences is {self.max_sequences}, expected at least 1")
 
+    def times(self, count: int) -> Budget:
+        """What several processes may use together."""
+        most = None if self.max_tokens is None else count * self.max_tokens
+        return replace(self, max_sequences=count * self.max_sequences, max_tokens=most)
+
 
 def track(items: Iterable[T], what: str, budget: Budget, *, total: int | None = None) -> Iterator[T]:
     """The items one after the other, with a progress bar on standard error where the budget allows one.
@@ -161,6 +166,8 @@ def sweep(
 ) -> Iterator[tuple[TokenBatch, T]]:
     """The micro-batches, one at a time, each with what ``run`` makes of it; see :func:`in_pieces`.
 
+    In a group in lockstep a micro-batch is that of all processes, which have a part of it each, of one shape.
+
     Args:
         policy: on whose device the micro-batches are.
         rollouts: the sequences.
@@ -175,10 +182,12 @@ def sweep(
             divisible.
     """
     chosen = own_share(rollouts) if order is None else order
-    run = watched(run)
+    run, group = watched(run), current()
 
     def one(piece: slice) -> tuple[TokenBatch, T]:
         batch = gather(policy, rollouts, chosen[piece])
+        if group.lockstep:
+            batch = batch.part(group.rank, group.size)
         return batch, run(batch)
 
     items = widths(rollouts, chosen)
@@ -198,7 +207,8 @@ def in_pieces(
     """What ``run`` makes of items, as many at a time as the budget and the memory at hand allow.
 
     Where the memory does not suffice for a piece, it and all after it, here and in later calls for the model,
-    have half its padded tokens, and a line says so.
+    have half its padded tokens, and a line says so. In a group in lockstep a piece is that of all processes,
+    and memory that does not suffice ends them.
 
     Args:
         policy: whose model runs.
@@ -216,8 +226,11 @@ def in_pieces(
 
     def from_start(start: int) -> list[slice]:
         known = fitting(policy, budget, items[start:], use) if divisible else budget
+        if group.lockstep:
+            known = known.times(group.size)
         return [slice(start + s.start, start + s.stop) for s in cut(items[start:], known)]
 
+    group = current()
     waiting = deque(from_start(0))
 
     def pieces() -> Iterator[slice]:
@@ -233,7 +246,7 @@ def in_pieces(
                 raise
             if count > 1:
                 _learn(policy, use, count, width)
-            if not divisible or count == 1:
+            if not divisible or count == 1 or group.lockstep:  # the others are in the middle of theirs
                 raise TooLargeError(count, width) from error
         else:
             yield found
@@ -286,6 +299,8 @@ def fitting(policy: Policy, budget: Budget, items: Sequence[Width], use: Use = "
         most = room(
             policy, use, narrowest=min(map(sum, items)), widest=padded(items), kept_bytes=budget.memory_bytes
         )
+    if most is not None and current().lockstep:
+        most = int(current().least(most))
     known = _most_tokens.get(policy.model, {}).get(use)
     limits = [limit for limit in (most, known) if limit is not None]
     return replace(budget, max_tokens=min(limits)) if limits else budget
@@ -313,5 +328,5 @@ def sweep_rows(
     """
     found: dict[int, Tensor] = {}
     for batch, values in sweep(policy, rollouts, run, budget=budget, what=what):
-        found |= zip(batch.seq_index.tolist(), batch.unpad(values), strict=True)
+        found |= batch.rows(values)
     return list(current().rows(found).values())

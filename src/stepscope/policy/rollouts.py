@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stepscope.errors import BatchError, CheckpointError, shown
+from stepscope.errors import BatchError, CheckpointError, MeasurementError, shown
 from stepscope.policy.forward import TokenBatch, base_model, forward
 from stepscope.policy.group import current
 from stepscope.policy.loss.estimators import with_advantages
@@ -331,9 +331,12 @@ def _drawn(
 ) -> dict[int, Response]:
     """Responses to some prompts by their places: this process's share."""
     length = policy.settings.max_response_tokens
-    mine = current().share(range(len(prompts)))
+    group = current()
+    mine = group.share(range(len(prompts)))
     if not mine:
         return {}
+    if group.lockstep and not isinstance(sampler, TransformersSampler):
+        raise MeasurementError(f"{sampler.name} cannot run a model that is sharded; sample without --shard")
     request = Request(
         prompts=[prompts[i] for i in mine],
         randomness=sampler.randomness(generator, len(prompts), length)[mine],
@@ -341,7 +344,8 @@ def _drawn(
         temperature=policy.settings.temperature,
         ends=tuple(end_tokens(policy)),
     )
-    return dict(zip(mine, sampler.sample(policy, request, budget), strict=True))
+    found = dict(zip(mine, sampler.sample(policy, request, budget), strict=True))
+    return {place: found[place] for place in group.deal(mine)[group.rank]} if group.lockstep else found
 
 
 def _scored(

@@ -43,6 +43,7 @@ from stepscope.measure.quantity.probe import Bindings, bindings_on
 from stepscope.measure.step.derivative import step_derivative
 from stepscope.measure.step.nonlinear import nonlinear_doubt
 from stepscope.measure.step.reconstruct import Step, weighted_logprobs
+from stepscope.policy import vectors
 from stepscope.policy.gradients.derivatives import Mode, directional_derivatives, response_logprob
 from stepscope.policy.gradients.gram import gram
 from stepscope.policy.gradients.products import per_sequence_dots
@@ -417,8 +418,7 @@ def token_products(
         return found
     part = step.update.select(pushed)
     places = np.isin(step.update.places[0], pushed)
-    rows = [{n: torch.as_tensor(row).to(t) for n, t in pulled.items()} for row in mixing]
-    directions = ({n: torch.tensordot(row[n], t, 1) for n, t in pulled.items()} for row in rows)
+    directions = (vectors.mixed(pulled, row) for row in mixing)
     slopes = directional_derivatives(policy, part, response_logprob, directions, mode=mode, budget=budget)
     for own, slope in zip(found, slopes, strict=True):
         own[places] = weights[places] * part.flat([d.double().cpu().numpy() for d in slope])

@@ -22,6 +22,7 @@ from stepscope.measure.quantity.estimators import ProbeValues
 from stepscope.measure.quantity.estimators import value as quantity_value
 from stepscope.measure.quantity.objective import quantity_objective
 from stepscope.measure.step.reconstruct import weighted_logprobs
+from stepscope.policy import vectors
 from stepscope.policy.gradients.derivatives import gradient
 from stepscope.policy.gradients.products import group_gradients
 from stepscope.policy.gradients.stream import SequenceGradients
@@ -75,10 +76,7 @@ class ProbeGradient:
 
     def dots(self, vector: ParameterVector) -> FloatArray:
         """(group + 1,) inner products of the parts with one vector."""
-        total = torch.zeros(self.num_groups + 1, dtype=torch.float64)
-        for name, part in self.parts.items():
-            total += (part.flatten(1).double() @ vector[name].reshape(-1).to(part.device).double()).cpu()
-        return total.numpy()
+        return vectors.stack_dots(self.parts, vector)
 
     def residuals(self, products: FloatArray) -> FloatArray:
         """What each group adds to the error of inner products with grad F, for ``estimate_from_sums``.
@@ -192,8 +190,7 @@ def probe_gradient(
 
 def fitting_groups(policy: Policy, budget: Budget) -> int:
     """Most groups whose gradients the budget's memory holds, beside two more vectors; at least one."""
-    per_group = sum(p.numel() * max(4, p.element_size()) for p in policy.parameters.values())
-    return max(1, budget.memory_bytes // per_group - 2)
+    return max(1, budget.memory_bytes // vectors.vector_bytes(policy.parameters) - 2)
 
 
 def prompt_groups(prompts: Sequence[int] | IntArray, most: int) -> IntArray:

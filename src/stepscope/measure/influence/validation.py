@@ -36,6 +36,7 @@ from stepscope.measure.quantity.probe import bind_quantity
 from stepscope.measure.quantity.values import values_at
 from stepscope.measure.step.reconstruct import Step, assemble_step, weighted_logprobs
 from stepscope.measure.step.terms import term_gradients
+from stepscope.policy import vectors
 from stepscope.policy.gradients.products import weighted_gradients
 from stepscope.policy.gradients.stream import SequenceGradients
 from stepscope.policy.loss.estimators import with_advantages
@@ -181,7 +182,7 @@ def remake_steps(
     # sequences without a weight leave every gradient as it is, and so do steps that differ by them alone
     pushed = np.array([bool(np.any(row)) for row in per_unit])
     _, first, same = np.unique(shares[:, pushed], axis=0, return_index=True, return_inverse=True)
-    gradients = {n: t[first] for n, t in gradients.items()}
+    gradients = vectors.rows(gradients, first)
     truth, by_fold = _true_changes(policy, step, probe, bound, gradients, rate, found.folds, budget)
     truth, by_fold = truth[same], by_fold[:, same]
     parts = np.cumsum([1, len(subsets), len(singles), len(singles)])
@@ -282,7 +283,7 @@ def _true_changes(
     changes = np.empty(count)
     by_fold = np.empty((len(members), count))
     for row in track(range(count), "re-made steps", budget):
-        ascent = {n: t[row].to(policy.dtype) for n, t in gradients.items()}
+        ascent = vectors.row(gradients, row, policy.dtype)
         remade = assemble_step(policy, step.update, step.token_weights, ascent, terms)
         moved = values_at(policy, probe, (bound.quantity,), remade.direction, lr, budget=budget).quantity(0)
         change = per_decision(bound, moved)

@@ -19,12 +19,13 @@ from torch.nn.utils.rnn import pad_sequence
 from stepscope.errors import MeasurementError
 from stepscope.measure.quantity.base import Quantity, readings_of
 from stepscope.policy.forward import TokenBatch, forward
-from stepscope.policy.gradients.derivatives import pushed_forward
+from stepscope.policy.gradients.derivatives import Values, pushed_forward
 from stepscope.policy.group import current
 from stepscope.policy.numerics.attention import mathematical_attention
 from stepscope.policy.numerics.differentiation import whole_function
 from stepscope.policy.numerics.nested import SmoothActivations
 from stepscope.policy.passes import Budget, sweep, sweep_rows
+from stepscope.policy.sharding import along
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector, shifted
 from stepscope.results import BoolArray, FloatArray, IntArray, Rollouts
@@ -111,10 +112,10 @@ def _reader(
 ) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Reads (seq, tok) log-probs, and (quantity, seq, tok) prefix and token values, off a micro-batch.
 
-    Its second argument are parameter values to use instead of the policy's own.
+    Its second argument makes parameter values to use instead of the policy's own.
     """
 
-    def read(batch: TokenBatch, params: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def read(batch: TokenBatch, params: Values | None = None) -> tuple[Tensor, Tensor, Tensor]:
         outputs = forward(
             policy.model,
             batch,
@@ -160,23 +161,21 @@ def derivatives(
         MeasurementError: torch has no forward-mode rule for some operation of this model, or a derivative is
             not finite.
     """
-    params = {n: policy.parameters[n].detach() for n in direction}
-    tangent = {n: t.to(params[n].dtype) for n, t in direction.items()}
     read = _reader(policy, rollouts, quantities)
     tables = [_Collector(rollouts, len(quantities)) for _ in range(order)]
     zero = torch.zeros((), dtype=policy.dtype, device=policy.device)
     one = torch.ones_like(zero)
     doubt: str | None = None
 
-    def along(batch: TokenBatch) -> Slopes:
+    def slopes_of(batch: TokenBatch) -> Slopes:
         nonlocal doubt
 
-        def stacked(moved: dict[str, Tensor]) -> Tensor:
+        def stacked(moved: Values) -> Tensor:
             logprobs, prefix, token = read(batch, moved)
             return torch.cat([logprobs.unsqueeze(0), prefix, token])
 
         def values(lr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return read(batch, {n: p + lr * tangent[n] for n, p in params.items()})
+            return read(batch, along(direction, lr))
 
         def slopes(lr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             found: tuple[Tensor, Tensor, Tensor] = torch.func.jvp(values, (lr,), (one,))[1]
@@ -185,7 +184,7 @@ def derivatives(
         whole = whole_function(policy.model)
         with torch.no_grad(), mathematical_attention(), whole, _rules(order):
             if order == 1:
-                first = pushed_forward(stacked, params, tangent)
+                first = pushed_forward(stacked, direction)
                 prefix, token = first[1:].chunk(2)
                 return ((first[0], prefix, token),)
             with SmoothActivations():
@@ -197,7 +196,7 @@ def derivatives(
                 )
             return both
 
-    for batch, found in sweep(policy, rollouts, along, budget=budget):
+    for batch, found in sweep(policy, rollouts, slopes_of, budget=budget):
         for table, slope in zip(tables, found, strict=True):
             table.add(batch, *slope)
     first, *second = (t.result(f"derivative {i}") for i, t in enumerate(tables, 1))
@@ -238,16 +237,24 @@ def second_doubt(
     Returns:
         How far they are apart at best, if by more than a twentieth and more than round-off; else "".
     """
-    speed, size = (float(t[mask].square().mean().sqrt()) for t in (first, second))
+    group = current()
+    agreed = group.most if group.lockstep else float  # all go the same number of rounds
+    count = max(1, int(mask.sum()))
+
+    def typical(values: Tensor) -> float:
+        return agreed(float((values[mask].square().sum() / count).sqrt()))
+
+    speed, size = typical(first), typical(second)
     if speed == 0 or size == 0:
         return ""
-    fastest = max(float(first[mask].abs().max()), float(second[mask].abs().max()) ** 0.5)
+    largest = (float((t * mask).abs().max()) for t in (first, second))
+    fastest = agreed(max(next(largest), next(largest) ** 0.5))
     reach = min(eps ** (1 / 3) / speed, SHARE_OF_BEND / fastest)
     smallest = float("inf")
     while True:
         stop = torch.as_tensor(reach, dtype=first.dtype, device=first.device)
         by_difference = (slope(stop) - slope(-stop)) / (2 * stop)
-        error = float((by_difference - second)[mask].square().mean().sqrt())
+        error = typical(by_difference - second)
         if error <= SECOND_TOLERANCE * size + ROUND_OFFS * eps * speed / reach:
             return ""
         smallest = min(smallest, error)

@@ -63,14 +63,7 @@ class StepDerivative:
         """
         found = {n: t.mul_(self.factor) for n, t in self.slope.pulled(stacks).items()}
         if self.clip_effect:
-            effects = sum(
-                (t.flatten(1).double() @ self.clip_effect[n].reshape(-1).to(t.device).double()).cpu()
-                for n, t in stacks.items()
-            )
-            assert isinstance(effects, Tensor)
-            for n, t in found.items():
-                rows = effects.to(t.device, t.dtype).reshape(-1, *[1] * (t.dim() - 1))
-                t += rows * self.clip_gradient[n].to(t.device, t.dtype)
+            vectors.add_multiples(found, vectors.stack_dots(stacks, self.clip_effect), self.clip_gradient)
         return found
 
 

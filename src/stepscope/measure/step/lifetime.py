@@ -17,7 +17,7 @@ is "momentum" whatever the training does. (Own derivation, held to ``torch.optim
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from stepscope.errors import CheckpointError
@@ -57,9 +57,9 @@ def lifetime(policy: Policy, step: Step, *, horizons: tuple[int, ...] = HORIZONS
 
     def average(vector: dict[str, Tensor], values: list[float]) -> float:
         """Mean over parameters, weighted by squared length."""
-        lengths = torch.stack([vector[n].double().square().sum() for n in state.names])
-        each = torch.tensor(values, dtype=torch.float64, device=lengths.device)
-        return float((lengths * each).sum() / lengths.sum())
+        squares = vectors.dots_by_name(vector, vector)
+        lengths = np.array([squares[name] for name in state.names])
+        return float(lengths @ np.array(values) / lengths.sum())
 
     share = vectors.dot(own, step.direction) / vectors.norm(step.direction) ** 2
     by_arithmetic = [state.own_shares(name) for name in state.names]

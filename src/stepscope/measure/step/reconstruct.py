@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from stepscope.errors import BatchError, CheckpointError, MeasurementError
@@ -29,6 +30,7 @@ from stepscope.measure.step.terms import term_gradients
 from stepscope.policy import vectors
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients.derivatives import WeightedLogprobs, gradient
+from stepscope.policy.group import current
 from stepscope.policy.loss.surrogate import needs_reference, token_weights
 from stepscope.policy.numerics.finiteness import first_not_finite
 from stepscope.policy.optim.base import OptimizerState, Update
@@ -284,13 +286,15 @@ class _Drift:
     def add(self, outputs: TokenOutputs, batch: TokenBatch) -> None:
         """Take in one micro-batch, anew where it is run again."""
         now = outputs.logprobs.detach().double().cpu()
-        apart = (now - batch.pad(self.update.logprobs, now)).abs().sum(1)
+        written = batch.response_mask.cpu()
+        apart = (now - batch.pad(self.update.logprobs, now)).abs().mul(written).sum(1)
         rows = batch.seq_index.cpu()
         self.total[rows] = apart
-        self.count[rows] = batch.response_mask.sum(1).cpu()
+        self.count[rows] = written.sum(1)
 
     def check(self) -> None:
         """Refuse a batch of another policy."""
+        current().sum_(map(torch.from_numpy, (self.total, self.count)))
         mean = float(self.total.sum() / self.count.sum())
         if not mean <= DRIFT_LIMIT:
             raise BatchError(

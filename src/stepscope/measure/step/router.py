@@ -19,6 +19,7 @@ from torch import Tensor
 from stepscope.policy.forward import base_model, forward_inputs, make_batch, plain_experts
 from stepscope.policy.loss.router import router_coefficient
 from stepscope.policy.numerics.precision import matching_precision
+from stepscope.policy.sharding import pulled_back, resharded
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 
@@ -39,7 +40,7 @@ def router_gradient(policy: Policy, rollouts: Rollouts) -> dict[str, Tensor]:
     for start in starts:
         rows = range(start, min(start + size, len(rollouts)))
         value = router_loss(policy, rollouts, rows)
-        grads = torch.autograd.grad(value, list(params.values()), allow_unused=True)
+        grads = pulled_back(policy.model, value, list(params.values()), same=True)
         for name, grad in zip(params, grads, strict=True):
             if grad is not None:
                 total[name] -= coefficient / len(starts) * grad
@@ -56,6 +57,6 @@ def router_loss(policy: Policy, rollouts: Rollouts, rows: range) -> Tensor:
         width = batch.response_ids.shape[1]
         batch.attention_mask[:, -width:] *= ~gone[:, None]
     inputs = forward_inputs(policy.model, batch, positions=1)
-    with matching_precision(policy.model), plain_experts(policy.model):
+    with matching_precision(policy.model), plain_experts(policy.model), resharded(policy.model):
         loss: Tensor = policy.model(**inputs, output_router_logits=True).aux_loss
     return loss

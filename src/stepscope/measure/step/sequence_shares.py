@@ -15,6 +15,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from stepscope.errors import MeasurementError
 from stepscope.measure.step.reconstruct import Step, weighted_logprobs
 from stepscope.policy import vectors
 from stepscope.policy.gradients.layer_gradient import LayerGradient
@@ -22,9 +23,15 @@ from stepscope.policy.gradients.products import CHUNK_BYTES, compute_dtype
 from stepscope.policy.gradients.stream import SequenceGradients, stream
 from stepscope.policy.group import current
 from stepscope.policy.passes import Budget
+from stepscope.policy.shards import part
 from stepscope.policy.state import Policy
 from stepscope.results.step import SequenceShares
 from stepscope.stats import Estimate, exact
+
+SUM_LIMIT = {torch.float64: 1e-8, torch.float32: 1e-2}
+"""How far the sequences' gradients may be from adding up to the batch's, in units of the sum of their norms.
+
+Round-off is a share of what is added, however much of it cancels."""
 
 
 def sequence_shares(policy: Policy, step: Step, *, budget: Budget = Budget()) -> SequenceShares | None:
@@ -37,6 +44,9 @@ def sequence_shares(policy: Policy, step: Step, *, budget: Budget = Budget()) ->
 
     Returns:
         None where the gradient is 0.
+
+    Raises:
+        MeasurementError: the shares do not add up to 1, though the loss has no terms beside its sequences.
     """
     total = vectors.norm(step.ascent)
     if total == 0:
@@ -50,7 +60,7 @@ def sequence_shares(policy: Policy, step: Step, *, budget: Budget = Budget()) ->
         name = gradient.name
         if name not in whole:
             ascent = step.ascent[name]
-            whole[name] = gradient.oriented(ascent).to(policy.device, compute_dtype(ascent))
+            whole[name] = gradient.oriented(part(ascent)).to(policy.device, compute_dtype(ascent))
         size = rows.stop - rows.start
         for start, stop in gradient.row_slices(size, CHUNK_BYTES, whole[name].element_size()):
             dense = gradient.dense(start, stop).flatten(1)
@@ -60,6 +70,7 @@ def sequence_shares(policy: Policy, step: Step, *, budget: Budget = Budget()) ->
     stream(policy, gradients, consume, order=order, budget=budget)
     products, squares = current().scatter(own.T, order, len(step.update)).T.cpu().numpy()
     shares = products / total**2
+    _refuse_missing(policy, step, float(shares.sum()), float(np.sqrt(squares).sum()) / total)
     square = float(np.sum(shares**2))
     return SequenceShares(
         share=tuple(shares.tolist()),
@@ -67,6 +78,24 @@ def sequence_shares(policy: Policy, step: Step, *, budget: Budget = Budget()) ->
         largest=int(shares.argmax()),
         effective=float(shares.sum()) ** 2 / square if square else float("nan"),
     )
+
+
+def _refuse_missing(policy: Policy, step: Step, added: float, cancelling: float) -> None:
+    """Refuse gradients of sequences that do not add up to that of the batch, which other hooks have made.
+
+    Args:
+        policy: in which type they were computed.
+        step: with the components of its loss.
+        added: sum of all shares.
+        cancelling: sum of the sequences' norms over the norm of their sum.
+    """
+    limit = SUM_LIMIT.get(policy.dtype, 0.1) * max(1.0, cancelling)
+    if set(step.components) <= {"momentum", "decay", "sequences"} and not abs(added - 1) <= limit:
+        raise MeasurementError(
+            f"the gradients of the batch's sequences add up to {added:.6g} of the batch's own gradient, "
+            f"expected 1 to {limit:g}; measure with --precision float64, and report this architecture if "
+            "that does not help"
+        )
 
 
 def sequence_share_figures(found: SequenceShares, count: int) -> dict[str, Estimate]:

@@ -20,9 +20,11 @@ from stepscope.policy.check.findings import Finding
 from stepscope.policy.checkpoint.adapters import is_adapted
 from stepscope.policy.checkpoint.first_pass import made_up_sequences
 from stepscope.policy.checkpoint.foreign import reads_foreign
+from stepscope.policy.gradients.coverage import classify
 from stepscope.policy.loss.registry import known_loss
 from stepscope.policy.loss.surrogate import adds_component, needs_reference
 from stepscope.policy.optim.muon import MuonState
+from stepscope.policy.sharding import sharded
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 from stepscope.rules import InfluenceClipping
@@ -40,6 +42,8 @@ def findings(policy: Policy, config: MeasureSettings, stages: list[Stage]) -> li
         config: the measurement asked for.
         stages: those that would run.
     """
+    if sharded(policy.model) is not None and (against := unfit_for_parts(policy, config, stages)):
+        return against
     found = [
         *examine(policy),
         *_loss(policy, config),
@@ -97,6 +101,24 @@ def _shares(policy: Policy, stages: Sequence[Stage]) -> list[Finding]:
             Finding("warn", what, "give loss.max_grad_norm if the run had gradients of the others too")
         )
     return found
+
+
+def unfit_for_parts(policy: Policy, config: MeasureSettings, stages: list[Stage]) -> list[Finding]:
+    """What cannot be done with parameters of which each process holds a part."""
+    against = []
+    if slow := classify(policy).slow:
+        against.append(
+            f"{slow[0]} has no gradient by sequence but by a pass for each ({len(slow)} such parameters)"
+        )
+    if config.projection is not None and "kernel" in stages:
+        against.append("a random projection of gradients needs whole parameters")
+    drawn = any(batch.file is None for batch in (config.update, config.probe))
+    if config.sampler.engine != "transformers" and "rollouts" in stages and drawn:
+        against.append(f"the sampler {config.sampler.engine} cannot run a model that is sharded")
+    if policy.optimizer is not None and policy.optimizer.half_types:
+        kinds = "/".join(policy.optimizer.half_types)
+        against.append(f"the training kept weights in {kinds}, and the rounded step is taken on whole ones")
+    return [Finding("fail", what, "measure without --shard") for what in against]
 
 
 def _loss(policy: Policy, config: MeasureSettings) -> list[Finding]:

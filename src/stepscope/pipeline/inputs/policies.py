@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from stepscope.config import LossConfig
+from stepscope.console import say
 from stepscope.errors import CheckpointError
 from stepscope.policy.checkpoint.load import load_checkpoint, load_model, read_settings
+from stepscope.policy.checkpoint.models import usable_device
+from stepscope.policy.distribution import bytes_held, dealt_out
+from stepscope.policy.group import current
 from stepscope.policy.state import Policy
 
 
@@ -47,12 +53,26 @@ def open_policy(
 ) -> Policy:
     """Load a checkpoint with its own loss settings, changed where the configuration says so.
 
-    Without a need for the optimizer's state there is none for what only a step depends on.
+    In a group in lockstep each process gets its part of it. Without a need for the optimizer's state there is
+    none for what only a step depends on.
     """
-    settings = read_settings(checkpoint, overrides=loss.given(), for_step=require_optimizer)
-    return load_checkpoint(
-        checkpoint, precision=precision, device=device, settings=settings, require_optimizer=require_optimizer
-    )
+
+    def loaded(device: str | None) -> Policy:
+        settings = read_settings(checkpoint, overrides=loss.given(), for_step=require_optimizer)
+        return load_checkpoint(
+            checkpoint,
+            precision=precision,
+            device=device,
+            settings=settings,
+            require_optimizer=require_optimizer,
+        )
+
+    if not current().lockstep:
+        return loaded(device)
+    policy = dealt_out(lambda: loaded("cpu"), current(), usable_device(device))
+    most = current().most(bytes_held(policy)) / 2**20
+    say(f"sharded over {current().size} processes: at most {most:,.1f} MiB of parameters and moments on each")
+    return policy
 
 
 def open_reference(model: str | None, policy: Policy) -> Policy | None:
@@ -63,5 +83,11 @@ def open_reference(model: str | None, policy: Policy) -> Policy | None:
     """
     if model is None:
         return None
-    loaded, tokenizer = load_model(model, dtype=policy.dtype, device=policy.device)
-    return Policy(loaded, tokenizer, policy.settings)
+
+    def loaded(device: torch.device) -> Policy:
+        weights, tokenizer = load_model(model, dtype=policy.dtype, device=device)
+        return Policy(weights, tokenizer, policy.settings)
+
+    if not current().lockstep:
+        return loaded(policy.device)
+    return dealt_out(lambda: loaded(torch.device("cpu")), current(), policy.device)

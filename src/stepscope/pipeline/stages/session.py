@@ -209,9 +209,14 @@ class Session:
     @cached_property
     def stored_step(self) -> StoredStep:
         """Where the step points and its learning rate, as stored."""
-        stored, figures = current().from_main(self._read_step)
+        path = self.run.file("direction.safetensors")
+        if current().lockstep:
+            figures = current().from_main(lambda: dict(read_json(verified(path).with_name("step.json"))))
+            stored = load(path, self.policy.parameters)
+        else:
+            stored, figures = current().from_main(self._read_step)
         if problem := first_not_finite(stored.items()):
-            raise MeasurementError(f"{self.run.file('direction.safetensors')}: {problem}; rebuild the step")
+            raise MeasurementError(f"{path}: {problem}; rebuild the step")
         direction = {n: t.to(self.policy.device) for n, t in stored.items()}
         return StoredStep(direction, float(figures["lr"]), figures["initial_lr"])
 

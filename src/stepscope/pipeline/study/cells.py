@@ -71,7 +71,8 @@ def _cell_config(
     if given := sorted({path.split(".")[0] for path in changes} & _OF_THE_STUDY):
         raise ConfigError(
             f"setting of {key}: {', '.join(given)} cannot differ between settings; "
-            f"the study itself gives it: name checkpoints, out and stages beside settings, and leave {', '.join(given)} out here"
+            "the study itself gives it: name checkpoints, out and stages beside settings, and leave "
+            f"{', '.join(given)} out here"
         )
     for path, value in changes.items():
         set_path(data, path, value)

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from stepscope.errors import MeasurementError
+from stepscope.policy import vectors
 from stepscope.policy.forward import TokenBatch, excluded_logit, forward
 from stepscope.policy.numerics.attention import mathematical_attention
 from stepscope.policy.numerics.differentiation import whole_function
+from stepscope.policy.sharding import along, pulled_back
+from stepscope.policy.shards import is_sharded, of_parts, part, span, sum_over_parts
 from stepscope.policy.state import Policy
 
 TOLERANCE = 0.02
@@ -83,12 +86,11 @@ def derivative_errors(
         MeasurementError: the model loses parameters when it is run with other values of them.
     """
     params = {n: policy.parameters[n].detach() for n in direction}
-    tangent = {n: t.to(params[n]) for n, t in direction.items()}
     mask = batch.response_mask
     eps = torch.finfo(policy.dtype).eps
 
     def at(lr: Tensor) -> Tensor:
-        here = {n: p + lr * tangent[n] for n, p in params.items()}
+        here = along(direction, lr)
         logprobs = forward(policy.model, batch, temperature=temperature, params=here).logprobs
         return logprobs[mask]
 
@@ -101,12 +103,12 @@ def derivative_errors(
             if speed == 0:
                 return DerivativeErrors(0.0, 0.0)
             reach = eps ** (1 / 3) / speed
-            size, moved = (torch.stack([t.norm() for t in v.values()]).norm() for v in (params, tangent))
+            size, moved = vectors.norm(params), vectors.norm(direction)
             if size > 0:
-                reach = torch.minimum(reach, FARTHEST * (size / moved).to(reach))
+                reach = reach.clamp(max=FARTHEST * size / moved)
             difference = (at(reach) - at(-reach)) / (2 * reach)
         own = policy.parameters
-        if lost := sorted(set(tangent) - set(own)):
+        if lost := sorted(set(direction) - set(own)):
             raise MeasurementError(
                 f"{lost[0]}: the adapter shares this parameter among layers and loses it when the model "
                 "is run with other values, so no step can be taken; use an adapter of another kind"
@@ -115,9 +117,9 @@ def derivative_errors(
         if reverse:
             with torch.enable_grad():
                 total = forward(policy.model, batch, temperature=temperature).logprobs[mask].sum()
-                grads = torch.autograd.grad(total, [own[n] for n in tangent], allow_unused=True)
-            pairs = zip(grads, tangent.values(), strict=True)
-            summed = sum(float((g * t).sum()) for g, t in pairs if g is not None)
+                grads = pulled_back(policy.model, total, [own[n] for n in direction], same=True)
+            found = {n: g for n, g in zip(direction, grads, strict=True) if g is not None}
+            summed = vectors.dot(found, direction)
     rounding = 200 * eps * float(1 + level.abs().mean()) / float(reach)
     apart = float((difference - slope).abs().float().quantile(UPPER)) - rounding
     typical, whole = float(slope.abs().float().quantile(UPPER)), float(slope.abs().sum())
@@ -146,11 +148,14 @@ def random_direction(policy: Policy) -> dict[str, Tensor]:
     }
     found = {}
     for name, parameter in policy.parameters.items():
-        values = parameter.detach()
-        noise = torch.randn(values.shape, generator=generator).to(values)
+        values, rows = part(parameter), span(parameter)
+        noise = torch.randn(parameter.shape, generator=generator)
+        own = (noise[rows] if is_sharded(parameter) else noise).to(values)
         excluding = values < excluded_logit(values.dtype)
-        size = values.masked_fill(excluding, 0.0).square().mean().sqrt()
-        found[name] = (values + noise * (size + 1e-3)).masked_fill(excluding, 0.0)
-        if id(parameter) in still:
-            found[name][still[id(parameter)]] = 0.0
+        squares = sum_over_parts(values.masked_fill(excluding, 0.0).square().sum(), [parameter])
+        size = (squares / parameter.numel()).sqrt()
+        moved = (values + own * (size + 1e-3)).masked_fill(excluding, 0.0)
+        if id(parameter) in still and rows.start <= (row := still[id(parameter)]) < rows.stop:
+            moved[row - rows.start] = 0.0
+        found[name] = of_parts(moved, parameter)
     return found

@@ -32,6 +32,7 @@ from stepscope.policy.numerics.differentiation import lacks_a_rule
 from stepscope.policy.numerics.precision import HALF_TYPES, matching_precision
 from stepscope.policy.optim.storage import stored_tensors
 from stepscope.policy.rollouts import end_tokens
+from stepscope.policy.sharding import resharded
 from stepscope.policy.state import Policy
 from stepscope.tasks.formats.prompts import encode_prompt, tokens_after
 from stepscope.tasks.formats.templates import FIELD, load_template
@@ -418,7 +419,8 @@ def _positions(policy: Policy) -> list[Finding]:
     inputs = forward_inputs(policy.model, batch, positions=batch.response_ids.shape[1] + 1)
     if "position_ids" not in inputs:
         return []
-    with torch.no_grad(), matching_precision(policy.model), plain_experts(policy.model):
+    model = policy.model
+    with torch.no_grad(), matching_precision(model), plain_experts(model), resharded(model):
         given, left = (policy.model(**i).logits for i in (inputs, {**inputs, "position_ids": None}))
     rows = batch.attention_mask[:, -given.shape[1] :].bool()
     gap = float((given.float().log_softmax(-1) - left.float().log_softmax(-1))[rows].nan_to_num().abs().max())

@@ -6,15 +6,16 @@ import torch
 
 from stepscope.policy.forward import excluded_logit, plain_experts
 from stepscope.policy.numerics.precision import matching_precision
+from stepscope.policy.sharding import resharded
 from stepscope.policy.state import Policy
 
 
 def made_up_sequences(policy: Policy) -> tuple[list[list[int]], list[list[int]]]:
     """Made-up prompts and responses of different lengths, of tokens that the model does not exclude."""
-    with torch.no_grad(), matching_precision(policy.model), plain_experts(policy.model):
-        logits = policy.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=policy.device)).logits[
-            0, -1
-        ]
+    model = policy.model
+    with torch.no_grad(), matching_precision(model), plain_experts(model), resharded(model):
+        start = torch.zeros(1, 1, dtype=torch.long, device=policy.device)
+        logits = model(input_ids=start).logits[0, -1]
     possible = (~(logits < excluded_logit(logits.dtype))).nonzero().flatten().cpu()
     generator = torch.Generator().manual_seed(0)
 

@@ -22,6 +22,7 @@ from stepscope.policy.gradients.layer_gradient import (
     matrix_shape,
 )
 from stepscope.policy.head import replaying
+from stepscope.policy.sharding import still
 
 Deliver = Callable[[LayerGradient], None]
 
@@ -51,6 +52,7 @@ class Capture:
         self._left: dict[str, int] = {}
         self._parts: dict[str, list[Part]] = {}
         self._swapped: list[tuple[nn.Module, nn.Parameter]] = []
+        self._own: dict[nn.Module, Tensor | None] = {}
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -65,7 +67,8 @@ class Capture:
                     handles.append(module.register_forward_pre_hook(self._spread(tap)))
                 else:
                     handles.append(module.register_forward_hook(self._watch(tap)))
-            yield
+            with still(self._model):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -106,7 +109,7 @@ class Capture:
     def _restore(self) -> None:
         for module, weight in self._swapped:
             module._parameters["weight"] = weight
-        self._swapped = []
+        self._swapped, self._own = [], {}
 
     def _add(self, name: str, part: Part) -> None:
         parts = self._parts.setdefault(name, [])
@@ -187,7 +190,8 @@ class Capture:
             if not self._recording or replaying():
                 return
             x, count = args[0], self._num_sequences
-            weight = self._params[name]
+            weight = self._own.setdefault(module, module._parameters[attribute])
+            assert weight is not None
             if x.shape[0] != count:
                 raise NotSeparableError(tap, tuple(x.shape), count)
             middle = (1,) * (x.dim() - 1 - weight.dim())
@@ -198,7 +202,7 @@ class Capture:
                 self._add(name, Whole(grad.detach().to(self._dtype).reshape(count, *self._shapes[name])))
 
             copies.register_hook(arrived)  # type: ignore[no-untyped-call]
-            self._swapped.append((module, weight))
+            self._swapped.append((module, self._params[name]))
             module._parameters[attribute] = copies  # type: ignore[assignment]
 
         return hook

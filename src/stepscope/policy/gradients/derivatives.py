@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from stepscope.errors import MeasurementError
+from stepscope.policy import vectors
 from stepscope.policy.forward import TokenBatch, TokenOutputs, forward
 from stepscope.policy.group import current
 from stepscope.policy.numerics.attention import mathematical_attention
@@ -22,6 +23,7 @@ from stepscope.policy.numerics.differentiation import frozen_padding, lacks_a_ru
 from stepscope.policy.numerics.finiteness import first_not_finite
 from stepscope.policy.numerics.linear import sparing_linear
 from stepscope.policy.passes import Budget, by_length, fitting, out_of_memory, padded, sweep, widths
+from stepscope.policy.sharding import Replaced, along, pulled_back, sharded, with_tangent
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import FloatArray, Rollouts
@@ -29,6 +31,7 @@ from stepscope.results import FloatArray, Rollouts
 Objective = Callable[[TokenOutputs, TokenBatch], Tensor]
 """A differentiable function of what the policy says: (seq,) or (seq, tok), zero on padding."""
 
+Values = Mapping[str, Tensor] | Replaced
 Mode = Literal["auto", "forward", "double_backward"]
 logger = logging.getLogger(__name__)
 
@@ -84,13 +87,12 @@ def gradient(
             otherwise the gradient is that of the function.
         budget: how large micro-batches are.
     """
-    params = policy.parameters
+    params, split = policy.parameters, sharded(policy.model) is not None
     total = {n: torch.zeros_like(p) for n, p in params.items()}
 
     def pulled(batch: TokenBatch) -> tuple[Tensor | None, ...]:
         outputs = forward(policy.model, batch, temperature=rollouts.temperature)
-        value = objective(outputs, batch).sum()
-        return torch.autograd.grad(value, list(params.values()), allow_unused=True)
+        return pulled_back(policy.model, objective(outputs, batch).sum(), list(params.values()))
 
     with nullcontext() if as_trained else whole_function(policy.model):
         order = current().share(concerned(rollouts, objective))
@@ -98,7 +100,8 @@ def gradient(
             for name, grad in zip(params, grads, strict=True):
                 if grad is not None:
                     total[name] += grad
-    current().sum_(total.values())
+    if not split:
+        current().sum_(total.values())
     if problem := first_not_finite(total.items()):
         raise MeasurementError(
             f"the gradient is not finite: {problem}; measure with --precision float64, or an earlier "
@@ -141,8 +144,9 @@ def directional_derivatives(
     at a time share the first of the two, where torch can batch all operations of the model.
     ``double_backward`` differentiates the linear map v -> grad(v . objective) . direction in v: about twice
     as slow, holds a graph, and needs no forward-mode rules. ``auto`` takes forward mode and, where the model
-    has an operation without a forward-mode rule, says so and takes the other. Attention runs on the
-    mathematical backend, the only one with either rule.
+    has an operation without a forward-mode rule, says so and takes the other; of a sharded model, which takes
+    one direction at a time, the other are central differences. Attention runs on the mathematical backend,
+    the only one with either rule.
 
     Args:
         policy: not changed.
@@ -155,51 +159,57 @@ def directional_derivatives(
             otherwise the derivative is that of the function.
         budget: how large micro-batches are, and the memory for directions.
     """
-    count = 1 if mode == "double_backward" else _at_a_time(policy, rollouts, budget)
+    split = sharded(policy.model) is not None
+    count = 1 if split or mode == "double_backward" else _at_a_time(policy, rollouts, budget)
     waiting = iter(directions)
 
     params: dict[str, Tensor] = {}
-    tangents: list[dict[str, Tensor]] = []
+    chunk: list[ParameterVector] = []
 
-    def along(batch: TokenBatch) -> Sequence[Tensor]:
+    def slopes(batch: TokenBatch) -> Sequence[Tensor]:
         nonlocal mode, count
 
-        def value(values: dict[str, Tensor]) -> Tensor:
+        def value(values: Values) -> Tensor:
             outputs = forward(policy.model, batch, temperature=rollouts.temperature, params=values)
             return objective(outputs, batch)
 
-        def single(tangent: dict[str, Tensor]) -> Tensor:
+        def single(direction: ParameterVector) -> Tensor:
             nonlocal mode
             if mode != "double_backward":
                 try:
-                    return pushed_forward(value, params, tangent)
+                    return pushed_forward(value, direction)
                 except (NotImplementedError, RuntimeError) as error:
                     if mode == "forward" or not lacks_a_rule(error):
                         raise
-                    logger.warning("token derivatives by double backward: %s", error)
+                    other = "central differences" if split else "double backward"
+                    logger.warning("token derivatives by %s: %s", other, error)
                     mode = "double_backward"
-            return _double_backward(value, params, tangent)
+            if split:
+                return central_difference(value, params, direction)
+            return _double_backward(value, params, cast(direction))
 
         meant = frozen_padding(policy.model) if as_trained else whole_function(policy.model)
         with mathematical_attention(), meant:
-            if len(tangents) > 1 and count > 1:
+            if len(chunk) > 1 and count > 1:
                 try:
-                    return _pushed_together(value, params, tangents).unbind()
+                    return _pushed_together(value, params, [cast(direction) for direction in chunk]).unbind()
                 except (NotImplementedError, RuntimeError) as error:
                     if out_of_memory(error) and len(batch) > 1:
                         raise
                     logger.debug("directions one at a time: %s", error)
                     count = 1
-            return [single(tangent) for tangent in tangents]
+            return [single(direction) for direction in chunk]
+
+    def cast(direction: ParameterVector) -> dict[str, Tensor]:
+        return {n: t.to(params[n].dtype) for n, t in direction.items()}
 
     while chunk := list(islice(waiting, count)):
         params = {n: policy.parameters[n].detach() for n in chunk[0]}
-        tangents = [{n: t.to(params[n].dtype) for n, t in direction.items()} for direction in chunk]
         found: list[dict[int, Tensor]] = [{} for _ in chunk]
         sizes = _smaller(budget, len(chunk), policy, rollouts)
-        for batch, values in sweep(policy, rollouts, along, budget=sizes):
+        for batch, values in sweep(policy, rollouts, slopes, budget=sizes):
             for rows, own in zip(found, values, strict=True):
-                rows |= zip(batch.seq_index.tolist(), batch.unpad(own), strict=True)
+                rows |= batch.rows(own)
         for rows in found:
             yield list(current().rows(rows).values())
 
@@ -231,7 +241,7 @@ def _smaller(budget: Budget, count: int, policy: Policy, rollouts: Rollouts) -> 
 
 
 def _pushed_together(
-    value: Callable[[dict[str, Tensor]], Tensor],
+    value: Callable[[Values], Tensor],
     params: dict[str, Tensor],
     tangents: Sequence[ParameterVector],
 ) -> Tensor:
@@ -247,21 +257,52 @@ def _pushed_together(
     return together
 
 
-def pushed_forward(
-    value: Callable[[dict[str, Tensor]], Tensor], params: dict[str, Tensor], tangent: dict[str, Tensor]
-) -> Tensor:
+def pushed_forward(value: Callable[[Values], Tensor], direction: ParameterVector) -> Tensor:
     """The derivative of a function of parameter values along a tangent, in forward mode; no graph is kept."""
     with torch.no_grad(), forward_ad.dual_level(), sparing_linear():
-        duals = {
-            n: forward_ad.make_dual(p, tangent[n])  # type: ignore[no-untyped-call]
-            for n, p in params.items()
-        }
-        output, derivative = forward_ad.unpack_dual(value(duals))  # type: ignore[no-untyped-call]
+        output, derivative = forward_ad.unpack_dual(value(with_tangent(direction)))  # type: ignore[no-untyped-call]
         return torch.zeros_like(output) if derivative is None else derivative
 
 
+def central_difference(
+    value: Callable[[Values], Tensor], params: ParameterVector, direction: ParameterVector
+) -> Tensor:
+    """The derivative of a function of parameters along a direction, by differences.
+
+    Its step moves the values by eps^(1/3) of their size, or the parameters where these move more; the error
+    is about eps^(2/3), 4e-11 in float64 and 2e-5 in float32.
+
+    Args:
+        value: of parameter values.
+        params: where it is taken.
+        direction: by parameter name.
+    """
+    dtype = next(iter(params.values())).dtype
+    share = torch.finfo(dtype).eps ** (1 / 3)
+    length = vectors.norm(direction)
+    if length == 0:
+        with torch.no_grad():
+            return torch.zeros_like(value(along(direction, torch.zeros((), dtype=dtype))))
+
+    def at(reach: float) -> tuple[Tensor, Tensor]:
+        stop = torch.tensor(reach, dtype=dtype)
+        with torch.no_grad():
+            return value(along(direction, stop)), value(along(direction, -stop))
+
+    reach = share * max(vectors.norm(params), share) / length
+    above, below = at(reach)
+    group = current()
+    moved = group.most(float((above - below).abs().max()) / 2)
+    size = group.most(float((above + below).abs().max()) / 2)
+    if moved > share * size > 0:
+        reach *= share * size / moved
+        above, below = at(reach)
+    slope: Tensor = (above - below) / (2 * reach)
+    return slope
+
+
 def _double_backward(
-    value: Callable[[dict[str, Tensor]], Tensor], params: dict[str, Tensor], tangent: dict[str, Tensor]
+    value: Callable[[Values], Tensor], params: Mapping[str, Tensor], tangent: Mapping[str, Tensor]
 ) -> Tensor:
     """J tangent as the derivative of the linear function v -> (J' v) . tangent, at v = 0."""
     with torch.enable_grad():

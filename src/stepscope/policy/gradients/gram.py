@@ -30,6 +30,7 @@ from stepscope.policy.gradients.stream import (
 )
 from stepscope.policy.group import current
 from stepscope.policy.passes import Budget, TooLargeError, cut, fitting, lengths, widths
+from stepscope.policy.shards import is_sharded
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import Rollouts
@@ -140,9 +141,8 @@ def _stored(
     policy: Policy, gradients: SequenceGradients, order: list[int], metrics: Metrics, budget: Budget
 ) -> Iterator[GradientStore]:
     """The gradients of some sequences, the processes' shares in turn, held as long as the block lasts."""
-    sizes = list(map(len, current().deal(order)))
-    start = sum(sizes[: current().rank])
-    own = order[start : start + sizes[current().rank]]
+    place = current().place_of_share(len(order))
+    start, own = place.start, order[place]
     with tempfile.TemporaryDirectory(dir=budget.scratch) as files:
         store = GradientStore(len(order), metrics, directory=Path(files) if budget.scratch else None)
 
@@ -225,6 +225,7 @@ def _block_size(policy: Policy, rollouts: Rollouts, count: int, budget: Budget) 
     for name, param in policy.parameters.items():
         held = factors.get(name, param.numel())
         numbers = held if 2 * held < param.numel() else param.numel()
+        numbers = -(-numbers // current().size) if is_sharded(param) else numbers
         per_sequence += numbers * torch.empty((), dtype=compute_dtype(param)).element_size()
     fits = budget.memory_bytes // per_sequence
     if fits < 1:

@@ -15,8 +15,9 @@ from stepscope.policy.gradients.store import GradientStore, Metrics
 from stepscope.policy.gradients.stream import SequenceGradients, stream
 from stepscope.policy.group import current
 from stepscope.policy.passes import Budget
+from stepscope.policy.shards import of_parts, part
 from stepscope.policy.state import Policy
-from stepscope.policy.vectors import ParameterVector
+from stepscope.policy.vectors import ParameterVector, vector_bytes
 from stepscope.results import FloatArray, IntArray
 
 CHUNK_BYTES = 32 * 2**20
@@ -52,7 +53,7 @@ def per_sequence_dot(
     def consume(gradient: LayerGradient, rows: slice) -> None:
         name = gradient.name
         if name not in direction:
-            direction[name] = gradient.oriented(u[name]).to(policy.device, compute_dtype(u[name]))
+            direction[name] = gradient.oriented(part(u[name])).to(policy.device, compute_dtype(u[name]))
         total[rows] += gradient.dot(direction[name])
 
     stream(policy, gradients, consume, order=order, in_parts=True, budget=budget)
@@ -83,7 +84,7 @@ def per_sequence_dots(
     def consume(gradient: LayerGradient, rows: slice) -> None:
         name = gradient.name
         if name not in stacks:
-            stacks[name] = torch.stack([gradient.oriented(t) for t in directions[name]])
+            stacks[name] = torch.stack([gradient.oriented(t) for t in part(directions[name])])
         stack = stacks[name]
         size = rows.stop - rows.start
         for start, stop in gradient.row_slices(size, CHUNK_BYTES, stack.element_size()):
@@ -119,7 +120,7 @@ def paired_dots(
     """
     check_metrics(policy, metrics)
     order = current().share(first.order)
-    own = sum(p.numel() * max(4, p.element_size()) for p in policy.parameters.values())
+    own = vector_bytes(policy.parameters)
     size = max(1, min(budget.max_sequences, budget.memory_bytes // own))
     held = replace(budget, max_sequences=size, progress=False)
     found = {m: np.zeros(len(first)) for m in metrics}
@@ -175,6 +176,7 @@ def weighted_gradients(
     """
     order = current().share(gradients.order)
     params = policy.parameters
+    held = {n: part(p) for n, p in params.items()}
     share = torch.as_tensor(weights[:, order], device=policy.device)
     total: dict[str, Tensor] = {}
     transposed: dict[str, bool] = {}
@@ -197,8 +199,10 @@ def weighted_gradients(
         n: restore(total[n], transposed[n]).reshape(len(weights), *p.shape)
         if n in total
         else torch.zeros(len(weights), *p.shape, dtype=compute_dtype(p), device=policy.device)
-        for n, p in params.items()
+        for n, p in held.items()
     }
+    if current().lockstep:
+        return {n: of_parts(t, params[n], leading=1) for n, t in sums.items()}
     current().sum_(sums.values())
     return sums
 

@@ -15,12 +15,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from stepscope.errors import MeasurementError
 from stepscope.policy.gradients.layer_gradient import LayerGradient
 from stepscope.policy.gradients.products import check_metrics, compute_dtype
 from stepscope.policy.gradients.store import Metrics
 from stepscope.policy.gradients.stream import SequenceGradients, stream
 from stepscope.policy.group import current
 from stepscope.policy.passes import Budget
+from stepscope.policy.sharding import sharded
 from stepscope.policy.state import Policy
 
 SLICE = 2**22
@@ -95,6 +97,10 @@ def sketches(
         budget: what may be used at a time.
     """
     check_metrics(policy, metrics)
+    if sharded(policy.model) is not None:
+        raise MeasurementError(
+            "random projections of gradients need whole parameters; measure without --shard"
+        )
     order = current().share(gradients.order)
     dtype = compute_dtype(next(iter(policy.parameters.values())))
     total = {m: torch.zeros(len(order), sketch.dim, dtype=dtype, device=policy.device) for m in metrics}

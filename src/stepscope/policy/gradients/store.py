@@ -11,6 +11,7 @@ from torch import Tensor
 
 from stepscope.policy.gradients.layer_gradient import LayerGradient, ghost_inner, orient
 from stepscope.policy.group import current
+from stepscope.policy.shards import part
 from stepscope.policy.vectors import ParameterVector
 
 Metrics = Mapping[str, ParameterVector | None]
@@ -77,7 +78,7 @@ class GradientStore:
             device: where gradients are.
         """
         group = current()
-        if group.size == 1:
+        if group.size == 1 or group.lockstep:
             return
         types = {name: dense.dtype for name, dense in self._dense.items()}
         own = {name: (shape, self._transposed[name], types.get(name)) for name, shape in self._shapes.items()}
@@ -128,10 +129,12 @@ class GradientStore:
         """(seq, seq) inner products g_i' P g_j of this block's gradients; parameters are shared out."""
         group = current()
         total = {m: torch.zeros(self._count, self._count, dtype=torch.float64) for m in self._metrics}
-        turn = itertools.cycle(range(group.size))
+        turn = itertools.cycle([group.rank] if group.lockstep else range(group.size))
         for name in self._shapes:
             flat = {
-                metric: None if w is None else orient(w[name], self._shapes[name], self._transposed[name])
+                metric: None
+                if w is None
+                else orient(part(w[name]), self._shapes[name], self._transposed[name])
                 for metric, w in self._metrics.items()
             }
             ghost = self._ghost(name) if any(w is None for w in flat.values()) else None
@@ -204,7 +207,7 @@ class GradientStore:
 
     def _oriented(self, gradient: LayerGradient) -> dict[str, Tensor | None]:
         name = gradient.name
-        return {m: None if w is None else gradient.oriented(w[name]) for m, w in self._metrics.items()}
+        return {m: None if w is None else gradient.oriented(part(w[name])) for m, w in self._metrics.items()}
 
 
 def _weigh(matrix: Tensor, weights: Tensor | None, start: int, stop: int) -> Tensor:

@@ -15,14 +15,19 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from stepscope.errors import MeasurementError
+from stepscope.policy import vectors
 from stepscope.policy.forward import Reading, TokenBatch, forward, make_batch
 from stepscope.policy.gradients.capture import Capture
 from stepscope.policy.gradients.coverage import Coverage, NotSeparableError, classify, known, settle
 from stepscope.policy.gradients.derivatives import Objective, concerned
+from stepscope.policy.gradients.exchange import exchanged
 from stepscope.policy.gradients.layer_gradient import LayerGradient, Whole, matrix_shape
 from stepscope.policy.group import current
 from stepscope.policy.numerics.differentiation import has_detached_parts, whole_function
 from stepscope.policy.passes import Budget, TooLargeError, out_of_memory, sweep
+from stepscope.policy.sharding import pulled_back, sharded
+from stepscope.policy.shards import cut
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 
@@ -102,14 +107,23 @@ def stream(
     """
     value = partial(gradients.value, policy)
     done = 0
+    split = sharded(policy.model) is not None
+    group, own = current(), policy.parameters
+    chosen = group.share(gradients.order) if order is None else order
+    total = len(chosen)
+
+    def rows_of(batch: TokenBatch) -> slice:
+        return slice(done, min(done + len(batch) * (group.size if split else 1), total))
 
     def run(batch: TokenBatch) -> None:
-        rows = slice(done, done + len(batch))
+        rows = rows_of(batch)
         begun = False
 
         def hand_over(gradient: LayerGradient) -> None:
             nonlocal begun
             begun = True
+            if split:
+                gradient = exchanged(gradient, own[gradient.name], group, rows.stop - rows.start)
             consume(gradient, rows)
 
         try:
@@ -123,19 +137,19 @@ def stream(
 
     with nullcontext() if gradients.as_trained else whole_function(policy.model):
         coverage = coverage_of(policy, gradients.rollouts, as_trained=gradients.as_trained)
-        capture = Capture(policy.model, coverage, policy.parameters)
+        capture = Capture(policy.model, coverage, own)
         with capture.installed():
             passes = sweep(
                 policy,
                 gradients.rollouts,
                 run,
                 budget=budget,
-                order=current().share(gradients.order) if order is None else order,
+                order=chosen,
                 divisible=divisible,
                 what="gradients",
             )
             for batch, _ in passes:
-                done += len(batch)
+                done = rows_of(batch).stop
 
 
 def _differentiate(
@@ -207,6 +221,11 @@ def coverage_of(policy: Policy, rollouts: Rollouts, *, as_trained: bool = True) 
         except NotSeparableError as error:
             coverage = coverage.without({name for _, name in error.tap.params})
     coverage = coverage.without(wrong)
+    if coverage.slow and sharded(policy.model) is not None:
+        raise MeasurementError(
+            f"{coverage.slow[0]}: its gradient by sequence takes a pass for each ({len(coverage.slow)} such "
+            "parameters), and sharded models have none; measure without --shard"
+        )
     settle(policy, variant, coverage)
     return coverage
 
@@ -236,12 +255,14 @@ def _mismatches(policy: Policy, coverage: Coverage, batch: TokenBatch) -> set[st
     for row in range(len(batch)):
         with torch.enable_grad():
             total = value(batch.row(row))
-        for (name, param), grad in zip(params.items(), _grad(total, list(params.values())), strict=True):
+        grads = pulled_back(policy.model, total, list(params.values()), same=True)
+        for (name, param), grad in zip(params.items(), grads, strict=True):
             if name in coverage.slow:
                 continue
-            expected = float((grad * probe(name, param)).sum())
+            found = {name: torch.zeros_like(param) if grad is None else grad}
+            expected = vectors.dot(found, {name: cut(probe(name, param), param)})
             got = float(captured[name][row]) if name in captured else 0.0
-            scale = float(grad.norm()) + 1e-12
+            scale = vectors.norm(found) + 1e-12
             if not abs(got - expected) <= CHECK_TOLERANCE[param.dtype] * scale:
                 wrong.add(name)
     return wrong

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from stepscope.errors import CheckpointError
+from stepscope.policy.group import current
+from stepscope.policy.shards import is_sharded, part
 
 MOST_STEPS = 1e12
 """Steps that no training takes."""
@@ -21,16 +23,21 @@ def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str:
     """What is wrong with the first tensor that holds a NaN or an infinity, or "" where none does.
 
     Args:
-        named: names and tensors of any type; those without floating point are finite.
+        named: names and tensors of any type; those without floating point are finite. Of sharded ones every
+            process has to ask, and all get the same answer.
     """
+    found, split = "", False
     for name, tensor in named:
-        if not tensor.is_floating_point() or tensor.numel() == 0:
+        own, split = part(tensor), split or is_sharded(tensor)
+        if found or not own.is_floating_point() or own.numel() == 0:
             continue
-        low, high = torch.aminmax(tensor.detach())  # a NaN shows in both, and nothing is allocated
+        low, high = torch.aminmax(own)  # a NaN shows in both, and nothing is allocated
         if not (math.isfinite(low) and math.isfinite(high)):
-            count = int((~tensor.detach().isfinite()).sum())
-            return f"{name} holds {count} NaN or infinite numbers among {tensor.numel()}"
-    return ""
+            count = int((~own.isfinite()).sum())
+            found = f"{name} holds {count} NaN or infinite numbers among {own.numel()}"
+            if not split:
+                break
+    return next(filter(None, current().gather(found)), "") if split else found
 
 
 def refuse_broken_weights(model: nn.Module, where: str) -> None:

@@ -13,10 +13,12 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from stepscope.errors import MeasurementError
 from stepscope.policy.forward import base_model, plain_experts
+from stepscope.policy.group import current
 from stepscope.policy.numerics.precision import matching_precision
 from stepscope.policy.passes import Budget, in_pieces
 from stepscope.policy.profiler import generating
 from stepscope.policy.sampling.base import Decoding, Request, Response, Sampler
+from stepscope.policy.sharding import resharded, sharded
 from stepscope.policy.state import Policy
 
 
@@ -43,10 +45,25 @@ class TransformersSampler(Sampler):
         widths = [(len(ids), request.max_tokens) for ids in request.prompts]
 
         def some(rows: slice) -> list[Response]:
-            return _generated(policy, request.part(rows), self.decoding)
+            chosen = request.part(rows)
+            if sharded(policy.model) is not None:
+                return _together(policy, chosen, self.decoding)
+            return _generated(policy, chosen, self.decoding)
 
         found = in_pieces(policy, widths, some, budget=budget, use="generation", what="sampling")
         return [response for rows in found for response in rows]
+
+
+def _together(policy: Policy, request: Request, decoding: Decoding) -> list[Response]:
+    """Each process of a group in lockstep generates a part; all get all of it."""
+    group = current()
+    size = -(-len(request) // group.size)
+    own = request.part(slice(group.rank * size, (group.rank + 1) * size))
+    mine = len(own)
+    if mine == 0:
+        own = request.part(slice(0, 1))  # for the others' sake
+    found = _generated(policy, own, decoding)[:mine]
+    return [response for part in group.gather(found) for response in part]
 
 
 class _Draw(LogitsProcessor):  # type: ignore[misc]
@@ -95,12 +112,19 @@ def _generated(policy: Policy, request: Request, decoding: Decoding) -> list[Res
     )
     most = int(attention.sum()) + len(request) * request.max_tokens
     try:
-        with torch.no_grad(), matching_precision(model), plain_experts(model), generating(len(request), most):
+        with (
+            torch.no_grad(),
+            matching_precision(model),
+            plain_experts(model),
+            resharded(model),
+            generating(len(request), most),
+        ):
             output: Tensor = model.generate(
                 input_ids=input_ids.to(policy.device),
                 attention_mask=attention.to(policy.device),
                 logits_processor=draws,
                 generation_config=model.generation_config,
+                synced_gpus=sharded(model) is not None,
             )
     finally:
         model.generation_config = kept
