@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import kendalltau
 
+from stepscope.measure.ties import without_round_off
 from stepscope.results import BoolArray, FloatArray, IntArray
 
 SHARES = (0.0002, 0.01, 0.1)
@@ -26,8 +27,6 @@ MOST_IN_PAIRS = 512
 MOST_GROUPS = 64
 """Most groups of prompts that are left out one by one; more prompts are pooled at random."""
 
-ROUND_OFF = 1e-12
-"""Share of the largest size by which values may differ and are equal all the same."""
 
 BLOCK = 2_000_000
 """Most numbers in one (resample, item) array."""
@@ -135,24 +134,6 @@ class Placed:
         part = np.zeros_like(self.own)
         np.divide(taken, own, out=part[:, first:], where=own > 0)
         return np.asarray(part[:, self.group])
-
-
-def without_round_off(values: FloatArray) -> FloatArray:
-    """Values made equal, along the last axis, that differ in size by no more than round-off; 0 within it.
-
-    The first tokens of the responses to a prompt have one prefix, so that many are equal by their definition;
-    round-off, which depends on what a sequence is padded with, must not put them in an order.
-    """
-    sizes = np.abs(values)
-    within = ROUND_OFF * sizes.max(-1, keepdims=True, where=np.isfinite(values), initial=0.0)
-    order = np.argsort(sizes, axis=-1, kind="stable")
-    ascending = np.take_along_axis(sizes, order, -1)
-    apart = np.diff(ascending, axis=-1, prepend=0.0) > within
-    first = np.maximum.accumulate(np.where(apart, np.arange(values.shape[-1]), -1), axis=-1)
-    common = np.where(first < 0, 0.0, np.take_along_axis(ascending, np.maximum(first, 0), -1))
-    found = np.empty_like(values)
-    np.put_along_axis(found, order, common, -1)
-    return np.copysign(found, values)
 
 
 def compare(

@@ -23,6 +23,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from stepscope.measure.influence.attribution import Influence
+from stepscope.measure.ties import without_round_off
 from stepscope.results import FloatArray, IntArray
 from stepscope.results.influence import CurvePoint, Reliability
 from stepscope.stats import Estimate, jackknife, leave_out
@@ -275,7 +276,7 @@ def _correlations(first: FloatArray, second: FloatArray, rank: bool) -> FloatArr
     """(way,) correlation of the items in each row; nan where a row is the same for all."""
     if not first.shape[1]:
         return np.full(len(first), np.nan)
-    x, y = (rankdata(v, axis=1) if rank else v for v in (first, second))
+    x, y = (rankdata(without_round_off(v), axis=1) if rank else v for v in (first, second))
     x, y = x - x.mean(1, keepdims=True), y - y.mean(1, keepdims=True)
     size = np.sqrt((x**2).sum(1) * (y**2).sum(1))
     found = np.full(len(size), np.nan)
