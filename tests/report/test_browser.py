@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from browser import NAMES, Browser, find_chromium, open_browser
 from folders import changed, estimate
 
+from browser import NAMES, Browser, find_chromium, open_browser
 from stepscope import runs
 from stepscope.report import write_report
 from stepscope.results.noise import NoiseScales
