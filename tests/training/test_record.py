@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from killed import same_state
 from peft import LoraConfig
-from recorded_steps import errors_of_gradients, made_gradient
+from recorded_steps import contents, errors_of_gradients, made_gradient
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -32,6 +32,7 @@ from stepscope.policy.recorded import RecordedTraining
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy
 from stepscope.reading.recording import find_record
+from stepscope.results.recording import RunRecord
 from stepscope.training import train
 from stepscope.training.record.size import RecordSize
 
@@ -340,12 +341,52 @@ class Breaks(TrainerCallback):  # type: ignore[misc]
             (self.folder / f"{self.at:06d}.partial").mkdir()
 
 
+def test_a_recorder_that_comes_late_begins_there(base: Path, tmp_path: Path) -> None:
+    trainer = foreign_trainer(base, tmp_path, [])
+    trainer.add_callback(Brings(trainer, ss.StepRecorder(), at=1))
+    trainer.train()
+    training = RecordedTraining.load(tmp_path)
+    assert training.steps == range(2, 4)
+    assert set(training.state(1).steps.values()) == {1}
+    assert training.folder.record.complete
+    assert training.verify()
+
+
+@dataclass
+class Brings(TrainerCallback):  # type: ignore[misc]
+    """Adds a recorder to a training under way."""
+
+    trainer: GRPOTrainer
+    recorder: ss.StepRecorder
+    at: int
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.at:
+            self.trainer.add_callback(self.recorder)
+
+
 def test_a_finished_record_is_not_written_over(base: Path, tmp_path: Path) -> None:
     foreign_trainer(base, tmp_path, [ss.StepRecorder()]).train()
     before = find_record(tmp_path).batch(1).rollouts.responses
     trainer = foreign_trainer(base, tmp_path, [ss.StepRecorder()], seed=7)
     warns_once(trainer, ".*holds the record of a finished training of 3 steps; delete it")
     assert find_record(tmp_path).batch(1).rollouts.responses == before
+    assert find_record(tmp_path).record.complete
+
+
+def test_an_unfinished_record_is_not_lost_to_another_training(base: Path, tmp_path: Path) -> None:
+    foreign_trainer(base, tmp_path, [ss.StepRecorder()]).train()
+    path = tmp_path / "record" / "record.json"
+    replace(RunRecord.read(path), complete=False).write(path)
+    before = contents(tmp_path / "record")
+    other = in_float64(base).float()
+    other.model.norm.weight.data += 0.1
+    warns_once(
+        foreign_trainer(base, tmp_path, [ss.StepRecorder()], model=other), ".*began from another state"
+    )
+    assert contents(tmp_path / "record").keys() == before.keys()
+    assert find_record(tmp_path).steps == range(1, 4)
+    foreign_trainer(base, tmp_path, [ss.StepRecorder()]).train()
     assert find_record(tmp_path).record.complete
 
 

@@ -87,6 +87,7 @@ class StepRecorder(TrainerCallback):  # type: ignore[misc]
     state_every: int = 16
     max_bytes: int = 50_000_000_000
     check: bool = True
+    _begun: bool = field(default=False, init=False)
     _off: bool = field(default=True, init=False)
     _due: bool = field(default=False, init=False)
     _tap: TrainerTap | None = field(default=None, init=False)
@@ -105,7 +106,7 @@ class StepRecorder(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Find out whether this run can be recorded, say what it will take, and begin or go on."""
         self._let_go()
-        self._off, self._pending, self._writer = False, None, None
+        self._begun, self._off, self._pending, self._writer = True, False, None, None
         with Guest(self, state):
             trainer = trainer_of(self)
             if any(isinstance(c, StepRecorder) and c is not self for c in trainer.callback_handler.callbacks):
@@ -153,7 +154,9 @@ class StepRecorder(TrainerCallback):  # type: ignore[misc]
         self._writer = writer
 
     def on_step_begin(self, args: Any, state: Any, control: Any, *, model: Any, **kwargs: Any) -> None:
-        """Watch the loss."""
+        """Watch the loss; a recorder that came to a training under way begins here."""
+        if not self._begun:
+            self.on_train_begin(args, state, control, model=model, **kwargs)
         self._off = any(gather_object([self._off]))  # what failed on one process is off on all
         self._due = not self._off
         if self._off:
@@ -229,7 +232,7 @@ class StepRecorder(TrainerCallback):  # type: ignore[misc]
                 inner = getattr(optimizer, "optimizer", optimizer)
                 writer.finish(state.global_step, live_state(inner, self._names))
         self._let_go()
-        self._writer = None
+        self._begun, self._writer = False, None
 
     def give_up(self, error: Exception, step: int) -> None:
         """Be off from here on, say so, and mark the record."""

@@ -239,8 +239,9 @@ class TrainerTap:
         """Put what the loss looked at beside the batch that it was given."""
         if PLACE not in inputs:
             raise MeasurementError(
-                "the trainer makes its batches in a way of its own, so that sequences and rewards cannot be "
-                "brought together; record a training with TRL's GRPOTrainer"
+                "the trainer makes its batches in a way of its own, or made this one before the recorder "
+                "came, so that sequences and rewards cannot be brought together; record a training with "
+                "TRL's GRPOTrainer, and from its start"
             )
         kept = {name: _array(inputs[name]) for name in _KEPT if inputs.get(name) is not None}
         first = 0

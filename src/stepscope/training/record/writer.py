@@ -95,6 +95,11 @@ class RecordWriter:
                 "the recorder another folder"
             )
         if done < earlier.first_step:
+            if done == earlier.first_step - 1 and not self._recorded(done, state).same(state):
+                raise RunFolderError(
+                    f"{self.folder}: holds the unfinished record of a training that began from another "
+                    "state; delete it, or give the recorder another folder"
+                )
             (self.folder / RECORD).unlink()
             self._start(done, state)
             return
@@ -111,8 +116,7 @@ class RecordWriter:
                     "go on with the settings of that training, or give the recorder another folder"
                 )
         self._forget_from(done + 1)
-        device = next(iter(state.parameters.values())).device
-        if not RecordedTraining(RecordFolder(self.folder), device).state(done).same(state):
+        if not self._recorded(done, state).same(state):
             raise RunFolderError(
                 f"{self.folder}: the training goes on from another state than the one recorded after step "
                 f"{done}; it is another training: give the recorder another folder"
@@ -121,6 +125,12 @@ class RecordWriter:
             self.record, first_step=earlier.first_step, state_every=earlier.state_every, complete=False
         )
         self.record.write(self.folder / RECORD)
+
+    def _recorded(self, done: int, like: TrainingState) -> TrainingState:
+        """The recorded state after a step, where ``like`` is."""
+        if not recorded_steps(self.folder):
+            return TrainingState.load(self.folder / START).to(_device(like))
+        return RecordedTraining(RecordFolder(self.folder), _device(like)).state(done)
 
     def _forget_from(self, index: int) -> None:
         """Remove what was being written, and steps from ``index`` on, the last first."""
@@ -199,6 +209,10 @@ def live_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> Tr
             second[name] = entry.get("exp_avg_sq", torch.zeros_like(parameters[name]))
             steps[name] = int(entry.get("step", 0))
     return TrainingState(parameters, first, second, steps)
+
+
+def _device(state: TrainingState) -> torch.device:
+    return next(iter(state.parameters.values())).device
 
 
 def _partial(whole: Path) -> Path:
