@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-from killed import kill, same_state, start, wait_for, with_ten_kills, write_config
+from killed import finish, kill, same_state, start, wait_for, write_config
 from recorded_steps import contents
 
 import cases
 from stepscope.policy.recorded import RecordedTraining
+from stepscope.reading.recording import recorded_steps
 from stepscope.results.recording import step_folder
 from stepscope.training import train
 
@@ -47,8 +48,23 @@ def test_two_kills_leave_the_record_of_an_undisturbed_training(small_run: Path, 
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_leave_no_trace_in_the_record(small_run: Path, tmp_path: Path) -> None:
     path = write_config(cases.training(rl={"record": {"state_every": 5}, "steps": 40}), tmp_path)
-    for name in ("once", "often"):
-        cases.start_from(small_run, tmp_path / name)
-    assert with_ten_kills(path, tmp_path / "once", tmp_path / "often") == 10, "over before it could be killed"
-    assert contents(tmp_path / "once" / "record") == contents(tmp_path / "often" / "record")
-    assert RecordedTraining.load(tmp_path / "often").verify()
+    once, often = tmp_path / "once", tmp_path / "often"
+    for out in (once, often):
+        cases.start_from(small_run, out)
+    begin = time.perf_counter()
+    finish(start(path, once))
+    step = (time.perf_counter() - begin) / 40
+    moments = random.Random(0)
+    done = 0
+    for _ in range(10):
+        process = start(path, often)
+        further = moments.randint(0, 3)
+        if further:
+            wait_for(step_folder(often / "record", done + further), process)
+        time.sleep(moments.uniform(0.0, step if further else 5 * step))
+        assert process.poll() is None, "the training was over before it could be killed"
+        kill(process)
+        done = max(recorded_steps(often / "record"), default=0)
+    finish(start(path, often))
+    assert contents(once / "record") == contents(often / "record")
+    assert RecordedTraining.load(often).verify()
