@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from plotly.offline import get_plotlyjs
 
@@ -21,12 +22,14 @@ import cases
 import stepscope as ss
 from browser import find_chromium, open_browser
 from stepscope.config import LedgerConfig, TrainConfig, build_config
-from stepscope.errors import MeasurementError, RunFolderError
+from stepscope.errors import CheckpointError, MeasurementError, RunFolderError
+from stepscope.measure.ledger.recorded import RecordedPath
 from stepscope.pipeline import run_ledger
 from stepscope.pipeline.ledger import places
 from stepscope.pipeline.ledger.run import sentences
 from stepscope.pipeline.report import run_report
-from stepscope.policy.recorded import RecordedTraining
+from stepscope.policy import vectors
+from stepscope.policy.recorded import RecordedTraining, TrainingState
 from stepscope.reading.token_classes import WAYS
 from stepscope.report import text
 from stepscope.results.ledger import FOLDS, LEDGER, ROLLUPS, STEPS, TOKEN_FOLDS, TOKENS
@@ -288,6 +291,43 @@ def test_texts_of_a_run_stay_texts(made: Path, recorded: Path, tmp_path: Path) -
     assert page.count("onerror=alert(1)&gt;") + page.count("onerror=alert(1)\\u003e") > 10
 
 
+def test_another_model_under_the_recorded_parameters_is_refused(recorded: Path, tmp_path: Path) -> None:
+    """Names and shapes are the same; what the model makes of them is not."""
+    other = tmp_path / "other"
+    shutil.copytree(recorded / "checkpoints" / "step-5", other)
+    plain = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(plain | {"rms_norm_eps": 100.0}))
+    with pytest.raises(CheckpointError, match=r"log-probs of the batch of step 5 are .* another model"):
+        run_ledger(settings(recorded, tmp_path / "out", checkpoint=str(other)))
+    assert not (tmp_path / "out" / LEDGER).exists()
+
+
+class Peak(dict[int, TrainingState]):
+    """Counts the most that it held."""
+
+    most = 0
+
+    def __setitem__(self, key: int, value: TrainingState) -> None:
+        super().__setitem__(key, value)
+        self.most = max(self.most, len(self))
+
+
+def test_states_on_the_way_back_keep_to_their_room(recorded: Path, tmp_path: Path) -> None:
+    """A record with whole states at its ends alone."""
+    copy = tmp_path / "thin"
+    shutil.copytree(recorded / "record", copy)
+    for number in (2, 4):
+        (copy / "steps" / f"{number:06d}" / "state.safetensors").unlink()
+    held = Peak()
+    path = RecordedPath(RecordedTraining.load(copy), 0, 5, memory_bytes=1, _states=held)
+    path.room = 2
+    whole = RecordedTraining.load(recorded)
+    for place in reversed(range(6)):
+        theta = path.parameters(place)
+        assert all(torch.equal(theta[n], p) for n, p in whole.state(place).parameters.items())
+    assert 2 <= held.most <= 2 * path.room
+
+
 def test_refusals(recorded: Path, trained_run: Path, made: Path, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="was not recorded"):
         run_ledger(settings(trained_run, tmp_path))
@@ -295,6 +335,19 @@ def test_refusals(recorded: Path, trained_run: Path, made: Path, tmp_path: Path)
         run_ledger(settings(recorded, made))
     with pytest.raises(MeasurementError, match="recorded is from 0 to 5"):
         run_ledger(settings(recorded, tmp_path, stop=9))
+    bare = tmp_path / "bare"
+    shutil.copytree(recorded / "record", bare / "record")
+    with pytest.raises(CheckpointError, match="has a record, and no checkpoint beside it"):
+        run_ledger(settings(bare, tmp_path))
+    third = bare / "record" / "steps" / "000003" / "gradient.safetensors"
+    vectors.save(vectors.scale(vectors.load(third), -1.0), third)
+    checkpoint = str(recorded / "checkpoints" / "step-5")
+    with pytest.raises(RunFolderError, match=r"the replay of step 4 is .* away from the state that is kept"):
+        run_ledger(settings(bare, tmp_path, checkpoint=checkpoint))
+    record = bare / "record" / "record.json"
+    record.write_text(record.read_text().replace("model.norm.weight", "other.weight"))
+    with pytest.raises(RunFolderError, match=r"one of the two is of another record"):
+        run_ledger(settings(bare, tmp_path, checkpoint=checkpoint))
     with pytest.raises(RunFolderError, match="no account of 'kl'"):
         ss.load_ledger(made).account("kl")
     copy = tmp_path / "changed"

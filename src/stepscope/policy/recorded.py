@@ -23,7 +23,7 @@ from stepscope.policy.optim.adamw import AdamWGroup, AdamWState
 from stepscope.policy.vectors import ParameterVector
 from stepscope.reading.recording import RecordFolder, find_record
 from stepscope.results import Brief, FloatArray, Rollouts
-from stepscope.results.recording import RecordedGroup
+from stepscope.results.recording import RECORD, RecordedGroup
 
 _KINDS = ("parameters", "exp_avg", "exp_avg_sq")
 _STEPS = "steps"
@@ -245,7 +245,16 @@ class RecordedTraining:
 
     def _kept(self, index: int) -> TrainingState | None:
         path = self.folder.state(index)
-        return None if path is None else TrainingState.load(path).to(self.device)
+        if path is None:
+            return None
+        state = TrainingState.load(path)
+        names = {n for group in self.folder.record.groups for n in group.names}
+        if odd := sorted(names ^ state.parameters.keys()):
+            raise RunFolderError(
+                f"{path}: {odd[0]} is {'missing, and is' if odd[0] in names else 'there, and is not'} among "
+                f"the parameters of {RECORD}; one of the two is of another record: restore them from a copy"
+            )
+        return state.to(self.device)
 
     def _held_against_the_kept(self, index: int, state: TrainingState) -> TrainingState:
         """The kept state in place of the replayed one, where there is one."""

@@ -21,6 +21,9 @@ EARLIER, LATER = "earlier", "later"
 INTERPOLATION_LIMIT = 0.05
 """Share of the predicted change that interpolation may be off."""
 
+ROUNDING_LIMIT = 0.05
+"""Share of the predicted change that may be in no part: more than the rounding of a training in bfloat16."""
+
 
 @dataclass(frozen=True)
 class Batches:
@@ -113,6 +116,14 @@ def make_account(
         off = abs(interpolation.value / predicted.value)
         estimate = estimate.doubted(
             f"interpolation between places is about {off:.0%} off; take a lower --every"
+            if looks.every > 1
+            else f"the mean of two gradients is about {off:.0%} off: they turn within single steps"
+        )
+    left = whole.value - parts
+    if abs(left) > ROUNDING_LIMIT * max(abs(parts), estimate.stderr):
+        estimate = estimate.doubted(
+            f"{left:.2g} {unit} of the change along the displacements are in no part: on this model the "
+            "recorded token weights do not make the recorded gradients"
         )
     if closing.resolved:
         estimate = estimate.doubted(
@@ -143,9 +154,7 @@ def make_account(
         if before.groups.any()
         else exact(before.value, len(whole.groups), unit, "no moments before the first step"),
         decay=decayed,
-        rounding=exact(
-            whole.value - parts, len(whole.groups), unit, "along the displacements, less predicted"
-        ),
+        rounding=exact(left, len(whole.groups), unit, "along the displacements, less predicted"),
         interpolation=interpolation,
         through_optimizer=None
         if nothing is None

@@ -104,8 +104,10 @@ class RecordedPath:
             kept = index
             while self.training.folder.state(kept) is None and kept not in self._states:
                 kept -= 1
-            for at in range(kept, index + 1):
+            for at in range(max(kept, index - self.room + 1), index + 1):
                 self._states[at] = self.training.state(at)
+            if index < self.training.steps[-1] and self.training.folder.state(index + 1) is not None:
+                self.training.state(index + 1)  # going back, no replay would come to a kept state otherwise
             while len(self._states) > self.room and (spare := self._spare(index)) is not None:
                 del self._states[spare]
         return self._states[index]

@@ -70,7 +70,7 @@ def run_ledger(config: LedgerConfig, *, resume: bool = False) -> Path:
 
     Raises:
         RunFolderError: the training was not recorded, or the folder holds another ledger.
-        CheckpointError: there is no checkpoint of the training.
+        CheckpointError: there is no checkpoint of the training, or it is of another model.
         MeasurementError: the steps asked for are not recorded.
     """
     out = Path(config.out or config.run)
@@ -83,6 +83,7 @@ def run_ledger(config: LedgerConfig, *, resume: bool = False) -> Path:
         )
     work = Accounting(config)
     digest, _ = work.digest, work.task
+    work.hold_model()
     with locked(out / PARTS):
         run = RunFolder.open(
             out / PARTS,
@@ -234,5 +235,6 @@ def sentences(ledger: Ledger) -> list[str]:
             f"{account.realised.stderr:.2g}; closing error {closing.value:.2g}, 95 % interval "
             f"{closing.low:.2g} to {closing.high:.2g} (on the probe's own samples "
             f"{account.curvature.value:.2g} +- {account.curvature.stderr:.2g})"
+            f"{f'; in doubt: {whole.reason}' if whole.reason else ''}"
         )
     return found

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from stepscope.config import LedgerConfig
@@ -25,7 +26,8 @@ from stepscope.pipeline.inputs.tasks import open_task, say_what_is_shared
 from stepscope.policy.checkpoint.models import usable_device
 from stepscope.policy.passes import Budget
 from stepscope.policy.recorded import RecordedTraining
-from stepscope.policy.rollouts import SamplingOptions, sample_rollouts
+from stepscope.policy.rollouts import SamplingOptions, sample_rollouts, score_rollouts
+from stepscope.policy.sampling.drawn_by import DRIFT_LIMIT
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import placed
 from stepscope.results import FloatArray, IntArray, Rollouts
@@ -78,7 +80,13 @@ class Accounting:
             CheckpointError: it is not the model of the record.
         """
         chosen = self.config.checkpoint
-        checkpoint = Path(chosen) if chosen else checkpoints_in(Path(self.config.run))[0]
+        try:
+            checkpoint = Path(chosen) if chosen else checkpoints_in(Path(self.config.run))[0]
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{self.config.run}: has a record, and no checkpoint beside it from which model and "
+                "tokenizer can be taken; name one of this training with checkpoint=FOLDER"
+            ) from error
         policy = open_policy(
             checkpoint,
             precision=self.config.precision,
@@ -104,6 +112,28 @@ class Accounting:
             max_response_tokens=record.max_response_tokens,
         )
         return replace(policy, settings=settings)
+
+    def hold_model(self) -> None:
+        """Hold the policy against the last batch: of an adapter the record has not the model beneath it.
+
+        Raises:
+            CheckpointError: it does not give the log-probs that were recorded.
+        """
+        place = len(self.path) - 1
+        step = self.path.step(place)
+        with placed(self.policy.parameters, self.path.parameters(place)):
+            now, _ = score_rollouts(self.policy, step.update, budget=self.budget)
+        apart = np.concatenate(
+            [(a - b)[m] for a, b, m in zip(now, step.update.logprobs, step.update.written, strict=True)]
+        )
+        gap = float(np.abs(apart).mean())
+        if not gap <= DRIFT_LIMIT:
+            raise CheckpointError(
+                f"{self.policy.path}: with the recorded parameters the log-probs of the batch of step "
+                f"{step.number} are {gap:.2g} nats (mean) from those recorded, expected at most "
+                f"{DRIFT_LIMIT}: another model was trained; name a checkpoint of the recorded training with "
+                "checkpoint=FOLDER"
+            )
 
     @cached_property
     def task(self) -> TemplatedTask:
