@@ -117,7 +117,7 @@ MUTATIONS = {
         "measure/test_fisher.py::test_components_of_a_constructed_kernel",
     ),
     "the token that ends a response is cut off": Mutation(
-        "policy/rollouts.py",
+        "policy/sampling/generate.py",
         "length = next((k + 1 for k, token in enumerate(row) if token in stops), len(row))",
         "length = next((max(k, 1) for k, token in enumerate(row) if token in stops), len(row))",
         "policy/test_rollouts.py",

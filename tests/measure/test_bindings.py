@@ -7,7 +7,7 @@ import pytest
 
 import cases
 from stepscope.errors import MeasurementError
-from stepscope.measure.influence.attribution import influence
+from stepscope.measure.influence.attribution import InfluenceOptions, influence
 from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.quantity.probe import Bindings, bind_quantity
 from stepscope.policy.profiler import Profiler, profiled_stage, profiling
@@ -46,4 +46,4 @@ def test_bindings_of_another_batch_are_refused() -> None:
     probe, other = (cases.batch(policy, seed=seed) for seed in (7, 8))
     bindings = Bindings(policy, other, step.direction)
     with pytest.raises(MeasurementError, match="another policy or probe batch"):
-        influence(policy, step, step.update, probe, bindings=bindings)
+        influence(policy, step, step.update, probe, options=InfluenceOptions(bindings=bindings))

@@ -85,6 +85,7 @@ class InfluenceOptions:
         num_folds: folds of the probe that tokens are told apart by, made of the groups; 1 saves passes, and
             leaves tokens without errors.
         max_groups: most groups of probe prompts kept apart by default.
+        bindings: quantities of the probe batch that are known already, or will be asked for again.
     """
 
     baseline: str = "best"
@@ -93,6 +94,7 @@ class InfluenceOptions:
     groups: IntArray | None = None
     num_folds: int = NUM_FOLDS
     max_groups: int = 64
+    bindings: Bindings | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -215,7 +217,6 @@ def influence(
     through: Through = "fixed",
     quantity: str | Quantity = "entropy",
     options: InfluenceOptions = InfluenceOptions(),
-    bindings: Bindings | None = None,
     budget: Budget = Budget(),
 ) -> Influence:
     """The first-order effect of every sequence and token of an update on a quantity.
@@ -233,7 +234,6 @@ def influence(
             are; ``optimizer`` differentiates through both, which says what a change of the batch would do.
         quantity: a name, or a quantity.
         options: baseline, folds and groups.
-        bindings: quantities of the probe batch that are known already, or will be asked for again.
         budget: what may be used at a time.
 
     Returns:
@@ -252,7 +252,6 @@ def influence(
         throughs=(through,),
         quantity=quantity,
         options=options,
-        bindings=bindings,
         budget=budget,
     )
     return found[0]
@@ -267,7 +266,6 @@ def influences(
     throughs: Sequence[Through] | None = None,
     quantity: str | Quantity = "entropy",
     options: InfluenceOptions = InfluenceOptions(),
-    bindings: Bindings | None = None,
     budget: Budget = Budget(),
 ) -> tuple[Influence, ...]:
     """:func:`influence` for several ``throughs`` from the same passes over the probe batch.
@@ -283,7 +281,6 @@ def influences(
         throughs: ``fixed``, ``optimizer``, or both; by default what the optimizer has.
         quantity: a name, or a quantity.
         options: baseline, folds and groups.
-        bindings: quantities of the probe batch that are known already, or will be asked for again.
         budget: what may be used at a time.
 
     Raises:
@@ -297,7 +294,7 @@ def influences(
                 f"through: got {through!r}, expected one of {', '.join(THROUGHS)}; use one of these"
             )
     _check_update(step, update)
-    bindings = bindings_on(bindings, policy, probe, step.direction, budget)
+    bindings = bindings_on(options.bindings, policy, probe, step.direction, budget)
     bound = bindings.bind(quantity, options.baseline)
     slope = probe_gradient(
         policy,

@@ -66,8 +66,9 @@ def _drop_tokens(session: Session, board: Leaderboard) -> Pareto:
             session.update,
             session.probe,
             quantity=make_quantity("reward", session.probe, normalisation="per_seq"),
-            options=InfluenceOptions(baseline=config.baseline, groups=half, num_folds=2),
-            bindings=session.bindings,
+            options=InfluenceOptions(
+                baseline=config.baseline, groups=half, num_folds=2, bindings=session.bindings
+            ),
             budget=session.budget,
         )
         rules = drop_rules(board, reward_influence=reward.fold_tokens, seed=config.criteria.seed)

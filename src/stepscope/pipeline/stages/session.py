@@ -201,8 +201,11 @@ class Session:
             probe,
             throughs=throughs,
             quantity=quantity,
-            options=InfluenceOptions(baseline=self.config.baseline, num_folds=num_folds),
-            bindings=self.bindings if probe is self.probe else None,
+            options=InfluenceOptions(
+                baseline=self.config.baseline,
+                num_folds=num_folds,
+                bindings=self.bindings if probe is self.probe else None,
+            ),
             budget=self.budget,
         )
 
