@@ -22,7 +22,6 @@ from transformers import TrainerCallback
 from stepscope.errors import ConfigError
 from stepscope.measure.change.online import realised_change
 from stepscope.measure.noise.window import window_noise_scale
-from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.stats import Estimate
@@ -31,7 +30,14 @@ from stepscope.training.probe.predict import Pending, predict
 from stepscope.training.probe.source import Source, TaskSource, TrainerSource
 from stepscope.training.probe.table import append, columns_of, doubt, forget, tokens_path
 from stepscope.training.watching.capture import BatchRecorder, Captured
-from stepscope.training.watching.guest import Guest, reason_of, require_readable, trainer_of, warn_off
+from stepscope.training.watching.guest import (
+    Guest,
+    reason_of,
+    require_readable,
+    settings_of,
+    trainer_of,
+    warn_off,
+)
 from stepscope.training.watching.state import (
     optimizer_state,
     optimizer_within,
@@ -203,7 +209,7 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
                 policy = Policy(
                     model=model,
                     tokenizer=processing_class,
-                    settings=_settings(args),
+                    settings=settings_of(args),
                     optimizer=optimizer_state(inner, model),
                     step=state.global_step,
                 )
@@ -231,7 +237,7 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
         with Guest(self, state):
             begin = time.perf_counter()
             with undisturbed(model):
-                policy = Policy(model=model, tokenizer=processing_class, settings=_settings(args))
+                policy = Policy(model=model, tokenizer=processing_class, settings=settings_of(args))
                 change = realised_change(
                     policy, pending.prediction, budget=Budget(max_sequences=self.max_sequences)
                 )
@@ -370,13 +376,3 @@ def names_of(probes: list[StepProbe]) -> list[str]:
 def _prompts_per_step(args: Any) -> float:
     sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     return float(sequences / args.num_generations)
-
-
-def _settings(args: Any) -> StepSettings:
-    """What a probe needs of the run's settings; the gradient is clipped already."""
-    return StepSettings(
-        group_size=args.num_generations,
-        temperature=args.temperature,
-        max_response_tokens=args.max_completion_length,
-        max_grad_norm=0.0,
-    )

@@ -20,7 +20,6 @@ from transformers import TrainerCallback
 
 from stepscope.console import say
 from stepscope.errors import ConfigError, MeasurementError, RunFolderError
-from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.optim.adamw import AdamWState
 from stepscope.policy.optim.registry import kind_of
 from stepscope.policy.passes import Budget
@@ -37,6 +36,7 @@ from stepscope.training.watching.guest import (
     clipping_of,
     reason_of,
     require_readable,
+    settings_of,
     trainer_of,
     warn_off,
 )
@@ -189,7 +189,7 @@ class StepRecorder(TrainerCallback):  # type: ignore[misc]
                     f"the gradient has norm {used:.4g}, expected {clip * norm:.4g} after clipping: something "
                     "else changes it before the optimizer takes it; record without it"
                 )
-            policy = Policy(model=model, tokenizer=processing_class, settings=_settings(args))
+            policy = Policy(model=model, tokenizer=processing_class, settings=settings_of(args))
             batch = step_batch(sequences, policy)
             error = math.nan
             if self.check and norm > 0 and not self._writer.checked:
@@ -290,13 +290,3 @@ def _gradient(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> Par
 def _half(args: Any, model: Any) -> bool:
     """Whether the training computes in bfloat16."""
     return bool(args.bf16) or any(p.element_size() < 4 for p in model.parameters())
-
-
-def _settings(args: Any) -> StepSettings:
-    """What a batch needs of the run's settings."""
-    return StepSettings(
-        group_size=args.num_generations,
-        temperature=args.temperature,
-        max_response_tokens=args.max_completion_length,
-        max_grad_norm=0.0,
-    )

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback
 
 from stepscope.errors import ConfigError, MeasurementError, StepscopeError
 from stepscope.measure.step.reconstruct import CLIP_EPSILON
+from stepscope.policy.loss.settings import StepSettings
 from stepscope.results import FloatArray
 from stepscope.training.watching.state import optimizer_within
 
@@ -111,6 +112,16 @@ def trainer_of(callback: TrainerCallback) -> Any:
             return found
     name = type(callback).__name__
     raise ConfigError(f"{name}: no trainer calls it; use it as GRPOTrainer(..., callbacks=[{name}()])")
+
+
+def settings_of(args: Any) -> StepSettings:
+    """What a batch needs of the run's settings; its gradient is clipped already."""
+    return StepSettings(
+        group_size=args.num_generations,
+        temperature=args.temperature,
+        max_response_tokens=args.max_completion_length,
+        max_grad_norm=0.0,
+    )
 
 
 def clipping_of(trainer: Any) -> tuple[float, float]:
