@@ -47,6 +47,18 @@ def open_task(spec: str | None, policy: Policy) -> TemplatedTask:
     return task.through(policy.tokenizer)
 
 
+def task_to_measure(spec: str | None, policy: Policy) -> TemplatedTask:
+    """The task of :func:`open_task`, with a warning of what it shares with the policy's training.
+
+    Raises:
+        ConfigError: as :func:`open_task`.
+        TaskError: likewise.
+    """
+    task = open_task(spec, policy)
+    say_what_is_shared(task, {policy.settings.task: policy.settings.task_digest})
+    return task
+
+
 def hold_data(run: RunFolder, tasks: Iterable[TemplatedTask]) -> None:
     """Record the state of the tasks' data, or compare it with what is recorded.
 

@@ -22,7 +22,7 @@ from stepscope.measure.ledger.recorded import RecordedPath
 from stepscope.measure.ledger.slopes import Looked
 from stepscope.measure.quantity.base import make_quantity
 from stepscope.pipeline.inputs.policies import checkpoints_in, open_policy
-from stepscope.pipeline.inputs.tasks import open_task, say_what_is_shared
+from stepscope.pipeline.inputs.tasks import task_to_measure
 from stepscope.policy.checkpoint.models import usable_device
 from stepscope.policy.passes import Budget
 from stepscope.policy.recorded import RecordedTraining
@@ -138,9 +138,7 @@ class Accounting:
     @cached_property
     def task(self) -> TemplatedTask:
         """The task that the probe's prompts come from."""
-        task = open_task(self.config.task, self.policy)
-        say_what_is_shared(task, {self.policy.settings.task: self.policy.settings.task_digest})
-        return task
+        return task_to_measure(self.config.task, self.policy)
 
     @property
     def budget(self) -> Budget:

@@ -21,7 +21,7 @@ from stepscope.measure.step.reconstruct import Step, reconstruct_step
 from stepscope.measure.step.rounding import RoundedStep, rounded_step
 from stepscope.pipeline.inputs.policies import open_policy, open_reference
 from stepscope.pipeline.inputs.samplers import make_sampler
-from stepscope.pipeline.inputs.tasks import open_task, say_what_is_shared
+from stepscope.pipeline.inputs.tasks import task_to_measure
 from stepscope.policy.check.derivatives import derivative_errors
 from stepscope.policy.forward import vocabulary_size
 from stepscope.policy.group import current
@@ -74,9 +74,7 @@ class Session:
     @cached_property
     def task(self) -> TemplatedTask:
         """The task prompts come from."""
-        task = open_task(self.config.task, self.policy)
-        say_what_is_shared(task, {self.policy.settings.task: self.policy.settings.task_digest})
-        return task
+        return task_to_measure(self.config.task, self.policy)
 
     @cached_property
     def update(self) -> Rollouts:
