@@ -75,7 +75,8 @@ def sampler_mismatch(
     tokens = _Tokens(rollouts.prompt_index, known, sequence_weights)
     log_pi, log_q = rollouts.logprobs, rollouts.sampler_logprobs
     gap = tokens.rows(q - p for p, q in zip(log_pi, log_q, strict=True))
-    figures = _distances(tokens, gap) | _divergences(tokens, gap)
+    weights = _sequence_ratios(gap)
+    figures = _distances(tokens, gap) | _divergences(tokens, gap, weights)
     if rollouts.decoding_logprobs is not None:
         own = rollouts.decoding_logprobs
         engine = tokens.rows(q - d for q, d in zip(log_q, own, strict=True))
@@ -89,7 +90,6 @@ def sampler_mismatch(
         }
     if rollouts.kept_masses is not None:
         figures |= _masses(tokens, tokens.rows(rollouts.kept_masses))
-    weights = _sequence_ratios(gap)
     figures |= _biases(rollouts, tokens, gap)
     doubt = "; ".join(_doubts(rollouts, figures, weights, sequence_weights))
     return SamplerMismatch(figures, _worst(rollouts, known), doubt)
@@ -170,11 +170,10 @@ def _distances(tokens: _Tokens, gap: list[FloatArray]) -> dict[str, Estimate]:
     return found
 
 
-def _divergences(tokens: _Tokens, gap: list[FloatArray]) -> dict[str, Estimate]:
+def _divergences(tokens: _Tokens, gap: list[FloatArray], whole: FloatArray) -> dict[str, Estimate]:
     with np.errstate(over="ignore"):
         ratio = [np.nan_to_num(np.exp(-row)) for row in gap]
     k3 = [r - 1 + g for r, g in zip(ratio, gap, strict=True)]
-    whole = _sequence_ratios(gap)
     ones = np.ones(len(gap))
     one, three = "k1: mean of log q - log pi", "k3: mean of pi/q - 1 - log(pi/q)"
     return {

@@ -49,12 +49,12 @@ def stack_dots(stack: ParameterVector, a: ParameterVector) -> FloatArray:
 
 
 def mixed(stack: ParameterVector, weights: FloatArray) -> dict[str, Tensor]:
-    """The vector sum_r weights_r stack_r."""
+    """The vector sum_r weights_r stack_r; with (row', row) weights the stack of those."""
     found = {}
     for n, rows in stack.items():
         own = part(rows)
         chosen = torch.as_tensor(weights, dtype=own.dtype, device=own.device)
-        found[n] = of_parts(torch.tensordot(chosen, own, 1), rows, leading=0)
+        found[n] = of_parts(torch.tensordot(chosen, own, 1), rows, leading=chosen.dim() - 1)
     return found
 
 

@@ -27,7 +27,6 @@ MOST_IN_PAIRS = 512
 MOST_GROUPS = 64
 """Most groups of prompts that are left out one by one; more prompts are pooled at random."""
 
-
 BLOCK = 2_000_000
 """Most numbers in one (resample, item) array."""
 

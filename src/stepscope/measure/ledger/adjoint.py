@@ -213,13 +213,6 @@ def _through_clip(step: TakenStep, pulled: dict[str, Tensor], through: Through) 
     if through == "fixed" or step.clip == 1.0 or not step.max_norm > 0:
         return found
     norm = vectors.norm(step.ascent)
-    effects: Tensor | float = sum(
-        (rows.flatten(1).double() @ step.ascent[name].reshape(-1).to(rows.device).double()).cpu()
-        for name, rows in pulled.items()
-    )
-    assert isinstance(effects, Tensor)
     slope = -(step.clip**2) / (step.max_norm * norm)
-    for name, rows in found.items():
-        factor = (slope * effects).to(rows.device, rows.dtype).reshape(-1, *[1] * (rows.dim() - 1))
-        rows += factor * step.ascent[name].to(rows.device, rows.dtype)
+    vectors.add_multiples(found, slope * vectors.stack_dots(pulled, step.ascent), step.ascent)
     return found

@@ -19,7 +19,7 @@ through ``optimizer`` they are not, and the entries answer what a little more or
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -29,11 +29,9 @@ from stepscope.measure.influence.attribution import token_products
 from stepscope.measure.ledger.adjoint import Adjoint, pull
 from stepscope.measure.ledger.path import Path
 from stepscope.measure.step.reconstruct import weighted_logprobs
+from stepscope.measure.step.terms import weighted_entropies
 from stepscope.policy import vectors
-from stepscope.policy.gradients.derivatives import (
-    Objective,
-    gradient,
-)
+from stepscope.policy.gradients.derivatives import gradient
 from stepscope.policy.optim.base import Through
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
@@ -118,20 +116,7 @@ def step_entries(
         update=step.update,
         whole=entries,
         own=own,
-        bonus=products(whole, bonus, len(each)) if bonus else np.zeros(len(each)),
-        decay=-products(found.decay, theta, len(each)),
+        bonus=vectors.stack_dots(whole, bonus) if bonus else np.zeros(len(each)),
+        decay=-vectors.stack_dots(found.decay, theta) if found.decay else np.zeros(len(each)),
     )
     return made_by_batch, found.before
-
-
-def weighted_entropies(weights: Sequence[FloatArray]) -> Objective:
-    """The objective sum_k e_ik H_ik, (seq, tok): its gradient is that of minus the bonus in the loss."""
-    return lambda outputs, batch: batch.pad(weights, outputs.entropies) * outputs.entropies
-
-
-def products(stack: Rows, vector: Rows, count: int) -> FloatArray:
-    """(row,) inner products of a stack of so many rows with a vector, in float64."""
-    total = np.zeros(count)
-    for name, rows in stack.items():
-        total += (rows.flatten(1).double() @ vector[name].reshape(-1).to(rows.device).double()).cpu().numpy()
-    return total

@@ -87,6 +87,28 @@ def displacement(path: Path, place: int) -> dict[str, Tensor]:
     return {name: after[name] - before[name] for name in before}
 
 
+def displacement_parts(
+    path: Path, place: int, before: tuple[ParameterVector, Mapping[str, int]]
+) -> dict[str, dict[str, Tensor]]:
+    """A step's displacement and two parts of it.
+
+    Args:
+        path: the training.
+        place: which step.
+        before: :meth:`Path.first_moment`.
+
+    Returns:
+        ``whole`` (as it is), ``momentum_before`` (what the moment before step 0 moves) and ``decay`` (beside
+        the gradient).
+    """
+    taken = path.step(place).taken
+    return {
+        "whole": displacement(path, place),
+        "momentum_before": carried_moment(taken, *before),
+        "decay": taken.decay(path.parameters(place)),
+    }
+
+
 def parts_along(path: Path, weights: Sequence[Mapping[int, float]]) -> list[dict[str, dict[str, Tensor]]]:
     """Weighted sums over steps of the displacement and of two of its parts.
 
@@ -95,20 +117,15 @@ def parts_along(path: Path, weights: Sequence[Mapping[int, float]]) -> list[dict
         weights: for every sum wanted, step to weight.
 
     Returns:
-        For every sum ``whole`` (the displacement as it is), ``momentum_before`` (what the moment before step
-        0 moves) and ``decay`` (beside the gradient).
+        For every sum the parts of :func:`displacement_parts`.
     """
-    first, counts = path.first_moment()
+    before = path.first_moment()
     found: list[dict[str, dict[str, Tensor]]] = [
-        {name: vectors.zeros_like(first) for name in ("whole", "momentum_before", "decay")} for _ in weights
+        {name: vectors.zeros_like(before[0]) for name in ("whole", "momentum_before", "decay")}
+        for _ in weights
     ]
     for place in sorted({place for row in weights for place in row}):
-        taken = path.step(place).taken
-        parts = {
-            "whole": displacement(path, place),
-            "momentum_before": carried_moment(taken, first, counts),
-            "decay": taken.decay(path.parameters(place)),
-        }
+        parts = displacement_parts(path, place, before)
         for sums, row in zip(found, weights, strict=True):
             for name, part in parts.items():
                 for key, value in part.items():

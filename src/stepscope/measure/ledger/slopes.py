@@ -22,6 +22,7 @@ from stepscope.measure.quantity.estimators import ESTIMATORS, Sampled, value, we
 from stepscope.measure.quantity.importance_weights import check_weights, last_weights
 from stepscope.measure.quantity.probe import bind_quantity
 from stepscope.measure.quantity.values import values_at
+from stepscope.policy import vectors
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector, placed
@@ -87,19 +88,8 @@ def place_slopes(
         )
         found.append(probe_gradient(policy, each.probe, bound, groups=groups, budget=budget))
     folds = [slope.folds(num_folds) for slope in found]
-    rows = {
-        name: torch.cat(
-            [
-                torch.tensordot(
-                    torch.as_tensor(f.mixing, dtype=slope.parts[name].dtype, device=slope.parts[name].device),
-                    slope.parts[name],
-                    1,
-                )
-                for slope, f in zip(found, folds, strict=True)
-            ]
-        )
-        for name in found[0].parts
-    }
+    stacks = [vectors.mixed(slope.parts, fold.mixing) for slope, fold in zip(found, folds, strict=True)]
+    rows = {name: torch.cat([stack[name] for stack in stacks]) for name in stacks[0]}
     count = len(folds[0].shares)
     shares = np.zeros((len(found), count * len(found)))
     for i, fold in enumerate(folds):

@@ -5,30 +5,32 @@ A further term is a function here that gives the minus gradient of its loss, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from stepscope.errors import MeasurementError
 from stepscope.measure.step.router import router_gradient
-from stepscope.policy.forward import TokenBatch, TokenOutputs
-from stepscope.policy.gradients.derivatives import gradient
+from stepscope.policy.gradients.derivatives import Objective, gradient
 from stepscope.policy.loss.surrogate import adds_component, entropy_weights
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
-from stepscope.results import Rollouts
+from stepscope.results import FloatArray, Rollouts
 
 
 def bonus_gradient(policy: Policy, update: Rollouts, budget: Budget) -> dict[str, Tensor]:
     """Coefficient x gradient of the mean entropy of the tokens in the loss; empty without a bonus."""
     weights = entropy_weights(update, policy.settings, step=policy.step)
-    if not weights:
-        return {}
+    return gradient(policy, update, weighted_entropies(weights), budget=budget) if weights else {}
 
-    def objective(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
-        return batch.pad(weights, outputs.entropies) * outputs.entropies
 
-    return gradient(policy, update, objective, budget=budget)
+def weighted_entropies(weights: Sequence[FloatArray]) -> Objective:
+    """The objective sum_k e_ik H_ik, (seq, tok): with e = -dLoss/dH its gradient is -grad of the bonus.
+
+    Args:
+        weights: one (tok,) array per sequence of the batch it will be used on.
+    """
+    return lambda outputs, batch: batch.pad(weights, outputs.entropies) * outputs.entropies
 
 
 TERMS: dict[str, Callable[[Policy, Rollouts, Budget], dict[str, Tensor]]] = {

@@ -14,9 +14,9 @@ from pathlib import Path
 from torch import Tensor
 
 from stepscope.measure.ledger.account import ALL, EARLIER, LATER
-from stepscope.measure.ledger.adjoint import Adjoint, carried_moment
-from stepscope.measure.ledger.entries import products, step_entries
-from stepscope.measure.ledger.path import displacement, parts_along
+from stepscope.measure.ledger.adjoint import Adjoint
+from stepscope.measure.ledger.entries import step_entries
+from stepscope.measure.ledger.path import displacement_parts, parts_along
 from stepscope.measure.ledger.slopes import place_figures, place_slopes
 from stepscope.pipeline.ledger.shared import Accounting
 from stepscope.pipeline.ledger.tables import fold_rows, step_rows, token_fold_rows, token_rows
@@ -116,7 +116,7 @@ def _steps_behind(
 ) -> tuple[LedgerTokens, LedgerFolds, LedgerSteps, LedgerTokenFolds]:
     """The steps from a place to the one behind it, taken from the last; ``after`` goes along."""
     path, labels, weights = work.path, work.config.quantities, work.weights[ALL]
-    first, counts = path.first_moment()
+    before = path.first_moment()
     tokens: list[LedgerTokens] = []
     folds: list[LedgerFolds] = []
     steps: list[LedgerSteps] = []
@@ -124,12 +124,7 @@ def _steps_behind(
     for j in reversed(range(work.places[index], work.places[index + 1])):
         here, there = float(weights[index, j]), float(weights[index + 1, j])
         gains = {name: here * rows[name] + there * rows_behind[name] for name in rows}
-        taken = path.step(j).taken
-        moved = {
-            "change": displacement(path, j),
-            "momentum_before": carried_moment(taken, first, counts),
-            "decay": taken.decay(path.parameters(j)),
-        }
+        moved = displacement_parts(path, j, before)
         for through in work.config.through:
             entries, after[through] = step_entries(
                 work.policy,
@@ -144,7 +139,7 @@ def _steps_behind(
             tokens.append(token_rows(entries, labels, shares))
             folds.append(fold_rows(entries, labels, shares))
             if through == "fixed":
-                own = {name: shares @ products(gains, v, shares.shape[1]) for name, v in moved.items()}
+                own = {name: shares @ vectors.stack_dots(gains, v) for name, v in moved.items()}
                 steps.append(step_rows(entries, labels, shares, own))
                 token_folds.append(token_fold_rows(entries, labels, shares))
     return (

@@ -82,13 +82,13 @@ def step_rows(
         entries: of a step, through ``fixed``.
         labels: of the quantities.
         shares: (quantity, row) makes quantities of rows.
-        moved: (quantity,) ``change``, ``momentum_before`` and ``decay`` of the step's displacement.
+        moved: (quantity,) ``whole``, ``momentum_before`` and ``decay`` of the step's displacement.
     """
     count = len(labels)
     return LedgerSteps(
         step=np.full(count, entries.number, dtype=np.int64),
         quantity=np.array(labels, dtype=np.object_),
-        change=moved["change"],
+        change=moved["whole"],
         tokens=shares @ entries.whole.sum(1),
         own_step=entries.own.sum(1),
         bonus=shares @ entries.bonus,
