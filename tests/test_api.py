@@ -51,7 +51,7 @@ def test_a_measurement_in_python(checkpoint):
 def test_the_example_of_the_readme_runs(checkpoint, capsys):
     """As printed, on a smaller policy and fewer prompts."""
     text = (Path(__file__).parents[1] / "README.md").read_text()
-    example = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    example = re.search(r"```python\n(import stepscope as ss.*?)```", text, re.DOTALL)
     assert example is not None
     code = example[1]
     for old, new in (
