@@ -46,11 +46,13 @@ test: $(STAMP) browser ## the tests (minutes), and the share of the code they ru
 test-slow: $(STAMP) smollm2 ## the long checks
 	$(BIN)/python -m pytest -m slow
 
+# vLLM pins a torch of its own and is locked by nobody here.
+EXTRAS  := $(foreach extra,dev docs gguf prime-rl ray slurm,--extra $(extra))
 # `make lock UPGRADE=` keeps the versions that stand there and adds what is missing.
 # What a CUDA build of torch brings along is torch's own choice, on machines that take one.
 UPGRADE ?= --upgrade
 lock: $(STAMP) ## renew constraints.txt: the newest versions that constraints.in allows
-	$(BIN)/uv pip compile --system-certs --quiet --all-extras --python-version 3.11 $(UPGRADE) --annotation-style line \
+	$(BIN)/uv pip compile --system-certs --quiet $(EXTRAS) --python-version 3.11 $(UPGRADE) --annotation-style line \
 		--custom-compile-command 'make lock' --output-file constraints.txt pyproject.toml constraints.in > /dev/null
 	sed -i -E '/^(nvidia-|cuda-|triton==)/d' constraints.txt
 
