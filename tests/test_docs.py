@@ -85,13 +85,14 @@ def test_a_command_of_a_page_is_taken_with_its_options_and_settings(
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as ended:
         app(words)
-    assert ended.value.code == 0 and called
+    assert ended.value.code == 0
+    assert called
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_code_of_a_page_is_code_and_its_names_exist(page: Path) -> None:
     for block in blocks(page.read_text(), "python"):
         for node in ast.walk(ast.parse(block)):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
-                if node.value.id in ("ss", "stepscope"):
-                    assert hasattr(stepscope, node.attr), f"{page.name}: {node.value.id}.{node.attr}"
+            match node:
+                case ast.Attribute(value=ast.Name(id="ss" | "stepscope" as package), attr=name):
+                    assert hasattr(stepscope, name), f"{page.name}: {package}.{name}"
