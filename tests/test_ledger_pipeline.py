@@ -30,11 +30,11 @@ from stepscope.pipeline.ledger.run import sentences
 from stepscope.pipeline.report import run_report
 from stepscope.policy import vectors
 from stepscope.policy.recorded import RecordedTraining, TrainingState
-from stepscope.reading.token_classes import WAYS
 from stepscope.report import text
 from stepscope.results.ledger import FOLDS, LEDGER, ROLLUPS, STEPS, TOKEN_FOLDS, TOKENS
 from stepscope.results.recording import StepFigures
 from stepscope.results.rollups import LedgerRollups
+from stepscope.rules.token_classes import WAYS
 from stepscope.training import train
 
 CHROMIUM = find_chromium()

@@ -10,8 +10,8 @@ import pytest
 
 from stepscope.errors import MeasurementError
 from stepscope.reading.rollups import Entries
-from stepscope.reading.token_classes import QUADRANTS, WAYS, kinds
 from stepscope.results.two_way import class_sums
+from stepscope.rules.token_classes import QUADRANTS, WAYS, kinds
 from stepscope.stats import student
 
 FOLDS = 8

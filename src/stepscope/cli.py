@@ -85,6 +85,15 @@ def _split(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
+def _numbers(text: str | None, option: str) -> list[float] | None:
+    """``0.5,1`` as a list."""
+    parts = _split(text)
+    try:
+        return None if parts is None else [float(part) for part in parts]
+    except ValueError as error:
+        raise ConfigError(f"{option}: expected numbers such as 0.25,0.5,1, got {text!r}") from error
+
+
 def _first_or_override(first: str | None, overrides: list[str] | None) -> tuple[str | None, list[str]]:
     """A leading ``section.field=value`` belongs to the overrides, not to the first argument."""
     rest = overrides or []
@@ -329,12 +338,52 @@ def ledger(
     out: Annotated[
         str | None, typer.Option("--out", metavar="DIR", help="Where the ledger goes; default: RUN.")
     ] = None,
+    without: Annotated[
+        str | None,
+        typer.Option(
+            "--without",
+            metavar="RULE",
+            help="What if these tokens had been left out? WAY=CLASS of a finished ledger, for example "
+            '"quadrant=wrong, rare" or "kind=digits|operators".',
+        ),
+    ] = None,
+    dose: Annotated[
+        str | None,
+        typer.Option(
+            "--dose", metavar="A,B", help="Shares of their weight to take away (default 0.25,0.5,1)."
+        ),
+    ] = None,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Also train again without them, from the same start and seeds.")
+    ] = False,
     precision: Precision = None,
     device: Device = None,
     config: ConfigFile = None,
     resume: Resume = False,
 ) -> None:
-    """What every token of every batch of a recorded training did to its entropy, added up and closed."""
+    """What every token of every batch of a recorded training did to its entropy, added up and closed.
+
+    With --without the curves of entropy and reward without some tokens: predicted from the record, and with
+    --retrain held against training again. Steps, task and probe are those of the ledger that is there.
+    """
+    if without is not None:
+        own = {"--from": start, "--to": stop, "--quantity": quantity, "--through": through, "--task": task}
+        given = [name for name, value in (own | {"--precision": precision}).items() if value is not None]
+        if given:
+            raise ConfigError(
+                f"{given[0]} is a setting of the ledger that is there; leave it out of --without"
+            )
+        from stepscope.config import WhatIfConfig, load_config
+
+        settings_of = {"run": run, "out": out, "rule": without, "every": every, "device": device}
+        more = {"doses": _numbers(dose, "--dose"), "retrain": retrain or None}
+        what_if = load_config(WhatIfConfig, config, overrides or [], settings_of | more)
+        from stepscope.pipeline import run_what_if
+
+        run_what_if(what_if)
+        return
+    if dose is not None or retrain:
+        raise ConfigError("--dose and --retrain belong to --without RULE; say which tokens to leave out")
     from stepscope.config import LedgerConfig, load_config
 
     values: dict[str, Any] = {

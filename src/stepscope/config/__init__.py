@@ -37,6 +37,7 @@ from stepscope.config.train import (
     TinyModelConfig,
     TrainConfig,
 )
+from stepscope.config.what_if import WhatIfConfig
 
 __all__ = [
     "STAGES",
@@ -67,6 +68,7 @@ __all__ = [
     "TinyModelConfig",
     "TrainConfig",
     "UpdateConfig",
+    "WhatIfConfig",
     "apply_overrides",
     "build_config",
     "dump_config",

@@ -18,6 +18,7 @@ from stepscope.rules import (
     Reweighting,
     Steer,
     TopEntropy,
+    Without,
 )
 
 
@@ -53,6 +54,7 @@ ObjectiveConfig = Annotated[
     | Steer
     | DiscriminatorClipping
     | InfluenceClipping
+    | Without
     | EntropyBonusConfig,
     Field(discriminator="name"),
 ]

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from stepscope.config.base import Section
 from stepscope.config.objectives import CurriculumConfig, EntropyBonusConfig, ObjectiveConfig
-from stepscope.rules import ScopedIntervention
+from stepscope.rules import ScopedIntervention, Without
 
 
 class TinyModelConfig(Section):
@@ -234,6 +234,11 @@ class RlConfig(Section):
         if chosen.measures and self.beta > 0:
             raise ValueError(
                 f"objective {chosen.name} measures the step of the policy loss alone, and beta adds a KL "
+                "penalty; set beta to 0"
+            )
+        if isinstance(chosen, Without) and self.beta > 0:
+            raise ValueError(
+                "objective without takes tokens out of the policy loss, and beta would leave them in the KL "
                 "penalty; set beta to 0"
             )
         if isinstance(chosen, ScopedIntervention) and chosen.over(self.micro_batch_size).scope == 1:

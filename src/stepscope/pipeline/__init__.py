@@ -30,6 +30,7 @@ __all__ = [
     "run_report",
     "run_study",
     "run_train",
+    "run_what_if",
 ]
 
 _HOME = {
@@ -43,6 +44,7 @@ _HOME = {
     "run_report": "report",
     "run_study": "study.run",
     "run_train": "train",
+    "run_what_if": "ledger.what_if",
 }
 
 

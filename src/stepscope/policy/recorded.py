@@ -303,7 +303,10 @@ class RecordedTraining:
 
 
 def adamw_step(
-    state: TrainingState, groups: Sequence[RecordedGroup], lrs: Sequence[float], gradient: ParameterVector
+    state: TrainingState,
+    groups: Sequence[RecordedGroup | AdamWGroup],
+    lrs: Sequence[float],
+    gradient: ParameterVector,
 ) -> TrainingState:
     """The state after ``torch.optim.AdamW`` has taken a step along a recorded gradient.
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
+
+from stepscope.results.tables import TextArray
+from stepscope.rules.token_classes import kinds, token_names
 from stepscope.tasks.problem import ANSWER, END_ANSWER, END_THINK, THINK
 
 _UNFINISHED = "\ufffd"
@@ -28,6 +32,7 @@ class ResponseText:
         tags.discard(tokenizer.unk_token_id)
         self._tokenizer = tokenizer
         self._alone: dict[int, str] = {}
+        self._ends = frozenset(ends)
         self._silent = frozenset(around & set(tokenizer.all_special_ids) - tags)
 
     def whole(self, ids: Sequence[int]) -> str:
@@ -51,6 +56,20 @@ class ResponseText:
             found = self._by_prefixes(heard, whole)
         texts = iter(found)
         return ["" if token in self._silent else next(texts) for token in ids]
+
+    def facts(self, responses: Sequence[Sequence[int]]) -> dict[str, TextArray]:
+        """``token`` and ``kind`` of every token of some responses, as rules look at them.
+
+        Args:
+            responses: ids of whole responses.
+        """
+        names: list[str] = []
+        found: list[str] = []
+        for ids in responses:
+            texts, ended = self.by_token(ids), bool(ids) and ids[-1] in self._ends
+            names += token_names(texts, ended)
+            found += kinds(texts, ended)
+        return {"token": np.array(names, dtype=object), "kind": np.array(found, dtype=object)}
 
     def _in_windows(self, ids: list[int]) -> list[str]:
         """What each token adds to the whole characters just before it; linear in the number of tokens."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from stepscope import runs
-from stepscope.errors import RunFolderError
+from stepscope.errors import MeasurementError, RunFolderError
 from stepscope.reading import rollups
 from stepscope.reading.folder import Folder
 from stepscope.reading.recording import RecordFolder, find_record
@@ -27,12 +30,38 @@ from stepscope.results.ledger import (
     LedgerSteps,
     LedgerTokenFolds,
     LedgerTokens,
+    fold_sums,
 )
 from stepscope.results.rollups import LedgerRollups
+from stepscope.results.what_if import CURVES, SUMMARY, WHAT_IF, WhatIf, WhatIfCurves
+from stepscope.rules import TokenRule
+from stepscope.rules.token_classes import Labels
 from stepscope.runs import RunFolder
+from stepscope.stats import Estimate
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+@dataclass(frozen=True)
+class WhatIfFolder(Folder):
+    """A what-if of one rule.
+
+    Attributes:
+        path: the folder.
+    """
+
+    path: Path
+
+    @cached_property
+    def result(self) -> WhatIf:
+        """What it comes to at the last step."""
+        return runs.read_record(WhatIf, self.path / SUMMARY)
+
+    @cached_property
+    def curves(self) -> WhatIfCurves:
+        """A row per quantity, dose, path and place."""
+        return runs.read_record(WhatIfCurves, self.path / CURVES)
 
 
 @dataclass(frozen=True)
@@ -122,6 +151,50 @@ class LedgerFolder(Folder):
     def top(self, count: int = 20, quantity: str | None = None) -> pd.DataFrame:
         """Tokens with the largest |influence|; see :meth:`stepscope.reading.rollups.Entries.top`."""
         return self.entries(quantity).top(count)
+
+    def without(
+        self, rule: str | Callable[[pd.DataFrame], Labels], dose: float = 1.0, quantity: str | None = None
+    ) -> Estimate:
+        """What leaving out some tokens would have done to a quantity by the last step, to first order.
+
+        -dose times the sum of their entries, with clipping and second moments as they were: no token changes
+        where later gradients are taken, or what is sampled. ``stepscope ledger RUN --without RULE`` follows
+        the curve, further.
+
+        Args:
+            rule: as :meth:`stepscope.rules.TokenRule.parse` reads it, or a function from the data frame of
+                :meth:`table` to True for each token that is left out.
+            dose: share of their weight that is taken away.
+            quantity: the first by default.
+
+        Raises:
+            ConfigError: no such rule.
+            MeasurementError: no token is of it.
+        """
+        entries = self.entries(quantity)
+        if isinstance(rule, str):
+            inside = TokenRule.parse(rule).present(entries.table)
+        else:
+            inside = np.asarray(rule(entries.table), dtype=np.bool_)
+            if inside.shape != (len(entries.table),) or not inside.any():
+                raise MeasurementError(
+                    f"the function gave {inside.size} values with {inside.sum()} tokens in them, of "
+                    f"{len(entries.table)} tokens; it must give True or False for each row of the table, "
+                    "True for at least one"
+                )
+        sums = fold_sums(entries.shares, -dose * entries.folds[:, inside].sum(1))
+        unit = self.account(entries.quantity).unit
+        method = (
+            f"-{dose:g} times the entries of {int(inside.sum()):,} tokens, from {len(entries.shares)} folds"
+        )
+        return sums.estimate(unit, method)
+
+    @cached_property
+    def what_if(self) -> Mapping[str, WhatIfFolder]:
+        """What ``stepscope ledger RUN --without RULE`` left, by rule."""
+        folders = sorted(path.parent for path in (self.path / WHAT_IF).glob(f"*/{SUMMARY}"))
+        found = [WhatIfFolder(folder) for folder in folders]
+        return {each.result.rule: each for each in found}
 
     def account(self, quantity: str) -> Account:
         """The account of a quantity.

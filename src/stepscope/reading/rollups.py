@@ -10,18 +10,18 @@ import numpy as np
 
 from stepscope.errors import MeasurementError
 from stepscope.reading.recording import RecordedBatch, RecordFolder
-from stepscope.reading.token_classes import END, PART, UNKNOWN, WAYS, Labels, kinds, ordered
 from stepscope.results.ledger import LedgerFolds, LedgerTokenFolds, LedgerTokens, fold_sums
 from stepscope.results.records import FloatArray, IntArray
 from stepscope.results.rollups import LedgerRollups
 from stepscope.results.two_way import class_sums
+from stepscope.rules.token_classes import UNKNOWN, WAYS, Labels, kinds, ordered, token_names
 from stepscope.stats import Estimate, clustered_mean
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Way = str | Callable[["pd.DataFrame"], Labels]
-"""A name of :data:`stepscope.reading.token_classes.WAYS`, or a function of the table of tokens."""
+"""A name of :data:`stepscope.rules.token_classes.WAYS`, or a function of the table of tokens."""
 
 _PLACE = ("step", "sequence_id", "position")
 _FIGURES = ("influence", "own_step", "later", "stderr")
@@ -68,10 +68,7 @@ def _batch(
     for i, row in enumerate(batch.texts):
         ended = not found.truncated[i]
         names.append(np.array(kinds(row, ended), dtype=object))
-        last = len(row) - 1
-        texts.append(
-            np.array([t or (END if ended and k == last else PART) for k, t in enumerate(row)], dtype=object)
-        )
+        texts.append(np.array(token_names(row, ended), dtype=object))
         node: Any = (-1, int(numbers[i]))
         nodes = []
         for token in found.response_token_ids[i]:

@@ -48,6 +48,7 @@ from stepscope.report.sections import (
     step,
     study,
     training,
+    what_if,
 )
 from stepscope.report.tables import GLOSSARY
 from stepscope.results.ledger import LEDGER_PAGE, Account
@@ -248,6 +249,7 @@ def _account_panel(found: LedgerFolder, account: Account, key: str, room: Room, 
     entries = found.entries(account.quantity)
     sections = [
         ledger.account_section(found, entries, account),
+        what_if.section(found, account, first=plane),
         ledger_tokens.section(entries, account.unit, room.excerpts),
         ledger.classes_section(found, account),
         ledger.prompts_section(found, entries, account),

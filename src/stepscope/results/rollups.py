@@ -18,7 +18,7 @@ class LedgerRollups(Table):
 
     Attributes:
         quantity: the quantity.
-        by: how tokens are divided: a name of ``reading.token_classes.WAYS``, or a user's own.
+        by: how tokens are divided: a name of ``rules.token_classes.WAYS``, or a user's own.
         label: the class.
         place: order of the class among its own.
         tokens: number of tokens in it.

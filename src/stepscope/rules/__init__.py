@@ -19,6 +19,7 @@ from stepscope.rules.interventions import (
     Steer,
     TopEntropy,
 )
+from stepscope.rules.left_out import TokenRule, Without
 from stepscope.rules.tokens import TokenFacts, Tokens, covariance, largest
 
 __all__ = [
@@ -33,8 +34,10 @@ __all__ = [
     "ScopedIntervention",
     "Steer",
     "TokenFacts",
+    "TokenRule",
     "Tokens",
     "TopEntropy",
+    "Without",
     "covariance",
     "intervention_from_record",
     "largest",

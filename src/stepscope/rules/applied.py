@@ -22,6 +22,7 @@ from stepscope.rules.interventions import (
     Steer,
     TopEntropy,
 )
+from stepscope.rules.left_out import Without
 from stepscope.rules.tokens import Tokens
 
 INTERVENTIONS: dict[str, type[Intervention]] = {
@@ -35,6 +36,7 @@ INTERVENTIONS: dict[str, type[Intervention]] = {
         DiscriminatorClipping,
         InfluenceClipping,
         EntropyBonus,
+        Without,
     )
 }
 """By the name under which a checkpoint records them."""

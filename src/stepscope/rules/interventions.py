@@ -62,6 +62,11 @@ class Intervention(BaseModel):
         return False
 
     @property
+    def needs_texts(self) -> bool:
+        """Whether it looks at what tokens say."""
+        return False
+
+    @property
     def entropy_weight(self) -> float:
         """Weight of the mean entropy over the tokens of the loss in what the next step maximises."""
         return 0.0

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from stepscope.results import BoolArray, Brief, FloatArray, IntArray
+from stepscope.results.tables import TextArray
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -29,6 +30,10 @@ class Tokens(Brief):
         entropy_influence: (tok,) what the token adds to the change of the entropy by the step that the loss
             would take as it is, nats per unit of lr, where a rule needs it.
         reward_influence: (tok,) the same for the expected reward.
+        position: (tok,) place in the response, from 0, where a rule needs it.
+        token: (tok,) what it goes by (:func:`stepscope.rules.token_classes.token_names`), where a rule needs
+            it.
+        kind: (tok,) its kind, likewise.
     """
 
     sequence: IntArray
@@ -42,6 +47,9 @@ class Tokens(Brief):
     discriminator: FloatArray | None = None
     entropy_influence: FloatArray | None = None
     reward_influence: FloatArray | None = None
+    position: IntArray | None = None
+    token: TextArray | None = None
+    kind: TextArray | None = None
 
     def __len__(self) -> int:
         """Number of tokens."""

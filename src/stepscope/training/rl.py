@@ -117,7 +117,7 @@ class OnPolicyTrainer(GRPOTrainer):  # type: ignore[misc]
         self.reward = reward
         self.max_resample = max_resample
         self.curriculum = curriculum
-        self.shaper = shaper_for(settings, reward.task, self.processing_class)
+        self.shaper = shaper_for(settings, reward.task, self.processing_class, self.eos_token_ids)
         self._shaped: list[Tensor] = []
         rows = kwargs["train_dataset"]
         self._prompt_token_ids = dict(zip(rows["prompt"], rows["prompt_token_ids"], strict=True))

@@ -76,6 +76,10 @@ class RecordedPath:
         state = self._state(self.start)
         return state.exp_avg, state.steps
 
+    def start_state(self) -> TrainingState:
+        """Parameters and moments at the start of the path."""
+        return self._state(self.start)
+
     def _read(self, index: int) -> PathStep:
         batch = self.training.folder.batch(index)
         gradient, after = self.training.gradient(index), self._state(index)

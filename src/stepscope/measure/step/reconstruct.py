@@ -36,7 +36,7 @@ from stepscope.policy.numerics.finiteness import first_not_finite
 from stepscope.policy.optim.base import OptimizerState, Update
 from stepscope.policy.passes import Budget
 from stepscope.policy.reference import reference_logprobs
-from stepscope.policy.rollouts import score_discriminators, score_rollouts
+from stepscope.policy.rollouts import response_text, score_discriminators, score_rollouts
 from stepscope.policy.sampling.drawn_by import DRIFT_LIMIT
 from stepscope.policy.state import Policy
 from stepscope.results import Brief, FloatArray, Rollouts
@@ -137,6 +137,9 @@ def reconstruct_step(
         if chosen is not None and chosen.needs_discriminators
         else None,
         influences=influences,
+        texts=response_text(policy).facts(update.response_token_ids)
+        if chosen is not None and chosen.needs_texts and policy.tokenizer is not None
+        else None,
         step=policy.step,
         ref_logprobs=reference_logprobs(policy, update, reference, budget)
         if needs_reference(policy.settings)

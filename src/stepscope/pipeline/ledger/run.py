@@ -24,7 +24,6 @@ from stepscope.policy.passes import track
 from stepscope.policy.vectors import placed
 from stepscope.processes import is_main_process
 from stepscope.reading.rollups import Entries, recorded_tokens
-from stepscope.reading.token_classes import WAYS
 from stepscope.report import write_ledger_report
 from stepscope.results.files import Stored
 from stepscope.results.ledger import (
@@ -46,6 +45,7 @@ from stepscope.results.ledger import (
     LedgerTokens,
 )
 from stepscope.results.rollups import LedgerRollups
+from stepscope.rules.token_classes import WAYS
 from stepscope.runs import RunFolder, locked, read_record
 
 ENDS = "ends.json"

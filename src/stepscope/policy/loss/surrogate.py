@@ -6,7 +6,7 @@ weights w_ik = -dLoss/dl_ik: then -grad Loss = sum_ik w_ik grad l_ik, whatever t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from stepscope.policy.loss.ratio import importance_ratio
 from stepscope.policy.loss.registry import loss_named
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.loss.trl import TrlParameters
-from stepscope.results import FloatArray, IntArray, Rollouts
+from stepscope.results import BoolArray, FloatArray, IntArray, Rollouts
+from stepscope.results.tables import TextArray
 from stepscope.rules import Tokens, token_advantages
 
 
@@ -169,6 +170,7 @@ def token_weights(
     entropies: Sequence[FloatArray] | None = None,
     discriminators: Sequence[FloatArray] | None = None,
     influences: tuple[Sequence[FloatArray], Sequence[FloatArray]] | None = None,
+    texts: Mapping[str, TextArray] | None = None,
     ref_logprobs: Sequence[FloatArray] | None = None,
     step: int = 0,
 ) -> tuple[FloatArray, ...]:
@@ -184,6 +186,8 @@ def token_weights(
         entropies: its entropies, then needed by an objective.
         discriminators: sum_v pi_v^2 (log pi_v + H_k) per token, where the objective needs it.
         influences: of every token on entropy and on reward, where the objective needs them.
+        texts: what every response token says (:meth:`stepscope.policy.texts.ResponseText.facts`), where the
+            objective looks at it.
         ref_logprobs: log-probs of the reference policy; needed when ``settings.beta`` is not zero.
         step: optimizer steps taken so far; it seeds what is drawn at random: tokens of an objective or a
             loss, and micro-batches where a loss depends on how the batch was cut.
@@ -226,6 +230,8 @@ def token_weights(
         discriminator=None if discriminators is None else in_loss(discriminators),
         entropy_influence=None if influences is None else in_loss(influences[0]),
         reward_influence=None if influences is None else in_loss(influences[1]),
+        position=rollouts.places[1][inside],
+        **_said(rollouts, texts, inside),
     )
     shaped = torch.zeros_like(old)
     shaped[mask] = torch.from_numpy(_shaped_advantages(tokens, settings, step))
@@ -286,6 +292,17 @@ def _shaped_advantages(tokens: Tokens, settings: StepSettings, step: int) -> Flo
     if settings.objective.micro_batch_size is not None:
         order = cut_order(settings, len(tokens.advantages), step)
     return token_advantages(settings.objective, tokens, seed=settings.seed, step=step, order=order)
+
+
+def _said(
+    rollouts: Rollouts, texts: Mapping[str, TextArray] | None, inside: BoolArray
+) -> dict[str, TextArray]:
+    """Those of the facts about all response tokens that are in the loss."""
+    if texts is None:
+        return {}
+    starts = np.concatenate([[0], np.cumsum(rollouts.num_tokens)[:-1]])
+    sequence, position = rollouts.places
+    return {name: values[starts[sequence] + position][inside] for name, values in texts.items()}
 
 
 def _mask(rollouts: Rollouts, settings: StepSettings) -> Tensor:

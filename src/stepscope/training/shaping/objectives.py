@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from stepscope.config import EntropyBonusConfig, RlConfig
 from stepscope.policy.forward import TokenBatch, TokenOutputs, forward
 from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.texts import ResponseText
+from stepscope.results.tables import TextArray
 from stepscope.rules import EntropyBonus, Intervention, ScopedIntervention, Tokens, token_advantages
 from stepscope.tasks import Task
 from stepscope.training.shaping.influence import InfluenceMeter
@@ -52,14 +54,20 @@ class AdvantageShaper:
         settings: of the run.
         objective: makes the advantages.
         meter: measures influences for the objective that looks at them.
+        texts: tells what the tokens of responses say, for the objective that looks at it.
     """
 
     def __init__(
-        self, settings: StepSettings, objective: Intervention, meter: InfluenceMeter | None = None
+        self,
+        settings: StepSettings,
+        objective: Intervention,
+        meter: InfluenceMeter | None = None,
+        texts: ResponseText | None = None,
     ) -> None:
         self.settings = settings
         self.objective = objective
         self.meter = meter
+        self.texts = texts
         self._old: Tensor | None = None
 
     def __call__(
@@ -96,6 +104,8 @@ class AdvantageShaper:
             "old_logprob": self._old,
             "entropy": torch.cat([o.entropies for o in outputs]),
         }
+        if self.texts is not None:
+            found["token_id"] = torch.cat([inputs["completion_ids"] for inputs in micro_batches])
         if outputs[0].discriminators is not None:
             found["discriminator"] = torch.cat([d for o in outputs if (d := o.discriminators) is not None])
         padded = {
@@ -103,8 +113,17 @@ class AdvantageShaper:
             for name, values in found.items()
         }
         mask = padded.pop("mask").bool()
+        ids = padded.pop("token_id", None)
+        sequence, position = torch.nonzero(mask).cpu().numpy().T
+        said: dict[str, TextArray] = {}
+        if self.texts is not None and ids is not None:
+            responses = [row[own].tolist() for row, own in zip(ids.cpu(), mask.cpu(), strict=True)]
+            said = self.texts.facts(responses)
         tokens = Tokens(
-            sequence=torch.nonzero(mask)[:, 0].cpu().numpy(),
+            sequence=sequence,
+            position=position,
+            token=said.get("token"),
+            kind=said.get("kind"),
             advantages=accelerator.gather(own).double().cpu().numpy(),
             epsilon_low=self.settings.epsilon_low,
             epsilon_high=self.settings.epsilon_high,
@@ -141,11 +160,23 @@ class AdvantageShaper:
             )
 
 
-def shaper_for(settings: StepSettings, task: Task, tokenizer: Any) -> AdvantageShaper | None:
-    """What makes the advantages of these settings; None where the loss takes them as they are."""
+def shaper_for(
+    settings: StepSettings, task: Task, tokenizer: Any, ends: Sequence[int]
+) -> AdvantageShaper | None:
+    """What makes the advantages of these settings; None where the loss takes them as they are.
+
+    Args:
+        settings: of the run.
+        task: asks and scores.
+        tokenizer: of the policy.
+        ends: ids of the tokens that end a response.
+    """
     objective = settings.objective
     if objective is None or not objective.shapes_advantages:
         return None
     return AdvantageShaper(
-        settings, objective, InfluenceMeter(settings, task, tokenizer) if objective.measures else None
+        settings,
+        objective,
+        InfluenceMeter(settings, task, tokenizer) if objective.measures else None,
+        ResponseText(tokenizer, ends) if objective.needs_texts else None,
     )

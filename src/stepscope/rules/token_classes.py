@@ -1,17 +1,19 @@
 # ruff: noqa: RUF001 (typographic signs are meant)
-"""Ways to divide the tokens of a training into classes, each from the table of tokens."""
+"""Ways to divide the tokens of a training into classes, each from a table of tokens.
+
+A table has its columns as attributes: the data frame of a ledger
+(:func:`stepscope.reading.rollups.recorded_tokens`), or :class:`stepscope.rules.Tokens` inside a training,
+where only some of the columns are known (:data:`IN_TRAINING`).
+"""
 
 from __future__ import annotations
 
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 Labels = Sequence[Any]
 """(tok,) a class for each token."""
@@ -89,41 +91,59 @@ def _kind(text: str) -> str:
     return "punctuation"
 
 
-def by_quadrant(table: pd.DataFrame) -> Labels:
+def token_names(texts: Sequence[str], ended: bool) -> list[str]:
+    """What each token of one response goes by: its text, or that it has none of its own."""
+    last = len(texts) - 1
+    return [text or (END if ended and k == last else PART) for k, text in enumerate(texts)]
+
+
+def by_quadrant(table: Any) -> Labels:
     """Sign of the advantage times that of log p - E log p = log p + H (the covariance of 2505.22617).
 
     A token with log p + H = 0, of which the policy was certain, counts as likely.
     """
-    likely = (table.logprob + table.entropy >= 0).to_numpy()
-    advantage = table.advantage.to_numpy()
+    likely = np.asarray(table.logprob + table.entropy >= 0)
+    advantage = np.asarray(table.advantage)
     names = np.where(advantage > 0, "right, ", "wrong, ") + np.where(likely, "likely", "rare").astype(object)
     return list(np.where(advantage == 0, "no advantage", np.where(np.isnan(advantage), UNKNOWN, names)))
 
 
-def by_rarity(table: pd.DataFrame) -> Labels:
+def by_rarity(table: Any) -> Labels:
     """Probability of the token when it was drawn."""
+    names = np.array(_rarities(), dtype=object)
+    return list(names[np.searchsorted(RARITIES, np.exp(np.asarray(table.logprob)), side="right")])
+
+
+def _rarities() -> list[str]:
     bounds = ["0", *(f"{b:g}" for b in RARITIES), "1"]
-    names = np.array([f"{a} to {b}" for a, b in itertools.pairwise(bounds)], dtype=object)
-    return list(names[np.searchsorted(RARITIES, np.exp(table.logprob.to_numpy()), side="right")])
+    return [f"{a} to {b}" for a, b in itertools.pairwise(bounds)]
 
 
-def by_pass_rate(table: pd.DataFrame) -> Labels:
+def by_pass_rate(table: Any) -> Labels:
     """Share of correct answers to its prompt in the batch."""
-    rate = table.pass_rate.to_numpy()
-    names = ["0", *(f"above {a:g} to {b:g}" for a, b in itertools.pairwise(PASS_RATES))]
-    names[-1] = f"above {PASS_RATES[-2]:g}, below 1"
+    rate = np.asarray(table.pass_rate)
+    names = _pass_rates()
     place = np.searchsorted(PASS_RATES, rate, side="left").clip(0, len(names) - 1)
     found = np.array(names, dtype=object)[place]
     return list(np.where(np.isnan(rate), UNKNOWN, np.where(rate == 1, "1", found)))
 
 
-def by_position(table: pd.DataFrame) -> Labels:
+def _pass_rates() -> list[str]:
+    names = ["0", *(f"above {a:g} to {b:g}" for a, b in itertools.pairwise(PASS_RATES))]
+    return [*names[:-1], f"above {PASS_RATES[-2]:g}, below 1"]
+
+
+def by_position(table: Any) -> Labels:
     """Position in the response, in bins that double: 0, 1, 2 to 3, 4 to 7, ..."""
-    power = np.frexp(table.position.to_numpy(dtype=np.float64))[1]
-    return [str(2**p // 2) if p < 2 else f"{2 ** (p - 1)} to {2**p - 1}" for p in power.tolist()]
+    power = np.frexp(np.asarray(table.position, dtype=np.float64))[1]
+    return [_bin(p) for p in power.tolist()]
 
 
-WAYS: Mapping[str, Callable[[pd.DataFrame], Labels]] = {
+def _bin(power: int) -> str:
+    return str(2**power // 2) if power < 2 else f"{2 ** (power - 1)} to {2**power - 1}"
+
+
+WAYS: Mapping[str, Callable[[Any], Labels]] = {
     "quadrant": by_quadrant,
     "kind": lambda table: list(table.kind),
     "rarity": by_rarity,
@@ -134,6 +154,18 @@ WAYS: Mapping[str, Callable[[pd.DataFrame], Labels]] = {
     "step": lambda table: list(table.step),
 }
 """Name of a way to its function of the table of tokens."""
+
+IN_TRAINING = ("quadrant", "rarity", "position", "kind", "token")
+"""Ways that need no more than a training knows of a token before it takes the step."""
+
+LABELS: Mapping[str, Sequence[str]] = {
+    "quadrant": (*QUADRANTS, UNKNOWN),
+    "kind": KINDS,
+    "rarity": _rarities(),
+    "position": [_bin(power) for power in range(32)],
+    "pass_rate": (*_pass_rates(), "1", UNKNOWN),
+}
+"""All classes of the ways that have them fixed."""
 
 _ORDERS: Mapping[str, Sequence[str]] = {"quadrant": QUADRANTS, "kind": KINDS}
 
