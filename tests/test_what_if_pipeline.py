@@ -25,6 +25,7 @@ from stepscope.pipeline.ledger.retrain import dose_folder, folder_of, retraining
 from stepscope.policy.recorded import RecordedTraining
 from stepscope.reading.recording import RecordFolder, find_record
 from stepscope.reading.rollups import recorded_tokens
+from stepscope.report import text
 from stepscope.results.what_if import AGAIN, HELD, RECORDED, REWEIGHTED, WhatIfCurves, horizon
 from stepscope.rules import TokenRule, Without
 
@@ -146,7 +147,7 @@ def test_curves_and_outcomes_are_those_of_the_paths(made: Path) -> None:
 def test_the_page_shows_what_the_files_say(made: Path) -> None:
     page = (made / "ledger.html").read_text()
     assert "Entropy without quadrant=wrong, rare|right, rare" in page
-    assert "Reward without" in page
+    assert f"{text.quantity_name('reward').capitalize()} without" in page
     specs = [json.loads(p) for p in re.findall(r'<script type="application/json">(.*?)</script>', page)]
     names = [[trace.get("name") for trace in s["data"]] for s in specs if "data" in s]
     (lines,) = [
