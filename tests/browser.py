@@ -114,7 +114,7 @@ class Browser:
 
     def wait_for(self, condition: str, seconds: float = 30.0) -> None:
         deadline = time.monotonic() + seconds
-        while not self.evaluate(condition):
+        while not self.evaluate(f"Boolean({condition})"):
             assert time.monotonic() < deadline, f"still not true after {seconds:.0f} s: {condition}"
             time.sleep(0.05)
 

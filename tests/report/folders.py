@@ -81,3 +81,29 @@ def make_run(folder: Path, measurement: Path) -> Path:
     for step in (10, 40):
         shutil.copytree(measurement, folder / f"measure/step-{step}")
     return folder
+
+
+def many(folder: Path, tokens: int) -> Path:
+    """A measurement's batch as often over as makes so many tokens, each with an influence of its own."""
+    kept = {"summary.json", "change.json", "step.json", "config.yaml", "provenance.json", "update.parquet"}
+    kept |= {"update_tokens.parquet", "influence_tokens.parquet"}
+    for path in folder.iterdir():
+        if path.name not in kept:
+            path.unlink()
+    sequences = pq.read_table(folder / "update.parquet")
+    times = -(-tokens // pq.read_table(folder / "update_tokens.parquet").num_rows)
+    rng = np.random.default_rng(3)
+    for name in ("update.parquet", "update_tokens.parquet", "influence_tokens.parquet"):
+        table = pq.read_table(folder / name)
+        at = table.column_names.index("sequence_id")
+        ids = table.column("sequence_id").to_numpy()
+        copies = [
+            table.set_column(at, "sequence_id", pa.array(ids + k * sequences.num_rows)) for k in range(times)
+        ]
+        found = pa.concat_tables(copies)
+        if name.startswith("influence"):
+            at = found.column_names.index("influence")
+            spread = found.column("influence").to_numpy() * rng.lognormal(size=found.num_rows)
+            found = found.set_column(at, "influence", pa.array(spread))
+        pq.write_table(found.replace_schema_metadata(table.schema.metadata), folder / name)
+    return folder

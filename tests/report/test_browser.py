@@ -36,7 +36,8 @@ DRAWN = """[...document.querySelectorAll('.canvas')]
 
 
 def draw_everything(browser: Browser) -> None:
-    """What is off screen is drawn for printing, too."""
+    """What is off screen or folded is drawn for printing, too."""
+    browser.wait_for("window.performance.getEntriesByName('stepscope ready').length")
     browser.evaluate("window.dispatchEvent(new Event('beforeprint'))")
     browser.wait_for(DRAWN)
 

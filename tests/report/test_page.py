@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from dataclasses import replace
@@ -13,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from folders import HOSTILE, changed, estimate, write_log
 from markupsafe import escape
-from plotly.offline import get_plotlyjs
 from safetensors.numpy import load_file
 
+from pages import held, unpacked
 from stepscope import runs
 from stepscope.errors import RunFolderError
 from stepscope.report import write_comparison, write_report
@@ -26,7 +27,9 @@ from stepscope.results.kernel import KernelReport
 from stepscope.results.step import Rounding, Routing, SequenceShares, StepReport, Storage, StoredTensor
 from stepscope.results.summary import Summary
 
-LARGEST_PAGE = 6_000_000
+LARGEST_PAGE = 2_000_000
+PLOTLY = "79542150855a52c567260e3137095dbe2b744e6d702a5cabe67da246942fba7a"
+"""SHA-256 of plotly-cartesian.min.js in npm's plotly.js-cartesian-dist-min 4.1.1."""
 
 
 class Page(HTMLParser):
@@ -38,11 +41,12 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.loads: list[str] = []
         self.scripts: list[str] = []
-        self.figures: list[dict] = []
-        self.boards: list[dict] = []
         self._script: str | None = None
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
+        self.data = held(self.source)
+        self.figures: list[dict] = [found for found in self.data if "layout" in found]
+        self.boards: list[dict] = [found for found in self.data if "filters" in found]
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = dict(attrs)
@@ -53,18 +57,14 @@ class Page(HTMLParser):
         if found.get("src") or (tag == "link" and found.get("href")):
             self.loads.append(str(found.get("src") or found["href"]))
         if tag == "script":
-            self._script = found.get("class") or found.get("type") or "javascript"
+            self._script = found.get("type") or "javascript"
 
     def handle_endtag(self, tag: str) -> None:
         if tag == "script":
             self._script = None
 
     def handle_data(self, data: str) -> None:
-        if self._script == "application/json":
-            self.figures.append(json.loads(data))
-        elif self._script == "rows":
-            self.boards.append(json.loads(data))
-        elif self._script is not None:
+        if self._script == "javascript":
             self.scripts.append(data)
 
 
@@ -81,6 +81,11 @@ def test_a_measurement_has_every_section(measure_folder: Path) -> None:
     path = write_report(measure_folder)
     assert path == measure_folder / "report.html"
     assert sections_of(Page(path)) == [
+        "answer",
+        "explore",
+        "kinds",
+        "trust",
+        "remedies",
         "headline",
         "provenance",
         "change",
@@ -97,15 +102,19 @@ def test_a_measurement_has_every_section(measure_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("missing", "gone"),
     [
-        (["change.json"], {"change"}),
+        (["change.json"], {"answer", "change"}),
         (["step.json"], {"step"}),
-        (["influence_sequences.parquet", "influence_tokens.parquet"], {"influence"}),
+        (
+            ["influence_sequences.parquet", "influence_tokens.parquet"],
+            {"explore", "kinds", "influence"},
+        ),
         (["validation.json"], {"validation"}),
         (["kernel.json", "kernel.safetensors"], {"kernel"}),
         (["noise.json"], {"noise"}),
         (["criteria.json"], {"criteria"}),
+        (["pareto.json"], {"remedies"}),
         (["provenance.json", "config.yaml"], {"provenance"}),
-        (["update.parquet", "probe.parquet"], {"responses"}),
+        (["update.parquet", "probe.parquet"], {"explore", "kinds", "responses"}),
     ],
 )
 def test_a_missing_artifact_leaves_only_its_section_out(
@@ -176,7 +185,7 @@ def test_moments_in_8_bits_are_told(measure_folder: Path) -> None:
 def test_a_summary_alone_makes_a_page(tmp_path: Path, measure_folder: Path) -> None:
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare/summary.json").write_text((measure_folder / "summary.json").read_text())
-    assert sections_of(Page(write_report(tmp_path / "bare"))) == ["headline"]
+    assert sections_of(Page(write_report(tmp_path / "bare"))) == ["trust", "headline"]
 
 
 def test_run_page_shows_training_and_every_measurement(run_page: Page) -> None:
@@ -234,16 +243,15 @@ def test_heat_map_is_ordered_by_prompt(measure_folder: Path) -> None:
 
 def test_ids_are_unique_and_every_link_lands(run_page: Page) -> None:
     assert len(run_page.ids) == len(set(run_page.ids))
-    assert {link[1:] for link in run_page.links} <= set(run_page.ids)
+    assert {link[1:].partition("?")[0] for link in run_page.links} <= set(run_page.ids)
     assert all(link.startswith("#") for link in run_page.links)
 
 
 def test_page_is_self_contained_and_small(run_folder: Path, run_page: Page) -> None:
     assert (run_folder / "report.html").stat().st_size < LARGEST_PAGE
-    assert run_page.source.count(get_plotlyjs()) == 1
+    assert hashlib.sha256(unpacked(run_page.source, "plotly").encode()).hexdigest() == PLOTLY
     assert set(run_page.loads) <= {"data:,"}
-    own = run_page.source.replace(get_plotlyjs(), "")
-    assert not re.search(r"https?://|@import|url\(", own)
+    assert not re.search(r"https?://|@import|url\(", run_page.source)
 
 
 def test_figures_are_valid_and_carry_no_template(run_page: Page) -> None:
@@ -316,7 +324,7 @@ def test_text_of_a_run_cannot_become_markup(measure_folder: Path) -> None:
     page = Page(write_report(measure_folder))
     assert str(escape(HOSTILE)) in page.source
     assert HOSTILE not in page.source
-    assert len(page.scripts) == 2  # plotly.js and ours; data sits in application/json
+    assert len(page.scripts) == 1  # ours; plotly.js and data are packed
 
 
 def test_report_can_be_rebuilt(measure_folder: Path) -> None:

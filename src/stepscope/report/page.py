@@ -1,29 +1,26 @@
 # ruff: noqa: RUF001 (typographic signs are meant)
 """The pages: one self-contained HTML file each from the artifacts of a run, a study or an evaluation.
 
-Nothing is recomputed and nothing is fetched: plotly.js is inlined once from the plotly package, and the
-page's own content security policy forbids every network request. All text of a run is escaped by the
+Nothing is recomputed and nothing is fetched: plotly.js is packed into the page once, and the page's own
+content security policy forbids every network request. All text of a run is escaped by the
 template engine.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from stepscope import runs
 from stepscope.errors import RunFolderError
 from stepscope.reading.evaluation import TABLE, Evaluation
 from stepscope.reading.ledger import LedgerFolder, load_ledger
 from stepscope.reading.measurement import Measurement, load_measurement
-from stepscope.report import text
+from stepscope.report import assets, text
 from stepscope.report.load import (
     Run,
     load_run,
@@ -33,29 +30,37 @@ from stepscope.report.load import (
 )
 from stepscope.report.parts import Panel, Room, Section
 from stepscope.report.sections import (
+    answer,
+    briefs,
     change,
     criteria,
+    explore,
     headline,
     influence,
     kernel,
+    kinds,
     law,
     ledger,
     ledger_tokens,
     noise,
     provenance,
+    remedies,
     responses,
     sampler,
     step,
     study,
     training,
+    trust,
     what_if,
 )
 from stepscope.report.tables import GLOSSARY
 from stepscope.results.ledger import LEDGER_PAGE, Account
 
-_TEMPLATES = Path(__file__).parent / "templates"
-
 _SECTIONS: Sequence[Callable[[Measurement, Room], Section | None]] = (
+    explore.section,
+    kinds.section,
+    trust.section,
+    remedies.section,
     headline.section,
     provenance.section,
     change.section,
@@ -87,11 +92,13 @@ def write_report(run: Path) -> Path:
     """
     loaded = load_run(Path(run))
     room = Room(len(loaded.measurements))
+    steps = {m.checkpoint_step: f"#m{i}" for i, m in enumerate(loaded.measurements)}
+    places = {step: place for step, place in steps.items() if step is not None}
     return _write(
         loaded.path / "report.html",
         title=_title(loaded),
         lede=_lede(loaded),
-        training=training.section(loaded.training) if loaded.training else None,
+        training=training.section(loaded.training, places) if loaded.training else None,
         evaluation=training.evaluation(loaded.training) if loaded.training else None,
         checkpoints=headline.checkpoints(loaded.measurements),
         panels=[_panel(m, f"m{i}", room) for i, m in enumerate(loaded.measurements)],
@@ -285,9 +292,13 @@ def studied(folder: Path) -> list[str]:
 
 def _panel(measurement: Measurement, key: str, room: Room) -> Panel:
     """All there is to show of one measurement."""
-    sections = [found for make in _SECTIONS if (found := make(measurement, room)) is not None]
+    made = [found for make in _SECTIONS if (found := make(measurement, room)) is not None]
+    sections = [replace(section, brief=briefs.brief(section, measurement)) for section in made]
     sentences = [sentence for section in sections for sentence in section.sentences if sentence]
-    return Panel(key, headline.title(measurement), sentences, sections)
+    first = answer.answer(measurement)
+    if first is not None:
+        sentences = [sentence for sentence in sentences if sentence != first.sentence]
+    return Panel(key, headline.title(measurement), sentences, sections, first)
 
 
 def _title(run: Run) -> str:
@@ -325,13 +336,6 @@ def _short_names(paths: Sequence[Path]) -> list[str]:
     return ["/".join(p[-depth:]) for p in parts]
 
 
-def _page_json(value: object) -> Markup:
-    encoded = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    for character in "<>&":
-        encoded = encoded.replace(character, f"\\u{ord(character):04x}")
-    return Markup(encoded)
-
-
 def _prose(sentence: str) -> str:
     """Our own sentences with the spaces that no line may break at."""
     return sentence.replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0").replace(" × ", "\u00a0×\u00a0")
@@ -352,20 +356,18 @@ def _write(path: Path, **content: Any) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"page_json": _page_json, "prose": _prose}
-
-    def own(name: str) -> str:
-        return (_TEMPLATES / name).read_text(encoding="utf-8")
-
+    held = assets.Held()
+    environment.filters |= {"held": held.keep, "prose": _prose}
     # Style and scripts are ours and plotly's, not data of a run: they go in unescaped.
     defaults: dict[str, Any] = {
         **dict.fromkeys(("training", "evaluation", "checkpoints", "comparison")),
         "panels": [],
         "footer": _footer(),
         "glossary": GLOSSARY,
-        "css": Markup(own("style.css")),
-        "script": Markup(own("script.js")),
-        "plotly_js": Markup(get_plotlyjs()),
+        "css": assets.style(),
+        "script": assets.script(),
+        "plotly_js": assets.plotly(),
+        "held": held,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.write_text(path, environment.get_template("page.html.j2").render({**defaults, **content}))

@@ -16,6 +16,12 @@ _TOKENS_ON_PAGE = 9000
 _EXCERPTS_ON_PAGE = 24000
 """Tokens in the excerpts of one page in all."""
 
+_EXPLORED_ON_PAGE = 200_000
+"""Tokens in the linked views of one page in all; each costs about fifteen bytes."""
+
+_LEVELS_ON_PAGE = 200_000
+"""Levels of criteria in them in all; each costs about half a byte."""
+
 _POINTS_ON_PAGE = 2400
 """Tokens in the scatter plots of one page in all."""
 
@@ -70,6 +76,23 @@ class Excerpts:
 
 
 @dataclass(frozen=True)
+class Explorer:
+    """All tokens of a batch for the linked view that the scripts draw.
+
+    Attributes:
+        caption: below it.
+        spec: ``quantity`` and ``unit`` in words; ``vocabulary`` (texts) and per token ``text`` (its place
+            there), sequence after sequence; ``columns`` of numbers per token (influence, stderr, logprob,
+            entropy); ``levels`` of criteria, a letter per token (``f`` is 0, ``a`` to ``k`` are -5 to 5);
+            ``classes`` by way: ``title``, ``labels`` and ``codes`` per token; ``sequences``: id, prompt (its
+            place in ``prompts``), length, verdict, reward, advantage, influence.
+    """
+
+    caption: str
+    spec: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Section:
     """One section of the page as the template shows it.
 
@@ -83,8 +106,10 @@ class Section:
         legend: whether the colour scale of tokens is explained.
         responses: responses with their tokens.
         excerpts: tokens in their responses that the reader chooses.
+        explorer: the linked view of all tokens.
         tables: tables.
         board: a table that the reader filters.
+        brief: what it says in a line; a section that has one is folded under it.
         more_title: what unfolds; empty where nothing does.
         more_facts: facts that unfold.
         more_figures: figures that unfold.
@@ -100,8 +125,10 @@ class Section:
     legend: bool = False
     responses: Sequence[Response] = ()
     excerpts: Excerpts | None = None
+    explorer: Explorer | None = None
     tables: Sequence[Table] = ()
     board: Board | None = None
+    brief: str = ""
     more_title: str = ""
     more_facts: Sequence[tuple[str, str]] = ()
     more_figures: Sequence[Figure] = ()
@@ -109,13 +136,79 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A verdict in a few words: whether it is a good one, and why where that is not plain."""
+
+    words: str
+    good: bool
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """A token that lowered or raised the quantity, as the first screen shows it.
+
+    Attributes:
+        before: what stands before it.
+        token: itself.
+        after: what stands after it.
+        times: how often it stands after the same prompt and prefix.
+        value: what it changes, with its error.
+        share: of the summed size of all tokens' changes, in per cent.
+        resolved: whether its interval leaves out 0.
+        place: sequence and position where it stands first, for the link to its response.
+    """
+
+    before: str
+    token: str
+    after: str
+    times: int
+    value: str
+    share: str
+    resolved: bool
+    place: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The first screen of a measurement.
+
+    Attributes:
+        sentence: what the step does, with its error and in per cent.
+        marks: diagnostics, and whether the change is resolved from zero.
+        figure: the parts of the change, or None.
+        unit: of the tokens' values.
+        lowered: the tokens that lowered the quantity most.
+        raised: those that raised it most.
+        caption: what the lists are.
+    """
+
+    sentence: str
+    marks: Sequence[Mark]
+    figure: Figure | None = None
+    unit: str = ""
+    lowered: Sequence[Culprit] = ()
+    raised: Sequence[Culprit] = ()
+    caption: str = ""
+
+
+@dataclass(frozen=True)
 class Panel:
-    """One measurement or setting on the page: key of its element, title, headline sentences, sections."""
+    """One measurement or setting on the page.
+
+    Attributes:
+        key: of its element.
+        title: its heading.
+        sentences: headlines, those after the answer's.
+        sections: what there is to show, in order.
+        answer: its first screen, or None.
+    """
 
     key: str
     title: str
     sentences: Sequence[str]
     sections: Sequence[Section]
+    answer: Answer | None = None
 
 
 @dataclass(frozen=True)
@@ -132,6 +225,15 @@ class Room:
     def excerpts(self) -> int:
         """Tokens in excerpts; each costs about ten bytes."""
         return _EXCERPTS_ON_PAGE // self.count
+
+    @property
+    def explored(self) -> int:
+        """Tokens in a linked view."""
+        return _EXPLORED_ON_PAGE // self.count
+
+    def criteria(self, tokens: int) -> int:
+        """Criteria whose levels a linked view of so many tokens has."""
+        return _LEVELS_ON_PAGE // (self.count * max(1, tokens))
 
     @property
     def points(self) -> int:

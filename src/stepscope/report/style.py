@@ -2,7 +2,7 @@
 """How figures look: one palette, one kind of curve, one kind of error bar for all of them.
 
 Colours are names of CSS variables (``var(--blue)``): the script of the page resolves them when it draws, so
-one figure serves light, dark and export. The palette behind them is Okabe and Ito's, and no distinction
+one figure serves light, dark and export. They can be told apart by the colour-blind, and no distinction
 rests on colour alone. Error bars are the 95 % intervals of the estimates in every figure.
 """
 
@@ -17,7 +17,10 @@ import plotly.graph_objects as go
 
 from stepscope.stats import Estimate
 
-BLUE, VERMILLION, GREEN, PURPLE = "var(--blue)", "var(--vermillion)", "var(--green)", "var(--purple)"
+BLUE, VERMILLION = "var(--blue)", "var(--vermillion)"
+"""For what lowers and what raises a quantity, and nothing else."""
+
+GREEN, PURPLE, OCHRE, BROWN = "var(--green)", "var(--purple)", "var(--ochre)", "var(--brown)"
 INK, MUTED, PAPER = "var(--ink)", "var(--muted)", "var(--paper)"
 
 
@@ -30,11 +33,11 @@ class Look(NamedTuple):
 
 
 LOOKS = (
-    Look(BLUE, "circle", "solid"),
-    Look(VERMILLION, "diamond", "dash"),
-    Look(GREEN, "square", "dot"),
-    Look(PURPLE, "triangle-up", "dashdot"),
-    Look(INK, "x", "longdash"),
+    Look(INK, "circle", "solid"),
+    Look(GREEN, "diamond", "dash"),
+    Look(PURPLE, "square", "dot"),
+    Look(OCHRE, "triangle-up", "dashdot"),
+    Look(BROWN, "x", "longdash"),
     Look(MUTED, "star", "longdashdot"),
 )
 """The first curves of a figure: no two have colour, mark or dash in common."""

@@ -120,6 +120,11 @@ def lr_text(lr: float) -> str:
     return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
+def power_of_ten(exponent: int) -> str:
+    """``10⁻⁶`` for -6."""
+    return f"10{_power(exponent)}"
+
+
 def _minus(text: str) -> str:
     return text.replace("-", "−")
 

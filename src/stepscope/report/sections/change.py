@@ -11,6 +11,7 @@ from stepscope.reading.measurement import Measurement
 from stepscope.report import style, text
 from stepscope.report.parts import Room, Section
 from stepscope.report.tables import Table, lr_cell, number_cell, table
+from stepscope.report.units import Unit, unit_of
 from stepscope.results.change import Change, ChangePoint
 from stepscope.stats import Estimate
 
@@ -48,24 +49,57 @@ def own_change(change: Change) -> str:
     point = next((p for p in change.points if math.isclose(p.lr, change.lr, rel_tol=1e-6)), None)
     if point is None:
         return ""
-    return change_sentence(change.quantity, change.lr, (change.taken or point).true, point.linear)
+    true, before = (change.taken or point).true, change.value.value
+    return change_sentence(change.quantity, change.lr, true, point.linear, before, unit_of(change))
 
 
-def change_sentence(quantity: str, lr: float, true: Estimate, linear: Estimate) -> str:
-    """The headline: what the step does at its own learning rate, truly and to first order, with errors."""
+def change_sentence(
+    quantity: str,
+    lr: float,
+    true: Estimate,
+    linear: Estimate,
+    before: float = math.nan,
+    unit: Unit | None = None,
+) -> str:
+    """The headline: what the step does at its own learning rate, truly and to first order, with errors.
+
+    Args:
+        quantity: its name.
+        lr: the step's own learning rate.
+        true: the change.
+        linear: it to first order.
+        before: the quantity before the step, of which the change is given in per cent; nan for none.
+        unit: in which changes are written; None for that of ``true``.
+    """
+
+    def said(value: Estimate) -> str:
+        if unit is None:
+            return text.estimate(value)
+        shown = text.bare(unit.change(value))
+        return f"({shown}) {unit.times}" if unit.exponent else f"{shown} {unit.times}"
+
     name, start = text.quantity_name(quantity), f"At its own learning rate {text.lr_text(lr)} this step"
     if true.resolved:
         verb = "lowers" if true.value < 0 else "raises"
-        size = text.plus_minus(abs(true.value), true.stderr)
-        start += f" {verb} the policy's {name} by {size} {true.unit}"
+        size, part = true.scaled(math.copysign(1.0, true.value)), _per_cent(true, abs(true.value), before)
+        start += f" {verb} the policy's {name} by {said(size)}{part}"
     else:
-        start += f" changes the policy's {name} by {text.estimate(true)}, not resolved from zero"
+        part = _per_cent(true, true.value, before)
+        start += f" changes the policy's {name} by {said(true)}{part}, not resolved from zero"
     doubts = [
         f" The {word} change failed its diagnostics: {value.reason}."
         for word, value in (("true", true), ("first-order", linear))
         if not value.reliable
     ]
-    return f"{start} (first order: {text.estimate(linear)}).{''.join(doubts)}"
+    return f"{start} (first order: {said(linear)}).{''.join(doubts)}"
+
+
+def _per_cent(true: Estimate, value: float, before: float) -> str:
+    """The change in per cent of what was before, in brackets; nothing where that is not known, or none."""
+    if not (math.isfinite(before) and before and math.isfinite(true.stderr)):
+        return ""
+    share = 100 / abs(before)
+    return f" ({text.plus_minus(share * value, share * true.stderr)} % of {text.number(before)})"
 
 
 def overlay(names: tuple[str, str], pair: tuple[Measurement, Measurement]) -> style.Figure | None:
@@ -130,9 +164,9 @@ def _figure(change: Change, key: str) -> style.Figure:
         f"Change of {label}",
         " ".join(sentence for sentence in sentences if sentence),
         [
-            *_first_order(points, "first order", style.Look(style.VERMILLION, dash="dash"), 10 ** (low - 1)),
+            *_first_order(points, "first order", style.Look(style.PURPLE, dash="dash"), 10 ** (low - 1)),
             *_second_order(points, unit),
-            *_truth(points, "true", style.Look(style.BLUE), unit),
+            *_truth(points, "true", style.Look(style.INK), unit),
             _relative(points, errors),
         ],
         height=520,

@@ -11,6 +11,7 @@ from stepscope.reading.measurement import Measurement
 from stepscope.report import style, text
 from stepscope.report.parts import Room, Section
 from stepscope.report.tables import Board, Table, board_column, table
+from stepscope.report.units import Unit
 from stepscope.results import Rollouts
 from stepscope.results.criteria import CriterionDefinition, LeaderboardRow, Pareto, Regression
 from stepscope.stats import Estimate
@@ -67,13 +68,11 @@ def section(measurement: Measurement, room: Room) -> Section | None:
     )
     ranked = _ranked(found.rows)
     figures = [_standings_figure(ranked[:_SHOWN])] if ranked else []
-    if measurement.pareto and measurement.pareto.points:
-        figures.append(_pareto_figure(measurement.pareto))
     studies = [_properties_table(study) for study in found.properties]
     return Section(
         "criteria",
         "Which cheap criteria find these tokens",
-        intro=f"{_sentence(ranked)} {_basis_sentence(ranked, measurement.update)}".strip(),
+        intro=f"{_sentence(ranked, found.shares)} {_basis_sentence(ranked, measurement.update)}".strip(),
         figures=figures,
         board=board,
         more_title="What kind of token carries influence" if studies else "",
@@ -195,21 +194,26 @@ def _pair(estimate: Estimate | None) -> list[float | None] | None:
     return None if pair[0] is None else pair
 
 
-def _sentence(ranked: Sequence[LeaderboardRow]) -> str:
-    """In words: how well the best criterion and the best control follow the measured influence of tokens."""
+def _sentence(ranked: Sequence[LeaderboardRow], shares: Sequence[str]) -> str:
+    """In words: how much of the influence the best criterion and control capture, and who ranks best."""
+    if not ranked or not shares:
+        return ""
+    share = shares[len(shares) // 2]
+    known = [row for row in ranked if share in row.captured and math.isfinite(row.captured[share].value)]
     best, control = (
-        next((row for row in ranked if row.kind == kind), None) for kind in ("literature", "control")
+        max((row for row in known if row.kind == kind), key=lambda r: r.captured[share].value, default=None)
+        for kind in ("literature", "control")
     )
     if best is None or control is None:
         return ""
-    gain, verdict = best.gain_over_control, ""
-    if gain is not None and math.isfinite(gain.value) and math.isfinite(gain.stderr):
-        doubt = "" if gain.resolved else ", not resolved"
-        verdict = f"; the difference to the best control is {text.bare(gain)}{doubt}"
+    percent = text.percent(float(share))
+    first = next(row for row in ranked if row.kind == "literature")
     return (
-        f"Of the literature's criteria, {best.criterion} ranks the tokens' measured influence on the "
-        f"entropy best: Spearman {text.bare(best.spearman)}. The best trivial control, {control.criterion}, "
-        f"reaches {text.bare(control.spearman)}{verdict}."
+        f"Of the literature's criteria, {best.criterion} finds most: the {percent} of tokens that it puts "
+        f"first hold {text.bare(best.captured[share])} of the influence on the entropy; chance would be "
+        f"{percent}. The best trivial control, {control.criterion}, holds "
+        f"{text.bare(control.captured[share])}. By the order of all tokens {first.criterion} is best: "
+        f"Spearman {text.bare(first.spearman)}."
     )
 
 
@@ -232,7 +236,7 @@ def _standings_figure(ranked: Sequence[LeaderboardRow]) -> style.Figure:
     groups = (
         (
             "criterion of the literature",
-            style.Look(style.BLUE),
+            style.Look(style.GREEN),
             [row for row in rows if row.kind == "literature"],
         ),
         (
@@ -270,7 +274,7 @@ def _standings_figure(ranked: Sequence[LeaderboardRow]) -> style.Figure:
     )
 
 
-def _pareto_figure(pareto: Pareto) -> style.Figure:
+def pareto_figure(pareto: Pareto, unit: Unit) -> style.Figure:
     """Entropy kept against reward given up, one line for each rule, one point for each share of tokens."""
     traces = []
     for number, rule in enumerate(dict.fromkeys(point.rule for point in pareto.points)):
@@ -279,13 +283,13 @@ def _pareto_figure(pareto: Pareto) -> style.Figure:
             style.curve(
                 rule.replace("_", " "),
                 [p.reward_given_up for p in points],
-                [p.entropy_kept for p in points],
+                [unit.change(p.entropy_kept) for p in points],
                 style.look(number),
                 f"{rule}, %{{customdata}}",
                 width=1,
                 details=[
                     f"{p.num_dropped} tokens ({text.percent(p.share)})<br>"
-                    f"entropy kept {text.bare(p.entropy_kept)}<br>"
+                    f"entropy kept {text.bare(unit.change(p.entropy_kept))}<br>"
                     f"reward given up {text.bare(p.reward_given_up)}"
                     for p in points
                 ],
@@ -294,8 +298,9 @@ def _pareto_figure(pareto: Pareto) -> style.Figure:
     caption = (
         "The step is made again without the tokens that a rule drops, and measured on the same probe "
         f"samples at lr {text.number(pareto.lr)}: how much less the entropy changes, against how much "
-        f"less the reward rises. The full step changes the entropy by "
-        f"{text.bare(pareto.full_entropy_change)} and the reward by {text.bare(pareto.full_reward_change)}. "
+        "less the reward rises. The full step changes the entropy by "
+        f"{text.bare(unit.change(pareto.full_entropy_change))} and the reward by "
+        f"{text.bare(pareto.full_reward_change)}. "
         "Influence: the exact one, largest loss of entropy first; no reward: only tokens that do not raise "
         "the reward; both chosen by one half of the probe prompts and measured on the other, both ways. Up "
         "and left is better."
@@ -307,7 +312,7 @@ def _pareto_figure(pareto: Pareto) -> style.Figure:
         traces,
         height=460,
         xaxis=style.axis("reward given up", zeroline=True, nticks=6),
-        yaxis=style.axis("entropy kept, nats/token", zeroline=True),
+        yaxis=style.axis(f"entropy kept, {unit.label}", zeroline=True),
     )
 
 

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from stepscope.reading.answer import RANKED_BY
 from stepscope.reading.measurement import Measurement
 from stepscope.report import style, text
 from stepscope.report.parts import Response, Room, Section
 from stepscope.report.sections.criteria import best_of
 from stepscope.report.sections.responses import join_tokens, shown_responses, visible
 from stepscope.report.tables import Cell, Table, number_cell, percent_cell, table
+from stepscope.report.units import Unit, unit_of
 from stepscope.results.influence import InfluenceSequences, InfluenceTokens, Reliabilities, Reliability
 from stepscope.stats import Estimate
 
@@ -25,9 +27,6 @@ _INFLUENTIAL = 8
 _WAYS = {"fixed": "preconditioner and clipping fixed", "optimizer": "through the optimizer"}
 """The two ways in which influence is taken, in words."""
 
-_RANKED_BY = ("optimizer", "fixed")
-"""The influence that ranks tokens on the page, the first there is: it predicts best what leaving out does."""
-
 _SPLIT_BY = ("fixed", "optimizer")
 """That of sequences beside the other parts of the step, the first there is: it adds up with them."""
 
@@ -36,15 +35,9 @@ def section(measurement: Measurement, room: Room) -> Section | None:
     """Influence of sequences and tokens; None where neither was measured."""
     change = measurement.change
     quantity = change.quantity if change else "entropy"
-    unit = change.points[0].linear.unit if change and change.points else "change"
-    scores = measurement.criteria_tokens.values if measurement.criteria_tokens else {}
-    way = _way(measurement.influence_tokens, _RANKED_BY)
-    tokens = join_tokens(
-        measurement.update,
-        measurement.update_tokens,
-        _rows(measurement.influence_tokens, quantity, way),
-        {name: scores[name] for name in best_of(measurement, _SCORES_ON_HOVER) if name in scores},
-    )
+    unit = unit_of(change)
+    way = _way(measurement.influence_tokens, RANKED_BY)
+    tokens = ranked_tokens(measurement)
     sentences = [_parts(measurement.summary, change.lr)] if change and change.lr > 0 else []
     figures = [_sequence_figure(measurement, quantity, unit)]
     tables: list[Table] = []
@@ -53,8 +46,8 @@ def section(measurement: Measurement, room: Room) -> Section | None:
         own = tokens[tokens.written]
         figures += [_share_figure(own, quantity, way), _scatter_figure(own, quantity, way, unit, room.points)]
         sentences.append(_concentration(own))
-        tables = [_top_tokens(own, quantity, way)]
-        responses = _influential(measurement, tokens, room)
+        tables = [_top_tokens(own, quantity, way, unit)]
+        responses = _influential(measurement, tokens, room, unit)
     drawn = [f for f in figures if f is not None]
     if not drawn:
         return None
@@ -63,12 +56,28 @@ def section(measurement: Measurement, room: Room) -> Section | None:
         "Which sequences and tokens did it",
         sentences=[s for s in sentences if s],
         intro=_certainty(measurement.reliability, quantity, way),
-        facts=_ways(measurement.summary),
+        facts=_ways(measurement.summary, unit),
         figures=[*_reliability_figures(measurement.reliability, quantity, way), *drawn],
         legend=bool(responses),
         responses=responses,
         tables=tables,
     )
+
+
+def ranked_tokens(measurement: Measurement) -> Any:
+    """The update batch's tokens with the influence that ranks them, in the page's unit.
+
+    See :func:`join_tokens`.
+    """
+    change = measurement.change
+    scores = measurement.criteria_tokens.values if measurement.criteria_tokens else {}
+    way = _way(measurement.influence_tokens, RANKED_BY)
+    rows = _rows(measurement.influence_tokens, change.quantity if change else "entropy", way)
+    if rows is not None:
+        columns = ["influence", "stderr", "shrunk"]
+        rows = rows.assign(**{name: rows[name] * unit_of(change).factor for name in columns})
+    best = {name: scores[name] for name in best_of(measurement, _SCORES_ON_HOVER) if name in scores}
+    return join_tokens(measurement.update, measurement.update_tokens, rows, best)
 
 
 def _rows(influences: InfluenceSequences | InfluenceTokens | None, quantity: str, through: str) -> Any:
@@ -99,7 +108,7 @@ def _parts(summary: Mapping[str, Estimate], lr: float) -> str:
     return f"To first order and in the same unit, {text.joined(shown)}."
 
 
-def _ways(summary: Mapping[str, Estimate]) -> list[tuple[str, str]]:
+def _ways(summary: Mapping[str, Estimate], unit: Unit) -> list[tuple[str, str]]:
     """The influence of the whole batch either way, and what the fixed one neglects."""
     names = {
         "influence_sequences": f"the whole batch, {_WAYS['fixed']}",
@@ -114,7 +123,13 @@ def _ways(summary: Mapping[str, Estimate]) -> list[tuple[str, str]]:
             "influence_sequences_optimizer": "sum over sequences, by the derivative of the step at the batch",
             "influence_nonlinear": "how far that derivative is from the batch's part, as a share of it",
         }
-    found = [(words, summary[key]) for key, words in names.items() if key in summary]
+    found = [
+        (f"{words}, {unit.label}", unit.influence(summary[key]))
+        if summary[key].unit.endswith("/lr")
+        else (words, summary[key])
+        for key, words in names.items()
+        if key in summary
+    ]
     return [(words, text.bare(e) + (f" ({e.reason})" if e.reason else "")) for words, e in found]
 
 
@@ -148,7 +163,7 @@ def _values(tokens: Any) -> Any:
     return np.nan_to_num(tokens.influence.to_numpy(np.float64))
 
 
-def _sequence_figure(measurement: Measurement, quantity: str, unit: str) -> style.Figure | None:
+def _sequence_figure(measurement: Measurement, quantity: str, unit: Unit) -> style.Figure | None:
     """Influence of every sequence in ascending order with its error, momentum and decay beside them."""
     way = _way(measurement.influence_sequences, _SPLIT_BY)
     rows = _rows(measurement.influence_sequences, quantity, way)
@@ -156,18 +171,19 @@ def _sequence_figure(measurement: Measurement, quantity: str, unit: str) -> styl
         return None
     rows = rows.assign(
         estimate=[
-            Estimate(row.influence, row.stderr, 0, "", "", low=row.low, high=row.high)
+            unit.influence(Estimate(row.influence, row.stderr, 0, "", "", low=row.low, high=row.high))
             for row in rows.itertuples()
         ]
     )
+    rows = rows.assign(influence=rows.influence * unit.factor)
     sequences = rows[rows.component == "sequence"].sort_values("influence", kind="stable")
     sequences = sequences.assign(rank=range(len(sequences)), verdict=None)
     if measurement.update is not None:
         sequences = sequences.assign(verdict=measurement.update.correct[sequences.sequence_id.astype(int)])
     traces = []
     for name, own, verdict in (
-        ("correct response", style.Look(style.BLUE), sequences.verdict.eq(True)),
-        ("incorrect response", style.Look(style.VERMILLION, "diamond"), sequences.verdict.eq(False)),
+        ("correct response", style.Look(style.GREEN), sequences.verdict.eq(True)),
+        ("incorrect response", style.Look(style.PURPLE, "diamond"), sequences.verdict.eq(False)),
         ("response", style.Look(style.INK), sequences.verdict.isna()),
     ):
         chosen = sequences[verdict]
@@ -192,7 +208,7 @@ def _sequence_figure(measurement: Measurement, quantity: str, unit: str) -> styl
     beside = "; ".join(f"{row.component} {text.estimate(row.estimate)}" for row in others.itertuples())
     caption = (
         f"First-order influence of each of the {len(sequences)} sequences of the update batch on the "
-        f"{quantity} (per token, on-policy), per unit of learning rate, {_WAYS[way]}. Error bars: 95 % "
+        f"{quantity} (per token, on-policy) through this step, {_WAYS[way]}. Error bars: 95 % "
         "interval, clustered over probe prompts. Sum over sequences "
         f"{text.number(float(sequences.influence.sum()))}"
         + (f"; for comparison {beside}." if beside else ".")
@@ -204,7 +220,7 @@ def _sequence_figure(measurement: Measurement, quantity: str, unit: str) -> styl
         traces,
         height=360,
         xaxis=style.axis("sequence, in order of influence", zeroline=False),
-        yaxis=style.axis(f"influence, {unit} per unit lr", zeroline=True),
+        yaxis=style.axis(f"influence, {unit.label}", zeroline=True),
     )
 
 
@@ -227,8 +243,8 @@ def _share_figure(tokens: Any, quantity: str, way: str) -> style.Figure | None:
             width=2,
         )
         for kind, shares, own in (
-            ("absolute", np.cumsum(np.abs(ordered)) / total, style.Look(style.BLUE)),
-            ("net", np.cumsum(ordered) / net, style.Look(style.VERMILLION, dash="dash")),
+            ("absolute", np.cumsum(np.abs(ordered)) / total, style.Look(style.GREEN)),
+            ("net", np.cumsum(ordered) / net, style.Look(style.PURPLE, dash="dash")),
         )
     ]
     caption = (
@@ -249,18 +265,18 @@ def _share_figure(tokens: Any, quantity: str, way: str) -> style.Figure | None:
     )
 
 
-def _scatter_figure(tokens: Any, quantity: str, way: str, unit: str, most: int) -> style.Figure:
+def _scatter_figure(tokens: Any, quantity: str, way: str, unit: Unit, most: int) -> style.Figure:
     """Influence of single tokens against probability: the ``most``/2 largest, and one in so many others."""
     values = _values(tokens)
     order = np.argsort(-np.abs(values))
     rest = order[most // 2 :]
     stride = max(1, math.ceil(len(rest) / (most // 2)))
     chosen = tokens.assign(value=values).iloc[np.concatenate([order[: most // 2], rest[::stride]])]
-    groups = [("tokens", style.Look(style.BLUE, "circle-open"), chosen)]
+    groups = [("tokens", style.Look(style.GREEN, "circle-open"), chosen)]
     if "correct" in chosen:
         groups = [
-            ("in correct responses", style.Look(style.BLUE, "circle-open"), chosen[chosen.correct]),
-            ("in incorrect responses", style.Look(style.VERMILLION, "diamond-open"), chosen[~chosen.correct]),
+            ("in correct responses", style.Look(style.GREEN, "circle-open"), chosen[chosen.correct]),
+            ("in incorrect responses", style.Look(style.PURPLE, "diamond-open"), chosen[~chosen.correct]),
         ]
     traces = [
         style.curve(
@@ -293,11 +309,11 @@ def _scatter_figure(tokens: Any, quantity: str, way: str, unit: str, most: int) 
         traces,
         wide=False,
         xaxis=style.axis("probability of the token"),
-        yaxis=style.axis(f"influence, {unit} per unit lr", zeroline=True),
+        yaxis=style.axis(f"influence, {unit.label}", zeroline=True),
     )
 
 
-def _top_tokens(tokens: Any, quantity: str, way: str) -> Table:
+def _top_tokens(tokens: Any, quantity: str, way: str, unit: Unit) -> Table:
     """The tokens with the largest absolute influence: shrunken where that is known, since it ranks better."""
     values = _values(tokens)
     total = float(np.abs(values).sum())
@@ -324,7 +340,9 @@ def _top_tokens(tokens: Any, quantity: str, way: str) -> Table:
                 "Log-prob": row.logprob,
                 "Entropy": row.entropy,
                 **({"Token weight": row.token_weight} if "token_weight" in tokens else {}),
-                "Influence per unit lr": Cell(text.plus_minus(row.value, row.stderr), row.value, row.stderr),
+                f"Influence, {unit.label}": Cell(
+                    text.plus_minus(row.value, row.stderr), row.value, row.stderr
+                ),
                 **({"Shrunken": number_cell(row.ranked)} if shrunk else {}),
                 "Share of |influence|": percent_cell(abs(row.value) / total if total else None),
             }
@@ -337,7 +355,7 @@ def _verdict(correct: bool | None) -> str:
     return "" if correct is None else "correct" if correct else "incorrect"
 
 
-def _influential(measurement: Measurement, tokens: Any, room: Room) -> list[Response]:
+def _influential(measurement: Measurement, tokens: Any, room: Room, unit: Unit) -> list[Response]:
     """The responses with the largest summed |influence|, tokens coloured on one common scale."""
     if measurement.update is None:
         return []
@@ -345,7 +363,7 @@ def _influential(measurement: Measurement, tokens: Any, room: Room) -> list[Resp
     scale = float(sizes.quantile(0.995)) or float(sizes.max()) or 1.0
     weight = sizes.groupby(tokens.sequence_id.to_numpy(), sort=False).sum()
     top = weight.sort_values(ascending=False, kind="stable").index[:_INFLUENTIAL]
-    return shown_responses(measurement.update, tokens, top, scale, room.tokens(_INFLUENTIAL))
+    return shown_responses(measurement.update, tokens, top, scale, room.tokens(_INFLUENTIAL), unit.times)
 
 
 # ---- how sure the order is ----
@@ -442,14 +460,14 @@ _SETS = (
     (
         "subset",
         "random subset of the batch",
-        style.Look(style.BLUE),
+        style.Look(style.GREEN),
         "lds",
         "Spearman correlation over subsets (LDS)",
     ),
     (
         "single",
         "one sequence left out",
-        style.Look(style.VERMILLION, "diamond"),
+        style.Look(style.PURPLE, "diamond"),
         "leave_one_out",
         "Pearson correlation, leave one out",
     ),

@@ -155,7 +155,7 @@ def _heat_map(
         y=ids,
         zmin=-reach,
         zmax=reach,
-        colorscale=[[0, style.BLUE], [0.5, style.PAPER], [1, style.VERMILLION]],
+        colorscale=[[0, style.PURPLE], [0.5, style.PAPER], [1, style.GREEN]],
         colorbar={"title": {"text": "cosine", "side": "right"}, "thickness": 12, "outlinewidth": 0},
         hovertemplate="sequences %{y} and %{x}<br>cosine %{z}<extra></extra>",
     )

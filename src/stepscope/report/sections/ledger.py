@@ -23,7 +23,7 @@ WAY = "quadrant"
 """How tokens are divided in the figures."""
 
 _MOST_ROWS = 60
-_COLORS = (style.BLUE, style.GREEN, style.VERMILLION, style.PURPLE, style.MUTED, style.INK)
+_COLORS = (style.GREEN, style.PURPLE, style.OCHRE, style.BROWN, style.MUTED, style.INK)
 _PATTERNS = ("", "/", "", "x", ".", "-")
 _BESIDE = "momentum before, decay and bonus"
 
@@ -163,7 +163,7 @@ def _curve(found: LedgerFolder, entries: Entries, account: Account) -> Figure:
             )
         )
     end = int(steps.step[-1])
-    gap = style.silent([end, end], [predicted[-1], account.after.value], style.VERMILLION, width=3, yaxis="y")
+    gap = style.silent([end, end], [predicted[-1], account.after.value], style.BROWN, width=3, yaxis="y")
     return style.figure(
         "curve",
         f"{text.quantity_name(account.quantity).capitalize()}, and what each batch did to it",

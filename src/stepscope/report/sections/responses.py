@@ -92,7 +92,7 @@ def visible(token: str) -> str:
 
 
 def shown_responses(
-    batch: Rollouts, tokens: Any, chosen: Iterable[int], scale: float, most: int
+    batch: Rollouts, tokens: Any, chosen: Iterable[int], scale: float, most: int, unit: str = ""
 ) -> list[Response]:
     """Some responses with the first tokens of each.
 
@@ -102,6 +102,7 @@ def shown_responses(
         chosen: sequences to show.
         scale: influence of the strongest colour.
         most: tokens shown of each.
+        unit: of the influences.
     """
     shown = []
     for i in map(int, chosen):
@@ -115,7 +116,7 @@ def shown_responses(
         if batch.truncated[i]:
             facts.append("truncated")
         if own is not None and "influence" in own:
-            facts.append(f"influence {text.number(float(own.influence.sum()))} per unit lr")
+            facts.append(f"influence {text.number(float(own.influence.sum()))} {unit}")
         shown.append(
             Response(
                 heading=f"Sequence {i}, {batch.prompt_ids[i]}",

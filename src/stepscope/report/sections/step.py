@@ -14,11 +14,11 @@ from stepscope.results.change import Taken
 from stepscope.results.step import Lifetime, Rounding, Routing, SequenceShares, StepReport, Storage
 
 _LOOKS: Mapping[str, tuple[str, str]] = {
-    "momentum": ("momentum", style.BLUE),
+    "momentum": ("momentum", style.OCHRE),
     "decay": ("weight decay", style.PURPLE),
     "bonus": ("entropy bonus", style.GREEN),
     "router": ("router loss", style.MUTED),
-    "sequences": ("this batch", style.VERMILLION),
+    "sequences": ("this batch", style.BROWN),
     "direction": ("whole step", style.INK),
 }
 

@@ -21,8 +21,8 @@ _STEP = style.axis("optimizer step")
 _CLUSTERED = "Error bars: 95 % interval, clustered by prompt."
 
 _LOGGED = (
-    ("reward", "Mean reward of each training batch", style.BLUE, "reward"),
-    ("entropy", "Entropy of the policy on each training batch", style.VERMILLION, "nats/token"),
+    ("entropy", "Entropy of the policy on each training batch", style.INK, "nats/token"),
+    ("reward", "Mean reward of each training batch", style.GREEN, "reward"),
     ("completions/mean_length", "Mean response length of each training batch", style.PURPLE, "tokens"),
 )
 _CURVES = (
@@ -57,12 +57,17 @@ _QUANTITIES: Mapping[str, tuple[str, str, str]] = {
     "mean_length_correct": ("length of correct responses", "def-batches", "tokens"),
     "truncated_rate": ("truncated responses", "def-batches", "fraction"),
 }
-_STATES = {"never": style.VERMILLION, "sometimes": style.PURPLE, "always": style.BLUE}
+_STATES = {"never": style.BROWN, "sometimes": style.PURPLE, "always": style.GREEN}
 
 
-def section(training: Training) -> Section | None:
-    """Curves as logged, then as evaluated, then the warm-up's; each only where the run has it."""
-    figures = [f for logged in _LOGGED if (f := _logged_figure(training.log, *logged)) is not None]
+def section(training: Training, measured: Mapping[int, str] | None = None) -> Section | None:
+    """Curves as logged, entropy first, then as evaluated, then the warm-up's; each only where the run has it.
+
+    Args:
+        training: what the run folder holds.
+        measured: step to the place on the page of each measurement, which a click on the curve leads to.
+    """
+    figures = [f for logged in _LOGGED if (f := _logged_figure(training.log, *logged, measured)) is not None]
     for number, (setting, rows) in enumerate(training.evaluations.items()):
         figures.append(_pass_figure(rows, setting, f"eval-pass-{number}"))
         if "entropy_per_token_stderr" in rows:
@@ -166,7 +171,12 @@ def _before_after(rows: Any, setting: str, number: int, paired: Mapping[str, Est
 
 
 def _logged_figure(
-    log: Sequence[Mapping[str, Any]], key: str, name: str, color: str, unit: str
+    log: Sequence[Mapping[str, Any]],
+    key: str,
+    name: str,
+    color: str,
+    unit: str,
+    measured: Mapping[int, str] | None = None,
 ) -> style.Figure | None:
     found = _logged(log, key)
     if not found:
@@ -175,19 +185,38 @@ def _logged_figure(
         f"{name}, as the trainer logged it at {len(found)} steps, in {unit}. One batch per point, so the "
         "scatter between neighbours shows the sampling error; no interval is logged."
     )
+    curve = style.curve(
+        "", found, found.values(), style.Look(color), f"step %{{x}}: %{{y:.4g}} {unit}", size=4
+    )
+    clicked = _measured(found, measured or {}, unit) if key == "entropy" else None
     return style.figure(
         f"train-{key.split('/')[-1]}",
         name,
-        caption,
-        [
-            style.curve(
-                "", found, found.values(), style.Look(color), f"step %{{x}}: %{{y:.4g}} {unit}", size=4
-            )
-        ],
-        wide=False,
+        caption + (" Diamonds: measured steps; a click leads to the measurement." if clicked else ""),
+        [curve, clicked] if clicked else [curve],
+        wide=clicked is not None,
+        height=300 if clicked else None,
         xaxis=_STEP,
         yaxis=style.axis(unit),
         showlegend=False,
+    )
+
+
+def _measured(logged: Mapping[int, float], measured: Mapping[int, str], unit: str) -> Any | None:
+    """The measured steps on the curve, each at the last logged value up to it; None where none is on it."""
+    found = {step: [v for at, v in logged.items() if at <= step] for step in measured}
+    points = {step: values[-1] for step, values in found.items() if values}
+    if not points:
+        return None
+    return style.curve(
+        "measured",
+        points,
+        points.values(),
+        style.Look(style.PURPLE, "diamond"),
+        f"measured step %{{x}}: %{{y:.4g}} {unit}; click to see it",
+        mode="markers",
+        size=14,
+        details=[measured[step] for step in points],
     )
 
 
@@ -256,7 +285,7 @@ def _entropy_figure(rows: Any, setting: str, key: str) -> style.Figure:
         key,
         _titled("Entropy on held-out problems", setting),
         f"Entropy of the policy per response token on held-out problems{_size(rows)}. {_CLUSTERED}",
-        _evaluated(rows, "step", {"entropy_per_token": "entropy"}, [style.Look(style.VERMILLION)]),
+        _evaluated(rows, "step", {"entropy_per_token": "entropy"}, [style.Look(style.INK)]),
         wide=False,
         xaxis=_STEP,
         yaxis=style.axis("nats/token", rangemode="tozero"),

@@ -1,0 +1,56 @@
+"""A line for each section that is folded: what it says, or what is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from stepscope.reading.measurement import Measurement
+from stepscope.report import text
+from stepscope.report.parts import Section
+
+
+def brief(section: Section, measurement: Measurement) -> str:
+    """The line of a section; empty where it is shown unfolded."""
+    make = _BRIEFS.get(section.key)
+    return make(measurement) if make else _OTHERS.get(section.key, "")
+
+
+def _figure(name: str, words: str) -> Callable[[Measurement], str]:
+    """A headline figure in words, or words alone where it is not known."""
+
+    def line(measurement: Measurement) -> str:
+        found = measurement.summary.get(name)
+        return words.format(text.bare(found) if found else text.NOT_AVAILABLE)
+
+    return line
+
+
+def _headline(measurement: Measurement) -> str:
+    failed = sum(not value.reliable for value in measurement.summary.values())
+    return f"{len(measurement.summary)} figures with errors and methods, {failed} of them flagged"
+
+
+def _step(measurement: Measurement) -> str:
+    found = measurement.step.components if measurement.step else {}
+    parts = [f"{name} {text.percent(part.share)}" for name, part in found.items()]
+    return f"of its squared length: {', '.join(parts)}"
+
+
+_BRIEFS: Mapping[str, Callable[[Measurement], str]] = {
+    "headline": _headline,
+    "change": _figure("linearity_slope", "|true change| grows as the learning rate to the power {}"),
+    "step": _step,
+    "influence": _figure(
+        "rank_reliability_tokens", "every sequence and token with its error; order of tokens reliable to {}"
+    ),
+    "kernel": _figure("effective_rank", "effective rank of the kernel {} directions"),
+    "noise": _figure("noise_scale", "loss gradient {} prompts"),
+}
+
+_OTHERS: Mapping[str, str] = {
+    "provenance": "checkpoint, batches, seeds, settings, versions",
+    "validation": "predicted against true changes, and their correlations",
+    "criteria": "every criterion of the literature against the measured influence",
+    "sampler": "what drew the responses, against the policy that is measured",
+    "responses": "the first right and wrong ones of the batch",
+}
