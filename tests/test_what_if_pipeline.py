@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from pathlib import Path
@@ -16,6 +15,7 @@ from typer.testing import CliRunner
 
 import cases
 import stepscope as ss
+from pages import held
 from stepscope import cli
 from stepscope.config import LedgerConfig, TrainConfig, WhatIfConfig, build_config
 from stepscope.errors import ConfigError, MeasurementError, RunFolderError
@@ -148,7 +148,7 @@ def test_the_page_shows_what_the_files_say(made: Path) -> None:
     page = (made / "ledger.html").read_text()
     assert "Entropy without quadrant=wrong, rare|right, rare" in page
     assert f"{text.quantity_name('reward').capitalize()} without" in page
-    specs = [json.loads(p) for p in re.findall(r'<script type="application/json">(.*?)</script>', page)]
+    specs = held(page)
     names = [[trace.get("name") for trace in s["data"]] for s in specs if "data" in s]
     (lines,) = [
         s

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from stepscope.reading.measurement import Measurement
-from stepscope.reading.token_classes import END, PART, by_quadrant, kinds, ordered
 from stepscope.results import Rollouts
+from stepscope.rules.token_classes import by_quadrant, kinds, ordered, token_names
 from stepscope.stats import Estimate
 
 if TYPE_CHECKING:
@@ -262,6 +262,6 @@ def _contexts(tokens: pd.DataFrame, batch: Rollouts) -> Any:
 def _around(row: pd.DataFrame, position: int) -> tuple[str, str, str]:
     """A token, and the texts before and after it."""
     texts = row.token.tolist()
-    named = [text or (END if k == len(texts) - 1 else PART) for k, text in enumerate(texts)]
+    named = token_names(texts, ended=True)
     at = row.position.tolist().index(position)
     return named[at], "".join(named[max(0, at - CONTEXT) : at]), "".join(named[at + 1 : at + 1 + CONTEXT])

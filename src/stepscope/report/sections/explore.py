@@ -11,7 +11,6 @@ import numpy as np
 
 from stepscope.reading.answer import advantages
 from stepscope.reading.measurement import Measurement
-from stepscope.reading.token_classes import by_quadrant, kinds, ordered
 from stepscope.report import style
 from stepscope.report.parts import Explorer, Room, Section
 from stepscope.report.sections.criteria import best_of
@@ -19,6 +18,7 @@ from stepscope.report.sections.influence import ranked_tokens
 from stepscope.report.sections.responses import level_of
 from stepscope.report.units import unit_of
 from stepscope.results import Rollouts
+from stepscope.rules.token_classes import by_quadrant, kinds, ordered
 
 if TYPE_CHECKING:
     import pandas as pd
