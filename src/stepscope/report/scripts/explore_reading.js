@@ -47,6 +47,10 @@ const readingRoom = (box, tokens, pick, choose) => {
     const span = event.target.closest("[data-i]");
     if (span) pick(Number(span.dataset.i));
   });
+  box.addEventListener("keydown", (event) => {
+    const span = event.key === "Enter" && event.target.matches(".tokens") && event.target.querySelector(".on");
+    if (span) pick(Number(span.dataset.i));
+  });
   const list = element("ol", { className: "found" }), read = element("div", { className: "read" });
   box.append(list, read);
   let most = 8;

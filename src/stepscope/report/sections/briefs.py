@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 from stepscope.reading.measurement import Measurement
@@ -20,7 +21,9 @@ def _figure(name: str, words: str) -> Callable[[Measurement], str]:
 
     def line(measurement: Measurement) -> str:
         found = measurement.summary.get(name)
-        return words.format(text.bare(found) if found else text.NOT_AVAILABLE)
+        if found is None:
+            return words.format(text.NOT_AVAILABLE)
+        return words.format(text.bare(found) if math.isfinite(found.value) else text.interval(found))
 
     return line
 

@@ -15,7 +15,7 @@ from stepscope.report import style
 from stepscope.report.parts import Explorer, Room, Section
 from stepscope.report.sections.criteria import best_of
 from stepscope.report.sections.influence import ranked_tokens
-from stepscope.report.sections.responses import level_of
+from stepscope.report.sections.responses import END_MARK, PART_MARK, level_of
 from stepscope.report.units import unit_of
 from stepscope.results import Rollouts
 from stepscope.rules.token_classes import by_quadrant, kinds, ordered
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _TITLES = {"quadrant": "Verdict and probability", "kind": "Kind of token"}
+_CONTEXT = "context, not written by the policy"
 _FIRST_LEVEL = ord("f")
 _STRONGEST = 0.995
 
@@ -76,7 +77,8 @@ def _spec(tokens: pd.DataFrame, batch: Rollouts) -> dict[str, Any]:
     prompts: dict[str, int] = {}
     for start, end in itertools.pairwise([0, *ends]):
         i = int(sequence[start])
-        names += kinds(texts[start:end], not batch.truncated[i])
+        bare = ["" if text in (END_MARK, PART_MARK) else text for text in texts[start:end]]
+        names += kinds(bare, not batch.truncated[i])
         rows.append(
             {
                 "id": i,
@@ -99,7 +101,8 @@ def _spec(tokens: pd.DataFrame, batch: Rollouts) -> dict[str, Any]:
     }
     if batch.token_advantages is not None:
         columns["advantage"] = style.rounded(frame.advantage, 3)
-    ways = {"quadrant": by_quadrant(frame), "kind": names}
+    quadrants = np.where(frame.written, np.array(by_quadrant(frame), dtype=object), _CONTEXT)
+    ways = {"quadrant": quadrants, "kind": names}
     return {
         "vocabulary": list(vocabulary),
         "text": codes,
