@@ -76,13 +76,32 @@ def dealt_out(make: Callable[[], Policy], group: Group, device: torch.device) ->
     state = policy.optimizer
     if state is None:
         return policy
-    own, found = policy.parameters, dict[str, dict[str, Tensor]]()
-    for key, by_name in _moments(state).items():
-        found[key] = {}
-        for name, like in by_name.items():
-            rows = dealt(numbers.moments.get(key, {}).pop(name, None), own[name], like.dtype, group)
-            found[key][name] = of_parts(rows, own[name])
-    return replace(policy, optimizer=_with(state, found))
+    own = policy.parameters
+
+    def rows(key: str, name: str, like: Tensor) -> Tensor:
+        return dealt(numbers.moments.get(key, {}).pop(name, None), own[name], like.dtype, group)
+
+    return replace(policy, optimizer=held_in_parts(state, own, rows))
+
+
+def held_in_parts(
+    state: OptimizerState,
+    parameters: Mapping[str, Tensor],
+    rows: Callable[[str, str, Tensor], Tensor] = lambda key, name, own: own,
+) -> OptimizerState:
+    """An optimizer's state whose moments are held as their parameters are.
+
+    Args:
+        state: what says which moments there are.
+        parameters: sharded, by name.
+        rows: a moment's field, its parameter and what ``state`` has of it to the part of this process; that
+            itself by default.
+    """
+    found = {
+        key: {name: of_parts(rows(key, name, own), parameters[name]) for name, own in by_name.items()}
+        for key, by_name in _moments(state).items()
+    }
+    return _with(state, found)
 
 
 def bytes_held(policy: Policy) -> int:

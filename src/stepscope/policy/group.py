@@ -238,10 +238,30 @@ def entered(*, device: str | None = None, lockstep: bool = False) -> Iterator[Gr
         ConfigError: more processes on this machine than GPUs.
         PeerError: the others cannot be reached.
     """
-    global _current
     if launched() == 1:
         yield _current
         return
+    group = formed(device=device, lockstep=lockstep)
+    try:
+        with within(group):
+            yield group
+    finally:
+        if not lockstep:  # torch's cache of layouts names the first group that had such tensors
+            dist.destroy_process_group(group.processes)
+
+
+def formed(*, device: str | None = None, lockstep: bool = False, patience: timedelta = PATIENCE) -> Group:
+    """A group of the processes that were started together, to be entered by :func:`within`; an exchange.
+
+    Args:
+        device: as :func:`entered` takes it.
+        lockstep: see :class:`Group`.
+        patience: how long an exchange waits for another process.
+
+    Raises:
+        ConfigError: more processes on this machine than GPUs.
+        PeerError: the others cannot be reached.
+    """
     on_gpu = torch.cuda.is_available() if device is None else device.startswith("cuda")
     place = _place(device) if on_gpu else None
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
@@ -249,15 +269,19 @@ def entered(*, device: str | None = None, lockstep: bool = False) -> Iterator[Gr
         if not dist.is_initialized():
             dist.init_process_group(backend, timeout=PATIENCE)
             atexit.register(_part)
-        processes = dist.new_group(backend=backend, timeout=PATIENCE)
-    before = _current
-    _current = Group(dist.get_rank(), dist.get_world_size(), place, lockstep, processes)
+        processes = dist.new_group(backend=backend, timeout=patience)
+    return Group(dist.get_rank(), dist.get_world_size(), place, lockstep, processes)
+
+
+@contextmanager
+def within(group: Group) -> Iterator[None]:
+    """A block in which this process measures together with the others of a group."""
+    global _current
+    before, _current = _current, group
     try:
-        yield _current
+        yield
     finally:
         _current = before
-        if not lockstep:  # torch's cache of layouts names the first group that had such tensors
-            dist.destroy_process_group(processes)
 
 
 def _part() -> None:

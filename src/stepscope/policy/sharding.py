@@ -80,6 +80,9 @@ class Sharded:
         self.root.reshard()  # type: ignore[operator]
 
 
+_MESH = "stepscope"
+"""Sets its meshes apart from those of a training on the same processes: torch keeps layouts by mesh."""
+
 _MARK = "_sharded_by_stepscope"
 """Attribute of a root; wrappers of a model hand it on."""
 
@@ -117,7 +120,7 @@ def shard_model(model: nn.Module, group: Group, device: torch.device) -> None:
             )
     units = _layers(root)
     slots = {unit: _slots(unit, units, names) for unit in (*units, root)}
-    mesh = DeviceMesh.from_group(group.processes, device.type)
+    mesh = DeviceMesh.from_group(group.processes, device.type, mesh_dim_names=(_MESH,))
     for unit in (*units, root):
         fully_shard(unit, mesh=mesh)
     found = Sharded(root, slots)

@@ -153,6 +153,7 @@ def named_state(
     *,
     where: str,
     dtype: torch.dtype | None = None,
+    parameters: Mapping[str, Tensor] | None = None,
 ) -> OptimizerState:
     """An optimizer's state once it is known which of a model's parameters are in its groups.
 
@@ -163,6 +164,7 @@ def named_state(
         model: the model.
         where: what to name in an error.
         dtype: type of the moments; None leaves bfloat16 and float16 at float32 and wider ones as they are.
+        parameters: by name, where they are not the model's own but this process's parts of them.
 
     Returns:
         The state on the devices of the parameters. A parameter without state got no gradient in the whole
@@ -175,7 +177,7 @@ def named_state(
     kind, entries = recognised(saved, where)
     groups: list[SavedGroup] = []
     by_name: dict[str, dict[str, Any]] = {}
-    parameters, blank = dict(model.named_parameters()), []
+    parameters, blank = parameters or dict(model.named_parameters()), list[str]()
     for group, names in zip(saved["param_groups"], names_by_group, strict=True):
         none: dict[str, Any] | None = {} if kind.keeps_nothing(group) else None
         named = {name: entries.get(n, none) for n, name in zip(group["params"], names, strict=True)}

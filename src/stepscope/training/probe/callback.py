@@ -12,6 +12,7 @@ import re
 import time
 import warnings
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from transformers import TrainerCallback
 from stepscope.errors import ConfigError
 from stepscope.measure.change.online import realised_change
 from stepscope.measure.noise.window import window_noise_scale
+from stepscope.policy.group import Group, formed
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
+from stepscope.policy.twin import is_cut, on_device
 from stepscope.stats import Estimate
 from stepscope.tasks import Task, load_task
 from stepscope.training.probe.predict import Pending, predict
@@ -39,14 +42,18 @@ from stepscope.training.watching.guest import (
     warn_off,
 )
 from stepscope.training.watching.state import (
+    gradient_of,
+    looking_at,
     optimizer_state,
     optimizer_within,
     successive_products,
-    undisturbed,
 )
 
 NAME = "probe"
 """Name of the only probe of a trainer, or of its first."""
+
+PATIENCE = timedelta(minutes=5)
+"""How long processes that probe together wait for one that has given up: less than any training waits."""
 
 
 @dataclass(eq=False)
@@ -73,9 +80,10 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
 
     Cost of one probe: sampling ``num_prompts`` responses, two to three forward-mode passes and five forward
     passes over them; with ``noise`` a forward and backward pass over the update batch. With several processes
-    the main one probes and the others wait. ``seconds`` in the table over the time of a step without probe,
-    divided by ``every``, is the share of the training time: on the demo's training a probe takes 1.15
-    steps of CPU time, hence the default cadence.
+    the main one probes and the others wait; under FSDP2, where none has the whole model, all of them probe
+    together, with a second model on the same parts (:mod:`stepscope.policy.twin`). ``seconds`` in the table
+    over the time of a step without probe, divided by ``every``, is the share of the training time: on the
+    demo's training a probe takes 1.15 steps of CPU time, hence the default cadence.
 
     Attributes:
         task: where probe prompts come from: None for the trainer itself, or a task, or its specification
@@ -123,6 +131,7 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
     _due: bool = field(default=False, init=False)
     _warned: bool = field(default=False, init=False)
     _source: Source | None = field(default=None, init=False)
+    _group: Group | None = field(default=None, init=False)
     _products: list[tuple[float, float]] = field(default_factory=list, init=False)
     _recorder: BatchRecorder | None = field(default=None, init=False)
     _pending: Pending | None = field(default=None, init=False)
@@ -145,11 +154,12 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Find out whether this run can be probed; take up what the checkpoint it goes on from has."""
         self._off, self._warned, self._due, self._row = False, False, False, None
+        self._group = None
         with Guest(self, state):
             trainer = trainer_of(self)
             probes = self._step_to_the_front(trainer.callback_handler.callbacks)
             self._name = names_of(probes)[probes.index(self)]
-            require_readable(args, model, optimizer)
+            require_readable(args, model, optimizer, parts=True)
             self._source = self._source_of(trainer)
             earlier = probes[: probes.index(self)]
             path = self._path(args)
@@ -171,6 +181,8 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
             return
         self._off = any(gather_object([self._off]))  # what failed on one process is off on all
         self._due = not self._off
+        if self._due and self._group is None and is_cut(model):
+            self._group = formed(device=on_device(model), lockstep=True, patience=PATIENCE)
         if self._due and (self.noise or self.top_tokens):
             self._recorder = BatchRecorder(model)
 
@@ -189,7 +201,7 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
         if self._off:
             return
         with Guest(self, state):
-            inner = optimizer_within(optimizer)
+            inner = optimizer_within(optimizer, parts=True)
             pair = successive_products(inner)
             if pair is not None:
                 self._products = [*self._products, pair][-self.window :]
@@ -203,14 +215,15 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
                 self._recorder.stop()
                 captured, self._recorder = self._recorder.gather(), None
             used = self._source.used()
-            if not state.is_world_process_zero or not any(group["lr"] > 0 for group in inner.param_groups):
+            alone = self._group is None and not state.is_world_process_zero
+            if alone or not any(group["lr"] > 0 for group in inner.param_groups):
                 return
-            with undisturbed(model):
+            with looking_at(model, self._group) as (seen, own):
                 policy = Policy(
-                    model=model,
+                    model=seen,
                     tokenizer=processing_class,
                     settings=settings_of(args),
-                    optimizer=optimizer_state(inner, model),
+                    optimizer=optimizer_state(inner, seen, own=own),
                     step=state.global_step,
                 )
                 seed = int(np.random.SeedSequence([self.seed, policy.step]).generate_state(1)[0])
@@ -219,6 +232,7 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
                     self._source.sample(policy, self.num_prompts, seed=seed, used=used),
                     captured,
                     args,
+                    gradient=gradient_of(seen, own),
                     noise=self.noise,
                     top_tokens=self.top_tokens,
                     budget=Budget(max_sequences=self.max_sequences),
@@ -236,11 +250,13 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
             return control
         with Guest(self, state):
             begin = time.perf_counter()
-            with undisturbed(model):
-                policy = Policy(model=model, tokenizer=processing_class, settings=settings_of(args))
+            with looking_at(model, self._group) as (seen, _):
+                policy = Policy(model=seen, tokenizer=processing_class, settings=settings_of(args))
                 change = realised_change(
                     policy, pending.prediction, budget=Budget(max_sequences=self.max_sequences)
                 )
+            if not state.is_world_process_zero:
+                return control
             point = change.points[0]
             figures = {
                 "entropy": change.value,

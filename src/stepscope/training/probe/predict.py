@@ -17,6 +17,7 @@ from stepscope.policy import vectors
 from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import response_text
 from stepscope.policy.state import Policy
+from stepscope.policy.vectors import ParameterVector
 from stepscope.results import Rollouts
 from stepscope.stats import Estimate, clustered_mean
 from stepscope.training.probe.batch import noise_of_batch, products_of_batch
@@ -40,6 +41,7 @@ def predict(
     captured: list[Captured],
     args: Any,
     *,
+    gradient: ParameterVector,
     noise: bool,
     top_tokens: int,
     budget: Budget,
@@ -47,10 +49,11 @@ def predict(
     """The change by each part of the step, the noise scale of its batch, and its strongest tokens.
 
     Args:
-        policy: before the step, with the gradient in use and the optimizer's state.
+        policy: before the step, with the optimizer's state.
         probe: samples of the policy.
         captured: the sequences of the step.
         args: of the trainer.
+        gradient: that the optimizer gets, held as the policy's parameters are.
         noise: compute the noise scale.
         top_tokens: tokens to record.
         budget: what may be used at a time.
@@ -59,7 +62,7 @@ def predict(
     state = policy.optimizer
     with _alone(policy, set(state.names)):
         lr = next(g.lr for g in state.groups if g.names and g.lr > 0)
-        ascent = {n: -p.grad for n, p in policy.parameters.items() if p.grad is not None}
+        ascent = {n: -g for n, g in gradient.items() if n in policy.parameters}
         made = state.update(policy.parameters, ascent, clip=1.0, lr=lr)
         batch = made.made_of(ascent)
         prediction = predict_change(

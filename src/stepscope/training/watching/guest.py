@@ -78,8 +78,14 @@ def warn_off(who: str, step: int, reason: str) -> None:
     )
 
 
-def require_readable(args: Any, model: Any, optimizer: Any) -> torch.optim.Optimizer:
+def require_readable(args: Any, model: Any, optimizer: Any, *, parts: bool = False) -> torch.optim.Optimizer:
     """The optimizer of a run whose steps can be read, without wrappers.
+
+    Args:
+        args: of the trainer.
+        model: that is trained.
+        optimizer: of the trainer.
+        parts: whether both may be cut by FSDP2.
 
     Raises:
         ConfigError: the trainer is none of TRL's that sample, or scales its gradients.
@@ -93,8 +99,10 @@ def require_readable(args: Any, model: Any, optimizer: Any) -> torch.optim.Optim
     if args.fp16:
         raise ConfigError("fp16 scales the gradients; train in bf16 or float32")
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        raise MeasurementError("the model is sharded by FSDP; use plain data parallelism")
-    return optimizer_within(optimizer)
+        raise MeasurementError(
+            f"the model is sharded by FSDP's first version; use {'FSDP2 or ' * parts}plain data parallelism"
+        )
+    return optimizer_within(optimizer, parts=parts)
 
 
 def trainer_of(callback: TrainerCallback) -> Any:
