@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 from scipy.stats import kendalltau
 
 from stepscope.measure.ties import without_round_off
@@ -23,6 +24,12 @@ LARGE = 0.1
 
 MOST_IN_PAIRS = 512
 """Most items whose pairs enter the error of Kendall's tau; more are thinned at random."""
+
+PAIRS_PAY = 250
+"""Items a correlation, among all scores and truths, up to which tau of all pairs takes less than sorting."""
+
+ROWS = 64
+"""Items whose pairs with as many are looked at together."""
 
 MOST_GROUPS = 64
 """Most groups of prompts that are left out one by one; more prompts are pooled at random."""
@@ -270,9 +277,8 @@ def _kendall(
 ) -> FloatArray:
     """Tau-b; resamples from sums of concordant and of untied pairs between each two prompts."""
     found = np.full((len(counts), len(scores), len(truths)), np.nan)
-    for c, score in enumerate(scores):
-        for t, truth in enumerate(truths):
-            found[0, c, t] = kendalltau(score, truth if signed[c] else np.abs(truth)).statistic
+    for kind in (True, False):
+        found[0, signed == kind] = _tau(scores[signed == kind], truths if kind else np.abs(truths))
     if len(counts) == 1:
         return found
     kept = np.arange(len(index))
@@ -282,21 +288,68 @@ def _kendall(
     present, starts = np.unique(index[kept], return_index=True)
     drawn = counts[1:][:, present]
 
-    def between(pairs: FloatArray) -> FloatArray:
-        """(resample,) sum over pairs of items, weighted with the copies of both."""
-        table = np.add.reduceat(np.add.reduceat(pairs, starts, axis=1), starts, axis=0)
-        return np.asarray(np.einsum("rg,gh,rh->r", drawn, table, drawn, optimize=True))
+    def drawn_pairs(table: FloatArray) -> FloatArray:
+        """(resample, ...) sums of (..., group, group) over pairs, weighted with the copies of both."""
+        return np.asarray(np.einsum("rg,...gh,rh->r...", drawn, table, drawn, optimize=True))
 
-    pairs = {s: [_signs(y[kept]) for y in (truths if s else np.abs(truths))] for s in (True, False)}
-    untied = {s: [between(np.abs(p)) for p in pairs[s]] for s in (True, False)}
-    for c, score in enumerate(scores):
-        own = _signs(score[kept])
-        spread = between(np.abs(own))
-        for t, other in enumerate(pairs[bool(signed[c])]):
-            found[1:, c, t] = _ratio(between(own * other), spread * untied[bool(signed[c])][t])
+    for kind in (True, False):
+        chosen = np.flatnonzero(signed == kind)
+        if len(chosen) == 0:
+            continue
+        others = truths if kind else np.abs(truths)
+        tables = _pairs(scores[np.ix_(chosen, kept)], others[:, kept], starts)
+        concordant, spread, untied = map(drawn_pairs, tables)
+        found[1:, chosen] = _ratio(concordant, spread[:, :, None] * untied[:, None])
     return found
 
 
-def _signs(values: FloatArray) -> FloatArray:
-    """(item, item) sign of every difference."""
-    return np.sign(values[:, None] - values[None, :])
+def _tau(scores: FloatArray, truths: FloatArray) -> FloatArray:
+    """(score, truth) tau-b of all items: by their pairs, or one by one where sorting each time costs less."""
+    items, numbers = scores.shape[1], len(scores) * len(truths)
+    if items * (len(scores) + len(truths)) > PAIRS_PAY * numbers:
+        every = [[kendalltau(score, truth).statistic for truth in truths] for score in scores]
+        return np.asarray(every, dtype=np.float64).reshape(len(scores), len(truths))
+    tables = _pairs(scores, truths, np.arange(0, items, ROWS))
+    concordant, spread, untied = (table.sum((-2, -1)) / 2 for table in tables)
+    with np.errstate(invalid="ignore"):  # as SciPy divides
+        found = concordant / np.sqrt(spread)[:, None] / np.sqrt(untied)
+    return np.asarray(np.clip(found, -1.0, 1.0))
+
+
+def _pairs(
+    scores: FloatArray, truths: FloatArray, starts: IntArray
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Sums over pairs of items from two groups, all whole numbers and so exact in float32.
+
+    Args:
+        scores: (score, item), items of a group beside each other.
+        truths: (truth, item).
+        starts: (group,) where each group begins.
+
+    Returns:
+        (score, truth, group, group) concordant less discordant pairs, and the untied pairs of each score and
+        of each truth, (score, group, group) and (truth, group, group).
+    """
+    count = len(starts)
+    places = _places(scores), _places(truths)
+    parts = [slice(*ends) for ends in zip(starts, [*starts[1:], scores.shape[1]], strict=True)]
+    both = np.empty((len(scores), len(truths), count, count))
+    own, other = np.empty((len(scores), count, count)), np.empty((len(truths), count, count))
+    for g, rows in enumerate(parts):
+        for h in range(g, count):
+            a, b = (_signs(values, rows, parts[h]) for values in places)
+            both[:, :, g, h] = both[:, :, h, g] = a @ b.T
+            for table, v in ((own, a), (other, b)):
+                table[:, g, h] = table[:, h, g] = np.einsum("vi,vi->v", v, v)
+    return both, own, other
+
+
+def _places(values: FloatArray) -> npt.NDArray[np.float32]:
+    """(value, item) places in order, equal ones of equal values."""
+    return np.stack([Order.of(row).group for row in values]).astype(np.float32)
+
+
+def _signs(places: npt.NDArray[np.float32], rows: slice, columns: slice) -> npt.NDArray[np.float32]:
+    """(value, pair) sign of every difference between two groups of items."""
+    apart = places[:, rows, None] - places[:, None, columns]
+    return np.clip(apart, -1.0, 1.0, out=apart).reshape(len(places), -1)  # of whole numbers
