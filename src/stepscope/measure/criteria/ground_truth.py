@@ -25,10 +25,10 @@ from stepscope.measure.influence.probe_gradient import ProbeGradient, fitting_gr
 from stepscope.measure.kernel.fisher import split_tokens
 from stepscope.measure.quantity.base import VERSIONS, make_quantity
 from stepscope.measure.quantity.probe import Bindings, bindings_on
-from stepscope.measure.step.reconstruct import Step, weighted_logprobs
+from stepscope.measure.step.reconstruct import Step, ascent_of_sequences
 from stepscope.policy import vectors
 from stepscope.policy.forward import TokenBatch, TokenOutputs
-from stepscope.policy.gradients.derivatives import Mode, directional_derivatives, gradient, response_logprob
+from stepscope.policy.gradients.derivatives import Mode, directional_derivatives, response_logprob
 from stepscope.policy.gradients.products import paired_dots
 from stepscope.policy.gradients.stream import SequenceGradients
 from stepscope.policy.passes import Budget
@@ -181,7 +181,7 @@ def _columns(
 
 
 def _rows(policy: Policy, step: Step, mode: Mode, budget: Budget) -> list[GroundTruth]:
-    ascent = gradient(policy, step.update, weighted_logprobs(step.token_weights), budget=budget)
+    ascent = ascent_of_sequences(policy, step, budget)
     found = []
     both = (ascent, step.components["sequences"])
     changes = directional_derivatives(

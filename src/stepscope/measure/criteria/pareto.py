@@ -31,7 +31,12 @@ from stepscope.measure.quantity.estimators import ProbeValues, Sampled, per_deci
 from stepscope.measure.quantity.importance_weights import check_weights, last_weights
 from stepscope.measure.quantity.probe import Bindings, bindings_on
 from stepscope.measure.quantity.values import values_at
-from stepscope.measure.step.reconstruct import Step, assemble_step, weighted_logprobs
+from stepscope.measure.step.reconstruct import (
+    Step,
+    ascent_of_sequences,
+    assemble_step,
+    weighted_logprobs,
+)
 from stepscope.measure.step.terms import term_gradients
 from stepscope.policy.gradients.derivatives import gradient
 from stepscope.policy.passes import Budget, track
@@ -165,7 +170,7 @@ def drop_tokens(
         changes = [per_decision(b, m) for b, m in zip(bound, moved, strict=True)]
         return changes, check_weights(last).reason
 
-    ascent = gradient(policy, step.update, weighted_logprobs(step.token_weights), budget=budget)
+    ascent = ascent_of_sequences(policy, step, budget)
     terms = term_gradients(policy, step.update, remade=True, budget=budget)
     full, full_reason = measured(step.direction)
     points = []

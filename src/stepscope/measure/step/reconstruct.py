@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from stepscope.errors import BatchError, CheckpointError, MeasurementError
-from stepscope.measure.step.terms import term_gradients
+from stepscope.measure.step.terms import TERMS, term_gradients
 from stepscope.policy import vectors
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients.derivatives import WeightedLogprobs, gradient
@@ -163,6 +163,19 @@ def reconstruct_step(
     if not off_policy:
         drift.check()
     return assemble_step(policy, update, weights, ascent, terms)
+
+
+def ascent_of_sequences(policy: Policy, step: Step, budget: Budget = Budget()) -> dict[str, Tensor]:
+    """sum_ik w_ik grad l_ik: the step's own ascent, or a pass where other terms are in that.
+
+    Args:
+        policy: where the step starts.
+        step: the step.
+        budget: what may be used at a time.
+    """
+    if TERMS.keys().isdisjoint(step.components):
+        return step.ascent
+    return gradient(policy, step.update, weighted_logprobs(step.token_weights), budget=budget)
 
 
 def assemble_step(

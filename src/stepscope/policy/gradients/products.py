@@ -106,7 +106,8 @@ def paired_dots(
     """(seq,) inner products grad first_i . P . grad second_i of two gradients of the same sequence.
 
     Costs two gradient passes. The first gradients of a block are held while the second stream past; a block
-    has as many sequences as the budget's memory holds, at most its ``max_sequences``.
+    has as many sequences as the budget's memory holds, at most its ``max_sequences``. Where both are one and
+    the same, these are squared norms: one pass, and nothing is held.
 
     Args:
         policy: its trainable parameters are differentiated.
@@ -124,7 +125,16 @@ def paired_dots(
     size = max(1, min(budget.max_sequences, budget.memory_bytes // own))
     held = replace(budget, max_sequences=size, progress=False)
     found = {m: np.zeros(len(first)) for m in metrics}
-    for start in range(0, current().largest_share(len(first.order)), size):
+    if second is first:
+        nothing = GradientStore(0, metrics)
+
+        def square(gradient: LayerGradient, rows: slice) -> None:
+            for metric, squares in nothing.norms(gradient).items():
+                found[metric][order[rows]] += squares.numpy()
+
+        stream(policy, first, square, order=order, budget=budget)
+    blocks = range(0, current().largest_share(len(first.order)), size)
+    for start in () if second is first else blocks:
         block = order[start : start + size]
         store = GradientStore(len(block), metrics)
         stream(policy, first, store.put, order=block, budget=held)
