@@ -24,17 +24,24 @@ from trl import GRPOConfig, GRPOTrainer
 
 import cases
 import stepscope as ss
+from stepscope.errors import MeasurementError
 from stepscope.measure.change.online import realised_change
-from stepscope.policy.group import Group, current
+from stepscope.policy.group import Group, current, formed, within
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.passes import Budget
 from stepscope.policy.shards import is_sharded, part
 from stepscope.policy.state import Policy
+from stepscope.policy.twin import twin_of
 from stepscope.results import Rollouts
 from stepscope.training.probe import callback
 from stepscope.training.probe.predict import predict
 from stepscope.training.watching.capture import Captured
-from stepscope.training.watching.state import gradient_of, looking_at, optimizer_state
+from stepscope.training.watching.state import (
+    gradient_of,
+    looking_at,
+    optimizer_state,
+    optimizer_within,
+)
 
 SETTINGS = StepSettings(group_size=3, prompts_per_step=3, max_response_tokens=6)
 KINDS: dict[str, Callable[[], nn.Module]] = {
@@ -299,11 +306,25 @@ def steps_in_parts(folder: Path, group: Group) -> None:
             np.testing.assert_allclose(value, alone[name], rtol=1e-9, atol=1e-12, err_msg=f"{kind}, {name}")
 
 
+def refused(group: Group) -> None:
+    """A model of which something is whole everywhere, and an optimizer of whole parameters."""
+    model: Any = KINDS["full, untied"]()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    with within(group), pytest.raises(MeasurementError, match=r"holds model\.embed_tokens\.weight as whole"):
+        twin_of(model, group)
+    held = [p for p in model.model.layers.parameters() if p.dim() == 2]
+    with pytest.raises(MeasurementError, match="the optimizer is sharded Muon"):
+        optimizer_within(torch.optim.Muon(held), parts=True)
+
+
 def run(rank: int, folder: Path, environment: Mapping[str, str]) -> None:
     """One of two processes."""
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
-    steps_in_parts(folder, callback.formed(device="cpu", lockstep=True))
+    group = formed(device="cpu", lockstep=True)
+    refused(group)
+    steps_in_parts(folder, group)
     trainings_in_parts(rank, folder)
     (folder / f"done {rank}").touch()
     torch.distributed.destroy_process_group()
