@@ -102,7 +102,7 @@ def _spec(tokens: pd.DataFrame, batch: Rollouts) -> dict[str, Any]:
     if batch.token_advantages is not None:
         columns["advantage"] = style.rounded(frame.advantage, 3)
     quadrants = np.where(frame.written, np.array(by_quadrant(frame), dtype=object), _CONTEXT)
-    ways = {"quadrant": quadrants, "kind": names}
+    ways: Mapping[str, Any] = {"quadrant": quadrants, "kind": names}
     return {
         "vocabulary": list(vocabulary),
         "text": codes,
