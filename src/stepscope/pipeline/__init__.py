@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from stepscope.pipeline.convert import run_convert
     from stepscope.pipeline.demo import run_demo
     from stepscope.pipeline.evaluate import run_eval
+    from stepscope.pipeline.explain import run_explain
     from stepscope.pipeline.ledger.run import run_ledger
     from stepscope.pipeline.measure import run_measure
     from stepscope.pipeline.report import run_comparison, run_report
@@ -25,6 +26,7 @@ __all__ = [
     "run_convert",
     "run_demo",
     "run_eval",
+    "run_explain",
     "run_ledger",
     "run_measure",
     "run_report",
@@ -39,6 +41,7 @@ _HOME = {
     "run_convert": "convert",
     "run_demo": "demo",
     "run_eval": "evaluate",
+    "run_explain": "explain",
     "run_ledger": "ledger.run",
     "run_measure": "measure",
     "run_report": "report",

@@ -35,7 +35,7 @@ HERE_ONLY = ("stages", "out", "memory", "max_tokens", "scratch", "profile", "sha
 
 
 def run_measure(
-    config: MeasureConfig, *, resume: bool = False, policy: Policy | None = None, show_page: bool = True
+    config: MeasureConfig, *, resume: bool = False, policy: Policy | None = None, show_result: bool = True
 ) -> Path:
     """Measure what a checkpoint's next step does; leaves the files of DESIGN 5.3.
 
@@ -48,7 +48,7 @@ def run_measure(
         resume: allow a folder that already holds a run ; settings may differ that only stages asked for
             depend on, and these are done again.
         policy: the checkpoint, where it is loaded already.
-        show_page: say at the end where the page is.
+        show_result: say at the end what was found, and where the page is.
 
     Returns:
         The run folder.
@@ -66,11 +66,11 @@ def run_measure(
             "torchrun --nproc-per-node=N --no-python stepscope measure ..., or measure without --shard"
         )
     with together(config.device, Path(config.out), lockstep=config.shard):
-        return measure(config, resume=resume, policy=policy, show_page=show_page)
+        return measure(config, resume=resume, policy=policy, show_result=show_result)
 
 
 def measure(
-    config: MeasureConfig, *, resume: bool = False, policy: Policy | None = None, show_page: bool = True
+    config: MeasureConfig, *, resume: bool = False, policy: Policy | None = None, show_result: bool = True
 ) -> Path:
     """:func:`run_measure` in the group that was entered; in none, this process measures alone."""
     run = RunFolder(Path(config.out))
@@ -79,10 +79,9 @@ def measure(
         measure_into(run, config, resume=resume, policy=policy)
         if profiler is not None and current().is_main:
             _write_profile(run, profiler)
-    if current().is_main:
+    if show_result and current().is_main:
         page = run.file(PAGE)
-        files = [page if page.is_file() else run.path] if show_page else []
-        say_result("measure", measured(run.path), *files)
+        say_result("measure", measured(run.path), page if page.is_file() else run.path)
     return run.path
 
 

@@ -69,11 +69,6 @@ class Waterfall:
     change: Estimate
     before: Estimate
 
-    @property
-    def relative(self) -> Estimate:
-        """The change as a share of the quantity before the step, whose own error is left out."""
-        return self.change.scaled(1.0 / abs(self.before.value), unit="1")
-
 
 @dataclass(frozen=True)
 class TopToken:

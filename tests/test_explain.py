@@ -1,0 +1,119 @@
+"""``stepscope explain``: one command to the answer, in sizes that the time allows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import stepscope as ss
+from stepscope import cli
+from stepscope.config import MeasureConfig, build_config
+from stepscope.pipeline.explain import FEWEST, RESERVE, fitting
+
+QUICK = (
+    *("update.num_prompts=8", "update.group_size=4", "probe.num_prompts=24"),
+    *("lrs=[1e-5]", "second_order=false", "baseline=none", "own_prompts=false"),
+)
+
+
+def run(*args: object) -> Any:
+    return CliRunner().invoke(cli.app, ["explain", *map(str, args)])
+
+
+@pytest.fixture(scope="module")
+def explained(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    out = tmp_path_factory.mktemp("explained") / "why"
+    return out, run(checkpoint, "--out", out, *QUICK)
+
+
+def test_the_answer_is_printed_and_the_page_is_there(explained: tuple[Path, Any]) -> None:
+    out, found = explained
+    assert found.exit_code == 0, found.output
+    assert found.stdout.startswith("At its own learning rate")
+    for words in (
+        "What the change is made of",
+        "momentum",
+        "weight decay",
+        "the whole change",
+        "not resolved from zero",
+    ):
+        assert words in found.stdout
+    assert found.stdout.endswith(f"page: {out / 'report.html'}\n")
+    assert (out / "report.html").is_file()
+    assert "8 x 4 responses make the step, 24 x 1 measure it: about" in found.stderr
+
+
+def test_a_second_call_measures_nothing_and_its_object_is_the_artifacts(
+    explained: tuple[Path, Any], checkpoint: Path
+) -> None:
+    out, _ = explained
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir() if path.suffix in (".json", ".parquet")}
+    found = run(checkpoint, "--out", out, "--json", *QUICK[3:])
+    assert found.exit_code == 0, found.output
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    record, measured = json.loads(found.stdout), ss.load_measurement(out)
+    change = measured.change
+    assert change is not None
+    (point,) = [p for p in change.points if p.lr == pytest.approx(change.lr)]
+    assert record["change"]["value"] == (change.taken or point).true.value
+    assert record["before"]["value"] == change.value.value
+    assert sum(part["value"] for part in record["parts"]) == pytest.approx(
+        record["change"]["value"], rel=1e-9
+    )
+    assert {"momentum", "weight decay", "rest"} <= {part["name"] for part in record["parts"]}
+    tokens = measured.influence_tokens
+    assert tokens is not None
+    table = tokens.to_pandas()
+    ranked = table[table.through == ("optimizer" if "optimizer" in set(table.through) else "fixed")]
+    of = ranked.set_index(["sequence_id", "position"]).influence
+    for sign, side in ((-1, "lowered"), (1, "raised")):
+        values = [token["value"] for token in record[side]]
+        assert values == sorted(values, reverse=sign > 0)
+        for token in record[side]:
+            places = [(place["sequence"], place["position"]) for place in token["places"]]
+            assert token["value"] == pytest.approx(change.lr * sum(of[place] for place in places), rel=1e-9)
+    assert record["page"] == str(out / "report.html")
+
+
+def test_another_checkpoint_is_not_explained_in_the_same_folder(
+    explained: tuple[Path, Any], checkpoint: Path
+) -> None:
+    out, _ = explained
+    found = run(checkpoint.parent / "step-2", "--out", out)
+    assert found.exit_code == 2
+    assert "give another --out" in found.stderr
+
+
+def test_what_cannot_be_is_refused_before_anything_is_loaded(checkpoint: Path, tmp_path: Path) -> None:
+    assert run(checkpoint, "--minutes", "0").exit_code == 2
+    found = run(tmp_path / "nothing", "--out", tmp_path / "out")
+    assert found.exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def sizes(left: float, seconds: float, fixed: frozenset[str] = frozenset()) -> tuple[int, int]:
+    config = build_config(MeasureConfig, {"checkpoint": "c", "out": "o"})
+    found = fitting(config, seconds, left, fixed)
+    assert found.update.group_size == config.update.group_size
+    return found.update.num_prompts, found.probe.num_prompts
+
+
+def test_batches_are_sized_for_the_time(capsys: pytest.CaptureFixture[str]) -> None:
+    config = build_config(MeasureConfig, {"checkpoint": "c", "out": "o"})
+    whole = (config.update.num_prompts, config.probe.num_prompts)
+    total = whole[0] * config.update.group_size + whole[1]
+    assert sizes(total / RESERVE, 1.0) == whole
+    assert "smaller" not in capsys.readouterr().err
+    half = sizes(total / RESERVE / 1.6, 1.0)
+    assert half == (int(whole[0] / 1.6), int(whole[1] / 1.6))
+    assert "smaller than the default, for the time" in capsys.readouterr().err
+    update = frozenset({"update"})
+    assert sizes(total / RESERVE / 1.6, 1.0, update)[0] == whole[0]
+    assert sizes(60.0, 3600.0) == (FEWEST, FEWEST)
+    said = capsys.readouterr().err
+    assert "hours" in said
+    assert "a sequence takes 3600.0 s here" in said
