@@ -50,6 +50,20 @@ def trained_run(small_training: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="session")
+def recorded(small_training: Path, trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five recorded steps after the warm-up of ``trained_run``, clipped, with every second whole state."""
+    from stepscope.config import build_config
+    from stepscope.training import train
+
+    out = cases.start_from(trained_run, tmp_path_factory.mktemp("recorded") / "run")
+    plain = yaml.safe_load(small_training.read_text())
+    optimizer = {"lr": 3e-4, "weight_decay": 0.1, "max_grad_norm": 0.02}
+    plain["rl"] |= {"steps": 5, "save_every": 5, "record": {"state_every": 2}, "optimizer": optimizer}
+    train(build_config(TrainConfig, plain), out, resume=True)
+    return out
+
+
+@pytest.fixture(scope="session")
 def checkpoint(trained_run: Path) -> Path:
     """The last checkpoint of the small training; not to be changed, copy it."""
     return trained_run / "checkpoints" / "step-4"

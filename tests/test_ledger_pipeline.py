@@ -14,13 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
 
-import cases
 import stepscope as ss
 from browser import find_chromium, open_browser
 from pages import held
-from stepscope.config import LedgerConfig, TrainConfig, build_config
+from stepscope.config import LedgerConfig, build_config
 from stepscope.errors import CheckpointError, MeasurementError, RunFolderError
 from stepscope.measure.ledger.recorded import RecordedPath
 from stepscope.pipeline import run_ledger
@@ -34,21 +32,9 @@ from stepscope.results.ledger import FOLDS, LEDGER, ROLLUPS, STEPS, TOKEN_FOLDS,
 from stepscope.results.recording import StepFigures
 from stepscope.results.rollups import LedgerRollups
 from stepscope.rules.token_classes import WAYS
-from stepscope.training import train
 
 CHROMIUM = find_chromium()
 QUANTITIES = ["entropy", "entropy_fixed_prefix"]
-
-
-@pytest.fixture(scope="module")
-def recorded(small_training: Path, trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five steps after the warm-up of ``trained_run``, clipped, with whole states at every second."""
-    out = cases.start_from(trained_run, tmp_path_factory.mktemp("recorded") / "run")
-    plain = yaml.safe_load(small_training.read_text())
-    optimizer = {"lr": 3e-4, "weight_decay": 0.1, "max_grad_norm": 0.02}
-    plain["rl"] |= {"steps": 5, "save_every": 5, "record": {"state_every": 2}, "optimizer": optimizer}
-    train(build_config(TrainConfig, plain), out, resume=True)
-    return out
 
 
 def settings(run: Path, out: Path, **changes: Any) -> LedgerConfig:

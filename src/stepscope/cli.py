@@ -397,6 +397,7 @@ def ledger(
     retrain: Annotated[
         bool, typer.Option("--retrain", help="Also train again without them, from the same start and seeds.")
     ] = False,
+    shard: Annotated[bool, typer.Option("--shard", hidden=True)] = False,
     precision: Precision = None,
     device: Device = None,
     config: ConfigFile = None,
@@ -407,6 +408,11 @@ def ledger(
     With --without the curves of entropy and reward without some tokens: predicted from the record, and with
     --retrain held against training again. Steps, task and probe are those of the ledger that is there.
     """
+    if shard:
+        raise ConfigError(
+            "--shard: a ledger holds whole states of the training on every process and cuts none; leave "
+            "--shard out (several processes share its sequences), or take a device with more memory"
+        )
     if without is not None:
         own = {"--from": start, "--to": stop, "--quantity": quantity, "--through": through, "--task": task}
         given = [name for name, value in (own | {"--precision": precision}).items() if value is not None]

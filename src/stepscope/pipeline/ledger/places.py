@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from stepscope.measure.ledger.account import ALL, EARLIER, LATER
@@ -20,7 +21,9 @@ from stepscope.measure.ledger.path import displacement_parts, parts_along
 from stepscope.measure.ledger.slopes import place_figures, place_slopes
 from stepscope.pipeline.ledger.shared import Accounting
 from stepscope.pipeline.ledger.tables import fold_rows, step_rows, token_fold_rows, token_rows
+from stepscope.pipeline.together import main_only
 from stepscope.policy import vectors
+from stepscope.policy.group import current
 from stepscope.policy.vectors import ParameterVector, placed
 from stepscope.results import FloatArray
 from stepscope.results.ledger import (
@@ -57,13 +60,12 @@ def settle(work: Accounting, run: RunFolder, index: int) -> None:
     """Take the gradients at a place, and the entries of the steps between it and the place behind it."""
     number, last = work.number(index), index == len(work.places) - 1
     stage = f"place-{number:06d}"
-    if run.is_done(stage):
-        return
     behind = None if last else _carry_file(run, work.number(index + 1))
     files = [figures_file(number), *([] if last else [table_file(number, name) for name in BEHIND])]
-    with run.stage(stage, files):
-        _settle(work, run, index, behind)
-    if behind is not None:
+    if not current().from_main(lambda: run.is_done(stage)):
+        with main_only(lambda: run.stage(stage, files)):
+            _settle(work, run, index, behind)
+    if behind is not None and current().is_main:
         behind.unlink(missing_ok=True)
 
 
@@ -97,7 +99,7 @@ def _settle(work: Accounting, run: RunFolder, index: int, behind: Path | None) -
         figures = place_figures(policy, slopes, looked, sums, neighbours, budget=work.budget)
     after: dict[str, Adjoint] = {through: Adjoint() for through in work.config.through}
     if behind is not None:
-        rows, after = _read_carry(behind, work.config.through)
+        rows, after = _read_carry(behind, work.config.through, policy.device)
         tables = _steps_behind(work, index, slopes.rows, rows, slopes.shares, after)
         for name, table in zip(BEHIND, tables, strict=True):
             table.write(run.file(table_file(number, name)))
@@ -158,11 +160,13 @@ def _write_carry(path: Path, rows: Mapping[str, Tensor], after: Mapping[str, Adj
     vectors.save(found, path)
 
 
-def _read_carry(path: Path, throughs: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Adjoint]]:
+def _read_carry(
+    path: Path, throughs: Sequence[str], device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Adjoint]]:
     parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in vectors.load(path).items():
+    for name, tensor in current().from_main(lambda: vectors.load(path)).items():
         kind, _, own = name.partition("/")
-        parts.setdefault(kind, {})[own] = tensor
+        parts.setdefault(kind, {})[own] = tensor.to(device)
     after = {
         through: Adjoint(*(parts.get(f"{through}.{field.name}", {}) for field in fields(Adjoint)))
         for through in throughs

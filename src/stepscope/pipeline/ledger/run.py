@@ -13,6 +13,7 @@ from stepscope.console import say_result
 from stepscope.errors import RunFolderError
 from stepscope.measure.ledger.account import Batches, Looks, make_account
 from stepscope.measure.ledger.slopes import group_sums
+from stepscope.measure.quantity.base import Quantity
 from stepscope.measure.quantity.estimators import value
 from stepscope.measure.quantity.probe import probe_values
 from stepscope.measure.quantity.values import values_at
@@ -20,9 +21,10 @@ from stepscope.pipeline.inputs.tasks import hold_data
 from stepscope.pipeline.ledger.places import figures_file, settle, table_file
 from stepscope.pipeline.ledger.shared import Accounting
 from stepscope.pipeline.ledger.tables import summed, with_levels
+from stepscope.pipeline.together import main_only, together
+from stepscope.policy.group import current
 from stepscope.policy.passes import track
 from stepscope.policy.vectors import placed
-from stepscope.processes import is_main_process
 from stepscope.reading.rollups import Entries, recorded_tokens
 from stepscope.report import write_ledger_report
 from stepscope.results.files import Stored
@@ -59,7 +61,8 @@ HERE_ONLY = ("run", "out", "device", "batch_size", "memory")
 def run_ledger(config: LedgerConfig, *, resume: bool = False) -> Path:
     """Make the account of a recorded training; leaves the files that ``results.ledger`` describes.
 
-    ``ledger_parts/`` beside them holds what is finished of it.
+    ``ledger_parts/`` beside them holds what is finished of it. Several processes that were started together
+    (torchrun) make it together, and the first one keeps the files.
 
     Args:
         config: of what, how, and where to.
@@ -74,39 +77,34 @@ def run_ledger(config: LedgerConfig, *, resume: bool = False) -> Path:
         MeasurementError: the steps asked for are not recorded.
     """
     out = Path(config.out or config.run)
-    if not is_main_process():
-        return out / LEDGER
-    if (out / LEDGER).exists() and not resume:
+    with together(config.device, out):
+        return _ledger(config, out, resume)
+
+
+def _ledger(config: LedgerConfig, out: Path, resume: bool) -> Path:
+    """:func:`run_ledger` in the group that was entered."""
+    current().from_main(lambda: _refuse_to_write_over(out, resume))
+    work, run = Accounting(config), RunFolder(out / PARTS)
+    if len(set(current().gather(work.digest))) > 1:
         raise RunFolderError(
-            f"{out / LEDGER}: exists already; remove it and {PARTS}, choose another folder with --out, or "
-            "add --resume to go on with it"
+            f"{config.run}: the processes see different records there; give all the same one"
         )
-    work = Accounting(config)
-    digest, _ = work.digest, work.task
+    _ = work.task
     work.hold_model()
-    with locked(out / PARTS):
-        run = RunFolder.open(
-            out / PARTS,
-            config.model_dump(mode="json"),
-            verb="ledger",
-            resume=resume,
-            ignore=HERE_ONLY,
-            extra={"record": digest},
-        )
-        if run.provenance()["record"] != digest:
-            raise RunFolderError(
-                f"{out / PARTS}: the record has changed since this ledger was begun; choose another folder "
-                "with --out"
-            )
-        hold_data(run, [work.task])
+    with main_only(lambda: locked(run.path)):
+        current().from_main(lambda: _begin(work, run, resume))
         try:
             _ends(work, run)
             order = list(reversed(range(len(work.places))))
             for index in track(order, "ledger", work.budget):
                 settle(work, run, index)
         finally:
-            run.clean_up()
-        artifacts = _gathered(work, run)
+            if current().is_main:
+                run.clean_up()
+        quantities = [each.quantity for each in work.looked(work.at_start)]
+        if not current().is_main:
+            return out / LEDGER
+        artifacts = _gathered(work, run, quantities)
         run.seal_beside([])
         written = [out / name for name in artifacts]
         for path, artifact in zip(written, artifacts.values(), strict=True):
@@ -119,11 +117,37 @@ def run_ledger(config: LedgerConfig, *, resume: bool = False) -> Path:
     return out / LEDGER
 
 
+def _refuse_to_write_over(out: Path, resume: bool) -> None:
+    if (out / LEDGER).exists() and not resume:
+        raise RunFolderError(
+            f"{out / LEDGER}: exists already; remove it and {PARTS}, choose another folder with --out, or "
+            "add --resume to go on with it"
+        )
+
+
+def _begin(work: Accounting, run: RunFolder, resume: bool) -> None:
+    """Make the folder of the parts, or see whether the one that is there is still of this record and task."""
+    RunFolder.open(
+        run.path,
+        work.config.model_dump(mode="json"),
+        verb="ledger",
+        resume=resume,
+        ignore=HERE_ONLY,
+        extra={"record": work.digest},
+    )
+    if run.provenance()["record"] != work.digest:
+        raise RunFolderError(
+            f"{run.path}: the record has changed since this ledger was begun; choose another folder with "
+            "--out"
+        )
+    hold_data(run, [work.task])
+
+
 def _ends(work: Accounting, run: RunFolder) -> None:
     """The quantities before the first step and after the last, from more samples than the places have."""
-    if run.is_done("ends"):
+    if current().from_main(lambda: run.is_done("ends")):
         return
-    with run.stage("ends", [ENDS]):
+    with main_only(lambda: run.stage("ends", [ENDS])):
         found = []
         for place in (0, len(work.path)):
             batch = work.sampled(place, end=True)
@@ -138,7 +162,7 @@ def _ends(work: Accounting, run: RunFolder) -> None:
         LedgerEnds(*found).write(run.file(ENDS))
 
 
-def _gathered(work: Accounting, run: RunFolder) -> dict[str, Stored]:
+def _gathered(work: Accounting, run: RunFolder, quantities: Sequence[Quantity]) -> dict[str, Stored]:
     """The tables of all steps, the roll-ups and the accounts, by the names of their files."""
     numbers = [work.number(index) for index in range(len(work.places))]
     places = [read_record(LedgerPlace, run.file(figures_file(number))) for number in numbers]
@@ -153,7 +177,8 @@ def _gathered(work: Accounting, run: RunFolder) -> dict[str, Stored]:
             level = figures.level.estimate("", "")
             levels[number, label] = (level.value, level.stderr)
     accounts = tuple(
-        _account(work, i, places, folds, (ends.before[i], ends.after[i])) for i in range(len(labels))
+        _account(work, i, quantity, places, folds, (ends.before[i], ends.after[i]))
+        for i, quantity in enumerate(quantities)
     )
     first = accounts[0]
     ledger = Ledger(
@@ -193,12 +218,12 @@ def _joined(run: RunFolder, numbers: Sequence[int], name: str, kind: type[T]) ->
 def _account(
     work: Accounting,
     index: int,
+    quantity: Quantity,
     places: list[LedgerPlace],
     folds: LedgerFolds,
     ends: tuple[GroupSums, GroupSums],
 ) -> Account:
     label = work.config.quantities[index]
-    quantity = work.looked(work.at_start)[index].quantity
     groups = len(ends[0].groups)
     fixed = summed(folds, label, "fixed")
     free = summed(folds, label, "optimizer")["tokens"] if "optimizer" in work.config.through else None
