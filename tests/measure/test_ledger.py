@@ -92,15 +92,21 @@ def take_step(policy: Policy, optimizer: torch.optim.Optimizer, update: Rollouts
 
 @cache
 def trained(
-    count: int, rate: float = 1.0, *, before: int = 2, limit: float = 0.3, bonus: float = 0.0
+    count: int,
+    rate: float = 1.0,
+    *,
+    before: int = 2,
+    limit: float = 0.3,
+    bonus: float = 0.0,
+    lora: bool = False,
 ) -> tuple[Policy, Trained]:
     """``count`` steps after ``before`` others; two groups, the first with decay, rates that change."""
-    policy = enumerable_policy()
+    policy = enumerable_policy(lora=lora)
     rule = EntropyBonus(coefficient=bonus) if bonus else None
     settings = replace(policy.settings, max_grad_norm=limit, group_size=2, objective=rule)
     policy = replace(policy, settings=settings)
     params = policy.parameters
-    large = tuple(n for n, p in params.items() if p.dim() > 1)
+    large = tuple(n for n, p in params.items() if ("lora_A" in n if lora else p.dim() > 1))
     groups = (
         AdamWGroup(large, lr=1e-2 * rate, weight_decay=0.1, betas=(0.9, 0.95)),
         AdamWGroup(tuple(n for n in params if n not in large), lr=4e-3 * rate, betas=(0.8, 0.99)),
@@ -319,10 +325,16 @@ def token_gradients(policy: Policy, theta: Vector, update: Rollouts) -> Vector:
 
 
 @pytest.mark.parametrize("through", ["fixed", "optimizer"])
-@pytest.mark.parametrize(("count", "quantity"), [(5, "entropy"), (5, "reward"), (20, "entropy")])
-def test_entries_are_derivatives_of_the_realised_change(count: int, quantity: str, through: Through) -> None:
-    """Every token of every step, to 1e-8 of the largest; R is the realised change."""
-    policy, path = trained(count)
+@pytest.mark.parametrize(
+    ("count", "quantity", "lora"),
+    [(5, "entropy", False), (5, "reward", False), (20, "entropy", False), (5, "entropy", True)],
+)
+def test_entries_are_derivatives_of_the_realised_change(
+    count: int, quantity: str, lora: bool, through: Through
+) -> None:
+    """Every token of every step, to 1e-8 of the largest; R is the realised change. An adapter's as well."""
+    policy, path = trained(count, lora=lora)
+    assert all(("lora" in name) == lora for name in path.thetas[0])
     found, _ = accounted(policy, path, quantity, through=through)
     exact, total = realised_derivatives(policy, path, quantity, through=through)
     before, after = exact_values(policy, path, quantity)
