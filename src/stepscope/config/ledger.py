@@ -44,6 +44,9 @@ class LedgerConfig(Section):
         through: what entries go through: ``fixed`` holds clip coefficients and second moments, and adds up;
             ``optimizer`` holds nothing, and says what a little more or less weight would do.
         probe: prompts that the gradients are taken on, the same at all steps.
+        draws: of the responses to them: ``own`` draws at every place anew, so that what chance does to the
+            gradients averages out along the path; ``common`` by the same uniform numbers at all places, which
+            makes a smoother curve of levels and a larger error of their sum.
         end_samples: responses to each of them at either end, for the realised change.
         num_folds: parts of the probe prompts that the errors of tokens come from; each costs a forward-mode
             pass over every batch. 1 leaves them out.
@@ -65,6 +68,7 @@ class LedgerConfig(Section):
     quantities: list[LedgerQuantity] = Field(default_factory=_entropy, min_length=1)
     through: list[Literal["fixed", "optimizer"]] = Field(default_factory=_fixed_only, min_length=1)
     probe: ProbeConfig = ProbeConfig()
+    draws: Literal["own", "common"] = "own"
     end_samples: int = Field(default=8, ge=1)
     num_folds: int = Field(default=8, ge=1)
     baseline: Literal["best", "none", "current", "position", "ridge"] = "position"

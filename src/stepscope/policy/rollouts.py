@@ -37,11 +37,13 @@ class SamplingOptions:
         exclude: questions or prompt ids not to use; for a probe batch ``update.asked``.
         resample: rounds in which prompt groups whose rewards are all equal are replaced by groups of other
             prompts; 0 keeps every group.
+        draw: which of many independent draws of responses to the same prompts.
         sampler: who draws the responses, and by which temperature and truncation.
     """
 
     exclude: AbstractSet[str] = frozenset()
     resample: int = 0
+    draw: int = 0
     sampler: Sampler = TransformersSampler()
 
 
@@ -118,7 +120,8 @@ def sample_rollouts(
                 f"prompts{' with reward variance' if varied else ''}; ask for fewer "
                 "prompts or use a larger task"
             )
-        generator = np.random.default_rng([seed, 1 + attempt])
+        drawn = [options.draw] if options.draw else []
+        generator = np.random.default_rng([seed, 1 + attempt, *drawn])
         groups = _sample_groups(policy, task, chosen, group_size, generator, options.sampler, budget)
         kept += [g for g in groups if not varied or len({s.reward for s in g}) > 1]
         missing = num_prompts - len(kept)

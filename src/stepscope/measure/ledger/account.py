@@ -112,7 +112,8 @@ def make_account(
     doubts = list(dict.fromkeys(place.doubt for place in places if place.doubt))
     interpolation = _interpolation(whole, product(f"{HALF}.whole"), len(places), unit, errors)
     estimate = predicted.estimate(unit, f"sum of all parts, {along}")
-    if interpolation.reliable and abs(interpolation.value) > INTERPOLATION_LIMIT * abs(predicted.value):
+    known = interpolation.reliable and interpolation.resolved
+    if known and abs(interpolation.value) > INTERPOLATION_LIMIT * abs(predicted.value):
         off = abs(interpolation.value / predicted.value)
         estimate = estimate.doubted(
             f"interpolation between places is about {off:.0%} off; take a lower --every"

@@ -1,10 +1,10 @@
 """A quantity at one place of a path: its gradient in parts, its level, and the change to its neighbours.
 
-The probe batch at a place is a sample of the policy there, to the same prompts at every place and drawn by
-the same uniform numbers (:func:`stepscope.policy.rollouts.sample_rollouts` with one seed): what a prompt adds
-to the error of one place it adds to that of the next, so errors are summed over the path by prompt, or by
-pools of prompts, before they are squared. For ``fixed_prefix`` the batch is that of the path's start at all
-places.
+The probe batch at a place is a sample of the policy there, to the same prompts at every place: what a prompt
+adds to the error of one place it adds, in part, to that of the next, so errors are summed over the path by
+prompt, or by pools of prompts, before they are squared. Responses may be drawn anew at each place or by the
+same uniform numbers at all; the sum over the path is better known by the first. For ``fixed_prefix`` the
+batch is that of the path's start at all places.
 """
 
 from __future__ import annotations

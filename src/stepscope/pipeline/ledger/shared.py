@@ -173,7 +173,7 @@ class Accounting:
     def sampled(self, place: int, *, end: bool = False) -> Rollouts:
         """Responses to the probe's prompts at a place; of an end, ``end_samples`` to each.
 
-        The prompts and the uniform numbers are the same at all places.
+        The prompts are the same at all places, and with ``draws: common`` the uniform numbers, too.
         """
         probe = self.config.probe
         with placed(self.policy.parameters, self.path.parameters(place)):
@@ -184,7 +184,10 @@ class Accounting:
                 group_size=self.config.end_samples if end else probe.group_size,
                 seed=probe.seed,
                 split=probe.split,
-                options=SamplingOptions(exclude=self.asked),
+                options=SamplingOptions(
+                    exclude=self.asked,
+                    draw=0 if end or self.config.draws == "common" else place,
+                ),
                 budget=self.budget,
             )
 
