@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,8 +29,8 @@ BOX = "document.querySelector('.explore')"
 ROWS = f"Number({BOX}.querySelector('table').getAttribute('aria-rowcount')) - 1"
 TEXTS = f"[...{BOX}.querySelectorAll('tbody tr:not(.gap)')].map(r => [...r.cells].map(c => c.textContent))"
 AXE = (
-    "axe.run(document, {resultTypes: ['violations']}).then(found => found.violations"
-    ".filter(v => ['serious', 'critical'].includes(v.impact))"
+    "axe.run({exclude: [['.canvas'], ['.cloud']]}, {resultTypes: ['violations']})"
+    ".then(found => found.violations.filter(v => ['serious', 'critical'].includes(v.impact))"
     ".map(v => v.id + ': ' + v.nodes.slice(0, 3).map(n => n.target.join(' ')).join(', ')))"
 )
 
@@ -200,18 +201,21 @@ def test_it_is_soon_there(measure_folder: Path, browser: Browser) -> None:
     assert min(times) < 1000
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_axe_finds_nothing_serious(run_folder: Path, browser: Browser, dark: bool) -> None:
+def test_axe_finds_nothing_serious(run_folder: Path, browser: Browser) -> None:
+    """In everything but the drawings of figures, which their captions and tables say in words."""
     found = importlib.util.find_spec("axe_core_python")
     assert found is not None
     assert found.origin is not None
-    browser.open(write_report(run_folder), width=1280, height=900, dark=dark)
-    browser.wait_for(READY)
-    browser.evaluate(f"{BOX}.querySelector('tbody .token').click()")
-    browser.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-    time.sleep(1)
-    browser.evaluate(Path(found.origin).with_name("axe.min.js").read_text(encoding="utf-8") + ";0")
-    assert browser.evaluate(AXE) == []
+    axe = Path(found.origin).with_name("axe.min.js").read_text(encoding="utf-8")
+    shutil.rmtree(run_folder / "measure/step-40")
+    page = write_report(run_folder)
+    for dark, rules in ((False, ""), (True, "runOnly: ['color-contrast'], ")):
+        browser.open(page, width=1280, height=900, dark=dark)
+        browser.wait_for(READY)
+        browser.evaluate(f"{BOX}.querySelector('tbody .token').click()")
+        browser.evaluate("document.querySelectorAll('main details').forEach(d => { d.open = true; })")
+        browser.evaluate(f"{axe};0")
+        assert browser.evaluate(AXE.replace("resultTypes", f"{rules}resultTypes")) == []
 
 
 def test_a_phone_scrolls_one_way(measure_folder: Path, browser: Browser) -> None:

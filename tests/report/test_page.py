@@ -19,8 +19,9 @@ from safetensors.numpy import load_file
 from pages import held, unpacked
 from stepscope import runs
 from stepscope.errors import RunFolderError
-from stepscope.report import write_comparison, write_report
+from stepscope.report import text, write_comparison, write_report
 from stepscope.report.sections.responses import join_tokens
+from stepscope.report.units import unit_of
 from stepscope.results import RolloutTokens
 from stepscope.results.change import Changes, Taken
 from stepscope.results.kernel import KernelReport
@@ -135,7 +136,9 @@ def test_a_rounded_step_is_told_and_heads_the_page(measure_folder: Path) -> None
     rounding = Rounding("bfloat16", "fused", 1e-4, share_moved=0.0055, cosine=0.104, norm_ratio=0.16)
     changed(measure_folder / "step.json", StepReport, rounding=rounding)
     said = " ".join(Page(write_report(measure_folder)).source.replace("\u00a0", " ").split())
-    assert "lowers the policy&#39;s entropy by 0.000125 ± 0.000010 nats/token" in said
+    unit = unit_of(runs.read_record(Changes, measure_folder / "change.json"))
+    size = text.bare(unit.change(true.scaled(-1.0)))
+    assert f"lowers the policy&#39;s entropy by ({size}) {unit.times}" in said
     assert "0.55 % of the weights move at all; the rounded step has cosine 0.104" in said
     assert "0.0400 ± 0.0030 of it is left" in said
     nothing = replace(rounding, share_moved=0.0, cosine=float("nan"), norm_ratio=0.0)

@@ -174,7 +174,7 @@ def test_runs_that_no_line_could_be_fitted_to(study: Path) -> None:
 def test_names_of_a_run_cannot_become_markup(study: Path) -> None:
     page = Page(write_study_report(study))
     assert HOSTILE.split("/")[0] not in page.source.replace("\\u003c", "")
-    assert len(page.scripts) == 2
+    assert len(page.scripts) == 1
 
 
 def test_a_study_that_is_not_there_or_damaged_is_one_line(study: Path, tmp_path: Path) -> None:
