@@ -36,6 +36,7 @@ from stepscope.results import (
 )
 from stepscope.results.change import Change, Changes, Taken
 from stepscope.results.criteria import Criteria, CriteriaTokens, Pareto
+from stepscope.results.curvature import CurvatureReport
 from stepscope.results.influence import InfluenceSequences, InfluenceTokens, Reliabilities
 from stepscope.results.kernel import KernelReport
 from stepscope.results.mismatch import SamplerReport
@@ -51,6 +52,7 @@ RECORDS: dict[str, type[Record]] = {
     "reliability.json": Reliabilities,
     "validation.json": Validations,
     "kernel.json": KernelReport,
+    "curvature.json": CurvatureReport,
     "noise.json": NoiseScales,
     "sampler.json": SamplerReport,
     "criteria.json": Criteria,
@@ -71,6 +73,7 @@ OTHERS = {
     "probe.parquet",
     "direction.safetensors",
     "kernel.safetensors",
+    "curvature.safetensors",
 }
 
 

@@ -12,6 +12,9 @@ from .measure.criteria.leaderboard import rank_criteria as rank_criteria
 from .measure.criteria.pareto import drop_rules as drop_rules
 from .measure.criteria.pareto import drop_tokens as drop_tokens
 from .measure.criteria.regression import property_study as property_study
+from .measure.curvature.pairs import PairKernel as PairKernel
+from .measure.curvature.pairs import second_order_kernel as second_order_kernel
+from .measure.curvature.structure import pair_report as pair_report
 from .measure.influence.attribution import Influence as Influence
 from .measure.influence.attribution import InfluenceOptions as InfluenceOptions
 from .measure.influence.attribution import influence as influence

@@ -279,3 +279,64 @@ def exact_derivatives(
         (first,) = torch.autograd.grad(value, lr, create_graph=True)
         (second,) = torch.autograd.grad(first, lr)
     return float(first.detach()), float(second.detach())
+
+
+def exact_hessian(
+    policy: Policy,
+    rollouts: Rollouts,
+    quantity: str | Sums,
+    directions: Sequence[ParameterVector],
+    *,
+    normalisation: str = "per_token",
+    version: str = "on_policy",
+    reference: nn.Module | None = None,
+) -> FloatArray:
+    """(direction, direction) d_a' (Hess F) d_b by reverse mode twice through the listed sum."""
+    reach, moved = _moved(policy, directions)
+    with mathematical_attention(), whole_function(policy.model):
+        value = exact_value(
+            policy,
+            rollouts,
+            quantity,
+            normalisation=normalisation,
+            version=version,
+            reference=reference,
+            params=moved,
+        )
+        (first,) = torch.autograd.grad(value, reach, create_graph=True)
+        rows = [torch.autograd.grad(slope, reach, retain_graph=True)[0] for slope in first]
+    return np.asarray(torch.stack(rows).detach().double().cpu())
+
+
+def exact_fisher(
+    policy: Policy, rollouts: Rollouts, probabilities: FloatArray, directions: Sequence[ParameterVector]
+) -> FloatArray:
+    """(direction, direction) E[(d_a . grad S)(d_b . grad S)] over all responses, S the log-prob of the whole.
+
+    Args:
+        policy: the policy.
+        rollouts: its enumeration.
+        probabilities: (seq,) of each response.
+        directions: by parameter name.
+    """
+    reach, moved = _moved(policy, directions)
+
+    def pushes(batch: TokenBatch) -> Tensor:
+        outputs = forward(policy.model, batch, temperature=rollouts.temperature, params=moved)
+        rows = [torch.autograd.grad(total, reach, retain_graph=True)[0] for total in outputs.logprobs.sum(-1)]
+        return torch.stack(rows)
+
+    pushed = np.zeros((len(rollouts), len(directions)))
+    with mathematical_attention(), whole_function(policy.model):
+        for batch, found in sweep(policy, rollouts, pushes, budget=Budget(max_sequences=4096)):
+            pushed[batch.seq_index.numpy()] = found.double().numpy()
+    return np.asarray((pushed * probabilities[:, None]).T @ pushed)
+
+
+def _moved(policy: Policy, directions: Sequence[ParameterVector]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Coefficients of some directions, at zero, and the parameters moved by them."""
+    reach = torch.zeros(len(directions), dtype=policy.dtype, device=policy.device, requires_grad=True)
+    moved = {n: p.detach() for n, p in policy.parameters.items()}
+    for coefficient, direction in zip(reach, directions, strict=True):
+        moved = {n: p + coefficient * direction[n] for n, p in moved.items()}
+    return reach, moved

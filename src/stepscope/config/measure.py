@@ -11,7 +11,16 @@ from stepscope.config.base import Section
 from stepscope.config.sampler import SamplerConfig
 
 Stage = Literal[
-    "rollouts", "step", "change", "influence", "validation", "kernel", "noise", "criteria", "report"
+    "rollouts",
+    "step",
+    "change",
+    "influence",
+    "validation",
+    "kernel",
+    "curvature",
+    "noise",
+    "criteria",
+    "report",
 ]
 STAGES: tuple[Stage, ...] = (
     "rollouts",
@@ -23,7 +32,7 @@ STAGES: tuple[Stage, ...] = (
     "criteria",
     "report",
 )
-"""Stages that ``measure`` runs by default, in their order; ``validation`` is made on request."""
+"""Stages that ``measure`` runs by default, in order; ``validation`` and ``curvature`` are made on request."""
 
 Precision = Literal["float32", "float64", "bfloat16"]
 
@@ -159,6 +168,22 @@ class ValidationConfig(Section):
     seed: int = Field(default=0, ge=0)
 
 
+class CurvatureConfig(Section):
+    """How the second-order kernel is made (``--stages curvature``).
+
+    Attributes:
+        sketches: with more sequences than that in the update batch, so many random signs of them stand for
+            the single sequences; null for a row of each. Sums over prompts and over all are exact all the
+            same.
+        folds: pools of probe prompts, for errors and noise.
+        seed: of the signs.
+    """
+
+    sketches: int | None = Field(default=32, ge=2)
+    folds: int = Field(default=16, ge=2)
+    seed: int = Field(default=0, ge=0)
+
+
 class CriteriaConfig(Section):
     """How criteria are ranked against the measured influence.
 
@@ -215,6 +240,7 @@ class MeasureSettings(Section):
         projection: dimension of a random projection for the kernel, or null for the exact kernel.
         own_prompts: the stage ``influence`` also samples fresh responses to the update batch's prompts and
             gives the batch's part of the change there, beside that on the probe batch.
+        curvature: how the second-order kernel is made, where the stage ``curvature`` is run.
         criteria: how criteria are ranked.
     """
 
@@ -241,6 +267,7 @@ class MeasureSettings(Section):
     scratch: str | None = None
     projection: int | None = Field(default=None, ge=1)
     own_prompts: bool = True
+    curvature: CurvatureConfig = CurvatureConfig()
     criteria: CriteriaConfig = CriteriaConfig()
 
     @field_validator("lrs")

@@ -18,6 +18,7 @@ from stepscope.results import Rollouts, RolloutTokens, read_arrays
 from stepscope.results.brief import html_figures
 from stepscope.results.change import Changes
 from stepscope.results.criteria import Criteria, CriteriaTokens, Pareto
+from stepscope.results.curvature import CurvatureReport
 from stepscope.results.influence import InfluenceSequences, InfluenceTokens, Reliabilities
 from stepscope.results.kernel import KernelReport
 from stepscope.results.mismatch import SamplerReport
@@ -120,6 +121,15 @@ class Measurement(Folder):
     def kernel_matrices(self, *names: str) -> dict[str, npt.NDArray[Any]] | None:
         """The kernels by name; only those named, where names are given."""
         return self._arrays("kernel.safetensors", names)
+
+    @cached_property
+    def curvature(self) -> CurvatureReport | None:
+        """Sums, noise and spectrum of the second-order kernels."""
+        return self.stored(CurvatureReport, "curvature.json")
+
+    def curvature_matrices(self, *names: str) -> dict[str, npt.NDArray[Any]] | None:
+        """The second-order kernels by name; only those named, where names are given."""
+        return self._arrays("curvature.safetensors", names)
 
     @cached_property
     def noise(self) -> NoiseScales | None:

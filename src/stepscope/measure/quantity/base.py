@@ -104,6 +104,11 @@ class Quantity:
         return self.version == "on_policy"
 
     @property
+    def fisher_sign(self) -> int:
+        """Sign with which E[grad S grad S'] is part of Hess F, S a response's log-prob; 0 where it is not."""
+        return 0
+
+    @property
     def unit(self) -> str:
         """Unit in the normalisation, for example ``nats/token``."""
         return f"{self.sum_unit}/{'token' if self.per_token else 'sequence'}"

@@ -58,9 +58,13 @@ def findings(policy: Policy, config: MeasureSettings, stages: list[Stage]) -> li
 def left_out(policy: Policy, stages: Sequence[Stage]) -> dict[Stage, str]:
     """Stages that make no sense with a policy's optimizer, and why; the others are done without them."""
     state = policy.optimizer
-    if state is None or "fixed" in state.throughs or "criteria" not in stages:
+    if state is None or "fixed" in state.throughs:
         return {}
-    return {"criteria": f"{state.nonlinear}, and no preconditioner tells tokens apart one by one"}
+    why: dict[Stage, str] = {
+        "curvature": f"{state.nonlinear}, and no preconditioner makes a sum over sequences of it",
+        "criteria": f"{state.nonlinear}, and no preconditioner tells tokens apart one by one",
+    }
+    return {stage: reason for stage, reason in why.items() if stage in stages}
 
 
 def _shares(policy: Policy, stages: Sequence[Stage]) -> list[Finding]:
@@ -112,6 +116,8 @@ def unfit_for_parts(policy: Policy, config: MeasureSettings, stages: list[Stage]
         )
     if config.projection is not None and "kernel" in stages:
         against.append("a random projection of gradients needs whole parameters")
+    if "curvature" in stages:
+        against.append("Hessian-vector products (stage curvature) need whole parameters")
     drawn = any(batch.file is None for batch in (config.update, config.probe))
     if config.sampler.engine != "transformers" and "rollouts" in stages and drawn:
         against.append(f"the sampler {config.sampler.engine} cannot run a model that is sharded")

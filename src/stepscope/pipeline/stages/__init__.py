@@ -6,6 +6,7 @@ from stepscope.config import Stage
 from stepscope.pipeline.stages import (
     change,
     criteria,
+    curvature,
     influence,
     kernel,
     noise,
@@ -25,6 +26,7 @@ PLANS: dict[Stage, Plan] = {
         influence.influence,
         validation.validation,
         kernel.kernel,
+        curvature.curvature,
         noise.noise,
         criteria.criteria,
         report.report,

@@ -90,6 +90,11 @@ HEADLINES: Mapping[str, Label] = {
     "effect_after_40_steps": Label("Effect of this batch after 40 steps, in its own step's", "def-lifetime"),
     "noise_scale": Label("Gradient noise scale", "def-noise-scale"),
     "effective_rank": Label("Effective rank of the kernel", "def-effective-rank"),
+    "second_order_batch": Label("Second-order change by pairs of this batch", "def-second-kernel"),
+    "second_order_diagonal": Label("Of that by each sequence alone", "def-second-kernel"),
+    "second_order_noise": Label(
+        "Noise of the probe in the second-order kernel's squares", "def-second-kernel"
+    ),
     "wall_seconds": Label("Wall time of the measurement", "def-wall-time"),
 }
 

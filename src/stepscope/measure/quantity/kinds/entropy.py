@@ -20,3 +20,8 @@ class Entropy(Quantity):
     def prefix_values(self, outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
         """H_k."""
         return outputs.entropies
+
+    @property
+    def fisher_sign(self) -> int:
+        """-1: Hess H = -E[grad S grad S'] - E[(S - E S) (Hess pi)/pi]."""
+        return -1

@@ -91,3 +91,8 @@ class KL(Quantity):
                 "the same vocabulary, or measure without kl"
             )
         return divergence
+
+    @property
+    def fisher_sign(self) -> int:
+        """+1: the negative entropy in it."""
+        return 1

@@ -20,3 +20,8 @@ class LogProb(Quantity):
     def token_values(self, outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
         """l_k."""
         return outputs.logprobs
+
+    @property
+    def fisher_sign(self) -> int:
+        """-1 for given responses: Hess S = (Hess pi)/pi - grad S grad S'; on policy +1, as -entropy."""
+        return 1 if self.on_policy else -1

@@ -1,0 +1,71 @@
+"""Stage ``curvature``: what pairs of sequences do together, to second order."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from stepscope import runs
+from stepscope.measure.curvature.pairs import PairKernel, second_order_kernel
+from stepscope.measure.curvature.structure import doubted, pair_report, row_sums
+from stepscope.pipeline.stages.plan import PROBE, STEP, UPDATE, Figures, stage
+from stepscope.pipeline.stages.session import Session
+from stepscope.results import FloatArray, write_arrays
+from stepscope.results.curvature import CurvatureReport
+
+
+@stage(
+    reads=(*UPDATE, *PROBE, *STEP),
+    writes=("curvature.json", "curvature.safetensors"),
+    config=("curvature", "quantities", "baseline", "task", "reference", "batch_size"),
+)
+def curvature(session: Session) -> Figures:
+    """Second-order kernel of the update batch on each quantity of the probe batch."""
+    config = session.config
+    kernels = [
+        second_order_kernel(
+            session.policy,
+            session.step,
+            session.probe,
+            quantity=session.bindings.bind(quantity, config.baseline),
+            sketches=config.curvature.sketches,
+            num_folds=config.curvature.folds,
+            seed=config.curvature.seed,
+            budget=session.budget,
+        )
+        for quantity in session.quantities
+    ]
+    arrays: dict[str, FloatArray] = {}
+    for kernel in kernels:
+        name = f"{kernel.quantity}_{kernel.normalisation}"
+        arrays |= {f"{name}_{what}": values for what, values in _matrices(kernel).items()}
+    write_arrays(arrays, session.run.file("curvature.safetensors"))
+    reasons = [session.doubt(kind) for kind in ("step", "derivatives", "sampler")]
+    reports = tuple(doubted(pair_report(kernel), *reasons) for kernel in kernels)
+    runs.write_record(session.run.file("curvature.json"), CurvatureReport(session.stored_step.lr, reports))
+    first = reports[0]
+    half = session.stored_step.lr**2 / 2
+    return session.doubted(
+        {
+            "second_order_batch": first.whole.batch.scaled(half, unit=first.unit),
+            "second_order_diagonal": first.whole.diagonal.scaled(half, unit=first.unit),
+            "second_order_noise": first.noise,
+        },
+        "own_lr",
+    )
+
+
+def _matrices(kernel: PairKernel) -> dict[str, FloatArray]:
+    """What is stored of a kernel, by the end of its name."""
+    rows, count = kernel.rows, len(kernel.prompts)
+    sums, errors = row_sums(kernel)
+    found = {
+        "by_prompt": kernel.whole.value[rows.prompts],
+        "row_sums": sums,
+        "row_sums_stderr": errors,
+        "slopes": kernel.slopes,
+    }
+    if kernel.exact:
+        found["pairs"] = kernel.whole.value[rows.single][:, :count]
+        if kernel.fisher is not None:
+            found["pairs_fisher"] = kernel.fisher.value[rows.single][:, :count]
+    return {name: np.ascontiguousarray(values) for name, values in found.items()}
