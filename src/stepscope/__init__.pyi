@@ -12,6 +12,7 @@ from .measure.criteria.leaderboard import rank_criteria as rank_criteria
 from .measure.criteria.pareto import drop_rules as drop_rules
 from .measure.criteria.pareto import drop_tokens as drop_tokens
 from .measure.criteria.regression import property_study as property_study
+from .measure.curvature.best_step import best_step as best_step
 from .measure.curvature.pairs import PairKernel as PairKernel
 from .measure.curvature.pairs import second_order_kernel as second_order_kernel
 from .measure.curvature.structure import pair_report as pair_report
@@ -49,6 +50,7 @@ from .reading.measurement import load_measurement as load_measurement
 from .reading.study import load_study as load_study
 from .report import write_report as write_report
 from .results import Rollouts as Rollouts
+from .results.best_step import BestStep as BestStep
 from .results.change import Change as Change
 from .results.change import ChangePoint as ChangePoint
 from .results.criteria import Pareto as Pareto

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from stepscope.results.best_step import BestStep
 from stepscope.results.records import FloatArray, Record
 from stepscope.stats import Estimate
 
@@ -94,7 +95,9 @@ class CurvatureReport(Record):
     Attributes:
         lr: learning rate of the step (the initial one, where a schedule has come to 0), for lr^2/2 M2.
         pairs: one per quantity, the primary one first.
+        best: batch size and learning rate predicted for each of them; empty for a batch of one prompt.
     """
 
     lr: float
     pairs: tuple[PairReport, ...]
+    best: tuple[BestStep, ...]

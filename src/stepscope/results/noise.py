@@ -95,3 +95,26 @@ class NoiseScales(Record):
     preconditioned: NoiseScale | None
     effects: Mapping[str, NoiseScale]
     batch_sizes: Mapping[str, BatchSizes]
+
+    @property
+    def advice(self) -> str:
+        """What the noise scale says of batch size and learning rate, in words.
+
+        It takes the curvature for the same along every direction (McCandlish et al. 2018, eq. 2.6).
+        """
+        found = self.batch_sizes.get("sgd")
+        if found is None:
+            return ""
+        B, scale = found.run_prompts, self.noise_scale
+        if not scale.reliable:
+            return (
+                f"By the noise scale alone nothing is known of batch size and learning rate: {scale.reason}."
+            )
+        admits = [(1 + n / B) / (1 + n / (2 * B)) for n in (scale.value, scale.low, scale.high)]
+        enough = [19 * n for n in (scale.value, scale.low, scale.high)]
+        return (
+            "By the noise scale alone, the curvature taken for the same along every direction, doubling the "
+            f"batch of {B} prompts admits {admits[0]:.2f} times the learning rate of SGD "
+            f"({admits[1]:.2f} to {admits[2]:.2f}); beyond {enough[0]:.0f} prompts ({enough[1]:.0f} to "
+            f"{enough[2]:.0f}) less than 5 % is left to win."
+        )

@@ -196,7 +196,7 @@ def second_order_kernel(
         return np.concatenate(found, axis=1)
 
     needed = np.r_[rows.single, rows.signs, rows.parts] if _has(rows.single) else np.arange(len(rows.weights))
-    size = max(1, budget.memory_bytes // (4 * vectors.vector_bytes(policy.parameters)))
+    size = max(1, budget.memory_bytes // (6 * vectors.vector_bytes(policy.parameters)))
     chunks = [needed[start : start + size] for start in range(0, len(needed), size)]
     tasks = [(k, f) for k in range(len(chunks)) for f in range(count)]
     stack: dict[str, Tensor] = {}

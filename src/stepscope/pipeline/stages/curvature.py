@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from stepscope import runs
+from stepscope.measure.curvature.best_step import best_step
+from stepscope.measure.curvature.best_step import doubted as best_doubted
 from stepscope.measure.curvature.pairs import PairKernel, second_order_kernel
 from stepscope.measure.curvature.structure import doubted, pair_report, row_sums
 from stepscope.pipeline.stages.plan import PROBE, STEP, UPDATE, Figures, stage
@@ -19,7 +21,7 @@ from stepscope.results.curvature import CurvatureReport
     config=("curvature", "quantities", "baseline", "task", "reference", "batch_size"),
 )
 def curvature(session: Session) -> Figures:
-    """Second-order kernel of the update batch on each quantity of the probe batch."""
+    """Second-order kernel of the update batch on each quantity of the probe batch, and best steps by it."""
     config = session.config
     kernels = [
         second_order_kernel(
@@ -41,7 +43,13 @@ def curvature(session: Session) -> Figures:
     write_arrays(arrays, session.run.file("curvature.safetensors"))
     reasons = [session.doubt(kind) for kind in ("step", "derivatives", "sampler")]
     reports = tuple(doubted(pair_report(kernel), *reasons) for kernel in kernels)
-    runs.write_record(session.run.file("curvature.json"), CurvatureReport(session.stored_step.lr, reports))
+    lr, run_prompts = session.stored_step.lr, session.policy.settings.prompts_per_step
+    best = tuple(
+        best_doubted(best_step(kernel, lr=lr, run_prompts=run_prompts), *reasons)
+        for kernel in kernels
+        if session.update.num_prompts > 1
+    )
+    runs.write_record(session.run.file("curvature.json"), CurvatureReport(lr, reports, best))
     first = reports[0]
     half = session.stored_step.lr**2 / 2
     return session.doubted(

@@ -23,9 +23,10 @@ from stepscope.policy.group import current
 from stepscope.policy.numerics.attention import mathematical_attention
 from stepscope.policy.numerics.differentiation import whole_function
 from stepscope.policy.numerics.finiteness import first_not_finite
-from stepscope.policy.passes import Budget, by_length, out_of_memory, sweep
+from stepscope.policy.passes import Budget, by_length, fitting, out_of_memory, sweep, widths
 from stepscope.policy.sharding import sharded
 from stepscope.policy.state import Policy
+from stepscope.policy.vectors import vector_bytes
 from stepscope.results import FloatArray
 
 logger = logging.getLogger(__name__)
@@ -67,8 +68,9 @@ def hessian_products(
         vectors: name to (vector, ...parameter shape), over all trainable parameters.
         shares: (seq,) weight of each sequence; those of weight 0 need no pass.
         num_functions: how many functions there are.
-        budget: how large micro-batches are; they hold half as many sequences as other passes, since the graph
-            of the gradient is held beside that of the function.
+        budget: how large micro-batches are, and the memory for vectors; they hold fewer sequences than other
+            passes, since the graph of the gradient is held beside that of the function, and that of each
+            vector that is pulled back with others.
 
     Returns:
         One for each function.
@@ -84,7 +86,14 @@ def hessian_products(
     weights = torch.as_tensor(shares)
     stacks = {n: vectors[n].to(p.dtype) for n, p in params.items()}
     count = len(next(iter(stacks.values())))
-    lanes = MOST_DIRECTIONS
+    lanes = min(MOST_DIRECTIONS, max(1, budget.memory_bytes // (4 * vector_bytes(params))))
+    chosen = [i for i in by_length(rollouts) if shares[i] != 0]
+    tokens = fitting(policy, budget, widths(rollouts, chosen)).max_tokens
+    sizes = replace(
+        budget,
+        max_sequences=max(1, budget.max_sequences // 2),
+        max_tokens=None if tokens is None else max(1, tokens // (2 * lanes)),
+    )
 
     def pulled(batch: TokenBatch) -> list[tuple[Sequence[Tensor | None], list[list[Tensor | None]]]]:
         nonlocal lanes
@@ -120,8 +129,6 @@ def hessian_products(
                 found.append(([None if g is None else g.detach() for g in grads], moved))
         return found
 
-    chosen = [i for i in by_length(rollouts) if shares[i] != 0]
-    sizes = replace(budget, max_sequences=max(1, budget.max_sequences // 2))
     curved = [_nothing(params, count) for _ in range(num_functions)]
     for _, every in sweep(policy, rollouts, pulled, budget=sizes, order=current().share(chosen)):
         for own, (grads, moved) in zip(curved, every, strict=True):

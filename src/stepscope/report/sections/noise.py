@@ -8,7 +8,8 @@ import math
 from stepscope.reading.measurement import Measurement
 from stepscope.report import style, text
 from stepscope.report.parts import Room, Section
-from stepscope.report.tables import Table, number_cell, percent_cell, table, trust_cell
+from stepscope.report.tables import Table, interval_cell, number_cell, percent_cell, table, trust_cell
+from stepscope.results.best_step import BestStep
 from stepscope.results.noise import BatchSize, BatchSizes, NoiseScales
 from stepscope.stats import Estimate
 
@@ -19,11 +20,77 @@ def section(measurement: Measurement, room: Room) -> Section | None:
     if noise is None:
         return None
     sizes = noise.batch_sizes.get("sgd")
+    best = measurement.curvature.best if measurement.curvature else ()
     return Section(
         "noise",
         "Gradient noise scale",
+        intro=" ".join([noise.advice, *(of.advice for of in best)]),
         figures=[_size_figure(sizes)] if sizes else [],
-        tables=[_scales(noise), *([_size_table(sizes)] if sizes else [])],
+        tables=[
+            _scales(noise),
+            *([_size_table(sizes)] if sizes else []),
+            *(made(of) for of in best for made in (_best_table, _terms_table)),
+        ],
+    )
+
+
+def _best_table(best: BestStep) -> Table:
+    """The best learning rate of each batch size by the second-order expansion, and what it is worth."""
+    return table(
+        f"best-step-{best.quantity}",
+        f"Best learning rate by second order: {text.quantity_name(best.quantity)}",
+        "Learning rate at which the expected change is largest to second order in it, and that change, ± one "
+        "standard error over update prompts and folds of probe prompts: of this batch's part of the step "
+        "alone, and of the whole step with momentum and decay as they are. P and clipping are those of this "
+        "step. No number where slope or second order is not resolved, or both go the same way.",
+        [
+            {
+                "Prompts per batch": row.prompts,
+                "Best learning rate": row.lr,
+                "at least": number_cell(row.lr.low),
+                "at most": number_cell(row.lr.high),
+                "Change there": row.gain,
+                "Best, with momentum": row.lr_whole,
+                "Change there, with momentum": row.gain_whole,
+                "Diagnostics": trust_cell(row.lr),
+            }
+            for row in best.rows
+        ],
+    )
+
+
+_TERMS = {
+    "slope": "slope",
+    "curvature": "curvature along the mean step",
+    "noise": "what noise adds for a batch of one prompt",
+    "noise_batch": "batch at which noise and curvature are equal",
+    "lr_limit": "best learning rate of an infinite batch",
+}
+
+
+def _terms_table(best: BestStep) -> Table:
+    """What the expected change is made of: batch's part, whole step, momentum's part, K1 squared."""
+    named = {
+        **{f"{words}, batch's part": getattr(best.batch, name) for name, words in _TERMS.items()},
+        **{f"{words}, whole step": getattr(best.whole, name) for name, words in _TERMS.items()},
+        **{f"{name} of momentum and decay": value for name, value in best.of_parts.items()},
+        **{name.replace("_", " part of "): value for name, value in best.kinds.items()},
+    }
+    return table(
+        f"best-terms-{best.quantity}",
+        "",
+        "Terms of the expected change, ± one standard error. Fisher part: product of first-order kernels.",
+        [
+            {
+                "Term": name,
+                "Value ± standard error": value,
+                "95 % interval": interval_cell(value),
+                "Unit": value.unit,
+                "n": value.n,
+                "Trust": trust_cell(value),
+            }
+            for name, value in named.items()
+        ],
     )
 
 
