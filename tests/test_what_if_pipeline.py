@@ -133,6 +133,10 @@ def test_curves_and_outcomes_are_those_of_the_paths(made: Path) -> None:
             np.testing.assert_allclose(curve.gap, real.difference - curve.difference, atol=1e-12)
             assert outcome.horizons[path] in (0, 2, 4)
             assert curve.apart[1] < real.distance[1]
+        speaks = by_path[REWEIGHTED].effective >= 0.5
+        assert outcome.trusted == by_path[REWEIGHTED].step[speaks].max()
+        assert ("speaks for the shifted policy" in outcome.reweighted.reason) == (not speaks.all())
+        assert (by_path[HELD].effective == 1).all()
     small, large = (o for o in result.outcomes if o.quantity == "entropy")
     assert small.first_order.value == pytest.approx(0.1 * large.first_order.value)
     own = found.tokens.where((found.tokens.quantity == "entropy") & (found.tokens.through == "fixed"))

@@ -191,6 +191,7 @@ def test_reweighted_steps_are_those_of_a_training_with_these_weights(dose: float
         assert apart(theta, path.parameters(place)) > 1e-4
     assert found[0].effective == pytest.approx(1.0)
     assert 0.5 < found[-1].effective < 1.0
+    assert (np.diff([shifted.effective for shifted in found]) <= 0).all()
 
 
 def test_what_the_shifted_policy_says_of_its_tokens_decides_which_are_left_out() -> None:

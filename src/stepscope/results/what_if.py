@@ -21,6 +21,9 @@ SUMMARY, CURVES = "what_if.json", "what_if.parquet"
 RECORDED, HELD, REWEIGHTED, AGAIN = "recorded", "held", "reweighted", "retrained"
 """Paths: as it was, two predictions (:mod:`stepscope.measure.ledger.without`), and trained again."""
 
+SPEAKS = 0.5
+"""Smallest effective share of a reweighted batch that still speaks for the shifted policy."""
+
 AGREES = 0.5
 """Share of the realised difference that a prediction may be off and still agree."""
 
@@ -45,7 +48,7 @@ class WhatIfCurves(Table):
         gap_high: upper end.
         distance: |theta - theta recorded|, in parameter space.
         apart: |theta retrained - theta|; nan where nothing was trained again.
-        effective: effective share of the batch that made the last step, in ``reweighted``; 1 elsewhere.
+        effective: smallest effective share of a batch up to the place, in ``reweighted``; 1 elsewhere.
     """
 
     quantity: TextArray
@@ -83,6 +86,7 @@ class Outcome(Record):
         through_optimizer: the same with nothing held; nan where the ledger has no such entries.
         held: predicted difference, gradients held where they were.
         reweighted: predicted difference, recorded responses reweighted.
+        trusted: last step up to which every reweighted batch had an effective share of at least a half.
         retrained: realised difference; None where nothing was trained again.
         horizons: last step up to which a prediction agrees with the training: at every place up to it the
             interval of the gap has 0 in it, or the gap is below half of the realised difference. By path;
@@ -96,6 +100,7 @@ class Outcome(Record):
     through_optimizer: Number
     held: Estimate
     reweighted: Estimate
+    trusted: int
     retrained: Estimate | None
     horizons: Mapping[str, int]
 
@@ -125,6 +130,11 @@ class WhatIf(Record):
     num_prompts: int
     samples: int
     outcomes: tuple[Outcome, ...]
+
+
+def trusted(curve: WhatIfCurves) -> int:
+    """The last step up to which the recorded responses speak for the shifted policy; see :class:`Outcome`."""
+    return int(curve.step[curve.effective >= SPEAKS].max())
 
 
 def horizon(curve: WhatIfCurves, realised: WhatIfCurves) -> int:

@@ -53,7 +53,7 @@ class Shifted:
 
     Attributes:
         state: parameters and moments.
-        effective: effective share of the batch that made the step, (sum r)^2/(n sum r^2); 1 where held.
+        effective: smallest effective share of a batch so far, (sum r)^2/(n sum r^2); 1 where held.
     """
 
     state: TrainingState
@@ -114,7 +114,7 @@ def reweighted_path(
         dose: share d of their weight that is taken away.
         budget: what may be used at a time.
     """
-    state = start
+    state, effective = start, 1.0
     for place in range(len(path)):
         step = path.step(place)
         update = step.update
@@ -128,7 +128,8 @@ def reweighted_path(
                 ]
             )
             ratios = np.exp(logs - logs.max())
-            effective = float(ratios.sum() ** 2 / (len(ratios) * (ratios**2).sum()))
+            share = float(ratios.sum() ** 2 / (len(ratios) * (ratios**2).sum()))
+            effective = min(effective, share)
             ratios /= ratios.mean()
             rows = [
                 ratio * np.where(own, 1 - dose, 1.0) * row

@@ -45,6 +45,7 @@ from stepscope.results.what_if import (
     WhatIf,
     WhatIfCurves,
     horizon,
+    trusted,
 )
 from stepscope.rules import TokenRule, Without
 from stepscope.runs import RunFolder, locked
@@ -301,6 +302,12 @@ class _Work:
                     return sums.estimate(self._units[label], f"{method}, paired by probe prompt")
 
                 real = curves.of(label, dose, AGAIN)
+                reach = trusted(curves.of(label, dose, REWEIGHTED))
+                reweighted = at_end(REWEIGHTED, "steps taken again on reweighted responses")
+                if reach < self.number(end):
+                    reweighted = reweighted.doubted(
+                        f"after step {reach} less than half of a recorded batch speaks for the shifted policy"
+                    )
                 outcomes.append(
                     Outcome(
                         quantity=label,
@@ -309,7 +316,8 @@ class _Work:
                         first_order=self._entries(label, dose),
                         through_optimizer=self._through_optimizer(label, inside, dose),
                         held=at_end(HELD, "steps taken again on gradients held as recorded"),
-                        reweighted=at_end(REWEIGHTED, "steps taken again on reweighted responses"),
+                        reweighted=reweighted,
+                        trusted=reach,
                         retrained=at_end(AGAIN, "trained again") if dose in again else None,
                         horizons={
                             name: horizon(curves.of(label, dose, name), real) for name in (HELD, REWEIGHTED)
@@ -359,6 +367,8 @@ def sentences(found: WhatIf) -> list[str]:
             )
             if estimate is not None
         ]
+        if each.trusted < found.last_step:
+            parts.append(f"reweighted to be read to step {each.trusted}")
         ends = ", ".join(f"{name} to step {step}" for name, step in each.horizons.items())
         agrees = f"; agrees: {ends}" if ends else ""
         lines.append(f"  {each.quantity}, dose {each.dose:g}: {', '.join(parts)} {each.unit}{agrees}")

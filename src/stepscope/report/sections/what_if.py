@@ -72,9 +72,12 @@ def _sentence(rule: str, outcome: Outcome, last: int) -> str:
         f"Without {rule} (dose {outcome.dose:g}), {name} after step {last} would have been "
         f"{_signed(outcome.reweighted)} {outcome.unit} away from what it was"
     )
+    where = "as the reweighted responses have it"
+    if outcome.trusted < last:
+        where += f", which say little of it after step {outcome.trusted}"
     if outcome.retrained is None:
-        return f"{said}, as the reweighted responses have it."
-    return f"{said}, as the reweighted responses have it; trained again it is {_signed(outcome.retrained)}."
+        return f"{said}, {where}."
+    return f"{said}, {where}; trained again it is {_signed(outcome.retrained)}."
 
 
 def _signed(value: Estimate) -> str:
@@ -157,6 +160,7 @@ def _row(rule: str, outcome: Outcome) -> dict[str, Value]:
         "Reweighted": outcome.reweighted,
         "Trained again": real,
         "95 % interval": None if real is None else interval_cell(real),
+        "Reweighted to be read to step": outcome.trusted,
         "Held agrees to step": outcome.horizons.get(HELD),
         "Reweighted agrees to step": outcome.horizons.get(REWEIGHTED),
     }
