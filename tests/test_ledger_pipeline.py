@@ -19,7 +19,7 @@ import stepscope as ss
 from browser import find_chromium, open_browser
 from pages import held
 from stepscope.config import LedgerConfig, build_config
-from stepscope.errors import CheckpointError, MeasurementError, RunFolderError
+from stepscope.errors import CheckpointError, ConfigError, MeasurementError, RunFolderError
 from stepscope.measure.ledger.recorded import RecordedPath
 from stepscope.pipeline import run_ledger
 from stepscope.pipeline.ledger import places
@@ -28,6 +28,7 @@ from stepscope.pipeline.report import run_report
 from stepscope.policy import vectors
 from stepscope.policy.recorded import RecordedTraining, TrainingState
 from stepscope.report import text
+from stepscope.results.kinship import KIN_ROWS, KINS, KINSHIP
 from stepscope.results.ledger import FOLDS, LEDGER, ROLLUPS, STEPS, TOKEN_FOLDS, TOKENS
 from stepscope.results.recording import StepFigures
 from stepscope.results.rollups import LedgerRollups
@@ -47,6 +48,7 @@ def settings(run: Path, out: Path, **changes: Any) -> LedgerConfig:
         "end_samples": 2,
         "num_folds": 3,
         "precision": "float64",
+        "kinship": {"every": 2, "tokens": 40},
     }
     return build_config(LedgerConfig, plain | changes)
 
@@ -126,14 +128,61 @@ def test_a_killed_ledger_goes_on_to_the_same_bytes(
             run_ledger(settings(recorded, out), resume=resume)
         assert not (out / LEDGER).exists()
     run_ledger(settings(recorded, out), resume=True)
-    for name in (LEDGER, TOKENS, STEPS, FOLDS, TOKEN_FOLDS, ROLLUPS):
+    for name in (LEDGER, TOKENS, STEPS, FOLDS, TOKEN_FOLDS, ROLLUPS, KINSHIP, KIN_ROWS):
         assert (out / name).read_bytes() == (made / name).read_bytes()
     assert len(list((out / "ledger_parts").glob("carry-*"))) == 1
 
 
+def test_kinship_splits_what_the_tokens_did(made: Path, recorded: Path) -> None:
+    """Steps 1, 3 and 5 for all five; on held-out prompts the ledger's own sum through own steps."""
+    found = ss.load_ledger(made)
+    kinship, rows = found.kinship, found.kin_rows.to_pandas()
+    assert kinship.steps.tolist() == [1, 3, 5]
+    assert rows.groupby("step").stands_for.first().tolist() == [2, 2, 1]
+    assert 0 < kinship.drawn < kinship.tokens
+    for look in ("batch", "fresh", "held_out"):
+        own = [share for share in kinship.shares if (share.look, share.steps) == (look, "all")]
+        total = kinship.total(look).influence
+        assert sum(share.influence.value for share in own) == pytest.approx(total.value, rel=1e-9)
+        assert sum(share.share.value for share in own) == pytest.approx(1.0)
+        mine = rows[rows.look == look]
+        for share in own:
+            kept = mine[mine.kin == share.kin]
+            assert share.influence.value == pytest.approx((kept.stands_for * kept.influence).sum(), rel=1e-9)
+            assert share.own_step.value == pytest.approx((kept.stands_for * kept.own_step).sum(), rel=1e-9)
+            assert share.influence.stderr > 0
+    assert kinship.share("batch", "same_position").draw_stderr > 0
+    steps = found.steps.to_pandas().query("quantity == 'entropy'").set_index("step")
+    last = rows[(rows.look == "held_out") & (rows.step == 5)]
+    assert last.own_step.sum() == pytest.approx(last.influence.sum(), rel=1e-9)
+    by_step = rows[rows.look == "held_out"].groupby("step").own_step.sum()
+    np.testing.assert_allclose(by_step, steps.own_step[by_step.index], rtol=0.2, atol=2e-6)
+    assert kinship.ledger_tokens.value == pytest.approx(float(steps.tokens[[1, 3, 5]] @ [2, 2, 1]))
+    batch = RecordedTraining.load(recorded).folder.batch(1).rollouts
+    first = rows[(rows.step == 1) & (rows.look == "batch") & (rows.kin == "same_position")]
+    assert [batch.prompt_keys[i] for i in first.sequence_id] == first.prompt.tolist()
+    page = (made / "ledger.html").read_text()
+    assert "What the tokens acted on" in page
+    assert page.count(KINS["same_position"]) > 2
+
+
+def test_kinship_needs_the_entropy(recorded: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="kinship is of the entropy, which is not among the quantities"):
+        settings(recorded, tmp_path, quantities=["reward"])
+
+
 def test_a_part_of_the_training_has_moments_before_it(recorded: Path, made: Path, tmp_path: Path) -> None:
     run_ledger(
-        settings(recorded, tmp_path, start=2, stop=5, every=2, through=["fixed"], quantities=["entropy"])
+        settings(
+            recorded,
+            tmp_path,
+            start=2,
+            stop=5,
+            every=2,
+            through=["fixed"],
+            quantities=["entropy"],
+            kinship=None,
+        )
     )
     account = ss.load_ledger(tmp_path).account("entropy")
     assert (ss.load_ledger(tmp_path).ledger.first_step, ss.load_ledger(tmp_path).ledger.last_step) == (3, 5)

@@ -375,6 +375,14 @@ def ledger(
             "--through", metavar="A,B", help="fixed (default) and optimizer: what entries go through."
         ),
     ] = None,
+    kinship: Annotated[
+        int | None,
+        typer.Option(
+            "--kinship",
+            metavar="K",
+            help="Split it at every K-th step by what the tokens acted on: own position, response, prompt.",
+        ),
+    ] = None,
     task: TaskSpec = None,
     out: Annotated[
         str | None, typer.Option("--out", metavar="DIR", help="Where the ledger goes; default: RUN.")
@@ -440,6 +448,7 @@ def ledger(
         "every": every,
         "quantities": _split(quantity),
         "through": _split(through),
+        "kinship.every": kinship,
         "task": task,
         "out": out,
         "precision": precision,

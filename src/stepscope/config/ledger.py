@@ -30,6 +30,20 @@ def _fixed_only() -> list[Literal["fixed", "optimizer"]]:
     return ["fixed"]
 
 
+class KinshipConfig(Section):
+    """What the tokens acted on: their own position, response, prompt, or other prompts.
+
+    Attributes:
+        every: one step in so many is looked at, and stands for its neighbours. The entropy must be among the
+            quantities.
+        tokens: most distinct tokens of a step that are looked at for their own position, drawn at random;
+            each costs two gradients.
+    """
+
+    every: int = Field(default=4, ge=1)
+    tokens: int = Field(default=512, ge=2, le=4096)
+
+
 class LedgerConfig(Section):
     """Configuration of ``stepscope ledger``.
 
@@ -51,6 +65,7 @@ class LedgerConfig(Section):
         num_folds: parts of the probe prompts that the errors of tokens come from; each costs a forward-mode
             pass over every batch. 1 leaves them out.
         baseline: of the gradient estimator, a rung of the ladder or ``best``.
+        kinship: split what the tokens did to the entropy by what they acted on, or null for not.
         checkpoint: of the training, for the model and its tokenizer; null for the first in the run.
         task: specification of the task, or null for that of the training.
         precision: floating-point type of the measurement.
@@ -72,6 +87,7 @@ class LedgerConfig(Section):
     end_samples: int = Field(default=8, ge=1)
     num_folds: int = Field(default=8, ge=1)
     baseline: Literal["best", "none", "current", "position", "ridge"] = "position"
+    kinship: KinshipConfig | None = None
     checkpoint: str | None = None
     task: str | None = None
     precision: Precision = "float32"
@@ -93,6 +109,11 @@ class LedgerConfig(Section):
             raise ValueError(
                 "through: optimizer alone adds up to nothing that can be held against the training; name "
                 "fixed, optimizer"
+            )
+        if self.kinship is not None and "entropy" not in self.quantities:
+            raise ValueError(
+                f"kinship is of the entropy, which is not among the quantities "
+                f"({', '.join(self.quantities)}); name it, too"
             )
         if self.start is not None and self.stop is not None and self.start >= self.stop:
             raise ValueError(f"start = {self.start} must lie before stop = {self.stop}")

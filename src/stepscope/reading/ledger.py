@@ -16,6 +16,7 @@ from stepscope.reading import rollups
 from stepscope.reading.folder import Folder
 from stepscope.reading.recording import RecordFolder, find_record
 from stepscope.reading.rollups import Entries, Way
+from stepscope.results.kinship import KIN_ROWS, KINSHIP, KinRows, Kinship
 from stepscope.results.ledger import (
     FOLDS,
     LEDGER,
@@ -103,6 +104,16 @@ class LedgerFolder(Folder):
     def rollups(self) -> LedgerRollups:
         """The entries added up by class of token, for every quantity and named way."""
         return runs.read_record(LedgerRollups, self.path / ROLLUPS)
+
+    @cached_property
+    def kinship(self) -> Kinship | None:
+        """What the tokens acted on, or None where that was not asked for."""
+        return self.stored(Kinship, KINSHIP)
+
+    @cached_property
+    def kin_rows(self) -> KinRows | None:
+        """The same by step and prompt."""
+        return self.stored(KinRows, KIN_ROWS)
 
     @cached_property
     def run(self) -> Path:

@@ -42,6 +42,7 @@ from stepscope.report.sections import (
     kinds,
     law,
     ledger,
+    ledger_kinship,
     ledger_tokens,
     noise,
     provenance,
@@ -262,13 +263,15 @@ def _account_panel(found: LedgerFolder, account: Account, key: str, room: Room, 
         ledger_tokens.section(entries, account.unit, room.excerpts),
         ledger.classes_section(found, account),
         ledger.prompts_section(found, entries, account),
+        ledger_kinship.section(found) if account.quantity == "entropy" else None,
         ledger.plane_section(found, entries) if plane else None,
     ]
+    shown = [section for section in sections if section is not None]
     return Panel(
         key,
         text.quantity_name(account.quantity).replace("_", " ").capitalize(),
-        ledger.headline(found, account),
-        [section for section in sections if section is not None],
+        [*ledger.headline(found, account), *(line for section in shown for line in section.sentences)],
+        shown,
     )
 
 

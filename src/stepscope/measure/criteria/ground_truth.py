@@ -17,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from torch import Tensor
 
 from stepscope.errors import BatchError
 from stepscope.measure.influence.attribution import NUM_FOLDS, token_products
@@ -27,8 +26,12 @@ from stepscope.measure.quantity.base import VERSIONS, make_quantity
 from stepscope.measure.quantity.probe import Bindings, bindings_on
 from stepscope.measure.step.reconstruct import Step, ascent_of_sequences
 from stepscope.policy import vectors
-from stepscope.policy.forward import TokenBatch, TokenOutputs
-from stepscope.policy.gradients.derivatives import Mode, directional_derivatives, response_logprob
+from stepscope.policy.gradients.derivatives import (
+    Mode,
+    directional_derivatives,
+    response_entropy,
+    response_logprob,
+)
 from stepscope.policy.gradients.products import paired_dots
 from stepscope.policy.gradients.stream import SequenceGradients
 from stepscope.policy.passes import Budget
@@ -185,7 +188,7 @@ def _rows(policy: Policy, step: Step, mode: Mode, budget: Budget) -> list[Ground
     found = []
     both = (ascent, step.components["sequences"])
     changes = directional_derivatives(
-        policy, step.update, _entropies, both, mode=mode, as_trained=False, budget=budget
+        policy, step.update, response_entropy, both, mode=mode, as_trained=False, budget=budget
     )
     for name, change in zip(("sgd", "adamw"), changes, strict=True):
         values = step.update.flat([d.double().cpu().numpy() for d in change])
@@ -215,7 +218,7 @@ def _diagonals(policy: Policy, step: Step, options: GroundTruthOptions, budget: 
     own = paired_dots(
         policy,
         SequenceGradients(single, response_logprob),
-        SequenceGradients(single, _entropies, as_trained=False),
+        SequenceGradients(single, response_entropy, as_trained=False),
         _metrics(step),
         budget=budget,
     )
@@ -242,10 +245,6 @@ def _metrics(step: Step) -> dict[str, ParameterVector | None]:
 
 
 _METRIC = {"sgd": "P = 1", "adamw": "the optimizer's P"}
-
-
-def _entropies(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
-    return outputs.entropies
 
 
 def _by_fold(bindings: Bindings, version: str, options: GroundTruthOptions, budget: Budget) -> ProbeGradient:

@@ -18,6 +18,7 @@ from stepscope.measure.quantity.estimators import value
 from stepscope.measure.quantity.probe import probe_values
 from stepscope.measure.quantity.values import values_at
 from stepscope.pipeline.inputs.tasks import hold_data
+from stepscope.pipeline.ledger.kinship import kinship_artifacts, settle_kinship
 from stepscope.pipeline.ledger.places import figures_file, settle, table_file
 from stepscope.pipeline.ledger.shared import Accounting
 from stepscope.pipeline.ledger.tables import summed, with_levels
@@ -25,8 +26,10 @@ from stepscope.pipeline.together import main_only, together
 from stepscope.policy.group import current
 from stepscope.policy.passes import track
 from stepscope.policy.vectors import placed
+from stepscope.reading.ledger import load_ledger
 from stepscope.reading.rollups import Entries, recorded_tokens
 from stepscope.report import write_ledger_report
+from stepscope.report.sections.ledger_kinship import headline
 from stepscope.results.files import Stored
 from stepscope.results.ledger import (
     FOLDS,
@@ -98,6 +101,7 @@ def _ledger(config: LedgerConfig, out: Path, resume: bool) -> Path:
             order = list(reversed(range(len(work.places))))
             for index in track(order, "ledger", work.budget):
                 settle(work, run, index)
+            settle_kinship(work, run)
         finally:
             if current().is_main:
                 run.clean_up()
@@ -113,7 +117,9 @@ def _ledger(config: LedgerConfig, out: Path, resume: bool) -> Path:
     write_ledger_report(out)
     ledger = artifacts[LEDGER]
     assert isinstance(ledger, Ledger)
-    say_result("ledger", sentences(ledger), out / LEDGER)
+    kin = load_ledger(out).kinship
+    said = [] if kin is None else headline(kin)
+    say_result("ledger", [*sentences(ledger), *said], out / LEDGER)
     return out / LEDGER
 
 
@@ -206,6 +212,7 @@ def _gathered(work: Accounting, run: RunFolder, quantities: Sequence[Quantity]) 
         FOLDS: folds,
         STEPS: with_levels(steps, levels),
         ROLLUPS: LedgerRollups.joined(rolled),
+        **kinship_artifacts(work, run, folds),
         LEDGER: ledger,
     }
 

@@ -67,6 +67,11 @@ def response_logprob(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
     return outputs.logprobs
 
 
+def response_entropy(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
+    """H_k per token: the objective whose sum over a response is its entropies at given prefixes."""
+    return outputs.entropies
+
+
 def gradient(
     policy: Policy,
     rollouts: Rollouts,

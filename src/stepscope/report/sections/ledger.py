@@ -62,7 +62,7 @@ def headline(found: LedgerFolder, account: Account) -> list[str]:
     classes = found.rollups.of(account.quantity, WAY)
     order = np.argsort(-classes.influence * np.sign(account.tokens.value))
     shares = [
-        f"{_percent(classes.share_estimate(int(k), found.ledger.num_folds))} by "
+        f"{share_words(classes.share_estimate(int(k), found.ledger.num_folds))} by "
         f"{ARTICLES.get(classes.label[k], classes.label[k])}"
         for k in order
         if classes.share[k] != 0
@@ -85,7 +85,8 @@ def headline(found: LedgerFolder, account: Account) -> list[str]:
     return lines
 
 
-def _percent(share: Estimate) -> str:
+def share_words(share: Estimate) -> str:
+    """A share with its interval, as a percentage."""
     ends = f"{100 * share.low:.0f} to {100 * share.high:.0f}".replace("-", "−")
     known = f", 95 % interval {ends}" if np.isfinite(share.low) else ""
     unsure = "" if share.resolved or not known else ", not resolved"
