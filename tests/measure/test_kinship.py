@@ -236,8 +236,8 @@ def test_held_out_prompts_are_other_prompts_and_visitation(setting: SimpleNamesp
 
 
 def test_drawn_tokens_change_their_own_kin_and_no_other(setting: SimpleNamespace, found: Split) -> None:
-    few = split(setting, tokens=6, seed=1)
-    assert 0 < few.drawn <= 6 < few.tokens == found.tokens == found.drawn
+    few = split(setting, tokens=12, seed=1)
+    assert 0 < few.drawn <= 12 < few.tokens == found.tokens == found.drawn
     for look in ("batch", "fresh"):
         own, exact = (parts_of(each, look, "whole") for each in (few, found))
         for kin in ("same_prompt", "other_prompts"):
@@ -274,7 +274,7 @@ def test_the_difference_estimator_is_unbiased_and_knows_its_variance() -> None:
     values, said = np.array([estimate(seed) for seed in range(1000)]).T
     truth, plain = float(kernel @ at), count**2 * np.var(kernel * at) / 60
     assert abs(values.mean() - truth) < 4 * values.std() / 1000**0.5
-    assert said.mean() == pytest.approx(values.var(), rel=0.15)
+    assert said.mean() == pytest.approx(values.var(), rel=0.2)
     assert values.var() < 0.1 * plain
 
 

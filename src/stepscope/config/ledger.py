@@ -41,7 +41,7 @@ class KinshipConfig(Section):
     """
 
     every: int = Field(default=4, ge=1)
-    tokens: int = Field(default=512, ge=2, le=4096)
+    tokens: int = Field(default=512, ge=32, le=4096)
 
 
 class LedgerConfig(Section):

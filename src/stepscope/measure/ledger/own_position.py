@@ -10,8 +10,9 @@ estimated by the difference estimator (Hansen & Hurwitz 1943; Cassel, Saerndal &
 
     b sum x + 1/n sum_d (y_d - b x_d)/pi_d,    variance  1/(n(n-1)) sum_d (z_d - mean z)^2, z = (y - b x)/pi
 
-with b the slope of y on x over the drawn ones. Copies of a token in one context are one token with the sum
-of their weights. All of them, where they are few enough, is exact.
+with b the slope of y on x over the drawn ones; in the variance over the others of them, since a slope from
+few fits each too well. Copies of a token in one context are one token with the sum of their weights. All of
+them, where they are few enough, is exact.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from stepscope.intervals import FLAT
 from stepscope.measure.criteria.facts import token_facts
 from stepscope.measure.influence.attribution import Weighted
 from stepscope.measure.kernel.fisher import split_tokens
@@ -93,7 +95,12 @@ class Units:
         slope = float(self.design @ (helper * effects)) / square if square else 0.0
         rest = effects - slope * helper
         count = int(self.times.sum())
-        each = count * self.design / np.maximum(self.times, 1) * rest  # (y - b x)/pi
+        leverage = self.design * helper**2 / square if square else np.zeros(len(rest))
+        without = np.full(len(rest), np.inf)  # y - b x with the slope of the others
+        np.divide(rest, 1 - leverage, out=without, where=leverage < 1 - FLAT)
+        each = count * self.design / np.maximum(self.times, 1) * np.where(self.times > 0, without, 0.0)
+        if not np.isfinite(each).all():
+            return Drawn(self._by_prompt(slope * helper + self.design * rest), np.inf)
         spread = float(self.times @ (each - self.times @ each / count) ** 2)
         by_prompt = self._by_prompt(slope * helper + self.design * rest)
         return Drawn(by_prompt, spread / (count * (count - 1)) if count > 1 else np.nan)

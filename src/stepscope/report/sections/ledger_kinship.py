@@ -35,16 +35,18 @@ def headline(found: Kinship) -> list[str]:
     """Kinship in plain words."""
     batch, held_out = found.total(BATCH).influence, found.total(HELD_OUT).influence
     lines = [
-        f"At {LOOKS[BATCH]} {_moved(batch)}{_accounts(batch, _of(found, BATCH))}",
+        f"At {LOOKS[BATCH]} {_moved(batch)}, added up over the batches{_accounts(batch, _of(found, BATCH))}",
         f"On {LOOKS[FRESH]} it {_moved(found.total(FRESH).influence, short=True)}"
         f"{_accounts(found.total(FRESH).influence, _of(found, FRESH))}",
     ]
     theory = found.share(BATCH, SAME_POSITION).against_held_out
-    line = f"On {LOOKS[HELD_OUT]} it {_moved(held_out, short=True)}"
+    line = (
+        f"On {LOOKS[HELD_OUT]} it {_moved(held_out, short=True)}: none of that is at a token's own position"
+    )
     if held_out.resolved:
         line += (
-            "; what tokens do at their own position, which is all that tabular theory has, is "
-            f"{share_words(theory)} of that"
+            ", which is all that tabular theory has; what tokens did there, at the batches' own positions, is "
+            f"{share_words(theory)} of it"
         )
     return [*lines, f"{line}."]
 
@@ -63,8 +65,9 @@ def _accounts(whole: Estimate, shares: Iterable[KinShare]) -> str:
     """The shares, where there is something to share."""
     if not whole.resolved:
         return ", so no shares of it are named."
-    parts = [f"{KINS[row.kin]} accounts for {share_words(row.share)}" for row in shares]
-    return f": {text.joined(parts)}."
+    parts = [f"{share_words(row.share)} at {KINS[row.kin]}" for row in shares]
+    parts[0] = parts[0].replace("its own position", "a token's own position")
+    return f", of which {text.joined(parts)}."
 
 
 def _of(found: Kinship, look: str, steps: str = "all") -> list[KinShare]:
