@@ -45,8 +45,8 @@ def headline(found: Kinship) -> list[str]:
     )
     if held_out.resolved:
         line += (
-            ", which is all that tabular theory has; what tokens did there, at the batches' own positions, is "
-            f"{share_words(theory)} of it"
+            ", which is all that tabular theory has; what tokens did there, at the batches' own positions, "
+            f"is {share_words(theory)} of it"
         )
     return [*lines, f"{line}."]
 
