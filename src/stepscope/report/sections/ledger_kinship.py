@@ -27,7 +27,7 @@ from stepscope.results.kinship import (
 )
 from stepscope.stats import Estimate
 
-_COLORS = (style.VERMILLION, style.PURPLE, style.GREEN, style.BLUE)
+_COLORS = (style.OCHRE, style.PURPLE, style.GREEN, style.BROWN)
 _PATTERNS = ("", "x", "/", "")
 
 
