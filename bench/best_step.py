@@ -224,7 +224,7 @@ def main() -> None:
     base = case.value()
     shuffled = np.random.default_rng(options.seed).permutation(options.pool)
     rows = []
-    for size in SIZES:
+    for size in (s for s in SIZES if s <= options.pool):
         row = next(r for r in made.rows if r.prompts == size)
         slope, bend = made.batch.slope.value, made.batch.curvature.value + made.batch.noise.value / size
         centre = -slope / bend if slope * bend < 0 else 8 * step.lr
