@@ -115,9 +115,8 @@ def test_kills_at_chosen_places_leave_the_bytes_of_an_undisturbed_ledger(
 ) -> None:
     """Amid a place, before one is recorded that is whole, amid the last tables, at the page."""
     once, often = tmp_path / "once", tmp_path / "often"
-    with forking(
-        recorded, tmp_path, start=3, num_folds=2, end_samples=1, probe={"num_prompts": 8}
-    ) as ledgers:
+    fewer = {"start": 3, "num_folds": 2, "end_samples": 1, "probe": {"num_prompts": 8}, "kinship": None}
+    with forking(recorded, tmp_path, **fewer) as ledgers:
         assert ledgers(once)[0] == 0
         kills = [("000004_folds.parquet", False), ("000004.json", True)]
         kills += [("ledger_steps.parquet", False), ("ledger.html", False)]

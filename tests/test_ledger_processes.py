@@ -83,7 +83,8 @@ def same_column(one: Any, two: Any, where: str) -> None:
 
 def test_two_processes_make_the_ledger_of_one(recorded: Path, tmp_path: Path) -> None:
     config = tmp_path / "ledger.yaml"
-    fewer = {"start": 2, "num_folds": 2, "end_samples": 1, "probe": {"num_prompts": 8}}
+    fewer: dict[str, Any] = {"start": 2, "num_folds": 2, "end_samples": 1, "probe": {"num_prompts": 8}}
+    fewer |= {"kinship": None}
     chosen = settings(recorded, tmp_path, **fewer)
     config.write_text(yaml.safe_dump(chosen.model_dump(mode="json", exclude={"out"})))
     one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))

@@ -61,7 +61,7 @@ def test_the_ledger_of_a_lora_training_closes(
     record = ss.RecordedTraining.load(run)
     assert all("lora_" in name for name in record.state(0).parameters)
     assert min(record.folder.figures(i).clip_coefficient for i in record.steps) < 1
-    run_ledger(settings(run, tmp_path / "ledger"))
+    run_ledger(settings(run, tmp_path / "ledger", kinship=None))
     closes(ss.load_ledger(tmp_path / "ledger"), record)
 
 
@@ -96,5 +96,5 @@ def test_the_ledger_of_a_plain_trl_training_closes(trained_run: Path, tmp_path: 
     trainer.train()
     record = ss.RecordedTraining.load(run)
     assert record.folder.record.complete
-    run_ledger(settings(run, tmp_path / "ledger", task=TASK))
+    run_ledger(settings(run, tmp_path / "ledger", task=TASK, kinship=None))
     closes(ss.load_ledger(tmp_path / "ledger"), record)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from stepscope.measure.ledger.path import displacement
 from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.quantity.probe import bind_quantity
 from stepscope.pipeline.ledger.shared import MAX_GROUPS, Accounting
+from stepscope.pipeline.together import main_only
+from stepscope.policy.group import current
 from stepscope.policy.passes import track
 from stepscope.policy.rollouts import sample_responses
 from stepscope.policy.vectors import ParameterVector, placed
@@ -53,7 +56,9 @@ def settle_kinship(work: Accounting, run: RunFolder) -> None:
     """
     chosen = _chosen(work)
     numbers = {place: work.path.start + place + 1 for place in chosen}
-    left = [place for place, number in numbers.items() if not run.is_done(f"kinship-{number:06d}")]
+    left = current().from_main(
+        lambda: [place for place, number in numbers.items() if not run.is_done(f"kinship-{number:06d}")]
+    )
     if not left:
         return
     going = pushes(work.path, min(left))
@@ -61,9 +66,10 @@ def settle_kinship(work: Accounting, run: RunFolder) -> None:
         place, own, whole = next(going)
         if place not in left:
             continue
-        with run.stage(f"kinship-{numbers[place]:06d}", [kin_file(numbers[place])]):
+        number = numbers[place]
+        with main_only(partial(run.stage, f"kinship-{number:06d}", [kin_file(number)])):
             found = _step(work, place, {WHOLE: whole, OWN_STEP: own})
-            found.write(run.file(kin_file(numbers[place])))
+            found.write(run.file(kin_file(number)))
 
 
 def _step(work: Accounting, place: int, metrics: Mapping[str, ParameterVector]) -> KinStep:
