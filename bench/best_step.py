@@ -27,7 +27,7 @@ from torch import Tensor
 
 import stepscope as ss
 from stepscope.measure.curvature.best_step import best_step
-from stepscope.measure.curvature.pairs import second_order_kernel
+from stepscope.measure.curvature.pairs import PairOptions, second_order_kernel
 from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.step.reconstruct import Step, assemble_step, weighted_logprobs
 from stepscope.pipeline.inputs.tasks import task_to_measure
@@ -203,7 +203,7 @@ def main() -> None:
         case.probe,
         quantity=chosen,
         baseline="position",
-        sketches=2,
+        options=PairOptions(sketches=2),
         budget=Budget(max_sequences=64),
     )
     made = best_step(kernel, lr=step.lr, run_prompts=policy.settings.prompts_per_step)

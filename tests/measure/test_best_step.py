@@ -10,7 +10,7 @@ from test_curvature import made_step
 
 from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy
 from stepscope.measure.curvature.best_step import best_step, fieller
-from stepscope.measure.curvature.pairs import Folded, PairKernel, make_rows, second_order_kernel
+from stepscope.measure.curvature.pairs import Folded, PairKernel, PairOptions, make_rows, second_order_kernel
 from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.quantity.probe import probe_values
 from stepscope.measure.quantity.values import values_at
@@ -160,7 +160,12 @@ def test_the_expected_change_of_a_batch_is_the_predicted_one() -> None:
     object.__setattr__(step, "token_weights", weights)
     made = best_step(
         second_order_kernel(
-            policy, step, rollouts, quantity=probe, sketches=2, num_folds=2, budget=Budget(max_sequences=128)
+            policy,
+            step,
+            rollouts,
+            quantity=probe,
+            options=PairOptions(sketches=2, num_folds=2),
+            budget=Budget(max_sequences=128),
         ),
         lr=1e-3,
         run_prompts=4,

@@ -14,7 +14,7 @@ from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy
 from stepscope.errors import MeasurementError
 from stepscope.measure.change.measured import measure_change
 from stepscope.measure.change.options import ChangeOptions
-from stepscope.measure.curvature.pairs import Folded, PairKernel, make_rows, second_order_kernel
+from stepscope.measure.curvature.pairs import Folded, PairKernel, PairOptions, make_rows, second_order_kernel
 from stepscope.measure.curvature.structure import pair_report, row_sums
 from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.quantity.probe import bind_quantity, probe_values
@@ -119,7 +119,7 @@ def kernel_of(
     chosen = make_quantity(name, sample, policy=policy, **form)
     probe = bind_quantity(policy, sample, chosen, direction=step.direction, baseline="position")
     found = second_order_kernel(
-        policy, step, sample, quantity=probe, budget=Budget(max_sequences=64), **options
+        policy, step, sample, quantity=probe, options=PairOptions(**options), budget=Budget(max_sequences=64)
     )
     change = measure_change(
         policy,

@@ -130,6 +130,22 @@ class PairKernel:
         return _has(self.rows.single)
 
 
+@dataclass(frozen=True)
+class PairOptions:
+    """How a second-order kernel is taken.
+
+    Attributes:
+        sketches: random signs of the sequences in place of each of them, where there are more sequences than
+            that; None for every sequence.
+        num_folds: most folds of probe prompts.
+        seed: of the signs.
+    """
+
+    sketches: int | None = None
+    num_folds: int = NUM_FOLDS
+    seed: int = 0
+
+
 def second_order_kernel(
     policy: Policy,
     step: Step,
@@ -137,9 +153,7 @@ def second_order_kernel(
     *,
     quantity: str | Quantity | ProbeValues = "entropy",
     baseline: str = "best",
-    sketches: int | None = None,
-    num_folds: int = NUM_FOLDS,
-    seed: int = 0,
+    options: PairOptions = PairOptions(),
     budget: Budget = Budget(),
 ) -> PairKernel:
     """What pairs of the step's sequences do together to a quantity, on a probe batch.
@@ -153,10 +167,7 @@ def second_order_kernel(
         rollouts: the probe batch.
         quantity: a name, a quantity, or one with its values on the probe batch, from ``bind_quantity``.
         baseline: where it has no values yet, ``best`` or a rung of the ladder.
-        sketches: random signs of the sequences in place of each of them, where there are more sequences than
-            that; None for every sequence.
-        num_folds: most folds of probe prompts.
-        seed: of the signs.
+        options: how many sketches and folds.
         budget: what may be used at a time.
 
     Raises:
@@ -173,11 +184,11 @@ def second_order_kernel(
         )
     )
     parts = {name: vector for name, vector in step.components.items() if name != "sequences"}
-    rows = make_rows(update.prompt_index, len(parts), sketches, seed)
+    rows = make_rows(update.prompt_index, len(parts), options.sketches, options.seed)
     shares = probe.sequence_weights
     if shares is None:
         shares = np.full(len(rollouts), 1 / len(rollouts))
-    folds = prompt_groups(rollouts.prompt_index, num_folds)
+    folds = prompt_groups(rollouts.prompt_index, options.num_folds)
     count = int(folds.max()) + 1
     functions, num_functions = curved_functions(probe)
     sequences = SequenceGradients(

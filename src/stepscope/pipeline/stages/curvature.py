@@ -7,7 +7,7 @@ import numpy as np
 from stepscope import runs
 from stepscope.measure.curvature.best_step import best_step
 from stepscope.measure.curvature.best_step import doubted as best_doubted
-from stepscope.measure.curvature.pairs import PairKernel, second_order_kernel
+from stepscope.measure.curvature.pairs import PairKernel, PairOptions, second_order_kernel
 from stepscope.measure.curvature.structure import doubted, pair_report, row_sums
 from stepscope.pipeline.stages.plan import PROBE, STEP, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
@@ -29,9 +29,11 @@ def curvature(session: Session) -> Figures:
             session.step,
             session.probe,
             quantity=session.bindings.bind(quantity, config.baseline),
-            sketches=config.curvature.sketches,
-            num_folds=config.curvature.folds,
-            seed=config.curvature.seed,
+            options=PairOptions(
+                sketches=config.curvature.sketches,
+                num_folds=config.curvature.folds,
+                seed=config.curvature.seed,
+            ),
             budget=session.budget,
         )
         for quantity in session.quantities
