@@ -160,9 +160,8 @@ def split_by_kin(
     for name, look in looks.items():
         kin = Kindred.of(contexts, look)
         positions[name], pairs[name] = kin.positions, kin.pairs(contexts, step.token_weights)
-        at = step.update.flat(kin.at)[units.first] / kin.positions
-        found[name] = at
-        parts += _look(policy, step, contexts, name, look, kin, units, at, metrics, budget)
+        found[name] = _places(step, kin, units)
+        parts += _look(policy, step, contexts, (name, look), kin, units, metrics, budget)
     if held_out is not None:
         parts += _held_out(policy, step, contexts, held_out, metrics, budget)
         probe = held_out[0].probe
@@ -182,19 +181,24 @@ def split_by_kin(
     )
 
 
+def _places(step: Weighted, kin: Kindred, units: Units) -> FloatArray:
+    """(unit,) share of the look's positions that a token's own context has."""
+    return step.update.flat(kin.at)[units.first] / kin.positions
+
+
 def _look(
     policy: Policy,
     step: Weighted,
     contexts: Contexts,
-    name: str,
-    look: Rollouts,
+    named: tuple[str, Rollouts],
     kin: Kindred,
     units: Units,
-    at: FloatArray,
     metrics: Metrics,
     budget: Budget,
 ) -> list[KinPart]:
     """The four kin of one look."""
+    name, look = named
+    at = _places(step, kin, units)
     pushes = SequenceGradients(step.update, weighted_logprobs(step.token_weights))
     entropies = SequenceGradients(look, response_entropy, as_trained=False)
     between = grams(policy, pushes, metrics=metrics, other=entropies, budget=budget).cross
