@@ -31,7 +31,7 @@ from stepscope.policy import vectors
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients.derivatives import WeightedLogprobs, gradient
 from stepscope.policy.group import current
-from stepscope.policy.loss.surrogate import needs_reference, token_weights
+from stepscope.policy.loss.surrogate import Seen, needs_reference, token_weights
 from stepscope.policy.numerics.finiteness import first_not_finite
 from stepscope.policy.optim.base import OptimizerState, Update
 from stepscope.policy.passes import Budget
@@ -133,13 +133,15 @@ def reconstruct_step(
         policy.settings,
         logprobs=logprobs,
         entropies=entropies,
-        discriminators=score_discriminators(policy, update, budget=budget)
-        if chosen is not None and chosen.needs_discriminators
-        else None,
-        influences=influences,
-        texts=response_text(policy).facts(update.response_token_ids)
-        if chosen is not None and chosen.needs_texts and policy.tokenizer is not None
-        else None,
+        seen=Seen(
+            discriminators=score_discriminators(policy, update, budget=budget)
+            if chosen is not None and chosen.needs_discriminators
+            else None,
+            influences=influences,
+            texts=response_text(policy).facts(update.response_token_ids)
+            if chosen is not None and chosen.needs_texts and policy.tokenizer is not None
+            else None,
+        ),
         step=policy.step,
         ref_logprobs=reference_logprobs(policy, update, reference, budget)
         if needs_reference(policy.settings)

@@ -7,6 +7,7 @@ weights w_ik = -dLoss/dl_ik: then -grad Loss = sum_ik w_ik grad l_ik, whatever t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -162,15 +163,28 @@ def cut_order(settings: StepSettings, count: int, step: int) -> IntArray:
     return np.random.default_rng([settings.seed, step, 1]).permutation(count)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What only some objectives look at of every response token; None where that is not needed.
+
+    Attributes:
+        discriminators: sum_v pi_v^2 (log pi_v + H_k).
+        influences: on entropy and on reward.
+        texts: what it says (:meth:`stepscope.policy.texts.ResponseText.facts`).
+    """
+
+    discriminators: Sequence[FloatArray] | None = None
+    influences: tuple[Sequence[FloatArray], Sequence[FloatArray]] | None = None
+    texts: Mapping[str, TextArray] | None = None
+
+
 def token_weights(
     rollouts: Rollouts,
     settings: StepSettings,
     *,
     logprobs: Sequence[FloatArray] | None = None,
     entropies: Sequence[FloatArray] | None = None,
-    discriminators: Sequence[FloatArray] | None = None,
-    influences: tuple[Sequence[FloatArray], Sequence[FloatArray]] | None = None,
-    texts: Mapping[str, TextArray] | None = None,
+    seen: Seen = Seen(),
     ref_logprobs: Sequence[FloatArray] | None = None,
     step: int = 0,
 ) -> tuple[FloatArray, ...]:
@@ -184,10 +198,7 @@ def token_weights(
         settings: the loss.
         logprobs: log-probs of the policy now, where it is not the one that sampled (off-policy).
         entropies: its entropies, then needed by an objective.
-        discriminators: sum_v pi_v^2 (log pi_v + H_k) per token, where the objective needs it.
-        influences: of every token on entropy and on reward, where the objective needs them.
-        texts: what every response token says (:meth:`stepscope.policy.texts.ResponseText.facts`), where the
-            objective looks at it.
+        seen: what else the objective looks at.
         ref_logprobs: log-probs of the reference policy; needed when ``settings.beta`` is not zero.
         step: optimizer steps taken so far; it seeds what is drawn at random: tokens of an objective or a
             loss, and micro-batches where a loss depends on how the batch was cut.
@@ -227,11 +238,11 @@ def token_weights(
         token_advantages=None if rollouts.token_advantages is None else in_loss(rollouts.token_advantages),
         epsilon_low=settings.epsilon_low,
         epsilon_high=settings.epsilon_high,
-        discriminator=None if discriminators is None else in_loss(discriminators),
-        entropy_influence=None if influences is None else in_loss(influences[0]),
-        reward_influence=None if influences is None else in_loss(influences[1]),
+        discriminator=None if seen.discriminators is None else in_loss(seen.discriminators),
+        entropy_influence=None if seen.influences is None else in_loss(seen.influences[0]),
+        reward_influence=None if seen.influences is None else in_loss(seen.influences[1]),
         position=rollouts.places[1][inside],
-        **_said(rollouts, texts, inside),
+        **_said(rollouts, seen.texts, inside),
     )
     shaped = torch.zeros_like(old)
     shaped[mask] = torch.from_numpy(_shaped_advantages(tokens, settings, step))
