@@ -65,7 +65,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def by_stage(said: str) -> list[str]:
     """What a measurement says of its stages; its result comes after them."""
-    return [line for line in said.splitlines() if line.split(":")[0] in (*STAGES, "validation")]
+    return [line for line in said.splitlines() if line.split(":")[0] in PLANS]
 
 
 def load_json(path: Path):
@@ -83,7 +83,7 @@ def measured(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_stages_are_those_of_the_configuration():
-    assert [stage for stage in PLANS if stage != "validation"] == list(STAGES)
+    assert [stage for stage in PLANS if stage not in ("validation", "curvature")] == list(STAGES)
 
 
 def test_every_file_of_the_contract_is_there_and_nothing_else(measured):
@@ -272,8 +272,9 @@ def test_a_stage_alone_leaves_the_bytes_of_a_whole_run(measured, checkpoint, tmp
     """Each stage in a process state of its own: everything that it needs comes from the folder."""
     whole = tmp_path / "whole/run"
     shutil.copytree(measured, whole)
-    settings = [*SETTINGS, "validation.num_subsets=6", "validation.num_single=3", "--resume"]
-    measure(checkpoint, *TASK, "--out", whole, *settings, "--validate")
+    validation = ("validation.num_subsets=6", "validation.num_single=3")
+    settings = [*SETTINGS, *validation, "curvature.sketches=2", "curvature.folds=2", "--resume"]
+    measure(checkpoint, *TASK, "--out", whole, *settings, "--stages", ",".join(PLANS))
     for stage, plan in PLANS.items():
         out = tmp_path / stage / "run"
         shutil.copytree(whole, out)
