@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -263,22 +264,9 @@ def exact_derivatives(
     reference: nn.Module | None = None,
 ) -> tuple[float, float]:
     """First and second derivative of F(params + lr * direction) in lr at lr = 0, by reverse mode twice."""
-    lr = torch.zeros((), dtype=policy.dtype, device=policy.device, requires_grad=True)
-    params = {n: p.detach() for n, p in policy.parameters.items()}
-    with mathematical_attention(), whole_function(policy.model):
-        moved = {n: p + lr * direction[n] if n in direction else p for n, p in params.items()}
-        value = exact_value(
-            policy,
-            rollouts,
-            quantity,
-            normalisation=normalisation,
-            version=version,
-            reference=reference,
-            params=moved,
-        )
-        (first,) = torch.autograd.grad(value, lr, create_graph=True)
-        (second,) = torch.autograd.grad(first, lr)
-    return float(first.detach()), float(second.detach())
+    form = {"normalisation": normalisation, "version": version, "reference": reference}
+    first, second = _both_derivatives(policy, rollouts, quantity, [direction], **form)
+    return float(first[0]), float(second[0, 0])
 
 
 def exact_hessian(
@@ -292,20 +280,24 @@ def exact_hessian(
     reference: nn.Module | None = None,
 ) -> FloatArray:
     """(direction, direction) d_a' (Hess F) d_b by reverse mode twice through the listed sum."""
+    form = {"normalisation": normalisation, "version": version, "reference": reference}
+    return _both_derivatives(policy, rollouts, quantity, directions, **form)[1]
+
+
+def _both_derivatives(
+    policy: Policy,
+    rollouts: Rollouts,
+    quantity: str | Sums,
+    directions: Sequence[ParameterVector],
+    **form: Any,
+) -> tuple[FloatArray, FloatArray]:
+    """(direction,) first and (direction, direction) second derivatives at the parameters."""
     reach, moved = _moved(policy, directions)
     with mathematical_attention(), whole_function(policy.model):
-        value = exact_value(
-            policy,
-            rollouts,
-            quantity,
-            normalisation=normalisation,
-            version=version,
-            reference=reference,
-            params=moved,
-        )
+        value = exact_value(policy, rollouts, quantity, params=moved, **form)
         (first,) = torch.autograd.grad(value, reach, create_graph=True)
         rows = [torch.autograd.grad(slope, reach, retain_graph=True)[0] for slope in first]
-    return np.asarray(torch.stack(rows).detach().double().cpu())
+    return np.asarray(first.detach().double().cpu()), np.asarray(torch.stack(rows).detach().double().cpu())
 
 
 def exact_fisher(
@@ -338,5 +330,5 @@ def _moved(policy: Policy, directions: Sequence[ParameterVector]) -> tuple[Tenso
     reach = torch.zeros(len(directions), dtype=policy.dtype, device=policy.device, requires_grad=True)
     moved = {n: p.detach() for n, p in policy.parameters.items()}
     for coefficient, direction in zip(reach, directions, strict=True):
-        moved = {n: p + coefficient * direction[n] for n, p in moved.items()}
+        moved = {n: p + coefficient * direction[n] if n in direction else p for n, p in moved.items()}
     return reach, moved
