@@ -299,8 +299,9 @@ def explain(
     """
     from stepscope.config import MeasureConfig, load_config
 
-    where = Path(checkpoint)
-    out = out or str(Path("runs", "explain", f"{where.resolve().parent.name}-{where.resolve().name}"))
+    where = Path(checkpoint).resolve()
+    run = where.parent.parent if where.parent.name == "checkpoints" else where.parent
+    out = out or str(Path("runs", "explain", f"{run.name}-{where.name}"))
     values = {"checkpoint": checkpoint, "task": task, "out": out, "precision": precision, "device": device}
     with said_once():
         settings = load_config(MeasureConfig, config, overrides or [], values)
