@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import cases
 from stepscope.policy.loss.settings import StepSettings
@@ -47,6 +48,16 @@ def enumerable_policy(
         model = cases.adapted(model, **options)
     settings = StepSettings(max_response_tokens=length, temperature=temperature)
     return Policy(lift_model(model), None, settings)
+
+
+def shifted_model(policy: Policy) -> nn.Module:
+    """A copy of the policy's model with all parameters moved a little: a reference for the KL divergence."""
+    reference = copy.deepcopy(policy.model)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    return reference
 
 
 def random_step(policy: Policy, *, seed: int = 1, lr: float = 1e-3) -> RandomStep:

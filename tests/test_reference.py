@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy, random_step
+from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy, random_step, shifted_model
 from stepscope.errors import MeasurementError
 from stepscope.measure.change.measured import measure_change, measure_changes
 from stepscope.measure.change.options import ChangeOptions
@@ -73,11 +73,7 @@ def test_too_many_responses_are_refused() -> None:
 )
 def test_in_the_limit_every_estimate_is_exact(architecture: str, lora: bool | dict[str, Any]) -> None:
     policy = enumerable_policy(architecture, lora=lora)
-    reference = copy.deepcopy(policy.model)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in reference.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    reference = shifted_model(policy)
     rollouts, probabilities = exact_rollouts(policy, PROMPTS, eos_id=EOS, reward=digit_reward)
     step = random_step(policy)
     found = measure_changes(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy
+from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy, shifted_model
 from stepscope.errors import MeasurementError
 from stepscope.measure.change.measured import measure_change
 from stepscope.measure.change.options import ChangeOptions
@@ -70,11 +69,7 @@ def elements(policy: Policy, step: Step) -> list[dict[str, torch.Tensor]]:
 )
 def test_in_the_limit_every_entry_is_exact(architecture: str, lora: bool) -> None:
     policy = enumerable_policy(architecture, lora=lora)
-    reference = copy.deepcopy(policy.model)
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for p in reference.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+    reference = shifted_model(policy)
     rollouts, probabilities = exact_rollouts(policy, PROMPTS, eos_id=EOS, reward=digit_reward)
     step = made_step(policy, rollouts, probabilities)
     along = elements(policy, step)
