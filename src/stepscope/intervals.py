@@ -1,4 +1,4 @@
-"""95 % intervals that hold for few prompts; numpy and scipy only.
+"""95 % intervals that hold for few prompts; numpy, and scipy where it is needed, since it loads slowly.
 
 A mean of independent prompts has Student's t behind it, and that is the interval of every estimate that says
 nothing else. It is too short where few prompts carry most of the estimate, as with residuals of a
@@ -13,7 +13,6 @@ from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import betaincinv, ndtri, stdtrit
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -37,6 +36,8 @@ def student(count: float) -> float:
 
     Degrees of freedom that are no whole number (Satterthwaite 1946) come as ``count`` - 1.
     """
+    from scipy.special import stdtrit
+
     return float(stdtrit(count - 1, 1 - TAIL)) if count > 1 else float("nan")
 
 
@@ -96,6 +97,8 @@ def proportion(shares: FloatArray) -> tuple[float, float]:
     count = len(shares)
     if count < 2:
         return float("nan"), float("nan")
+    from scipy.special import betaincinv, ndtri
+
     mean = float(shares.mean())
     centre = (float(shares.sum()) + 0.5) / (count + 1)
     scatter = float(((shares - centre) ** 2).sum()) + 0.5 * ((1 - centre) ** 2 + centre**2)

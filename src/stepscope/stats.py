@@ -13,7 +13,6 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 from pydantic import BeforeValidator, model_validator
-from scipy.special import gammaln
 
 from stepscope.intervals import FEWEST, FLAT, FloatArray, student, studentised
 
@@ -427,6 +426,8 @@ def pass_at_k(num_samples: npt.ArrayLike, num_correct: npt.ArrayLike, k: int) ->
         raise ValueError("the number of correct samples must lie between 0 and the number of samples")
     enough = n - c >= k
     wrong = np.where(enough, n - c, k)
+    from scipy.special import gammaln  # slow to import, and settings are read before
+
     log_ratio = gammaln(wrong + 1) - gammaln(wrong - k + 1) - gammaln(n + 1) + gammaln(n - k + 1)
     return np.asarray(np.where(enough, 1 - np.exp(log_ratio), 1.0), dtype=np.float64)
 

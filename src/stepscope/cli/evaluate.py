@@ -1,0 +1,48 @@
+"""``stepscope eval``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from stepscope.cli.options import (
+    ConfigFile,
+    Device,
+    Overrides,
+    Precision,
+    Resume,
+    TaskSpec,
+    first_or_override,
+)
+from stepscope.processes import said_once
+
+
+def evaluate(
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CHECKPOINT|RUN", help="A checkpoint, or a run folder for all of its checkpoints."
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    task: TaskSpec = None,
+    out: Annotated[
+        str | None,
+        typer.Option("--out", metavar="FILE", help="Parquet file; default: eval.parquet in the run folder."),
+    ] = None,
+    precision: Precision = None,
+    device: Device = None,
+    config: ConfigFile = None,
+    resume: Resume = False,
+) -> None:
+    """pass@k, format, length and entropy with their errors, one row per checkpoint; and a page of curves."""
+    from stepscope.config import EvalConfig, load_config
+
+    source, rest = first_or_override(source, overrides)
+    values = {"source": source, "task": task, "out": out, "precision": precision, "device": device}
+    with said_once():
+        settings = load_config(EvalConfig, config, rest, values)
+    from stepscope.pipeline import run_eval
+
+    run_eval(settings, resume=resume)

@@ -1,0 +1,100 @@
+"""``stepscope measure``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from stepscope.cli.options import (
+    ConfigFile,
+    Device,
+    Overrides,
+    Precision,
+    Resume,
+    TaskSpec,
+    first_or_override,
+    split,
+)
+from stepscope.processes import said_once
+
+
+def measure(
+    checkpoint: Annotated[
+        str | None, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder with its optimizer state.")
+    ] = None,
+    overrides: Overrides = None,
+    task: TaskSpec = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="Run folder.")] = None,
+    stages: Annotated[
+        str | None,
+        typer.Option(
+            "--stages",
+            metavar="A,B",
+            help="Only these stages, on the run that the folder already holds: rollouts, step, change, "
+            "influence, validation, kernel, curvature, noise, criteria, report.",
+        ),
+    ] = None,
+    validate: Annotated[
+        bool,
+        typer.Option("--validate", help="Also hold influence against steps re-made without some sequences."),
+    ] = False,
+    quantity: Annotated[
+        str | None,
+        typer.Option(
+            "--quantity",
+            metavar="A,B",
+            help="entropy (default), reward, length, kl, logprob; the first is primary.",
+        ),
+    ] = None,
+    update: Annotated[
+        str | None,
+        typer.Option(
+            "--update",
+            metavar="FILE",
+            help="The step's batch as the training dumped it: TRL's completions, verl's rollouts, a table.",
+        ),
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option("--memory", metavar="GIB", help="Budget for gradients that are kept (default 4)."),
+    ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Also write where time and memory go, pass by pass, and print it."),
+    ] = False,
+    shard: Annotated[
+        bool,
+        typer.Option(
+            "--shard", help="Each of several processes (torchrun) holds a part of the parameters and moments."
+        ),
+    ] = False,
+    precision: Precision = None,
+    device: Device = None,
+    config: ConfigFile = None,
+    resume: Resume = False,
+) -> None:
+    """Measure what a checkpoint's next optimizer step does to its policy, and who did it."""
+    from stepscope.config import MeasureConfig, load_config
+
+    checkpoint, rest = first_or_override(checkpoint, overrides)
+    values: dict[str, Any] = {
+        "checkpoint": checkpoint,
+        "task": task,
+        "out": out,
+        "stages": split(stages),
+        "quantities": split(quantity),
+        "update.file": update,
+        "memory": memory,
+        "profile": profile or None,
+        "shard": shard or None,
+        "precision": precision,
+        "device": device,
+    }
+    with said_once():
+        settings = load_config(MeasureConfig, config, rest, values)
+    if validate and "validation" not in settings.stages:
+        settings = settings.model_copy(update={"stages": [*settings.stages, "validation"]})
+    from stepscope.pipeline import run_measure
+
+    run_measure(settings, resume=resume or stages is not None)

@@ -1,0 +1,41 @@
+"""``stepscope demo`` and ``stepscope train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stepscope.cli.options import Overrides, Resume
+
+
+def demo(
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder.")] = Path("runs/demo"),
+) -> None:
+    """The whole story on a tiny policy: train, evaluate, measure, report. Offline, CPU, minutes.
+
+    Goes on where an earlier call was stopped.
+    """
+    from stepscope.pipeline.preset import demo_config
+
+    demo_config(out, overrides or [])
+    from stepscope.pipeline import run_demo
+
+    run_demo(out, overrides or [])
+
+
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="Configuration (YAML).")],
+    overrides: Overrides = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="Run folder.")] = None,
+    resume: Resume = False,
+) -> None:
+    """Supervised warm-up and/or reinforcement learning; checkpoints under OUT/checkpoints/step-N."""
+    from stepscope.config import TrainConfig, load_config
+
+    settings = load_config(TrainConfig, config, overrides or [], {"out": out})
+    from stepscope.pipeline import run_train
+
+    run_train(settings, resume=resume)
