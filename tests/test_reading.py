@@ -37,7 +37,12 @@ from stepscope.results import (
 from stepscope.results.change import Change, Changes, Taken
 from stepscope.results.criteria import Criteria, CriteriaTokens, Pareto
 from stepscope.results.curvature import CurvatureReport
-from stepscope.results.influence import InfluenceSequences, InfluenceTokens, Reliabilities
+from stepscope.results.influence import (
+    InfluenceSequences,
+    InfluenceTokenFolds,
+    InfluenceTokens,
+    Reliabilities,
+)
 from stepscope.results.kernel import KernelReport
 from stepscope.results.mismatch import SamplerReport
 from stepscope.results.noise import NoiseScales
@@ -63,6 +68,7 @@ TABLES: dict[str, type[Table]] = {
     "probe_tokens.parquet": RolloutTokens,
     "influence_sequences.parquet": InfluenceSequences,
     "influence_tokens.parquet": InfluenceTokens,
+    "influence_token_folds.parquet": InfluenceTokenFolds,
     "criteria_tokens.parquet": CriteriaTokens,
 }
 OTHERS = {

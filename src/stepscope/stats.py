@@ -130,6 +130,18 @@ def estimate_from_sums(
     return found.doubted(_why_no_interval(count, error, half, value))
 
 
+def errors_from_sums(sums: FloatArray) -> FloatArray:
+    """(item,) standard errors sqrt(G/(G-1) sum_g sums_g^2) of many values at once; nan where G < 2.
+
+    Args:
+        sums: (group, item) what each group adds to the error of each value, as in :func:`estimate_from_sums`.
+    """
+    count = len(sums)
+    if count < 2:
+        return np.full(sums.shape[1], np.nan)
+    return np.asarray(np.sqrt(count / (count - 1) * (sums**2).sum(0)), dtype=np.float64)
+
+
 def _why_no_interval(count: int, error: float, half: float, value: float) -> str:
     if not np.isfinite(error):
         return ""  # the estimate itself says so

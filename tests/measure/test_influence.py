@@ -34,6 +34,7 @@ from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 from stepscope.results.influence import InfluenceSequences, InfluenceTokens
 from stepscope.rules import EntropyBonus
+from stepscope.stats import errors_from_sums
 
 VOCAB = 13
 
@@ -239,6 +240,16 @@ def test_errors_cover_the_spread_over_probe_batches() -> None:
     spread = np.std([f.sequences for f in found], axis=0, ddof=1)
     claimed = np.sqrt(np.mean([f.stderr**2 for f in found], axis=0))
     assert 0.75 < np.median(claimed / spread) < 1.3
+
+
+def test_folds_of_single_prompts_have_the_error_of_the_sum(setting: tuple[Policy, Step, Rollouts]) -> None:
+    policy, step, probe = setting
+    reward = make_quantity("reward", probe, normalisation="per_seq")
+    options = InfluenceOptions(baseline="none", num_folds=probe.num_prompts)
+    found = influence(policy, step, step.update, probe, quantity=reward, options=options)
+    away = np.array([fold.sum() for fold in found.fold_rows().folds.values()])
+    assert len(away) == probe.num_prompts
+    assert errors_from_sums(away[:, None]) == pytest.approx(found.sum_of_sequences.stderr, rel=1e-9)
 
 
 def test_another_batch_is_refused(setting: tuple[Policy, Step, Rollouts]) -> None:

@@ -34,7 +34,10 @@ def tokens_of(folder: Path) -> list[dict]:
     rows = pq.read_table(folder / "update_tokens.parquet").to_pylist()
     tokens = {(r["sequence_id"], r["position"]): r for r in rows}
     found = []
-    for row in pq.read_table(folder / "influence_tokens.parquet").to_pylist():
+    table = pq.read_table(folder / "influence_tokens.parquet").to_pylist()
+    path = folder / "influence_token_folds.parquet"
+    beside = pq.read_table(path).to_pylist() if path.exists() else [{}] * len(table)
+    for row in (one | two for one, two in zip(table, beside, strict=True)):
         if (row["quantity"], row["through"]) != ("entropy", "optimizer"):
             continue
         own, batch = tokens[row["sequence_id"], row["position"]], update[row["sequence_id"]]
@@ -68,14 +71,35 @@ def test_the_parts_are_those_of_the_artifacts_and_add_up(folder: Path) -> None:
     assert parts == {name: pytest.approx(value) for name, value in sums.items() if value}
 
 
-def test_errors_of_classes_bound_those_of_their_tokens(folder: Path) -> None:
+def fold_error(tokens: list[dict]) -> float:
+    """Standard error of a sum over tokens, from the sums of the eight folds."""
+    away = [sum(token[str(fold)] for token in tokens) for fold in range(8)]
+    assert sum(away) == pytest.approx(0.0, abs=1e-9 * sum(map(abs, away)))
+    return (8 / 7 * sum(x * x for x in away)) ** 0.5
+
+
+def test_errors_of_classes_are_those_of_the_folds_sums(folder: Path) -> None:
+    change = runs.read_record(Changes, folder / "change.json")
+    tokens = tokens_of(folder)
+    closer = 0
+    for part in token_classes(load_measurement(folder), "quadrant"):
+        own = [t for t in tokens if quadrant(t) == part.name]
+        assert part.tokens == len(own)
+        assert part.value.stderr == pytest.approx(fold_error(own) * change.lr)
+        closer += part.value.stderr < 0.9 * sum(t["stderr"] for t in own) * change.lr
+        assert part.value.low < part.value.value < part.value.high
+        assert part.size == pytest.approx(sum(abs(t["influence"]) for t in own) * change.lr)
+    assert closer
+
+
+def test_without_folds_errors_of_classes_are_a_bound(folder: Path) -> None:
+    (folder / "influence_token_folds.parquet").unlink()
     change = runs.read_record(Changes, folder / "change.json")
     tokens = tokens_of(folder)
     for part in token_classes(load_measurement(folder), "quadrant"):
         own = [t for t in tokens if quadrant(t) == part.name]
-        assert part.tokens == len(own)
         assert part.value.stderr == pytest.approx(sum(t["stderr"] for t in own) * change.lr)
-        assert part.size == pytest.approx(sum(abs(t["influence"]) for t in own) * change.lr)
+        assert "at most" in part.value.method
 
 
 def test_equal_tokens_after_the_same_prefix_are_one(folder: Path) -> None:
@@ -92,7 +116,7 @@ def test_equal_tokens_after_the_same_prefix_are_one(folder: Path) -> None:
         for token in found:
             key = next(k for k, own in merged.items() if _places(own) == sorted(token.places))
             assert token.value.value == pytest.approx(sums[key])
-            assert token.value.stderr == pytest.approx(sum(t["stderr"] for t in merged[key]) * change.lr)
+            assert token.value.stderr == pytest.approx(fold_error(merged[key]) * change.lr)
             assert token.share == pytest.approx(abs(sums[key]) / total)
     assert any(len(own) > 1 for own in merged.values())
 

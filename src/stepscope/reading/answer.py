@@ -16,7 +16,7 @@ import numpy as np
 from stepscope.reading.measurement import Measurement
 from stepscope.results import Rollouts
 from stepscope.rules.token_classes import by_quadrant, kinds, ordered, token_names
-from stepscope.stats import Estimate
+from stepscope.stats import Estimate, estimate_from_sums
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +26,8 @@ RANKED_BY = ("optimizer", "fixed")
 
 CONTEXT = 8
 """Tokens shown on either side of one."""
+
+_FOLD = "fold "
 
 _FOLDS = 8
 """Folds of the probe behind an influence's error, where ``reliability.json`` does not say."""
@@ -96,8 +98,7 @@ def waterfall(measurement: Measurement) -> Waterfall | None:
 
     The rest is the true change less all other parts: second order and beyond, and how far the influence of
     tokens is from the batch's part. Its error is that of the true change less the first order, paired, beside
-    the whole gap to first order. The error of a class is at most the sum of its tokens' errors, and that is
-    what is given: their errors come from the same probe and their covariances are not kept.
+    the whole gap to first order. The errors of classes are over folds of the probe.
     """
     change, found = measurement.change, measurement.summary
     tokens = influential_tokens(measurement)
@@ -136,18 +137,33 @@ def token_classes(measurement: Measurement, way: str) -> list[Part]:
     lr = change.lr if change and change.lr > 0 else 1.0
     unit = change.points[0].linear.unit if change and change.points else ""
     labels = np.array(by_quadrant(tokens) if way == "quadrant" else _kinds(measurement, tokens), dtype=object)
-    influence, stderr = tokens.influence.to_numpy(), tokens.stderr.to_numpy()
-    folds = _folds(measurement)
     parts = []
     for name in ordered(way, list(labels)):
-        own = labels == name
-        size = float(np.abs(influence[own]).sum()) * lr
+        own = tokens[labels == name]
+        size = float(own.influence.abs().sum()) * lr
         if size > 0:
-            method = f"sum over {own.sum()} tokens, its error at most the sum of theirs"
-            error = float(stderr[own].sum()) * lr
-            value = Estimate(float(influence[own].sum()) * lr, error, folds, unit, method)
-            parts.append(Part(str(name), value, int(own.sum()), size))
+            value = _together(own, _folds(measurement), unit).scaled(lr)
+            parts.append(Part(str(name), value, len(own), size))
     return parts
+
+
+def _together(tokens: pd.DataFrame, folds: int, unit: str) -> Estimate:
+    """The sum of the influences of some tokens.
+
+    All are judged by one probe, so that its folds tell the error of the sum. Where a measurement kept no
+    folds (one of before ``influence_token_folds.parquet``), it is at most the sum of the tokens' errors.
+
+    Args:
+        tokens: rows of :func:`influential_tokens`.
+        folds: of the probe.
+        unit: of the sum.
+    """
+    value, method = float(tokens.influence.sum()), f"sum over {len(tokens)} tokens, first order"
+    away = tokens.filter(like=_FOLD).to_numpy().sum(0)
+    if len(away):
+        return estimate_from_sums(value, away, unit=unit, method=f"{method}, errors over folds of the probe")
+    bound = float(tokens.stderr.sum())
+    return Estimate(value, bound, folds, unit, f"{method}, its error at most the sum of theirs")
 
 
 def _kinds(measurement: Measurement, tokens: pd.DataFrame) -> list[str]:
@@ -171,7 +187,8 @@ def _folds(measurement: Measurement) -> int:
 def influential_tokens(measurement: Measurement) -> pd.DataFrame | None:
     """The batch's tokens that have an influence on the primary quantity, in their order; None without.
 
-    Columns: those of ``update_tokens.parquet`` and ``influence_tokens.parquet``, and ``advantage``.
+    Columns: those of ``update_tokens.parquet`` and ``influence_tokens.parquet``, ``advantage``, and
+    ``fold K`` with the deviations of ``influence_token_folds.parquet``, where there are any.
     """
     batch, tokens, influences = measurement.update, measurement.update_tokens, measurement.influence_tokens
     if batch is None or tokens is None or influences is None or not len(influences.influence):
@@ -184,8 +201,17 @@ def influential_tokens(measurement: Measurement) -> pd.DataFrame | None:
     if rows.empty:
         return None
     place = ["sequence_id", "position"]
-    known = tokens.to_pandas().merge(rows[[*place, "influence", "stderr", "shrunk"]], on=place)
+    rows = rows[[*place, "influence", "stderr", "shrunk"]]
+    if (folds := measurement.influence_token_folds) is not None and folds.folds:
+        beside = folds.to_pandas()
+        beside = beside[(beside.quantity == quantity) & (beside.through == way)]
+        rows = rows.merge(beside.drop(columns=["quantity", "through"]).rename(columns=_fold_column), on=place)
+    known = tokens.to_pandas().merge(rows, on=place)
     return known.assign(advantage=advantages(known, batch)).sort_values(place, ignore_index=True)
+
+
+def _fold_column(name: str) -> str:
+    return f"{_FOLD}{name}" if name.isdigit() else name
 
 
 def advantages(tokens: pd.DataFrame, batch: Rollouts) -> Any:
@@ -201,9 +227,7 @@ def advantages(tokens: pd.DataFrame, batch: Rollouts) -> Any:
 def top_tokens(measurement: Measurement, most: int, sign: int) -> list[TopToken]:
     """The tokens that lower (sign -1) or raise (1) the quantity most, merged over prompt, prefix and token.
 
-    They come in the order of their values; the largest of many are overestimated. A token that stands several
-    times after the same prompt and prefix has the same influence each time but for its advantage, so that
-    errors add up.
+    They come in the order of their values; the largest of many are overestimated.
 
     Args:
         measurement: with influences of tokens.
@@ -218,25 +242,19 @@ def top_tokens(measurement: Measurement, most: int, sign: int) -> list[TopToken]
         measurement.change.points[0].linear.unit if measurement.change and measurement.change.points else ""
     )
     keys = _contexts(tokens, batch)
-    sums = tokens.groupby(keys, sort=False)[["influence", "stderr"]].sum()
-    chosen = sums[np.sign(sums.influence) == sign]
-    chosen = chosen.iloc[np.argsort(-sign * chosen.influence.to_numpy(), kind="stable")[:most]]
+    sums = tokens.groupby(keys, sort=False).influence.sum()
+    chosen = sums[np.sign(sums) == sign]
+    chosen = chosen.iloc[np.argsort(-sign * chosen.to_numpy(), kind="stable")[:most]]
     total, folds = float(tokens.influence.abs().sum()), _folds(measurement)
     texts = measurement.update_tokens.to_pandas() if measurement.update_tokens else tokens
     found = []
-    for key, row in chosen.iterrows():
+    for key, summed in chosen.items():
         own = tokens[keys == key]
         places = [(int(i), int(k)) for i, k in zip(own.sequence_id, own.position, strict=True)]
         response = texts[texts.sequence_id == places[0][0]].sort_values("position")
         token, before, after = _around(response, places[0][1])
-        value = Estimate(
-            float(row.influence) * lr,
-            float(row.stderr) * lr,
-            folds,
-            unit,
-            "first-order influence times the learning rate, errors over folds of the probe",
-        )
-        share = abs(float(row.influence)) / total if total else math.nan
+        value = _together(own, folds, unit).scaled(lr)
+        share = abs(float(summed)) / total if total else math.nan
         found.append(TopToken(token, before, after, places, value, share))
     return found
 

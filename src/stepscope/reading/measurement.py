@@ -19,7 +19,12 @@ from stepscope.results.brief import html_figures
 from stepscope.results.change import Changes
 from stepscope.results.criteria import Criteria, CriteriaTokens, Pareto
 from stepscope.results.curvature import CurvatureReport
-from stepscope.results.influence import InfluenceSequences, InfluenceTokens, Reliabilities
+from stepscope.results.influence import (
+    InfluenceSequences,
+    InfluenceTokenFolds,
+    InfluenceTokens,
+    Reliabilities,
+)
 from stepscope.results.kernel import KernelReport
 from stepscope.results.mismatch import SamplerReport
 from stepscope.results.noise import NoiseScales
@@ -101,6 +106,11 @@ class Measurement(Folder):
     def influence_tokens(self) -> InfluenceTokens | None:
         """Influence of the update batch's tokens."""
         return self.stored(InfluenceTokens, "influence_tokens.parquet")
+
+    @cached_property
+    def influence_token_folds(self) -> InfluenceTokenFolds | None:
+        """What each fold of the probe says of the influence of the update batch's tokens."""
+        return self.stored(InfluenceTokenFolds, "influence_token_folds.parquet")
 
     @cached_property
     def reliability(self) -> Reliabilities | None:

@@ -132,3 +132,28 @@ class InfluenceTokens(Table):
     influence: FloatArray
     stderr: FloatArray
     shrunk: FloatArray
+
+
+@dataclass(frozen=True, repr=False)
+class InfluenceTokenFolds(Table):
+    """``influence_token_folds.parquet``: how far each fold of the probe is from the whole, token by token.
+
+    The rows are those of ``influence_tokens.parquet``, in their order. Errors of tokens are correlated, since
+    all are judged by one probe: a sum over tokens has its error from the sums of their deviations d_g,
+
+        stderr^2 = G/(G-1) sum_g (sum over tokens of d_g)^2      over G folds, G - 1 degrees of freedom.
+
+    Attributes:
+        sequence_id: its sequence.
+        position: from 0 in the response.
+        quantity: the quantity.
+        through: ``fixed`` or ``optimizer``.
+        folds: by fold g: share_g (x_g - x), with x_g the influence from this fold of the probe prompts alone,
+            share_g its share of the probe and x the influence; they add up to 0. None with a single fold.
+    """
+
+    sequence_id: IntArray
+    position: IntArray
+    quantity: TextArray
+    through: TextArray
+    folds: Mapping[str, FloatArray]

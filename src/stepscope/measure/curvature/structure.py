@@ -16,7 +16,7 @@ from stepscope.intervals import FEWEST
 from stepscope.measure.curvature.pairs import Folded, PairKernel
 from stepscope.results import FloatArray, IntArray
 from stepscope.results.curvature import HeldOutSpectrum, PairReport, PairSums
-from stepscope.stats import Estimate, estimate_from_sums, jackknife, leave_out
+from stepscope.stats import Estimate, errors_from_sums, estimate_from_sums, jackknife, leave_out
 
 Linear = Callable[[FloatArray], FloatArray]
 """A linear function of the rows of a kernel: (..., row, element) to (...)."""
@@ -110,9 +110,7 @@ def row_sums(kernel: PairKernel) -> tuple[FloatArray, FloatArray]:
     """
     rows = [*range(kernel.rows.prompts.stop), *range(kernel.rows.parts.start, kernel.rows.parts.stop)]
     sums = kernel.whole.sums[:, rows].sum(1)
-    count = len(sums)
-    error = np.sqrt(count / (count - 1) * (sums**2).sum(0)) if count > 1 else np.full(sums.shape[1], np.nan)
-    return kernel.whole.value[rows].sum(0), error
+    return kernel.whole.value[rows].sum(0), errors_from_sums(sums)
 
 
 def _squares(kernel: PairKernel) -> tuple[dict[str, Estimate], Estimate]:

@@ -52,8 +52,8 @@ from stepscope.policy.optim.base import THROUGHS, Through
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.results import Brief, FloatArray, IntArray, Rollouts
-from stepscope.results.influence import InfluenceSequences, InfluenceTokens
-from stepscope.stats import Estimate, estimate_from_sums
+from stepscope.results.influence import InfluenceSequences, InfluenceTokenFolds, InfluenceTokens
+from stepscope.stats import Estimate, errors_from_sums, estimate_from_sums
 
 NUM_FOLDS = 8
 """Folds of the probe prompts by default: 35 ways to halve them, seven degrees of freedom for an error."""
@@ -156,11 +156,13 @@ class Influence(Brief):
         stderr^2 = G/(G-1) sum_g share_g^2 (x_g - x)^2 over G folds, for a given update batch. From eight
         folds the error itself is known to a quarter or so.
         """
-        count = len(self.fold_tokens)
-        if count < 2:
-            return np.full(self.fold_tokens.shape[1], np.nan)
+        return errors_from_sums(self.fold_deviations)
+
+    @property
+    def fold_deviations(self) -> FloatArray:
+        """(fold, tok) share_g (x_g - x): what each fold adds to the errors of sums over tokens."""
         away = self.folds.shares[:, None] * (self.fold_tokens - self.update.flat(self.tokens))
-        return np.asarray(np.sqrt(count / (count - 1) * (away**2).sum(0)), dtype=np.float64)
+        return np.asarray(away, dtype=np.float64)
 
     @property
     def fold_sequences(self) -> FloatArray:
@@ -205,6 +207,18 @@ class Influence(Brief):
             influence=self.update.flat(self.tokens),
             stderr=self.token_stderr,
             shrunk=np.full(rows, math.nan) if shrunk is None else shrunk,
+        )
+
+    def fold_rows(self) -> InfluenceTokenFolds:
+        """What the folds of the probe say of the tokens of :meth:`token_rows`; none of a single one."""
+        sequence, position = self.update.places
+        away = self.fold_deviations
+        return InfluenceTokenFolds(
+            sequence_id=sequence,
+            position=position,
+            quantity=np.full(len(sequence), self.quantity, dtype=np.object_),
+            through=np.full(len(sequence), self.through, dtype=np.object_),
+            folds={str(g): row for g, row in enumerate(away)} if len(away) > 1 else {},
         )
 
 

@@ -30,6 +30,7 @@ from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import Brief, FloatArray, IntArray, Rollouts
+from stepscope.stats import errors_from_sums
 
 
 @dataclass(frozen=True, repr=False)
@@ -105,11 +106,9 @@ class ProbeGradient:
             Both (item,); nan with fewer than two groups.
         """
         residual = self.residuals(products)
-        count = len(residual)
-        if count < 2:
-            nothing = np.full(residual.shape[1], np.nan)
-            return nothing, nothing
-        stderr = np.sqrt(count / (count - 1) * (residual**2).sum(0))
+        stderr = errors_from_sums(residual)
+        if len(residual) < 2:
+            return stderr, stderr
         return stderr, np.where(stderr > 0, studentised(residual), 0.0) * stderr
 
     def _residuals(self) -> FloatArray:

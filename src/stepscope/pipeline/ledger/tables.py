@@ -9,6 +9,7 @@ import numpy as np
 from stepscope.measure.ledger.entries import Entries
 from stepscope.results import FloatArray
 from stepscope.results.ledger import LedgerFolds, LedgerSteps, LedgerTokenFolds, LedgerTokens
+from stepscope.stats import errors_from_sums
 
 
 def token_rows(entries: Entries, labels: Sequence[str], shares: FloatArray) -> LedgerTokens:
@@ -25,10 +26,7 @@ def token_rows(entries: Entries, labels: Sequence[str], shares: FloatArray) -> L
     errors = []
     for own, value in zip(shares, whole, strict=True):
         chosen = own > 0
-        folds = int(chosen.sum())
-        away = own[chosen, None] * (entries.whole[chosen] - value)
-        spread = np.sqrt(folds / (folds - 1) * (away**2).sum(0)) if folds > 1 else np.full(rows, np.nan)
-        errors.append(spread)
+        errors.append(errors_from_sums(own[chosen, None] * (entries.whole[chosen] - value)))
     return LedgerTokens(
         step=np.full(count * rows, entries.number, dtype=np.int64),
         sequence_id=np.tile(sequence, count),

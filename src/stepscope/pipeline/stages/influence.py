@@ -10,7 +10,12 @@ from stepscope.measure.step.nonlinear import neglected_part
 from stepscope.pipeline.stages.plan import PROBE, STEP, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
 from stepscope.policy.rollouts import sample_responses
-from stepscope.results.influence import InfluenceSequences, InfluenceTokens, Reliabilities
+from stepscope.results.influence import (
+    InfluenceSequences,
+    InfluenceTokenFolds,
+    InfluenceTokens,
+    Reliabilities,
+)
 from stepscope.stats import Estimate
 
 OWN_PROMPTS_SEED = 2**31
@@ -21,7 +26,12 @@ _SUMS = {"fixed": "influence_sequences", "optimizer": "influence_sequences_optim
 
 @stage(
     reads=(*UPDATE, *PROBE, *STEP),
-    writes=("influence_sequences.parquet", "influence_tokens.parquet", "reliability.json"),
+    writes=(
+        "influence_sequences.parquet",
+        "influence_tokens.parquet",
+        "influence_token_folds.parquet",
+        "reliability.json",
+    ),
     config=("quantities", "baseline", "own_prompts", "task", "reference", "batch_size"),
 )
 def influence(session: Session) -> Figures:
@@ -37,6 +47,10 @@ def influence(session: Session) -> Figures:
     runs.write_record(
         session.run.file("influence_tokens.parquet"),
         InfluenceTokens.joined([way.token_rows(s) for way, s in zip(every, beside, strict=True)]),
+    )
+    runs.write_record(
+        session.run.file("influence_token_folds.parquet"),
+        InfluenceTokenFolds.joined([way.fold_rows() for way in every]),
     )
     sure = {(w.quantity, w.through): reliabilities(w, session.probe.num_prompts) for w in every}
     reliability = Reliabilities(
