@@ -116,9 +116,11 @@ def test_zero_variance_batch(checkpoint, out):
     """Sums of four long terms: never right after this training, and no reward for the format."""
     task = "arithmetic:terms=4,digits=3,ops=+"
     reward = "loss.format_weight=0.0"
-    line = refused("measure", checkpoint, "--task", task, "--out", out, reward, *SMALL, out=out)
+    line = refused("measure", checkpoint, "--task", task, "--out", out, reward, *SMALL)
     assert "zero variance" in line
     assert "larger groups" in line
+    assert "no answer found where tags looks" in line
+    assert [file.name for file in out.iterdir()] == ["example.json"], "and no run"
 
 
 def test_probe_and_update_sharing_samples(checkpoint, out, tmp_path):

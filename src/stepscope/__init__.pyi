@@ -60,6 +60,7 @@ from .results.noise import NoiseScales as NoiseScales
 from .rules import TokenFacts as TokenFacts
 from .stats import Estimate as Estimate
 from .tasks import Task as Task
+from .tasks import load_prompts as load_prompts
 from .tasks import load_task as load_task
 from .training.probe.callback import StepProbe as StepProbe
 from .training.record.callback import StepRecorder as StepRecorder

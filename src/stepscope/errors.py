@@ -52,6 +52,19 @@ class BatchError(StepscopeError):
     """An update or probe batch cannot carry the measurement asked of it."""
 
 
+class RewardError(BatchError):
+    """Rewards cannot be had, or make no step; the message shows one response with its prompt and its grade.
+
+    Args:
+        message: what is wrong.
+        example: the response, as :mod:`stepscope.tasks.example` keeps it, or None where there is none.
+    """
+
+    def __init__(self, message: str, example: object = None) -> None:
+        super().__init__(message if example is None else f"{message}. For example: {example}")
+        self.example = example
+
+
 class MeasurementError(StepscopeError):
     """The measurement asked for does not exist for this policy or these settings."""
 

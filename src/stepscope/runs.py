@@ -40,6 +40,8 @@ PROVENANCE = "provenance.json"
 LOCK = ".lock"
 PROFILE, TRACE = "profile.json", "profile_trace.json"
 """Of the last call that was asked for them; nothing reads them."""
+EXAMPLE = "example.json"
+"""What a failed stage leaves for the user to look at; it makes no run of the folder."""
 PARTS = "_parts"
 """End of the name of a run folder whose result is a file beside it: ``eval_parts`` for ``eval.parquet``."""
 BESIDE = "beside"
@@ -136,8 +138,8 @@ def check_version(folder: Path) -> None:
 def unsealed(folder: Path) -> list[Path]:
     """Data files in a folder and below whose content no record vouches for."""
     files = sorted(f for kind in ("json", "parquet", "safetensors") for f in folder.rglob(f"*.{kind}"))
-    told = (PROVENANCE, PROFILE, TRACE)
-    return [f for f in files if f.name not in told and f.name not in _digests(f.parent)]
+    told = (PROVENANCE, PROFILE, TRACE, EXAMPLE)
+    return [f for f in files if not f.name.endswith(told) and f.name not in _digests(f.parent)]
 
 
 def _digests(folder: Path) -> dict[str, list[str]]:
@@ -337,7 +339,7 @@ class RunFolder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise RunFolderError(f"{self.path}: is a file; choose another folder with --out")
-        names = {p.name for p in self.path.iterdir()} - {LOCK} if self.path.is_dir() else set()
+        names = {p.name for p in self.path.iterdir()} - {LOCK, EXAMPLE} if self.path.is_dir() else set()
         if all(name in (CONFIG, PROVENANCE) or name.endswith(".partial") for name in names) and not (
             PROVENANCE in names and self.provenance()["stages"]
         ):
@@ -515,9 +517,9 @@ class RunFolder:
             else:
                 partial.unlink()
         names = {p.name for p in self.path.iterdir()}
-        kept = names - {LOCK}
+        kept = names - {LOCK, EXAMPLE}
         if kept <= {CONFIG, PROVENANCE} and not (PROVENANCE in kept and self.provenance()["stages"]):
             for name in kept:
                 (self.path / name).unlink()
-            if LOCK not in names:
+            if names.isdisjoint((LOCK, EXAMPLE)):
                 self.path.rmdir()

@@ -11,8 +11,11 @@ from stepscope.cli.options import (
     Device,
     Overrides,
     Precision,
+    Prompts,
     Resume,
+    Reward,
     TaskSpec,
+    TemplateFile,
     first_or_override,
 )
 from stepscope.processes import said_once
@@ -27,6 +30,9 @@ def evaluate(
     ] = None,
     overrides: Overrides = None,
     task: TaskSpec = None,
+    prompts: Prompts = None,
+    reward: Reward = None,
+    template: TemplateFile = None,
     out: Annotated[
         str | None,
         typer.Option("--out", metavar="FILE", help="Parquet file; default: eval.parquet in the run folder."),
@@ -40,7 +46,8 @@ def evaluate(
     from stepscope.config import EvalConfig, load_config
 
     source, rest = first_or_override(source, overrides)
-    values = {"source": source, "task": task, "out": out, "precision": precision, "device": device}
+    values = {"source": source, "out": out, "precision": precision, "device": device}
+    values |= {"task": task, "prompts": prompts, "reward": reward, "template": template}
     with said_once():
         settings = load_config(EvalConfig, config, rest, values)
     from stepscope.pipeline import run_eval

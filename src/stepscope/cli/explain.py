@@ -7,7 +7,16 @@ from typing import Annotated
 
 import typer
 
-from stepscope.cli.options import ConfigFile, Device, Overrides, Precision, TaskSpec
+from stepscope.cli.options import (
+    ConfigFile,
+    Device,
+    Overrides,
+    Precision,
+    Prompts,
+    Reward,
+    TaskSpec,
+    TemplateFile,
+)
 from stepscope.processes import said_once
 
 
@@ -17,6 +26,9 @@ def explain(
     ],
     overrides: Overrides = None,
     task: TaskSpec = None,
+    prompts: Prompts = None,
+    reward: Reward = None,
+    template: TemplateFile = None,
     minutes: Annotated[
         float, typer.Option("--minutes", help="What it may take; batches are sized for it.", min=0.1)
     ] = 5.0,
@@ -42,7 +54,8 @@ def explain(
     where = Path(checkpoint).resolve()
     run = where.parent.parent if where.parent.name == "checkpoints" else where.parent
     out = out or str(Path("runs", "explain", f"{run.name}-{where.name}"))
-    values = {"checkpoint": checkpoint, "task": task, "out": out, "precision": precision, "device": device}
+    values = {"checkpoint": checkpoint, "out": out, "precision": precision, "device": device}
+    values |= {"task": task, "prompts": prompts, "reward": reward, "template": template}
     with said_once():
         settings = load_config(MeasureConfig, config, overrides or [], values)
     given = {name for name in ("update", "probe") for text in overrides or [] if text.startswith(f"{name}.")}

@@ -11,8 +11,11 @@ from stepscope.cli.options import (
     Device,
     Overrides,
     Precision,
+    Prompts,
     Resume,
+    Reward,
     TaskSpec,
+    TemplateFile,
     first_or_override,
     split,
 )
@@ -25,6 +28,9 @@ def measure(
     ] = None,
     overrides: Overrides = None,
     task: TaskSpec = None,
+    prompts: Prompts = None,
+    reward: Reward = None,
+    template: TemplateFile = None,
     out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="Run folder.")] = None,
     stages: Annotated[
         str | None,
@@ -81,6 +87,9 @@ def measure(
     values: dict[str, Any] = {
         "checkpoint": checkpoint,
         "task": task,
+        "prompts": prompts,
+        "reward": reward,
+        "template": template,
         "out": out,
         "stages": split(stages),
         "quantities": split(quantity),

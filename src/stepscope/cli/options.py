@@ -21,6 +21,30 @@ TaskSpec = Annotated[
         help="arithmetic, gsm8k, gsm8k:DIR, rg:NAME or jsonl:FILE; default: the task of the training.",
     ),
 ]
+Prompts = Annotated[
+    str | None,
+    typer.Option(
+        "--prompts",
+        metavar="FILE",
+        help="The run's own prompts in place of a task: JSON lines, parquet or CSV with a column prompt.",
+    ),
+]
+Reward = Annotated[
+    str | None,
+    typer.Option(
+        "--reward",
+        metavar="MODULE:FUNCTION",
+        help="The run's own reward function, as TRL calls it; your code, imported from this folder and run.",
+    ),
+]
+TemplateFile = Annotated[
+    str | None,
+    typer.Option(
+        "--template",
+        metavar="FILE|TEXT",
+        help="What prompts are asked in: a text with {prompt}, or a file of it or of a chat template.",
+    ),
+]
 Precision = Annotated[
     str | None,
     typer.Option("--precision", help="float32 (default), float64 or bfloat16.", show_default=False),

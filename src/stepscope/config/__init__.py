@@ -15,6 +15,7 @@ from stepscope.config.loading import (
 )
 from stepscope.config.measure import (
     STAGES,
+    Asking,
     BatchConfig,
     CriteriaConfig,
     CurvatureConfig,
@@ -42,6 +43,7 @@ from stepscope.config.what_if import WhatIfConfig
 
 __all__ = [
     "STAGES",
+    "Asking",
     "BatchConfig",
     "CriteriaConfig",
     "CurriculumConfig",

@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from stepscope.config.base import Section
-from stepscope.config.measure import LossConfig, Precision
+from stepscope.config.measure import Asking, Precision
 from stepscope.config.sampler import SamplerConfig
 
 
@@ -15,11 +14,10 @@ def _one_and_eight() -> list[int]:
     return [1, 8]
 
 
-class EvalSettings(Section):
+class EvalSettings(Asking):
     """How checkpoints are evaluated.
 
     Attributes:
-        task: specification of the task, or null for the one the checkpoint was trained on.
         num_prompts: prompts.
         samples_per_prompt: responses per prompt.
         seed: of prompts and sampling.
@@ -34,10 +32,8 @@ class EvalSettings(Section):
         batch_size: most sequences per forward pass, fewer where the memory at hand does not hold them, or
             ``auto``: as many as it holds (at most 64 on a CPU). The responses do not depend on it.
         device: torch device, or null for a GPU where there is one.
-        loss: sampling settings for a checkpoint that does not carry its own.
     """
 
-    task: str | None = None
     num_prompts: int = Field(default=128, ge=2)
     samples_per_prompt: int = Field(default=8, ge=1)
     seed: int = Field(default=0, ge=0)
@@ -50,7 +46,6 @@ class EvalSettings(Section):
     precision: Precision = "float32"
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     device: str | None = None
-    loss: LossConfig = LossConfig()
 
     @model_validator(mode="after")
     def _enough_samples(self) -> EvalSettings:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from stepscope.config.base import Section
-from stepscope.config.measure import LossConfig, Precision, ProbeConfig, known_quantity
+from stepscope.config.measure import Asking, Precision, ProbeConfig, known_quantity
 
 FIXED = "_fixed_prefix"
 """End of the name of a quantity that is taken at the prefixes of the start."""
@@ -44,7 +44,7 @@ class KinshipConfig(Section):
     tokens: int = Field(default=512, ge=32, le=4096)
 
 
-class LedgerConfig(Section):
+class LedgerConfig(Asking):
     """Configuration of ``stepscope ledger``.
 
     Attributes:
@@ -67,12 +67,10 @@ class LedgerConfig(Section):
         baseline: of the gradient estimator, a rung of the ladder or ``best``.
         kinship: split what the tokens did to the entropy by what they acted on, or null for not.
         checkpoint: of the training, for the model and its tokenizer; null for the first in the run.
-        task: specification of the task, or null for that of the training.
         precision: floating-point type of the measurement.
         batch_size: sequences per forward pass.
         device: torch device, or null for a GPU where there is one.
         memory: budget for gradients that are kept, in GiB; activations of a micro-batch come on top.
-        loss: sampling settings for a checkpoint that does not carry its own.
     """
 
     run: str
@@ -89,12 +87,10 @@ class LedgerConfig(Section):
     baseline: Literal["best", "none", "current", "position", "ridge"] = "position"
     kinship: KinshipConfig | None = None
     checkpoint: str | None = None
-    task: str | None = None
     precision: Precision = "float32"
     batch_size: int = Field(default=64, ge=1)
     device: str | None = None
     memory: float = Field(default=4.0, gt=0)
-    loss: LossConfig = LossConfig()
 
     @field_validator("quantities", "through")
     @classmethod

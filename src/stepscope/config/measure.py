@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
@@ -150,6 +150,50 @@ class LossConfig(Section):
         return {name: value for name, value in self.model_dump().items() if value is not None}
 
 
+class Asking(Section):
+    """What is asked and what it earns: a task, or the prompts and the reward function of the run itself.
+
+    Attributes:
+        task: specification of the task, or null for the one the checkpoint was trained on.
+        prompts: file with the prompts of the run (JSON lines, parquet, CSV) in place of a task: a column
+            ``prompt``, a text that is asked as it stands or a chat's messages, and what the reward function
+            takes; or null.
+        reward: ``module:function`` of the user's own that grades responses as TRL calls it,
+            ``reward(prompts, completions, **columns) -> list[float]``, imported from the working directory;
+            or null for the task's grader, and of ``prompts`` for their column ``answer``.
+        template: what prompts are asked in: a text with ``{prompt}``, or the file of one or of a chat
+            template, which takes the place of the tokenizer's; or null.
+        loss: loss and sampling settings for a checkpoint that does not carry its own.
+    """
+
+    task: str | None = None
+    prompts: str | None = None
+    reward: str | None = None
+    template: str | None = None
+    loss: LossConfig = LossConfig()
+
+    @field_validator("reward")
+    @classmethod
+    def _a_function(cls, value: str | None) -> str | None:
+        if value is not None and not all(value.partition(":")):
+            raise ValueError(f"expected module:function, got {value!r}")
+        return value
+
+    @model_validator(mode="after")
+    def _asked_once(self) -> Self:
+        if self.prompts is not None and self.task is not None:
+            raise ValueError(
+                "task and prompts are both given, and prompts take the place of a task; leave one out"
+            )
+        whole = "template" if self.template is not None else "prompts" if self.prompts else ""
+        if whole and self.loss.prompt_template is not None:
+            raise ValueError(
+                f"loss.prompt_template and {whole} both say how prompts are asked; leave the first "
+                "out, and give template"
+            )
+        return self
+
+
 class ValidationConfig(Section):
     """How influence is held against re-made steps (``measure --validate``).
 
@@ -208,11 +252,10 @@ class CriteriaConfig(Section):
         return value
 
 
-class MeasureSettings(Section):
+class MeasureSettings(Asking):
     """How a checkpoint is measured.
 
     Attributes:
-        task: specification of the task, or null for the one the checkpoint was trained on.
         update: the batch that makes the step.
         probe: the batch on which the change is measured.
         sampler: who draws the responses of both.
@@ -232,7 +275,6 @@ class MeasureSettings(Section):
         max_tokens: most padded tokens per forward pass, or null for what the memory at hand holds (in a study
             for no limit but ``batch_size``, since memories differ, and last bits with them).
         device: torch device, or null for a GPU where there is one.
-        loss: loss settings for a checkpoint that does not carry its own.
         resample: times the update batch is topped up to replace prompt groups without reward variance.
         validation: how influence is held against re-made steps, where the stage ``validation`` is run.
         memory: budget for gradients that are kept, in GiB; activations of a micro-batch come on top.
@@ -244,7 +286,6 @@ class MeasureSettings(Section):
         criteria: how criteria are ranked.
     """
 
-    task: str | None = None
     update: UpdateConfig = UpdateConfig()
     probe: ProbeConfig = ProbeConfig()
     sampler: SamplerConfig = SamplerConfig()
@@ -260,7 +301,6 @@ class MeasureSettings(Section):
     batch_size: int = Field(default=16, ge=1)
     max_tokens: int | None = Field(default=None, ge=1)
     device: str | None = None
-    loss: LossConfig = LossConfig()
     resample: int = Field(default=0, ge=0)
     validation: ValidationConfig = ValidationConfig()
     memory: float = Field(default=4.0, gt=0)

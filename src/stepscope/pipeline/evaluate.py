@@ -13,7 +13,7 @@ import torch
 
 from stepscope.config import EvalConfig
 from stepscope.console import say, say_result, timed
-from stepscope.errors import RunFolderError
+from stepscope.errors import RewardError, RunFolderError
 from stepscope.evaluation import (
     EvaluationRow,
     compared,
@@ -23,6 +23,7 @@ from stepscope.evaluation import (
     read_eval,
     write_eval,
 )
+from stepscope.pipeline.inputs.examples import say_if_nothing_earns, shown_and_kept
 from stepscope.pipeline.inputs.logged_prompts import prompt_conflict
 from stepscope.pipeline.inputs.policies import checkpoints_in, open_policy
 from stepscope.pipeline.inputs.samplers import make_sampler
@@ -37,7 +38,7 @@ from stepscope.policy.state import Policy
 from stepscope.report import evaluated, write_evaluation
 from stepscope.results import FloatArray
 from stepscope.results.evaluation import EvaluationChanges, companion, law_path
-from stepscope.runs import RunFolder, locked, verified, write_record
+from stepscope.runs import EXAMPLE, RunFolder, locked, verified, write_record
 from stepscope.tasks import TemplatedTask
 
 LAW_CHECKPOINTS = 4
@@ -59,6 +60,9 @@ def run_eval(config: EvalConfig, *, resume: bool = False) -> Path:
         config: what to evaluate, how, and where to.
         resume: go on where an earlier call stopped; what it finished is not sampled again, and new
             checkpoints and profiles are added.
+
+    Where rewards are at fault, one response with its prompt and grade is shown and kept in
+    ``eval_example.json``.
 
     Returns:
         The table.
@@ -103,15 +107,18 @@ def evaluate_all(config: EvalConfig, out: Path, *, resume: bool) -> None:
     usable_device(config.device)
     checkpoints = checkpoints_in(Path(config.source))
     folder = companion(out, "parts")
-    parts = RunFolder(folder)
+    parts, example = RunFolder(folder), companion(out, EXAMPLE)
     with main_only(lambda: locked(folder)):
         if current().is_main:
             source = {"source": str(Path(config.source).resolve())}
             plain = config.model_dump(mode="json")
             RunFolder.open(folder, plain, verb="eval", resume=resume, ignore=MAY_DIFFER, extra=source)
-            hold_data(parts, _tasks(config, checkpoints))
+            hold_data(parts, _tasks(config, checkpoints), config)
+            example.unlink(missing_ok=True)
         try:
-            found = [_evaluate_checkpoint(config, checkpoint, parts) for checkpoint in checkpoints]
+            found = [_evaluate_checkpoint(config, c, parts, example) for c in checkpoints]
+        except RewardError as error:
+            raise shown_and_kept(error, example) from error
         finally:
             if current().is_main:
                 parts.clean_up()
@@ -148,7 +155,9 @@ def _write_tables(
 
 
 def _tasks(config: EvalConfig, checkpoints: Sequence[Path]) -> list[TemplatedTask]:
-    """The tasks to be asked: the one of the configuration, or those of the trainings."""
+    """The tasks to be asked, of the configuration or of the trainings; none where prompts are given."""
+    if config.prompts is not None:
+        return []
     known = [] if config.task else [read_settings(c, overrides=config.loss.given()) for c in checkpoints]
     tasks = tasks_of([config.task or "", *(settings.task for settings in known)])
     for task in tasks:
@@ -165,10 +174,10 @@ def _max_sequences(config: EvalConfig) -> int:
 
 
 def _evaluate_checkpoint(
-    config: EvalConfig, checkpoint: Path, parts: RunFolder
+    config: EvalConfig, checkpoint: Path, parts: RunFolder, example: Path
 ) -> tuple[EvaluationRow, list[EvaluationRow]]:
     """The row of a checkpoint as it is, and those of its profiles; each from its part if that is finished."""
-    loaded = _Loaded(config, checkpoint)
+    loaded = _Loaded(config, checkpoint, example)
     try:
         return _rows(loaded, parts)
     finally:
@@ -219,9 +228,10 @@ def _read_part(file: Path) -> EvaluationRow:
 class _Loaded:
     """A checkpoint, loaded once something of it is to be sampled."""
 
-    def __init__(self, config: EvalConfig, checkpoint: Path) -> None:
+    def __init__(self, config: EvalConfig, checkpoint: Path, example: Path) -> None:
         self.config = config
         self.checkpoint = checkpoint
+        self.example = example
 
     @cached_property
     def policy(self) -> Policy:
@@ -236,7 +246,7 @@ class _Loaded:
 
     @cached_property
     def task(self) -> TemplatedTask:
-        task = open_task(self.config.task, self.policy)
+        task = open_task(self.config.task, self.policy, own=self.config)
         if conflict := prompt_conflict(self.policy, task):
             say(f"warning: {conflict}")
         return task
@@ -248,7 +258,7 @@ class _Loaded:
 
     def evaluate(self, temperature: float | None, top_p: float, responses: Path) -> EvaluationRow:
         config = self.config
-        return evaluate(
+        row = evaluate(
             self.policy,
             self.task,
             num_prompts=config.num_prompts,
@@ -262,6 +272,9 @@ class _Loaded:
             responses=responses,
             budget=Budget(max_sequences=_max_sequences(config), progress=True),
         )
+        if current().is_main and not self.example.exists():
+            say_if_nothing_earns(row, self.task, responses, self.example)
+        return row
 
 
 def _per_prompt(rows: Sequence[EvaluationRow]) -> tuple[FloatArray, FloatArray, FloatArray]:

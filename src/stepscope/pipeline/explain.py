@@ -130,7 +130,7 @@ def _as_before(config: MeasureConfig, run: RunFolder, fixed: frozenset[str]) -> 
 def _seconds_each(session: Session) -> float:
     """Seconds that a sequence takes over all stages, by a trial on a few prompts of the probe's split."""
     config, policy = session.config, session.policy
-    task, seed, split = open_task(config.task, policy), config.probe.seed, config.probe.split
+    task, seed, split = open_task(config.task, policy, own=config), config.probe.seed, config.probe.split
     found = 0.0
     for number in PILOT:
         begin = time.monotonic()

@@ -10,7 +10,8 @@ from typing import Any
 
 from stepscope.config import MeasureConfig, Stage
 from stepscope.console import say, say_result
-from stepscope.errors import ConfigError, MeasurementError, RunFolderError
+from stepscope.errors import ConfigError, MeasurementError, RewardError, RunFolderError
+from stepscope.pipeline.inputs.examples import shown_and_kept
 from stepscope.pipeline.inputs.fitness import findings, left_out
 from stepscope.pipeline.inputs.logged_prompts import prompt_conflict
 from stepscope.pipeline.inputs.tasks import hold_data
@@ -23,12 +24,12 @@ from stepscope.pipeline.together import main_only, together
 from stepscope.policy.checkpoint.load import checkpoint_digest
 from stepscope.policy.checkpoint.models import usable_device
 from stepscope.policy.group import current, launched
-from stepscope.policy.loss.own import own_source
+from stepscope.policy.loss.own import own_loss_source
 from stepscope.policy.profiler import Profiler, profiled_stage, profiling
 from stepscope.policy.state import Policy
 from stepscope.report import measured
 from stepscope.results.files import whole
-from stepscope.runs import PROFILE, PROVENANCE, TRACE, RunFolder, locked, write_record
+from stepscope.runs import EXAMPLE, PROFILE, PROVENANCE, TRACE, RunFolder, locked, write_record
 
 HERE_ONLY = ("stages", "out", "memory", "max_tokens", "scratch", "profile", "shard")
 """Keys of the configuration that say how a call measures, and not what."""
@@ -40,8 +41,9 @@ def run_measure(
     """Measure what a checkpoint's next step does; leaves the files of DESIGN 5.3.
 
     A finished stage is repeated only where it is stale: what it has read (artifacts of other stages, keys of
-    the configuration) is no longer what it was. If nothing could be finished, nothing is left behind. Several
-    processes that were started together (torchrun) measure together, and the first one keeps the folder.
+    the configuration) is no longer what it was. If nothing could be finished, nothing is left behind, but for
+    ``example.json`` where rewards are at fault: a response with its prompt and grade. Several processes that
+    were started together (torchrun) measure together, and the first one keeps the folder.
 
     Args:
         config: what to measure, how, and where to.
@@ -105,6 +107,8 @@ def measure_into(
     try:
         for stage in due:
             _run_stage(session, stage, plain, wanted=stage in wanted)
+    except RewardError as error:
+        raise shown_and_kept(error, run.file(EXAMPLE)) from error
     finally:
         if current().is_main:
             run.clean_up()
@@ -131,7 +135,7 @@ def _begin(
     """Make the run folder, or see whether the one that is there is still of this checkpoint and task."""
     config, run = session.config, session.run
     digest = checkpoint_digest(Path(config.checkpoint)) if session.has_policy else None
-    loss = own_source(session.policy.settings.loss_type) if session.has_policy else None
+    loss = own_loss_source(session.policy.settings.loss_type) if session.has_policy else None
     RunFolder.open(
         run.path,
         plain,
@@ -156,9 +160,10 @@ def _begin(
             f"{run.path}: the file of the loss {loss['name']} has changed since this run was started; choose "
             "another folder with --out"
         )
+    run.file(EXAMPLE).unlink(missing_ok=True)
     run.renew_config({key: plain[key] for key in may_differ if key not in HERE_ONLY})
     if session.has_policy:
-        hold_data(run, [session.task])
+        hold_data(run, [session.task], config)
 
 
 def _run_stage(session: Session, stage: Stage, config: Mapping[str, Any], *, wanted: bool) -> None:

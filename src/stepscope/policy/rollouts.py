@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stepscope.errors import BatchError, CheckpointError, MeasurementError, shown
+from stepscope.errors import BatchError, CheckpointError, MeasurementError, RewardError, shown
 from stepscope.policy.forward import TokenBatch, base_model, forward
 from stepscope.policy.group import current
 from stepscope.policy.loss.estimators import with_advantages
@@ -23,8 +23,8 @@ from stepscope.policy.texts import ResponseText
 from stepscope.results import FloatArray, Rollouts, same_text
 from stepscope.rules import InfluenceClipping
 from stepscope.tasks.formats.prompts import Prompt, encode_prompt
-from stepscope.tasks.load import asked_through
-from stepscope.tasks.problem import Problem, Task
+from stepscope.tasks.load import asked_through, example_in, scored
+from stepscope.tasks.problem import Chat, Problem, Task, Written
 
 SAMPLING = Budget(max_sequences=64)
 
@@ -128,10 +128,11 @@ def sample_rollouts(
         if missing == 0:
             break
     if missing:
-        raise BatchError(
+        raise RewardError(
             f"{missing} of {num_prompts} prompt groups still have no reward variance after "
             f"{options.resample} rounds of resampling; use a larger group, a higher temperature or a "
-            "task the policy solves sometimes"
+            "task the policy solves sometimes",
+            example_in(task, _assemble(policy, groups[0])),
         )
     rollouts = _assemble(policy, [sequence for group in kept for sequence in group])
     rollouts.refuse_ungraded()
@@ -297,28 +298,40 @@ def _sample_groups(
     budget: Budget,
 ) -> list[list[_Sequence]]:
     """``group_size`` scored responses to each problem."""
-    prompts = [_prompt(policy, task, problem) for problem in problems]
+    asked = [task.prompt(problem, policy.tokenizer) for problem in problems]
+    prompts = [_prompt(policy, one) for one in asked]
     rows = [i for i in range(len(problems)) for _ in range(group_size)]
     responses = _drawn(policy, [prompts[i].token_ids for i in rows], generator, sampler, budget)
     ends = set(end_tokens(policy))
     read = response_text(policy)
-    found: dict[int, _Sequence] = {}
-    for row, drawn in responses.items():
-        problem, prompt, ids = problems[rows[row]], prompts[rows[row]], drawn.token_ids
-        text = read.whole(ids)
-        score = task.score(problem, text)
-        found[row] = _Sequence(
-            prompt_id=problem.prompt_id,
-            question=problem.question,
-            prompt=prompt.text,
-            prompt_token_ids=prompt.token_ids,
-            response=text,
-            response_token_ids=ids,
-            truncated=ids[-1] not in ends,
+    written = {
+        row: Written(
+            problem=problems[rows[row]],
+            asked=asked[rows[row]],
+            prompt=prompts[rows[row]].text,
+            prompt_ids=prompts[rows[row]].token_ids,
+            response=read.whole(drawn.token_ids),
+            token_ids=drawn.token_ids,
+            truncated=drawn.token_ids[-1] not in ends,
+        )
+        for row, drawn in responses.items()
+    }
+    scores = scored(task, list(written.values()), policy.tokenizer)
+    found = {
+        row: _Sequence(
+            prompt_id=one.problem.prompt_id,
+            question=one.problem.question,
+            prompt=one.prompt,
+            prompt_token_ids=tuple(one.prompt_ids),
+            response=one.response,
+            response_token_ids=tuple(one.token_ids),
+            truncated=one.truncated,
             reward=float(score.reward),
             correct=bool(score.correct),
-            engine_logprobs=drawn.logprobs,
+            engine_logprobs=responses[row].logprobs,
         )
+        for (row, one), score in zip(written.items(), scores, strict=True)
+    }
     groups: list[list[_Sequence]] = [[] for _ in problems]
     for row, sequence in current().merge(found).items():
         groups[rows[row]].append(sequence)
@@ -361,9 +374,9 @@ def _scored(
     return replace(rollouts, logprobs=logprobs, entropies=entropies)
 
 
-def _prompt(policy: Policy, task: Task, problem: Problem) -> Prompt:
-    """The prompt of a problem, its end where it is longer than allowed; refused where it does not fit."""
-    prompt = encode_prompt(task.prompt(problem, policy.tokenizer), policy.tokenizer)
+def _prompt(policy: Policy, asked: str | Chat) -> Prompt:
+    """A prompt's token ids, their end where it is longer than allowed; refused where it does not fit."""
+    prompt = encode_prompt(asked, policy.tokenizer)
     limit = policy.settings.max_prompt_tokens
     ids = prompt.token_ids if limit is None else prompt.token_ids[-limit:]
     _require_room(policy, len(ids))

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from stepscope.tasks.formats.templates import Template, load_template
-from stepscope.tasks.load import TemplatedTask, load_task
+from stepscope.tasks.load import TemplatedTask, load_prompts, load_task
 from stepscope.tasks.problem import Problem, Score, Task
 
-__all__ = ["Problem", "Score", "Task", "Template", "TemplatedTask", "load_task", "load_template"]
+__all__ = [
+    "Problem",
+    "Score",
+    "Task",
+    "Template",
+    "TemplatedTask",
+    "load_prompts",
+    "load_task",
+    "load_template",
+]

@@ -8,10 +8,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from stepscope.errors import TaskError
+import numpy as np
+
+from stepscope.errors import ConfigError, TaskError
+from stepscope.results import Rollouts
+from stepscope.tasks.example import Example
 from stepscope.tasks.formats.response import TAGS, AnswerFormat, load_answer_format
 from stepscope.tasks.formats.templates import (
     BOXED,
+    FIELD,
     HASH,
     LAST_NUMBER,
     PLAIN,
@@ -20,10 +25,13 @@ from stepscope.tasks.formats.templates import (
     Template,
     load_template,
 )
-from stepscope.tasks.problem import Chat, Problem, Score, Source, Task
+from stepscope.tasks.formats.wording import Wording, load_wording
+from stepscope.tasks.own_reward import OwnReward
+from stepscope.tasks.problem import SPLITS, Chat, Problem, Score, Source, Task, Written
 from stepscope.tasks.sources.arithmetic import Arithmetic
 from stepscope.tasks.sources.gsm8k import Gsm8k
 from stepscope.tasks.sources.jsonl import JsonLines
+from stepscope.tasks.sources.own import OwnPrompts
 from stepscope.tasks.sources.reasoning import ReasoningGym
 
 FORMS = {
@@ -46,6 +54,8 @@ class TemplatedTask:
         opening: think block that the prompt ends with, where the response begins; it depends on the chat
             template, see :func:`asked_through`.
         answer_format: where in a response its answer stands.
+        reward: a function of the user's that grades in place of the source, or None. What it returns is the
+            whole reward; from 1 on a response counts as correct.
     """
 
     spec: str
@@ -54,10 +64,19 @@ class TemplatedTask:
     format_weight: float = 0.0
     opening: str = ""
     answer_format: AnswerFormat = TAGS
+    reward: OwnReward | None = None
 
     def through(self, tokenizer: Any) -> TemplatedTask:
         """The task with the opening that its prompts have with this tokenizer."""
-        return replace(self, opening=self.template.opening(tokenizer))
+        example = None
+        if isinstance(self.source, OwnPrompts):
+            example = self.prompt(next(p for split in SPLITS for p in self.problems(split)), tokenizer)
+        return replace(self, opening=self.template.opening(tokenizer, example))
+
+    @property
+    def grader(self) -> str:
+        """Who grades: the task, or the user's function."""
+        return self.spec if self.reward is None else self.reward.name
 
     @property
     def digest(self) -> str:
@@ -85,10 +104,26 @@ class TemplatedTask:
 
     def prompt(self, problem: Problem, tokenizer: Any) -> str | Chat:
         """What is asked, as a text or in messages; see :meth:`Template.ask`."""
+        messages = problem.metadata.get("messages")
+        if messages is not None:
+            return self.template.pass_on(messages)
         return self.template.ask(problem.question, tokenizer)
 
+    def scores(self, written: Sequence[Written], tokenizer: Any) -> list[Score]:
+        """Scores of a batch of responses, in their order.
+
+        Raises:
+            RewardError: the user's function cannot grade them.
+        """
+        if self.reward is None or not written:
+            return [self.score(one.problem, one.response) for one in written]
+        return [
+            Score(reward=reward, correct=reward >= 1, formatted=self.formatted(one.response))
+            for one, reward in zip(written, self.reward.grade(written, tokenizer), strict=True)
+        ]
+
     def score(self, problem: Problem, response: str) -> Score:
-        """Score of a decoded response."""
+        """Score of a decoded response by the source; see :meth:`scores` for a function of the user's."""
         reading = self.answer_format.read(self.opening + response)
         credit = 0.0 if reading.answer is None else self.source.grade(problem, reading.answer)
         reward = credit + self.format_weight * reading.formatted
@@ -130,6 +165,54 @@ def asked_through(task: Task, tokenizer: Any) -> Task:
     return task.through(tokenizer) if isinstance(task, TemplatedTask) else task
 
 
+def scored(task: Task, written: Sequence[Written], tokenizer: Any) -> list[Score]:
+    """Scores of a batch of responses, in their order: by the whole batch, where the task can.
+
+    Raises:
+        RewardError: a function of the user's cannot grade them.
+    """
+    if isinstance(task, TemplatedTask):
+        return task.scores(written, tokenizer)
+    return [task.score(one.problem, one.response) for one in written]
+
+
+def example_in(task: Task, rollouts: Rollouts) -> Example:
+    """A response of a batch with its grade, one that ends by itself where there is such.
+
+    Args:
+        task: that asked and graded.
+        rollouts: at least one response.
+    """
+    ended = np.flatnonzero(~rollouts.truncated)
+    i = int(ended[0]) if len(ended) else 0
+    row = {name: getattr(rollouts, f"{name}s")[i] for name in ("prompt_id", "prompt", "response", "reward")}
+    return example_of(task, {**row, "correct": rollouts.correct[i], "truncated": rollouts.truncated[i]})
+
+
+def example_of(task: Task, row: Mapping[str, Any]) -> Example:
+    """A response with its grade.
+
+    Args:
+        task: that asked and graded.
+        row: ``prompt_id``, ``prompt``, ``response``, ``reward``, ``correct``, ``truncated``.
+    """
+    problems = (p for split in SPLITS for p in task.problems(split))
+    problem = next((p for p in problems if p.prompt_id == row["prompt_id"]), None)
+    found = Example(
+        prompt=row["prompt"],
+        response=row["response"],
+        truncated=bool(row["truncated"]),
+        grader=task.grader if isinstance(task, TemplatedTask) else task.spec,
+        reward=float(row["reward"]),
+        correct=bool(row["correct"]),
+        reference="" if problem is None else problem.answer,
+    )
+    if not isinstance(task, TemplatedTask) or task.reward is not None:
+        return found
+    answer = task.answer_format.read(task.opening + found.response).answer
+    return replace(found, answer=answer, answer_format=task.answer_format.name)
+
+
 def default_template(spec: str, answer_format: str = TAGS.name) -> str:
     """Name of the template a task is asked through where none is chosen: it asks for the answer format."""
     if spec.partition(":")[0] == "arithmetic":
@@ -147,6 +230,7 @@ def load_task(
     prefill: str = "",
     chat_template_kwargs: Mapping[str, Any] | None = None,
     answer_format: str = TAGS.name,
+    chat_template: str = "",
 ) -> TemplatedTask:
     """Load a task.
 
@@ -163,6 +247,7 @@ def load_task(
         chat_template_kwargs: variables of the chat template.
         answer_format: where in a response its answer stands: ``tags``, ``boxed``, ``hash``, ``last_number``
             or ``regex:EXPRESSION``, see :mod:`stepscope.tasks.formats.response`.
+        chat_template: a chat template in place of the tokenizer's, as text.
 
     Raises:
         TaskError: unknown task, option, template or answer format, or its data cannot be read.
@@ -180,8 +265,75 @@ def load_task(
         system_prompt=system_prompt,
         prefill=prefill,
         chat_template_kwargs=chat_template_kwargs,
+        chat_template=chat_template,
     )
     return TemplatedTask(spec, _source(name, rest), chosen, format_weight, chosen.opening(), stands)
+
+
+def load_prompts(
+    path: str | Path,
+    *,
+    reward: str | None = None,
+    template: str | None = None,
+    system_prompt: str = "",
+    prefill: str = "",
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    answer_format: str = TAGS.name,
+    format_weight: float = 0.0,
+) -> TemplatedTask:
+    """The prompts of a run as a task: each row of a file is a whole prompt, asked as TRL asks it.
+
+    Args:
+        path: JSON lines, parquet or CSV with a column ``prompt``: a text, which is asked as it stands, or a
+            chat's messages, for the tokenizer's chat template. See
+            :class:`stepscope.tasks.sources.own.OwnPrompts` for other columns.
+        reward: ``module:function`` of the user's own, see :class:`stepscope.tasks.own_reward.OwnReward`; None
+            holds answers against the column ``answer``.
+        template: what a text stands in, or a chat template for messages, see
+            :func:`stepscope.tasks.formats.wording.load_wording`; None for nothing.
+        system_prompt: system message before a text that a template makes the user's message.
+        prefill: what the response's turn begins with, at the end of the prompt.
+        chat_template_kwargs: variables of the chat template.
+        answer_format: where in a response its answer stands; as for :func:`load_task`.
+        format_weight: added to the reward of a well-formed response where no function grades.
+
+    Raises:
+        TaskError: the file cannot be read, or the template does not go with its prompts, or nothing says what
+            a response earns.
+        ConfigError: there is no such function.
+    """
+    spec = f"prompts:{path}"
+    if not spec.isprintable():
+        raise TaskError(
+            f"prompts {ascii(str(path))[:80]}: holds characters that cannot be printed; rename it"
+        )
+    source = OwnPrompts.from_path(Path(path))
+    wording = Wording() if template is None else load_wording(template)
+    if source.in_messages and (wording.text or system_prompt):
+        raise TaskError(
+            f"prompts {path}: they are chats, and {'such a template' if wording.text else 'system_prompt'} "
+            "goes around a text; give a chat template's file, or write it into the messages"
+        )
+    if not source.in_messages and wording.chat:
+        raise TaskError(
+            f"prompts {path}: they are texts, to which neither TRL nor stepscope applies a chat template; "
+            "give messages, or template='chat:{prompt}' for the tokenizer's own chat template"
+        )
+    function = None if reward is None else OwnReward.named(reward)
+    if function is None and (lacking := source.without_answer) is not None:
+        raise ConfigError(
+            f"{lacking.metadata['where']}: no answer, and so nothing to grade a response by; give a reward "
+            "function (--reward module:function), or a column 'answer'"
+        )
+    chosen = load_template(
+        wording.text or FIELD,
+        system_prompt=system_prompt,
+        prefill=prefill,
+        chat_template_kwargs=chat_template_kwargs,
+        chat_template=wording.chat,
+    )
+    stands = load_answer_format(answer_format)
+    return TemplatedTask(spec, source, chosen, format_weight, chosen.opening(), stands, function)
 
 
 def changed_data(where: str, spec: str, before: str, now: str) -> TaskError:

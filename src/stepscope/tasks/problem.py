@@ -22,11 +22,13 @@ class Chat:
         variables: further variables of the template, TRL's ``chat_template_kwargs``: ``enable_thinking`` and
             the like.
         prefill: text that the assistant's turn begins with, after what the template itself puts there.
+        template: a chat template in place of the tokenizer's; empty for the tokenizer's own.
     """
 
     messages: Sequence[Mapping[str, Any]]
     variables: Mapping[str, Any] = field(default_factory=dict)
     prefill: str = ""
+    template: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ class Problem:
     answer: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def columns(self) -> Mapping[str, Any]:
+        """What a reward function gets of the problem: the row's own columns, else question and answer."""
+        found: Mapping[str, Any] | None = self.metadata.get("columns")
+        return {"question": self.question, "answer": self.answer} if found is None else found
+
 
 @dataclass(frozen=True)
 class Score:
@@ -61,6 +69,29 @@ class Score:
     reward: float
     correct: bool
     formatted: bool
+
+
+@dataclass(frozen=True)
+class Written:
+    """A response as it was sampled, with all that a grader may look at.
+
+    Attributes:
+        problem: that was asked.
+        asked: the prompt, as the task gave it.
+        prompt: its text.
+        prompt_ids: its token ids.
+        response: the text of the response, without the tokens that end or pad it.
+        token_ids: of the response, with its end.
+        truncated: it was cut at the longest length.
+    """
+
+    problem: Problem
+    asked: str | Chat
+    prompt: str
+    prompt_ids: Sequence[int]
+    response: str
+    token_ids: Sequence[int]
+    truncated: bool
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,10 @@ from stepscope.errors import CheckpointError
 from stepscope.policy.state import Policy
 from stepscope.tasks.formats.prompts import encode_prompt
 from stepscope.tasks.formats.templates import CHAT, FIELD
+from stepscope.tasks.formats.wording import PROMPT
 from stepscope.tasks.load import TemplatedTask
 from stepscope.tasks.problem import Chat
+from stepscope.tasks.sources.own import OwnPrompts
 
 FOLDER = "completions"
 """Where TRL puts its tables, beside the checkpoints."""
@@ -72,6 +74,9 @@ def prompt_conflict(policy: Policy, task: TemplatedTask) -> str | None:
     cures = [_flag("prompt_template", template)]
     if system != policy.settings.system_prompt:
         cures.append(_flag("system_prompt", system))
+    if isinstance(task.source, OwnPrompts):
+        wording = template.removeprefix(CHAT).replace(FIELD, PROMPT)
+        cures = ["the prompts as the run had them, or --template: the run asked in", repr(wording)]
     theirs_text, ours_text = pairs[0]
     return (
         f"{folder}: the run asked {_brief(theirs_text)}, and here the same problem would be asked as "

@@ -146,7 +146,7 @@ def _begin(work: Accounting, run: RunFolder, resume: bool) -> None:
             f"{run.path}: the record has changed since this ledger was begun; choose another folder with "
             "--out"
         )
-    hold_data(run, [work.task])
+    hold_data(run, [work.task], work.config)
 
 
 def _ends(work: Accounting, run: RunFolder) -> None:

@@ -138,7 +138,7 @@ class Accounting:
     @cached_property
     def task(self) -> TemplatedTask:
         """The task that the probe's prompts come from."""
-        return task_to_measure(self.config.task, self.policy)
+        return task_to_measure(self.config.task, self.policy, own=self.config)
 
     @property
     def budget(self) -> Budget:

@@ -9,9 +9,10 @@ from typing import Literal
 import numpy as np
 
 from stepscope.console import say
-from stepscope.errors import BatchError
+from stepscope.errors import BatchError, RewardError
 from stepscope.measure.change.uncertainty import estimate_ratio
 from stepscope.measure.mismatch import sampler_mismatch
+from stepscope.pipeline.inputs.tasks import OWN
 from stepscope.pipeline.inputs.update_files import is_own, update_from_file
 from stepscope.pipeline.stages.plan import PROBE, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
@@ -23,6 +24,8 @@ from stepscope.results import Rollouts
 from stepscope.results.mismatch import SamplerReport
 from stepscope.runs import PROVENANCE, write_json, write_record
 from stepscope.stats import clustered_mean
+from stepscope.tasks import TemplatedTask
+from stepscope.tasks.load import example_in
 
 MISMATCH_FIGURES = {
     "difference": "difference",
@@ -44,7 +47,7 @@ SAME_POLICY = {"float64": 1e-2, "float32": 1e-2, "bfloat16": 0.5}
 
 @stage(
     writes=(*UPDATE, *PROBE, "sampler.json"),
-    config=("task", "update", "probe", "sampler", "resample", "batch_size", "errors"),
+    config=("task", *OWN, "update", "probe", "sampler", "resample", "batch_size", "errors"),
 )
 def rollouts(session: Session) -> Figures:
     """Sample update and probe batch; nothing is written before both are known to be fit for use."""
@@ -133,7 +136,7 @@ def given_update(session: Session) -> tuple[Rollouts, Figures]:
     record = {"file": wanted.file, "notes": list(found.notes)}
     if current().is_main:
         write_json(session.run.path / PROVENANCE, session.run.provenance() | {"update": record})
-    return _with_variance(found.rollouts), found.figures
+    return _with_variance(found.rollouts, session.task), found.figures
 
 
 def sample_update(session: Session) -> Rollouts:
@@ -150,17 +153,18 @@ def sample_update(session: Session) -> Rollouts:
         if policy.settings.kl_in_reward != 0.0:
             ref = reference_logprobs(policy, update, session.reference, session.budget)
         update = with_advantages(update, policy.settings, ref)
-    return _with_variance(update)
+    return _with_variance(update, session.task)
 
 
-def _with_variance(update: Rollouts) -> Rollouts:
+def _with_variance(update: Rollouts, task: TemplatedTask) -> Rollouts:
     """The batch itself, refused where it has no gradient."""
     given = (update.advantages,) if update.token_advantages is None else update.token_advantages
     if update.advantages is None or not any(np.any(row) for row in given):
-        raise BatchError(
+        raise RewardError(
             f"update batch: the rewards of all {update.num_prompts} prompt groups have zero variance "
             f"(mean reward {update.rewards.mean():.3g}), so all advantages are zero and there is no "
-            "gradient; use more prompts, larger groups, resample=10, or a task that is solved sometimes"
+            "gradient; use more prompts, larger groups, resample=10, or a task that is solved sometimes",
+            example_in(task, update),
         )
     return update
 

@@ -74,7 +74,7 @@ class Session:
     @cached_property
     def task(self) -> TemplatedTask:
         """The task prompts come from."""
-        return task_to_measure(self.config.task, self.policy)
+        return task_to_measure(self.config.task, self.policy, own=self.config)
 
     @cached_property
     def update(self) -> Rollouts:

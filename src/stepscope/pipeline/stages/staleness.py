@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from stepscope.config import Stage
+from stepscope.config import Asking, Stage
+from stepscope.pipeline.inputs.tasks import OWN, given_by_the_user
 from stepscope.pipeline.stages import PLANS
 from stepscope.pipeline.stages.plan import Plan
 from stepscope.runs import RunFolder, differing_keys, sha256
@@ -28,7 +29,7 @@ def inputs(plan: Plan, provenance: Mapping[str, Any], config: Mapping[str, Any])
         "files": {name: there.get(name) for name in sorted(names)},
         "checkpoint": provenance["checkpoint_digest"] if plan.needs_policy else None,
         "config": {key: config[key] for key in plan.config},
-        "given": given_files({key: config[key] for key in plan.config}),
+        "given": given_files({key: config[key] for key in plan.config}) | _own(plan, config),
     }
 
 
@@ -44,6 +45,14 @@ def given_files(config: Mapping[str, Any]) -> dict[str, str]:
         if file is not None and (path := Path(file)).exists():
             found[f"{key}.file"] = sha256(path) if path.is_file() else _listing(path)
     return found
+
+
+def _own(plan: Plan, config: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of what the user gives of their own, where the stage depends on it."""
+    if not set(OWN) <= set(plan.config):
+        return {}
+    found = given_by_the_user(Asking.model_validate({key: config.get(key) for key in OWN}))
+    return {key: digest for key, digest in found.items() if digest}
 
 
 def _listing(folder: Path) -> str:

@@ -15,7 +15,7 @@ from stepscope import runs
 from stepscope.config import StudyConfig
 from stepscope.console import say, say_result
 from stepscope.errors import RunFolderError, StudyError, printable
-from stepscope.pipeline.inputs.tasks import hold_data, tasks_of
+from stepscope.pipeline.inputs.tasks import OWN, hold_data, tasks_of
 from stepscope.pipeline.study.cells import Cell, cell_names, study_cells
 from stepscope.pipeline.study.drive import Driver
 from stepscope.pipeline.study.executors import Executor, WorkerBug, open_executor
@@ -71,6 +71,8 @@ def run_study(config: StudyConfig) -> Path:
     with locked(out), _workers(config, cells) as executor:
         run = RunFolder.open(out, plain, verb="study", resume=True, ignore=HERE_ONLY)
         hold_data(run, _tasks(cells))
+        for own in {tuple(getattr(cell.config, key) for key in OWN): cell.config for cell in cells}.values():
+            hold_data(run, [], own)
         threads = _threads(config, run)
         folder = run.file(CELLS)
         folder.mkdir(exist_ok=True)
@@ -168,6 +170,7 @@ def _tasks(cells: Sequence[Cell]) -> list[TemplatedTask]:
     return tasks_of(
         cell.config.task or read_settings(cell.checkpoint, overrides=cell.config.loss.given()).task
         for cell in cells
+        if cell.config.prompts is None
     )
 
 

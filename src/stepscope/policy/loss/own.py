@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import inspect
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ConfigDict
 from torch import Tensor
 
-from stepscope.errors import ConfigError, MeasurementError
+from stepscope.errors import MeasurementError
+from stepscope.own_code import own_function, own_source
 from stepscope.policy.loss.base import Loss, LossParameters
 from stepscope.policy.loss.batch import LossBatch
 from stepscope.policy.loss.registry import LOSSES
@@ -44,35 +40,13 @@ def use_own_loss(name: str) -> None:
     Raises:
         ConfigError: there is no such module or function.
     """
-    module_name, _, attribute = name.partition(":")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except (ModuleNotFoundError, ValueError) as error:
-        inner = error.name if isinstance(error, ModuleNotFoundError) else module_name
-        if inner is None or not f"{module_name}.".startswith(f"{inner}."):
-            raise
-        raise ConfigError(
-            f"loss_type: no module {module_name!r} to take {attribute!r} from; run beside {module_name}.py, "
-            "or put it on PYTHONPATH"
-        ) from error
-    finally:
-        sys.path.remove(str(Path.cwd()))
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ConfigError(f"loss_type: {module_name} has no function {attribute!r}; give module:function")
+    function = own_function(name, "loss_type")
     LOSSES[name] = Loss(name, _checked(name, function), AnyParameters, aggregation="")
 
 
-def own_source(name: str) -> dict[str, str] | None:
+def own_loss_source(name: str) -> dict[str, str] | None:
     """Where a user's loss came from, for the provenance: its name, file and SHA-256; None for others."""
-    if not names_own_loss(name) or name not in LOSSES:
-        return None
-    module = sys.modules.get(name.partition(":")[0])
-    file = None if module is None else inspect.getsourcefile(module)
-    if file is None:
-        return {"name": name, "file": "", "sha256": ""}
-    return {"name": name, "file": file, "sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
+    return own_source(name) if names_own_loss(name) and name in LOSSES else None
 
 
 def _checked(name: str, function: Callable[..., Any]) -> Callable[[LossBatch, Any], Tensor]:

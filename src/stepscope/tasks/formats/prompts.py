@@ -91,8 +91,11 @@ def render_chat(chat: Chat, tokenizer: Any, *, then_policy: bool = True) -> str:
 
 def _apply_template(chat: Chat, tokenizer: Any, *, tokenize: bool, then_policy: bool = True) -> Any:
     """``apply_chat_template`` within the time limit, its faults as a :class:`TaskError`."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise TaskError("the tokenizer has no chat template for a prompt in messages; give a prompt as text")
+    if not chat.template and not getattr(tokenizer, "chat_template", None):
+        raise TaskError(
+            "the tokenizer has no chat template for a prompt in messages; give a prompt as text, or a chat "
+            "template (template=FILE)"
+        )
     own = set(inspect.signature(tokenizer.apply_chat_template).parameters) - {"documents", "kwargs", "tools"}
     if odd := sorted(own & set(chat.variables)):
         raise TaskError(
@@ -108,6 +111,7 @@ def _apply_template(chat: Chat, tokenizer: Any, *, tokenize: bool, then_policy: 
                 [dict(message) for message in chat.messages],
                 add_generation_prompt=then_policy,
                 tokenize=tokenize,
+                **({"chat_template": chat.template} if chat.template else {}),
                 **chat.variables,
             )
     except _FAULTS as error:

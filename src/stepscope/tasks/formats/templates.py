@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,6 +51,7 @@ class Template:
         system: system message before the user's; empty for none.
         prefill: what the response's turn begins with, at the end of the prompt.
         variables: further variables of the chat template.
+        chat_template: a chat template in place of the tokenizer's; empty for the tokenizer's own.
     """
 
     name: str
@@ -60,6 +61,7 @@ class Template:
     system: str = ""
     prefill: str = ""
     variables: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    chat_template: str = ""
 
     def ask(self, question: str, tokenizer: Any) -> str | Chat:
         """The prompt: messages where the template has one and the tokenizer a chat template, else a text.
@@ -68,10 +70,10 @@ class Template:
             TaskError: only a message exists and the tokenizer has no chat template, or there is a system
                 prompt and no chat template to put it in.
         """
-        if self.message is not None and getattr(tokenizer, "chat_template", None):
+        if self.message is not None and (self.chat_template or getattr(tokenizer, "chat_template", None)):
             messages = [{"role": "system", "content": self.system}] if self.system else []
             messages.append({"role": "user", "content": self.message.replace(FIELD, question)})
-            return Chat(messages, self.variables, self.prefill)
+            return self.pass_on(messages)
         if self.text is None:
             raise TaskError(
                 f"template {self.name!r}: the tokenizer has no chat template; give one without {CHAT!r}"
@@ -83,12 +85,20 @@ class Template:
             )
         return self.text.replace(FIELD, question) + self.prefill
 
-    def opening(self, tokenizer: Any = None) -> str:
+    def pass_on(self, messages: Sequence[Mapping[str, Any]]) -> Chat:
+        """The prompt of messages that are whole already."""
+        return Chat(messages, self.variables, self.prefill, self.chat_template)
+
+    def opening(self, tokenizer: Any = None, example: str | Chat | None = None) -> str:
         """The think block that the prompt ends with, opened or closed already; mostly empty.
 
         It is the chat template's (``<think>`` and a line break; an empty block where thinking is switched
         off), this template's own, or the prefill's. A response goes on from there. Without a tokenizer
         nothing is known of the chat template.
+
+        Args:
+            tokenizer: with the chat template.
+            example: a prompt to look at; None for one that is made up.
 
         Raises:
             TaskError: as :func:`~stepscope.tasks.formats.prompts.encode_prompt`, or the chat template leaves
@@ -97,7 +107,7 @@ class Template:
         if tokenizer is None:
             text = (self.text or "") + self.prefill
         else:
-            asked = self.ask("1 + 1", tokenizer)
+            asked = self.ask("1 + 1", tokenizer) if example is None else example
             text = asked if isinstance(asked, str) else render_chat(asked, tokenizer)
             if self.system.strip() not in text:
                 raise TaskError(
@@ -125,6 +135,7 @@ def load_template(
     system_prompt: str = "",
     prefill: str = "",
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    chat_template: str = "",
 ) -> Template:
     """A template by name or from its text.
 
@@ -138,6 +149,7 @@ def load_template(
         system_prompt: system message of the chat template; empty for none.
         prefill: text that the response's turn begins with, for example ``<think>`` and a line break.
         chat_template_kwargs: further variables of the chat template, for example ``enable_thinking``.
+        chat_template: a chat template in place of the tokenizer's, as text.
 
     Raises:
         TaskError: no such name, and no ``{question}`` in the text.
@@ -148,7 +160,13 @@ def load_template(
         system=system_prompt,
         prefill=chosen.prefill + prefill,
         variables=dict(chat_template_kwargs or {}),
+        chat_template=chat_template,
     )
+
+
+def names_template(text: str) -> bool:
+    """Whether a template has this name."""
+    return text in _NAMED
 
 
 def _named(template: str) -> Template:
