@@ -300,7 +300,7 @@ MEASUREMENT: dict[str, Any] = {
     "update": {"num_prompts": 4, "group_size": 4},
     "probe": {"num_prompts": 16, "group_size": 1},
     "lrs": [1e-5],
-    "stages": [*STAGES, "validation", "curvature"],
+    "stages": [*STAGES, "validation", "curvature", "kinship"],
     "validation": {"num_subsets": 6, "num_single": 12, "removals": ["zeroed", "recomputed"]},
     "criteria": {"diagonal_tokens": 16, "drop_shares": [0.2]},
     "batch_size": 64,

@@ -44,6 +44,7 @@ from stepscope.results.influence import (
     Reliabilities,
 )
 from stepscope.results.kernel import KernelReport
+from stepscope.results.kinship import StepKinship
 from stepscope.results.mismatch import SamplerReport
 from stepscope.results.noise import NoiseScales
 from stepscope.results.step import Rounding, Routing, StepReport, Storage, StoredTensor
@@ -58,6 +59,7 @@ RECORDS: dict[str, type[Record]] = {
     "validation.json": Validations,
     "kernel.json": KernelReport,
     "curvature.json": CurvatureReport,
+    "kinship.json": StepKinship,
     "noise.json": NoiseScales,
     "sampler.json": SamplerReport,
     "criteria.json": Criteria,

@@ -21,6 +21,7 @@ from .measure.influence.attribution import InfluenceOptions as InfluenceOptions
 from .measure.influence.attribution import influence as influence
 from .measure.kernel.fisher import FisherKernel as FisherKernel
 from .measure.kernel.fisher import fisher_kernel as fisher_kernel
+from .measure.ledger.kin_step import kinship as kinship
 from .measure.noise.scale import noise_scale as noise_scale
 from .measure.quantity.base import Quantity as Quantity
 from .measure.quantity.base import make_quantity as make_quantity
@@ -55,6 +56,7 @@ from .results.change import Change as Change
 from .results.change import ChangePoint as ChangePoint
 from .results.criteria import Pareto as Pareto
 from .results.criteria import Regression as Regression
+from .results.kinship import StepKinship as StepKinship
 from .results.noise import NoiseScale as NoiseScale
 from .results.noise import NoiseScales as NoiseScales
 from .rules import TokenFacts as TokenFacts

@@ -38,7 +38,7 @@ def measure(
             "--stages",
             metavar="A,B",
             help="Only these stages, on the run that the folder already holds: rollouts, step, change, "
-            "influence, validation, kernel, curvature, noise, criteria, report.",
+            "influence, validation, kernel, curvature, kinship, noise, criteria, report.",
         ),
     ] = None,
     validate: Annotated[

@@ -24,6 +24,7 @@ from stepscope.config.measure import (
     MeasureSettings,
     ProbeConfig,
     Stage,
+    StepKinshipConfig,
     UpdateConfig,
 )
 from stepscope.config.objectives import CurriculumConfig, EntropyBonusConfig, ObjectiveConfig
@@ -67,6 +68,7 @@ __all__ = [
     "SftConfig",
     "SlurmConfig",
     "Stage",
+    "StepKinshipConfig",
     "StepProbeConfig",
     "StudyConfig",
     "TinyModelConfig",

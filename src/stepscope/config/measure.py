@@ -18,6 +18,7 @@ Stage = Literal[
     "validation",
     "kernel",
     "curvature",
+    "kinship",
     "noise",
     "criteria",
     "report",
@@ -32,7 +33,7 @@ STAGES: tuple[Stage, ...] = (
     "criteria",
     "report",
 )
-"""Stages that ``measure`` runs by default, in order; ``validation`` and ``curvature`` are made on request."""
+"""Stages that ``measure`` runs by default, in order; the others are made on request."""
 
 Precision = Literal["float32", "float64", "bfloat16"]
 
@@ -228,6 +229,23 @@ class CurvatureConfig(Section):
     seed: int = Field(default=0, ge=0)
 
 
+class StepKinshipConfig(Section):
+    """How what the step's tokens act on is told apart (``--stages kinship``).
+
+    Attributes:
+        tokens: most distinct tokens that are looked at for their own position, drawn at random; each costs
+            two gradients.
+        prompts: prompts of the batch that the shares are of; null for those of the update batch.
+        fresh: also look at fresh responses to the update batch's prompts.
+        seed: of the draw of tokens.
+    """
+
+    tokens: int = Field(default=512, ge=32, le=4096)
+    prompts: int | None = Field(default=None, ge=1)
+    fresh: bool = True
+    seed: int = Field(default=0, ge=0)
+
+
 class CriteriaConfig(Section):
     """How criteria are ranked against the measured influence.
 
@@ -283,6 +301,7 @@ class MeasureSettings(Asking):
         own_prompts: the stage ``influence`` also samples fresh responses to the update batch's prompts and
             gives the batch's part of the change there, beside that on the probe batch.
         curvature: how the second-order kernel is made, where the stage ``curvature`` is run.
+        kinship: how it is told what tokens act on, where the stage ``kinship`` is run.
         criteria: how criteria are ranked.
     """
 
@@ -308,6 +327,7 @@ class MeasureSettings(Asking):
     projection: int | None = Field(default=None, ge=1)
     own_prompts: bool = True
     curvature: CurvatureConfig = CurvatureConfig()
+    kinship: StepKinshipConfig = StepKinshipConfig()
     criteria: CriteriaConfig = CriteriaConfig()
 
     @field_validator("lrs")

@@ -26,6 +26,7 @@ from stepscope.results.influence import (
     Reliabilities,
 )
 from stepscope.results.kernel import KernelReport
+from stepscope.results.kinship import STEP_KINSHIP, StepKinship
 from stepscope.results.mismatch import SamplerReport
 from stepscope.results.noise import NoiseScales
 from stepscope.results.records import CURE
@@ -140,6 +141,11 @@ class Measurement(Folder):
     def curvature_matrices(self, *names: str) -> dict[str, npt.NDArray[Any]] | None:
         """The second-order kernels by name; only those named, where names are given."""
         return self._arrays("curvature.safetensors", names)
+
+    @cached_property
+    def kinship(self) -> StepKinship | None:
+        """What the tokens of the step act on."""
+        return self.stored(StepKinship, STEP_KINSHIP)
 
     @cached_property
     def noise(self) -> NoiseScales | None:

@@ -1,4 +1,4 @@
-"""Kinship as stored: ``ledger_kinship.json`` and ``ledger_kinship.parquet``, and what a step adds to them."""
+"""Kinship as stored: of a ledger, what a step adds to it, and of the step that a measurement is of."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from stepscope.results.tables import Table, TextArray
 from stepscope.stats import Estimate, Number
 
 KINSHIP, KIN_ROWS = "ledger_kinship.json", "ledger_kinship.parquet"
-"""Names of the files."""
+"""Names of the files of a ledger."""
+
+STEP_KINSHIP = "kinship.json"
+"""That of a measurement."""
 
 SAME_POSITION, SAME_RESPONSE, SAME_PROMPT = "same_position", "same_response", "same_prompt"
 OTHER_PROMPTS, VISITATION = "other_prompts", "visitation"
@@ -249,3 +252,63 @@ class KinRows(Table):
     influence: FloatArray
     own_step: FloatArray
     received: FloatArray
+
+
+@dataclass(frozen=True, repr=False)
+class StepKin(Record):
+    """What the tokens of a step do to the entropy of one look by one kin.
+
+    Attributes:
+        look: one of :data:`LOOKS`.
+        kin: one of :data:`KINS`.
+        influence: in nats/token per unit of the learning rate.
+        share: of what all tokens do to this look, in a batch of ``of_prompts`` prompts.
+        per_pair: what one token does to one position, divided by the number of positions.
+        draw_stderr: the part of the error of ``influence`` that comes from drawing tokens.
+        pairs: pairs of a token with a weight and a position.
+    """
+
+    look: str
+    kin: str
+    influence: Estimate
+    share: Estimate
+    per_pair: Estimate
+    draw_stderr: Number
+    pairs: int
+
+
+@dataclass(frozen=True, repr=False)
+class StepKinship(Record):
+    """``kinship.json``: what the tokens of a checkpoint's step act on.
+
+    All is of the entropy per token at given positions, to first order, per unit of the learning rate.
+    Intervals take the batch's prompts for a sample.
+
+    Attributes:
+        lr: learning rate of the step.
+        num_prompts: of the batch.
+        num_sequences: of the batch.
+        of_prompts: prompts of the batch that the shares are of.
+        tokens: distinct tokens with a weight, in distinct contexts.
+        drawn: of these, looked at for their own position.
+        positions: look to its number of positions.
+        kin: by look and kin.
+        totals: look to what all tokens do to it.
+        theory: formula of tabular theory to its correlation over tokens, about 0, with their effect on the
+            own position.
+    """
+
+    lr: float
+    num_prompts: int
+    num_sequences: int
+    of_prompts: int
+    tokens: int
+    drawn: int
+    positions: Mapping[str, int]
+    kin: tuple[StepKin, ...]
+    totals: Mapping[str, Estimate]
+    theory: Mapping[str, Estimate]
+
+    def of(self, look: str, kin: str) -> StepKin:
+        """One row of ``kin``."""
+        return next(row for row in self.kin if (row.look, row.kin) == (look, kin))

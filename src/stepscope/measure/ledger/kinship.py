@@ -35,7 +35,7 @@ from torch import Tensor
 from stepscope.measure.influence.attribution import Weighted
 from stepscope.measure.influence.probe_gradient import ProbeGradient
 from stepscope.measure.ledger.adjoint import Adjoint, pull
-from stepscope.measure.ledger.contexts import Contexts, Kindred
+from stepscope.measure.ledger.contexts import Contexts, Kindred, first_of
 from stepscope.measure.ledger.own_position import Units, own_positions
 from stepscope.measure.ledger.path import Path
 from stepscope.measure.step.reconstruct import weighted_logprobs
@@ -61,6 +61,7 @@ from stepscope.results.kinship import (
     WHOLE,
     KinFormula,
     KinPart,
+    KinStep,
 )
 
 NOTHING: FloatArray = np.zeros(0)
@@ -178,6 +179,29 @@ def split_by_kin(
         positions=positions,
         pairs=pairs,
         prompts=contexts.prompts,
+    )
+
+
+def kin_step(split: Split, update: Rollouts, number: int) -> KinStep:
+    """A step's kinship as it is stored.
+
+    Args:
+        split: of the step.
+        update: its batch.
+        number: of the optimizer step.
+    """
+    first = first_of(split.prompts)
+    return KinStep(
+        number=number,
+        prompts=tuple(update.prompt_keys[i] for i in first),
+        sequence_ids=first,
+        tokens=split.tokens,
+        drawn=split.drawn,
+        positions=split.positions,
+        pairs=split.pairs,
+        parts=split.parts,
+        formulas=split.formulas,
+        own_squares=split.own_squares,
     )
 
 

@@ -62,6 +62,7 @@ def left_out(policy: Policy, stages: Sequence[Stage]) -> dict[Stage, str]:
         return {}
     why: dict[Stage, str] = {
         "curvature": f"{state.nonlinear}, and no preconditioner makes a sum over sequences of it",
+        "kinship": f"{state.nonlinear}, and no preconditioner makes a sum over tokens of it",
         "criteria": f"{state.nonlinear}, and no preconditioner tells tokens apart one by one",
     }
     return {stage: reason for stage, reason in why.items() if stage in stages}
@@ -118,6 +119,8 @@ def unfit_for_parts(policy: Policy, config: MeasureSettings, stages: list[Stage]
         against.append("a random projection of gradients needs whole parameters")
     if "curvature" in stages:
         against.append("Hessian-vector products (stage curvature) need whole parameters")
+    if "kinship" in stages:
+        against.append("gradients of single tokens (stage kinship) need whole parameters")
     drawn = any(batch.file is None for batch in (config.update, config.probe))
     if config.sampler.engine != "transformers" and "rollouts" in stages and drawn:
         against.append(f"the sampler {config.sampler.engine} cannot run a model that is sharded")

@@ -14,9 +14,8 @@ from stepscope.measure.influence.probe_gradient import (
     probe_gradient,
     prompt_groups,
 )
-from stepscope.measure.ledger.contexts import first_of
 from stepscope.measure.ledger.kin_account import kin_account, kin_rows, looked_at
-from stepscope.measure.ledger.kinship import KinOptions, pushes, split_by_kin
+from stepscope.measure.ledger.kinship import KinOptions, kin_step, pushes, split_by_kin
 from stepscope.measure.ledger.path import displacement
 from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.quantity.probe import bind_quantity
@@ -89,19 +88,7 @@ def _step(work: Accounting, place: int, metrics: Mapping[str, ParameterVector]) 
             options=KinOptions(tokens=asked.tokens, seed=step.number),
             budget=work.budget,
         )
-    first = first_of(split.prompts)
-    return KinStep(
-        number=step.number,
-        prompts=tuple(step.update.prompt_keys[i] for i in first),
-        sequence_ids=first,
-        tokens=split.tokens,
-        drawn=split.drawn,
-        positions=split.positions,
-        pairs=split.pairs,
-        parts=split.parts,
-        formulas=split.formulas,
-        own_squares=split.own_squares,
-    )
+    return kin_step(split, step.update, step.number)
 
 
 def _held_out(

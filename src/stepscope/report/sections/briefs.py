@@ -53,6 +53,7 @@ _BRIEFS: Mapping[str, Callable[[Measurement], str]] = {
 _OTHERS: Mapping[str, str] = {
     "provenance": "checkpoint, batches, seeds, settings, versions",
     "curvature": "what pairs of the step's sequences do together, beyond first order",
+    "kinship": "own position, own response, same prompt or other prompts",
     "validation": "predicted against true changes, and their correlations",
     "criteria": "every criterion of the literature against the measured influence",
     "sampler": "what drew the responses, against the policy that is measured",

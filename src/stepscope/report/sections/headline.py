@@ -20,6 +20,7 @@ from stepscope.report.tables import (
     table,
     trust_cell,
 )
+from stepscope.results.kinship import KINS
 from stepscope.stats import Estimate
 
 
@@ -95,6 +96,10 @@ HEADLINES: Mapping[str, Label] = {
     "second_order_noise": Label(
         "Noise of the probe in the second-order kernel's squares", "def-second-kernel"
     ),
+    **{
+        f"kinship_{kin}": Label(f"Share of what the tokens do that is at {words}", "def-kinship")
+        for kin, words in KINS.items()
+    },
     "wall_seconds": Label("Wall time of the measurement", "def-wall-time"),
 }
 
