@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import resource
+import shlex
 import subprocess
 import sys
+import webbrowser
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,10 +21,20 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from stepscope import cli, pipeline
-from stepscope.errors import ConfigError
+from stepscope.cli.examples import EXAMPLES
+from stepscope.config import MeasureConfig, build_config
+from stepscope.errors import CheckpointError, ConfigError
 from stepscope.pipeline.check.run import kind_of_config
+from stepscope.pipeline.early import refuse_early
 
-VERBS = ("demo", "train", "eval", "measure", "study", "report", "check", "convert")
+VERBS = ("demo", "train", "eval", "measure", "explain", "study", "ledger", "report", "check", "convert")
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def unseen(monkeypatch):
+    """Paths of a command are not looked at, as in one of several processes."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
 
 
 def run(*args: str):
@@ -104,7 +117,7 @@ def test_wrong_settings_are_all_named_in_one_line(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c.yaml"]
 
 
-def test_options_reach_the_configuration(monkeypatch):
+def test_options_reach_the_configuration(monkeypatch, unseen):
     seen = {}
 
     def measure(config, resume):
@@ -127,7 +140,7 @@ def test_options_reach_the_configuration(monkeypatch):
     assert seen["resume"] is False
 
 
-def test_configuration_file_may_stand_for_every_argument(tmp_path, monkeypatch):
+def test_configuration_file_may_stand_for_every_argument(tmp_path, monkeypatch, unseen):
     seen = {}
     monkeypatch.setitem(vars(pipeline), "run_measure", lambda c, resume: seen.update(config=c))
     file = tmp_path / "m.yaml"
@@ -147,61 +160,171 @@ def failing(error: BaseException) -> Callable[..., None]:
 
 def test_errors_the_user_can_mend_give_one_line(monkeypatch):
     monkeypatch.setitem(vars(pipeline), "run_report", failing(ConfigError("two\nlines")))
-    assert mendable("report", "x") == "stepscope: error: two lines"
+    assert mendable("report", ".") == "stepscope: error: two lines"
 
 
 def test_bugs_keep_their_traceback(monkeypatch):
     monkeypatch.setitem(vars(pipeline), "run_report", failing(ZeroDivisionError("bug")))
-    result = run("report", "x")
+    result = run("report", ".")
     assert result.exit_code == 1
     assert isinstance(result.exception, ZeroDivisionError)
 
 
 def test_interrupt_ends_with_130(monkeypatch):
     monkeypatch.setitem(vars(pipeline), "run_report", failing(KeyboardInterrupt()))
-    assert run("report", "x").exit_code == 130
+    assert run("report", ".").exit_code == 130
 
 
 def test_misfit_checkpoint_fails_the_check(monkeypatch):
     monkeypatch.setitem(vars(pipeline), "run_check", lambda target, overrides, task: False)
-    assert "not fit" in mendable("check", "x")
+    assert "not fit" in mendable("check", ".")
     monkeypatch.setitem(vars(pipeline), "run_check", lambda target, overrides, task: True)
-    assert run("check", "x").exit_code == 0
+    assert run("check", ".").exit_code == 0
 
 
-WRONG = (
+WRONG_SETTINGS = (
     ["train", "configs/objectives.yaml", "rl.stepz=3"],
     ["eval", "x", "num_promts=3"],
     ["measure", "x", "--out", "y", "--precision", "float65"],
     ["measure", "x", "--out", "y", "lrs=[-1]"],
+    ["measure", "update.seeed=1"],
+    ["explain", "--config", "configs/measure.yaml"],
     ["study", "configs/study.yaml", "repeats=-1"],
-    ["check", "tests", "update.seeed=1"],
+    ["ledger", "x", "quantities=[entropi]"],
+    ["ledger", "x", "--without", "quadrant=nowhere"],
     ["demo", "train.rl.stepz=3"],
 )
+NOT_THERE = {
+    ("train", "no.yaml"): "no such configuration file",
+    ("train", "configs/objectives.yaml", "task=arithmetics"): "did you mean",
+    ("eval", "nowhere"): "no such folder",
+    ("eval", "tests", "--task", "jsonl:nowhere.jsonl"): "task jsonl:nowhere.jsonl: no such file",
+    ("measure", "nowhere"): "no such checkpoint folder",
+    ("measure", "tests", "--update", "nowhere"): "no such file",
+    ("measure", "tests", "--out", "docs"): "holds no run",
+    ("measure", "tests", "--stages", "step", "--open"): "the stage report",
+    ("explain", "nowhere"): "no such checkpoint folder",
+    ("explain", "tests", "--config", "nowhere.yaml"): "no such configuration file",
+    ("study", "configs/study.yaml", "checkpoints=[nowhere]"): "no such folder",
+    ("ledger", "tests"): "not recorded",
+    ("ledger", "tests", "--dose", "1"): "belong to --without",
+    ("report", "nowhere"): "no such folder",
+    ("check", "nowhere"): "no such checkpoint",
+    ("convert", "nowhere", "there"): "no such checkpoint folder",
+}
+WRONG_OPTIONS = (["measure", "--no-such-option"], ["frobnicate"], ["explain", "x", "--minutes", "soon"])
 
 
-@pytest.mark.parametrize("args", WRONG, ids=lambda args: args[0])
-def test_a_wrong_setting_is_refused_before_torch_is_imported(args):
-    """In a process of its own, from the root of the repository; the clock only bounds a gross delay."""
+def test_what_is_wrong_is_refused_before_torch_is_imported():
+    """All in one process, from the root of the repository; what is not imported takes no time."""
+    given = [*WRONG_OPTIONS, *WRONG_SETTINGS, *map(list, NOT_THERE)]
     code = (
-        "import sys\nfrom stepscope import cli\nfrom typer.testing import CliRunner\n"
-        f"result = CliRunner().invoke(cli.app, {args!r})\n"
-        "assert result.exit_code == 2, result.output\n"
-        "assert 'wrong setting' in result.stderr, result.stderr\n"
-        "print([m for m in ('torch', 'transformers', 'trl') if m in sys.modules])"
+        "import json, sys\nfrom stepscope import cli\nfrom typer.testing import CliRunner\n"
+        f"for args in {given!r}:\n"
+        "    result = CliRunner().invoke(cli.app, args)\n"
+        "    heavy = [m for m in ('torch', 'transformers', 'trl', 'scipy', 'plotly') if m in sys.modules]\n"
+        "    print(json.dumps([args, result.exit_code, result.stderr, heavy]))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        cwd=Path(__file__).parents[1],
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT
     )
-    assert done.stdout.strip() == "[]", done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(given)
+    for args, code, said, heavy in found:
+        assert (code, heavy) == (2, []), (args, said)
+        if tuple(args) in NOT_THERE:
+            assert NOT_THERE[tuple(args)] in said, args
+        elif args not in list(WRONG_OPTIONS):
+            assert "wrong setting" in said, args
 
 
-def test_completion_is_offered():
+def test_of_several_processes_none_looks_for_itself(unseen):
+    """A path that only one of them misses must fail where the others learn of it."""
+    refuse_early(build_config(MeasureConfig, {"checkpoint": "nowhere", "out": "o"}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("WORLD_SIZE")
+        with pytest.raises(CheckpointError, match="no such checkpoint folder"):
+            refuse_early(build_config(MeasureConfig, {"checkpoint": "nowhere", "out": "o"}))
+
+
+@pytest.mark.parametrize(
+    ("verb", "command"), [(verb, command) for verb, both in EXAMPLES.items() for command in both]
+)
+def test_help_ends_with_two_examples_that_can_be_given(verb, command, monkeypatch, unseen):
+    """Options and settings are read as the verb reads them; only the work is left out."""
+    called = []
+    for name in pipeline.__all__:
+        monkeypatch.setitem(vars(pipeline), name, lambda *args, **kwargs: called.append(args) or Path("page"))
+    monkeypatch.setattr(webbrowser, "open", lambda address: True)
+    monkeypatch.chdir(ROOT)
+    lines = run(verb, "--help").output.rstrip().splitlines()
+    assert lines[-3].strip() == "Examples:"
+    assert command in [line.strip() for line in lines[-2:]]
+    program, name, *rest = shlex.split(command)
+    assert (program, name) == ("stepscope", verb)
+    result = run(name, *rest)
+    assert result.exit_code == 0, result.output
+    assert called
+
+
+def test_every_verb_has_examples():
+    assert EXAMPLES.keys() == {command.name for command in cli.app.registered_commands}
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "measured", "explained"),
+    [
+        ("runs/demo/checkpoints/step-60", "runs/demo/measure/step-60", "runs/explain/demo-step-60"),
+        ("out/checkpoint-500/", "out/measure/checkpoint-500", "runs/explain/out-checkpoint-500"),
+        ("/data/mine/global_step_7", "/data/mine/measure/global_step_7", "runs/explain/mine-global_step_7"),
+        ("models/final", "runs/measure/models-final", "runs/explain/models-final"),
+    ],
+)
+def test_where_a_measurement_goes_by_default(checkpoint, measured, explained, monkeypatch, unseen):
+    seen = {}
+    for name in ("run_measure", "run_explain"):
+        monkeypatch.setitem(vars(pipeline), name, lambda config, **_: seen.update(config=config))
+    for verb, folder in (("measure", measured), ("explain", explained)):
+        assert run(verb, checkpoint).exit_code == 0
+        assert seen["config"].out == folder
+        assert run(verb, checkpoint, "out=mine").exit_code == 0
+        assert seen["config"].out == "mine"
+
+
+def test_a_page_is_opened_in_the_browser(tmp_path, checkpoint, monkeypatch):
+    """A browser of the user's own (BROWSER), which writes down what it is to show."""
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-4").symlink_to(checkpoint)
+    browser, shown = tmp_path / "browser", tmp_path / "shown"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {shown}\n')
+    browser.chmod(0o755)
+    monkeypatch.setenv("BROWSER", f"{browser} %s")
+    monkeypatch.setattr(webbrowser, "_browsers", {})
+    monkeypatch.setattr(webbrowser, "_tryorder", None)
+    result = run("report", str(tmp_path), "--open")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.splitlines()[-1] == f"report: {tmp_path / 'report.html'}"
+    assert shown.read_text().strip() == (tmp_path / "report.html").resolve().as_uri()
+    monkeypatch.setattr(webbrowser, "_tryorder", [])
+    assert "no browser was found here" in run("report", str(tmp_path), "--open").stderr
+
+
+def test_the_shell_completes_verbs_and_options():
+    """The script that is shown is one that bash takes, and what it calls answers."""
     assert "--install-completion" in run("--help").output
+    shown = CliRunner().invoke(cli.app, ["--show-completion", "bash"], prog_name="stepscope")
+    taken = subprocess.run(
+        ["bash", "--norc", "-c", f"{shown.output}\ncomplete -p stepscope"], capture_output=True, text=True
+    )
+    assert taken.stdout.strip() == "complete -o default -F _stepscope_completion stepscope", taken.stderr
+    for words, place, completed in (("me", 1, ["measure"]), ("explain --min", 2, ["--minutes"])):
+        asked = {
+            "_STEPSCOPE_COMPLETE": "complete_bash",
+            "COMP_WORDS": f"stepscope {words}",
+            "COMP_CWORD": str(place),
+        }
+        found = CliRunner().invoke(cli.app, [], prog_name="stepscope", env=asked)
+        assert found.output.split() == completed
 
 
 REFUSED = {
@@ -216,7 +339,7 @@ REFUSED = {
 def test_what_the_system_refuses_is_one_line(monkeypatch, number):
     error = OSError(number, os.strerror(number), "/some/file")
     monkeypatch.setitem(vars(pipeline), "run_report", failing(error))
-    line = mendable("report", "x")
+    line = mendable("report", ".")
     assert REFUSED[number] in line
     assert "/some/file" in line
 
@@ -234,7 +357,7 @@ def test_a_full_disk_and_no_memory_in_the_words_of_libraries(tmp_path, monkeypat
         (MemoryError(), "batch"),
     ):
         monkeypatch.setitem(vars(pipeline), "run_report", failing(error))
-        assert cure in mendable("report", "x")
+        assert cure in mendable("report", ".")
 
 
 def test_a_page_on_a_full_disk_is_one_line(tmp_path, checkpoint):
@@ -259,14 +382,12 @@ def test_names_that_no_file_system_has(tmp_path):
 
 def test_a_message_is_printable_and_bounded(monkeypatch):
     monkeypatch.setitem(vars(pipeline), "run_report", failing(ConfigError("\x1b[31m" + "long " * 10_000)))
-    line = mendable("report", "x")
+    line = mendable("report", ".")
     assert "\x1b" not in line
     assert len(line) < 2200
 
 
-@pytest.mark.parametrize(
-    "file", sorted((Path(__file__).parents[1] / "configs").glob("*.yaml")), ids=lambda f: f.stem
-)
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda f: f.stem)
 def test_the_shipped_configurations_are_of_the_verb_they_name(file):
     """By their own first lines, `stepscope VERB ...`."""
     verb = re.search(r"stepscope (train|measure|study|eval)\b", file.read_text())
@@ -276,6 +397,6 @@ def test_the_shipped_configurations_are_of_the_verb_they_name(file):
 
 
 def test_check_of_a_measurement_without_checkpoint_and_out():
-    result = run("check", str(Path(__file__).parents[1] / "configs" / "measure.yaml"))
+    result = run("check", str(ROOT / "configs" / "measure.yaml"))
     assert result.exit_code == 0
     assert "a valid MeasureConfig, with checkpoint and out to be given" in " ".join(result.stdout.split())

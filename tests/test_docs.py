@@ -83,6 +83,7 @@ def test_a_command_of_a_page_is_taken_with_its_options_and_settings(
     for name in [name for name in stepscope.pipeline.__all__ if name.startswith("run_")]:
         monkeypatch.setattr(stepscope.pipeline, name, lambda *args, **kwargs: called.append(args) is None)
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # where paths are not looked at before the work
     with pytest.raises(SystemExit) as ended:
         app(words)
     assert ended.value.code == 0

@@ -79,6 +79,17 @@ def test_a_second_call_measures_nothing_and_its_object_is_the_artifacts(
     assert record["page"] == str(out / "report.html")
 
 
+def test_a_configuration_file_says_where_it_goes(
+    explained: tuple[Path, Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    out, _ = explained
+    file = tmp_path / "why.yaml"
+    file.write_text(f"out: {out}\nsecond_order: false\nbaseline: none\nown_prompts: false\nlrs: [1e-5]\n")
+    found = run(checkpoint, "--config", file, "--json")
+    assert found.exit_code == 0, found.output
+    assert json.loads(found.stdout)["page"] == str(out / "report.html")
+
+
 def test_another_checkpoint_is_not_explained_in_the_same_folder(
     explained: tuple[Path, Any], checkpoint: Path
 ) -> None:

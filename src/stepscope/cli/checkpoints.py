@@ -11,7 +11,8 @@ import typer
 
 from stepscope.bounded import INSIDE, run_bounded
 from stepscope.cli.options import Overrides, TaskSpec
-from stepscope.errors import ConfigError
+from stepscope.console import say
+from stepscope.errors import CheckpointError, ConfigError
 
 COMMAND = "command"
 """The context of a call from a shell; a call from Python stays in its process."""
@@ -32,12 +33,16 @@ def check(
     run's folder it is asked whether the run is healthy: moments kept at resumes, settings, and the log. All
     of it happens in a process of its own, bounded in time and memory.
     """
+    from stepscope.pipeline.early import need_path
+
+    need_path(target, CheckpointError, "no such checkpoint folder or configuration file")
     if context.obj == COMMAND and INSIDE not in os.environ:
         raise typer.Exit(run_bounded(sys.argv[1:], seconds=time_limit, what=str(target)))
     from stepscope.pipeline import run_check
 
     if not run_check(target, overrides or [], task=task):
         raise ConfigError(f"{target}: not fit to be measured, or not healthy; see the findings above")
+    say(f"check: {target}: nothing stands against it")
 
 
 def convert(
@@ -52,6 +57,9 @@ def convert(
     The new folder is read back and compared with the source to the bit before it gets its name. Printed is
     what was read, what was written, and what could not be carried over.
     """
+    from stepscope.pipeline.early import need_path
+
+    need_path(source, CheckpointError, "no such checkpoint folder; check the path")
     from stepscope.pipeline import run_convert
 
     run_convert(source, target, merged=merged)

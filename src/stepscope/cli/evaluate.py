@@ -9,6 +9,7 @@ import typer
 from stepscope.cli.options import (
     ConfigFile,
     Device,
+    Open,
     Overrides,
     Precision,
     Prompts,
@@ -18,6 +19,7 @@ from stepscope.cli.options import (
     TemplateFile,
     first_or_override,
 )
+from stepscope.cli.pages import show_page
 from stepscope.processes import said_once
 
 
@@ -41,6 +43,7 @@ def evaluate(
     device: Device = None,
     config: ConfigFile = None,
     resume: Resume = False,
+    show: Open = False,
 ) -> None:
     """pass@k, format, length and entropy with their errors, one row per checkpoint; and a page of curves."""
     from stepscope.config import EvalConfig, load_config
@@ -50,6 +53,10 @@ def evaluate(
     values |= {"task": task, "prompts": prompts, "reward": reward, "template": template}
     with said_once():
         settings = load_config(EvalConfig, config, rest, values)
+    from stepscope.pipeline.early import refuse_early, table_of
+
+    refuse_early(settings, resume=resume)
     from stepscope.pipeline import run_eval
 
     run_eval(settings, resume=resume)
+    show_page(table_of(settings).with_suffix(".html"), show)

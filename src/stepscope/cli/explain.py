@@ -7,23 +7,24 @@ from typing import Annotated
 
 import typer
 
+from stepscope.cli.measuring import PAGE, Checkpoint, apart, measure_settings
 from stepscope.cli.options import (
     ConfigFile,
     Device,
+    Open,
     Overrides,
     Precision,
     Prompts,
     Reward,
     TaskSpec,
     TemplateFile,
+    first_or_override,
 )
-from stepscope.processes import said_once
+from stepscope.cli.pages import show_page
 
 
 def explain(
-    checkpoint: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder with its optimizer state.")
-    ],
+    checkpoint: Checkpoint = None,
     overrides: Overrides = None,
     task: TaskSpec = None,
     prompts: Prompts = None,
@@ -40,25 +41,21 @@ def explain(
     precision: Precision = None,
     device: Device = None,
     config: ConfigFile = None,
+    show: Open = False,
 ) -> None:
     """Who moves the entropy in a checkpoint's next step, in one command: the sentence, its parts, the tokens.
 
-    The stages of measure that this needs, on batches sized for the time. Examples:
-
-    stepscope explain runs/demo/checkpoints/step-60
-
-    stepscope explain out/checkpoint-500 --task gsm8k --minutes 20 --out runs/why
+    The stages of measure that this needs, on batches sized for the time.
     """
-    from stepscope.config import MeasureConfig, load_config
-
-    where = Path(checkpoint).resolve()
-    run = where.parent.parent if where.parent.name == "checkpoints" else where.parent
-    out = out or str(Path("runs", "explain", f"{run.name}-{where.name}"))
+    checkpoint, rest = first_or_override(checkpoint, overrides)
     values = {"checkpoint": checkpoint, "out": out, "precision": precision, "device": device}
     values |= {"task": task, "prompts": prompts, "reward": reward, "template": template}
-    with said_once():
-        settings = load_config(MeasureConfig, config, overrides or [], values)
-    given = {name for name in ("update", "probe") for text in overrides or [] if text.startswith(f"{name}.")}
+    settings = measure_settings(config, rest, values, lambda folder: apart("explain", folder))
+    given = {name for name in ("update", "probe") for text in rest if text.startswith(f"{name}.")}
+    from stepscope.pipeline.early import refuse_early
+
+    refuse_early(settings, resume=True)
     from stepscope.pipeline import run_explain
 
     run_explain(settings, minutes=minutes, fixed=frozenset(given), as_json=as_json)
+    show_page(Path(settings.out) / PAGE, show)

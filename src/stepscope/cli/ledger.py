@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from stepscope.cli.options import ConfigFile, Device, Overrides, Precision, Resume, TaskSpec, numbers, split
+from stepscope.cli.options import (
+    ConfigFile,
+    Device,
+    Open,
+    Overrides,
+    Precision,
+    Resume,
+    TaskSpec,
+    numbers,
+    split,
+)
+from stepscope.cli.pages import show_page
 from stepscope.errors import ConfigError
+
+PAGE = "ledger.html"
 
 
 def ledger(
@@ -73,6 +87,7 @@ def ledger(
     device: Device = None,
     config: ConfigFile = None,
     resume: Resume = False,
+    show: Open = False,
 ) -> None:
     """What every token of every batch of a recorded training did to its entropy, added up and closed.
 
@@ -96,9 +111,13 @@ def ledger(
         settings_of = {"run": run, "out": out, "rule": without, "every": every, "device": device}
         more = {"doses": numbers(dose, "--dose"), "retrain": retrain or None}
         what_if = load_config(WhatIfConfig, config, overrides or [], settings_of | more)
+        from stepscope.pipeline.early import refuse_early
+
+        refuse_early(what_if)
         from stepscope.pipeline import run_what_if
 
         run_what_if(what_if)
+        show_page(Path(out or run) / PAGE, show)
         return
     if dose is not None or retrain:
         raise ConfigError("--dose and --retrain belong to --without RULE; say which tokens to leave out")
@@ -118,6 +137,10 @@ def ledger(
         "device": device,
     }
     settings = load_config(LedgerConfig, config, overrides or [], values)
+    from stepscope.pipeline.early import refuse_early
+
+    refuse_early(settings, resume=resume)
     from stepscope.pipeline import run_ledger
 
     run_ledger(settings, resume=resume)
+    show_page(Path(settings.out or settings.run) / PAGE, show)

@@ -13,6 +13,7 @@ import typer
 from stepscope.cli.checkpoints import COMMAND, check, convert
 from stepscope.cli.endings import mendable
 from stepscope.cli.evaluate import evaluate
+from stepscope.cli.examples import epilog
 from stepscope.cli.explain import explain
 from stepscope.cli.ledger import ledger
 from stepscope.cli.measure import measure
@@ -62,7 +63,7 @@ _VERBS: dict[str, Callable[..., None]] = {
 }
 
 for _name, _verb in _VERBS.items():
-    app.command(_name)(mendable(_verb))
+    app.command(_name, epilog=epilog(_name))(mendable(_verb))
 
 
 def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:

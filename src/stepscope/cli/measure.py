@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from stepscope.cli.measuring import PAGE, Checkpoint, in_run, measure_settings
 from stepscope.cli.options import (
     ConfigFile,
     Device,
+    Open,
     Overrides,
     Precision,
     Prompts,
@@ -19,19 +22,23 @@ from stepscope.cli.options import (
     first_or_override,
     split,
 )
-from stepscope.processes import said_once
+from stepscope.cli.pages import show_page
+from stepscope.errors import ConfigError
 
 
 def measure(
-    checkpoint: Annotated[
-        str | None, typer.Argument(metavar="CHECKPOINT", help="Checkpoint folder with its optimizer state.")
-    ] = None,
+    checkpoint: Checkpoint = None,
     overrides: Overrides = None,
     task: TaskSpec = None,
     prompts: Prompts = None,
     reward: Reward = None,
     template: TemplateFile = None,
-    out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="Run folder.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            "--out", metavar="DIR", help="Run folder; default: measure/step-N in the run of the checkpoint."
+        ),
+    ] = None,
     stages: Annotated[
         str | None,
         typer.Option(
@@ -79,10 +86,9 @@ def measure(
     device: Device = None,
     config: ConfigFile = None,
     resume: Resume = False,
+    show: Open = False,
 ) -> None:
     """Measure what a checkpoint's next optimizer step does to its policy, and who did it."""
-    from stepscope.config import MeasureConfig, load_config
-
     checkpoint, rest = first_or_override(checkpoint, overrides)
     values: dict[str, Any] = {
         "checkpoint": checkpoint,
@@ -100,10 +106,16 @@ def measure(
         "precision": precision,
         "device": device,
     }
-    with said_once():
-        settings = load_config(MeasureConfig, config, rest, values)
+    settings = measure_settings(config, rest, values, in_run)
     if validate and "validation" not in settings.stages:
         settings = settings.model_copy(update={"stages": [*settings.stages, "validation"]})
+    if show and "report" not in settings.stages:
+        raise ConfigError("--open: the stage report makes the page, and it is not among the stages; add it")
+    resume = resume or stages is not None
+    from stepscope.pipeline.early import refuse_early
+
+    refuse_early(settings, resume=resume)
     from stepscope.pipeline import run_measure
 
-    run_measure(settings, resume=resume or stages is not None)
+    run_measure(settings, resume=resume)
+    show_page(Path(settings.out) / PAGE, show)

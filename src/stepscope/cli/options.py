@@ -53,6 +53,7 @@ Device = Annotated[
     str | None, typer.Option("--device", help="Torch device; default: a GPU where there is one.")
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings as YAML.")]
+Open = Annotated[bool, typer.Option("--open", help="Open the page in a browser at the end.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder already holds.")]
 
 

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from stepscope.errors import ConfigError
+from stepscope.cli.options import Open
+from stepscope.cli.pages import show_page
+from stepscope.errors import ConfigError, RunFolderError
 
 
 def report(
@@ -24,17 +26,20 @@ def report(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="FILE", help="Page of the comparison.", show_default=False)
     ] = None,
+    show: Open = False,
 ) -> None:
     """Rebuild a page from its artifacts, or compare runs; nothing is computed again.
 
     A run or a measurement gets report.html, a study study.html. With further folders the page compares two
     measurements, or the entropy laws of evaluated runs: compare-OTHER.html in RUN, or FILE.
     """
+    if not others and out is not None:
+        raise ConfigError("--out names the page of a comparison; give two runs, or leave it out")
+    from stepscope.pipeline.early import need_path
+
+    for folder in (run, *(others or [])):
+        need_path(folder, RunFolderError, "no such folder; expected what measure, study or train left")
     from stepscope.pipeline import run_comparison, run_report
 
-    if not others:
-        if out is not None:
-            raise ConfigError("--out names the page of a comparison; give two runs, or leave it out")
-        run_report(run)
-    else:
-        run_comparison(run, others, out)
+    page = run_comparison(run, others, out) if others else run_report(run)
+    show_page(page, show)

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from stepscope.cli.options import Overrides
+from stepscope.cli.options import Open, Overrides
+from stepscope.cli.pages import show_page
 
 
 def study(
@@ -23,21 +24,20 @@ def study(
             show_default=False,
         ),
     ] = None,
+    show: Open = False,
 ) -> None:
     """Many measurements: checkpoints x settings x repeats. Goes on where an earlier call was stopped.
 
     On a cluster each measurement is a job or task of its own; a killed one is taken again, and the table is
-    the same. Examples (more in docs/CLUSTERS.md):
-
-    stepscope study CONFIG --executor slurm slurm.partition=gpu slurm.gpus=1 slurm.time=120 slurm.mem=32GB
-
-    stepscope study CONFIG --executor ray ray.address=auto ray.cpus=4
-
-    stepscope study CONFIG --executor slurm slurm.cluster=local slurm.parallel=4   (processes on this machine)
+    the same; docs/CLUSTERS.md has the settings.
     """
     from stepscope.config import StudyConfig, load_config
 
     settings = load_config(StudyConfig, config, overrides or [], {"out": out, "executor": executor})
+    from stepscope.pipeline.early import refuse_early
+
+    refuse_early(settings)
     from stepscope.pipeline import run_study
 
     run_study(settings)
+    show_page(Path(settings.out) / "study.html", show)

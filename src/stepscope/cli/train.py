@@ -7,12 +7,14 @@ from typing import Annotated
 
 import typer
 
-from stepscope.cli.options import Overrides, Resume
+from stepscope.cli.options import Open, Overrides, Resume
+from stepscope.cli.pages import show_page
 
 
 def demo(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Run folder.")] = Path("runs/demo"),
+    show: Open = False,
 ) -> None:
     """The whole story on a tiny policy: train, evaluate, measure, report. Offline, CPU, minutes.
 
@@ -24,6 +26,7 @@ def demo(
     from stepscope.pipeline import run_demo
 
     run_demo(out, overrides or [])
+    show_page(out / "report.html", show)
 
 
 def train(
@@ -36,6 +39,9 @@ def train(
     from stepscope.config import TrainConfig, load_config
 
     settings = load_config(TrainConfig, config, overrides or [], {"out": out})
+    from stepscope.pipeline.early import refuse_early
+
+    refuse_early(settings, resume=resume)
     from stepscope.pipeline import run_train
 
     run_train(settings, resume=resume)

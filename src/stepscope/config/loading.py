@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -131,6 +131,7 @@ def load_config(
     path: Path | None = None,
     overrides: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
+    fill: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
 ) -> _S:
     """Read a configuration.
 
@@ -139,6 +140,7 @@ def load_config(
         path: YAML file, or None to start from the defaults.
         overrides: ``section.field=value``, each later one wins.
         values: settings by dotted path that win over the file but not over ``overrides``; None is skipped.
+        fill: from all that is given to settings for what is given nowhere (a default that depends on others).
 
     Raises:
         ConfigError: one line that names every wrong setting with its dotted path.
@@ -147,7 +149,9 @@ def load_config(
     for dotted, value in (values or {}).items():
         if value is not None:
             set_path(data, dotted, value)
-    return build_config(cls, apply_overrides(cls, data, overrides), str(path or "command line"))
+    given = apply_overrides(cls, data, overrides)
+    filled = given if fill is None else {**fill(given), **given}
+    return build_config(cls, filled, str(path or "command line"))
 
 
 def dump_config(config: BaseModel) -> str:

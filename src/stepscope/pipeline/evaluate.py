@@ -23,6 +23,7 @@ from stepscope.evaluation import (
     read_eval,
     write_eval,
 )
+from stepscope.pipeline.early import refuse_present, table_of
 from stepscope.pipeline.inputs.examples import say_if_nothing_earns, shown_and_kept
 from stepscope.pipeline.inputs.logged_prompts import prompt_conflict
 from stepscope.pipeline.inputs.policies import checkpoints_in, open_policy
@@ -72,26 +73,15 @@ def run_eval(config: EvalConfig, *, resume: bool = False) -> Path:
             another process is at work on them.
         CheckpointError: there is no checkpoint.
     """
-    source = Path(config.source)
-    out = Path(config.out) if config.out is not None else source / "eval.parquet"
+    out = table_of(config)
     with together(config.device, out.parent) as group:
         if group.is_main:
-            _refuse_present(out, resume)
+            refuse_present(out, resume)
         evaluate_all(config, out, resume=resume)
         if group.is_main:
             page = write_evaluation(out)
             say_result("eval", evaluated(out), out, page)
     return out
-
-
-def _refuse_present(out: Path, resume: bool) -> None:
-    if out.exists() and not resume:
-        raise RunFolderError(
-            f"{out}: exists already; remove it, choose another file with --out, or add --resume to evaluate "
-            "only what is missing"
-        )
-    if out.exists() and not companion(out, "parts").is_dir():
-        raise RunFolderError(f"{out}: no {companion(out, 'parts').name} beside it to go on from; remove it")
 
 
 def evaluate_all(config: EvalConfig, out: Path, *, resume: bool) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from stepscope.console import say
+from stepscope.console import say, say_result
 from stepscope.errors import RunFolderError
 from stepscope.report import (
+    evaluated,
+    measured,
+    studied,
     write_comparison,
     write_law_comparison,
     write_ledger_report,
@@ -31,11 +34,20 @@ def run_report(run: Path) -> Path:
     has_ledger = (run / LEDGER).is_file()
     if not has_ledger or any((run / name).exists() for name in _RUN):
         page = write_study_report(run) if (run / "study.json").is_file() else write_report(run)
-        say(f"report: {page}")
+        say_result("report", _found(run), page)
     if has_ledger:
         page = write_ledger_report(run)
         say(f"report: {page}")
     return page
+
+
+def _found(run: Path) -> list[str]:
+    """What the artifacts of a folder say, in a sentence or two."""
+    if (run / "study.json").is_file():
+        return studied(run)
+    if (run / "summary.json").is_file():
+        return measured(run)
+    return evaluated(run / "eval.parquet") if (run / "eval.parquet").is_file() else []
 
 
 def run_comparison(run: Path, others: Sequence[Path], out: Path | None = None) -> Path:

@@ -252,13 +252,7 @@ def load_task(
     Raises:
         TaskError: unknown task, option, template or answer format, or its data cannot be read.
     """
-    if not spec.isprintable():
-        raise TaskError(f"task {ascii(spec)[:60]}: holds characters that cannot be printed; rename the file")
-    name, _, rest = spec.partition(":")
-    if name not in FORMS or (name in ("rg", "jsonl") and not rest):
-        close = difflib.get_close_matches(name, FORMS, n=1)
-        hint = f"; did you mean {FORMS[close[0]]!r}?" if close else ""
-        raise TaskError(f"unknown task {spec!r}: available are {', '.join(FORMS.values())}{hint}")
+    name, rest = source_of(spec)
     stands = load_answer_format(answer_format)
     chosen = load_template(
         template or default_template(spec, answer_format),
@@ -334,6 +328,22 @@ def load_prompts(
     )
     stands = load_answer_format(answer_format)
     return TemplatedTask(spec, source, chosen, format_weight, chosen.opening(), stands, function)
+
+
+def source_of(spec: str) -> tuple[str, str]:
+    """Kind of source of a specification and the rest of it; nothing is read.
+
+    Raises:
+        TaskError: there is no such kind.
+    """
+    if not spec.isprintable():
+        raise TaskError(f"task {ascii(spec)[:60]}: holds characters that cannot be printed; rename the file")
+    name, _, rest = spec.partition(":")
+    if name not in FORMS or (name in ("rg", "jsonl") and not rest):
+        close = difflib.get_close_matches(name, FORMS, n=1)
+        hint = f"; did you mean {FORMS[close[0]]!r}?" if close else ""
+        raise TaskError(f"unknown task {spec!r}: available are {', '.join(FORMS.values())}{hint}")
+    return name, rest
 
 
 def changed_data(where: str, spec: str, before: str, now: str) -> TaskError:

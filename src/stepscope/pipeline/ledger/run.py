@@ -17,6 +17,7 @@ from stepscope.measure.quantity.base import Quantity
 from stepscope.measure.quantity.estimators import value
 from stepscope.measure.quantity.probe import probe_values
 from stepscope.measure.quantity.values import values_at
+from stepscope.pipeline.early import refuse_to_write_over
 from stepscope.pipeline.inputs.tasks import hold_data
 from stepscope.pipeline.ledger.kinship import kinship_artifacts, settle_kinship
 from stepscope.pipeline.ledger.places import figures_file, settle, table_file
@@ -86,7 +87,7 @@ def run_ledger(config: LedgerConfig, *, resume: bool = False) -> Path:
 
 def _ledger(config: LedgerConfig, out: Path, resume: bool) -> Path:
     """:func:`run_ledger` in the group that was entered."""
-    current().from_main(lambda: _refuse_to_write_over(out, resume))
+    current().from_main(lambda: refuse_to_write_over(out, resume))
     work, run = Accounting(config), RunFolder(out / PARTS)
     if len(set(current().gather(work.digest))) > 1:
         raise RunFolderError(
@@ -114,21 +115,13 @@ def _ledger(config: LedgerConfig, out: Path, resume: bool) -> Path:
         for path, artifact in zip(written, artifacts.values(), strict=True):
             artifact.write(path)
         run.seal_beside(written)
-    write_ledger_report(out)
+    page = write_ledger_report(out)
     ledger = artifacts[LEDGER]
     assert isinstance(ledger, Ledger)
     kin = load_ledger(out).kinship
     said = [] if kin is None else headline(kin)
-    say_result("ledger", [*sentences(ledger), *said], out / LEDGER)
+    say_result("ledger", [*sentences(ledger), *said], out / LEDGER, page)
     return out / LEDGER
-
-
-def _refuse_to_write_over(out: Path, resume: bool) -> None:
-    if (out / LEDGER).exists() and not resume:
-        raise RunFolderError(
-            f"{out / LEDGER}: exists already; remove it and {PARTS}, choose another folder with --out, or "
-            "add --resume to go on with it"
-        )
 
 
 def _begin(work: Accounting, run: RunFolder, resume: bool) -> None:

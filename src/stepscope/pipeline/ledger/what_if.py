@@ -20,6 +20,7 @@ from stepscope.measure.ledger.without import Scores, apart, held_paths, reweight
 from stepscope.measure.quantity.estimators import value
 from stepscope.measure.quantity.probe import probe_values
 from stepscope.measure.quantity.values import values_at
+from stepscope.pipeline.early import need_ledger
 from stepscope.pipeline.ledger.retrain import dose_folder, folder_of, retrained, same_start
 from stepscope.pipeline.ledger.shared import Accounting
 from stepscope.policy.passes import track
@@ -30,7 +31,7 @@ from stepscope.processes import is_main_process
 from stepscope.reading.ledger import LedgerFolder
 from stepscope.report import write_ledger_report
 from stepscope.results import BoolArray
-from stepscope.results.ledger import LEDGER, PARTS, GroupSums
+from stepscope.results.ledger import PARTS, GroupSums
 from stepscope.results.recording import FOLDER, RECORD
 from stepscope.results.what_if import (
     AGAIN,
@@ -103,8 +104,8 @@ def run_what_if(config: WhatIfConfig) -> Path:
             result = work.result(curves, inside, again)
             curves.write(folder / CURVES)
             result.write(folder / SUMMARY)
-    write_ledger_report(out)
-    say_result("ledger", sentences(result), folder / SUMMARY)
+    page = write_ledger_report(out)
+    say_result("ledger", sentences(result), folder / SUMMARY, page)
     return folder / SUMMARY
 
 
@@ -129,11 +130,7 @@ class _Work:
     @cached_property
     def found(self) -> LedgerFolder:
         """The ledger."""
-        if not (self.out / LEDGER).is_file():
-            raise RunFolderError(
-                f"{self.out}: no {LEDGER}, and what a rule's tokens did is read off the ledger; make it "
-                f"first: stepscope ledger {self.config.run}"
-            )
+        need_ledger(self.out, self.config.run)
         return LedgerFolder(self.out)
 
     @cached_property
