@@ -11,7 +11,7 @@ from stepscope.results.tables import Table
 from stepscope.stats import Estimate, Number
 
 Level = Literal["token", "sequence"]
-Kind = Literal["literature", "control"]
+Kind = Literal["literature", "control", "model"]
 Target = Literal["signed", "magnitude"]
 
 
@@ -26,7 +26,8 @@ class CriterionDefinition(Record):
         sign: sign convention, and what was added here to the published use.
         verified: whether the formula was read in the paper itself or in public code that implements it.
         level: what is scored; a signed token criterion also scores sequences, by its sum.
-        kind: ``literature``, or ``control`` for the trivial ones a criterion has to beat.
+        kind: ``literature``, ``control`` for the trivial ones a criterion has to beat, or ``model`` for what
+            a model of the kernel predicts.
         target: ``signed`` scores are ranked against the change itself, ``magnitude`` ones against its size.
     """
 
@@ -48,7 +49,7 @@ class LeaderboardRow(Record):
         quantity: whose change the truth is about.
         criterion: its name.
         level: ``token`` or ``sequence``.
-        kind: ``literature`` or ``control``.
+        kind: ``literature``, ``control`` or ``model``.
         target: ``signed`` or ``magnitude``.
         truth: ``column``, ``row`` or ``diagonal``.
         preconditioner: ``sgd`` or ``adamw``.

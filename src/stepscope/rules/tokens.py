@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -135,6 +135,8 @@ class TokenFacts(Tokens):
         correct: (seq,) 1 where the answer is correct.
         prompt: (seq,) number of the prompt.
         micro_batch_size: sequences, in the order of the batch, over which micro-batch criteria centre.
+        modelled: name to (tok,) influence on the entropy as a model of the kernel predicts it, nats per token
+            and unit of lr; empty where none was made.
     """
 
     discriminator: FloatArray
@@ -144,6 +146,7 @@ class TokenFacts(Tokens):
     correct: FloatArray
     prompt: IntArray
     micro_batch_size: int = 8
+    modelled: Mapping[str, FloatArray] = field(default_factory=dict)
 
     @cached_property
     def lengths(self) -> FloatArray:

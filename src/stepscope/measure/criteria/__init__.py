@@ -3,4 +3,4 @@
 Importing the package fills the registry of criteria.
 """
 
-from stepscope.measure.criteria import sequences, tokens  # noqa: F401
+from stepscope.measure.criteria import models, sequences, tokens  # noqa: F401

@@ -7,6 +7,9 @@ S_v = pi_v (log pi_v + H), dH/dz_v = -S_v and M = E_{v~pi} S_v, all signed ones 
 a function of p, H and M at the token's own position: the same tabular quantity under different ideas of how
 one token's gradient moves the logits.
 
+A third kind is what a model of the kernel predicts (``models.py``): it knows what a token does at other
+positions, and needs more of a forward pass than the table has.
+
 A new one is a function with a decorator, :func:`literature` or :func:`control`, in ``tokens.py`` or
 ``sequences.py``. One of a user's own is a :class:`Criterion` around a function; give it to ``rank_criteria``
 beside, or instead of, :func:`known_criteria`.
@@ -39,6 +42,8 @@ class Criterion:
     Attributes:
         name: column of ``criteria_tokens.parquet``.
         score: the function; returns (tok,) values, or (seq,) for the level ``sequence``.
+        needs: entry of :attr:`stepscope.rules.TokenFacts.modelled` that it reads; without that it is not
+            ranked. Empty where the table suffices.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Criterion:
     level: Level = "token"
     kind: Kind = "literature"
     target: Target = "signed"
+    needs: str = ""
 
     def __call__(self, facts: TokenFacts) -> FloatArray:
         """The score of every token (or sequence) of a batch.
@@ -81,7 +87,7 @@ _KNOWN: dict[str, Criterion] = {}
 
 
 def known_criteria() -> tuple[Criterion, ...]:
-    """All criteria of the literature and all controls: of tokens, then of sequences.
+    """All criteria of the literature, all controls and all models: of tokens, then of sequences.
 
     Not among them, because no equation of theirs was read: the shaping by perplexity and position of
     2508.02260. Not among them, because a token table does not determine them: divergences between tokens'
@@ -120,3 +126,8 @@ def control(name: str, score: Score, formula: str, target: Target, level: Level 
     """
     sign = "either, chosen with hindsight" if target == "signed" else "none: larger says more effect"
     _KNOWN[name] = Criterion(name, score, formula, sign, level=level, kind="control", target=target)
+
+
+def model(name: str, formula: str) -> None:
+    """Add what a model of the kernel predicts of each token's influence: an entry of ``facts.modelled``."""
+    _KNOWN[name] = Criterion(name, lambda facts: facts.modelled[name], formula, kind="model", needs=name)

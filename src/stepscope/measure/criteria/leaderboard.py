@@ -23,6 +23,7 @@ from stepscope.measure.criteria.ground_truth import (
     GroundTruthOptions,
     ground_truths,
 )
+from stepscope.measure.criteria.models import modelled_influence
 from stepscope.measure.criteria.statistics import SHARES, Comparison, compare, left_out
 from stepscope.measure.criteria.two_way import Scale, Way, two_way
 from stepscope.measure.quantity.importance_weights import effective_sample_size
@@ -178,6 +179,9 @@ def rank_criteria(
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise MeasurementError(f"criterion {twice[0]} is there twice; give each a name of its own")
     facts = token_facts(policy, step.update, micro_batch_size=options.micro_batch_size, budget=budget)
+    if any(c.needs for c in chosen):
+        facts = replace(facts, modelled=modelled_influence(policy, step, budget=budget))
+        chosen = tuple(c for c in chosen if not c.needs or c.needs in facts.modelled)
     scores = {c.name: c(facts) for c in chosen}
     truths = ground_truths(policy, step, probe, options=options, bindings=bindings, budget=budget)
     rows: list[LeaderboardRow] = []

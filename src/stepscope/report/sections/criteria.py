@@ -50,7 +50,14 @@ _CHOICES: Mapping[str, tuple[str, Mapping[str, str]]] = {
         },
     ),
     "preconditioner": ("step", {"adamw": "the optimizer", "sgd": "plain gradient"}),
-    "kind": ("criteria", {"literature": "of the literature", "control": "trivial controls"}),
+    "kind": (
+        "criteria",
+        {
+            "literature": "of the literature",
+            "model": "models of the kernel",
+            "control": "trivial controls",
+        },
+    ),
 }
 
 
@@ -208,12 +215,19 @@ def _sentence(ranked: Sequence[LeaderboardRow], shares: Sequence[str]) -> str:
         return ""
     percent = text.percent(float(share))
     first = next(row for row in ranked if row.kind == "literature")
+    model = next((row for row in ranked if row.kind == "model"), None)
+    layer = (
+        f" Of what a forward pass says of the last layer, which knows of effects at other positions, "
+        f"{model.criterion} is best: Spearman {text.bare(model.spearman)}."
+        if model is not None
+        else ""
+    )
     return (
         f"Of the literature's criteria, {best.criterion} finds most: the {percent} of tokens that it puts "
         f"first hold {text.bare(best.captured[share])} of the influence on the entropy; chance would be "
         f"{percent}. The best trivial control, {control.criterion}, holds "
         f"{text.bare(control.captured[share])}. By the order of all tokens {first.criterion} is best: "
-        f"Spearman {text.bare(first.spearman)}."
+        f"Spearman {text.bare(first.spearman)}.{layer}"
     )
 
 
@@ -238,6 +252,11 @@ def _standings_figure(ranked: Sequence[LeaderboardRow]) -> style.Figure:
             "criterion of the literature",
             style.Look(style.GREEN),
             [row for row in rows if row.kind == "literature"],
+        ),
+        (
+            "model of the kernel",
+            style.Look(style.PURPLE, "square"),
+            [row for row in rows if row.kind == "model"],
         ),
         (
             "trivial control",

@@ -18,6 +18,7 @@ from stepscope.stats import Estimate
 
 _LOOKS: Mapping[str, Sequence[style.Look]] = {
     "literature": style.LOOKS[:5],
+    "model": (style.LOOKS[5],),
     "control": (style.Look(style.MUTED, "circle-open"), style.Look(style.MUTED, "diamond-open", "dash")),
 }
 """Looks of the leading criteria of each kind; as many are shown."""
