@@ -83,7 +83,8 @@ def measured(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_stages_are_those_of_the_configuration():
-    assert [stage for stage in PLANS if stage not in ("validation", "curvature", "kinship")] == list(STAGES)
+    on_request = ("validation", "models", "curvature", "kinship")
+    assert [stage for stage in PLANS if stage not in on_request] == list(STAGES)
 
 
 def test_every_file_of_the_contract_is_there_and_nothing_else(measured):
@@ -273,7 +274,8 @@ def test_a_stage_alone_leaves_the_bytes_of_a_whole_run(measured, checkpoint, tmp
     whole = tmp_path / "whole/run"
     shutil.copytree(measured, whole)
     validation = ("validation.num_subsets=6", "validation.num_single=3")
-    settings = [*SETTINGS, *validation, "curvature.sketches=2", "curvature.folds=2", "--resume"]
+    models = ("models.folds=3", "models.steps=5", "models.inducing=4", "models.draws=19")
+    settings = [*SETTINGS, *validation, *models, "curvature.sketches=2", "curvature.folds=2", "--resume"]
     measure(checkpoint, *TASK, "--out", whole, *settings, "--stages", ",".join(PLANS))
     for stage, plan in PLANS.items():
         out = tmp_path / stage / "run"

@@ -46,6 +46,7 @@ from stepscope.results.influence import (
 from stepscope.results.kernel import KernelReport
 from stepscope.results.kinship import StepKinship
 from stepscope.results.mismatch import SamplerReport
+from stepscope.results.models import ModelsReport
 from stepscope.results.noise import NoiseScales
 from stepscope.results.step import Rounding, Routing, StepReport, Storage, StoredTensor
 from stepscope.results.summary import Summary
@@ -58,6 +59,7 @@ RECORDS: dict[str, type[Record]] = {
     "reliability.json": Reliabilities,
     "validation.json": Validations,
     "kernel.json": KernelReport,
+    "models.json": ModelsReport,
     "curvature.json": CurvatureReport,
     "kinship.json": StepKinship,
     "noise.json": NoiseScales,

@@ -21,6 +21,7 @@ from .measure.influence.attribution import InfluenceOptions as InfluenceOptions
 from .measure.influence.attribution import influence as influence
 from .measure.kernel.fisher import FisherKernel as FisherKernel
 from .measure.kernel.fisher import fisher_kernel as fisher_kernel
+from .measure.kernel.unseen import kernel_models as kernel_models
 from .measure.ledger.kin_step import kinship as kinship
 from .measure.noise.scale import noise_scale as noise_scale
 from .measure.quantity.base import Quantity as Quantity

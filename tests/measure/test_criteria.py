@@ -27,7 +27,7 @@ from stepscope.rules import (
 )
 
 L = np.log(2.0)
-CRITERIA = {c.name: c for c in known_criteria()}
+CRITERIA = {c.name: c for c in known_criteria() if not c.needs}
 
 # Tokens 0, 2, 3, 4 come from (1/2, 1/4, 1/4): H = 1.5 L, sum pi^2 = 3/8, S = L/4 for p = 1/2 and -L/8 for
 # p = 1/4, M = L/16. Token 1 comes from (1/2, 1/2): H = L, sum pi^2 = 1/2, S = M = 0.

@@ -17,6 +17,7 @@ Stage = Literal[
     "influence",
     "validation",
     "kernel",
+    "models",
     "curvature",
     "kinship",
     "noise",
@@ -213,6 +214,31 @@ class ValidationConfig(Section):
     seed: int = Field(default=0, ge=0)
 
 
+class ModelsConfig(Section):
+    """How models of the kernel are judged, and its null is drawn (``--stages models``).
+
+    Attributes:
+        folds: of prompts; the entries of each are predicted by what was fitted to the others.
+        inducing: inducing points of the Gaussian process and of the deep kernel machine.
+        pairs: most pairs of sequences that these two are fitted to.
+        width: nu of the machine: how strongly it is held to a Gaussian process.
+        steps: of Adam, for both.
+        signs: versions of the gradients with random signs that the null is drawn from; each takes two passes
+            over the batch. 0 for no test.
+        draws: of the null.
+        seed: of folds, pairs, signs and draws.
+    """
+
+    folds: int = Field(default=4, ge=3)
+    inducing: int = Field(default=50, ge=1)
+    pairs: int = Field(default=800, ge=10)
+    width: float = Field(default=1000.0, gt=0)
+    steps: int = Field(default=200, ge=1)
+    signs: int = Field(default=2, ge=0)
+    draws: int = Field(default=499, ge=19)
+    seed: int = Field(default=0, ge=0)
+
+
 class CurvatureConfig(Section):
     """How the second-order kernel is made (``--stages curvature``).
 
@@ -300,6 +326,7 @@ class MeasureSettings(Asking):
         projection: dimension of a random projection for the kernel, or null for the exact kernel.
         own_prompts: the stage ``influence`` also samples fresh responses to the update batch's prompts and
             gives the batch's part of the change there, beside that on the probe batch.
+        models: how models of the kernel are judged, where the stage ``models`` is run.
         curvature: how the second-order kernel is made, where the stage ``curvature`` is run.
         kinship: how it is told what tokens act on, where the stage ``kinship`` is run.
         criteria: how criteria are ranked.
@@ -326,6 +353,7 @@ class MeasureSettings(Asking):
     scratch: str | None = None
     projection: int | None = Field(default=None, ge=1)
     own_prompts: bool = True
+    models: ModelsConfig = ModelsConfig()
     curvature: CurvatureConfig = CurvatureConfig()
     kinship: StepKinshipConfig = StepKinshipConfig()
     criteria: CriteriaConfig = CriteriaConfig()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from stepscope.errors import MeasurementError
-from stepscope.policy.forward import TokenBatch, base_model, forward
+from stepscope.policy.forward import TokenBatch, base_model, forward, forward_inputs, plain_experts
+from stepscope.policy.numerics.precision import matching_precision
 from stepscope.policy.passes import Budget, sweep_rows
 from stepscope.policy.sharding import sharded
 from stepscope.policy.state import Policy
@@ -179,3 +180,28 @@ def _linear(policy: Policy) -> nn.Linear:
             "of the last layer are for these"
         )
     return head
+
+
+def layer_states(policy: Policy, rollouts: Rollouts, *, budget: Budget = Budget()) -> tuple[Tensor, ...]:
+    """(tok, hidden) states before each token: after the embedding, and after every block; one forward pass.
+
+    Of the tokens that the policy wrote, on the policy's device. The last is that before the head.
+
+    Args:
+        policy: a model that returns its hidden states.
+        rollouts: the sequences.
+        budget: what may be used at a time.
+    """
+    model = policy.model
+
+    def rows(batch: TokenBatch) -> Tensor:
+        length = batch.response_ids.shape[1]
+        inputs = forward_inputs(model, batch, positions=1)
+        with torch.no_grad(), matching_precision(model), plain_experts(model):
+            states = model(**inputs, output_hidden_states=True).hidden_states
+        return torch.stack([state[:, -length - 1 : -1] for state in states], 2).cpu()
+
+    found = sweep_rows(policy, rollouts, rows, budget=budget)
+    flat = torch.cat([row[torch.from_numpy(m)] for row, m in zip(found, rollouts.written, strict=True)])
+    dtype = torch.float64 if flat.dtype == torch.float64 else torch.float32
+    return tuple(state.to(policy.device, dtype) for state in flat.unbind(1))

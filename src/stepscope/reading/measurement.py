@@ -28,6 +28,7 @@ from stepscope.results.influence import (
 from stepscope.results.kernel import KernelReport
 from stepscope.results.kinship import STEP_KINSHIP, StepKinship
 from stepscope.results.mismatch import SamplerReport
+from stepscope.results.models import ModelsReport
 from stepscope.results.noise import NoiseScales
 from stepscope.results.records import CURE
 from stepscope.results.step import StepReport
@@ -132,6 +133,11 @@ class Measurement(Folder):
     def kernel_matrices(self, *names: str) -> dict[str, npt.NDArray[Any]] | None:
         """The kernels by name; only those named, where names are given."""
         return self._arrays("kernel.safetensors", names)
+
+    @cached_property
+    def models(self) -> ModelsReport | None:
+        """Models of the kernel, and the test of its spectrum."""
+        return self.stored(ModelsReport, "models.json")
 
     @cached_property
     def curvature(self) -> CurvatureReport | None:

@@ -87,13 +87,13 @@ _KNOWN: dict[str, Criterion] = {}
 
 
 def known_criteria() -> tuple[Criterion, ...]:
-    """All criteria of the literature, all controls and all models: of tokens, then of sequences.
+    """All criteria of the literature and all controls, of tokens, then of sequences; then the models.
 
     Not among them, because no equation of theirs was read: the shaping by perplexity and position of
     2508.02260. Not among them, because a token table does not determine them: divergences between tokens'
     distributions (2606.19771) and global entropy bonuses (2505.22312), which score no token.
     """
-    return tuple(sorted(_KNOWN.values(), key=lambda c: c.level == "sequence"))
+    return tuple(sorted(_KNOWN.values(), key=lambda c: (c.kind == "model", c.level == "sequence")))
 
 
 def literature(

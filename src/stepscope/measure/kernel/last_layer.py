@@ -13,7 +13,7 @@ gradient has a part that runs through the whole network, and is not in it (:func
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -52,16 +52,44 @@ def sequence_kernel(
     """
     counts = rollouts.num_policy_tokens.tolist()
     chosen = _of_head(layer, metrics)
-    width = layer.hidden.shape[1]
-    states = torch.split(layer.hidden, counts)
     total = {m: np.zeros((len(counts), len(counts))) for m in chosen}
-    for some, a, _ in layer.chunks(len(counts) * width):
-        rows = zip(torch.split(a, counts), states, strict=True)
-        gradients = torch.stack([own.T @ h for own, h in rows])
+    for some, a, _ in layer.chunks(len(counts) * layer.hidden.shape[1]):
+        gradients = _by_sequence(a, layer.hidden, counts)
         for name, metric in chosen.items():
             scaled = gradients if metric is None else gradients * metric[some].to(gradients)
-            total[name] += (scaled.flatten(1) @ gradients.flatten(1).T).double().cpu().numpy()
+            total[name] += _products(scaled, gradients)
     return total
+
+
+def layer_kernels(layer: LastLayer, rollouts: Rollouts, states: Sequence[Tensor]) -> FloatArray:
+    """(layer, seq, seq) sums of (h_t . h_t')(a_t . a_t') with the states of each layer in place of the last.
+
+    A layer's part of K is (h_t . h_t')(d_t . d_t'), d the gradient at its output, which a forward pass does
+    not know: here the last layer's stands for it.
+
+    Args:
+        layer: of the batch.
+        rollouts: the batch.
+        states: (tok, hidden) of each layer, from :func:`stepscope.policy.last_layer.layer_states`.
+    """
+    counts = rollouts.num_policy_tokens.tolist()
+    total = np.zeros((len(states), len(counts), len(counts)))
+    for _, a, _ in layer.chunks(len(counts) * max(h.shape[1] for h in states)):
+        for own, h in zip(total, states, strict=True):
+            gradients = _by_sequence(a, h, counts)
+            own += _products(gradients, gradients)
+    return total
+
+
+def _by_sequence(a: Tensor, hidden: Tensor, counts: list[int]) -> Tensor:
+    """(seq, some, hidden) sum over a sequence's tokens of a_t h_t'."""
+    rows = zip(torch.split(a, counts), torch.split(hidden, counts), strict=True)
+    return torch.stack([own.T @ h for own, h in rows])
+
+
+def _products(left: Tensor, right: Tensor) -> FloatArray:
+    found = (left.flatten(1) @ right.flatten(1).T).double().cpu().numpy()
+    return np.asarray(found, dtype=np.float64)
 
 
 def entropy_influence(

@@ -121,6 +121,8 @@ def unfit_for_parts(policy: Policy, config: MeasureSettings, stages: list[Stage]
         against.append("Hessian-vector products (stage curvature) need whole parameters")
     if "kinship" in stages:
         against.append("gradients of single tokens (stage kinship) need whole parameters")
+    if "models" in stages:
+        against.append("models of the kernel (stage models) need the head in one piece")
     drawn = any(batch.file is None for batch in (config.update, config.probe))
     if config.sampler.engine != "transformers" and "rollouts" in stages and drawn:
         against.append(f"the sampler {config.sampler.engine} cannot run a model that is sharded")

@@ -52,6 +52,7 @@ _BRIEFS: Mapping[str, Callable[[Measurement], str]] = {
 
 _OTHERS: Mapping[str, str] = {
     "provenance": "checkpoint, batches, seeds, settings, versions",
+    "models": "what a forward pass knows of the kernel, and whether the kernel is more than noise",
     "curvature": "what pairs of the step's sequences do together, beyond first order",
     "kinship": "own position, own response, same prompt or other prompts",
     "validation": "predicted against true changes, and their correlations",
