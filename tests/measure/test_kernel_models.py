@@ -171,7 +171,6 @@ def test_variance_components_are_shrunk_column_effects() -> None:
     r2 = found["components"].r2["different_prompts"]
     assert 0.3 < r2.value < 0.5, "half of the variance is the column's, the row's is not known"
     assert found["mean"].r2["different_prompts"].value < 0.02
-    assert not found["mean"].spearman["diagonal"].reliable
     assert r2.n == 12
     assert r2.stderr > 0
     assert found["last_layer"].fitted == 0

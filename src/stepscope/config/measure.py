@@ -280,12 +280,14 @@ class CriteriaConfig(Section):
         micro_batch_size: sequences over which criteria of the public code that centre per micro-batch do so.
         drop_shares: shares of the tokens that rules of the kind "drop these tokens" may drop; each rule and
             share is a step taken again. An empty list leaves them out.
+        learned: also rank criteria that are learned from the influence of other prompts' tokens.
         seed: of the folds of the probe, of the choice of diagonal tokens and of the random rule.
     """
 
     diagonal_tokens: int = Field(default=512, ge=3, le=4096)
     micro_batch_size: int = Field(default=8, ge=1)
     drop_shares: list[float] = Field(default_factory=_two_shares)
+    learned: bool = False
     seed: int = Field(default=0, ge=0)
 
     @field_validator("drop_shares")

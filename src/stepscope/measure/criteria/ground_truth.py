@@ -84,6 +84,17 @@ class GroundTruth:
         """(fold, tok) the truth from all the probe prompts but those of each fold."""
         return None if self.folds is None else self._mixed(lambda fold, part: fold != part, len(self.folds))
 
+    @property
+    def halves_without_folds(self) -> FloatArray | None:
+        """(fold, 2, tok) the halves from all their prompts but those of each fold; None of fewer than 4."""
+        if self.folds is None or len(self.folds) < 4:
+            return None
+        mixed = [
+            self._mixed(lambda fold, part, f=f: (fold % 2 == part) & (fold != f), 2)  # type: ignore[misc]
+            for f in range(len(self.folds))
+        ]
+        return np.stack([m for m in mixed if m is not None])
+
     def _mixed(self, chosen: Callable[[IntArray, IntArray], BoolArray], count: int) -> FloatArray | None:
         """(count, tok) the truth from the folds that are chosen for each part, weighted by their size."""
         if self.folds is None or self.probe_fold is None:

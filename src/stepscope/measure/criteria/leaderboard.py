@@ -9,12 +9,13 @@ criterion is compared with the best trivial control of its kind on the same toke
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from stepscope.errors import MeasurementError
 from stepscope.measure.criteria.criterion import Criterion, known_criteria
+from stepscope.measure.criteria.doubts import FEW_CARRIERS, FEW_SQUARES, carried, few_items
 from stepscope.measure.criteria.facts import token_facts
 from stepscope.measure.criteria.ground_truth import (
     PRECONDITIONERS,
@@ -23,10 +24,11 @@ from stepscope.measure.criteria.ground_truth import (
     GroundTruthOptions,
     ground_truths,
 )
+from stepscope.measure.criteria.learned import crossed, learned_criteria, learned_scores
 from stepscope.measure.criteria.models import modelled_influence
 from stepscope.measure.criteria.statistics import SHARES, Comparison, compare, left_out
 from stepscope.measure.criteria.two_way import Scale, Way, two_way
-from stepscope.measure.quantity.importance_weights import effective_sample_size
+from stepscope.measure.kernel.machines import MachineOptions
 from stepscope.measure.quantity.probe import Bindings
 from stepscope.measure.step.reconstruct import Step
 from stepscope.policy.passes import Budget
@@ -48,15 +50,6 @@ FEWEST = 3
 
 GIVEN_PROBE = ", conditional on the probe batch"
 """What the error of the truth's own reliability is given: it compares the halves of one probe."""
-
-FEW_ITEMS = 10
-"""Sums over fewer items than this hang on single ones: their errors are not known."""
-
-FEW_CARRIERS = 50
-"""Nor are those of sums that fewer items than this carry, in effect."""
-
-FEW_SQUARES = 20
-"""The same for sums of squares, as in Pearson's correlation."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -144,9 +137,12 @@ class RankingOptions(GroundTruthOptions):
 
     Attributes:
         micro_batch_size: sequences over which micro-batch criteria centre.
+        learned: also rank criteria that are learned (:mod:`stepscope.measure.criteria.learned`): two machines
+            fitted eight times.
     """
 
     micro_batch_size: int = 8
+    learned: bool = False
 
 
 def rank_criteria(
@@ -186,9 +182,15 @@ def rank_criteria(
     truths = ground_truths(policy, step, probe, options=options, bindings=bindings, budget=budget)
     rows: list[LeaderboardRow] = []
     summaries: list[GroundTruthSummary] = []
+    learned: dict[str, FloatArray] = {}
+    if options.learned:
+        primary = next(t for t in truths if t.name == "column_adamw_on_policy")
+        learned = learned_scores(facts, scores, primary, MachineOptions(seed=options.seed))
+        means = {name: np.asarray(own.mean(0), dtype=np.float64) for name, own in learned.items()}
+        chosen, scores = (*chosen, *learned_criteria(means)), scores | means
     tokens = [c for c in chosen if c.level == "token"]
     boards = _token_boards(facts, tokens, scores, truths) + _sequence_boards(facts, chosen, scores, truths)
-    for board in boards:
+    for board in (_with_learned(board, facts, learned) for board in boards):
         _rank(board, probe.num_prompts, options.seed, rows, summaries)
     return Leaderboard(
         rows=tuple(rows),
@@ -213,6 +215,9 @@ class _Board:
         halves: (truth, 2, item) the values from halves of the probe; None where no probe enters.
         without: (truth, fold, item) the values without each fold of the probe; None likewise.
         clusters: (item,) prompts.
+        items: (item,) which tokens (sequences) of the batch.
+        learned: which score to its (2, item) values as learned from either half of the probe.
+        half_parts: (truth, fold, 2, item) the halves without each fold, where scores are learned.
     """
 
     level: Level
@@ -223,6 +228,26 @@ class _Board:
     halves: FloatArray | None
     without: FloatArray | None
     clusters: IntArray
+    items: IntArray
+    learned: Mapping[int, FloatArray] = field(default_factory=dict)
+    half_parts: FloatArray | None = None
+
+    def of(self, rows: FloatArray, facts: TokenFacts) -> FloatArray:
+        """(row, item) of (row, tok) values: those of the tokens, or sums over the sequences."""
+        if self.level == "sequence":
+            rows = np.stack([facts.per_sequence(row) for row in rows])
+        return np.asarray(rows[:, self.items], dtype=np.float64)
+
+
+def _with_learned(board: _Board, facts: TokenFacts, learned: Mapping[str, FloatArray]) -> _Board:
+    """The board with what each learned score is from either half, where truths rest on a probe."""
+    places = {c.name: place for place, c in enumerate(board.criteria)}
+    own = {places[name]: board.of(values, facts) for name, values in learned.items()}
+    parts = [t.halves_without_folds for t in board.truths]
+    if not own or any(p is None for p in parts):
+        return board
+    found = np.stack([np.stack([board.of(two, facts) for two in p]) for p in parts if p is not None])
+    return replace(board, learned=own, half_parts=found)
 
 
 def _token_boards(
@@ -251,6 +276,7 @@ def _token_boards(
                     _stacked([t.halves for t in own], chosen),
                     _stacked([t.without_folds for t in own], chosen),
                     facts.prompt[facts.sequence[items]],
+                    items,
                 )
             )
     return boards
@@ -287,6 +313,7 @@ def _sequence_boards(
                 _stacked([t.halves for t in own], summed),
                 _stacked([t.without_folds for t in own], summed),
                 facts.prompt[items],
+                items,
             )
         )
     return boards
@@ -345,7 +372,7 @@ class _Errors:
             t: which truth.
         """
         sizes = np.abs(self.values[t])
-        doubt = _carried(sizes, FEW_CARRIERS)
+        doubt = carried(sizes, FEW_CARRIERS)
         found = {}
         for q, share in enumerate(SHARES):
 
@@ -354,18 +381,8 @@ class _Errors:
                 return shares
 
             figure = self.estimate(selected, t, unit="share of the total", scale="share")
-            found[_label(share)] = figure.doubted(_few_items(share * len(sizes)), doubt)
+            found[_label(share)] = figure.doubted(few_items(share * len(sizes)), doubt)
         return found
-
-
-def _few_items(selected: float) -> str:
-    return f"hangs on {max(1.0, selected):.2g} items, fewer than {FEW_ITEMS}" if selected < FEW_ITEMS else ""
-
-
-def _carried(weights: FloatArray, fewest: int) -> str:
-    """Why a sum over items says nothing of other batches: few items carry it; empty where many do."""
-    size = effective_sample_size(weights)
-    return f"{size:.2g} items carry the sum, in effect, fewer than {fewest}" if size < fewest else ""
 
 
 def _rank(
@@ -383,6 +400,10 @@ def _rank(
     if board.without is not None:
         truths = board.without.reshape(-1, board.values.shape[1])
         folded = compare(board.scores, signed, truths, index)
+    if folded is not None and board.halves is not None and board.half_parts is not None:
+        found, folded = crossed(
+            found, folded, board.learned, board.halves, board.half_parts, index, counts=counts, seed=seed
+        )
     errors = _Errors(found, folded, board.values, len(names), probe_prompts)
     for t, truth in enumerate(board.truths):
         for c in range(len(board.criteria)):
@@ -439,7 +460,7 @@ def _row(board: _Board, errors: _Errors, c: int, t: int) -> LeaderboardRow:
         version=truth.version,
         spearman=correlation(lambda x: x.spearman),
         kendall=correlation(lambda x: x.kendall),
-        pearson=correlation(lambda x: x.pearson).doubted(_carried(board.values[t] ** 2, FEW_SQUARES)),
+        pearson=correlation(lambda x: x.pearson).doubted(carried(board.values[t] ** 2, FEW_SQUARES)),
         captured=errors.captured(lambda x: x.captured[:, :, c], t),
         sign_agreement=(
             share(lambda x: x.sign_agreement, "share of items") if criterion.target == "signed" else None

@@ -18,12 +18,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from scipy.optimize import nnls
 from scipy.stats import spearmanr
 
 from stepscope.errors import MeasurementError
-from stepscope.kernels import DeepKernelMachine
+from stepscope.measure.kernel.machines import Machine, MachineOptions, regressed
 from stepscope.measure.kernel.pairs import KINDS, Pairs
 from stepscope.results import BoolArray, FloatArray, IntArray
 from stepscope.results.models import KernelModel
@@ -149,8 +148,8 @@ def _parts(task: Task) -> FloatArray:
     return np.concatenate([task.pairs.layers, task.pairs.last[task.metric][None]])
 
 
-def _regression(task: Task, *, layers: int, width: float) -> FloatArray:
-    """By a machine with inducing points: without layers a Gaussian process."""
+def _regression(task: Task, machine: Machine) -> FloatArray:
+    """By a machine with inducing points."""
     options = task.options
     own = np.diag(_layers(task)).copy()
     floor = own[own > 0].min() if (own > 0).any() else 1.0
@@ -158,22 +157,11 @@ def _regression(task: Task, *, layers: int, width: float) -> FloatArray:
     rows, columns = _drawn(task)
     inputs, target = task.pairs.inputs(), task.K / scale
     x, y = inputs[rows, columns], target[rows, columns]
-    spread = x.std(0)
-    shift, spread = x.mean(0), np.where(spread > 1e-12, spread, 1.0)
-    level, size = y.mean(), y.std() or 1.0
-    machine = DeepKernelMachine(
-        torch.from_numpy((x - shift) / spread),
-        torch.from_numpy((y - level) / size)[:, None],
-        layers=layers,
-        width=width,
-        inducing=min(options.inducing, len(y)),
-        jitter=1e-6,
-        seed=options.seed,
+    asked = inputs.reshape(-1, inputs.shape[-1])
+    machine_options = MachineOptions(
+        inducing=options.inducing, width=options.width, steps=options.steps, seed=options.seed
     )
-    machine.fit(options.steps, 3e-2)
-    asked = (inputs.reshape(-1, inputs.shape[-1]) - shift) / spread
-    mean, _ = machine.predict(torch.from_numpy(asked))
-    made = (mean[:, 0].numpy() * size + level).reshape(task.K.shape) * scale
+    made = regressed(machine, x, y, asked, machine_options).reshape(task.K.shape) * scale
     return np.asarray(made, dtype=np.float64)
 
 
@@ -219,12 +207,12 @@ MODELS: Mapping[str, _Model] = {
         lambda p: 3 * (1 + len(p.layers)),
     ),
     "gaussian_process": _Model(
-        lambda task: _regression(task, layers=0, width=math.inf),
+        lambda task: _regression(task, "gaussian_process"),
         "sparse Gaussian process on layers' cosines and tokens, times lengths by `layers`",
         1,
     ),
     "deep_kernel": _Model(
-        lambda task: _regression(task, layers=2, width=task.options.width),
+        lambda task: _regression(task, "deep_kernel"),
         "sparse deep kernel machine, two layers, on the same",
         1,
     ),

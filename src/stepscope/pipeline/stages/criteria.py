@@ -36,6 +36,7 @@ def criteria(session: Session) -> Figures:
             max_diagonal=config.criteria.diagonal_tokens,
             micro_batch_size=config.criteria.micro_batch_size,
             seed=config.criteria.seed,
+            learned=config.criteria.learned,
         ),
         bindings=session.bindings,
         budget=session.budget,
