@@ -7,7 +7,7 @@ ones fresh data) for each seed; inputs and outputs are scaled by the training pa
 for every column, kernels and noise by Adam for the same number of steps at the same rate; the Gaussian
 process is GPyTorch's. Of each: RMSE over the standard deviation of the training outputs, mean log density of
 a test output in those units, seconds. Means over seeds, and differences to the Gaussian process of the same
-seed with their standard errors. "nu chosen": of 10, 100, 1000 and infinite the one of largest log density on
+seed with 95 % intervals. "nu chosen": of 10, 100, 1000 and infinite the one of largest log density on
 a fifth of the training rows, fitted again to all of them.
 """
 
@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import t as student_t
 from torch import Tensor
 
 from stepscope.kernels import DeepKernelMachine
@@ -165,7 +166,7 @@ def main() -> None:
 
 
 def table(rows: list[dict[str, object]]) -> None:
-    """Means over seeds; in brackets the difference to the Gaussian process, with its standard error."""
+    """Means over seeds; in brackets the difference to the Gaussian process, with its 95 % interval."""
     print("| data | model | RMSE | log density | CPU s |\n|---|---|---|---|---|")
     for name in dict.fromkeys(row["data"] for row in rows):
         base = {row["seed"]: row for row in rows if (row["data"], row["model"]) == (name, "Gaussian process")}
@@ -181,7 +182,8 @@ def table(rows: list[dict[str, object]]) -> None:
                 cell = f"{values.mean():.3f}"
                 if model != "Gaussian process" and len(own) > 1:
                     gaps = values - np.array([base[row["seed"]][figure] for row in own], dtype=float)
-                    cell += f" ({gaps.mean():+.3f} ± {gaps.std(ddof=1) / math.sqrt(len(own)):.3f})"
+                    half = student_t.ppf(0.975, len(own) - 1) * gaps.std(ddof=1) / math.sqrt(len(own))
+                    cell += f" ({gaps.mean():+.3f} ± {half:.3f})"
                 cells.append(cell)
             seconds = np.mean([float(str(row["cpu_seconds"])) for row in own])
             print(f"| {name} | {model} | {cells[0]} | {cells[1]} | {seconds:.1f} |")
