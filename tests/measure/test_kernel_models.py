@@ -184,7 +184,7 @@ def test_a_smooth_kernel_is_learned() -> None:
     pairs, _ = made_pairs(rng)
     cosine = cosine_form(pairs.layers[0])
     K = np.exp(3 * cosine - 3) * np.sqrt(np.outer(np.diag(pairs.layers[0]), np.diag(pairs.layers[0])))
-    options = ModelOptions(steps=150, pairs=600, inducing=40)
+    options = ModelOptions(steps=60, pairs=300, inducing=25, folds=3)
     apart = pairs.kinds["different_prompts"]
 
     def missed(model: str) -> float:

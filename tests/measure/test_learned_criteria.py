@@ -8,14 +8,19 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+import cases
+from stepscope.measure.criteria import learned as learned_module
 from stepscope.measure.criteria.ground_truth import GroundTruth
+from stepscope.measure.criteria.leaderboard import RankingOptions, rank_criteria
 from stepscope.measure.criteria.learned import MACHINES, crossed, learned_criteria, learned_scores
 from stepscope.measure.criteria.statistics import compare, left_out
 from stepscope.measure.kernel.machines import MachineOptions
+from stepscope.policy.state import Policy
 from stepscope.results import FloatArray
 from stepscope.rules import TokenFacts
 
-QUICK = MachineOptions(steps=30, inducing=12)
+QUICK = MachineOptions(steps=4, inducing=6)
+LINEAR = {"learned_linear": None}
 PROMPTS, TOKENS, FOLDS = 8, 30, 8
 
 
@@ -54,9 +59,10 @@ def made(noise: float, seed: int = 0) -> tuple[TokenFacts, dict[str, FloatArray]
     return facts, scores, truth
 
 
-def test_machines_learn_what_a_line_cannot() -> None:
+def test_machines_learn_what_a_line_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learned_module, "FOLDS", 2)
     facts, scores, truth = made(noise=0.02)
-    found = learned_scores(facts, scores, truth, MachineOptions(steps=150, inducing=40))
+    found = learned_scores(facts, scores, truth, MachineOptions(steps=80, inducing=25))
     assert set(found) == set(MACHINES)
     order = {n: spearmanr(own.mean(0), truth.values).statistic for n, own in found.items()}
     assert order["learned_gaussian_process"] > 0.8
@@ -85,8 +91,9 @@ def test_scores_look_neither_at_their_own_prompt_nor_at_the_other_half() -> None
         assert sum(changed) >= PROMPTS / 2
 
 
-def test_noise_that_is_learned_is_not_rewarded() -> None:
+def test_noise_that_is_learned_is_not_rewarded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but noise: a score fitted to the whole probe would follow its noise, crossed ones do not."""
+    monkeypatch.setattr(learned_module, "MACHINES", LINEAR)
     figures = []
     for seed in range(6):
         facts, scores, truth = made(noise=300.0, seed=seed)
@@ -123,10 +130,38 @@ def test_noise_that_is_learned_is_not_rewarded() -> None:
     assert abs(np.mean(figures)) < 3 * np.std(figures, ddof=1) / np.sqrt(6)
 
 
+def test_a_learned_criterion_on_the_board(monkeypatch: pytest.MonkeyPatch, tiny_policy: Policy) -> None:
+    """Its rows about columns are of crossed halves, those about rows and diagonals of the mean score."""
+    monkeypatch.setattr(learned_module, "MACHINES", LINEAR)
+    step = cases.step(tiny_policy, num_prompts=4, group_size=3)
+    probe = cases.batch(tiny_policy, num_prompts=8, group_size=1, seed=9)
+    options = RankingOptions(baseline="none", max_diagonal=6, learned=True)
+    board = rank_criteria(tiny_policy, step, probe, options=options)
+    truth = board.truth("column", "adamw", "on_policy")
+    own = learned_scores(board.facts, board.scores, truth)["learned_linear"]
+    np.testing.assert_allclose(board.scores["learned_linear"], own.mean(0))
+    assert truth.halves is not None
+    chosen = truth.chosen
+    pairs = ((own[0], truth.halves[1]), (own[1], truth.halves[0]))
+    crossed_rho = np.mean([spearmanr(s[chosen], t[chosen]).statistic for s, t in pairs])
+    row = board.row("learned_linear", truth)
+    assert row.spearman.value == pytest.approx(crossed_rho)
+    assert row.kind == "model"
+    sums = [[board.facts.per_sequence(v) for v in pair] for pair in pairs]
+    by_sequence = board.row("learned_linear", truth, level="sequence").spearman.value
+    assert by_sequence == pytest.approx(np.mean([spearmanr(s, t).statistic for s, t in sums]))
+    diagonal = board.truth("diagonal", "sgd")
+    plain = spearmanr(own.mean(0)[diagonal.chosen], diagonal.values[diagonal.chosen]).statistic
+    assert board.row("learned_linear", diagonal).spearman.value == pytest.approx(plain)
+
+
 def test_too_little_to_learn_from() -> None:
     facts, scores, truth = made(noise=0.1)
     assert truth.folds is not None
-    assert learned_scores(facts, scores, replace(truth, folds=truth.folds[:2]), QUICK) == {}
+    assert truth.probe_fold is not None
+    two = replace(truth, folds=truth.folds[:2], probe_fold=truth.probe_fold % 2)
+    assert two.halves_without_folds is None
+    assert learned_scores(facts, scores, two, QUICK) == {}
     assert learned_scores(facts, scores, replace(truth, folds=None), QUICK) == {}
     (one,) = learned_criteria({"learned_linear": np.arange(len(facts), dtype=float)})
     np.testing.assert_array_equal(one(facts), np.arange(len(facts)))
