@@ -16,7 +16,7 @@ from stepscope.evaluation.rows import prompt_ratios
 from stepscope.intervals import proportion
 from stepscope.measure.mismatch import sampler_mismatch
 from stepscope.policy.passes import Budget
-from stepscope.policy.rollouts import SAMPLING, SamplingOptions, sample_rollouts
+from stepscope.policy.rollouts import SAMPLING, SamplingOptions, response_text, sample_rollouts
 from stepscope.policy.sampling.base import Sampler
 from stepscope.policy.sampling.generate import TransformersSampler
 from stepscope.policy.state import Policy
@@ -85,7 +85,9 @@ def evaluate(
                 "%s is not quite %s: %s", sampler.name, policy.path or "this policy", mismatch.doubt
             )
     if responses is not None:
-        write_responses(rollouts, task, responses)
+        read = response_text(policy)
+        tokens = [read.by_token(ids) for ids in rollouts.response_token_ids]
+        write_responses(rollouts, task, responses, tokens)
     return evaluate_rollouts(
         rollouts,
         task,

@@ -8,17 +8,17 @@ from dataclasses import fields
 import numpy as np
 
 from stepscope.results import FloatArray
-from stepscope.results.evaluation import PromptResult
+from stepscope.results.evaluation import UNITS, PromptResult
 from stepscope.stats import pass_at_k
 
 RATIOS: Mapping[str, tuple[str, str, str]] = {
-    "mean_reward": ("reward", "num_samples", "reward"),
-    "format_rate": ("num_formatted", "num_samples", "fraction"),
-    "truncated_rate": ("num_truncated", "num_samples", "fraction"),
-    "mean_length": ("num_tokens", "num_samples", "tokens"),
-    "mean_length_correct": ("num_tokens_correct", "num_correct", "tokens"),
-    "entropy_per_token": ("entropy", "num_tokens", "nats/token"),
-    "surprisal": ("surprisal", "num_tokens", "nats/token"),
+    "mean_reward": ("reward", "num_samples", UNITS["mean_reward"]),
+    "format_rate": ("num_formatted", "num_samples", UNITS["format_rate"]),
+    "truncated_rate": ("num_truncated", "num_samples", UNITS["truncated_rate"]),
+    "mean_length": ("num_tokens", "num_samples", UNITS["mean_length"]),
+    "mean_length_correct": ("num_tokens_correct", "num_correct", UNITS["mean_length_correct"]),
+    "entropy_per_token": ("entropy", "num_tokens", UNITS["entropy_per_token"]),
+    "surprisal": ("surprisal", "num_tokens", UNITS["surprisal"]),
 }
 """Figures that are ratios of sums over responses: numerator and denominator in PromptResult, and unit."""
 

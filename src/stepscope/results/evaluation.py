@@ -20,6 +20,20 @@ NAN = float("nan")
 PASS_AT = re.compile(r"pass_at_(\d+)")
 """Column of a pass@k."""
 
+UNITS: Mapping[str, str] = {
+    "mean_reward": "reward",
+    "format_rate": "fraction",
+    "truncated_rate": "fraction",
+    "mean_length": "tokens",
+    "mean_length_correct": "tokens",
+    "entropy_per_token": "nats/token",
+    "surprisal": "nats/token",
+    "surprisal_q50": "nats/token",
+    "surprisal_q90": "nats/token",
+    "surprisal_q99": "nats/token",
+}
+"""Figures of an evaluation beside pass@k, a fraction, and their units."""
+
 _TYPES = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
 
 
@@ -139,6 +153,18 @@ class EvaluationRow:
     def pass_at_8_stderr(self) -> float:
         """Standard error of pass@8."""
         return self.pass_at.get(8, (NAN, NAN))[1]
+
+    @property
+    def estimates(self) -> dict[str, Estimate]:
+        """The figures with their errors, by name."""
+        found = {f"pass_at_{k}": (*self.pass_at[k], "fraction") for k in sorted(self.pass_at)}
+        found |= {n: (getattr(self, n), getattr(self, f"{n}_stderr"), unit) for n, unit in UNITS.items()}
+        method = f"{self.samples_per_prompt} responses to each prompt"
+        return {
+            name: Estimate(value, stderr, self.num_prompts, unit, method, low=low, high=high)
+            for name, (value, stderr, unit) in found.items()
+            for low, high in [self.intervals.get(name, (NAN, NAN))]
+        }
 
     @property
     def key(self) -> tuple[Any, ...]:
