@@ -27,7 +27,19 @@ from stepscope.errors import CheckpointError, ConfigError
 from stepscope.pipeline.check.run import kind_of_config
 from stepscope.pipeline.early import refuse_early
 
-VERBS = ("demo", "train", "eval", "measure", "explain", "study", "ledger", "report", "check", "convert")
+VERBS = (
+    "demo",
+    "train",
+    "eval",
+    "measure",
+    "explain",
+    "study",
+    "ledger",
+    "report",
+    "export",
+    "check",
+    "convert",
+)
 ROOT = Path(__file__).parents[1]
 
 

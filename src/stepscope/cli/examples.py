@@ -35,6 +35,10 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "stepscope report runs/demo --open",
         "stepscope report runs/demo/measure/step-10 runs/demo/measure/step-60",
     ),
+    "export": (
+        "stepscope export runs/demo/measure/step-60 --to inspect",
+        "stepscope export runs/demo --to inspect --out logs",
+    ),
     "check": (
         "stepscope check out/checkpoint-500 --task gsm8k",
         "stepscope check configs/measure.yaml",

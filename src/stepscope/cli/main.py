@@ -15,6 +15,7 @@ from stepscope.cli.endings import mendable
 from stepscope.cli.evaluate import evaluate
 from stepscope.cli.examples import epilog
 from stepscope.cli.explain import explain
+from stepscope.cli.export import export
 from stepscope.cli.ledger import ledger
 from stepscope.cli.measure import measure
 from stepscope.cli.report import report
@@ -58,6 +59,7 @@ _VERBS: dict[str, Callable[..., None]] = {
     "study": study,
     "ledger": ledger,
     "report": report,
+    "export": export,
     "check": check,
     "convert": convert,
 }

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from stepscope.pipeline.demo import run_demo
     from stepscope.pipeline.evaluate import run_eval
     from stepscope.pipeline.explain import run_explain
+    from stepscope.pipeline.export import run_export
     from stepscope.pipeline.ledger.run import run_ledger
     from stepscope.pipeline.measure import run_measure
     from stepscope.pipeline.report import run_comparison, run_report
@@ -27,6 +28,7 @@ __all__ = [
     "run_demo",
     "run_eval",
     "run_explain",
+    "run_export",
     "run_ledger",
     "run_measure",
     "run_report",
@@ -42,6 +44,7 @@ _HOME = {
     "run_demo": "demo",
     "run_eval": "evaluate",
     "run_explain": "explain",
+    "run_export": "export",
     "run_ledger": "ledger.run",
     "run_measure": "measure",
     "run_report": "report",
