@@ -12,7 +12,7 @@ endif
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo browser test test-slow lock check format docs bench smollm2 clean
+.PHONY: help dev demo browser test test-slow test-beside lock check format docs bench smollm2 clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,7 +46,16 @@ test: $(STAMP) browser ## the tests (minutes), and the share of the code they ru
 test-slow: $(STAMP) smollm2 ## the long checks
 	$(BIN)/python -m pytest -m slow
 
-# vLLM pins a torch of its own and is locked by nobody here.
+# Trackio and Inspect ask for older versions of pillow and fsspec than constraints.txt has.
+BESIDE  := build/beside
+test-beside: $(STAMP) ## the tests of Trackio and Inspect, in an environment beside .venv
+	test -x $(BESIDE)/bin/python || $(BIN)/python -m venv --without-pip $(BESIDE)
+	$(BIN)/uv pip install --system-certs --quiet --python $(BESIDE)/bin/python trackio inspect-ai
+	for python in $(BIN) $(BESIDE)/bin; do $$python/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; done | \
+		{ read base; read own; printf '%s\n' "$$base" "$(CURDIR)/src" > "$$own/zz_base.pth"; }
+	$(BESIDE)/bin/python -m pytest tests/test_trackers.py tests/test_export.py
+
+# vLLM pins a torch of its own and is locked by nobody here, like what test-beside installs.
 EXTRAS  := $(foreach extra,dev docs gguf prime-rl ray slurm,--extra $(extra))
 # `make lock UPGRADE=` keeps the versions that stand there and adds what is missing.
 # What a CUDA build of torch brings along is torch's own choice, on machines that take one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 from pathlib import Path
@@ -15,10 +16,12 @@ import stepscope as ss
 from stepscope import cli
 from stepscope.errors import RunFolderError
 from stepscope.evaluation import fit_entropy_law, read_eval
+from stepscope.pipeline.export import exported
 from stepscope.policy.loss.settings import SETTINGS_FILE
 from stepscope.results.entropy_law import EntropyLaw
 from stepscope.results.evaluation import EvaluationChanges
 from stepscope.runs import locked, read_json
+from tracked import events_of, read, texts_of
 
 SETTINGS = ["num_prompts=6", "samples_per_prompt=4", "ks=[1,4]"]
 
@@ -37,7 +40,8 @@ def tables(folder: Path) -> dict[str, bytes]:
 def evaluated(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole evaluation, never changed by a test."""
     folder = tmp_path_factory.mktemp("evaluated")
-    run_eval(trained_run, "--out", folder / "eval.parquet", *SETTINGS, "temperatures=[0.5,1.0]")
+    tracked = "report_to=[tensorboard]"
+    run_eval(trained_run, "--out", folder / "eval.parquet", *SETTINGS, "temperatures=[0.5,1.0]", tracked)
     return folder
 
 
@@ -75,6 +79,47 @@ def test_figures_agree_with_the_stored_responses(evaluated: Path) -> None:
         assert row.pass_at_1 == pytest.approx(np.mean([r["correct"] for r in part]), abs=1e-12)
         assert row.mean_length == pytest.approx(np.mean([r["num_tokens"] for r in part]))
         assert row.truncated_rate == pytest.approx(np.mean([r["truncated"] for r in part]))
+
+
+def test_tensorboard_shows_what_the_table_says(evaluated: Path, trained_run: Path) -> None:
+    """And the same after a call that finds nothing to do, by default where the folder is there."""
+    rows = read_eval(evaluated / "eval.parquet")
+    for _ in range(2):
+        events = events_of(evaluated / "tensorboard" / "eval")
+        for name in ("pass_at_1", "pass_at_4", "mean_length", "entropy_per_token", "surprisal_q90"):
+            shown = [(e.step, e.value) for e in events.Scalars(f"stepscope/eval/{name}")]
+            value = [row.estimates[name].value for row in rows]
+            assert shown == [(row.step, pytest.approx(v)) for row, v in zip(rows, value, strict=True)]
+        pages = texts_of(events, "stepscope/eval/responses")
+        for event, row in zip(events.Histograms("stepscope/eval/token_entropy"), rows, strict=True):
+            found = event.histogram_value
+            assert (event.step, found.num) == (row.step, row.num_tokens)
+            assert found.sum == pytest.approx(row.entropy_per_token * row.num_tokens, rel=1e-5)
+            part = pq.read_table(evaluated / f"eval_parts/{row.checkpoint}_responses.parquet").to_pylist()
+            assert all("".join(r["token"]) == r["response"] for r in part)
+            assert read(html.escape(part[0]["prompt"])) in read(pages[row.step]).replace(
+                "\N{RETURN SYMBOL}", ""
+            )
+        run_eval(
+            trained_run, "--out", evaluated / "eval.parquet", *SETTINGS, "temperatures=[0.5,1.0]", "--resume"
+        )
+
+
+def test_an_evaluation_is_exported_with_its_tokens(evaluated: Path, tmp_path: Path) -> None:
+    rows = read_eval(evaluated / "eval.parquet")
+    for found, row in zip(exported(evaluated), rows, strict=True):
+        assert (found.name, len(found.samples)) == (row.checkpoint, 24)
+        assert found.figures["correct"]["accuracy"].value == row.pass_at_1
+        entropy = sum(s.per_token["entropy"].sum() for s in found.samples)
+        assert entropy == pytest.approx(row.entropy_per_token * row.num_tokens, rel=1e-5)
+        assert -sum(s.logprobs.sum() for s in found.samples) == pytest.approx(
+            row.surprisal * row.num_tokens, rel=1e-5
+        )
+    shutil.copytree(evaluated, tmp_path / "copy")
+    file = tmp_path / "copy/eval_parts/step-0_responses.parquet"
+    pq.write_table(pq.read_table(file).drop_columns("token"), file)
+    with pytest.raises(RunFolderError, match="damaged"):
+        next(exported(tmp_path / "copy"))
 
 
 def test_an_evaluation_is_read_back_by_the_classes_that_wrote_it(evaluated: Path, tmp_path: Path) -> None:

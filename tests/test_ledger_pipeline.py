@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import shutil
@@ -36,6 +37,8 @@ from stepscope.results.ledger import FOLDS, LEDGER, ROLLUPS, STEPS, TOKEN_FOLDS,
 from stepscope.results.recording import StepFigures
 from stepscope.results.rollups import LedgerRollups
 from stepscope.rules.token_classes import WAYS
+from stepscope.trackers.texts import LOWERS, RAISES
+from tracked import events_of, read, texts_of
 
 CHROMIUM = find_chromium()
 QUANTITIES = ["entropy", "entropy_fixed_prefix"]
@@ -59,8 +62,32 @@ def settings(run: Path, out: Path, **changes: Any) -> LedgerConfig:
 @pytest.fixture(scope="module")
 def made(recorded: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ledger") / "all"
-    run_ledger(settings(recorded, out))
+    run_ledger(settings(recorded, out, report_to=["tensorboard"]))
     return out
+
+
+def test_tensorboard_shows_what_the_files_say(made: Path) -> None:
+    found, events = ss.load_ledger(made), events_of(made / "tensorboard" / "ledger")
+    steps = found.steps.to_pandas()
+    for quantity in QUANTITIES:
+        own, table = steps[steps.quantity == quantity], found.table(quantity)
+        for part in ("tokens", "decay", "level", "change"):
+            shown = [(e.step, e.value) for e in events.Scalars(f"stepscope/ledger/{quantity}/{part}")]
+            assert shown == [(s, pytest.approx(v)) for s, v in zip(own.step, own[part], strict=True)]
+        for event in events.Histograms(f"stepscope/ledger/{quantity}/influence"):
+            mine = table.influence[table.step == event.step]
+            assert event.histogram_value.num == len(mine)
+            assert event.histogram_value.sum == pytest.approx(mine.sum())
+    (figures,) = texts_of(events, "stepscope/ledger/figures").values()
+    assert f"<td>{found.account('entropy').closing_error.value:.3g}</td>" in figures
+    ((last, page),) = texts_of(events, "stepscope/ledger/responses").items()
+    totals = found.table().groupby(["step", "sequence_id"]).influence.sum()
+    step, sequence = totals.abs().idxmax()
+    assert last == found.ledger.last_step
+    assert f"step {step}, influence {totals[step, sequence]:.3g}" in page
+    response = found.record.batch(step).rollouts.responses[sequence]
+    shown = read(page).replace(LOWERS, "").replace(RAISES, "").replace("\N{RETURN SYMBOL}", "")
+    assert read(html.escape(response)) in shown
 
 
 def test_parts_add_up_to_the_change_along_the_displacements(made: Path, recorded: Path) -> None:

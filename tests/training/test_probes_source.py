@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import html
+import importlib.util
 import random
 import shutil
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import stepscope as ss
 from stepscope.results import read_table
+from stepscope.trackers.texts import LOWERS, RAISES
 from stepscope.training.probe.source import TrainerSource
+from tracked import events_of, read, texts_of, wandb_history, wandb_offline
 
 TASK = "arithmetic:terms=2,digits=1,ops=+"
 TEMPLATE = (
@@ -204,18 +208,66 @@ def test_a_probe_of_other_prompts_is_warned_of_once(small_run: Path, tmp_path: P
     assert all(row["entropy"] > 1.5 * row["entropy_logged"] for row in rows)
 
 
-def test_the_documented_line_shows_its_figures_in_tensorboard(small_run: Path, tmp_path: Path) -> None:
+class KeepsPredictions(TrainerCallback):  # type: ignore[misc]
+    """What a probe predicted, by step."""
+
+    def __init__(self, probe: ss.StepProbe) -> None:
+        self.probe = probe
+        self.seen: dict[int, Any] = {}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, *_: Any, **kwargs: Any) -> None:
+        if self.probe._pending is not None:
+            self.seen[state.global_step + 1] = self.probe._pending.prediction
+
+
+def test_the_documented_line_shows_its_figures_in_trackers(
+    small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scalars by the trainer's own callbacks, histograms and coloured responses by the probe."""
+    installed = importlib.util.find_spec("wandb") is not None
+    if installed:
+        wandb_offline(tmp_path, monkeypatch)
     probe = ss.StepProbe(every=2, num_prompts=8, noise=False)
-    trainer = make_trainer(small_run / "base", tmp_path, probe, rows=plain_rows(), report_to="tensorboard")
+    to = ["tensorboard", "wandb"] if installed else ["tensorboard"]
+    trainer = make_trainer(small_run / "base", tmp_path, probe, rows=plain_rows(), report_to=to)
+    trainer.add_callback(kept := KeepsPredictions(probe))
     trainer.train()
     (folder,) = (tmp_path / "runs").iterdir()
-    events = EventAccumulator(str(folder))
-    events.Reload()
+    events = events_of(folder)
     rows = read_table(tmp_path / "probes.parquet").to_pylist()
     assert [row["step"] for row in rows] == [1, 3]
     for name in ("entropy", "predicted", "realised", "difference", "reward", "seconds"):
         shown = [(event.step, event.value) for event in events.Scalars(f"train/probe/{name}")]
         assert shown == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in rows]
+    pages, tables = (texts_of(events, f"stepscope/probe/{n}") for n in ("responses", "figures"))
+    assert list(pages) == list(tables) == list(kept.seen) == [1, 3]
+    for step, made in kept.seen.items():
+        rollouts = made.rollouts
+        (entropies,) = (
+            e.histogram_value for e in events.Histograms("stepscope/probe/token_entropy") if e.step == step
+        )
+        flat = rollouts.flat(rollouts.entropies)
+        assert (entropies.num, entropies.sum) == (len(flat), pytest.approx(flat.sum()))
+        (changes,) = (
+            e.histogram_value for e in events.Histograms("stepscope/probe/token_change") if e.step == step
+        )
+        each = made.lr * made.slope.prefix
+        assert changes.sum == pytest.approx(each.sum(), rel=1e-5)
+        largest = int(np.argmax(np.abs(each.sum(1))))
+        assert read(html.escape(rollouts.responses[largest])) in read(pages[step]).replace(
+            LOWERS, ""
+        ).replace(RAISES, "").replace("\N{RETURN SYMBOL}", "")
+        assert pages[step].count(f"{float(np.abs(each).max()):.3g}") >= 1
+    if installed:
+        history = [row for row in wandb_history(tmp_path) if "stepscope/probe/responses" in row]
+        assert [row["train/global_step"] for row in history] == [1, 3]
+        for row, expected in zip(history, rows, strict=True):
+            assert row["train/probe/entropy"] == pytest.approx(expected["entropy"])
+            assert sum(row["stepscope/probe/token_entropy"]["values"]) == len(
+                kept.seen[expected["step"]].rollouts.flat(kept.seen[expected["step"]].rollouts.entropies)
+            )
+        (page, _) = tmp_path.glob("wandb/offline-run-*/files/media/html/stepscope/probe/*.html")
+        assert "background:rgba(" in page.read_text(encoding="utf-8")
 
 
 def states_of(trainer: GRPOTrainer) -> list[Any]:

@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 from stepscope.config.measure import Asking, Precision
 from stepscope.config.sampler import SamplerConfig
 
+TrackerName = Literal["tensorboard", "wandb", "trackio"]
+"""A tracker that shows histograms and coloured responses."""
+
 
 def _one_and_eight() -> list[int]:
     return [1, 8]
@@ -32,6 +35,9 @@ class EvalSettings(Asking):
         batch_size: most sequences per forward pass, fewer where the memory at hand does not hold them, or
             ``auto``: as many as it holds (at most 64 on a CPU). The responses do not depend on it.
         device: torch device, or null for a GPU where there is one.
+        report_to: trackers that the figures, histograms and coloured responses go to, under
+            ``stepscope/eval/...``; null for TensorBoard where there is a folder ``tensorboard`` beside the
+            table, ``[]`` for none.
     """
 
     num_prompts: int = Field(default=128, ge=2)
@@ -46,6 +52,7 @@ class EvalSettings(Asking):
     precision: Precision = "float32"
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     device: str | None = None
+    report_to: list[TrackerName] | None = None
 
     @model_validator(mode="after")
     def _enough_samples(self) -> EvalSettings:

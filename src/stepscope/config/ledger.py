@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from stepscope.config.base import Section
+from stepscope.config.evaluate import TrackerName
 from stepscope.config.measure import Asking, Precision, ProbeConfig, known_quantity
 
 FIXED = "_fixed_prefix"
@@ -71,6 +72,8 @@ class LedgerConfig(Asking):
         batch_size: sequences per forward pass.
         device: torch device, or null for a GPU where there is one.
         memory: budget for gradients that are kept, in GiB; activations of a micro-batch come on top.
+        report_to: trackers that the account goes to, under ``stepscope/ledger/...``; null for TensorBoard
+            where there is a folder ``tensorboard`` beside the ledger, ``[]`` for none.
     """
 
     run: str
@@ -91,6 +94,7 @@ class LedgerConfig(Asking):
     batch_size: int = Field(default=64, ge=1)
     device: str | None = None
     memory: float = Field(default=4.0, gt=0)
+    report_to: list[TrackerName] | None = None
 
     @field_validator("quantities", "through")
     @classmethod

@@ -30,6 +30,7 @@ from stepscope.pipeline.inputs.policies import checkpoints_in, open_policy
 from stepscope.pipeline.inputs.samplers import make_sampler
 from stepscope.pipeline.inputs.tasks import hold_data, open_task, say_what_is_shared, tasks_of
 from stepscope.pipeline.together import main_only, together
+from stepscope.pipeline.tracked import track_evaluation
 from stepscope.policy.checkpoint.load import checkpoint_digest, read_settings
 from stepscope.policy.checkpoint.models import usable_device
 from stepscope.policy.group import current
@@ -41,11 +42,12 @@ from stepscope.results import FloatArray
 from stepscope.results.evaluation import EvaluationChanges, companion, law_path
 from stepscope.runs import EXAMPLE, RunFolder, locked, verified, write_record
 from stepscope.tasks import TemplatedTask
+from stepscope.trackers import require_installed
 
 LAW_CHECKPOINTS = 4
 """Fewest checkpoints to which the entropy law is fitted."""
 
-MAY_DIFFER = ("source", "out", "device", "batch_size", "temperatures", "top_ps", "bootstrap")
+MAY_DIFFER = ("source", "out", "device", "batch_size", "temperatures", "top_ps", "bootstrap", "report_to")
 """Keys of the configuration that may change between two calls on one evaluation."""
 
 
@@ -93,8 +95,10 @@ def evaluate_all(config: EvalConfig, out: Path, *, resume: bool) -> None:
         RunFolderError: see :func:`run_eval`.
         CheckpointError: there is no checkpoint.
         TaskError: a task's data are not those the evaluation began with.
+        ConfigError: a tracker is not installed.
     """
     usable_device(config.device)
+    require_installed(config.report_to)
     checkpoints = checkpoints_in(Path(config.source))
     folder = companion(out, "parts")
     parts, example = RunFolder(folder), companion(out, EXAMPLE)
@@ -117,6 +121,7 @@ def evaluate_all(config: EvalConfig, out: Path, *, resume: bool) -> None:
         rows, profiles = [row for row, _ in found], [row for _, others in found for row in others]
         parts.seal_beside([])
         parts.seal_beside(_write_tables(config, out, rows, profiles))
+        track_evaluation(config.report_to, out, parts, rows)
 
 
 def _write_tables(

@@ -24,6 +24,7 @@ from stepscope.pipeline.ledger.places import figures_file, settle, table_file
 from stepscope.pipeline.ledger.shared import Accounting
 from stepscope.pipeline.ledger.tables import summed, with_levels
 from stepscope.pipeline.together import main_only, together
+from stepscope.pipeline.tracked import track_ledger
 from stepscope.policy.group import current
 from stepscope.policy.passes import track
 from stepscope.policy.vectors import placed
@@ -53,12 +54,13 @@ from stepscope.results.ledger import (
 from stepscope.results.rollups import LedgerRollups
 from stepscope.rules.token_classes import WAYS
 from stepscope.runs import RunFolder, locked, read_record
+from stepscope.trackers import require_installed
 
 ENDS = "ends.json"
 
 T = TypeVar("T", LedgerTokens, LedgerFolds, LedgerSteps, LedgerTokenFolds)
 
-HERE_ONLY = ("run", "out", "device", "batch_size", "memory")
+HERE_ONLY = ("run", "out", "device", "batch_size", "memory", "report_to")
 """Keys of the configuration that may change between two calls on one ledger; the record has a digest."""
 
 
@@ -79,8 +81,10 @@ def run_ledger(config: LedgerConfig, *, resume: bool = False) -> Path:
         RunFolderError: the training was not recorded, or the folder holds another ledger.
         CheckpointError: there is no checkpoint of the training, or it is of another model.
         MeasurementError: the steps asked for are not recorded.
+        ConfigError: a tracker is not installed.
     """
     out = Path(config.out or config.run)
+    require_installed(config.report_to)
     with together(config.device, out):
         return _ledger(config, out, resume)
 
@@ -115,6 +119,7 @@ def _ledger(config: LedgerConfig, out: Path, resume: bool) -> Path:
         for path, artifact in zip(written, artifacts.values(), strict=True):
             artifact.write(path)
         run.seal_beside(written)
+    track_ledger(config.report_to, out, run)
     page = write_ledger_report(out)
     ledger = artifacts[LEDGER]
     assert isinstance(ledger, Ledger)

@@ -25,11 +25,14 @@ from stepscope.measure.change.online import realised_change
 from stepscope.measure.noise.window import window_noise_scale
 from stepscope.policy.group import Group, formed
 from stepscope.policy.passes import Budget
+from stepscope.policy.rollouts import response_text
 from stepscope.policy.state import Policy
 from stepscope.policy.twin import is_cut, on_device
 from stepscope.stats import Estimate
 from stepscope.tasks import Task, load_task
+from stepscope.trackers import Entry, Trackers
 from stepscope.training.probe.predict import Pending, predict
+from stepscope.training.probe.shown import probe_entry
 from stepscope.training.probe.source import Source, TaskSource, TrainerSource
 from stepscope.training.probe.table import append, columns_of, doubt, forget, tokens_path
 from stepscope.training.watching.capture import BatchRecorder, Captured
@@ -48,6 +51,7 @@ from stepscope.training.watching.state import (
     optimizer_within,
     successive_products,
 )
+from stepscope.training.watching.trackers import trackers_of
 
 NAME = "probe"
 """Name of the only probe of a trainer, or of its first."""
@@ -75,7 +79,8 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
     The training is not disturbed: random states, modes and gradients are left as they were, so that weights,
     optimizer and samples of a run are bitwise those without the probe. A probe that cannot work, from the
     start or from some step on, warns once and is off; the training goes on. Figures appear as ``probe/...``
-    in the log of the step: the probe puts itself before the other callbacks, so that trackers show them. All
+    in the log of the step: the probe puts itself before the other callbacks, so that trackers show them. On
+    TensorBoard, W&B and Trackio it also shows histograms and coloured responses, ``stepscope/probe/...``. All
     rows are in ``file``.
 
     Cost of one probe: sampling ``num_prompts`` responses, two to three forward-mode passes and five forward
@@ -136,6 +141,9 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
     _recorder: BatchRecorder | None = field(default=None, init=False)
     _pending: Pending | None = field(default=None, init=False)
     _row: tuple[dict[str, Any], dict[str, Estimate]] | None = field(default=None, init=False)
+    _callbacks: list[Any] = field(default_factory=list, init=False)
+    _trackers: Trackers | None = field(default=None, init=False)
+    _entry: Entry | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """Refuse settings that mean nothing."""
@@ -154,10 +162,11 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Find out whether this run can be probed; take up what the checkpoint it goes on from has."""
         self._off, self._warned, self._due, self._row = False, False, False, None
-        self._group = None
+        self._group, self._trackers, self._entry = None, None, None
         with Guest(self, state):
             trainer = trainer_of(self)
-            probes = self._step_to_the_front(trainer.callback_handler.callbacks)
+            self._callbacks = trainer.callback_handler.callbacks
+            probes = self._step_to_the_front(self._callbacks)
             self._name = names_of(probes)[probes.index(self)]
             require_readable(args, model, optimizer, parts=True)
             self._source = self._source_of(trainer)
@@ -284,6 +293,10 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
                 "seconds": pending.seconds + time.perf_counter() - begin,
             }
             self._row = row, figures
+            if self._shown_on(args).active:
+                self._entry = probe_entry(
+                    self._tag, state.global_step, pending.prediction, figures, response_text(policy)
+                )
         return control
 
     def on_log(
@@ -296,15 +309,30 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
         entropy = logs.get("entropy")
         self._write(args, state, float("nan") if entropy is None else float(entropy))
         values = {name: estimate.value for name, estimate in figures.items()} | {"seconds": row["seconds"]}
-        prefix = NAME if self._name == NAME else f"{NAME}/{self._name}"
-        shown = {f"{prefix}/{name}": value for name, value in values.items() if math.isfinite(value)}
+        shown = {f"{self._tag}/{name}": value for name, value in values.items() if math.isfinite(value)}
         logs.update(shown)
         state.log_history[-1].update(shown)
+        entry, self._entry = self._entry, None
+        if entry is not None:
+            self._shown_on(args).log(entry)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write what was not logged; let go of the trainer."""
         self._write(args, state, float("nan"))
-        self._source = None
+        self._source, self._trackers, self._entry, self._callbacks = None, None, None, []
+
+    @property
+    def _tag(self) -> str:
+        """The first part of its names in trackers."""
+        return NAME if self._name == NAME else f"{NAME}/{self._name}"
+
+    def _shown_on(self, args: Any) -> Trackers:
+        """The trackers of this training; known once its callbacks have begun."""
+        if self._trackers is None:
+            path = self._path(args)
+            sent = path.with_name(f"{path.stem}_trackers.yaml")
+            self._trackers = trackers_of(self._callbacks, f"StepProbe {self._name}", sent)
+        return self._trackers
 
     @property
     def _key(self) -> str:
@@ -364,7 +392,7 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
 
     def give_up(self, error: Exception, step: int) -> None:
         """Be off from here on, and say so."""
-        self._off, self._pending, self._row = True, None, None
+        self._off, self._pending, self._row, self._entry = True, None, None, None
         if self._recorder is not None:
             self._recorder.stop()
             self._recorder = None

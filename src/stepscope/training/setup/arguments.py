@@ -115,7 +115,8 @@ def install_callbacks(trainer: Any, *, section: str, logs: Path | None, resumed_
             SummaryWriter,
         )  # a package that who names no tracker can do without
 
-        writer = SummaryWriter(log_dir=str(logs), purge_step=resumed_from + 1 if resumed_from else None)
+        # written at the first start, too: TensorBoard takes nothing out unless it has seen that one
+        writer = SummaryWriter(log_dir=str(logs), purge_step=resumed_from + 1 if resumed_from else 0)
         added.append(TensorBoardCallback(writer))
     for callback in added:
         trainer.add_callback(callback)
