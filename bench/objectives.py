@@ -8,6 +8,10 @@ evaluated on the same held-out prompts. ``curves.parquet`` has a row per objecti
 the trainings (``-- "rl.probe={every: 6}"``) also what they predicted of each step against what it did. Run
 again, it goes on where it was stopped.
 
+``--base FOLDER`` starts from a policy that is there already, such as ``runs/demo/base``, in place of the
+warm-up. Objectives differ in where they lead, so a second table says how far pass@1 of the last checkpoint is
+above that of ``dr_grpo`` of the same seed at the same entropy, between its own checkpoints.
+
 Intervals are 95 % t-intervals over seeds: they say how far another seed would have led, on these prompts and
 from this warm-up. The clustered error of each evaluation is in the table of curves.
 """
@@ -45,6 +49,7 @@ OBJECTIVES = {
     "discriminator": ["rl.objective={name: discriminator}"],
     "influence": ["rl.objective={name: influence, fraction: 0.002}"],
     "influence_priced": ["rl.objective={name: influence, fraction: 0.02, price: 1.0}"],
+    "frontier": ["rl.objective={name: frontier, max_loss: 3.0e-4}"],
 }
 """Changes to the shared configuration, by name."""
 
@@ -117,6 +122,39 @@ def last_checkpoints(table: pa.Table) -> str:
     return "\n".join(lines)
 
 
+def at_equal_entropy(table: pa.Table, reference: str) -> str:
+    """Markdown table: pass@1 of the last checkpoint less that of the reference at the same entropy, by seed.
+
+    The reference is interpolated between its checkpoints; an entropy that it did not pass through has
+    no comparison.
+    """
+    rows = table.to_pylist()
+    curves = {
+        seed: sorted(
+            (r["entropy_per_token"], r["pass_at_1"])
+            for r in rows
+            if r["objective"] == reference and r["seed"] == seed
+        )
+        for seed in {r["seed"] for r in rows}
+    }
+    lines = [
+        f"| objective | entropy | pass@1 above {reference} at the same entropy | seeds |",
+        "|---|---|---|---|",
+    ]
+    for name in dict.fromkeys(r["objective"] for r in rows if r["objective"] != reference):
+        own = [r for r in rows if r["objective"] == name]
+        last = [r for r in own if r["step"] == max(r["step"] for r in own)]
+        apart = []
+        for row in last:
+            entropies, solved = zip(*curves[row["seed"]], strict=True) if curves[row["seed"]] else ((), ())
+            if entropies and entropies[0] <= row["entropy_per_token"] <= entropies[-1]:
+                apart.append(row["pass_at_1"] - np.interp(row["entropy_per_token"], entropies, solved))
+        entropy, _ = interval(np.array([row["entropy_per_token"] for row in last]))
+        gain = "{:.3f} ± {:.3f}".format(*interval(np.array(apart))) if apart else "beyond its range"
+        lines.append(f"| {name} | {entropy:.4f} | {gain} | {len(apart)} of {len(last)} |")
+    return "\n".join(lines)
+
+
 def predicted_and_realised(out: Path) -> str:
     """Markdown table: the probed steps of every objective, realised against predicted entropy change."""
     lines = ["| objective | probed steps | correlation | slope | intercept | rms difference / rms change |"]
@@ -146,15 +184,18 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--prompts", type=int, default=128, help="held-out prompts of an evaluation")
     parser.add_argument("--samples", type=int, default=8, help="responses to each of them")
+    parser.add_argument("--base", type=Path, help="a policy to start from in place of the warm-up")
     parser.add_argument("changes", nargs="*", help="section.field=value of every training, after `--`")
     given = parser.parse_args()
-    warmup = given.out / "warmup"
-    run_train(load_config(TrainConfig, CONFIG, [*given.changes, "rl=null", f"out={warmup}"]), resume=True)
+    base = given.base or given.out / "warmup" / "base"
+    if given.base is None:
+        warmup = given.out / "warmup"
+        run_train(load_config(TrainConfig, CONFIG, [*given.changes, "rl=null", f"out={warmup}"]), resume=True)
     tables = []
     for seed in given.seeds:
         for name in given.only:
             size = (given.prompts, given.samples)
-            found = train_and_evaluate(name, seed, warmup / "base", given.out, size, given.changes)
+            found = train_and_evaluate(name, seed, base, given.out, size, given.changes)
             marks = {"objective": [name] * len(found), "seed": [seed] * len(found)}
             kept = [c for f in FIGURES for c in (f, f"{f}_stderr")]
             columns = {c: found.column(c) for c in ("step", *kept)}
@@ -163,6 +204,8 @@ def main() -> None:
             write_table(everything, given.out / "curves.parquet")
             draw(everything, given.out / "objectives.html")
     print(last_checkpoints(pq.read_table(given.out / "curves.parquet")))
+    if "dr_grpo" in given.only:
+        print(at_equal_entropy(pq.read_table(given.out / "curves.parquet"), "dr_grpo"))
     if any(given.out.glob("*/seed-*/probes.parquet")):
         print(predicted_and_realised(given.out))
 

@@ -300,10 +300,11 @@ MEASUREMENT: dict[str, Any] = {
     "update": {"num_prompts": 4, "group_size": 4},
     "probe": {"num_prompts": 16, "group_size": 1},
     "lrs": [1e-5],
-    "stages": [*STAGES, "validation", "models", "curvature", "kinship"],
+    "stages": [*STAGES, "validation", "models", "curvature", "kinship", "frontier"],
     "validation": {"num_subsets": 6, "num_single": 12, "removals": ["zeroed", "recomputed"]},
     "criteria": {"diagonal_tokens": 16, "drop_shares": [0.2]},
     "models": {"folds": 3, "inducing": 4, "pairs": 20, "steps": 5, "signs": 1, "draws": 19},
+    "frontier": {"levels": 2},
     "batch_size": 64,
 }
 """Settings of a measurement of every stage that takes seconds, besides checkpoint and out."""

@@ -83,7 +83,7 @@ def measured(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_stages_are_those_of_the_configuration():
-    on_request = ("validation", "models", "curvature", "kinship")
+    on_request = ("validation", "models", "curvature", "kinship", "frontier")
     assert [stage for stage in PLANS if stage not in on_request] == list(STAGES)
 
 
@@ -275,7 +275,8 @@ def test_a_stage_alone_leaves_the_bytes_of_a_whole_run(measured, checkpoint, tmp
     shutil.copytree(measured, whole)
     validation = ("validation.num_subsets=6", "validation.num_single=3")
     models = ("models.folds=3", "models.steps=5", "models.inducing=4", "models.draws=19")
-    settings = [*SETTINGS, *validation, *models, "curvature.sketches=2", "curvature.folds=2", "--resume"]
+    settings = [*SETTINGS, *validation, *models, "curvature.sketches=2", "curvature.folds=4"]
+    settings += ["frontier.levels=2", "frontier.second_order=true", "--resume"]
     measure(checkpoint, *TASK, "--out", whole, *settings, "--stages", ",".join(PLANS))
     for stage, plan in PLANS.items():
         out = tmp_path / stage / "run"

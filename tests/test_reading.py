@@ -37,6 +37,7 @@ from stepscope.results import (
 from stepscope.results.change import Change, Changes, Taken
 from stepscope.results.criteria import Criteria, CriteriaTokens, Pareto
 from stepscope.results.curvature import CurvatureReport
+from stepscope.results.frontier import Frontier
 from stepscope.results.influence import (
     InfluenceSequences,
     InfluenceTokenFolds,
@@ -66,6 +67,7 @@ RECORDS: dict[str, type[Record]] = {
     "sampler.json": SamplerReport,
     "criteria.json": Criteria,
     "pareto.json": Pareto,
+    "frontier.json": Frontier,
 }
 TABLES: dict[str, type[Table]] = {
     "update_tokens.parquet": RolloutTokens,

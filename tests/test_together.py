@@ -73,7 +73,7 @@ for number, job in enumerate(json.loads((folder / "jobs.json").read_text())):
 """Runs the command line as often as asked in one process, which saves the loading of the libraries."""
 
 MEASUREMENT = cases.MEASUREMENT | {
-    "stages": [stage for stage in cases.MEASUREMENT["stages"] if stage not in ("models", "curvature")],
+    "stages": [s for s in cases.MEASUREMENT["stages"] if s not in ("models", "curvature", "frontier")],
     "precision": "float64",
     "quantities": ["entropy", "reward"],
     "validation": {"num_subsets": 2, "num_single": 2, "removals": ["zeroed"]},

@@ -16,6 +16,8 @@ from .measure.curvature.best_step import best_step as best_step
 from .measure.curvature.pairs import PairKernel as PairKernel
 from .measure.curvature.pairs import second_order_kernel as second_order_kernel
 from .measure.curvature.structure import pair_report as pair_report
+from .measure.frontier.curve import FrontierOptions as FrontierOptions
+from .measure.frontier.curve import frontier as frontier
 from .measure.influence.attribution import Influence as Influence
 from .measure.influence.attribution import InfluenceOptions as InfluenceOptions
 from .measure.influence.attribution import influence as influence
@@ -57,6 +59,7 @@ from .results.change import Change as Change
 from .results.change import ChangePoint as ChangePoint
 from .results.criteria import Pareto as Pareto
 from .results.criteria import Regression as Regression
+from .results.frontier import Frontier as Frontier
 from .results.kinship import StepKinship as StepKinship
 from .results.noise import NoiseScale as NoiseScale
 from .results.noise import NoiseScales as NoiseScales

@@ -99,6 +99,7 @@ def test_a_measurement_has_every_section(measure_folder: Path) -> None:
         "kinship",
         "noise",
         "criteria",
+        "frontier",
         "responses",
     ]
 
@@ -120,6 +121,7 @@ def test_a_measurement_has_every_section(measure_folder: Path) -> None:
         (["noise.json"], {"noise"}),
         (["criteria.json"], {"criteria"}),
         (["pareto.json"], {"remedies"}),
+        (["frontier.json"], {"frontier"}),
         (["provenance.json", "config.yaml"], {"provenance"}),
         (["update.parquet", "probe.parquet"], {"explore", "kinds", "responses"}),
     ],

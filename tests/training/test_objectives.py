@@ -23,6 +23,7 @@ from trl import GRPOTrainer
 import cases
 import stepscope
 from stepscope.errors import ConfigError
+from stepscope.measure.frontier.effects import before_step
 from stepscope.measure.influence.token_influence import token_influences
 from stepscope.measure.step.reconstruct import reconstruct_step
 from stepscope.policy import vectors
@@ -57,6 +58,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "weight": 0.5,
         "num_prompts": 4,
     },
+    "frontier": {"name": "frontier", "num_prompts": 8, "folds": 4, "caution": 0.0},
     "entropy_bonus": {"name": "entropy_bonus", "coefficient": 0.1},
     "adaptive entropy_bonus": {"name": "entropy_bonus", "coefficient": 0.1, "target": 9.0},
 }
@@ -123,6 +125,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch, seen: list[dict[str, torch.Tensor]
         {"name": "discriminator", "threshold": 0.5},
         {"name": "top_entropy"},
         {"name": "influence", "fraction": 0.2, "num_prompts": 4},
+        {"name": "frontier", "num_prompts": 8, "folds": 4},
         {"name": "entropy_bonus", "coefficient": 0.1},
     ],
     ids=lambda o: o["name"],
@@ -147,8 +150,11 @@ def test_the_measured_direction_is_the_next_step_that_trl_takes(
     logprobs, entropies = score_rollouts(policy, update)
     update = replace(update, logprobs=logprobs, entropies=entropies)
     probe = sample_influence_probe(policy, TASK)
-    influences = None if probe is None else token_influences(policy, update, probe)
-    step = reconstruct_step(policy, update, influences=influences)
+    if objective["name"] == "frontier":
+        step = reconstruct_step(policy, update, program=before_step(policy, update, probe))
+    else:
+        influences = None if probe is None else token_influences(policy, update, probe)
+        step = reconstruct_step(policy, update, influences=influences)
     moved = load_file(after / "model.safetensors")
     real = {n: (moved[n] - p.detach()) / step.lr for n, p in policy.parameters.items()}
     assert vectors.cosine(step.direction, real) >= 1 - 1e-7

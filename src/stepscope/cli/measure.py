@@ -45,7 +45,8 @@ def measure(
             "--stages",
             metavar="A,B",
             help="Only these stages, on the run that the folder already holds: rollouts, step, change, "
-            "influence, validation, kernel, models, curvature, kinship, noise, criteria, report.",
+            "influence, validation, kernel, models, curvature, kinship, noise, criteria, frontier, "
+            "report.",
         ),
     ] = None,
     validate: Annotated[

@@ -22,6 +22,7 @@ Stage = Literal[
     "kinship",
     "noise",
     "criteria",
+    "frontier",
     "report",
 ]
 STAGES: tuple[Stage, ...] = (
@@ -298,6 +299,29 @@ class CriteriaConfig(Section):
         return value
 
 
+class FrontierConfig(Section):
+    """How the frontier of entropy and reward is made (``--stages frontier``).
+
+    Attributes:
+        levels: points of the curve, from the most reward to the most entropy.
+        most: largest weight of a sequence; the smallest is 0.
+        caution: standard errors that a predicted gain over the step is counted less by the choice of weights.
+        folds: most pools of probe prompts, for errors; ``curvature.folds`` where ``second_order`` is set.
+        second_order: predict with second-order kernels, as ``curvature`` describes them; of every sequence
+            where they have a row for each, else prompts get weights, not sequences.
+        realise: also take the steps: two for each point.
+        seed: of the halves of the probe that choose and judge.
+    """
+
+    levels: int = Field(default=5, ge=2)
+    most: float = Field(default=2.0, ge=1)
+    caution: float = Field(default=1.0, ge=0)
+    folds: int = Field(default=64, ge=4)
+    second_order: bool = False
+    realise: bool = True
+    seed: int = Field(default=0, ge=0)
+
+
 class MeasureSettings(Asking):
     """How a checkpoint is measured.
 
@@ -332,6 +356,7 @@ class MeasureSettings(Asking):
         curvature: how the second-order kernel is made, where the stage ``curvature`` is run.
         kinship: how it is told what tokens act on, where the stage ``kinship`` is run.
         criteria: how criteria are ranked.
+        frontier: how the frontier of entropy and reward is made, where the stage ``frontier`` is run.
     """
 
     update: UpdateConfig = UpdateConfig()
@@ -359,6 +384,7 @@ class MeasureSettings(Asking):
     curvature: CurvatureConfig = CurvatureConfig()
     kinship: StepKinshipConfig = StepKinshipConfig()
     criteria: CriteriaConfig = CriteriaConfig()
+    frontier: FrontierConfig = FrontierConfig()
 
     @field_validator("lrs")
     @classmethod

@@ -13,6 +13,7 @@ from stepscope.config.base import Section
 from stepscope.rules import (
     ClipCov,
     DiscriminatorClipping,
+    FrontierWeights,
     InfluenceClipping,
     KlCov,
     Reweighting,
@@ -54,6 +55,7 @@ ObjectiveConfig = Annotated[
     | Steer
     | DiscriminatorClipping
     | InfluenceClipping
+    | FrontierWeights
     | Without
     | EntropyBonusConfig,
     Field(discriminator="name"),

@@ -21,7 +21,7 @@ from stepscope.policy.sampling.generate import TransformersSampler
 from stepscope.policy.state import Policy
 from stepscope.policy.texts import ResponseText
 from stepscope.results import FloatArray, Rollouts, same_text
-from stepscope.rules import InfluenceClipping
+from stepscope.rules import FrontierWeights, InfluenceClipping
 from stepscope.tasks.formats.prompts import Prompt, encode_prompt
 from stepscope.tasks.load import asked_through, example_in, scored
 from stepscope.tasks.problem import Chat, Problem, Task, Written
@@ -143,7 +143,7 @@ def sample_rollouts(
 
 
 def sample_influence_probe(policy: Policy, task: Task) -> Rollouts | None:
-    """The probe batch that the rule ``influence`` looks at before a step; None where the run has another.
+    """The probe batch that ``influence`` and ``frontier`` look at before a step; None for other rules.
 
     One response to each of the rule's ``num_prompts`` prompts of the training split. The run's seed and the
     step number seed it, so that training and rebuilt step look at the same.
@@ -153,7 +153,7 @@ def sample_influence_probe(policy: Policy, task: Task) -> Rollouts | None:
         task: where prompts and rewards come from.
     """
     rule = policy.settings.objective
-    if not isinstance(rule, InfluenceClipping):
+    if not isinstance(rule, InfluenceClipping | FrontierWeights):
         return None
     seed = int(np.random.SeedSequence([policy.settings.seed, policy.step, 2]).generate_state(1)[0])
     return sample_rollouts(policy, task, num_prompts=rule.num_prompts, group_size=1, seed=seed)

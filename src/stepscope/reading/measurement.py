@@ -19,6 +19,7 @@ from stepscope.results.brief import html_figures
 from stepscope.results.change import Changes
 from stepscope.results.criteria import Criteria, CriteriaTokens, Pareto
 from stepscope.results.curvature import CurvatureReport
+from stepscope.results.frontier import Frontier
 from stepscope.results.influence import (
     InfluenceSequences,
     InfluenceTokenFolds,
@@ -172,6 +173,11 @@ class Measurement(Folder):
     def pareto(self) -> Pareto | None:
         """Steps made without the tokens that a criterion would drop."""
         return self.stored(Pareto, "pareto.json")
+
+    @cached_property
+    def frontier(self) -> Frontier | None:
+        """The most reward that other weights of the batch buy at a change of the entropy."""
+        return self.stored(Frontier, "frontier.json")
 
     def _rollouts(self, name: str) -> Rollouts | None:
         sequences, tokens = self.path / f"{name}.parquet", self.path / f"{name}_tokens.parquet"

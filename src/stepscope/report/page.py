@@ -36,6 +36,7 @@ from stepscope.report.sections import (
     criteria,
     curvature,
     explore,
+    frontier,
     headline,
     influence,
     kernel,
@@ -77,6 +78,7 @@ _SECTIONS: Sequence[Callable[[Measurement, Room], Section | None]] = (
     kinship.section,
     noise.section,
     criteria.section,
+    frontier.section,
     sampler.section,
     responses.section,
 )

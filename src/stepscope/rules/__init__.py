@@ -6,6 +6,7 @@ All of them are functions of one table of plain arrays; no torch, no gradient.
 from __future__ import annotations
 
 from stepscope.rules.applied import intervention_from_record, token_advantages
+from stepscope.rules.frontier import FrontierWeights
 from stepscope.rules.interventions import (
     UNCLIPPED,
     ClipCov,
@@ -27,6 +28,7 @@ __all__ = [
     "ClipCov",
     "DiscriminatorClipping",
     "EntropyBonus",
+    "FrontierWeights",
     "InfluenceClipping",
     "Intervention",
     "KlCov",

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from stepscope.errors import ConfigError, shown
 from stepscope.results import FloatArray, IntArray
+from stepscope.rules.frontier import FrontierWeights
 from stepscope.rules.interventions import (
     ClipCov,
     DiscriminatorClipping,
@@ -35,6 +36,7 @@ INTERVENTIONS: dict[str, type[Intervention]] = {
         Steer,
         DiscriminatorClipping,
         InfluenceClipping,
+        FrontierWeights,
         EntropyBonus,
         Without,
     )

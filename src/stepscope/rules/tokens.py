@@ -11,6 +11,7 @@ import numpy as np
 
 from stepscope.results import BoolArray, Brief, FloatArray, IntArray
 from stepscope.results.tables import TextArray
+from stepscope.rules.program import Program
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -30,6 +31,7 @@ class Tokens(Brief):
         entropy_influence: (tok,) what the token adds to the change of the entropy by the step that the loss
             would take as it is, nats per unit of lr, where a rule needs it.
         reward_influence: (tok,) the same for the expected reward.
+        program: what its sequences do to entropy and reward together, where a rule needs it.
         position: (tok,) place in the response, from 0, where a rule needs it.
         token: (tok,) what it goes by (:func:`stepscope.rules.token_classes.token_names`), where a rule needs
             it.
@@ -47,6 +49,7 @@ class Tokens(Brief):
     discriminator: FloatArray | None = None
     entropy_influence: FloatArray | None = None
     reward_influence: FloatArray | None = None
+    program: Program | None = None
     position: IntArray | None = None
     token: TextArray | None = None
     kind: TextArray | None = None

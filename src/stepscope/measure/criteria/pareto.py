@@ -22,30 +22,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from stepscope.errors import MeasurementError
 from stepscope.measure.criteria.leaderboard import Leaderboard
-from stepscope.measure.quantity.base import make_quantity
-from stepscope.measure.quantity.estimators import ProbeValues, Sampled, per_decision, weights_of
-from stepscope.measure.quantity.importance_weights import check_weights, last_weights
-from stepscope.measure.quantity.probe import Bindings, bindings_on
-from stepscope.measure.quantity.values import values_at
-from stepscope.measure.step.reconstruct import (
-    Step,
-    ascent_of_sequences,
-    assemble_step,
-    weighted_logprobs,
-)
-from stepscope.measure.step.terms import term_gradients
-from stepscope.policy.gradients.derivatives import gradient
+from stepscope.measure.criteria.remade import RemadeSteps
+from stepscope.measure.quantity.estimators import Sampled
+from stepscope.measure.quantity.probe import Bindings
+from stepscope.measure.step.reconstruct import Step
 from stepscope.policy.passes import Budget, track
 from stepscope.policy.state import Policy
-from stepscope.policy.vectors import ParameterVector
 from stepscope.results import BoolArray, FloatArray, IntArray, Rollouts
 from stepscope.results.criteria import AblatedStep, Pareto
 from stepscope.rules import largest
-from stepscope.stats import Estimate
 
 CRITERIA = ("disc_v", "cov_batch", "steer_thm", "npg", "top_ent_mask", "neg_A_missing")
 """Criteria that are tried as rules unless others are named."""
@@ -139,11 +127,6 @@ def drop_tokens(
         MeasurementError: a learning rate of zero, a share outside (0, 1), scores of another batch, or scores
             from halves that are not named.
     """
-    rate = step.lr if options.lr is None else options.lr
-    if not rate > 0:
-        raise MeasurementError(
-            "a step without tokens needs a learning rate above 0; the step's own is 0, give options one"
-        )
     weights = step.update.flat(step.token_weights)
     for name, scores in rules.items():
         if scores.ndim == 2 and (probe_half is None or set(np.unique(probe_half)) != {0, 1}):
@@ -157,27 +140,16 @@ def drop_tokens(
             )
     if wrong := [share for share in options.shares if not 0 < share < 1]:
         raise MeasurementError(f"share of tokens to drop: got {wrong[0]}, expected between 0 and 1")
-    known = bindings_on(bindings, policy, probe, step.direction, budget)
-    bound = [
-        known.bind(quantity, options.baseline)
-        for quantity in ("entropy", make_quantity("reward", probe, normalisation="per_seq"))
-    ]
-
-    def measured(direction: ParameterVector) -> tuple[list[Sampled], str]:
-        table = values_at(policy, probe, [b.quantity for b in bound], direction, rate, budget=budget)
-        moved = [table.quantity(i) for i in range(len(bound))]
-        last = last_weights(weights_of(bound[1], moved[1]), bound[1].mask, token_dependent=True)
-        changes = [per_decision(b, m) for b, m in zip(bound, moved, strict=True)]
-        return changes, check_weights(last).reason
-
-    ascent = ascent_of_sequences(policy, step, budget)
-    terms = term_gradients(policy, step.update, remade=True, budget=budget)
-    full, full_reason = measured(step.direction)
+    remade = RemadeSteps(
+        policy, step, probe, lr=options.lr, baseline=options.baseline, bindings=bindings, budget=budget
+    )
+    rate = remade.lr
+    full, full_reason = remade.measured(step.direction)
     points = []
     jobs = [(name, scores, share) for name, scores in rules.items() for share in options.shares]
     for name, scores, share in track(jobs, "re-made steps", budget):
         dropped = [_dropped(own, weights, share) for own in np.atleast_2d(scores)]
-        made = [measured(_without(policy, step, ascent, terms, own, budget)) for own in dropped]
+        made = [remade.measured(remade.without(own)) for own in dropped]
         changes, reason = made[0]
         words = f"per decision at lr {rate:g}, given the update batch"
         if len(made) == 2:
@@ -185,7 +157,7 @@ def drop_tokens(
             changes = [_unseen(*both, probe_half) for both in zip(made[0][0], made[1][0], strict=True)]
             reason = "; ".join(dict.fromkeys(r for _, r in made if r))
             words += ", tokens chosen by the other half of the probe prompts"
-        absolute = [_estimate(b, change, words, reason) for b, change in zip(bound, changes, strict=True)]
+        absolute = [remade.estimate(i, change, words, reason) for i, change in enumerate(changes)]
         both = "; ".join(dict.fromkeys(r for r in (full_reason, reason) if r))
         paired = f"{words}, paired with the full step"
         points.append(
@@ -196,14 +168,12 @@ def drop_tokens(
                 cross_fitted=len(made) == 2,
                 entropy_change=absolute[0],
                 reward_change=absolute[1],
-                entropy_kept=_estimate(bound[0], changes[0].plus(full[0], -1.0), paired, both),
-                reward_given_up=_estimate(bound[1], full[1].plus(changes[1], -1.0), paired, both),
+                entropy_kept=remade.estimate(0, changes[0].plus(full[0], -1.0), paired, both),
+                reward_given_up=remade.estimate(1, full[1].plus(changes[1], -1.0), paired, both),
             )
         )
-    whole = [
-        _estimate(b, f, f"per decision at lr {rate:g}, given the update batch", full_reason)
-        for b, f in zip(bound, full, strict=True)
-    ]
+    words = f"per decision at lr {rate:g}, given the update batch"
+    whole = [remade.estimate(i, f, words, full_reason) for i, f in enumerate(full)]
     return Pareto(rate, whole[0], whole[1], tuple(points))
 
 
@@ -217,27 +187,3 @@ def _dropped(scores: FloatArray, weights: FloatArray, share: float) -> BoolArray
     """(tok,) True on the lowest scores below zero of tokens with a weight; ties in the batch's order."""
     most = max(1, int(share * np.count_nonzero(weights)))
     return largest(-scores, most, (weights != 0) & (scores < 0))
-
-
-def _without(
-    policy: Policy,
-    step: Step,
-    ascent: ParameterVector,
-    terms: Mapping[str, dict[str, Tensor]],
-    dropped: BoolArray,
-    budget: Budget,
-) -> ParameterVector:
-    """Direction of the step made without some tokens: their gradient is taken off that of the batch."""
-    masks = step.update.rows(dropped)
-    touched = [i for i, mask in enumerate(masks) if mask.any()]
-    kept = tuple(np.where(mask, 0.0, w) for mask, w in zip(masks, step.token_weights, strict=True))
-    rest = {n: t.clone() for n, t in ascent.items()}
-    if touched:
-        gone = [np.where(masks[i], step.token_weights[i], 0.0) for i in touched]
-        part = gradient(policy, step.update.select(touched), weighted_logprobs(gone), budget=budget)
-        rest = {n: t - part[n] for n, t in rest.items()}
-    return assemble_step(policy, step.update, kept, rest, terms).direction
-
-
-def _estimate(probe: ProbeValues, sampled: Sampled, method: str, reason: str) -> Estimate:
-    return probe.estimate(sampled, unit=probe.quantity.unit, method=method).doubted(reason)

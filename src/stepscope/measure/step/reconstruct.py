@@ -41,6 +41,7 @@ from stepscope.policy.sampling.drawn_by import DRIFT_LIMIT
 from stepscope.policy.state import Policy
 from stepscope.results import Brief, FloatArray, Rollouts
 from stepscope.results.step import Component
+from stepscope.rules.program import Program
 
 CLIP_EPSILON = 1e-6
 """``torch.nn.utils.clip_grad_norm_`` adds this to the norm."""
@@ -101,6 +102,7 @@ def reconstruct_step(
     *,
     reference: Policy | None = None,
     influences: tuple[Sequence[FloatArray], Sequence[FloatArray]] | None = None,
+    program: Program | None = None,
     off_policy: bool = False,
     budget: Budget = Budget(),
 ) -> Step:
@@ -113,14 +115,15 @@ def reconstruct_step(
             is no PEFT adapter (an adapter's reference is the model without it, or under TRL's adapter
             ``ref``).
         influences: what the rule ``influence`` looks at, from ``measure.influence.token_influence``.
+        program: what the rule ``frontier`` looks at, from ``measure.frontier.effects.before_step``.
         off_policy: the batch was sampled by another policy, whose log-probs it carries; they enter the ratio.
         budget: what may be used at a time.
 
     Raises:
         CheckpointError: no optimizer state, or one that does not fit the parameters.
         BatchError: no reward variance, or a batch that this policy did not sample.
-        MeasurementError: a KL penalty without a reference, or the objective ``influence`` without its
-            influences.
+        MeasurementError: a KL penalty without a reference, or the objectives ``influence`` and
+            ``frontier`` without theirs.
 
     Exact up to round-off; pinned against ``torch.optim.AdamW.step()`` in ``tests/measure/test_step.py``.
     Source: Loshchilov & Hutter 2019 (arXiv:1711.05101), ``torch/optim/adam.py``.
@@ -138,6 +141,7 @@ def reconstruct_step(
             if chosen is not None and chosen.needs_discriminators
             else None,
             influences=influences,
+            program=program,
             texts=response_text(policy).facts(update.response_token_ids)
             if chosen is not None and chosen.needs_texts and policy.tokenizer is not None
             else None,

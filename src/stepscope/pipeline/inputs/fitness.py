@@ -27,7 +27,6 @@ from stepscope.policy.optim.muon import MuonState
 from stepscope.policy.sharding import sharded
 from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
-from stepscope.rules import InfluenceClipping
 
 DIFFERENTIATING: frozenset[Stage] = frozenset({"change", "influence", "validation", "criteria"})
 """Stages that need forward-mode derivatives of the model."""
@@ -64,6 +63,7 @@ def left_out(policy: Policy, stages: Sequence[Stage]) -> dict[Stage, str]:
         "curvature": f"{state.nonlinear}, and no preconditioner makes a sum over sequences of it",
         "kinship": f"{state.nonlinear}, and no preconditioner makes a sum over tokens of it",
         "criteria": f"{state.nonlinear}, and no preconditioner tells tokens apart one by one",
+        "frontier": f"{state.nonlinear}, and no preconditioner makes a sum over sequences of it",
     }
     return {stage: reason for stage, reason in why.items() if stage in stages}
 
@@ -96,8 +96,10 @@ def _shares(policy: Policy, stages: Sequence[Stage]) -> list[Finding]:
     if not fixed and {"kernel", "noise"}.intersection(stages):
         what = f"{state.label} has no metric: kernel and noise scale are those of the plain gradient"
         found.append(Finding("warn", what, "read them so"))
-    if not fixed and isinstance(policy.settings.objective, InfluenceClipping):
-        what = "the loss clips tokens by their influence, which takes a preconditioner, and there is none"
+    if not fixed and policy.settings.objective is not None and policy.settings.objective.measures:
+        what = (
+            "the loss changes advantages by their influence, which takes a preconditioner, and there is none"
+        )
         found.append(Finding("fail", what, "measure a checkpoint of AdamW"))
     others = sum(not p.requires_grad for p in policy.model.parameters())
     if isinstance(state, MuonState) and policy.settings.max_grad_norm > 0 and others:
@@ -123,6 +125,8 @@ def unfit_for_parts(policy: Policy, config: MeasureSettings, stages: list[Stage]
         against.append("gradients of single tokens (stage kinship) need whole parameters")
     if "models" in stages:
         against.append("models of the kernel (stage models) need the head in one piece")
+    if "frontier" in stages:
+        against.append("weights of sequences (stage frontier) were not tried on parts of parameters")
     drawn = any(batch.file is None for batch in (config.update, config.probe))
     if config.sampler.engine != "transformers" and "rollouts" in stages and drawn:
         against.append(f"the sampler {config.sampler.engine} cannot run a model that is sharded")
@@ -161,6 +165,8 @@ def _remade_steps(policy: Policy, config: MeasureSettings, stages: list[Stage]) 
     found = []
     if "validation" in stages:
         found.append(Finding("fail", what.format("validation"), "measure without --validate"))
+    if "frontier" in stages:
+        found.append(Finding("fail", what.format("the stage frontier"), "leave the stage frontier out"))
     if "criteria" in stages and config.criteria.drop_shares:
         cure = "give criteria.drop_shares=[], or leave the stage criteria out"
         found.append(Finding("fail", what.format("the stage criteria"), cure))

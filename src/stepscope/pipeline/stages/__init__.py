@@ -7,6 +7,7 @@ from stepscope.pipeline.stages import (
     change,
     criteria,
     curvature,
+    frontier,
     influence,
     kernel,
     kinship,
@@ -33,6 +34,7 @@ PLANS: dict[Stage, Plan] = {
         kinship.kinship,
         noise.noise,
         criteria.criteria,
+        frontier.frontier,
         report.report,
     )
 }

@@ -7,7 +7,7 @@ import numpy as np
 from stepscope import runs
 from stepscope.measure.curvature.best_step import best_step
 from stepscope.measure.curvature.best_step import doubted as best_doubted
-from stepscope.measure.curvature.pairs import PairKernel, PairOptions, second_order_kernel
+from stepscope.measure.curvature.pairs import PairKernel
 from stepscope.measure.curvature.structure import doubted, pair_report, row_sums
 from stepscope.pipeline.stages.plan import PROBE, STEP, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
@@ -22,22 +22,7 @@ from stepscope.results.curvature import CurvatureReport
 )
 def curvature(session: Session) -> Figures:
     """Second-order kernel of the update batch on each quantity of the probe batch, and best steps by it."""
-    config = session.config
-    kernels = [
-        second_order_kernel(
-            session.policy,
-            session.step,
-            session.probe,
-            quantity=session.bindings.bind(quantity, config.baseline),
-            options=PairOptions(
-                sketches=config.curvature.sketches,
-                num_folds=config.curvature.folds,
-                seed=config.curvature.seed,
-            ),
-            budget=session.budget,
-        )
-        for quantity in session.quantities
-    ]
+    kernels = [session.pair_kernel(quantity) for quantity in session.quantities]
     arrays: dict[str, FloatArray] = {}
     for kernel in kernels:
         name = f"{kernel.quantity}_{kernel.normalisation}"

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from stepscope.config import MeasureConfig
 from stepscope.errors import BatchError, MeasurementError
+from stepscope.measure.curvature.pairs import PairKernel, PairOptions, second_order_kernel
+from stepscope.measure.frontier.effects import before_step
 from stepscope.measure.influence.attribution import NUM_FOLDS, Influence, InfluenceOptions, influences
 from stepscope.measure.influence.token_influence import token_influences
 from stepscope.measure.mismatch import sampler_mismatch
@@ -33,6 +35,7 @@ from stepscope.policy.sampling.base import Sampler
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector, load
 from stepscope.results import Rollouts
+from stepscope.rules import FrontierWeights
 from stepscope.runs import RunFolder, read_json, verified
 from stepscope.stats import Estimate
 from stepscope.tasks import TemplatedTask
@@ -113,6 +116,25 @@ class Session:
         """The quantities asked for, bound to the probe batch."""
         return [self.quantity(name, self.probe) for name in self.config.quantities]
 
+    def pair_kernel(self, quantity: Quantity) -> PairKernel:
+        """The second-order kernel of a quantity of the probe batch, as the configuration asks; made once."""
+        key = (quantity.name, quantity.normalisation, quantity.version)
+        if key not in self._pair_kernels:
+            own = self.config.curvature
+            self._pair_kernels[key] = second_order_kernel(
+                self.policy,
+                self.step,
+                self.probe,
+                quantity=self.bindings.bind(quantity, self.config.baseline),
+                options=PairOptions(sketches=own.sketches, num_folds=own.folds, seed=own.seed),
+                budget=self.budget,
+            )
+        return self._pair_kernels[key]
+
+    @cached_property
+    def _pair_kernels(self) -> dict[tuple[str, ...], PairKernel]:
+        return {}
+
     @cached_property
     def bindings(self) -> Bindings:
         """The quantities of the probe batch with their baselines, shared by the stages."""
@@ -127,13 +149,17 @@ class Session:
     def step(self) -> Step:
         """The whole step with its components, rebuilt from checkpoint and update batch."""
         probe = sample_influence_probe(self.policy, self.task)
+        influences, program = None, None
+        if probe is not None and isinstance(self.policy.settings.objective, FrontierWeights):
+            program = before_step(self.policy, self.update, probe, budget=self.budget)
+        elif probe is not None:
+            influences = token_influences(self.policy, self.update, probe, budget=self.budget)
         return reconstruct_step(
             self.policy,
             self.update,
             reference=self.reference,
-            influences=None
-            if probe is None
-            else token_influences(self.policy, self.update, probe, budget=self.budget),
+            influences=influences,
+            program=program,
             budget=self.budget,
         )
 

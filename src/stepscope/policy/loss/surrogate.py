@@ -25,6 +25,7 @@ from stepscope.policy.loss.trl import TrlParameters
 from stepscope.results import BoolArray, FloatArray, IntArray, Rollouts
 from stepscope.results.tables import TextArray
 from stepscope.rules import Tokens, token_advantages
+from stepscope.rules.program import Program
 
 
 def understood(settings: StepSettings) -> None:
@@ -170,12 +171,14 @@ class Seen:
     Attributes:
         discriminators: sum_v pi_v^2 (log pi_v + H_k).
         influences: on entropy and on reward.
+        program: what the batch's sequences do to both together; it is one of the batch and not of tokens.
         texts: what it says (:meth:`stepscope.policy.texts.ResponseText.facts`).
     """
 
     discriminators: Sequence[FloatArray] | None = None
     influences: tuple[Sequence[FloatArray], Sequence[FloatArray]] | None = None
     texts: Mapping[str, TextArray] | None = None
+    program: Program | None = None
 
 
 def token_weights(
@@ -241,6 +244,7 @@ def token_weights(
         discriminator=None if seen.discriminators is None else in_loss(seen.discriminators),
         entropy_influence=None if seen.influences is None else in_loss(seen.influences[0]),
         reward_influence=None if seen.influences is None else in_loss(seen.influences[1]),
+        program=seen.program,
         position=rollouts.places[1][inside],
         **_said(rollouts, seen.texts, inside),
     )

@@ -57,6 +57,7 @@ _OTHERS: Mapping[str, str] = {
     "kinship": "own position, own response, same prompt or other prompts",
     "validation": "predicted against true changes, and their correlations",
     "criteria": "every criterion of the literature against the measured influence",
+    "frontier": "what other weights of the same responses would buy, predicted and realised",
     "sampler": "what drew the responses, against the policy that is measured",
     "responses": "the first right and wrong ones of the batch",
 }

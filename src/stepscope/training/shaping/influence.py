@@ -11,24 +11,28 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from stepscope.measure.frontier.effects import before_step
 from stepscope.measure.influence.token_influence import token_influences
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import response_text, sample_influence_probe
 from stepscope.policy.state import Policy
-from stepscope.rules import Tokens
+from stepscope.rules import FrontierWeights, Tokens
+from stepscope.rules.program import no_program
 from stepscope.tasks import Task
 from stepscope.training.watching.capture import SeenSequence, as_rollouts
 from stepscope.training.watching.state import optimizer_state, optimizer_within, undisturbed
 
 
 class InfluenceMeter:
-    """Adds to the tokens of a step what each would do to entropy and reward, were the loss left as it is.
+    """Adds to the tokens of a step what they would do to entropy and reward, were the loss left as it is.
+
+    Each token for the objective ``influence``, the sequences together for ``frontier``.
 
     With several processes every one measures the whole batch, on the same probe batch.
 
     Args:
-        settings: of the run, with the objective ``influence``.
+        settings: of the run, with one of these objectives.
         task: where probe prompts and rewards come from.
         tokenizer: of the policy.
     """
@@ -48,7 +52,7 @@ class InfluenceMeter:
         *,
         step: int,
     ) -> Tokens:
-        """The table with influences; all zero where no advantage is.
+        """The table with influences; without effect where no advantage is.
 
         Args:
             model: the policy, without wrappers.
@@ -61,8 +65,11 @@ class InfluenceMeter:
         prompts = _gathered_ids(accelerator, micro_batches, "prompt")
         responses = _gathered_ids(accelerator, micro_batches, "completion")
         kept, counts = np.unique(tokens.sequence, return_counts=True)
+        together = isinstance(self.settings.objective, FrontierWeights)
         if not tokens.advantages[kept].any():
             nothing = np.zeros(len(tokens))
+            if together:
+                return replace(tokens, program=no_program(len(tokens.advantages)))
             return replace(tokens, entropy_influence=nothing, reward_influence=nothing)
         cuts = np.cumsum(counts)[:-1]
         old, now, entropies = (
@@ -85,8 +92,14 @@ class InfluenceMeter:
             state = optimizer_state(optimizer_within(optimizer), model, after_backward=False)
             policy = Policy(model, self.tokenizer, self.settings, optimizer=state, step=step)
             probe = sample_influence_probe(policy, self.task)
-            assert probe is not None, "a meter belongs to the rule influence"
-            found = token_influences(policy, update, probe, logprobs=now, budget=Budget(max_sequences=32))
+            assert probe is not None, "a meter belongs to a rule that measures"
+            budget = Budget(max_sequences=32)
+            if together:
+                program = before_step(policy, update, probe, logprobs=now, budget=budget)
+                units = np.full(len(tokens.advantages), -1)
+                units[kept] = program.units
+                return replace(tokens, program=replace(program, units=units))
+            found = token_influences(policy, update, probe, logprobs=now, budget=budget)
         on_entropy, on_reward = (np.concatenate(rows) for rows in found)
         return replace(tokens, entropy_influence=on_entropy, reward_influence=on_reward)
 

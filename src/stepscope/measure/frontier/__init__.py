@@ -1,0 +1,1 @@
+"""Exploration against performance: which weights of a batch's sequences buy most reward for entropy."""
