@@ -56,7 +56,7 @@ test-beside: $(STAMP) ## the tests of Trackio and Inspect, in an environment bes
 	$(BESIDE)/bin/python -m pytest tests/test_trackers.py tests/test_export.py
 
 # vLLM pins a torch of its own and is locked by nobody here, like what test-beside installs.
-EXTRAS  := $(foreach extra,dev docs gguf prime-rl ray slurm,--extra $(extra))
+EXTRAS  := $(foreach extra,dev docs gguf notebooks prime-rl ray slurm,--extra $(extra))
 # `make lock UPGRADE=` keeps the versions that stand there and adds what is missing.
 # What a CUDA build of torch brings along is torch's own choice, on machines that take one.
 UPGRADE ?= --upgrade

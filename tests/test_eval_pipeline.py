@@ -129,6 +129,7 @@ def test_an_evaluation_is_read_back_by_the_classes_that_wrote_it(evaluated: Path
     assert [(c.before.step, c.after.step) for c in found.changes] == [(0, 2), (2, 4), (0, 4)]
     assert found.law is None
     assert "<table" in found._repr_html_()
+    assert found.plot().data
     record = EvaluationChanges(found.changes)
     assert record.to_json() == (evaluated / "eval_changes.json").read_text()
     law = fit_entropy_law([0.9, 0.6, 0.4, 0.2], [0.1, 0.3, 0.5, 0.6], 1e-4 * np.eye(8))

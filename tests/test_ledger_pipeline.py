@@ -90,6 +90,19 @@ def test_tensorboard_shows_what_the_files_say(made: Path) -> None:
     assert read(html.escape(response)) in shown
 
 
+def test_a_ledger_shows_its_account_and_its_largest_tokens(made: Path) -> None:
+    found = ss.load_ledger(made)
+    account = found.ledger.accounts[0]
+    assert text.bare(account.closing_error) in found._repr_html_().replace("\u00a0", " ")
+    bars, _ = found.plot("waterfall").data
+    assert sum(bars.y) == pytest.approx(account.realised.value, rel=1e-3, abs=1e-6)
+    table = found.to_pandas()
+    assert len(table) == len(found.recorded)
+    first = table.loc[table.influence.abs().idxmax()]
+    assert f"step {first.step}, " in repr(found.show(most=1))
+    assert found.show(most=3).html.count("<details") == 3
+
+
 def test_parts_add_up_to_the_change_along_the_displacements(made: Path, recorded: Path) -> None:
     """Every token of every batch, the decay and what was in the moments, which the training began without."""
     found = ss.load_ledger(made)

@@ -53,6 +53,7 @@ def test_a_study_is_read_back_by_the_classes_that_wrote_it(study, tmp_path):
     assert found.to_pandas().shape[0] == len(found.rows) > len(found.report.changes)
     assert len(found.cells) == 8
     assert "<table" in found._repr_html_()
+    assert found.plot().data
     copy = tmp_path / "copy"
     shutil.copytree(study, copy)
     (copy / "study.json").write_text(

@@ -4,14 +4,47 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def say(text: str) -> None:
     """One line on standard error."""
     print(text, file=sys.stderr, flush=True)
+
+
+def in_notebook() -> bool:
+    """Whether this runs in the kernel of a notebook."""
+    found = sys.modules.get("IPython")
+    return found is not None and hasattr(found.get_ipython(), "kernel")
+
+
+def bar_shown() -> bool:
+    """Whether a progress bar would be seen: standard error is a terminal, or there is a cell to be below."""
+    return in_notebook() or sys.stderr.isatty()
+
+
+def bar(items: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """The items one after the other, with a progress bar that goes when it is done.
+
+    Args:
+        items: what to go through.
+        what: title of the bar.
+        total: how many there are, where they cannot be counted.
+    """
+    if in_notebook():
+        from tqdm.auto import tqdm
+
+        yield from tqdm(items, what, total=total, leave=False)
+    else:
+        from rich.console import Console
+        from rich.progress import track
+
+        yield from track(items, what, total, console=Console(stderr=True), transient=True)
 
 
 def say_result(verb: str, sentences: Sequence[str], *files: Path) -> None:

@@ -12,8 +12,9 @@ import cases
 from stepscope.errors import MeasurementError
 from stepscope.measure.change.measured import measure_change
 from stepscope.measure.change.options import ChangeOptions
-from stepscope.measure.influence.attribution import Influence, InfluenceOptions, influence
+from stepscope.measure.influence.attribution import InfluenceOptions, influence
 from stepscope.measure.influence.probe_gradient import probe_gradient
+from stepscope.measure.influence.shares import Influence
 from stepscope.measure.quantity.base import make_quantity
 from stepscope.measure.quantity.objective import quantity_objective
 from stepscope.measure.quantity.probe import bind_quantity

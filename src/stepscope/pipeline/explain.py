@@ -40,6 +40,30 @@ def run_explain(
 ) -> Path:
     """Measure as much of a checkpoint's next step as a time allows, and print the answer.
 
+    Args:
+        config: as for ``measure``.
+        minutes: what it may take, loading included.
+        fixed: batches (``update``, ``probe``) whose number of prompts was asked for, and stays.
+        as_json: print one JSON object instead of text.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ConfigError, MeasurementError, CheckpointError, TaskError: see :func:`measure_within`.
+    """
+    folder = measure_within(config, minutes=minutes, fixed=fixed)
+    answer = answer_of(folder)
+    if as_json:
+        print(json.dumps(as_record(answer, folder / PAGE), ensure_ascii=False, indent=2))
+    else:
+        printed(answer, folder / PAGE, file=sys.stdout)
+    return folder
+
+
+def measure_within(config: MeasureConfig, *, minutes: float, fixed: frozenset[str] = frozenset()) -> Path:
+    """Measure as much of a checkpoint's next step as a time allows.
+
     The stages are those of ``measure``, with nothing else in them; batches are the configuration's, or
     smaller in proportion where a trial says that the time does not do. A folder that was explained before
     keeps the sizes it has, and what is finished is not done again.
@@ -48,7 +72,6 @@ def run_explain(
         config: as for ``measure``.
         minutes: what it may take, loading included.
         fixed: batches (``update``, ``probe``) whose number of prompts was asked for, and stays.
-        as_json: print one JSON object instead of text.
 
     Returns:
         The run folder.
@@ -69,13 +92,7 @@ def run_explain(
         policy = session.policy
         each = _seconds_each(session)
         config = fitting(config, each, 60 * minutes - (time.monotonic() - begin), fixed)
-    folder = run_measure(config, resume=True, policy=policy, show_result=False)
-    answer = answer_of(folder)
-    if as_json:
-        print(json.dumps(as_record(answer, folder / PAGE), ensure_ascii=False, indent=2))
-    else:
-        printed(answer, folder / PAGE, file=sys.stdout)
-    return folder
+    return run_measure(config, resume=True, policy=policy, show_result=False)
 
 
 def fitting(

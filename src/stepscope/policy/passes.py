@@ -8,7 +8,6 @@ where it runs, and that halves it where the memory does not suffice.
 from __future__ import annotations
 
 import logging
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +16,9 @@ from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from rich.console import Console
-from rich.progress import track as track_progress
 from torch import Tensor, nn
 
+from stepscope.console import bar, bar_shown
 from stepscope.errors import MeasurementError
 from stepscope.policy.forward import TokenBatch, make_batch
 from stepscope.policy.group import current
@@ -48,7 +46,7 @@ class Budget:
             hand.
         memory_bytes: for gradients that are kept; activations of a micro-batch come on top.
         scratch: existing folder to keep gradients in, on disk, or None for memory alone.
-        progress: show progress bars on standard error, where that is a terminal.
+        progress: show progress bars on standard error, where that is a terminal, and in notebooks.
     """
 
     max_sequences: int = 16
@@ -73,9 +71,10 @@ class Budget:
 
 
 def track(items: Iterable[T], what: str, budget: Budget, *, total: int | None = None) -> Iterator[T]:
-    """The items one after the other, with a progress bar on standard error where the budget allows one.
+    """The items one after the other, with a progress bar where the budget allows one.
 
-    None is shown where standard error is no terminal, nor inside a loop that shows one.
+    It is on standard error, or below the cell of a notebook; none is shown where there is neither, nor inside
+    a loop that shows one.
 
     Args:
         items: what to go through.
@@ -83,12 +82,12 @@ def track(items: Iterable[T], what: str, budget: Budget, *, total: int | None = 
         budget: whether one is shown.
         total: how many there are, where they cannot be counted.
     """
-    if not budget.progress or _bars or not sys.stderr.isatty():
+    if not budget.progress or _bars or not bar_shown():
         yield from items
         return
     _bars.append(what)
     try:
-        yield from track_progress(items, what, total, console=Console(stderr=True), transient=True)
+        yield from bar(items, what, total)
     finally:
         _bars.pop()
 

@@ -193,7 +193,7 @@ def influential_tokens(measurement: Measurement) -> pd.DataFrame | None:
     batch, tokens, influences = measurement.update, measurement.update_tokens, measurement.influence_tokens
     if batch is None or tokens is None or influences is None or not len(influences.influence):
         return None
-    quantity = measurement.change.quantity if measurement.change else "entropy"
+    quantity = measurement.quantity
     taken = set(influences.through)
     way = next((way for way in RANKED_BY if way in taken), RANKED_BY[0])
     rows = influences.to_pandas()

@@ -20,6 +20,7 @@ from stepscope.results.evaluation import (
     prompts_path,
     read_eval,
 )
+from stepscope.results.views import Plotted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,7 +29,7 @@ TABLE = "eval.parquet"
 
 
 @dataclass(frozen=True, repr=False)
-class Evaluation(Brief):
+class Evaluation(Plotted, Brief):
     """The evaluations of one or several checkpoints, read when first asked for.
 
     Attributes:
@@ -63,11 +64,6 @@ class Evaluation(Brief):
     def to_pandas(self) -> pd.DataFrame:
         """The table as a data frame: a row per checkpoint."""
         return read_table(runs.verified(self.table)).to_pandas()
-
-    def _repr_html_(self) -> str:
-        columns = ["step", "mean_reward", "pass_at_1", "entropy_per_token", "mean_length"]
-        html: str = self.to_pandas()[columns].to_html(index=False)
-        return html
 
 
 def _rows(table: Path) -> tuple[EvaluationRow, ...]:

@@ -34,6 +34,7 @@ from stepscope.results.ledger import (
     fold_sums,
 )
 from stepscope.results.rollups import LedgerRollups
+from stepscope.results.views import Plotted, Readable
 from stepscope.results.what_if import CURVES, SUMMARY, WHAT_IF, WhatIf, WhatIfCurves
 from stepscope.rules import TokenRule
 from stepscope.rules.token_classes import Labels
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class WhatIfFolder(Folder):
+class WhatIfFolder(Plotted, Folder):
     """A what-if of one rule.
 
     Attributes:
@@ -64,9 +65,13 @@ class WhatIfFolder(Folder):
         """A row per quantity, dose, path and place."""
         return runs.read_record(WhatIfCurves, self.path / CURVES)
 
+    def to_pandas(self) -> pd.DataFrame:
+        """The curves: a row per quantity, dose, path and place."""
+        return self.curves.to_pandas()
+
 
 @dataclass(frozen=True)
-class LedgerFolder(Folder):
+class LedgerFolder(Plotted, Readable, Folder):
     """The artifacts of an account, each read when it is first asked for; see :class:`Folder`.
 
     Attributes:
@@ -148,6 +153,10 @@ class LedgerFolder(Folder):
     def table(self, quantity: str | None = None) -> pd.DataFrame:
         """A row per token with what the record knows of it, and its entry for a quantity."""
         return self.entries(quantity).table
+
+    def to_pandas(self, quantity: str | None = None) -> pd.DataFrame:
+        """A row per token; the same as :meth:`table`."""
+        return self.table(quantity)
 
     def by(self, way: Way, quantity: str | None = None) -> LedgerRollups:
         """Sums of the entries by class, with intervals.

@@ -7,18 +7,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy.typing as npt
 
 from stepscope import runs
 from stepscope.errors import RunFolderError
-from stepscope.reading.folder import Folder
+from stepscope.reading.folder import Folder, S
 from stepscope.results import Rollouts, RolloutTokens, read_arrays
-from stepscope.results.brief import html_figures
 from stepscope.results.change import Changes
 from stepscope.results.criteria import Criteria, CriteriaTokens, Pareto
 from stepscope.results.curvature import CurvatureReport
+from stepscope.results.frames import flat, frame, labelled
 from stepscope.results.frontier import Frontier
 from stepscope.results.influence import (
     InfluenceSequences,
@@ -35,13 +35,17 @@ from stepscope.results.records import CURE
 from stepscope.results.step import StepReport
 from stepscope.results.summary import Summary
 from stepscope.results.validation import Validation, Validations
+from stepscope.results.views import Plotted, Readable
 from stepscope.stats import Estimate
 
-SUMMARY = "summary.json"
+if TYPE_CHECKING:
+    import pandas as pd
+
+SUMMARY, KERNELS = "summary.json", "kernel.safetensors"
 
 
 @dataclass(frozen=True)
-class Measurement(Folder):
+class Measurement(Plotted, Readable, Folder):
     """The artifacts of one measurement, each read when it is first asked for; see :class:`Folder`.
 
     Attributes:
@@ -55,6 +59,19 @@ class Measurement(Folder):
         """Optimizer step of the checkpoint, where the folder's name (``step-10``) gives it."""
         number = re.fullmatch(r"step-(\d+)", self.path.name)
         return int(number.group(1)) if number else None
+
+    @property
+    def quantity(self) -> str:
+        """Whose change it is: of the sweep, or else of the influences."""
+        if self.change is not None:
+            return self.change.quantity
+        known = self.influence_sequences
+        return "entropy" if known is None or not len(known) else str(known.quantity[0])
+
+    @cached_property
+    def influence_unit(self) -> tuple[float, str] | None:
+        """Learning rate and unit that influences have without a sweep: known in memory alone."""
+        return None
 
     @cached_property
     def summary(self) -> Mapping[str, Estimate]:
@@ -133,7 +150,29 @@ class Measurement(Folder):
 
     def kernel_matrices(self, *names: str) -> dict[str, npt.NDArray[Any]] | None:
         """The kernels by name; only those named, where names are given."""
-        return self._arrays("kernel.safetensors", names)
+        return self._arrays(KERNELS, names)
+
+    def kernel_frame(self, name: str = "") -> pd.DataFrame | None:
+        """One kernel of sequences with prompts and sequence ids on both axes; None where no stage made one.
+
+        Args:
+            name: as in ``kernel.json``; by default the last one of the update batch in cosine form.
+
+        Raises:
+            RunFolderError: no kernel of sequences has that name.
+        """
+        kernel = self.kernel
+        if kernel is None:
+            return None
+        known = [n for n in kernel.matrices if not n.startswith("tokens_")]
+        cosine = [n for n in known if n.startswith("update_") and n.endswith("_cosine")]
+        name = name or (cosine[-1] if cosine else "")
+        if name not in known:
+            raise RunFolderError(f"{self.path}: no kernel {name!r}, it has {', '.join(known)}")
+        matrix = (self.kernel_matrices(name) or {})[name]
+        of = "probe" if name.startswith("probe_") else "update"
+        rows = kernel.probe_prompt_ids if of == "probe" else kernel.update_prompt_ids
+        return labelled(matrix, rows, kernel.update_prompt_ids, of=(of, "update"))
 
     @cached_property
     def models(self) -> ModelsReport | None:
@@ -189,8 +228,41 @@ class Measurement(Folder):
         path = self.path / name
         return read_arrays(runs.verified(path), wanted or None) if path.is_file() else None
 
-    def _repr_html_(self) -> str:
-        return html_figures(f"Measurement {self.path}", self.summary)
+    def to_pandas(self) -> pd.DataFrame:
+        """The headline figures, a row each by name."""
+        rows = [{"figure": n, **flat(value), "method": value.method} for n, value in self.summary.items()]
+        return frame(rows).set_index("figure")
+
+
+class InMemory(Measurement):
+    """A measurement of which some artifacts are in memory, and none in files.
+
+    Args:
+        found: artifacts by the names of a measurement's; ``matrices`` are the kernels.
+    """
+
+    def __init__(self, found: Mapping[str, Any]) -> None:
+        super().__init__(Path())
+        self.__dict__.update({"summary": {}, **found})  # where a cached property looks first
+
+    def stored(self, kind: type[S], name: str) -> S | None:
+        """None: what is not given is not there."""
+        return None
+
+    @property
+    def config(self) -> None:
+        """None."""
+
+    @property
+    def provenance(self) -> None:
+        """None."""
+
+    def _rollouts(self, name: str) -> Rollouts | None:
+        return None
+
+    def _arrays(self, name: str, wanted: tuple[str, ...]) -> dict[str, npt.NDArray[Any]] | None:
+        known: Mapping[str, npt.NDArray[Any]] = self.__dict__.get("matrices", {})
+        return {n: known[n] for n in wanted or known if n in known} if name == KERNELS else None
 
 
 def load_measurement(path: Path | str) -> Measurement:

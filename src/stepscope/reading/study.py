@@ -12,6 +12,7 @@ from stepscope.errors import RunFolderError
 from stepscope.reading.folder import Folder
 from stepscope.reading.measurement import Measurement
 from stepscope.results.study import StudyReport, StudyRows
+from stepscope.results.views import Plotted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +21,7 @@ REPORT, TABLE = "study.json", "study.parquet"
 
 
 @dataclass(frozen=True)
-class Study(Folder):
+class Study(Plotted, Folder):
     """The artifacts of a study, each read when it is first asked for; see :class:`Folder`.
 
     Attributes:
@@ -47,9 +48,6 @@ class Study(Folder):
     def to_pandas(self) -> pd.DataFrame:
         """The rows as a data frame."""
         return self.rows.to_pandas()
-
-    def _repr_html_(self) -> str:
-        return self.rows._repr_html_()
 
 
 def load_study(path: Path | str) -> Study:

@@ -352,6 +352,25 @@ def _prose(sentence: str) -> str:
     return sentence.replace(" %", "\u00a0%").replace(" ± ", "\u00a0±\u00a0").replace(" × ", "\u00a0×\u00a0")
 
 
+def templates() -> Environment:
+    """Jinja's environment of the page's templates; whatever is put into them is escaped."""
+    environment = Environment(
+        loader=PackageLoader("stepscope.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["prose"] = _prose
+    environment.filters["held"] = _nowhere
+    return environment
+
+
+def _nowhere(value: object) -> int:
+    """What a page keeps for its scripts cannot be kept where there is no page."""
+    raise TypeError("only a page holds what its scripts draw")
+
+
 def _write(path: Path, **content: Any) -> Path:
     """The page of the template ``page.html.j2``, self-contained, in one piece; its folder is made if missing.
 
@@ -360,15 +379,9 @@ def _write(path: Path, **content: Any) -> Path:
         content: ``title`` and ``lede``; optionally ``footer``, ``panels``, ``checkpoints`` (a table), and the
             sections ``training``, ``evaluation`` and ``comparison``.
     """
-    environment = Environment(
-        loader=PackageLoader("stepscope.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     held = assets.Held()
-    environment.filters |= {"held": held.keep, "prose": _prose}
+    environment = templates()
+    environment.filters["held"] = held.keep
     # Style and scripts are ours and plotly's, not data of a run: they go in unescaped.
     defaults: dict[str, Any] = {
         **dict.fromkeys(("training", "evaluation", "checkpoints", "comparison")),

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from stepscope.reading.measurement import Measurement
 from stepscope.report import text
 from stepscope.results.change import Change
 from stepscope.stats import Estimate
@@ -74,5 +75,26 @@ def unit_of(change: Change | None) -> Unit:
     known = [point.true, point.linear] if point else []
     sizes = [abs(e.value) for e in known] + [e.stderr for e in known]
     largest = max((s for s in sizes if math.isfinite(s) and s > 0), default=1.0)
-    exponent = _STEP * math.floor((math.floor(math.log10(largest)) - _ROOM) / _STEP)
-    return Unit(change.lr, exponent, quantity, name)
+    return Unit(change.lr, _exponent(largest), quantity, name)
+
+
+def unit_in(measurement: Measurement) -> Unit:
+    """The unit for changes and influences of a measurement, and of influences in memory."""
+    known, rows = measurement.influence_unit, measurement.influence_sequences
+    if measurement.change is not None or known is None or rows is None:
+        return unit_of(measurement.change)
+    lr, name = known
+    quantity = text.quantity_name(measurement.quantity)
+    if not lr > 0:
+        return Unit(1.0, 0, quantity, f"{name} per unit lr")
+    whole = lr * abs(float(rows.influence[rows.component == "sequence"].sum()))
+    return unit_for(lr, whole, quantity, name)
+
+
+def unit_for(lr: float, largest: float, quantity: str, name: str) -> Unit:
+    """The unit for changes whose largest is known; arguments as the attributes of :class:`Unit`."""
+    return Unit(lr, _exponent(largest) if largest > 0 else 0, quantity, name)
+
+
+def _exponent(largest: float) -> int:
+    return _STEP * math.floor((math.floor(math.log10(largest)) - _ROOM) / _STEP)

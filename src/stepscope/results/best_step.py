@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from stepscope.results.frames import frame
 from stepscope.results.records import Record
+from stepscope.results.views import Shown
 from stepscope.stats import Estimate
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 LEFT = 0.05
 """Share of the gain of an infinite batch below which a larger one is said to buy nothing."""
@@ -52,7 +58,7 @@ class BestRow(Record):
 
 
 @dataclass(frozen=True, repr=False)
-class BestStep(Record):
+class BestStep(Shown, Record):
     """Batch size and learning rate for one quantity, predicted.
 
     Attributes:
@@ -81,6 +87,10 @@ class BestStep(Record):
     of_parts: Mapping[str, Estimate]
     kinds: Mapping[str, Estimate]
     rows: tuple[BestRow, ...]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per batch size."""
+        return frame(self.rows)
 
     @property
     def advice(self) -> str:

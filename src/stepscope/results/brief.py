@@ -25,10 +25,29 @@ class Brief:
         return [(f.name, _brief(getattr(self, f.name))) for f in fields(self)]  # type: ignore[arg-type]
 
 
+STYLE = (
+    ".stepscope{font:13px/1.45 system-ui,sans-serif;max-width:62rem;overflow-x:auto}"
+    ".stepscope table{border-collapse:collapse;margin:.4em 0;font-variant-numeric:tabular-nums}"
+    ".stepscope caption{caption-side:top;text-align:left;font-weight:600;color:inherit;padding:0}"
+    ".stepscope tr{background:none!important}"
+    ".stepscope :is(th,td){text-align:left;vertical-align:top;border:0;padding:.15em .9em .15em 0;"
+    "border-bottom:1px solid rgba(128,128,128,.3)}"
+    ".stepscope .num{text-align:right;white-space:nowrap}"
+    ".stepscope p{margin:.4em 0}"
+    ".stepscope .dim{opacity:.72}"
+)
+"""How everything looks that a notebook shows: colours are the notebook's own, light or dark."""
+
+
+def framed(body: str, style: str = "") -> str:
+    """A piece of HTML with the style of all of them, and more of its own."""
+    return f'<div class="stepscope"><style>{STYLE}{style}</style>{body}</div>'
+
+
 def html_table(title: str, rows: Iterable[tuple[str, ...]]) -> str:
     """Texts as a table of HTML."""
     body = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><caption>{escape(title)}</caption><tbody>{body}</tbody></table>"
+    return framed(f"<table><caption>{escape(title)}</caption><tbody>{body}</tbody></table>")
 
 
 def html_figures(title: str, figures: Mapping[str, Estimate]) -> str:

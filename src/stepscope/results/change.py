@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from stepscope.errors import MeasurementError
+from stepscope.results.frames import flat, frame
 from stepscope.results.records import Record
+from stepscope.results.views import Parts, Plotted
 from stepscope.stats import Estimate, LogLogFit, Number
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class ChangePoint(Record):
 
 
 @dataclass(frozen=True, repr=False)
-class Change(Record):
+class Change(Plotted, Record):
     """The change of one quantity, in one normalisation and version, over a sweep of learning rates.
 
     Attributes:
@@ -103,6 +109,24 @@ class Change(Record):
     measurable_from: Number
     linear_up_to: float | None
     taken: Taken | None
+
+    @property
+    def series(self) -> tuple[Change, ...]:
+        """All that it holds: itself."""
+        return (self,)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per series and learning rate, in the columns of :func:`stepscope.results.frames.frame`."""
+        return frame(
+            {"quantity": s.quantity, "normalisation": s.normalisation, "version": s.version, **flat(point)}
+            for s in self.series
+            for point in s.points
+        )
+
+    def _viewed(self) -> Parts:
+        own = {field.name: getattr(self, field.name) for field in fields(Change)}
+        others = tuple(series for series in self.series if series is not self)
+        return Parts(f"Change of {self.quantity}", {"change": Changes(**own, others=others)})
 
     def at(self, lr: float) -> ChangePoint:
         """The point at a learning rate of the sweep.

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from stepscope.results.frames import flat, frame
 from stepscope.results.records import FloatArray, IntArray, Record
 from stepscope.results.tables import Table
+from stepscope.results.views import Parts, Plotted
 from stepscope.stats import Estimate, Number
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Level = Literal["token", "sequence"]
 Kind = Literal["literature", "control", "model"]
@@ -132,9 +137,17 @@ class Regression(Record):
     r2: Number
     num_items: int
 
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per property."""
+        return frame(
+            {"property": name, **flat(value), "standardised": self.standardised[name].value}
+            for name, value in self.coefficients.items()
+            if name in self.standardised
+        )
+
 
 @dataclass(frozen=True, repr=False)
-class Criteria(Record):
+class Criteria(Plotted, Record):
     """``criteria.json``: the leaderboard, and what influence goes with.
 
     Attributes:
@@ -156,6 +169,13 @@ class Criteria(Record):
     tables: tuple[GroundTruthSummary, ...]
     definitions: Mapping[str, CriterionDefinition]
     properties: tuple[Regression, ...]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per criterion and ground truth."""
+        return frame(self.rows)
+
+    def _viewed(self) -> Parts:
+        return Parts("Criteria against the measured influence", {"criteria": self})
 
 
 @dataclass(frozen=True, repr=False)
@@ -199,8 +219,8 @@ class AblatedStep(Record):
     reward_given_up: Estimate
 
 
-@dataclass(frozen=True)
-class Pareto(Record):
+@dataclass(frozen=True, repr=False)
+class Pareto(Plotted, Record):
     """``pareto.json``: entropy kept against reward given up, by rule and share of tokens.
 
     Attributes:
@@ -214,3 +234,7 @@ class Pareto(Record):
     full_entropy_change: Estimate
     full_reward_change: Estimate
     points: tuple[AblatedStep, ...]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per rule and share of tokens."""
+        return frame(self.points)

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from stepscope.results.best_step import BestStep
+from stepscope.results.frames import flat, frame
 from stepscope.results.records import FloatArray, Record
+from stepscope.results.views import Parts, Plotted
 from stepscope.stats import Estimate
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class HeldOutSpectrum(Record):
 
 
 @dataclass(frozen=True, repr=False)
-class PairReport(Record):
+class PairReport(Plotted, Record):
     """The second-order kernel of one quantity.
 
     Attributes:
@@ -87,9 +93,15 @@ class PairReport(Record):
     noise: Estimate
     spectrum: HeldOutSpectrum
 
+    def to_pandas(self) -> pd.DataFrame:
+        """A row for the kernel and for each of its parts, with its sums over kinds of pairs."""
+        parts = {"whole": self.whole, "fisher": self.fisher, "rest": self.rest}
+        own = {"quantity": self.quantity, "normalisation": self.normalisation, "version": self.version}
+        return frame({**own, "part": n, **flat(sums)} for n, sums in parts.items() if sums is not None)
+
 
 @dataclass(frozen=True, repr=False)
-class CurvatureReport(Record):
+class CurvatureReport(Plotted, Record):
     """The second-order kernels of a measurement.
 
     Attributes:
@@ -101,3 +113,12 @@ class CurvatureReport(Record):
     lr: float
     pairs: tuple[PairReport, ...]
     best: tuple[BestStep, ...]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The rows of all its kernels; see :meth:`PairReport.to_pandas`."""
+        import pandas as pd
+
+        return pd.concat([pairs.to_pandas() for pairs in self.pairs], ignore_index=True)
+
+    def _viewed(self) -> Parts:
+        return Parts("Second-order kernel", {"curvature": self})

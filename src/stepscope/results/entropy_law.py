@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from stepscope.results.frames import frame
 from stepscope.results.records import Record
+from stepscope.results.views import Plotted
 from stepscope.stats import Estimate, Number
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class LawPrediction(Record):
 
 
 @dataclass(frozen=True, repr=False)
-class EntropyLaw(Record):
+class EntropyLaw(Plotted, Record):
     """``entropy_law.json``: R = -a exp(H) + b fitted to the checkpoints of a run.
 
     Attributes:
@@ -66,3 +72,9 @@ class EntropyLaw(Record):
     prediction: LawPrediction | None
     intervals: Mapping[str, tuple[Number, Number]]
     num_prompts: int = 0
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per checkpoint."""
+        names = ("entropy", "entropy_stderr", "performance", "performance_stderr")
+        rows = zip(self.steps, *(getattr(self, name) for name in names), strict=True)
+        return frame({"step": step, **dict(zip(names, row, strict=True))} for step, *row in rows)

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+from stepscope.results.frames import frame
 from stepscope.results.records import FloatArray, Record
 from stepscope.stats import Estimate, Number
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -102,6 +107,10 @@ class Frontier(Record):
     points: tuple[FrontierPoint, ...]
     rules: tuple[RulePoint, ...]
     weights: Mapping[str, FloatArray]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row for each of ``points``."""
+        return frame(self.points)
 
     def point(self, name: str) -> FrontierPoint:
         """The first point of that name."""

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from stepscope.results.frames import flat, frame
 from stepscope.results.records import FloatArray, Record
+from stepscope.results.views import Parts, Plotted
 from stepscope.stats import Estimate, Number
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -100,7 +106,7 @@ class KernelStructure(Record):
 
 
 @dataclass(frozen=True, repr=False)
-class KernelReport(Record):
+class KernelReport(Plotted, Record):
     """What the matrices of ``kernel.safetensors`` are, and the structure of each.
 
     Attributes:
@@ -121,3 +127,10 @@ class KernelReport(Record):
     num_params: int
     projection_error: Estimate | None
     structure: Mapping[str, KernelStructure]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per kernel with the figures of its structure."""
+        return frame({"kernel": name, **flat(found)} for name, found in self.structure.items())
+
+    def _viewed(self) -> Parts:
+        return Parts("Fisher kernel", {"kernel": self})

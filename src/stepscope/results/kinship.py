@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from stepscope.results.frames import frame
 from stepscope.results.records import FloatArray, IntArray, Record
 from stepscope.results.tables import Table, TextArray
+from stepscope.results.views import Parts, Shown
 from stepscope.stats import Estimate, Number
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 KINSHIP, KIN_ROWS = "ledger_kinship.json", "ledger_kinship.parquet"
 """Names of the files of a ledger."""
@@ -278,7 +284,7 @@ class StepKin(Record):
 
 
 @dataclass(frozen=True, repr=False)
-class StepKinship(Record):
+class StepKinship(Shown, Record):
     """``kinship.json``: what the tokens of a checkpoint's step act on.
 
     All is of the entropy per token at given positions, to first order, per unit of the learning rate.
@@ -312,3 +318,10 @@ class StepKinship(Record):
     def of(self, look: str, kin: str) -> StepKin:
         """One row of ``kin``."""
         return next(row for row in self.kin if (row.look, row.kin) == (look, kin))
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row by look and kin."""
+        return frame(self.kin)
+
+    def _viewed(self) -> Parts:
+        return Parts("What the tokens act on", {"kinship": self})

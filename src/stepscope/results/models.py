@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from stepscope.results.frames import frame
 from stepscope.results.records import Record
 from stepscope.stats import Estimate, Number
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -82,3 +87,7 @@ class ModelsReport(Record):
     tests: tuple[NullTest, ...]
     shares: Mapping[str, Number]
     left_out: Mapping[str, str]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row for each of ``models``."""
+        return frame(self.models)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from stepscope.results.frames import flat, frame
 from stepscope.results.records import Record
+from stepscope.results.views import Parts, Plotted
 from stepscope.stats import Estimate, Number
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,9 +82,13 @@ class BatchSizes(Record):
     slope: Estimate
     rows: tuple[BatchSize, ...]
 
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per batch size."""
+        return frame(self.rows)
+
 
 @dataclass(frozen=True, repr=False)
-class NoiseScales(Record):
+class NoiseScales(Plotted, Record):
     """Noise scales of one update batch.
 
     Attributes:
@@ -95,6 +105,15 @@ class NoiseScales(Record):
     preconditioned: NoiseScale | None
     effects: Mapping[str, NoiseScale]
     batch_sizes: Mapping[str, BatchSizes]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per signal: the loss gradient in either metric, and the effect on each quantity."""
+        named = {"loss gradient": self.sgd, "loss gradient, preconditioned": self.preconditioned}
+        named |= {f"effect on {name}": scale for name, scale in self.effects.items()}
+        return frame({"signal": name, **flat(scale)} for name, scale in named.items() if scale is not None)
+
+    def _viewed(self) -> Parts:
+        return Parts("Gradient noise scale", {"noise": self})
 
     @property
     def advice(self) -> str:

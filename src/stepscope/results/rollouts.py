@@ -19,6 +19,7 @@ from stepscope.results.records import VERSION, BoolArray, FloatArray, IntArray
 from stepscope.results.rollout_checks import refuse_broken, refuse_values
 from stepscope.results.rollout_tokens import RolloutTokens
 from stepscope.results.tables import Column, checked, read_table, write_table
+from stepscope.results.views import Parts, Readable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +36,7 @@ def same_text(text: str) -> str:
 
 
 @dataclass(frozen=True, repr=False)
-class Rollouts(Brief):
+class Rollouts(Readable, Brief):
     """A batch of sampled responses, one entry per sequence on every field.
 
     Attributes:
@@ -226,10 +227,31 @@ class Rollouts(Brief):
         Raises:
             BatchError: ``tokens`` do not match the response lengths.
         """
+        flat = self.token_rows(tokens, token_weights=token_weights, entropy_weights=entropy_weights)
+        settings = {
+            VERSION: str(self.format_version),
+            "stepscope.temperature": repr(float(self.temperature)),
+            "stepscope.max_response_tokens": str(self.max_response_tokens),
+        }
+        flat.write(tokens_path)
+        write_table(self._sequences().replace_schema_metadata(settings), sequences_path)
+
+    def token_rows(
+        self,
+        tokens: Sequence[Sequence[str]],
+        *,
+        token_weights: Sequence[FloatArray] | None = None,
+        entropy_weights: Sequence[FloatArray] | None = None,
+    ) -> RolloutTokens:
+        """A row per response token; arguments as for :meth:`to_parquet`.
+
+        Raises:
+            BatchError: ``tokens`` do not match the response lengths.
+        """
         if [len(r) for r in tokens] != self.num_tokens.tolist():
             raise BatchError("rollouts: tokens do not match the response lengths")
         count = len(self)
-        flat = RolloutTokens(
+        return RolloutTokens(
             sequence_id=np.repeat(np.arange(count, dtype=np.int64), self.num_tokens),
             position=np.concatenate([np.arange(n, dtype=np.int64) for n in self.num_tokens]),
             token_id=np.array([t for row in self.response_token_ids for t in row], dtype=np.int64),
@@ -245,17 +267,14 @@ class Rollouts(Brief):
             token_weight=_joined(token_weights),
             entropy_weight=_joined(entropy_weights),
         )
-        settings = {
-            VERSION: str(self.format_version),
-            "stepscope.temperature": repr(float(self.temperature)),
-            "stepscope.max_response_tokens": str(self.max_response_tokens),
-        }
-        flat.write(tokens_path)
-        write_table(self._sequences().replace_schema_metadata(settings), sequences_path)
 
     def to_pandas(self) -> pd.DataFrame:
         """A row per sequence as a data frame of pandas; columns as in the file."""
         return self._sequences().to_pandas()
+
+    def _viewed(self) -> Parts:
+        facts = f"{len(self)} responses to {self.num_prompts} prompts"
+        return Parts(facts, {"update": self})
 
     def _sequences(self) -> pa.Table:
         count = len(self)

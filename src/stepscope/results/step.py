@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from stepscope.results.frames import flat, frame
 from stepscope.results.records import Record
+from stepscope.results.views import Parts, Plotted
 from stepscope.stats import Number
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -148,7 +153,7 @@ _PARTS = ("norm", "share", "cosine")
 
 
 @dataclass(frozen=True, repr=False)
-class StepReport(Record):
+class StepReport(Plotted, Record):
     """The figures of a step; in the file ``norm_NAME``, ``share_NAME``, ``cosine_NAME`` for each component.
 
     Attributes:
@@ -190,6 +195,13 @@ class StepReport(Record):
     routing: Routing | None
     gradient: SequenceShares | None
     lifetime: Lifetime | None
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per component."""
+        return frame({"component": name, **flat(part)} for name, part in self.components.items())
+
+    def _viewed(self) -> Parts:
+        return Parts("Optimizer step", {"step": self})
 
     def to_plain(self) -> dict[str, Any]:
         """The components spread over the file's names."""

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stepscope.errors import RunFolderError
-from stepscope.results.brief import Brief
+from stepscope.results.brief import Brief, framed
 from stepscope.results.files import whole
 from stepscope.results.records import CURE, VERSION, BoolArray, FloatArray, IntArray
 
@@ -84,8 +84,8 @@ class Table(Brief):
 
     def _repr_html_(self) -> str:
         """The first rows and the last, as pandas shows them."""
-        html: str = self.to_pandas().to_html(max_rows=10, notebook=True)
-        return html
+        rows = self.to_pandas().to_html(max_rows=10, border=0)
+        return framed(f"<p>{type(self).__name__}, {len(self):,} rows</p>{rows}")
 
     def to_pandas(self) -> pd.DataFrame:
         """The rows as a data frame of pandas."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -42,8 +43,12 @@ from stepscope.results.criteria import (
     Level,
     Regression,
 )
+from stepscope.results.views import Parts, Plotted
 from stepscope.rules import TokenFacts
 from stepscope.stats import Estimate
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FEWEST = 3
 """A rank correlation needs at least so many items."""
@@ -53,7 +58,7 @@ GIVEN_PROBE = ", conditional on the probe batch"
 
 
 @dataclass(frozen=True, repr=False)
-class Leaderboard(Brief):
+class Leaderboard(Plotted, Brief):
     """All criteria against all truths.
 
     Attributes:
@@ -71,6 +76,13 @@ class Leaderboard(Brief):
     criteria: tuple[Criterion, ...]
     facts: TokenFacts
     scores: Mapping[str, FloatArray]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per criterion and truth."""
+        return self.report().to_pandas()
+
+    def _viewed(self) -> Parts:
+        return Parts("Criteria against the measured influence", {"criteria": self.report()})
 
     def truth(self, kind: str, preconditioner: str, version: str = "fixed_prefix") -> GroundTruth:
         """One truth by its names.

@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -48,7 +49,13 @@ from stepscope.policy.gradients.products import compute_dtype, per_sequence_dots
 from stepscope.policy.gradients.stream import SequenceGradients
 from stepscope.policy.passes import Budget, track
 from stepscope.policy.state import Policy
-from stepscope.results import FloatArray, IntArray, Rollouts
+from stepscope.results import Brief, FloatArray, IntArray, Rollouts
+from stepscope.results.views import Plotted
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from stepscope.results.curvature import PairReport
 
 NUM_FOLDS = 16
 """Pools of probe prompts whose Hessians are kept apart, for errors and noise."""
@@ -92,8 +99,8 @@ class Rows:
     parts: slice
 
 
-@dataclass(frozen=True)
-class PairKernel:
+@dataclass(frozen=True, repr=False)
+class PairKernel(Plotted, Brief):
     """The second-order kernel of one quantity, some rows of it or all.
 
     Attributes:
@@ -123,6 +130,26 @@ class PairKernel:
     prompts: IntArray
     parts: tuple[str, ...]
     enumerated: bool
+
+    def to_pandas(self) -> pd.DataFrame:
+        """(row, element) the kernel as it is estimated, with names on both axes.
+
+        A row is a prompt's sequences together, a sequence, random signs of them, or another part of the step.
+        """
+        import pandas as pd
+
+        kinds = {"prompt": self.rows.prompts, "sequence": self.rows.single, "signs": self.rows.signs}
+        names = dict.fromkeys(range(len(self.rows.weights)), "")
+        for kind, own in kinds.items():
+            names |= {place: f"{kind} {k}" for k, place in enumerate(range(own.start, own.stop))}
+        names |= dict(zip(range(self.rows.parts.start, self.rows.parts.stop), self.parts, strict=True))
+        columns = [*(f"sequence {k}" for k in range(len(self.prompts))), *self.parts]
+        return pd.DataFrame(self.whole.value, index=list(names.values()), columns=columns)
+
+    def _viewed(self) -> PairReport:
+        from stepscope.measure.curvature.structure import pair_report  # which is made of kernels
+
+        return pair_report(self)
 
     @property
     def exact(self) -> bool:

@@ -22,7 +22,7 @@ from itertools import combinations
 import numpy as np
 from scipy.stats import rankdata
 
-from stepscope.measure.influence.attribution import Influence
+from stepscope.measure.influence.shares import Influence
 from stepscope.measure.ties import without_round_off
 from stepscope.results import FloatArray, IntArray
 from stepscope.results.influence import CurvePoint, Reliability

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from stepscope.measure.influence.attribution import Influence, token_products
+from stepscope.measure.influence.attribution import token_products
 from stepscope.measure.influence.probe_gradient import probe_gradient
 from stepscope.measure.influence.reliability import FEWEST_FOLDS, implied_gain
+from stepscope.measure.influence.shares import Influence
 from stepscope.measure.quantity.base import Quantity, make_quantity
 from stepscope.measure.quantity.probe import Bindings, bindings_on
 from stepscope.measure.step.derivative import step_derivative

@@ -27,9 +27,9 @@ from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
 from stepscope.errors import MeasurementError
-from stepscope.measure.influence.attribution import Influence
 from stepscope.measure.influence.probe_gradient import Folds
 from stepscope.measure.influence.reliability import split_half
+from stepscope.measure.influence.shares import Influence
 from stepscope.measure.quantity.base import Quantity, make_quantity
 from stepscope.measure.quantity.estimators import ProbeValues, per_decision
 from stepscope.measure.quantity.probe import bind_quantity

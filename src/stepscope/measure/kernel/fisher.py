@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -32,8 +33,13 @@ from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.policy.vectors import ParameterVector
 from stepscope.results import Brief, FloatArray, IntArray, Rollouts
+from stepscope.results.frames import labelled
 from stepscope.results.kernel import KernelReport, KernelStructure
+from stepscope.results.views import Parts, Plotted
 from stepscope.stats import Estimate
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MOST_TOKENS = 4096
 """Largest number of tokens for which a kernel between tokens is made."""
@@ -49,7 +55,7 @@ _UNITS = {CONTRIBUTIONS: "loss/lr", "raw": "nats^2", "preconditioned": "nats^2/l
 
 
 @dataclass(frozen=True, repr=False)
-class FisherKernel(Brief):
+class FisherKernel(Plotted, Brief):
     """Kernels of an update batch with itself and with a probe batch.
 
     Attributes:
@@ -127,6 +133,32 @@ class FisherKernel(Brief):
     def effective_rank(self) -> Estimate:
         """Of the update's cosine kernel, preconditioned where P is known."""
         return self.structure(self.metrics[-1], cosine=True).effective_rank
+
+    def to_pandas(self, metric: str = "", *, cosine: bool = False, probe: bool = False) -> pd.DataFrame:
+        """(update seq, update seq) or (probe seq, update seq): a kernel with prompts and numbers as labels.
+
+        Args:
+            metric: one of :attr:`metrics`; the last by default.
+            cosine: in cosine form.
+            probe: between probe and update batch.
+
+        Raises:
+            MeasurementError: there is no such kernel.
+        """
+        metric = metric or self.metrics[-1]
+        known = self.probe if probe else self.update
+        if metric not in known:
+            raise MeasurementError(f"no kernel {metric!r}; there are {', '.join(known) or 'none'}")
+        update, rows = self.update_rollouts.prompt_ids, self.update_rollouts.prompt_ids
+        if probe:
+            assert self.probe_rollouts is not None
+            rows = self.probe_rollouts.prompt_ids
+            matrix = self.probe_cosine(metric) if cosine else self.probe[metric]
+            return labelled(matrix, rows, update, of=("probe", "update"))
+        return labelled(self.cosine(metric) if cosine else self.update[metric], rows, update)
+
+    def _viewed(self) -> Parts:
+        return Parts("Fisher kernel", {"kernel": self.report(), "matrices": self.matrices()})
 
     def matrices(self) -> dict[str, FloatArray]:
         """Everything that is stored, by name."""

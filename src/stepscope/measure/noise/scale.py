@@ -20,7 +20,7 @@ import numpy as np
 
 from stepscope.errors import BatchError
 from stepscope.intervals import FEWEST
-from stepscope.measure.influence.attribution import Influence
+from stepscope.measure.influence.shares import Influence
 from stepscope.measure.noise.batch_size import batch_sizes, loss_scale
 from stepscope.measure.noise.limits import noise_limits
 from stepscope.measure.step.reconstruct import weighted_logprobs

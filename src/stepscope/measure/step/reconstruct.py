@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -40,15 +41,19 @@ from stepscope.policy.rollouts import response_text, score_discriminators, score
 from stepscope.policy.sampling.drawn_by import DRIFT_LIMIT
 from stepscope.policy.state import Policy
 from stepscope.results import Brief, FloatArray, Rollouts
-from stepscope.results.step import Component
+from stepscope.results.step import Component, StepReport
+from stepscope.results.views import Parts, Plotted
 from stepscope.rules.program import Program
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CLIP_EPSILON = 1e-6
 """``torch.nn.utils.clip_grad_norm_`` adds this to the norm."""
 
 
 @dataclass(frozen=True, repr=False)
-class Step(Brief):
+class Step(Plotted, Brief):
     """One step of an optimizer in components.
 
     All vectors are keyed by ``named_parameters()`` names and per unit of ``lr``. With several learning rates,
@@ -81,6 +86,37 @@ class Step(Brief):
     def direction(self) -> dict[str, Tensor]:
         """(params' - params) / lr, the sum of all components."""
         return vectors.add(*self.components.values())
+
+    def report(self) -> StepReport:
+        """Size and direction of its components, without what takes a policy to know."""
+        total = vectors.norm(self.direction)
+        return StepReport(
+            lr=self.lr,
+            grad_norm=self.grad_norm,
+            clip_coefficient=self.clip_coefficient,
+            norm_direction=total,
+            norm_displacement=self.lr * total,
+            num_parameters=sum(t.numel() for t in self.direction.values()),
+            num_sequences=len(self.update),
+            num_prompts=self.update.num_prompts,
+            num_tokens=int(self.update.num_policy_tokens.sum()),
+            components=step_components(self),
+            initial_lr=None,
+            stored_dtypes=(),
+            doubt="",
+            rounding=None,
+            storage=None,
+            routing=None,
+            gradient=None,
+            lifetime=None,
+        )
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row per component."""
+        return self.report().to_pandas()
+
+    def _viewed(self) -> Parts:
+        return Parts("Optimizer step", {"step": self.report()})
 
     def metric(self) -> dict[str, Tensor]:
         """P, for what cannot do without.

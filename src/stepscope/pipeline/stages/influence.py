@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from stepscope import runs
-from stepscope.measure.influence.attribution import Influence, neglected_share
+from stepscope.measure.influence.attribution import neglected_share
 from stepscope.measure.influence.reliability import reliabilities
+from stepscope.measure.influence.shares import Influence
 from stepscope.measure.influence.shrinkage import Shrunk, shrunk_influence
 from stepscope.measure.step.nonlinear import neglected_part
 from stepscope.pipeline.stages.plan import PROBE, STEP, UPDATE, Figures, stage

@@ -14,7 +14,8 @@ from stepscope.config import MeasureConfig
 from stepscope.errors import BatchError, MeasurementError
 from stepscope.measure.curvature.pairs import PairKernel, PairOptions, second_order_kernel
 from stepscope.measure.frontier.effects import before_step
-from stepscope.measure.influence.attribution import NUM_FOLDS, Influence, InfluenceOptions, influences
+from stepscope.measure.influence.attribution import NUM_FOLDS, InfluenceOptions, influences
+from stepscope.measure.influence.shares import Influence
 from stepscope.measure.influence.token_influence import token_influences
 from stepscope.measure.mismatch import sampler_mismatch
 from stepscope.measure.quantity.base import Quantity, make_quantity

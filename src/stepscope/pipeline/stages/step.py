@@ -10,7 +10,6 @@ import numpy as np
 
 from stepscope import runs
 from stepscope.measure.step.lifetime import lifetime, lifetime_figures
-from stepscope.measure.step.reconstruct import step_components
 from stepscope.measure.step.rounding import RoundedStep
 from stepscope.measure.step.routing import routing_change, routing_figures
 from stepscope.measure.step.sequence_shares import sequence_share_figures, sequence_shares
@@ -20,7 +19,6 @@ from stepscope.pipeline.stages.session import Session
 from stepscope.policy import vectors
 from stepscope.policy.group import current
 from stepscope.results import RolloutTokens
-from stepscope.results.step import StepReport
 from stepscope.stats import Estimate, exact
 
 T = TypeVar("T")
@@ -34,7 +32,6 @@ def step(session: Session) -> Figures:
     weights = np.concatenate(step.token_weights).astype(np.float64, copy=False)
     tokens = current().from_main(lambda: runs.read_record(RolloutTokens, path))
     runs.write_record(path, replace(tokens, token_weight=weights))
-    total = vectors.norm(step.direction)
     initial_lr = session.initial_lr() if step.lr == 0 else None
     routing = routing_change(
         session.policy,
@@ -43,17 +40,8 @@ def step(session: Session) -> Figures:
         taken=session.taken.parameters if session.taken else None,
         budget=session.budget,
     )
-    report = StepReport(
-        lr=step.lr,
-        grad_norm=step.grad_norm,
-        clip_coefficient=step.clip_coefficient,
-        norm_direction=total,
-        norm_displacement=step.lr * total,
-        num_parameters=sum(t.numel() for t in step.direction.values()),
-        num_sequences=len(step.update),
-        num_prompts=step.update.num_prompts,
-        num_tokens=int(step.update.num_policy_tokens.sum()),
-        components=step_components(step),
+    report = replace(
+        step.report(),
         initial_lr=initial_lr,
         stored_dtypes=session.policy.stored_dtypes,
         doubt=session.doubt("step"),

@@ -28,8 +28,8 @@ def section(measurement: Measurement, room: Room) -> Section | None:
         "curvature",
         "What pairs of responses do together",
         sentences=[_sentence(found, found.pairs[0])],
-        intro=_intro(found.pairs[0]),
-        figures=[_spectrum(found.pairs[0])],
+        intro=intro(found.pairs[0]),
+        figures=[spectrum_figure(found.pairs[0])],
         tables=[_sums(found, pairs) for pairs in found.pairs],
     )
 
@@ -51,7 +51,8 @@ def _sentence(found: CurvatureReport, pairs: PairReport) -> str:
     )
 
 
-def _intro(pairs: PairReport) -> str:
+def intro(pairs: PairReport) -> str:
+    """In words: whether sequences have rows of their own, and how much is noise."""
     how = (
         f"{pairs.num_sketches} random signs of the sequences stand for single ones, so that the diagonal is "
         "an estimate; sums over prompts are exact given the batch."
@@ -97,7 +98,8 @@ def _sums(found: CurvatureReport, pairs: PairReport) -> Table:
     )
 
 
-def _spectrum(pairs: PairReport) -> style.Figure:
+def spectrum_figure(pairs: PairReport) -> style.Figure:
+    """Eigenvalues as estimated and on other probe prompts."""
     spectrum = pairs.spectrum
     numbers = list(range(1, len(spectrum.eigenvalues) + 1))
     own, other = style.LOOKS[0], style.LOOKS[1]

@@ -16,7 +16,7 @@ from stepscope.report.parts import Response, Room, Section
 from stepscope.report.sections.criteria import best_of
 from stepscope.report.sections.responses import join_tokens, shown_responses, visible
 from stepscope.report.tables import Cell, Table, number_cell, percent_cell, table
-from stepscope.report.units import Unit, unit_of
+from stepscope.report.units import Unit, unit_in
 from stepscope.results.influence import InfluenceSequences, InfluenceTokens, Reliabilities, Reliability
 from stepscope.stats import Estimate
 
@@ -33,9 +33,7 @@ _SPLIT_BY = ("fixed", "optimizer")
 
 def section(measurement: Measurement, room: Room) -> Section | None:
     """Influence of sequences and tokens; None where neither was measured."""
-    change = measurement.change
-    quantity = change.quantity if change else "entropy"
-    unit = unit_of(change)
+    change, quantity, unit = measurement.change, measurement.quantity, unit_in(measurement)
     way = _way(measurement.influence_tokens, RANKED_BY)
     tokens = ranked_tokens(measurement)
     sentences = [_parts(measurement.summary, change.lr)] if change and change.lr > 0 else []
@@ -69,13 +67,12 @@ def ranked_tokens(measurement: Measurement) -> Any:
 
     See :func:`join_tokens`.
     """
-    change = measurement.change
     scores = measurement.criteria_tokens.values if measurement.criteria_tokens else {}
     way = _way(measurement.influence_tokens, RANKED_BY)
-    rows = _rows(measurement.influence_tokens, change.quantity if change else "entropy", way)
+    rows = _rows(measurement.influence_tokens, measurement.quantity, way)
     if rows is not None:
         columns = ["influence", "stderr", "shrunk"]
-        rows = rows.assign(**{name: rows[name] * unit_of(change).factor for name in columns})
+        rows = rows.assign(**{name: rows[name] * unit_in(measurement).factor for name in columns})
     best = {name: scores[name] for name in best_of(measurement, _SCORES_ON_HOVER) if name in scores}
     return join_tokens(measurement.update, measurement.update_tokens, rows, best)
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from stepscope.reading.rollups import Entries
 from stepscope.report import text
-from stepscope.report.parts import Excerpts, Section
+from stepscope.report.parts import Excerpts, Response, Section, TokenSpan
 from stepscope.report.sections.ledger import WAY
 from stepscope.report.sections.responses import level_of, visible
 from stepscope.report.tables import Cell, table
@@ -44,6 +44,31 @@ def section(entries: Entries, unit: str, most: int) -> Section:
         ),
         tables=[_top(entries, unit)],
     )
+
+
+def as_responses(entries: Entries, most: int) -> Section:
+    """The largest tokens, each with what stands around it in its response.
+
+    Args:
+        entries: of the quantity.
+        most: tokens shown in all.
+    """
+    rows = sorted(_spec(entries, most)["rows"], key=lambda row: -abs(row[2]))
+    found = [
+        Response(
+            heading=f"{visible(tokens[place][0])} in step {step}, {label}",
+            facts=facts,
+            correct=None,
+            prompt=prompt,
+            text="",
+            tokens=[
+                TokenSpan(shown, level, "this token" if k == place else "")
+                for k, (shown, level) in enumerate(tokens)
+            ],
+        )
+        for step, label, _, facts, prompt, place, tokens in rows
+    ]
+    return Section("tokens", "", legend=True, responses=found)
 
 
 def _top(entries: Entries, unit: str) -> Any:

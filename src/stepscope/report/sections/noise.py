@@ -34,6 +34,11 @@ def section(measurement: Measurement, room: Room) -> Section | None:
     )
 
 
+def best_sections(best: BestStep) -> list[Section]:
+    """What is known of learning rate and batch size for one quantity, by itself."""
+    return [Section("best-step", "", intro=best.advice, tables=[_best_table(best), _terms_table(best)])]
+
+
 def _best_table(best: BestStep) -> Table:
     """The best learning rate of each batch size by the second-order expansion, and what it is worth."""
     return table(

@@ -66,6 +66,21 @@ def section(found: LedgerFolder, account: Account, *, first: bool) -> Section | 
     )
 
 
+def of_rule(each: WhatIfFolder) -> Section:
+    """The what-if of one rule, for all its quantities."""
+    by_quantity: dict[str, list[Outcome]] = {}
+    for outcome in each.result.outcomes:
+        by_quantity.setdefault(outcome.quantity, []).append(outcome)
+    rule, last = each.result.rule, each.result.last_step
+    return Section(
+        "what-if",
+        "",
+        sentences=[_sentence(rule, own[-1], last) for own in by_quantity.values()],
+        figures=[_figure(each, own, f"what-if-{name}") for name, own in by_quantity.items()],
+        tables=[table("what-ifs", "", "", [_row(rule, o) for o in each.result.outcomes])],
+    )
+
+
 def _sentence(rule: str, outcome: Outcome, last: int) -> str:
     name = text.quantity_name(outcome.quantity)
     said = (
