@@ -28,10 +28,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from plotly.subplots import make_subplots
 from scipy.stats import linregress, t
-from stepscope.report.figures import look
 
 from stepscope.config import EvalConfig, TrainConfig, build_config, load_config
 from stepscope.pipeline import run_eval, run_train
+from stepscope.report.style import look
 from stepscope.results import FloatArray, read_table, write_table
 
 CONFIG = Path(__file__).parents[1] / "configs" / "objectives.yaml"

@@ -73,6 +73,9 @@ from .stats import Estimate as Estimate
 from .tasks import Task as Task
 from .tasks import load_prompts as load_prompts
 from .tasks import load_task as load_task
+from .training.preferences.pairs import pairs_from_rollouts as pairs_from_rollouts
+from .training.preferences.pairs import read_pairs as read_pairs
+from .training.preferences.trainer import PreferenceTrainer as PreferenceTrainer
 from .training.probe.callback import StepProbe as StepProbe
 from .training.record.callback import StepRecorder as StepRecorder
 

@@ -28,12 +28,13 @@ from stepscope.config.measure import (
     UpdateConfig,
 )
 from stepscope.config.objectives import CurriculumConfig, EntropyBonusConfig, ObjectiveConfig
+from stepscope.config.optimizer import OptimizerConfig
+from stepscope.config.preferences import HypoConfig
 from stepscope.config.sampler import SamplerConfig
 from stepscope.config.study import RayConfig, SlurmConfig, StudyConfig
 from stepscope.config.train import (
     LoraConfig,
     ModelConfig,
-    OptimizerConfig,
     RlConfig,
     SftConfig,
     StepProbeConfig,
@@ -52,6 +53,7 @@ __all__ = [
     "EntropyBonusConfig",
     "EvalConfig",
     "EvalSettings",
+    "HypoConfig",
     "LedgerConfig",
     "LoraConfig",
     "LossConfig",

@@ -1,4 +1,4 @@
-"""Configuration of ``stepscope train``: model, supervised warm-up, reinforcement learning."""
+"""Configuration of ``stepscope train``: model, warm-up, then reinforcement learning or preferences."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from stepscope.config.base import Section
 from stepscope.config.objectives import CurriculumConfig, EntropyBonusConfig, ObjectiveConfig
+from stepscope.config.optimizer import OptimizerConfig
+from stepscope.config.preferences import HypoConfig
 from stepscope.rules import ScopedIntervention, Without
 
 
@@ -58,30 +60,6 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     tiny: TinyModelConfig = TinyModelConfig()
     lora: LoraConfig | None = None
-
-
-class OptimizerConfig(Section):
-    """AdamW and its schedule.
-
-    Attributes:
-        lr: peak learning rate.
-        scheduler: schedule after the warm-up.
-        warmup_steps: steps of linear warm-up.
-        weight_decay: decoupled weight decay.
-        beta1: decay of the first moment.
-        beta2: decay of the second moment.
-        eps: added to the root of the second moment.
-        max_grad_norm: clipping threshold of the gradient norm; 0 switches clipping off.
-    """
-
-    lr: float = Field(default=1e-5, gt=0)
-    scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(default=0, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.999, ge=0, lt=1)
-    eps: float = Field(default=1e-8, gt=0)
-    max_grad_norm: float = Field(default=1.0, ge=0)
 
 
 class SftConfig(Section):
@@ -267,6 +245,7 @@ class TrainConfig(Section):
         out: run folder; checkpoints go to ``OUT/checkpoints/step-N``.
         sft: supervised warm-up, or null to skip it.
         rl: reinforcement learning, or null to skip it.
+        hypo: learning from preferences in place of ``rl``, which is then null.
     """
 
     model: ModelConfig = ModelConfig()
@@ -281,11 +260,21 @@ class TrainConfig(Section):
     out: str = "runs/train"
     sft: SftConfig | None = SftConfig()
     rl: RlConfig | None = RlConfig()
+    hypo: HypoConfig | None = None
 
     @model_validator(mode="after")
     def _something_to_do(self) -> TrainConfig:
-        if self.sft is None and self.rl is None:
+        if self.sft is None and self.after_warm_up is None:
             raise ValueError(
                 "sft and rl are both null, so there is nothing to train; give at least one section"
             )
+        if self.rl is not None and self.hypo is not None:
+            raise ValueError(
+                "rl and hypo are both there, and one training follows the warm-up; set rl to null"
+            )
         return self
+
+    @property
+    def after_warm_up(self) -> RlConfig | HypoConfig | None:
+        """The section of what follows the warm-up, if anything."""
+        return self.hypo or self.rl

@@ -29,6 +29,9 @@ CONTEXT = 8
 
 _FOLD = "fold "
 
+_PREFERENCES = "next_batch/"
+"""What ids of groups begin with in a batch that a training from preferences left beside its checkpoint."""
+
 _FOLDS = 8
 """Folds of the probe behind an influence's error, where ``reliability.json`` does not say."""
 
@@ -129,14 +132,22 @@ def token_classes(measurement: Measurement, way: str) -> list[Part]:
 
     Args:
         measurement: with influences of tokens.
-        way: ``quadrant`` (verdict and probability) or ``kind``.
+        way: ``quadrant`` (verdict and probability), ``kind``, or ``role`` (chosen, rejected, sampled), which
+            only a batch has that a training from preferences left.
     """
     tokens, batch, change = influential_tokens(measurement), measurement.update, measurement.change
     if tokens is None or batch is None:
         return []
     lr = change.lr if change and change.lr > 0 else 1.0
     unit = change.points[0].linear.unit if change and change.points else ""
-    labels = np.array(by_quadrant(tokens) if way == "quadrant" else _kinds(measurement, tokens), dtype=object)
+    if way == "role":
+        of_sequence = _roles(batch)
+        names = [of_sequence[i] for i in tokens.sequence_id] if of_sequence else []
+    else:
+        names = list(by_quadrant(tokens)) if way == "quadrant" else _kinds(measurement, tokens)
+    if not len(names):
+        return []
+    labels = np.array(names, dtype=object)
     parts = []
     for name in ordered(way, list(labels)):
         own = tokens[labels == name]
@@ -177,6 +188,15 @@ def _kinds(measurement: Measurement, tokens: pd.DataFrame) -> list[str]:
         known = kinds(own.token.tolist(), not batch.truncated[int(i)])
         names |= {(int(i), int(k)): name for k, name in zip(own.position, known, strict=True)}
     return [names[place] for place in zip(tokens.sequence_id, tokens.position, strict=True)]
+
+
+def _roles(batch: Rollouts) -> list[str]:
+    """(seq,) roles of responses in a training from preferences; none of another batch."""
+    if not all(name.startswith(_PREFERENCES) for name in batch.prompt_ids):
+        return []
+    sampled = [name.startswith(f"{_PREFERENCES}sample/") for name in batch.prompt_ids]
+    told = zip(sampled, batch.rewards, strict=True)
+    return ["sampled" if own else "chosen" if reward > 0 else "rejected" for own, reward in told]
 
 
 def _folds(measurement: Measurement) -> int:

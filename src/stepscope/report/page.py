@@ -64,6 +64,7 @@ from stepscope.results.ledger import LEDGER_PAGE, Account
 _SECTIONS: Sequence[Callable[[Measurement, Room], Section | None]] = (
     explore.section,
     kinds.section,
+    kinds.roles,
     trust.section,
     remedies.section,
     headline.section,

@@ -1,4 +1,4 @@
-"""Warm-up, then reinforcement learning, in one run folder that can be continued."""
+"""Warm-up, then reinforcement learning or preferences, in one run folder that can be continued."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from stepscope.errors import RunFolderError
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.tasks.load import TemplatedTask, changed_data, load_task
 from stepscope.tasks.problem import Task
+from stepscope.training.preferences.run import prefer, preference_settings
 from stepscope.training.rl import reinforce, step_settings
 from stepscope.training.setup.arguments import quiet_libraries
 from stepscope.training.setup.integrity import set_damaged_aside, step_of, trained_checkpoints
@@ -28,11 +29,11 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
     """Train a policy and leave checkpoints that keep all a measurement needs.
 
     ``OUT/base`` is the policy after the warm-up (a Hugging Face folder), ``OUT/warmup`` the log of the
-    warm-up, ``OUT/checkpoints/step-N`` the checkpoints of the reinforcement learning and
-    ``OUT/tensorboard`` its curves. An adapter's checkpoint names its base ``../../base``, relative to itself,
-    so that the run folder can move. Without warm-up an adapter's base is the configured model itself and
-    ``OUT/base`` is not written, unless that model is built in code or comes from a GGUF file, which have no
-    folder to refer to.
+    warm-up, ``OUT/checkpoints/step-N`` the checkpoints of the reinforcement learning, or of the learning from
+    preferences, and ``OUT/tensorboard`` its curves. An adapter's checkpoint names its base ``../../base``,
+    relative to itself, so that the run folder can move. Without warm-up an adapter's base is the configured
+    model itself and ``OUT/base`` is not written, unless that model is built in code or comes from a GGUF
+    file, which have no folder to refer to.
 
     Args:
         config: what to train and how.
@@ -41,7 +42,7 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
             ones behind it are renamed.
 
     Returns:
-        The last checkpoint, or ``OUT/base`` where there is no reinforcement learning.
+        The last checkpoint, or ``OUT/base`` where nothing follows the warm-up.
 
     Raises:
         ConfigError: the settings contradict each other or the data.
@@ -64,8 +65,9 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
         chat_template_kwargs=config.chat_template_kwargs,
         answer_format=config.answer_format,
     )
-    if config.rl is not None:
-        require_trackers(config.rl.report_to)
+    section = config.after_warm_up
+    if section is not None:
+        require_trackers(section.report_to, "rl" if config.hypo is None else "hypo")
     processes = PartialState(cpu=not torch.cuda.is_available())
     processes.wait_for_everyone()
     out.mkdir(parents=True, exist_ok=True)
@@ -80,18 +82,19 @@ def train(config: TrainConfig, out: Path, *, resume: bool = False) -> Path:
     with quiet_libraries(), _faults_of_the_disk(out):
         if fresh:
             _make_base(config, task, out)
-        if config.rl is None:
+        if section is None:
             return base
-        if last is None or step_of(last) < config.rl.steps:
+        if last is None or step_of(last) < section.steps:
             source = str(base) if base.exists() else resolve_source(config.model.source)
             model, tokenizer = reload_model(source, dtype=config.model.dtype)
             require_fit(config, model, tokenizer, task)
             resumable = last if last is not None and step_of(last) > 0 else None
-            reinforce(config, model, tokenizer, task, out, resume=resumable)
+            go_on = reinforce if config.hypo is None else prefer
+            go_on(config, model, tokenizer, task, out, resume=resumable)
             processes.wait_for_everyone()
             last = last_checkpoint(out)
     if last is None:
-        raise RunFolderError(f"{out}: the training left no checkpoint; set rl.save_every to at most rl.steps")
+        raise RunFolderError(f"{out}: the training left no checkpoint; set save_every to at most steps")
     return last
 
 
@@ -141,5 +144,7 @@ def _make_base(config: TrainConfig, task: Task, out: Path) -> None:
     model, tokenizer = starting_model(config.model, seed=config.seed)
     require_fit(config, model, tokenizer, task)
     if config.sft is not None:
-        model = warm_up(config, model, tokenizer, task, step_settings(config), out / "warmup")
+        hypo = config.hypo
+        settings = step_settings(config) if hypo is None else preference_settings(config, hypo)
+        model = warm_up(config, model, tokenizer, task, settings, out / "warmup")
     save_base(model, tokenizer, out / "base")

@@ -21,6 +21,7 @@ from stepscope.policy.checkpoint.adapters import is_adapted
 from stepscope.policy.checkpoint.first_pass import made_up_sequences
 from stepscope.policy.checkpoint.foreign import reads_foreign
 from stepscope.policy.gradients.coverage import classify
+from stepscope.policy.loss.hypo import SUMS, sums_over_vocabulary
 from stepscope.policy.loss.registry import known_loss
 from stepscope.policy.loss.surrogate import adds_component, needs_reference
 from stepscope.policy.optim.muon import MuonState
@@ -137,8 +138,10 @@ def unfit_for_parts(policy: Policy, config: MeasureSettings, stages: list[Stage]
 
 
 def _loss(policy: Policy, config: MeasureSettings) -> list[Finding]:
-    """Divergences without a reference to take them to."""
+    """A loss that no token weights describe, and divergences without a reference to take them to."""
     found = []
+    if sums_over_vocabulary(policy.settings):
+        found.append(Finding("fail", SUMS, "measure a checkpoint of kl_estimator leave_one_out"))
     if config.reference is None and not is_adapted(policy.model):
         cure = "give reference=MODEL (the model that the training started from)"
         settings = policy.settings

@@ -16,10 +16,14 @@ from stepscope.pipeline.inputs.tasks import OWN
 from stepscope.pipeline.inputs.update_files import is_own, update_from_file
 from stepscope.pipeline.stages.plan import PROBE, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
+from stepscope.policy.checkpoint.manifest import altered
 from stepscope.policy.group import current
 from stepscope.policy.loss.estimators import with_advantages
+from stepscope.policy.loss.registry import loss_named
+from stepscope.policy.loss.settings import NEXT_BATCH
 from stepscope.policy.reference import reference_logprobs
 from stepscope.policy.rollouts import SamplingOptions, response_text, sample_rollouts, score_rollouts
+from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 from stepscope.results.mismatch import SamplerReport
 from stepscope.runs import PROVENANCE, write_json, write_record
@@ -40,6 +44,9 @@ MISMATCH_FIGURES = {
     "bias_reward": "bias_reward",
 }
 """Figures of sampler against policy that go into the summary, and what they are called there."""
+
+LABELS = "the rewards of a loss of preferences say which response is chosen"
+"""Why the mean reward of its update batch says nothing."""
 
 SAME_POLICY = {"float64": 1e-2, "float32": 1e-2, "bfloat16": 0.5}
 """Largest difference of a stored and a recomputed log-prob, in nats, that precision alone may make."""
@@ -63,6 +70,8 @@ def rollouts(session: Session) -> Figures:
             tokens=_token_texts(session, batch),
         )
     figures = batch_figures(update, probe, session.config.errors)
+    if loss_named(session.policy.settings.loss_type).pairs:
+        figures["mean_reward_update"] = figures["mean_reward_update"].doubted(LABELS)
     return figures | _against_policy(session, figures, update=update, probe=probe) | given
 
 
@@ -122,21 +131,46 @@ def batch_figures(update: Rollouts, probe: Rollouts, errors: str) -> Figures:
 def given_update(session: Session) -> tuple[Rollouts, Figures]:
     """The batch that makes the step, and what is to be said of it where a training dumped it.
 
-    What a file is of and how it was read stands in the provenance.
+    What a file is of and how it was read stands in the provenance. A loss of preferences takes the batch that
+    its training left beside the checkpoint, unless another is given.
 
     Raises:
         BatchError: no reward variance in any prompt group, so that there is no step.
     """
     wanted = session.config.update
-    if wanted.file is None or is_own(Path(wanted.file)):
+    path = next_batch(session.policy) if wanted.file is None else Path(wanted.file)
+    if path is None or is_own(path):
         return sample_update(session), {}
-    found = update_from_file(session.policy, Path(wanted.file), step=wanted.step, budget=session.budget)
+    found = update_from_file(session.policy, path, step=wanted.step, budget=session.budget)
     for note in found.notes:
         say(f"update batch: {note}")
-    record = {"file": wanted.file, "notes": list(found.notes)}
+    record = {"file": str(path), "notes": list(found.notes)}
     if current().is_main:
         write_json(session.run.path / PROVENANCE, session.run.provenance() | {"update": record})
     return _with_variance(found.rollouts, session.task), found.figures
+
+
+def next_batch(policy: Policy) -> Path | None:
+    """The file with the batch of the next step, where the loss is one of preferences; None for other losses.
+
+    Raises:
+        BatchError: there is none, or it is not what the training wrote.
+    """
+    settings, checkpoint = policy.settings, policy.path
+    if checkpoint is None or not loss_named(settings.loss_type).pairs:
+        return None
+    path = checkpoint / NEXT_BATCH
+    if not path.is_file():
+        raise BatchError(
+            f"update batch: the loss {settings.loss_type} takes pairs of responses, which are not "
+            f"sampled, and "
+            f"{checkpoint} has no {NEXT_BATCH}; give update.file, a table of the step's responses with "
+            f"rewards 1 "
+            "and 0 (docs/FORMATS.md, Batches)"
+        )
+    if problem := altered(checkpoint, NEXT_BATCH):
+        raise BatchError(f"{checkpoint}: {problem}; copy the checkpoint again")
+    return path
 
 
 def sample_update(session: Session) -> Rollouts:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from stepscope.errors import ConfigError
-from stepscope.policy.loss import preference, trl, verl
+from stepscope.policy.loss import hypo, preference, trl, verl
 from stepscope.policy.loss.base import Loss
 
-LOSSES: dict[str, Loss] = {loss.name: loss for loss in (*trl.LOSSES, *verl.LOSSES, *preference.LOSSES)}
+LOSSES: dict[str, Loss] = {
+    loss.name: loss for loss in (*trl.LOSSES, *verl.LOSSES, *preference.LOSSES, *hypo.LOSSES)
+}
 """TRL's under TRL's names, verl's under theirs after ``verl:``."""
 
 

@@ -19,6 +19,9 @@ from stepscope.rules import Intervention, intervention_from_record
 SETTINGS_FILE = "stepscope.json"
 """Name of the settings file inside a checkpoint folder."""
 
+NEXT_BATCH = "next_batch.jsonl"
+"""Name of the file inside a checkpoint folder with the batch of the next step, where a training knows it."""
+
 SETTINGS_VERSION = 1
 """Version written into the settings file; other versions are refused."""
 

@@ -13,14 +13,27 @@ from stepscope.report.units import unit_of
 
 def section(measurement: Measurement, room: Room) -> Section | None:
     """The change by kind of token with its error; None where tokens have no influence."""
-    found = token_classes(measurement, "kind")
+    return _classes(measurement, "kind", "kinds", "Kinds of token", "Kind of token", "all tokens of a kind")
+
+
+def roles(measurement: Measurement, room: Room) -> Section | None:
+    """The change by chosen, rejected and sampled responses, where the loss is one of preferences."""
+    what = "all tokens of the chosen, of the rejected and of the sampled responses"
+    return _classes(measurement, "role", "roles", "Pairs and samples", "Responses", what)
+
+
+def _classes(
+    measurement: Measurement, way: str, key: str, title: str, column: str, what: str
+) -> Section | None:
+    """A table of classes of tokens, the largest first."""
+    found = token_classes(measurement, way)
     if not found:
         return None
     unit = unit_of(measurement.change)
     every, size = sum(part.tokens for part in found), sum(part.size for part in found)
     rows: list[Mapping[str, Value]] = [
         {
-            "Kind of token": part.name,
+            column: part.name,
             "Tokens": part.tokens,
             "Of all tokens": percent_cell(part.tokens / every),
             f"Change of the {unit.quantity}, {unit.label}": unit.change(part.value),
@@ -30,7 +43,7 @@ def section(measurement: Measurement, room: Room) -> Section | None:
         for part in sorted(found, key=lambda part: -part.size)
     ]
     caption = (
-        "What all tokens of a kind change together through this step, to first order. The error of a sum is "
-        "at most the sum of its tokens' errors, which is what is given."
+        f"What {what} change together through this step, to first order. Errors are over folds of the probe; "
+        "where a measurement has none, at most the sum of the tokens' errors, which is what is given."
     )
-    return Section("kinds", "Kinds of token", tables=[table("kinds", "", caption, rows)])
+    return Section(key, title, tables=[table(key, "", caption, rows)])

@@ -23,8 +23,12 @@ ADAPTABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 """Modules that PEFT has a low-rank adapter for."""
 
 
-def require_trackers(names: Sequence[str]) -> None:
+def require_trackers(names: Sequence[str], section: str = "rl") -> None:
     """Refuse trackers that transformers does not know or that are not installed.
+
+    Args:
+        names: as the configuration has them.
+        section: of the configuration.
 
     Raises:
         ConfigError: names the tracker and what to install.
@@ -39,13 +43,14 @@ def require_trackers(names: Sequence[str]) -> None:
             close = difflib.get_close_matches(name, INTEGRATION_TO_CALLBACK, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             raise ConfigError(
-                f"rl.report_to: {name!r} is none of the trackers {', '.join(sorted(INTEGRATION_TO_CALLBACK))}"
-                f"; give some of them, or [] for none{hint}"
+                f"{section}.report_to: {name!r} is none of the trackers "
+                f"{', '.join(sorted(INTEGRATION_TO_CALLBACK))}; give some of them, or [] for none{hint}"
             )
         if name not in installed:
             package = PACKAGES.get(name, name)
             raise ConfigError(
-                f"rl.report_to: {name} is not installed; install it (pip install {package}), or take it out"
+                f"{section}.report_to: {name} is not installed; install it (pip install {package}), or "
+                "take it out"
             )
 
 
@@ -63,8 +68,8 @@ def require_fit(config: TrainConfig, model: nn.Module, tokenizer: Any, task: Tas
     """
     if config.model.lora is not None:
         require_targets(model, config.model.lora)
-    rl = config.rl or RlConfig()
-    rows = prompt_rows(task, task.problems("train"), tokenizer, longest=rl.max_prompt_tokens)
+    rl, name = config.after_warm_up or RlConfig(), "hypo" if config.hypo is not None else "rl"
+    rows = prompt_rows(task, task.problems("train"), tokenizer, longest=rl.max_prompt_tokens, section=name)
     lengths = [len(ids) for ids in rows["prompt_token_ids"]]
     room = room_of(model)
     longest = max(lengths)
@@ -73,12 +78,14 @@ def require_fit(config: TrainConfig, model: nn.Module, tokenizer: Any, task: Tas
         fitting = room - rl.max_response_tokens
         over = sum(length > fitting for length in lengths)
         some = (
-            f"set rl.max_prompt_tokens to {fitting}, which leaves out {over} of {len(lengths)} prompts, or "
+            f"set {name}.max_prompt_tokens to {fitting}, which leaves out {over} of {len(lengths)} prompts, "
+            "or "
         )
         raise ConfigError(
-            f"rl.max_response_tokens: {rl.max_response_tokens} and the longest prompt ({problem.prompt_id}, "
+            f"{name}.max_response_tokens: {rl.max_response_tokens} and the longest prompt "
+            f"({problem.prompt_id}, "
             f"{longest} tokens) exceed the model's {room} positions; {some if over < len(lengths) else ''}"
-            "lower rl.max_response_tokens"
+            f"lower {name}.max_response_tokens"
         )
 
 

@@ -14,11 +14,17 @@ from stepscope.tasks.problem import Problem, Task
 
 
 def prompt_rows(
-    task: Task, problems: Sequence[Problem], tokenizer: Any, *, longest: int | None, distinct: bool = False
+    task: Task,
+    problems: Sequence[Problem],
+    tokenizer: Any,
+    *,
+    longest: int | None,
+    distinct: bool = False,
+    section: str = "rl",
 ) -> Dataset:
     """A row per problem: prompt, its token ids, problem index; prompts over ``longest`` tokens are left out.
 
-    With ``distinct`` the copies of a prompt are left out, too.
+    With ``distinct`` the copies of a prompt are left out, too. ``section`` is that of the configuration.
 
     Raises:
         ConfigError: no prompt is short enough.
@@ -31,7 +37,7 @@ def prompt_rows(
         kept = [i for i in kept if lengths[i] <= longest]
         if not kept:
             raise ConfigError(
-                f"rl.max_prompt_tokens: {longest} is shorter than every prompt, the shortest has "
+                f"{section}.max_prompt_tokens: {longest} is shorter than every prompt, the shortest has "
                 f"{min(lengths)} tokens; raise it"
             )
     if distinct:
