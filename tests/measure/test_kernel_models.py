@@ -43,7 +43,7 @@ class Gradients:
         self.rng = rng
 
     def plant(self) -> None:
-        """A direction that all responses have at half of their length, with signs of their prompts' own."""
+        """A direction that all responses have, as long as the rest, with signs of their prompts' own."""
         unit = self.rng.standard_normal(self.tokens.shape[2])
         unit /= np.linalg.norm(unit)
         lengths = np.linalg.norm(self.tokens.sum(1), axis=1)[:, None, None] / self.tokens.shape[1]

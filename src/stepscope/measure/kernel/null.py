@@ -10,6 +10,10 @@ structure in independent gradients, which are far from isotropic.
 
 ``responses``: every response has signs of its own. ``prompts``: responses to a prompt have the same sign at a
 position, so that they stay coupled as they are, and only couplings between prompts count.
+
+Copies are merged, and what is left of a prompt was chosen to differ: two responses that part after a shared
+start pull apart at the token where they do, while signs leave that to chance. So ``responses`` leans to
+large p where a policy has few responses to a prompt, most of all within prompts; ``prompts`` does not.
 """
 
 from __future__ import annotations
