@@ -53,7 +53,8 @@ test-beside: $(STAMP) ## the tests of Trackio and Inspect, in an environment bes
 	$(BIN)/uv pip install --system-certs --quiet --python $(BESIDE)/bin/python trackio inspect-ai
 	for python in $(BIN) $(BESIDE)/bin; do $$python/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; done | \
 		{ read base; read own; printf '%s\n' "$$base" "$(CURDIR)/src" > "$$own/zz_base.pth"; }
-	$(BESIDE)/bin/python -m pytest tests/test_trackers.py tests/test_export.py
+	$(BESIDE)/bin/python -m pytest tests/test_trackers.py tests/test_export.py \
+		tests/training/test_probes_source.py::test_a_training_that_trackio_follows
 
 # vLLM pins a torch of its own and is locked by nobody here, like what test-beside installs.
 EXTRAS  := $(foreach extra,dev docs gguf notebooks prime-rl ray slurm,--extra $(extra))

@@ -58,9 +58,14 @@ def wandb_offline(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def wandb_history(folder: Path) -> list[dict[str, Any]]:
-    """The rows of the history of every offline run in a folder, as its ``.wandb`` file has them."""
+    """The rows of the history of every offline run in a folder, as its ``.wandb`` file has them.
+
+    W&B's process closes the file of a run some time after it is finished, and surely before it ends itself.
+    """
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()
     rows: list[dict[str, Any]] = []
     row: dict[str, Any]
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):

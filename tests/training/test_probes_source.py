@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import html
 import importlib.util
+import json
+import os
 import random
 import shutil
+import sqlite3
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import Dataset
 from transformers import AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -268,6 +274,35 @@ def test_the_documented_line_shows_its_figures_in_trackers(
             )
         (page, _) = tmp_path.glob("wandb/offline-run-*/files/media/html/stepscope/probe/*.html")
         assert "background:rgba(" in page.read_text(encoding="utf-8")
+        (steps,) = yaml.safe_load((tmp_path / "probes_trackers.yaml").read_text())["wandb"].values()
+        assert steps == {"probe": [1, 3]}
+
+
+TRACKIO = """
+import sys
+from pathlib import Path
+import stepscope as ss
+from test_probes_source import make_trainer, plain_rows
+probe = ss.StepProbe(every=2, num_prompts=8, noise=False)
+make_trainer(Path(sys.argv[1]), Path.cwd(), probe, rows=plain_rows(), report_to="trackio").train()
+"""
+
+
+def test_a_training_that_trackio_follows(small_run: Path, tmp_path: Path) -> None:
+    """In a process of its own: Trackio takes its folder from the environment when it is loaded."""
+    pytest.importorskip("trackio", reason="trackio is not installed: make test-beside installs and tests it")
+    here = Path(__file__).parent
+    paths = os.pathsep.join(map(str, (here, here.parent)))
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "kept"), "PYTHONPATH": paths}
+    command = [sys.executable, "-c", TRACKIO, str(small_run / "base")]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=300)
+    (database,) = (tmp_path / "kept").glob("*.db")
+    with sqlite3.connect(database) as connection:
+        found = [json.loads(row) for (row,) in connection.execute("SELECT metrics FROM metrics")]
+    mine = [row for row in found if "stepscope/probe/responses" in row]
+    assert [row["train/global_step"] for row in mine] == [1, 3]
+    assert [row["train/global_step"] for row in found if "train/probe/entropy" in row] == [1, 3]
+    assert all(sum(row["stepscope/probe/response_length"]["values"]) == 8 for row in mine)
 
 
 def states_of(trainer: GRPOTrainer) -> list[Any]:
