@@ -66,9 +66,14 @@ def test_check_tries_the_formats(boxed: Path, tmp_path: Path) -> None:
     settings = json.loads((foreign / "stepscope.json").read_text())
     (foreign / "stepscope.json").write_text(json.dumps(settings | {"answer_format": "tags", "task": ""}))
     assert "answers found" not in shown("check", foreign)
-    text = shown("check", foreign, "--task", "arithmetic:terms=2,digits=2,ops=+")
+    task = "arithmetic:terms=2,digits=2,ops=+"
+    text = shown("check", foreign, "--task", task)
     assert "use loss.answer_format=boxed" in text
-    assert text == shown("check", foreign, "--task", "arithmetic:terms=2,digits=2,ops=+")
+    assert f"Next: stepscope explain {foreign} --task {task} loss.answer_format=boxed" in text
+    before, _, after = shown("check", foreign, "--task", task).partition("measure would take")
+    assert text.startswith(before)
+    assert "a prompt, as the policy gets it" in before
+    assert after.count("loss.answer_format=boxed") == 2
 
 
 @pytest.mark.parametrize(
@@ -82,7 +87,8 @@ def test_check_tries_the_formats(boxed: Path, tmp_path: Path) -> None:
     ],
 )
 def test_verdict(counts, level, cure) -> None:
-    finding = verdict([_Count(*c) for c in counts], TAGS, 16, 2, 512)
+    finding, other = verdict([_Count(*c) for c in counts], TAGS, 16, 2, 512)
+    assert other == cure.partition("=")[2]
     assert finding.level == level
     assert cure in finding.cure
     assert "2 responses are cut at 512 tokens" in finding.what

@@ -188,9 +188,9 @@ def test_interrupt_ends_with_130(monkeypatch):
 
 
 def test_misfit_checkpoint_fails_the_check(monkeypatch):
-    monkeypatch.setitem(vars(pipeline), "run_check", lambda target, overrides, task: False)
+    monkeypatch.setitem(vars(pipeline), "run_check", lambda target, overrides, own: False)
     assert "not fit" in mendable("check", ".")
-    monkeypatch.setitem(vars(pipeline), "run_check", lambda target, overrides, task: True)
+    monkeypatch.setitem(vars(pipeline), "run_check", lambda target, overrides, own: True)
     assert run("check", ".").exit_code == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -189,3 +190,64 @@ def test_an_evaluation_asks_and_grades_likewise(own: Path, checkpoint: Path) -> 
     (own / "rewards.py").write_text((own / "kept.py").read_text() + "\n# changed\n")
     said = run("eval", checkpoint, *given, "--out", "own.parquet", *sizes, "--resume", code=2)
     assert "reward rewards:correct has changed since this run was started" in said
+
+
+def test_an_entropy_far_from_the_logged_one_is_warned_of(own: Path, checkpoint: Path) -> None:
+    """The training's own prompts give its entropy; another template does not."""
+    sizes = ["num_prompts=12", "samples_per_prompt=4", "ks=[1]"]
+    said = run("eval", checkpoint, "--prompts", "rows.jsonl", "--out", "a.parquet", *sizes)
+    assert "the trainer logged" not in said
+    strange = ["--prompts", "rows.jsonl", "--template", "aa bb {prompt} ??"]
+    said = run("eval", checkpoint, *strange, "--out", "b.parquet", *sizes)
+    assert "warning: " in said
+    assert "nats per token, and the trainer logged" in said
+    assert "likely causes are the prompt or chat template, the temperature" in said
+    given = ["--prompts", "rows.jsonl", "--reward", "rewards:correct", "stages=[rollouts]"]
+    run("measure", checkpoint, "--config", "small.yaml", *given, "--out", "m")
+    found = json.loads((own / "m" / "provenance.json").read_text())["entropy_logged"]
+    assert found["doubt"] == ""
+    log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    logged = [entry["entropy"] for entry in log if "entropy" in entry]
+    assert found["value"] == pytest.approx(sum(logged) / len(logged))
+    assert (found["count"], found["last_step"]) == (len(logged), 4)
+
+
+def shown(*args: object, code: int = 0) -> str:
+    result = CliRunner().invoke(cli.app, ["check", *map(str, args)], env={"COLUMNS": "300"})
+    assert result.exit_code == code, (result.output, result.stderr, result.exception)
+    return " ".join(result.output.split())
+
+
+def test_check_shows_what_is_asked_answered_and_earned_and_what_is_next(own: Path, checkpoint: Path) -> None:
+    given = ["--prompts", "rows.jsonl", "--reward", "rewards:correct"]
+    text = shown(checkpoint, *given, "update.num_prompts=8")
+    prompts = [json.loads(line)["prompt"] for line in (own / "rows.jsonl").read_text().splitlines()]
+    _, _, rest = text.partition("a prompt, as the policy gets it")
+    prompt, _, rest = rest.partition("its response")
+    assert prompt.strip(" ─") in {" ".join(p.split()) for p in prompts}
+    assert "by rewards:correct, right answer: " in rest
+    assert "rewards of 16 responses by rewards:correct: " in text
+    assert "nats per token, the trainer logged" in text
+    took = r"measure would take about [\d.]+ (seconds|minutes); [\d.]+ GiB of memory, of [\d.e+]+ GiB"
+    assert re.search(took, text)
+    asked = "--prompts rows.jsonl --reward rewards:correct"
+    assert f"Next: stepscope explain {checkpoint} {asked} update.num_prompts=8" in text
+    measure = f"stepscope measure {checkpoint} {asked} --out runs/step-4 update.num_prompts=8"
+    assert f"all of it: {measure}" in text
+    assert "answers found in 16 responses" in shown(checkpoint)
+    text = shown(checkpoint, "--prompts", "rows.jsonl", "--reward", "rewards:nothing")
+    assert "all the same make no step" in text
+    text = shown(checkpoint, "--prompts", "rows.jsonl", "--reward", "rewards:short", code=2)
+    assert "it returned 1 values for 16 responses" in text
+    assert "not graded" in text
+    assert (
+        f"Next: mend what stands against it, then again: stepscope check {checkpoint} --prompts rows.jsonl"
+        in text
+    )
+    foreign = shutil.copytree(checkpoint, own / "foreign")
+    settings = json.loads((foreign / "stepscope.json").read_text())
+    (foreign / "stepscope.json").write_text(json.dumps(settings | {"task": ""}))
+    text = shown(foreign)
+    assert f"Next: stepscope check {foreign} --task TASK, or with the run's own: --prompts FILE" in text
+    (own / "own.yaml").write_text("prompts: rows.jsonl\nreward: rewards:correct\nquantities: [entropy]\n")
+    assert "prompts rows.jsonl: " in shown("own.yaml")

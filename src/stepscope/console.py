@@ -55,6 +55,14 @@ def say_result(verb: str, sentences: Sequence[str], *files: Path) -> None:
         say(f"{verb}: {', '.join(map(str, files))}")
 
 
+def in_words(seconds: float) -> str:
+    """A time as people say it."""
+    for unit, length in (("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{max(0.0, seconds):.0f} seconds"
+
+
 @contextmanager
 def timed(what: str) -> Iterator[None]:
     """Say how long the block took, once it is done."""

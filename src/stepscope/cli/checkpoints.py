@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from stepscope.bounded import INSIDE, run_bounded
-from stepscope.cli.options import Overrides, TaskSpec
+from stepscope.cli.options import Overrides, Prompts, Reward, TaskSpec, TemplateFile
 from stepscope.console import say
 from stepscope.errors import CheckpointError, ConfigError
 
@@ -23,15 +23,19 @@ def check(
     target: Annotated[Path, typer.Argument(metavar="CHECKPOINT|RUN|CONFIG", help="Folder, or YAML file.")],
     overrides: Overrides = None,
     task: TaskSpec = None,
+    prompts: Prompts = None,
+    reward: Reward = None,
+    template: TemplateFile = None,
     time_limit: Annotated[
         float, typer.Option("--time-limit", metavar="SECONDS", min=1, help="After which looking is given up.")
     ] = 1800.0,
 ) -> None:
     """Is this fit to be measured? What is missing, and what to do? Takes the settings of measure.
 
-    On the task, a few responses are sampled from a checkpoint to see which answer format finds answers. Of a
-    run's folder it is asked whether the run is healthy: moments kept at resumes, settings, and the log. All
-    of it happens in a process of its own, bounded in time and memory.
+    On the task, or the run's own prompts, a few responses are sampled from a checkpoint: shown are a prompt
+    as the policy gets it, a response with its grade, what measuring takes, and the next command. Of a run's
+    folder it is asked whether the run is healthy: moments kept at resumes, settings, and the log. All of it
+    happens in a process of its own, bounded in time and memory.
     """
     from stepscope.pipeline.early import need_path
 
@@ -40,7 +44,8 @@ def check(
         raise typer.Exit(run_bounded(sys.argv[1:], seconds=time_limit, what=str(target)))
     from stepscope.pipeline import run_check
 
-    if not run_check(target, overrides or [], task=task):
+    own = {"task": task, "prompts": prompts, "reward": reward, "template": template}
+    if not run_check(target, overrides or [], own=own):
         raise ConfigError(f"{target}: not fit to be measured, or not healthy; see the findings above")
     say(f"check: {target}: nothing stands against it")
 

@@ -25,6 +25,7 @@ from stepscope.evaluation import (
 )
 from stepscope.pipeline.early import refuse_present, table_of
 from stepscope.pipeline.inputs.examples import say_if_nothing_earns, shown_and_kept
+from stepscope.pipeline.inputs.logged_entropy import entropy_against_log
 from stepscope.pipeline.inputs.logged_prompts import prompt_conflict
 from stepscope.pipeline.inputs.policies import checkpoints_in, open_policy
 from stepscope.pipeline.inputs.samplers import make_sampler
@@ -41,6 +42,7 @@ from stepscope.report import evaluated, write_evaluation
 from stepscope.results import FloatArray
 from stepscope.results.evaluation import EvaluationChanges, companion, law_path
 from stepscope.runs import EXAMPLE, RunFolder, locked, verified, write_record
+from stepscope.stats import Estimate
 from stepscope.tasks import TemplatedTask
 from stepscope.trackers import require_installed
 
@@ -269,7 +271,22 @@ class _Loaded:
         )
         if current().is_main and not self.example.exists():
             say_if_nothing_earns(row, self.task, responses, self.example)
+        if current().is_main and temperature is None and top_p == 1:
+            self._say_if_far_from_the_log(row)
         return row
+
+    def _say_if_far_from_the_log(self, row: EvaluationRow) -> None:
+        entropy = Estimate(
+            row.entropy_per_token,
+            row.entropy_per_token_stderr,
+            len(row.prompts),
+            "nats/token",
+            "ratio of sums over responses",
+        )
+        found = entropy_against_log(self.policy, entropy)
+        if found is not None and found["doubt"]:
+            look = "`stepscope check` shows a prompt as it is asked"
+            say(f"warning: {self.checkpoint}: {found['doubt']}; {look}")
 
 
 def _per_prompt(rows: Sequence[EvaluationRow]) -> tuple[FloatArray, FloatArray, FloatArray]:

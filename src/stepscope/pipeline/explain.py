@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from stepscope.config import MeasureConfig, Stage, load_config
-from stepscope.console import say
+from stepscope.console import in_words, say
 from stepscope.errors import ConfigError, RunFolderError
 from stepscope.pipeline.inputs.tasks import open_task
 from stepscope.pipeline.measure import run_measure
@@ -121,12 +121,12 @@ def fitting(
     less = (update.num_prompts, probe.num_prompts) != (config.update.num_prompts, config.probe.num_prompts)
     say(
         f"explain: {update.num_prompts} x {update.group_size} responses make the step, "
-        f"{probe.num_prompts} x {probe.group_size} measure it: about {_words(total)}"
+        f"{probe.num_prompts} x {probe.group_size} measure it: about {in_words(total)}"
         + (" (smaller than the default, for the time; --minutes gives more)" if less else "")
     )
     if total > left:
         say(
-            f"explain: {_words(left)} are left, and fewer than {FEWEST} prompts tell nothing; a sequence "
+            f"explain: {in_words(left)} are left, and fewer than {FEWEST} prompts tell nothing; a sequence "
             f"takes {seconds:.1f} s here. A GPU (--device) or shorter responses "
             "(loss.max_response_tokens) would help"
         )
@@ -159,11 +159,3 @@ def _seconds_each(session: Session) -> float:
         if passed - begin > 1:
             break
     return found
-
-
-def _words(seconds: float) -> str:
-    """A time as people say it."""
-    for unit, length in (("hours", 3600.0), ("minutes", 60.0)):
-        if seconds >= 1.5 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{max(0.0, seconds):.0f} seconds"

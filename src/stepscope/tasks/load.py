@@ -183,10 +183,15 @@ def example_in(task: Task, rollouts: Rollouts) -> Example:
         task: that asked and graded.
         rollouts: at least one response.
     """
-    ended = np.flatnonzero(~rollouts.truncated)
-    i = int(ended[0]) if len(ended) else 0
+    i = shown_place(rollouts)
     row = {name: getattr(rollouts, f"{name}s")[i] for name in ("prompt_id", "prompt", "response", "reward")}
     return example_of(task, {**row, "correct": rollouts.correct[i], "truncated": rollouts.truncated[i]})
+
+
+def shown_place(rollouts: Rollouts) -> int:
+    """Place of the response that stands for a batch: the first that ends by itself, or else the first."""
+    ended = np.flatnonzero(~rollouts.truncated)
+    return int(ended[0]) if len(ended) else 0
 
 
 def example_of(task: Task, row: Mapping[str, Any]) -> Example:

@@ -12,6 +12,8 @@ from stepscope.console import say
 from stepscope.errors import BatchError, RewardError
 from stepscope.measure.change.uncertainty import estimate_ratio
 from stepscope.measure.mismatch import sampler_mismatch
+from stepscope.pipeline.inputs.logged_entropy import KEY as LOGGED
+from stepscope.pipeline.inputs.logged_entropy import entropy_against_log
 from stepscope.pipeline.inputs.tasks import OWN
 from stepscope.pipeline.inputs.update_files import is_own, update_from_file
 from stepscope.pipeline.stages.plan import PROBE, UPDATE, Figures, stage
@@ -27,7 +29,7 @@ from stepscope.policy.state import Policy
 from stepscope.results import Rollouts
 from stepscope.results.mismatch import SamplerReport
 from stepscope.runs import PROVENANCE, write_json, write_record
-from stepscope.stats import clustered_mean
+from stepscope.stats import Estimate, clustered_mean
 from stepscope.tasks import TemplatedTask
 from stepscope.tasks.load import example_in
 
@@ -72,6 +74,7 @@ def rollouts(session: Session) -> Figures:
     figures = batch_figures(update, probe, session.config.errors)
     if loss_named(session.policy.settings.loss_type).pairs:
         figures["mean_reward_update"] = figures["mean_reward_update"].doubted(LABELS)
+    _against_log(session, figures["entropy_per_token"])
     return figures | _against_policy(session, figures, update=update, probe=probe) | given
 
 
@@ -100,6 +103,18 @@ def _against_policy(session: Session, figures: Figures, **batches: Rollouts) -> 
             if own in mismatch.figures
         }
     return more
+
+
+def _against_log(session: Session, entropy: Estimate) -> None:
+    """Warn where the probe's entropy is far from what the training logged; both stand in the provenance."""
+    own = session.sampler.decoding.is_policy(session.policy.settings.temperature)
+    if not current().is_main or not own:
+        return
+    found = entropy_against_log(session.policy, entropy)
+    provenance = {k: v for k, v in session.run.provenance().items() if k != LOGGED}
+    write_json(session.run.path / PROVENANCE, provenance | ({} if found is None else {LOGGED: found}))
+    if found is not None and found["doubt"]:
+        say(f"warning: {found['doubt']}; `stepscope check` shows a prompt as it is asked")
 
 
 def batch_figures(update: Rollouts, probe: Rollouts, errors: str) -> Figures:

@@ -27,6 +27,7 @@ def section(measurement: Measurement, room: Room) -> Section | None:
         *_order_rows(measurement),
         *_validation_rows(measurement),
         *_sampler_rows(measurement),
+        *_log_rows(measurement),
         _figures_row(measurement),
     ]
     caption = (
@@ -140,6 +141,21 @@ def _sampler_rows(measurement: Measurement) -> list[Mapping[str, Value]]:
             "the responses are the policy's own",
         )
         for name, found in report.batches.items()
+    ]
+
+
+def _log_rows(measurement: Measurement) -> list[Mapping[str, Value]]:
+    found = (measurement.provenance or {}).get("entropy_logged")
+    if not isinstance(found, Mapping) or "doubt" not in found:
+        return []
+    return [
+        _row(
+            "Entropy against the training's own log",
+            "def-entropy",
+            str(found["doubt"]) or f"{text.number(found['value'])} nats per token logged, not far apart",
+            not found["doubt"],
+            "prompts are asked as the training asks them",
+        )
     ]
 
 

@@ -10,15 +10,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stepscope.policy.check.health.entropy import far_apart
 from stepscope.results import read_table, write_table
 from stepscope.stats import Estimate
-
-DOUBT_ERRORS = 4.0
-"""Standard errors between the probe's entropy and the logged one from which the two are held to differ ..."""
-
-DOUBT_RATIO = 1.5
-"""... and the ratio from which the difference is doubted: other prompts of the same kind, replaced groups
-and updates on an older batch make tens of percent; a wrong template makes multiples."""
 
 
 def columns_of(figures: Mapping[str, Estimate]) -> dict[str, Any]:
@@ -48,8 +42,7 @@ def doubt(entropy: Estimate, logged: float, *, prompts_per_step: float) -> str:
         prompts_per_step: prompts behind it.
     """
     error = entropy.stderr * math.sqrt(1 + entropy.n / prompts_per_step)
-    low, high = sorted((entropy.value, logged))
-    if not high - low > DOUBT_ERRORS * error or not high > DOUBT_RATIO * low:
+    if not far_apart(entropy.value, logged, error):
         return ""
     return (
         f"the probe's entropy is {entropy.value:.3g} +- {entropy.stderr:.2g} nats per token, the trainer "
