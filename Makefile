@@ -12,7 +12,7 @@ endif
 export TOKENIZERS_PARALLELISM ?= false
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo browser test test-slow test-beside lock check format docs bench smollm2 clean
+.PHONY: help dev demo browser test test-slow test-beside lock check format docs notebooks bench smollm2 clean
 
 help: ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -41,7 +41,7 @@ browser: ## a browser for the tests of the page (Debian's chromium), where there
 	else echo "no browser: the page is not tested in one; install chromium"; fi
 
 test: $(STAMP) browser ## the tests (minutes), and the share of the code they run: its floor is in pyproject.toml
-	$(BIN)/python -m pytest -n 2 --cov --cov-report=term:skip-covered
+	$(BIN)/python -m pytest -n 2 --nbmake --cov --cov-report=term:skip-covered
 
 test-slow: $(STAMP) smollm2 ## the long checks
 	$(BIN)/python -m pytest -m slow
@@ -80,6 +80,9 @@ docs: $(STAMP) ## the pages as a site in build/site, links and names in them che
 	$(UV) --quiet mkdocs-material mkdocstrings-python
 	$(BIN)/python -m pytest -q tests/test_docs.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+notebooks: demo ## execute the gallery on runs/demo and store what it shows
+	$(BIN)/python docs/notebooks/store.py
 
 bench: $(STAMP) ## time stepscope against the floor and against the peers that are installed
 	$(BIN)/python bench/peers.py

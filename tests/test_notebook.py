@@ -26,6 +26,7 @@ from stepscope.results.frames import frame
 from stepscope.results.views import Parts, Plotted, Readable, Shown
 from stepscope.stats import Estimate
 
+GALLERY = Path(__file__).parents[1] / "docs/notebooks"
 SMALL = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 HOSTILE = '<script>alert(1)</script><img src=x onerror="x">'
 
@@ -140,8 +141,8 @@ def test_a_leaderboard_shows_first_what_the_page_shows_first(found: Any) -> None
     assert words.index(best.criterion) < min(
         words.index(name) for name in set(primary.criterion) - {best.criterion} if name in words
     )
-    first, second = board.plot().data
-    drawn = dict(zip([*first.y, *second.y], [*first.x, *second.x], strict=True))
+    traces = board.plot().data
+    drawn = {name: value for trace in traces for name, value in zip(trace.y, trace.x, strict=True)}
     assert drawn[best.criterion] == pytest.approx(best.spearman, rel=1e-4)
 
 
@@ -273,6 +274,18 @@ def test_a_notebook_shows_a_bar_below_the_cell() -> None:
     client.execute()
     assert "adding up" in str(seen)
     assert book.cells[0].outputs[-1]["data"]["text/plain"] == "3"
+
+
+@pytest.mark.parametrize("path", sorted(GALLERY.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_the_gallery_is_stored_with_what_it_shows_and_without_plotly(path: Path) -> None:
+    book = nbformat.read(path, as_version=4)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert path.stat().st_size < 300_000
+    kinds = {kind for cell in code for out in cell.outputs for kind in out.get("data", {})}
+    assert {"text/html", "application/vnd.plotly.v1+json"} <= kinds
+    assert not [out for cell in code for out in cell.outputs if out.output_type == "error"]
+    assert "<script" not in path.read_text()
 
 
 def test_explain_is_the_command_as_a_function(checkpoint: Path, tmp_path: Path) -> None:

@@ -101,8 +101,8 @@ def _view(shown: object) -> View:
 def _of_parts(shown: Parts, policy: Any) -> View:
     """What is in memory, by the sections of a measurement that has nothing else."""
     found = dict(shown.found)
-    batch = found.get("update")
-    if batch is not None and (texts := _texts(batch, policy, ids="influence_tokens" in found)) is not None:
+    batch, influenced = found.get("update"), "influence_tokens" in found
+    if batch is not None and (texts := _texts(batch, policy, ids=influenced)) is not None:
         found["update_tokens"] = texts
 
     def sections() -> Iterator[Section]:
@@ -111,7 +111,8 @@ def _of_parts(shown: Parts, policy: Any) -> View:
         if batch is not None and set(shown.found) == {"update"}:
             yield _batch(batch)
         measurement = InMemory(found)
-        yield from (section for make in _ARTIFACTS if (section := make(measurement, _ROOM)) is not None)
+        wanted = [make for make in _ARTIFACTS if make is not responses.section or not influenced]
+        yield from (section for make in wanted if (section := make(measurement, _ROOM)) is not None)
 
     return View(shown.title, sections)
 

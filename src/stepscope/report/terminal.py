@@ -85,7 +85,7 @@ def as_record(answer: Answer, page: Path) -> Mapping[str, Any]:
 
 def printed(answer: Answer, page: Path, *, file: IO[str]) -> None:
     """Print the answer, in colour where the file is a terminal."""
-    console = Console(file=file, highlight=False)
+    console = Console(file=file, highlight=False, force_jupyter=False)
     for sentence in answer.sentences:
         console.print(Text(printable(sentence), style="bold"))
     if (found := answer.waterfall) is not None:
