@@ -25,6 +25,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import stepscope as ss
 from stepscope.results import read_table
+from stepscope.tasks import Problem
 from stepscope.trackers.texts import LOWERS, RAISES
 from stepscope.training.probe.source import TrainerSource
 from tracked import events_of, read, texts_of, wandb_history, wandb_offline
@@ -206,7 +207,10 @@ def test_a_probe_of_other_prompts_is_warned_of_once(small_run: Path, tmp_path: P
         UserWarning, match=r"the probe's entropy is .* the trainer logs .* leave out task"
     ) as said:
         trainer.train()
-    assert sum("StepProbe" in str(warning.message) for warning in said) == 1
+    (warning,) = [str(one.message) for one in said if "StepProbe" in str(one.message)]
+    example = json.loads((tmp_path / "probes_example.json").read_text())
+    assert example["prompt"].startswith("Q: ")
+    assert f"For example: the prompt {example['prompt']!r} was answered" in warning
     rows = read_table(tmp_path / "probes.parquet").to_pylist()
     logged = {entry["step"]: entry["entropy"] for entry in trainer.state.log_history if "loss" in entry}
     assert [row["entropy_logged"] for row in rows] == [logged[step] for step in (1, 2, 3)]
@@ -305,6 +309,45 @@ def test_a_training_that_trackio_follows(small_run: Path, tmp_path: Path) -> Non
     assert all(sum(row["stepscope/probe/response_length"]["values"]) == 8 for row in mine)
 
 
+def test_the_trainers_prompts_give_the_numbers_of_the_task(small_run: Path, tmp_path: Path) -> None:
+    """Where both are possible: the task's test prompts as ``eval_dataset``, its score as reward function."""
+    task = ss.load_task(TASK, template="{question}=", format_weight=0.125)  # TRL keeps rewards in float32
+
+    def rows(split: str) -> list[dict[str, Any]]:
+        return [{"prompt": f"{p.question}=", "answer": p.answer} for p in task.problems(split)]
+
+    def score(prompts: list[str], completions: list[str], answer: list[str], **_: Any) -> list[float]:
+        problems = [Problem("", p, a) for p, a in zip(prompts, answer, strict=True)]
+        return [task.score(p, c).reward for p, c in zip(problems, completions, strict=True)]
+
+    sizes = {"every": 1, "num_prompts": 8, "seed": 3}
+    probes = [ss.StepProbe(**sizes), ss.StepProbe(task=task, name="task", **sizes)]
+    trainer = GRPOTrainer(
+        model=str(small_run / "base"),
+        reward_funcs=score,
+        args=GRPOConfig(
+            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=8, num_generations=4,
+            max_completion_length=20, learning_rate=1e-3, use_cpu=True, bf16=False, report_to=[],
+            save_strategy="no", disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(rows("train")),
+        eval_dataset=Dataset.from_list(rows("test")),
+        callbacks=list(probes),
+    )  # fmt: skip
+    trainer.train()
+    own, explicit = (
+        read_table(tmp_path / f"{name}.parquet").to_pylist() for name in ("probes", "probes-task")
+    )
+    left = {"seconds", "prompts"}
+    assert len(own) == 2
+    for a, b in zip(own, explicit, strict=True):
+        assert str({k: v for k, v in a.items() if k not in left}) == str(
+            {k: v for k, v in b.items() if k not in left}
+        )
+        assert a["reward"] > 0
+        assert a["realised"] != 0
+
+
 def states_of(trainer: GRPOTrainer) -> list[Any]:
     moments = [t for entry in trainer.optimizer.state.values() for t in entry.values()]
     return [*trainer.model.state_dict().values(), *moments, torch.get_rng_state()]
@@ -342,6 +385,10 @@ def test_whatever_fails_in_a_probe_the_training_goes_on(small_run: Path, tmp_pat
         trainer.train()
     assert sum("StepProbe" in str(warning.message) for warning in said) == 1
     assert asked == [8, 6, 8, 8]
+    example = json.loads((tmp_path / "probes_example.json").read_text())
+    assert example["prompt"] in {row["prompt"] for row in plain_rows()}
+    assert example["reward"] is None
+    assert "the judge is out of order" in example["fault"]
     assert not trainer.model._forward_hooks
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from stepscope.errors import ConfigError
+from stepscope.errors import ConfigError, RewardError
 from stepscope.measure.change.online import realised_change
 from stepscope.measure.noise.window import window_noise_scale
 from stepscope.policy.group import Group, formed
@@ -28,12 +28,14 @@ from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import response_text
 from stepscope.policy.state import Policy
 from stepscope.policy.twin import is_cut, on_device
+from stepscope.runs import EXAMPLE
 from stepscope.stats import Estimate
 from stepscope.tasks import Task, load_task
+from stepscope.tasks.example import Example
 from stepscope.trackers import Entry, Trackers
 from stepscope.training.probe.predict import Pending, predict
 from stepscope.training.probe.shown import probe_entry
-from stepscope.training.probe.source import Source, TaskSource, TrainerSource
+from stepscope.training.probe.source import Source, TaskSource, TrainerSource, example_of
 from stepscope.training.probe.table import append, columns_of, doubt, forget, tokens_path
 from stepscope.training.watching.capture import BatchRecorder, Captured
 from stepscope.training.watching.guest import (
@@ -74,7 +76,9 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
     Without a ``task`` the probe asks what the training asks: rows of the trainer's ``eval_dataset``, or else
     of its ``train_dataset`` outside the batch under way, through the trainer's own chat template and
     tokenization, graded by its own reward functions. An entropy far from the one that the trainer logs is
-    warned of, in the log and in the row (``warning``): then the probe asks something else.
+    warned of, in the log and in the row (``warning``): then the probe asks something else. The warning shows
+    one prompt with its response, as does one of reward functions that fail, and ``probes_example.json`` has
+    all of it.
 
     The training is not disturbed: random states, modes and gradients are left as they were, so that weights,
     optimizer and samples of a run are bitwise those without the probe. A probe that cannot work, from the
@@ -144,6 +148,8 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
     _callbacks: list[Any] = field(default_factory=list, init=False)
     _trackers: Trackers | None = field(default=None, init=False)
     _entry: Entry | None = field(default=None, init=False)
+    _example: Example | None = field(default=None, init=False)
+    _table: Path | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         """Refuse settings that mean nothing."""
@@ -162,7 +168,7 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Find out whether this run can be probed; take up what the checkpoint it goes on from has."""
         self._off, self._warned, self._due, self._row = False, False, False, None
-        self._group, self._trackers, self._entry = None, None, None
+        self._group, self._trackers, self._entry, self._example, self._table = (None,) * 5
         with Guest(self, state):
             trainer = trainer_of(self)
             self._callbacks = trainer.callback_handler.callbacks
@@ -179,6 +185,7 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
             stored = state.stateful_callbacks.get(self._key, {}) if state.global_step else {}
             self._products = [(float(a), float(b)) for a, b in stored.get("products", [])]
             if state.is_world_process_zero:
+                self._table = path
                 for table in (path, tokens_path(path)):
                     forget(table, state.global_step)
 
@@ -247,6 +254,7 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
                     budget=Budget(max_sequences=self.max_sequences),
                 )
             self._pending.seconds = time.perf_counter() - begin
+            self._example = example_of(self._pending.prediction.rollouts, self._source.name)
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, *, model: Any, processing_class: Any, **kwargs: Any
@@ -388,7 +396,18 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
             append(self._path(args), {name: [value] for name, value in row.items()})
             if warning and not self._warned:
                 self._warned = True
+                if self._example is not None:
+                    warning = f"{warning}. For example: {self._example}{self._kept(self._example)}"
                 warnings.warn(f"StepProbe {self._name}, step {row['step']}: {warning}", stacklevel=2)
+
+    def _kept(self, example: Example) -> str:
+        """Where a response is kept beside the table, in words."""
+        if self._table is None:
+            return ""
+        file = self._table.with_name(f"{self._table.stem}_{EXAMPLE}")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        example.write(file)
+        return f". All of it is in {file}"
 
     def give_up(self, error: Exception, step: int) -> None:
         """Be off from here on, and say so."""
@@ -396,7 +415,10 @@ class StepProbe(TrainerCallback):  # type: ignore[misc]
         if self._recorder is not None:
             self._recorder.stop()
             self._recorder = None
-        warn_off(f"StepProbe {self._name}", step, reason_of(error, "StepProbe"))
+        reason = reason_of(error, "StepProbe")
+        if isinstance(error, RewardError) and isinstance(error.example, Example):
+            reason += self._kept(error.example)
+        warn_off(f"StepProbe {self._name}", step, reason)
 
 
 def names_of(probes: list[StepProbe]) -> list[str]:

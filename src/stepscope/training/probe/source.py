@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -12,11 +13,14 @@ from accelerate.utils import gather_object
 from trl.chat_template_utils import parse_response
 from trl.data_utils import is_conversational
 
-from stepscope.errors import BatchError, ConfigError
+from stepscope.errors import BatchError, ConfigError, RewardError
+from stepscope.own_code import what_happened
 from stepscope.policy.rollouts import SamplingOptions, sample_responses, sample_rollouts
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, Rollouts
 from stepscope.tasks import Task, TemplatedTask
+from stepscope.tasks.example import Example
+from stepscope.tasks.load import shown_place
 from stepscope.training.watching.guest import weighted_rewards
 
 Used = frozenset[tuple[int, ...]]
@@ -165,6 +169,7 @@ class TrainerSource:
 
         Raises:
             BatchError: too few prompts are left, or one is too long for the model.
+            RewardError: the trainer's reward functions fail on these responses.
         """
         chosen: dict[tuple[int, ...], dict[str, Any]] = {}
         for rows in self._shuffled(seed, count):
@@ -182,7 +187,12 @@ class TrainerSource:
         rollouts = sample_responses(policy, list(chosen), seed=seed)
         if not self.rewards or self.trainer.accelerator.num_processes > 1:
             return rollouts
-        return replace(rollouts, rewards=self._grade(list(chosen.values()), rollouts))
+        try:
+            rewards = self._grade(list(chosen.values()), rollouts)
+        except Exception as error:
+            fault = what_happened(error)
+            raise RewardError(fault, replace(example_of(rollouts, self.name), fault=fault)) from error
+        return replace(rollouts, rewards=rewards)
 
     def _shuffled(self, seed: int, size: int) -> Iterator[list[dict[str, Any]]]:
         """All rows in random order, ``size`` at a time."""
@@ -211,6 +221,24 @@ class TrainerSource:
         with _logs_untouched(self.trainer):
             found = self.trainer._calculate_rewards(list(rows), prompts, completions, ids)
         return weighted_rewards(self.trainer, found)
+
+
+def example_of(rollouts: Rollouts, source: str) -> Example:
+    """A response of a probe batch with its prompt and reward.
+
+    Args:
+        rollouts: the batch.
+        source: where its prompts come from, and who grades.
+    """
+    i = shown_place(rollouts)
+    reward = float(rollouts.rewards[i])
+    return Example(
+        prompt=rollouts.prompts[i],
+        response=rollouts.responses[i],
+        truncated=bool(rollouts.truncated[i]),
+        grader=source,
+        reward=None if math.isnan(reward) else reward,
+    )
 
 
 @contextmanager
