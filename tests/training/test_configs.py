@@ -29,12 +29,12 @@ def test_the_original_study_loads(tmp_path: Path) -> None:
     assert (arguments.top_p, arguments.top_k) == (1.0, 0)
 
 
-@pytest.mark.parametrize("name", ["gsm8k_smollm2.yaml"])
-def test_the_other_configurations_load(name: str) -> None:
+@pytest.mark.parametrize(("name", "weighted"), [("gsm8k_smollm2.yaml", True), ("long_responses.yaml", False)])
+def test_the_other_configurations_load(name: str, weighted: bool) -> None:
     config = load_config(TrainConfig, CONFIGS / name)
     assert config.sft is not None
     assert config.rl is not None
-    assert config.format_weight > 0
+    assert (config.format_weight > 0) == weighted
 
 
 def test_the_demo_loads_from_the_package() -> None:

@@ -41,8 +41,9 @@ def _sentences(found: StepKinship) -> list[str]:
             said.append(f"{line}; no shares of it are named ({rows[0].share.reason}).")
             continue
         parts = [f"{text.percent(row.share.value)} at {KINS[row.kin]}" for row in rows]
-        of = f", in a batch of {found.of_prompts} prompts" * (found.of_prompts != found.num_prompts)
-        said.append(f"{line}{of}: {text.joined(parts)}.")
+        other = found.of_prompts != found.num_prompts
+        of = f"; of what a batch of {found.of_prompts} prompts does," if other else ":"
+        said.append(f"{line}{of} {text.joined(parts)}.")
     theory = [f"{text.bare(value)} ({FORMULAS[name]})" for name, value in found.theory.items()]
     return [*said, f"Tabular theory goes with the own position, token by token, at {text.joined(theory)}."]
 

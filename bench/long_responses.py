@@ -1,0 +1,273 @@
+"""Shares of own position, own response, same prompt and other prompts against the length of responses.
+
+    python bench/long_responses.py CHECKPOINT --json FILE [--terms 3 6 9 12] [--prompts 96] [--seed 0]
+    python bench/long_responses.py CHECKPOINT --json FILE --figure docs/figures/long_responses.svg
+
+For sums of each number of terms a batch is sampled from the checkpoint, its step is rebuilt, and its kinship
+is taken (``stepscope.kinship``), with shares of a batch of 16 prompts. What is measured stays in FILE. The
+model of ``stepscope.measure.ledger.kin_model`` is fitted to the shares of one number of terms (``--fit``) and
+predicts the others; both are printed, and drawn with ``--figure``. The checkpoint is that of
+``stepscope train configs/long_responses.yaml``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import stepscope as ss
+from stepscope.measure.ledger.kin_model import Batch, KinModel, fit_kin_model
+from stepscope.measure.ledger.kinship import KinOptions
+from stepscope.policy.passes import Budget
+from stepscope.policy.rollouts import sample_responses
+from stepscope.results import FloatArray, Rollouts
+from stepscope.results.kinship import BATCH, FRESH, KINS, StepKinship
+from stepscope.stats import Estimate
+
+OF_PROMPTS = 16
+"""Prompts of the batch that shares are of."""
+
+KIN4 = tuple(KINS)[:4]
+LOOKS = {BATCH: "the batch's own positions", FRESH: "fresh responses to its prompts"}
+
+
+def shared(rollouts: Rollouts) -> FloatArray:
+    """(position,) share of pairs of responses to one prompt whose first so many tokens are the same."""
+    groups: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+    for prompt, response in zip(rollouts.prompt_token_ids, rollouts.response_token_ids, strict=True):
+        groups.setdefault(prompt, []).append(response)
+    length = round(float(np.mean(rollouts.num_tokens)))
+    same, pairs = np.zeros(length), 0
+    for group in groups.values():
+        for i, one in enumerate(group):
+            for other in group[i + 1 :]:
+                depth = next(
+                    (k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+                    min(len(one), len(other)),
+                )
+                same[: depth + 1] += 1
+                pairs += 1
+    return same / pairs
+
+
+def measured(checkpoint: Path, terms: int, prompts: int, tokens: int, seed: int) -> dict[str, Any]:
+    """Kinship of one batch of sums of so many terms."""
+    begin = time.process_time()
+    policy = ss.load_checkpoint(checkpoint)
+    task = ss.load_task(f"arithmetic:terms={terms}")
+    budget = Budget(max_sequences=64)
+    update = ss.sample_rollouts(
+        policy,
+        task,
+        num_prompts=prompts,
+        group_size=policy.settings.group_size or 8,
+        seed=seed,
+        options=ss.SamplingOptions(resample=8),
+        budget=budget,
+    )
+    step = ss.reconstruct_step(policy, update, budget=budget)
+    fresh = sample_responses(policy, update.prompt_token_ids, seed=seed + 2**31, budget=budget)
+    found = ss.kinship(
+        policy, step, fresh=fresh, prompts=OF_PROMPTS, options=KinOptions(tokens=tokens), budget=budget
+    )
+    pushing = [bool(np.any(row)) for row in step.token_weights]
+    return {
+        "terms": terms,
+        "seed": seed,
+        "length": float(np.mean(update.num_tokens)),
+        "length_sd": float(np.std(update.num_tokens)),
+        "entropy": float(np.concatenate(update.entropies).mean()),
+        "reward": float(update.rewards.mean()),
+        "pushing": float(np.mean(pushing)),
+        "group_size": len(update) // update.num_prompts,
+        "shared": shared(update).tolist(),
+        "kinship": found.to_plain(),
+        "seconds": time.process_time() - begin,
+    }
+
+
+def batch_of(row: dict[str, Any], *, fresh: bool) -> Batch:
+    """What the model needs to know of a measured batch, at the number of prompts that shares are of."""
+    return Batch(np.array(row["shared"]), row["group_size"], OF_PROMPTS, fresh)
+
+
+def shares_of(row: dict[str, Any], look: str) -> dict[str, Estimate]:
+    found = StepKinship.from_plain(row["kinship"], f"{row['terms']} terms")
+    return {kin.kin: kin.share for kin in found.kin if kin.look == look}
+
+
+def fitted(known: list[dict[str, Any]], terms: int, noise: np.random.Generator | None = None) -> KinModel:
+    """The model of the shares at both looks of one number of terms.
+
+    With ``noise``, of shares drawn by their errors: each kin but the own position is drawn by itself, and
+    that has what is left of 1.
+    """
+    rows = [row for row in known if row["terms"] == terms]
+    if not rows:
+        raise SystemExit(f"nothing measured of {terms} terms, to fit to")
+    measured_shares = []
+    for row in rows:
+        for look in LOOKS:
+            shares = shares_of(row, look)
+            if noise is not None:
+                shares = {k: replace(s, value=noise.normal(s.value, s.stderr)) for k, s in shares.items()}
+                others = sum(shares[kin].value for kin in KIN4[1:])
+                shares[KIN4[0]] = replace(shares[KIN4[0]], value=1 - others)
+            measured_shares.append((batch_of(row, fresh=look == FRESH), shares))
+    return fit_kin_model(measured_shares)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The model as fitted, and as it would be fitted to other batches.
+
+    Attributes:
+        model: fitted to what was measured.
+        others: fitted to shares drawn by their errors.
+    """
+
+    model: KinModel
+    others: list[KinModel]
+
+    @classmethod
+    def of(cls, known: list[dict[str, Any]], terms: int, draws: int = 40) -> Prediction:
+        rng = np.random.default_rng(0)
+        return cls(fitted(known, terms), [fitted(known, terms, rng) for _ in range(draws)])
+
+    def shares(self, batch: Batch) -> dict[str, tuple[float, float, float]]:
+        """Kin to share, and the ends of its 95 % interval by the fit's error."""
+        drawn = [model.shares(batch) for model in self.others]
+        found = {}
+        for kin, value in self.model.shares(batch).items():
+            low, high = np.quantile([row[kin] for row in drawn], [0.025, 0.975])
+            found[kin] = (value, float(low), float(high))
+        return found
+
+
+def table(known: list[dict[str, Any]], said: Prediction) -> str:
+    """Markdown: measured share with its interval, then the model's with that of its fit."""
+    lines = [
+        f"| where | terms, seed | tokens | {' | '.join(KINS[kin] for kin in KIN4)} | overlap wanted |",
+        f"|---|---|---|{'---|' * 5}",
+    ]
+    rows = sorted(known, key=lambda row: (row["terms"], row["seed"]))
+    wanted = [fitted([row], row["terms"]).common for row in rows]
+    for look in LOOKS:
+        for row, overlap in zip(rows, wanted, strict=True):
+            predicted = said.shares(batch_of(row, fresh=look == FRESH))
+            cells = [
+                f"{s.value:.2f} ({s.low:.2f} to {s.high:.2f}); "
+                f"{predicted[kin][0]:.2f} ({predicted[kin][1]:.2f} to {predicted[kin][2]:.2f})"
+                for kin, s in shares_of(row, look).items()
+            ]
+            lines.append(
+                f"| {look} | {row['terms']}, {row['seed']} | {row['length']:.1f} | {' | '.join(cells)} "
+                f"| {overlap:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def effects(known: list[dict[str, Any]]) -> str:
+    """Markdown: what one token does to the entropy of one position, by length and kin."""
+    lines = [
+        f"| terms, seed | entropy | reward | prefix shared | {' | '.join(KINS[kin] for kin in KIN4)} |",
+        f"|---|---|---|---|{'---|' * 4}",
+    ]
+    for row in sorted(known, key=lambda row: (row["terms"], row["seed"])):
+        found = StepKinship.from_plain(row["kinship"], f"{row['terms']} terms")
+        each = [
+            found.of(BATCH, kin).per_pair.scaled(found.positions[BATCH] * found.num_sequences) for kin in KIN4
+        ]
+        cells = " | ".join(f"{x.value:.3g} ± {x.stderr:.1g}" for x in each)
+        lines.append(
+            f"| {row['terms']}, {row['seed']} | {row['entropy']:.4f} | {row['reward']:.2f} "
+            f"| {np.mean(row['shared']):.2f} | {cells} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(known: list[dict[str, Any]], said: Prediction, fit: int, path: Path) -> None:
+    """Shares against length, a panel for each look: measured with intervals; the model's line and band."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "long_responses", "font.size": 8}
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(7.6, 3.1), sharey=True)
+    colours = dict(zip(KIN4, ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), strict=True))
+    rows = sorted(known, key=lambda row: row["length"])
+    at = np.array([row["length"] for row in rows])
+    for panel, (look, title) in zip(panels, LOOKS.items(), strict=True):
+        predicted = [said.shares(batch_of(row, fresh=look == FRESH)) for row in rows]
+        for place, kin in enumerate(KIN4):
+            line, low, high = np.array([row[kin] for row in predicted]).T
+            panel.plot(at, line, "--", lw=1, color=colours[kin])
+            panel.fill_between(at, low, high, color=colours[kin], alpha=0.12, lw=0)
+            values = [shares_of(row, look)[kin] for row in rows]
+            panel.errorbar(
+                at + 0.6 * (place - 1.5),
+                [v.value for v in values],
+                yerr=[[v.value - v.low for v in values], [v.high - v.value for v in values]],
+                fmt="o",
+                ms=3,
+                lw=0.9,
+                color=colours[kin],
+                label=KINS[kin],
+            )
+        panel.axhline(0, lw=0.5, color="#888888")
+        for row in rows:
+            if row["terms"] == fit:
+                panel.axvline(row["length"], lw=0.5, ls=":", color="#888888")
+        panel.set_title(title, fontsize=8)
+        panel.set_xlabel("response tokens")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel(f"share, batch of {OF_PROMPTS} prompts")
+    panels[1].legend(fontsize=7)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--json", type=Path, required=True, help="what is measured, and where more goes")
+    parser.add_argument("--terms", type=int, nargs="+", default=[3, 6, 9, 12])
+    parser.add_argument("--prompts", type=int, default=96, help="of each batch")
+    parser.add_argument("--tokens", type=int, default=1024, help="looked at for their own position")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fit", type=int, default=3, help="number of terms that the model is fitted to")
+    parser.add_argument("--figure", type=Path, help="draw what is known, and measure nothing")
+    options = parser.parse_args()
+    known: list[dict[str, Any]] = json.loads(options.json.read_text()) if options.json.is_file() else []
+    for terms in () if options.figure else options.terms:
+        if any((row["terms"], row["seed"]) == (terms, options.seed) for row in known):
+            continue
+        row = measured(options.checkpoint, terms, options.prompts, options.tokens, options.seed)
+        known.append(row)
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        print({k: v for k, v in row.items() if k not in ("kinship", "shared")}, flush=True)
+        for kin in row["kinship"]["kin"]:
+            share = kin["share"]
+            print(kin["look"], kin["kin"], *(f"{share[k]:.3f}" for k in ("value", "low", "high")), flush=True)
+    said = Prediction.of(known, options.fit)
+    print(table(known, said))
+    print(effects(known))
+    model = said.model
+    print(f"common {model.common:.3f}, prompt {model.prompt:.3f}, memory {model.memory:.3f}")
+    if options.figure:
+        draw(known, said, options.fit, options.figure)
+
+
+if __name__ == "__main__":
+    main()
