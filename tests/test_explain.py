@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 import stepscope as ss
 from stepscope import cli
 from stepscope.config import MeasureConfig, build_config
-from stepscope.pipeline.explain import FEWEST, RESERVE, fitting
+from stepscope.pipeline import sizing
+from stepscope.pipeline.explain import STAGES
+from stepscope.pipeline.sizing import FEWEST, PASSES, RESERVE, Pace, Speed, fitting, pace
 
 QUICK = (
     *("update.num_prompts=8", "update.group_size=4", "probe.num_prompts=24"),
@@ -77,6 +80,67 @@ def test_a_second_call_measures_nothing_and_its_object_is_the_artifacts(
             places = [(place["sequence"], place["position"]) for place in token["places"]]
             assert token["value"] == pytest.approx(change.lr * sum(of[place] for place in places), rel=1e-9)
     assert record["page"] == str(out / "report.html")
+
+
+def test_the_time_left_is_said_after_a_stage(explained: tuple[Path, Any]) -> None:
+    lines = [line for line in explained[1].stderr.splitlines() if line.startswith(("rollouts:", "report:"))]
+    assert len(lines) == 2
+    assert "left" not in lines[1]
+
+
+def test_time_left_goes_by_what_the_stages_took() -> None:
+    """Twice as slow as expected: what is left is twice as long, too."""
+    config = build_config(MeasureConfig, {"checkpoint": "c", "out": "o"})
+    found = pace(config, Speed(sampled=0.01, passed=0.02), STAGES)
+    responses = config.update.num_prompts * config.update.group_size + config.probe.num_prompts
+    assert found.expected["rollouts"] == pytest.approx((0.01 + 0.02 * PASSES["rollouts"]) * responses)
+    assert found.expected["change"] == pytest.approx(0.02 * PASSES["change"] * responses)
+    spent = found.expected["rollouts"] + found.expected["step"] + found.expected["change"]
+    late = Pace(found.expected, begin=found.begin - 2 * spent)
+    rest = found.expected["influence"] + found.expected["report"]
+    assert late.left("change") == pytest.approx(2 * rest, rel=1e-3)
+    assert "left" in late.words("change")
+    assert late.left("report") == 0
+    assert late.words("report") == ""
+
+
+def test_quick_is_an_explanation_that_ends_like_a_measurement(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "quick"
+    command = ["measure", checkpoint, "--quick", "--out", out, *QUICK]
+    found = CliRunner().invoke(cli.app, list(map(str, command)))
+    assert found.exit_code == 0, found.output
+    assert "measure --quick: 8 x 4 responses make the step, 24 x 1 measure it" in found.stderr
+    assert found.stderr.splitlines()[-1] == f"measure: {out / 'report.html'}"
+    assert "At its own learning rate" in found.stderr
+    done = yaml.safe_load((out / "config.yaml").read_text())
+    assert done["stages"] == list(STAGES)
+    again = CliRunner().invoke(cli.app, list(map(str, command)))
+    assert again.exit_code == 2
+    assert "add --resume" in again.stderr
+    both = CliRunner().invoke(cli.app, ["measure", str(checkpoint), "--quick", "--stages", "step"])
+    assert both.exit_code == 2
+    assert "--quick chooses the stages" in both.stderr
+
+
+def test_a_long_measurement_says_so_before_it_starts(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a shorter hour, so that the trial is a real one; nothing is tried where none could be so slow."""
+    command = ["measure", str(checkpoint), "--stages", "rollouts,step", *QUICK]
+    monkeypatch.setattr(sizing, "LONG", 1e-3)
+    monkeypatch.setattr(sizing, "least_speed", lambda device: 1.0)
+    found = CliRunner().invoke(cli.app, [*command, "--out", str(tmp_path / "long")])
+    assert found.exit_code == 0, found.output
+    lines = found.stderr.splitlines()
+    (warned,) = [i for i, line in enumerate(lines) if "warning: this will take about" in line]
+    assert "56 responses of up to 24 tokens" in lines[warned]
+    assert "--quick answers first" in lines[warned]
+    assert warned < next(i for i, line in enumerate(lines) if line.startswith("rollouts:"))
+    monkeypatch.setattr(sizing, "least_speed", lambda device: 1e18)
+    monkeypatch.setattr(sizing, "trial", lambda session: pytest.fail("nothing is to be tried"))
+    assert CliRunner().invoke(cli.app, [*command, "--out", str(tmp_path / "short")]).exit_code == 0
+    for name in ("update_tokens.parquet", "probe_tokens.parquet", "direction.safetensors"):
+        assert (tmp_path / "long" / name).read_bytes() == (tmp_path / "short" / name).read_bytes()
 
 
 def test_a_configuration_file_says_where_it_goes(

@@ -174,7 +174,13 @@ def test_every_artifact_of_two_processes_is_that_of_one(
 ) -> None:
     measure = ["measure", str(checkpoint), "--config", str(settings(tmp_path)), "--out", str(tmp_path / "m")]
     evaluate = ["eval", str(trained_run), *EVALUATION, "--precision", "float64", "--out"]
-    jobs = [{"argv": measure, "fault": "memory"}, {"argv": [*evaluate, str(tmp_path / "e" / "eval.parquet")]}]
+    few = ["update.num_prompts=8", "probe.num_prompts=16", "own_prompts=false", "second_order=false"]
+    explain = ["explain", str(checkpoint), "--out", str(tmp_path / "x"), *few]
+    jobs = [
+        {"argv": measure, "fault": "memory"},
+        {"argv": [*evaluate, str(tmp_path / "e" / "eval.parquet")]},
+        {"argv": explain},
+    ]
     for folder in (one, tmp_path):
         (folder / "e").mkdir()
     alone(*evaluate, one / "e" / "eval.parquet")
@@ -188,10 +194,11 @@ def test_every_artifact_of_two_processes_is_that_of_one(
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    for number in (0, 1):
+    for number in (0, 1, 2):
         (code, said), (other_code, other_said) = outcome(tmp_path, number)
         assert (code, other_code, other_said) == (0, 0, ""), said
-        assert said.count("rollouts:") == (number == 0)
+        assert said.count("rollouts:") == (number != 1)
+    assert (tmp_path / "x" / "report.html").is_file()
     assert same_artifacts(one / "m", tmp_path / "m") > 15
     assert same_artifacts(one / "e", tmp_path / "e") > 15
 

@@ -9,6 +9,7 @@ import typer
 from stepscope.cli.options import (
     ConfigFile,
     Device,
+    DryRun,
     Open,
     Overrides,
     Precision,
@@ -44,6 +45,7 @@ def evaluate(
     config: ConfigFile = None,
     resume: Resume = False,
     show: Open = False,
+    dry: DryRun = False,
 ) -> None:
     """pass@k, format, length and entropy with their errors, one row per checkpoint; and a page of curves."""
     from stepscope.config import EvalConfig, load_config
@@ -56,6 +58,10 @@ def evaluate(
     from stepscope.pipeline.early import refuse_early, table_of
 
     refuse_early(settings, resume=resume)
+    if dry:
+        from stepscope.pipeline import run_dry
+
+        return run_dry(settings, resume=resume)
     from stepscope.pipeline import run_eval
 
     run_eval(settings, resume=resume)

@@ -9,7 +9,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     ),
     "train": (
         "stepscope train configs/reasoning_smollm2.yaml --out runs/sums",
-        "stepscope train configs/gsm8k_smollm2.yaml rl.steps=20 rl.record.state_every=5",
+        "stepscope train configs/gsm8k_smollm2.yaml rl.steps=20 rl.record.state_every=5 --dry-run",
     ),
     "eval": (
         "stepscope eval runs/demo --open",
@@ -17,7 +17,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     ),
     "measure": (
         "stepscope measure runs/demo/checkpoints/step-30 --open",
-        "stepscope measure out/checkpoint-500 --task gsm8k --quantity entropy,reward",
+        "stepscope measure out/checkpoint-500 --task gsm8k --quantity entropy,reward --quick",
     ),
     "explain": (
         "stepscope explain runs/demo/checkpoints/step-60",

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from stepscope.cli.measuring import PAGE, Checkpoint, apart, measure_settings
+from stepscope.cli.measuring import PAGE, Checkpoint, apart, measure_settings, sizes_asked
 from stepscope.cli.options import (
     ConfigFile,
     Device,
+    DryRun,
     Open,
     Overrides,
     Precision,
@@ -42,6 +43,7 @@ def explain(
     device: Device = None,
     config: ConfigFile = None,
     show: Open = False,
+    dry: DryRun = False,
 ) -> None:
     """Who moves the entropy in a checkpoint's next step, in one command: the sentence, its parts, the tokens.
 
@@ -51,11 +53,14 @@ def explain(
     values = {"checkpoint": checkpoint, "out": out, "precision": precision, "device": device}
     values |= {"task": task, "prompts": prompts, "reward": reward, "template": template}
     settings = measure_settings(config, rest, values, lambda folder: apart("explain", folder))
-    given = {name for name in ("update", "probe") for text in rest if text.startswith(f"{name}.")}
     from stepscope.pipeline.early import refuse_early
 
     refuse_early(settings, resume=True)
+    if dry:
+        from stepscope.pipeline import run_dry
+
+        return run_dry(settings, resume=True, minutes=minutes)
     from stepscope.pipeline import run_explain
 
-    run_explain(settings, minutes=minutes, fixed=frozenset(given), as_json=as_json)
+    run_explain(settings, minutes=minutes, fixed=sizes_asked(rest), as_json=as_json)
     show_page(Path(settings.out) / PAGE, show)

@@ -10,6 +10,7 @@ import typer
 from stepscope.cli.options import (
     ConfigFile,
     Device,
+    DryRun,
     Open,
     Overrides,
     Precision,
@@ -88,6 +89,7 @@ def ledger(
     config: ConfigFile = None,
     resume: Resume = False,
     show: Open = False,
+    dry: DryRun = False,
 ) -> None:
     """What every token of every batch of a recorded training did to its entropy, added up and closed.
 
@@ -114,6 +116,10 @@ def ledger(
         from stepscope.pipeline.early import refuse_early
 
         refuse_early(what_if)
+        if dry:
+            from stepscope.pipeline import run_dry
+
+            return run_dry(what_if)
         from stepscope.pipeline import run_what_if
 
         run_what_if(what_if)
@@ -140,6 +146,10 @@ def ledger(
     from stepscope.pipeline.early import refuse_early
 
     refuse_early(settings, resume=resume)
+    if dry:
+        from stepscope.pipeline import run_dry
+
+        return run_dry(settings, resume=resume)
     from stepscope.pipeline import run_ledger
 
     run_ledger(settings, resume=resume)

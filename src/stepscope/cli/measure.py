@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from stepscope.cli.measuring import PAGE, Checkpoint, in_run, measure_settings
+from stepscope.cli.measuring import PAGE, Checkpoint, apart, in_run, measure_settings, sizes_asked
 from stepscope.cli.options import (
     ConfigFile,
     Device,
+    DryRun,
     Open,
     Overrides,
     Precision,
@@ -83,11 +84,19 @@ def measure(
             "--shard", help="Each of several processes (torchrun) holds a part of the parameters and moments."
         ),
     ] = False,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="An answer in about a minute: small batches, and the stages of explain. To runs/quick.",
+        ),
+    ] = False,
     precision: Precision = None,
     device: Device = None,
     config: ConfigFile = None,
     resume: Resume = False,
     show: Open = False,
+    dry: DryRun = False,
 ) -> None:
     """Measure what a checkpoint's next optimizer step does to its policy, and who did it."""
     checkpoint, rest = first_or_override(checkpoint, overrides)
@@ -107,16 +116,27 @@ def measure(
         "precision": precision,
         "device": device,
     }
-    settings = measure_settings(config, rest, values, in_run)
+    if quick and (stages is not None or validate):
+        raise ConfigError("--quick chooses the stages itself; leave out --stages and --validate, or --quick")
+    settings = measure_settings(
+        config, rest, values, (lambda folder: apart("quick", folder)) if quick else in_run
+    )
     if validate and "validation" not in settings.stages:
         settings = settings.model_copy(update={"stages": [*settings.stages, "validation"]})
-    if show and "report" not in settings.stages:
+    if show and not quick and "report" not in settings.stages:
         raise ConfigError("--open: the stage report makes the page, and it is not among the stages; add it")
     resume = resume or stages is not None
     from stepscope.pipeline.early import refuse_early
 
     refuse_early(settings, resume=resume)
-    from stepscope.pipeline import run_measure
+    if dry:
+        from stepscope.pipeline import run_dry
 
-    run_measure(settings, resume=resume)
+        return run_dry(settings, resume=resume, minutes=1.0 if quick else None)
+    from stepscope.pipeline import run_measure, run_quick
+
+    if quick:
+        run_quick(settings, fixed=sizes_asked(rest), resume=resume)
+    else:
+        run_measure(settings, resume=resume)
     show_page(Path(settings.out) / PAGE, show)

@@ -42,6 +42,11 @@ def measure_settings(
         return load_config(MeasureConfig, config, overrides, values, fill)
 
 
+def sizes_asked(overrides: Sequence[str]) -> frozenset[str]:
+    """Batches of which something was asked for, and whose number of prompts stays therefore."""
+    return frozenset(name for name in ("update", "probe") if any(o.startswith(f"{name}.") for o in overrides))
+
+
 def in_run(checkpoint: Path) -> Path:
     """``RUN/measure/step-N``, where the run's page looks for it; of a lone checkpoint ``runs/measure/``."""
     run = _run_of(checkpoint)

@@ -53,6 +53,10 @@ Device = Annotated[
     str | None, typer.Option("--device", help="Torch device; default: a GPU where there is one.")
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="Settings as YAML.")]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print the settings and what would be done; do and write nothing."),
+]
 Open = Annotated[bool, typer.Option("--open", help="Open the page in a browser at the end.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder already holds.")]
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stepscope.cli.options import Open, Overrides
+from stepscope.cli.options import DryRun, Open, Overrides
 from stepscope.cli.pages import show_page
 
 
@@ -25,6 +25,7 @@ def study(
         ),
     ] = None,
     show: Open = False,
+    dry: DryRun = False,
 ) -> None:
     """Many measurements: checkpoints x settings x repeats. Goes on where an earlier call was stopped.
 
@@ -37,6 +38,10 @@ def study(
     from stepscope.pipeline.early import refuse_early
 
     refuse_early(settings)
+    if dry:
+        from stepscope.pipeline import run_dry
+
+        return run_dry(settings)
     from stepscope.pipeline import run_study
 
     run_study(settings)

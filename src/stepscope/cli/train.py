@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from stepscope.cli.options import Open, Overrides, Resume
+from stepscope.cli.options import DryRun, Open, Overrides, Resume
 from stepscope.cli.pages import show_page
 
 
@@ -34,6 +34,7 @@ def train(
     overrides: Overrides = None,
     out: Annotated[str | None, typer.Option("--out", metavar="DIR", help="Run folder.")] = None,
     resume: Resume = False,
+    dry: DryRun = False,
 ) -> None:
     """Supervised warm-up and/or reinforcement learning; checkpoints under OUT/checkpoints/step-N."""
     from stepscope.config import TrainConfig, load_config
@@ -42,6 +43,10 @@ def train(
     from stepscope.pipeline.early import refuse_early
 
     refuse_early(settings, resume=resume)
+    if dry:
+        from stepscope.pipeline import run_dry
+
+        return run_dry(settings, resume=resume)
     from stepscope.pipeline import run_train
 
     run_train(settings, resume=resume)

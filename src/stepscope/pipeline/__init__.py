@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from stepscope.pipeline.check.run import run_check
     from stepscope.pipeline.convert import run_convert
     from stepscope.pipeline.demo import run_demo
+    from stepscope.pipeline.dry_run import run_dry
     from stepscope.pipeline.evaluate import run_eval
-    from stepscope.pipeline.explain import run_explain
+    from stepscope.pipeline.explain import run_explain, run_quick
     from stepscope.pipeline.export import run_export
     from stepscope.pipeline.ledger.run import run_ledger
     from stepscope.pipeline.measure import run_measure
@@ -26,11 +27,13 @@ __all__ = [
     "run_comparison",
     "run_convert",
     "run_demo",
+    "run_dry",
     "run_eval",
     "run_explain",
     "run_export",
     "run_ledger",
     "run_measure",
+    "run_quick",
     "run_report",
     "run_study",
     "run_train",
@@ -42,11 +45,13 @@ _HOME = {
     "run_comparison": "report",
     "run_convert": "convert",
     "run_demo": "demo",
+    "run_dry": "dry_run",
     "run_eval": "evaluate",
     "run_explain": "explain",
     "run_export": "export",
     "run_ledger": "ledger.run",
     "run_measure": "measure",
+    "run_quick": "explain",
     "run_report": "report",
     "run_study": "study.run",
     "run_train": "train",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 
 from stepscope.config import EvalConfig
-from stepscope.console import say, say_result, timed
+from stepscope.console import in_words, say, say_result, timed
 from stepscope.errors import RewardError, RunFolderError
 from stepscope.evaluation import (
     EvaluationRow,
@@ -30,12 +31,14 @@ from stepscope.pipeline.inputs.logged_prompts import prompt_conflict
 from stepscope.pipeline.inputs.policies import checkpoints_in, open_policy
 from stepscope.pipeline.inputs.samplers import make_sampler
 from stepscope.pipeline.inputs.tasks import hold_data, open_task, say_what_is_shared, tasks_of
+from stepscope.pipeline.speed import LONG, PILOT, least_speed
 from stepscope.pipeline.together import main_only, together
 from stepscope.pipeline.tracked import track_evaluation
 from stepscope.policy.checkpoint.load import checkpoint_digest, read_settings
 from stepscope.policy.checkpoint.models import usable_device
 from stepscope.policy.group import current
 from stepscope.policy.passes import Budget
+from stepscope.policy.rollouts import sample_rollouts
 from stepscope.policy.sampling.base import Sampler
 from stepscope.policy.state import Policy
 from stepscope.report import evaluated, write_evaluation
@@ -112,6 +115,7 @@ def evaluate_all(config: EvalConfig, out: Path, *, resume: bool) -> None:
             hold_data(parts, _tasks(config, checkpoints), config)
             example.unlink(missing_ok=True)
         try:
+            _say_if_long(config, checkpoints, parts)
             found = [_evaluate_checkpoint(config, c, parts, example) for c in checkpoints]
         except RewardError as error:
             raise shown_and_kept(error, example) from error
@@ -124,6 +128,36 @@ def evaluate_all(config: EvalConfig, out: Path, *, resume: bool) -> None:
         parts.seal_beside([])
         parts.seal_beside(_write_tables(config, out, rows, profiles))
         track_evaluation(config.report_to, out, parts, rows)
+
+
+def _say_if_long(config: EvalConfig, checkpoints: Sequence[Path], parts: RunFolder) -> None:
+    """Try how fast this machine samples, where it may take hours, and say so if it will. Collective."""
+    settings = read_settings(checkpoints[0], overrides=config.loss.given(), for_step=False)
+    keys = [(c, key) for c in checkpoints for key in part_keys(config, c, settings.temperature)]
+    left = current().from_main(lambda: [c for c, key in keys if not parts.is_done(key)])
+    if not left or config.sampler.engine != "transformers":
+        return
+    responses, longest = (
+        len(left) * config.num_prompts * config.samples_per_prompt,
+        settings.max_response_tokens,
+    )
+    bytes_there = sum(file.stat().st_size for file in left[0].glob("*model*.safetensors"))
+    if bytes_there * 1.5 * longest * responses < LONG * least_speed(usable_device(config.device)):
+        return
+    loaded = _Loaded(config, left[0], parts.file(EXAMPLE))
+    begin = time.monotonic()
+    few = PILOT[0]
+    sample_rollouts(
+        loaded.policy, loaded.task, num_prompts=few, group_size=1, seed=config.seed, split=config.split
+    )
+    each = current().from_main(lambda: (time.monotonic() - begin) / few)
+    if (total := each * responses) >= LONG:
+        say(
+            f"warning: this will take about {in_words(total)}: {responses:,} responses of up to "
+            f"{longest} tokens at {each:.2g} s. Fewer of them (num_prompts, samples_per_prompt), one "
+            "checkpoint in place of a run, a GPU (--device) or an inference server (docs/SAMPLERS.md) make "
+            "it shorter"
+        )
 
 
 def _write_tables(
@@ -205,14 +239,28 @@ def _rows(loaded: _Loaded, parts: RunFolder) -> tuple[EvaluationRow, list[Evalua
     if not config.temperatures and not config.top_ps:
         return own, []
     profiles = []
-    for temperature in config.temperatures or [own.temperature]:
-        for top_p in config.top_ps or [1.0]:
-            if (temperature, top_p) == (own.temperature, 1.0):
-                profiles.append(own)
-            else:
-                key = f"{checkpoint.name}--temperature-{temperature:g}--top_p-{top_p:g}"
-                profiles.append(part(key, temperature, top_p))
+    for temperature, top_p in _profiles(config, own.temperature):
+        if (temperature, top_p) == (own.temperature, 1.0):
+            profiles.append(own)
+        else:
+            profiles.append(part(_profile_key(checkpoint, temperature, top_p), temperature, top_p))
     return own, profiles
+
+
+def _profiles(config: EvalConfig, own: float) -> list[tuple[float, float]]:
+    """Temperatures and nuclei, ``own`` being the run's temperature."""
+    return [(t, p) for t in config.temperatures or [own] for p in config.top_ps or [1.0]]
+
+
+def _profile_key(checkpoint: Path, temperature: float, top_p: float) -> str:
+    return f"{checkpoint.name}--temperature-{temperature:g}--top_p-{top_p:g}"
+
+
+def part_keys(config: EvalConfig, checkpoint: Path, own: float) -> list[str]:
+    """Names of the parts that an evaluation of a checkpoint leaves, ``own`` being the run's temperature."""
+    further = _profiles(config, own) if config.temperatures or config.top_ps else []
+    keys = [_profile_key(checkpoint, t, p) for t, p in further if (t, p) != (own, 1.0)]
+    return [checkpoint.name, *keys]
 
 
 def _read_part(file: Path) -> EvaluationRow:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from stepscope.pipeline.inputs.examples import shown_and_kept
 from stepscope.pipeline.inputs.fitness import findings, left_out
 from stepscope.pipeline.inputs.logged_prompts import prompt_conflict
 from stepscope.pipeline.inputs.tasks import hold_data
+from stepscope.pipeline.sizing import Pace, forecast
 from stepscope.pipeline.stages import PLANS
 from stepscope.pipeline.stages.report import PAGE
 from stepscope.pipeline.stages.session import Session
@@ -30,6 +32,9 @@ from stepscope.policy.state import Policy
 from stepscope.report import measured
 from stepscope.results.files import whole
 from stepscope.runs import EXAMPLE, PROFILE, PROVENANCE, TRACE, RunFolder, locked, write_record
+
+Forecast = Callable[[Session, list[Stage]], Pace | None]
+"""Says what the stages to come will take, the policy being loaded; collective."""
 
 HERE_ONLY = ("stages", "out", "memory", "max_tokens", "scratch", "profile", "shard")
 """Keys of the configuration that say how a call measures, and not what."""
@@ -62,23 +67,36 @@ def run_measure(
         BatchError: the update batch makes no step, or the batches share prompts.
         TaskError: the task's data are not those the run began with.
     """
+    refuse_lone_shard(config)
+    with together(config.device, Path(config.out), lockstep=config.shard):
+        return measure(config, resume=resume, policy=policy, show_result=show_result, forecast=forecast)
+
+
+def refuse_lone_shard(config: MeasureConfig) -> None:
+    """Refuse to cut a policy for a single process."""
     if config.shard and launched() == 1:
         raise ConfigError(
             "--shard cuts a policy into parts for several processes, and this is one; start them with "
             "torchrun --nproc-per-node=N --no-python stepscope measure ..., or measure without --shard"
         )
-    with together(config.device, Path(config.out), lockstep=config.shard):
-        return measure(config, resume=resume, policy=policy, show_result=show_result)
 
 
 def measure(
-    config: MeasureConfig, *, resume: bool = False, policy: Policy | None = None, show_result: bool = True
+    config: MeasureConfig,
+    *,
+    resume: bool = False,
+    policy: Policy | None = None,
+    show_result: bool = True,
+    forecast: Forecast | None = None,
 ) -> Path:
-    """:func:`run_measure` in the group that was entered; in none, this process measures alone."""
+    """:func:`run_measure` in the group that was entered; in none, this process measures alone.
+
+    ``forecast`` says before the first stage what those to come will take.
+    """
     run = RunFolder(Path(config.out))
     profiler = Profiler(usable_device(config.device)) if config.profile else None
     with main_only(lambda: locked(run.path)), profiling(profiler):
-        measure_into(run, config, resume=resume, policy=policy)
+        measure_into(run, config, resume=resume, policy=policy, forecast=forecast)
         if profiler is not None and current().is_main:
             _write_profile(run, profiler)
     if show_result and current().is_main:
@@ -88,25 +106,32 @@ def measure(
 
 
 def measure_into(
-    run: RunFolder, config: MeasureConfig, *, resume: bool = False, policy: Policy | None = None
+    run: RunFolder,
+    config: MeasureConfig,
+    *,
+    resume: bool = False,
+    policy: Policy | None = None,
+    forecast: Forecast | None = None,
 ) -> None:
     """Measure into a run folder whose lock is held already; see :func:`run_measure`."""
     plain = config.model_dump(mode="json")
-    wanted = [stage for stage in PLANS if stage in config.stages]
-    due = [s for s in PLANS if s in wanted or any(s in needs(w) for w in wanted)]
+    wanted, due = stages_of(config)
     session = Session(config, run, policy)
     limits: list[str] = []
-    to_load, may_differ = current().from_main(lambda: _first_look(run, plain, resume, wanted, due))
-    if to_load:
+    pace = None
+    look = current().from_main(lambda: first_look(run, plain, resume, wanted, due))
+    if look.to_load:
         with profiled_stage("check"):
             limits = _refuse_impossible(session)
         gone = left_out(session.policy, due)
         wanted, due = ([s for s in stages if s not in gone] for stages in (wanted, due))
     if current().is_main:
-        _begin(session, plain, resume, may_differ, limits)
+        _begin(session, plain, resume, look.may_differ, limits)
     try:
+        if look.to_load and forecast is not None:
+            pace = forecast(session, [stage for stage in due if stage in look.reasons])
         for stage in due:
-            _run_stage(session, stage, plain, wanted=stage in wanted)
+            _run_stage(session, stage, plain, wanted=stage in wanted, pace=pace)
     except RewardError as error:
         raise shown_and_kept(error, run.file(EXAMPLE)) from error
     finally:
@@ -118,15 +143,46 @@ def measure_into(
             say(f"stale now: {', '.join(stale)}; --stages {','.join(stale)} brings them up to date")
 
 
-def _first_look(
+def stages_of(config: MeasureConfig) -> tuple[list[Stage], list[Stage]]:
+    """The stages that are asked for, and those with what they need, in their order."""
+    wanted = [stage for stage in PLANS if stage in config.stages]
+    return wanted, [s for s in PLANS if s in wanted or any(s in needs(w) for w in wanted)]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a run folder says of a run that is to begin in it.
+
+    Attributes:
+        to_load: whether the checkpoint has to be loaded.
+        may_differ: keys of the configuration that may differ from the folder's.
+        reasons: why a stage is to be done, by stage; those that are finished are not among them.
+    """
+
+    to_load: bool
+    may_differ: list[str]
+    reasons: Mapping[Stage, str]
+
+
+def first_look(
     run: RunFolder, plain: Mapping[str, Any], resume: bool, wanted: list[Stage], due: list[Stage]
-) -> tuple[bool, list[str]]:
-    """Whether the checkpoint has to be loaded, given that the folder takes this run; and what may differ."""
+) -> Look:
+    """What is to be done, given that the folder takes this run; touches nothing.
+
+    Raises:
+        RunFolderError: it does not, or a stage lacks what an earlier one leaves.
+    """
     may_differ = _may_differ(run, wanted)
     held = run.holds_this_run(plain, verb="measure", resume=resume, ignore=may_differ)
     _refuse_missing(run, wanted, held)
-    to_load = not held or any(PLANS[s].needs_policy and reason_to_do(run, s, plain) for s in due)
-    return to_load, may_differ
+    reasons: dict[Stage, str] = {}
+    for stage in due:
+        again = [need for need in needs(stage) if need in reasons]
+        reason = reason_to_do(run, stage, plain) if held else "not done"
+        if reason or again:
+            reasons[stage] = reason or f"{', '.join(again)} done again"
+    to_load = not held or any(PLANS[s].needs_policy for s in reasons)
+    return Look(to_load, may_differ, reasons)
 
 
 def _begin(
@@ -166,7 +222,9 @@ def _begin(
         hold_data(run, [session.task], config)
 
 
-def _run_stage(session: Session, stage: Stage, config: Mapping[str, Any], *, wanted: bool) -> None:
+def _run_stage(
+    session: Session, stage: Stage, config: Mapping[str, Any], *, wanted: bool, pace: Pace | None
+) -> None:
     """Do a stage that is not done yet, or is stale; of one that is not asked for, only the second is said."""
     run, plan = session.run, PLANS[stage]
     reason, before = current().from_main(lambda: (reason_to_do(run, stage, config), run.is_done(stage)))
@@ -186,7 +244,7 @@ def _run_stage(session: Session, stage: Stage, config: Mapping[str, Any], *, wan
         write_summary(run, stage, figures)
     if not current().is_main:
         return
-    say(f"{stage}: {run.seconds(stage):.1f} s")
+    say(f"{stage}: {run.seconds(stage):.1f} s{'' if pace is None else pace.words(stage)}")
 
 
 def _write_profile(run: RunFolder, profiler: Profiler) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import psutil
@@ -11,22 +10,9 @@ import torch
 from stepscope.config import MeasureConfig, Stage
 from stepscope.console import in_words
 from stepscope.pipeline.check.trial import MAX_TOKENS, Trial
+from stepscope.pipeline.speed import FLOORS
 from stepscope.policy.memory import available_bytes, cost
 from stepscope.policy.state import Policy
-
-FLOORS: Mapping[Stage, float] = {
-    "rollouts": 0.2,
-    "step": 0.6,
-    "change": 7.3,
-    "influence": 13.2,
-    "kernel": 3.1,
-    "noise": 0.5,
-    "criteria": 20.6,
-    "report": 1.6,
-}
-"""Plain forward and backward passes over both batches that a stage takes (docs/RESULTS.md, a whole
-measurement in floors); sampling comes on top. Of ``validation`` and ``curvature``, which depend on their own
-settings, none is known."""
 
 VECTORS = 6
 """Vectors of the size of the trained parameters that a measurement holds at a time: parts of the step, its
