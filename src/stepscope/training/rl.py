@@ -29,7 +29,7 @@ from stepscope.training.probe.callback import StepProbe
 from stepscope.training.record.callback import StepRecorder
 from stepscope.training.record.tap import Known
 from stepscope.training.setup.arguments import diverged, install_callbacks, shared_arguments
-from stepscope.training.setup.prompts import prompt_rows
+from stepscope.training.setup.prompts import prompt_rows, question_settings
 from stepscope.training.setup.start import adapter, writing
 from stepscope.training.shaping.curriculum import BUCKETS, Curriculum
 from stepscope.training.shaping.objectives import bonus_arguments, next_objective, shaper_for
@@ -335,14 +335,7 @@ def step_settings(config: TrainConfig) -> StepSettings:
         epsilon_low=1.0 if unclipped else rl.epsilon_low,
         epsilon_high=UNCLIPPED if unclipped else rl.epsilon_high,
         beta=rl.beta,
-        task=config.task,
-        prompt_template=config.template or "",
-        system_prompt=config.system_prompt or "",
-        prefill=config.prefill or "",
-        chat_template_kwargs=config.chat_template_kwargs,
-        seed=config.seed,
-        format_weight=config.format_weight,
-        answer_format=config.answer_format,
+        **question_settings(config),
         objective=objective,
         num_iterations=rl.num_iterations,
         micro_batch_size=rl.micro_batch_size,

@@ -22,7 +22,7 @@ from stepscope.training.preferences.trainer import PreferenceTrainer
 from stepscope.training.rl import publish
 from stepscope.training.setup.arguments import install_callbacks, shared_arguments
 from stepscope.training.setup.preflight import require_room
-from stepscope.training.setup.prompts import prompt_rows
+from stepscope.training.setup.prompts import prompt_rows, question_settings
 from stepscope.training.setup.start import adapter, writing
 
 PAIRS = "pairs.parquet"
@@ -47,14 +47,7 @@ def preference_settings(config: TrainConfig, hypo: HypoConfig) -> StepSettings:
         max_prompt_tokens=hypo.max_prompt_tokens,
         max_grad_norm=hypo.optimizer.max_grad_norm,
         beta=hypo.beta,
-        task=config.task,
-        prompt_template=config.template or "",
-        system_prompt=config.system_prompt or "",
-        prefill=config.prefill or "",
-        chat_template_kwargs=config.chat_template_kwargs,
-        seed=config.seed,
-        format_weight=config.format_weight,
-        answer_format=config.answer_format,
+        **question_settings(config),
         disable_dropout=True,
     )
 

@@ -7,10 +7,25 @@ from typing import Any
 
 from datasets import Dataset
 
+from stepscope.config import TrainConfig
 from stepscope.errors import ConfigError
 from stepscope.results import same_text
 from stepscope.tasks.formats.prompts import encode_prompt
 from stepscope.tasks.problem import Problem, Task
+
+
+def question_settings(config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint's ``StepSettings`` say of the questions and how they are scored."""
+    return {
+        "task": config.task,
+        "prompt_template": config.template or "",
+        "system_prompt": config.system_prompt or "",
+        "prefill": config.prefill or "",
+        "chat_template_kwargs": config.chat_template_kwargs,
+        "seed": config.seed,
+        "format_weight": config.format_weight,
+        "answer_format": config.answer_format,
+    }
 
 
 def prompt_rows(
