@@ -6,10 +6,10 @@ For every seed the start answers 288 prompts 8 times. ``equal``: DPO on the pair
 responses), HyPO on those of the first 128 with 2 samples to each of a step's 16 prompts (1024 + 1280), Dr.
 GRPO with 18 steps of 128. ``all``, ``part``, ``easy``: DPO and HyPO on the same pairs, of 128 prompts, of
 16, and 128 pairs whose prompt the start solves 6 times of 8 or more; ``task`` has HyPO's samples on prompts
-of the whole task in place of those of the pairs. Every end, and DPO's and HyPO's middle, is judged on the
-same held-out prompts: reward, reverse KL to the start (sums over the vocabulary), entropy. At the middle the
-step's influence on the entropy is split into chosen, rejected and sampled responses. ``results.json`` has
-all figures; what is there is not made again. Intervals are 95 % t-intervals over seeds.
+of the whole task in place of those of the pairs. Every end is judged on the same held-out prompts: reward,
+reverse KL to the start (sums over the vocabulary), entropy. After 20 of 40 steps the next step's influence
+on the entropy is split into chosen, rejected and sampled responses. ``results.json`` has all figures; what
+is there is not made again. Intervals are 95 % t-intervals over seeds.
 """
 
 from __future__ import annotations
@@ -146,22 +146,19 @@ def of_method(name: str, seed: int, given: argparse.Namespace) -> dict[str, Any]
     last = run_train(load_config(TrainConfig, CONFIGS / config, [*own, *start]), resume=True)
     found: dict[str, Any] = {"end": judged(last, given.base, given.prompts)}
     if pairs:
-        middle = last.with_name("step-20")
-        found["middle"] = judged(middle, given.base, given.prompts)
-        found["pushed"] = pushed(middle, given.base, given.prompts)
+        found["pushed"] = pushed(last.with_name("step-20"), given.base, given.prompts)
     return found
 
 
 def table(results: dict[str, Any], names: Sequence[str]) -> str:
     """Markdown: mean and interval over seeds."""
     columns = ["reward", "kl", "entropy", "length"]
-    lines = ["| | " + " | ".join([*columns, "kl, step 20", "chosen", "rejected", "sampled"]) + " |"]
-    lines.append("|---" * 9 + "|")
+    lines = ["| | " + " | ".join([*columns, "chosen", "rejected", "sampled"]) + " |"]
+    lines.append("|---" * 8 + "|")
     for name in names:
         own = [found for key, found in results.items() if key.split("/")[0] == name]
         cells = [_cell([found["end"][column] for found in own]) for column in columns]
         if all("pushed" in found for found in own):
-            cells.append(_cell([found["middle"]["kl"] for found in own]))
             cells += [
                 _cell([1e4 * f["pushed"][kind] for f in own]) for kind in ("chosen", "rejected", "sampled")
             ]
