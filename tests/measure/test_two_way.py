@@ -127,6 +127,7 @@ def drawn(rng: np.random.Generator, num: int, noise: float, tail: float) -> _Boa
         truth.halves[None],
         truth.without_folds[None],
         clusters,
+        np.arange(count),
     )
 
 

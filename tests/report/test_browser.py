@@ -86,7 +86,7 @@ def test_the_page_works_in_a_browser(run_folder: Path, browser: Browser) -> None
     board = "document.querySelector('#table-m0-leaderboard')"
     cells = f"[...{board}.querySelectorAll('tbody tr')].map(r => r.children[%d].dataset.v)"
     names, kinds = cells % 0, cells % 1
-    assert set(browser.evaluate(kinds)) == {"literature", "control"}
+    assert set(browser.evaluate(kinds)) == {"literature", "control", "model"}
     choose = "{const s = %s.querySelector('[data-filter=%s]'); s.value = '%s'; s.onchange();}"
     browser.evaluate(choose % (board, "kind", "literature"))
     assert set(browser.evaluate(kinds)) == {"literature"}

@@ -60,6 +60,19 @@ class Folds:
         return cls(labels, np.bincount(labels) / len(labels))
 
 
+@dataclass(frozen=True)
+class Lasting:
+    """What a batch does over its lifetime, in place of what its step does.
+
+    Attributes:
+        metric: P over the share of an unchanging gradient that a step takes at once.
+        direction: along which the step's own change is taken.
+    """
+
+    metric: ParameterVector
+    direction: ParameterVector
+
+
 def first_order(
     policy: Policy,
     step: Step,
@@ -68,8 +81,7 @@ def first_order(
     *,
     lr: float,
     num_folds: int = 64,
-    metric: ParameterVector | None = None,
-    through: ParameterVector | None = None,
+    lasting: Lasting | None = None,
     budget: Budget = Budget(),
 ) -> tuple[Program, Folds]:
     """The program of a step with first-order influences.
@@ -84,14 +96,15 @@ def first_order(
         bound: reward and entropy on it.
         lr: learning rate of the step.
         num_folds: most folds of probe prompts.
-        metric: P; the step's own by default.
-        through: direction whose effect counts as the step's own; the step's whole by default.
+        lasting: metric and direction in place of the step's own.
         budget: what may be used at a time.
 
     Raises:
         MeasurementError: the optimizer has no preconditioner.
     """
-    P = step.metric() if metric is None else metric
+    P, direction = step.metric(), step.direction
+    if lasting is not None:
+        P, direction = dict(lasting.metric), dict(lasting.direction)
     own = SequenceGradients(step.update, weighted_logprobs(step.token_weights))
     units = _units(step)
     folds = Folds.of(probe, min(num_folds, max(2, fitting_groups(policy, budget) // _VECTORS_BESIDE)))
@@ -104,7 +117,7 @@ def first_order(
     effects = []
     rows = len(folds.shares) + 1
     for i, slope in enumerate(slopes):
-        along = slope.dots(step.direction if through is None else through)[:, None]
+        along = slope.dots(direction)[:, None]
         both = lr * np.concatenate([products[i * rows : (i + 1) * rows], along], axis=1)
         value = both[:-1].sum(0) / len(probe)
         by_fold = value + slope.residuals(both) / folds.shares[:, None]
@@ -187,7 +200,7 @@ def before_step(
     ascent = gradient(policy, update, weighted_logprobs(weights), budget=budget)
     step = assemble_step(policy, update, weights, ascent, term_gradients(policy, update, budget=budget))
     shares = {n: policy.optimizer.own_shares(n)[1] for n in policy.optimizer.names}
-    lasting = {n: t / shares[n] for n, t in step.metric().items()}
+    metric = {n: t / shares[n] for n, t in step.metric().items()}
     bound = [
         bind_quantity(
             policy,
@@ -206,8 +219,7 @@ def before_step(
         bound,
         lr=step.lr,
         num_folds=rule.folds,
-        metric=lasting,
-        through={n: lasting[n] * t for n, t in ascent.items()},
+        lasting=Lasting(metric, {n: metric[n] * t for n, t in ascent.items()}),
         budget=budget,
     )
     return found
