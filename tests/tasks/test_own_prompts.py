@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import sys
@@ -190,6 +191,12 @@ def test_a_function_grades_the_batch_as_trl_hands_it(tmp_path: Path, beside: Cal
     for name, expected in (("later", [0.7, 0.3]), ("named", [2.0, 2.0])):
         other = load_prompts(file, reward=f"rewards:{name}")
         assert [s.reward for s in scored(other, batch, tokenizer)] == pytest.approx(expected)
+
+    async def in_a_notebook() -> list[float]:
+        later = load_prompts(file, reward="rewards:later")
+        return [s.reward for s in scored(later, batch, tokenizer)]
+
+    assert asyncio.run(in_a_notebook()) == pytest.approx([0.7, 0.3])
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -85,7 +86,8 @@ class OwnReward:
         try:
             found = self.function(**self._accepted(given))
             if inspect.isawaitable(found):
-                found = asyncio.run(_awaited(found))
+                with ThreadPoolExecutor(1) as beside:  # in a notebook this thread has a loop that runs
+                    found = beside.submit(asyncio.run, _awaited(found)).result()
         except Exception as error:
             raise self._refused(
                 f"it raised {what_happened(error)} when it was called with {len(written)} responses and "
