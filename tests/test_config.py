@@ -225,7 +225,10 @@ def test_batches_must_differ_and_rates_be_positive():
 
 
 def test_pass_at_k_needs_enough_samples():
-    assert "samples_per_prompt = 4" in refused(EvalConfig, None, ["source=c", "samples_per_prompt=4"])
+    asked = ["source=c", "samples_per_prompt=4", "ks=[1,8]"]
+    assert "samples_per_prompt = 4" in refused(EvalConfig, None, asked)
+    assert load_config(EvalConfig, None, asked[:2]).ks == [1, 4]
+    assert load_config(EvalConfig, None, [*asked[:1], "samples_per_prompt=1"]).ks == [1]
 
 
 def test_a_study_needs_the_change():

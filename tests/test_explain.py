@@ -15,7 +15,9 @@ from stepscope import cli
 from stepscope.config import MeasureConfig, build_config
 from stepscope.pipeline import sizing
 from stepscope.pipeline.explain import STAGES
-from stepscope.pipeline.sizing import FEWEST, PASSES, RESERVE, Pace, Speed, fitting, pace
+from stepscope.pipeline.sizing import FEWEST, PASSES, RESERVE, Pace, Speed, fitting, pace, within_task
+from stepscope.pipeline.stages.session import Session
+from stepscope.runs import RunFolder
 
 QUICK = (
     *("update.num_prompts=8", "update.group_size=4", "probe.num_prompts=24"),
@@ -192,3 +194,23 @@ def test_batches_are_sized_for_the_time(capsys: pytest.CaptureFixture[str]) -> N
     said = capsys.readouterr().err
     assert "hours" in said
     assert "a sequence takes 3600.0 s here" in said
+
+
+def test_batches_are_no_larger_than_a_file_of_prompts(checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "sums.jsonl"
+    file.write_text("".join(json.dumps({"prompt": f"{n}+1=", "answer": n + 1}) + "\n" for n in range(60)))
+    plain = {"checkpoint": str(checkpoint), "out": str(tmp_path / "run")}
+    own = {"prompts": str(file), "reward": "builtins:len", "template": "{prompt}"}
+
+    def prompts(fixed: frozenset[str] = frozenset(), **settings: Any) -> tuple[int, int]:
+        config = build_config(MeasureConfig, plain | (settings if "task" in settings else own | settings))
+        found = within_task(Session(config, RunFolder(tmp_path / "run")), fixed)
+        return found.update.num_prompts, found.probe.num_prompts
+
+    update, probe = prompts()
+    assert update >= FEWEST
+    assert probe >= FEWEST
+    assert update + probe == 60
+    assert prompts(update={"num_prompts": 10}, probe={"num_prompts": 20}) == (10, 20)
+    assert prompts(frozenset({"probe"}), probe={"num_prompts": 55})[1] == 55
+    assert prompts(task=f"jsonl:{file}") == (16, 8)  # this task holds 8 of 60 out, apart from the others

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,7 +25,8 @@ class EvalSettings(Asking):
         samples_per_prompt: responses per prompt.
         seed: of prompts and sampling.
         split: split of the task.
-        ks: numbers of samples k for pass@k; 1 is always among them.
+        ks: numbers of samples k for pass@k; 1 is always among them. By default 1 and 8, or as
+            many as there are.
         temperatures: further sampling temperatures, for profiles; every one with every ``top_ps``.
         top_ps: nuclei for profiles: only the smallest set of tokens that holds this much probability.
         sampler: who draws the responses; a server has one checkpoint, and the others are refused.
@@ -53,6 +54,15 @@ class EvalSettings(Asking):
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     device: str | None = None
     report_to: list[TrackerName] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_more_than_samples(cls, given: Any) -> Any:
+        """Unless asked for, no k is above the number of samples."""
+        samples = given.get("samples_per_prompt") if isinstance(given, dict) else None
+        if not isinstance(samples, int) or "ks" in given or not 1 <= samples < max(_one_and_eight()):
+            return given
+        return {**given, "ks": sorted({1, samples})}
 
     @model_validator(mode="after")
     def _enough_samples(self) -> EvalSettings:

@@ -10,7 +10,7 @@ from pathlib import Path
 from stepscope.config import MeasureConfig, Stage, load_config
 from stepscope.errors import ConfigError, RunFolderError
 from stepscope.pipeline.measure import measure, refuse_lone_shard
-from stepscope.pipeline.sizing import Pace, fitting, pace, trial
+from stepscope.pipeline.sizing import Pace, fitting, pace, trial, within_task
 from stepscope.pipeline.stages.report import PAGE
 from stepscope.pipeline.stages.session import Session
 from stepscope.pipeline.together import together
@@ -116,6 +116,7 @@ def _sized(
     if before is not None:
         return measure(before, resume=resume, show_result=quick)
     session = Session(config, run)
+    config = within_task(session, fixed)
     policy, speed = session.policy, trial(session)
     left = current().from_main(lambda: 60 * minutes - (time.monotonic() - begin))
     verb, more = (

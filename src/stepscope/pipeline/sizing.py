@@ -14,6 +14,7 @@ from stepscope.pipeline.stages.session import Session
 from stepscope.policy.gradients.derivatives import gradient, response_logprob
 from stepscope.policy.group import current
 from stepscope.policy.rollouts import sample_rollouts
+from stepscope.results import same_text
 
 PASSES: Mapping[Stage, float] = {**FLOORS, "validation": 50.0, "curvature": 60.0, "kinship": 20.0}
 """Passes of each stage; of the last three, which have sizes of their own, a rough guess."""
@@ -75,12 +76,45 @@ class Pace:
         return f"; about {in_words(left)} left" if left >= 2 else ""
 
 
+def within_task(session: Session, fixed: frozenset[str] = frozenset()) -> MeasureConfig:
+    """The configuration with no more prompts in its batches than the task has, update and probe apart.
+
+    Where both batches are from the same prompts they share them in proportion, with :data:`FEWEST` each at
+    least; what was asked for stays, and is refused where it is drawn.
+
+    Args:
+        session: of the measurement.
+        fixed: batches that stay as they are.
+    """
+    config = session.config
+    update, probe = config.update, config.probe
+    task = open_task(config.task, session.policy, own=config)
+    ours = {same_text(problem.question) for problem in task.problems(update.split)}
+    theirs = {same_text(problem.question) for problem in task.problems(probe.split)}
+    wanted, most = update.num_prompts + probe.num_prompts, len(ours | theirs)
+    sizes = {"update": min(update.num_prompts, len(ours)), "probe": min(probe.num_prompts, len(theirs))}
+    if ours & theirs and sum(sizes.values()) > most:
+        sizes["update"] = min(sizes["update"], max(FEWEST, most * update.num_prompts // wanted))
+        sizes["probe"] = min(sizes["probe"], max(FEWEST, most - sizes["update"]))
+    changed = {
+        name: batch.model_copy(update={"num_prompts": sizes[name]})
+        for name, batch in (("update", update), ("probe", probe))
+        if name not in fixed and sizes[name] < batch.num_prompts
+    }
+    if changed:
+        say(
+            f"the task has {most} different prompts: "
+            + ", ".join(f"{name}.num_prompts={sizes[name]}" for name in changed)
+        )
+    return config.model_copy(update=changed)
+
+
 def trial(session: Session) -> Speed:
     """The speed of this machine, on a few prompts of the probe's split. Collective."""
     config, policy = session.config, session.policy
     task, seed, split = open_task(config.task, policy, own=config), config.probe.seed, config.probe.split
-    found = Speed(0.0, 0.0)
-    for number in PILOT:
+    found, most = Speed(0.0, 0.0), len({same_text(problem.question) for problem in task.problems(split)})
+    for number in (min(few, most) for few in PILOT):
         begin = time.monotonic()
         few = sample_rollouts(policy, task, num_prompts=number, group_size=1, seed=seed, split=split)
         sampled = time.monotonic()

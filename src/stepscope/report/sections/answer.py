@@ -98,7 +98,7 @@ def _figure(found: Waterfall, unit: Unit) -> style.Figure:
         f"What the change of the {unit.quantity} is made of",
         f"In {unit.label}; bars start where the one above ends; blue lowers, orange raises. Classes are the "
         "batch’s tokens by verdict and probability, to first order; rest: second order and beyond. Bars: "
-        "95 %, of classes at most that. ○, hatched: not resolved from zero.",
+        "95 %, of classes over folds of the probe. ○, hatched: not resolved from zero.",
         [bars],
         height=40 + 34 * len(values),
         xaxis=style.axis(unit.label, zeroline=True, nticks=6),
