@@ -136,8 +136,8 @@ def test_tied_and_separate_embeddings(tokenizer: Any) -> None:
 @pytest.mark.parametrize(
     ("settings", "chat", "level", "words"),
     [
-        ({"prompt_template": "Q: {question}"}, None, "ok", "problems are asked as 'Q: {question}'"),
-        ({"task": "arithmetic"}, CHAT, "ok", "problems are asked as '{question}='"),
+        ({"prompt_template": "Q: {question}"}, None, "ok", "problems of a task are asked as 'Q: {question}'"),
+        ({"task": "arithmetic"}, CHAT, "ok", "problems of a task are asked as '{question}='"),
         ({"prompt_template": "chat:{question}"}, CHAT, "ok", "'<|user|>{question}<|end|><|assistant|>'"),
         ({}, "{{ raise_exception('no') }}", "warn", "chat template fails on messages of the roles user"),
         ({"prompt_template": "chat:{question}"}, None, "warn", "the tokenizer has no chat template"),

@@ -211,7 +211,7 @@ def _asking(policy: Policy) -> list[Finding]:
     shown = text if len(text) <= 120 else f"{text[:60]} ... {text[-50:]}"
     known = settings.prompt_template or settings.task
     cure = "" if known else "give loss.prompt_template if the run asked otherwise"
-    return [Finding("ok", f"problems are asked as {shown!r}", cure)]
+    return [Finding("ok", f"problems of a task are asked as {shown!r}", cure)]
 
 
 def ended_prompts(policy: Policy) -> Finding | None:
