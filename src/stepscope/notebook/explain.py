@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from stepscope.cli.measuring import apart
+from stepscope.cli.measuring import apart, sizes_asked
 from stepscope.config import MeasureConfig, load_config
 from stepscope.pipeline.explain import measure_within
 from stepscope.pipeline.stages.report import PAGE
@@ -127,6 +127,5 @@ def explain(
         "device": device,
     }
     config = load_config(MeasureConfig, None, list(overrides), values)
-    fixed = frozenset(name for name in ("update", "probe") for o in overrides if o.startswith(f"{name}."))
-    found = measure_within(config, minutes=minutes, fixed=fixed)
+    found = measure_within(config, minutes=minutes, fixed=sizes_asked(overrides))
     return Explanation(answer_of(found), load_measurement(found))

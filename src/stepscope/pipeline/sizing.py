@@ -15,6 +15,7 @@ from stepscope.policy.gradients.derivatives import gradient, response_logprob
 from stepscope.policy.group import current
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.results import same_text
+from stepscope.tasks import Task
 
 PASSES: Mapping[Stage, float] = {**FLOORS, "validation": 50.0, "curvature": 60.0, "kinship": 20.0}
 """Passes of each stage; of the last three, which have sizes of their own, a rough guess."""
@@ -89,8 +90,7 @@ def within_task(session: Session, fixed: frozenset[str] = frozenset()) -> Measur
     config = session.config
     update, probe = config.update, config.probe
     task = open_task(config.task, session.policy, own=config)
-    ours = {same_text(problem.question) for problem in task.problems(update.split)}
-    theirs = {same_text(problem.question) for problem in task.problems(probe.split)}
+    ours, theirs = _different(task, update.split), _different(task, probe.split)
     wanted, most = update.num_prompts + probe.num_prompts, len(ours | theirs)
     sizes = {"update": min(update.num_prompts, len(ours)), "probe": min(probe.num_prompts, len(theirs))}
     if ours & theirs and sum(sizes.values()) > most:
@@ -109,11 +109,16 @@ def within_task(session: Session, fixed: frozenset[str] = frozenset()) -> Measur
     return config.model_copy(update=changed)
 
 
+def _different(task: Task, split: str) -> set[str]:
+    """The prompts of a split, copies once."""
+    return {same_text(problem.question) for problem in task.problems(split)}
+
+
 def trial(session: Session) -> Speed:
     """The speed of this machine, on a few prompts of the probe's split. Collective."""
     config, policy = session.config, session.policy
     task, seed, split = open_task(config.task, policy, own=config), config.probe.seed, config.probe.split
-    found, most = Speed(0.0, 0.0), len({same_text(problem.question) for problem in task.problems(split)})
+    found, most = Speed(0.0, 0.0), len(_different(task, split))
     for number in (min(few, most) for few in PILOT):
         begin = time.monotonic()
         few = sample_rollouts(policy, task, num_prompts=number, group_size=1, seed=seed, split=split)
