@@ -1,7 +1,7 @@
 """The predicted best learning rate at several batch sizes against line searches.
 
     python bench/best_step.py CHECKPOINT supervised [--seed 0] [--json FILE]
-    python bench/best_step.py CHECKPOINT reward [--seed 0] [--json FILE]
+    python bench/best_step.py CHECKPOINT reward [--seed 0] [--json FILE] [--task arithmetic:test=8000]
 
 Predicted by ``stepscope.measure.curvature.best_step`` from an update and a probe batch. Measured with other
 batches: for each size, disjoint batches of a pool make steps along P times their gradient, P and clipping as
@@ -38,6 +38,7 @@ from stepscope.policy.gradients.stream import SequenceGradients
 from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.results import FloatArray, Rollouts
+from stepscope.results.best_step import StepTerms
 from stepscope.stats import Estimate
 
 SIZES = (4, 16, 64, 256)
@@ -46,9 +47,18 @@ REACHES = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
 BUDGET = Budget(max_sequences=256)
 
 
-def demonstrations(policy: Any, task: Any, count: int, seed: int, split: str) -> Rollouts:
+def asked_besides(batch: Rollouts | None) -> ss.SamplingOptions:
+    """None of a batch's questions."""
+    return ss.SamplingOptions(exclude=frozenset() if batch is None else batch.asked)
+
+
+def demonstrations(
+    policy: Any, task: Any, count: int, seed: int, split: str, besides: Rollouts | None = None
+) -> Rollouts:
     """Worked answers to some prompts, as a batch."""
-    drawn = ss.sample_rollouts(policy, task, num_prompts=count, group_size=1, seed=seed, split=split)
+    drawn = ss.sample_rollouts(
+        policy, task, num_prompts=count, group_size=1, seed=seed, split=split, options=asked_besides(besides)
+    )
     problems = {p.prompt_id: p for p in task.problems(split)}
     end = policy.tokenizer.eos_token_id
     texts = [task.demonstration(problems[i]) for i in drawn.prompt_ids]
@@ -75,11 +85,11 @@ class Supervised:
         self.policy, self.task = policy, task
         self.update = demonstrations(policy, task, update, 10 * seed + 1, "train")
         self.probe = demonstrations(policy, task, probe, 10 * seed + 2, "test")
-        self.held = demonstrations(policy, task, held, 10 * seed + 3, "test")
+        self.held = demonstrations(policy, task, held, 10 * seed + 3, "test", self.probe)
         self.pool_seed = 10 * seed + 4
 
     def pool(self, count: int) -> Rollouts:
-        return demonstrations(self.policy, self.task, count, self.pool_seed, "train")
+        return demonstrations(self.policy, self.task, count, self.pool_seed, "train", self.update)
 
     def weights(self, batch: Rollouts) -> tuple[FloatArray, ...]:
         """Of the mean over texts of the log-prob, over a fixed length."""
@@ -107,7 +117,12 @@ class Reward:
 
     def pool(self, count: int) -> Rollouts:
         return ss.sample_rollouts(
-            self.policy, self.task, num_prompts=count, group_size=self.group_size, seed=self.pool_seed
+            self.policy,
+            self.task,
+            num_prompts=count,
+            group_size=self.group_size,
+            seed=self.pool_seed,
+            options=asked_besides(self.update),
         )
 
     def weights(self, batch: Rollouts) -> tuple[FloatArray, ...]:
@@ -125,6 +140,7 @@ class Reward:
             group_size=1,
             seed=10 * self.seed + 3,
             split="test",
+            options=asked_besides(self.probe),
             budget=BUDGET,
         )
         return float(fresh.rewards.mean())
@@ -133,6 +149,12 @@ class Reward:
 def step_of(policy: Any, batch: Rollouts, weights: Sequence[FloatArray]) -> Step:
     ascent = gradient(policy, batch, weighted_logprobs(weights), budget=BUDGET)
     return assemble_step(policy, batch, weights, ascent, {})
+
+
+def centre(terms: StepTerms, size: int, default: float) -> float:
+    """The predicted best learning rate, resolved or not, where second order is against first."""
+    slope, bend = terms.slope.value, terms.curvature.value + terms.noise.value / size
+    return -slope / bend if slope * bend < 0 else default
 
 
 def line(case: Any, direction: dict[str, Tensor], lrs: FloatArray, base: float) -> FloatArray:
@@ -186,11 +208,12 @@ def main() -> None:
     parser.add_argument("--held", type=int, default=512, help="prompts on which changes are measured")
     parser.add_argument("--pool", type=int, default=512, help="prompts that batches are made of")
     parser.add_argument("--batches", type=int, default=6, help="most batches of a size")
+    parser.add_argument("--task", help="in place of the run's own, for more prompts than its splits have")
     parser.add_argument("--own", action="store_true", help="also AdamW's own steps")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     policy = ss.load_checkpoint(options.checkpoint)
-    task = task_to_measure(None, policy)
+    task = task_to_measure(options.task, policy)
     began = time.perf_counter()
     kind: Callable[..., Any] = Supervised if options.what == "supervised" else Reward
     case = kind(policy, task, options.seed, options.update, options.probe, options.held)
@@ -203,7 +226,7 @@ def main() -> None:
         case.probe,
         quantity=chosen,
         baseline="position",
-        options=PairOptions(sketches=2),
+        options=PairOptions(sketches=0),
         budget=Budget(max_sequences=64),
     )
     made = best_step(kernel, lr=step.lr, run_prompts=policy.settings.prompts_per_step)
@@ -226,9 +249,8 @@ def main() -> None:
     rows = []
     for size in (s for s in SIZES if s <= options.pool):
         row = next(r for r in made.rows if r.prompts == size)
-        slope, bend = made.batch.slope.value, made.batch.curvature.value + made.batch.noise.value / size
-        centre = -slope / bend if slope * bend < 0 else 8 * step.lr
-        lrs = centre * np.array(REACHES)
+        lrs = np.array(REACHES) * centre(made.batch, size, 8 * step.lr)
+        own_lrs = np.array(REACHES) * centre(made.whole, size, step.lr)
         curves, whole = [], []
         for b in range(min(options.batches, options.pool // size)):
             some = shuffled[b * size : (b + 1) * size]
@@ -237,7 +259,8 @@ def main() -> None:
             if options.own:
                 members = np.flatnonzero(np.isin(pool.prompt_index, some))
                 batch = pool.select(members)
-                whole.append(line(case, step_of(policy, batch, case.weights(batch)).direction, lrs, base))
+                direction = step_of(policy, batch, case.weights(batch)).direction
+                whole.append(line(case, direction, own_lrs, base))
         found: dict[str, Any] = {
             "prompts": size,
             "batches": len(curves),
@@ -250,14 +273,16 @@ def main() -> None:
             "measured": with_error(lrs, np.array(curves)),
         }
         if whole:
-            found["own"] = with_error(lrs, np.array(whole))
+            found |= {"own_lrs": own_lrs.tolist(), "own_curve": np.mean(whole, 0).tolist()}
+            found["own"] = with_error(own_lrs, np.array(whole))
         rows.append(found)
-        print(
-            f"  B {size}: lr predicted {row.lr.value:.4g} ({row.lr.low:.3g} to {row.lr.high:.3g}), gain "
-            f"{row.gain.value:.4g} ± {row.gain.stderr:.2g}; measured {found['measured']}; "
-            f"own {found.get('own')}; {row.lr.reason}",
-            flush=True,
-        )
+        print(f"  B {size}")
+        for name, lr, gain in (("measured", row.lr, row.gain), ("own", row.lr_whole, row.gain_whole)):
+            print(
+                f"    lr predicted {lr.value:.4g} ({lr.low:.3g} to {lr.high:.3g}), gain {gain.value:.4g} ± "
+                f"{gain.stderr:.2g}; {name} {found.get(name)}; {lr.reason}",
+                flush=True,
+            )
     if options.json:
         whole_file = {
             "what": options.what,

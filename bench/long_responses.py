@@ -2,12 +2,19 @@
 
     python bench/long_responses.py CHECKPOINT --json FILE [--terms 3 6 9 12] [--prompts 96] [--seed 0]
     python bench/long_responses.py CHECKPOINT --json FILE --figure docs/figures/long_responses.svg
+    python bench/long_responses.py CHECKPOINT --json FILE --difficulty easy hard --prompts 32
+    python bench/long_responses.py --over FILE FILE ...
 
 For sums of each number of terms a batch is sampled from the checkpoint, its step is rebuilt, and its kinship
 is taken (``stepscope.kinship``), with shares of a batch of 16 prompts. What is measured stays in FILE. The
 model of ``stepscope.measure.ledger.kin_model`` is fitted to the shares of one number of terms (``--fit``) and
 predicts the others; both are printed, and drawn with ``--figure``. The checkpoint is that of
 ``stepscope train configs/long_responses.yaml``.
+
+Longer sums are harder too. ``--difficulty`` tells the two apart: of 1,000 prompts that the policy answers 4
+times, ``easy`` takes those with 3 or 4 right answers, ``hard`` the others, and the batch is of new responses
+to them. ``--over`` takes the files of several trainings together: shares of each cell with their 95 %
+t-intervals over trainings, and how the share of the own position goes with length and with reward.
 """
 
 from __future__ import annotations
@@ -22,6 +29,7 @@ from typing import Any
 import numpy as np
 
 import stepscope as ss
+from stepscope.intervals import student
 from stepscope.measure.ledger.kin_model import Batch, KinModel, fit_kin_model
 from stepscope.measure.ledger.kinship import KinOptions
 from stepscope.policy.passes import Budget
@@ -32,6 +40,11 @@ from stepscope.stats import Estimate
 
 OF_PROMPTS = 16
 """Prompts of the batch that shares are of."""
+
+CANDIDATES, TRIES = 1000, 4
+"""Prompts that are tried, and how often, to tell easy ones from hard ones."""
+RIGHT = {"easy": range(3, TRIES + 1), "hard": range(3)}
+"""How many tries have to be right."""
 
 KIN4 = tuple(KINS)[:4]
 LOOKS = {BATCH: "the batch's own positions", FRESH: "fresh responses to its prompts"}
@@ -56,19 +69,35 @@ def shared(rollouts: Rollouts) -> FloatArray:
     return same / pairs
 
 
-def measured(checkpoint: Path, terms: int, prompts: int, tokens: int, seed: int) -> dict[str, Any]:
+def left_out(policy: Any, task: Any, difficulty: str, seed: int, budget: Budget) -> frozenset[str]:
+    """Questions of the training split that are not as difficult as asked, or were not tried."""
+    if difficulty == "all":
+        return frozenset()
+    tried = ss.sample_rollouts(
+        policy, task, num_prompts=CANDIDATES, group_size=TRIES, seed=seed + 2**30, budget=budget
+    )
+    right = np.bincount(tried.prompt_index, weights=tried.rewards)
+    asked = dict(zip(tried.questions, tried.prompt_index, strict=True))
+    fit = {question for question, prompt in asked.items() if right[prompt] in RIGHT[difficulty]}
+    return frozenset(p.question for p in task.problems("train")) - fit
+
+
+def measured(
+    checkpoint: Path, prompts: int, tokens: int, terms: int, seed: int, difficulty: str
+) -> dict[str, Any]:
     """Kinship of one batch of sums of so many terms."""
     begin = time.process_time()
     policy = ss.load_checkpoint(checkpoint)
     task = ss.load_task(f"arithmetic:terms={terms}")
     budget = Budget(max_sequences=64)
+    exclude = left_out(policy, task, difficulty, seed, budget)
     update = ss.sample_rollouts(
         policy,
         task,
         num_prompts=prompts,
         group_size=policy.settings.group_size or 8,
         seed=seed,
-        options=ss.SamplingOptions(resample=8),
+        options=ss.SamplingOptions(resample=8, exclude=exclude),
         budget=budget,
     )
     step = ss.reconstruct_step(policy, update, budget=budget)
@@ -80,6 +109,7 @@ def measured(checkpoint: Path, terms: int, prompts: int, tokens: int, seed: int)
     return {
         "terms": terms,
         "seed": seed,
+        "difficulty": difficulty,
         "length": float(np.mean(update.num_tokens)),
         "length_sd": float(np.std(update.num_tokens)),
         "entropy": float(np.concatenate(update.entropies).mean()),
@@ -235,24 +265,88 @@ def draw(known: list[dict[str, Any]], said: Prediction, fit: int, path: Path) ->
     figure.savefig(path, metadata={"Date": None})
 
 
+def t_interval(values: list[float]) -> str:
+    """Mean and half width of the 95 % t-interval."""
+    x = np.array(values)
+    if len(x) < 2:
+        return f"{x.mean():.3f}"
+    return f"{x.mean():.3f} ± {student(len(x)) * x.std(ddof=1) / len(x) ** 0.5:.3f}"
+
+
+def over_trainings(files: list[Path]) -> str:
+    """Markdown: shares at the batch's own positions over trainings, and what goes with length and reward.
+
+    Batches of one training are averaged. The slopes are those of least squares of the own position's share on
+    the logarithm of the length and the reward, over the cells of one training.
+    """
+    trainings = [json.loads(file.read_text()) for file in files]
+    cells = sorted({(row["terms"], row["difficulty"]) for known in trainings for row in known})
+    lines = [
+        f"| terms, prompts | trainings | tokens | reward | entropy | {' | '.join(KINS[k] for k in KIN4)} |",
+        f"|---|---|---|---|---|{'---|' * 4}",
+    ]
+    looked: list[list[tuple[float, float, float]]] = [[] for _ in trainings]
+    for terms, difficulty in cells:
+        means: list[list[float]] = []
+        for place, known in enumerate(trainings):
+            rows = [row for row in known if (row["terms"], row["difficulty"]) == (terms, difficulty)]
+            if not rows:
+                continue
+            figures = [
+                [
+                    row["length"],
+                    row["reward"],
+                    row["entropy"],
+                    *(s.value for s in shares_of(row, BATCH).values()),
+                ]
+                for row in rows
+            ]
+            mean = np.mean(figures, 0)
+            means.append(mean.tolist())
+            looked[place].append((float(np.log(mean[0])), mean[1], mean[3]))
+        columns = [t_interval(list(column)) for column in zip(*means, strict=True)]
+        lines.append(f"| {terms}, {difficulty} | {len(means)} | {' | '.join(columns)} |")
+    slopes = []
+    for cell in looked:
+        length, reward, share = np.array(cell).T
+        design = np.stack([np.ones_like(length), length, reward], axis=1)
+        slopes.append(np.linalg.lstsq(design, share, rcond=None)[0])
+    _, of_length, of_reward = np.array(slopes).T
+    lines.append(
+        f"\nown position's share: {t_interval(list(of_length * np.log(2)))} for twice the length at equal "
+        f"reward, {t_interval(list(of_reward))} for all right instead of none at equal length"
+    )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--json", type=Path, required=True, help="what is measured, and where more goes")
+    parser.add_argument("checkpoint", type=Path, nargs="?")
+    parser.add_argument("--json", type=Path, help="what is measured, and where more goes")
     parser.add_argument("--terms", type=int, nargs="+", default=[3, 6, 9, 12])
     parser.add_argument("--prompts", type=int, default=96, help="of each batch")
     parser.add_argument("--tokens", type=int, default=1024, help="looked at for their own position")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fit", type=int, default=3, help="number of terms that the model is fitted to")
+    parser.add_argument(
+        "--difficulty", choices=["all", *RIGHT], nargs="+", default=["all"], help="of the prompts"
+    )
+    parser.add_argument("--over", type=Path, nargs="+", help="files of several trainings; measures nothing")
     parser.add_argument("--figure", type=Path, help="draw what is known, and measure nothing")
     options = parser.parse_args()
+    if options.over:
+        print(over_trainings(options.over))
+        return
+    if not (options.checkpoint and options.json):
+        parser.error("a checkpoint and --json, or --over")
     known: list[dict[str, Any]] = json.loads(options.json.read_text()) if options.json.is_file() else []
-    for terms in () if options.figure else options.terms:
-        if any((row["terms"], row["seed"]) == (terms, options.seed) for row in known):
+    cells = [(terms, options.seed, d) for terms in options.terms for d in options.difficulty]
+    for cell in () if options.figure else cells:
+        if any((row["terms"], row["seed"], row["difficulty"]) == cell for row in known):
             continue
-        row = measured(options.checkpoint, terms, options.prompts, options.tokens, options.seed)
+        row = measured(options.checkpoint, options.prompts, options.tokens, *cell)
         known.append(row)
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
@@ -260,6 +354,9 @@ def main() -> None:
         for kin in row["kinship"]["kin"]:
             share = kin["share"]
             print(kin["look"], kin["kin"], *(f"{share[k]:.3f}" for k in ("value", "low", "high")), flush=True)
+    known = [row for row in known if row["difficulty"] == "all"]
+    if not known:
+        return
     said = Prediction.of(known, options.fit)
     print(table(known, said))
     print(effects(known))
