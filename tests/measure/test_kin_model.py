@@ -87,6 +87,66 @@ def test_the_closed_form_is_what_drawn_policies_do(length: int, group: int, prom
     assert total.mean() < -4 * total.std() / math.sqrt(len(total))  # it sharpens
 
 
+def written_out(
+    model: KinModel, acting: list[list[tuple[int, ...]]], looked_at: list[list[tuple[int, ...]]]
+) -> tuple[dict[str, float], FloatArray]:
+    """Sums over all pairs by comparing texts, and the shares of pairs of one prompt that agree on k tokens.
+
+    Features are coefficients of independent normals, one for the whole, each prompt, position and context.
+    """
+
+    def features(prompt: int, text: tuple[int, ...]) -> dict[object, float]:
+        found: dict[object, float] = {"all": model.common**0.5, ("prompt", prompt): model.prompt**0.5}
+        found["place", len(text)] = model.place**0.5
+        for k in range(len(text) + 1):
+            new = 1.0 if k == 0 else (1 - model.memory**2) ** 0.5
+            found[prompt, text[:k]] = model.tree**0.5 * new * model.memory ** (len(text) - k)
+        return found
+
+    sums, length = dict.fromkeys(KIN4, 0.0), len(acting[0][0])
+    agree = np.zeros(length)
+    pairs = 0
+    for p, group in enumerate(acting):
+        for i, response in enumerate(group):
+            for asked, others in enumerate(looked_at):
+                for j, other in enumerate(others):
+                    if p == asked and not (acting is looked_at and i == j):
+                        agree += [response[:k] == other[:k] for k in range(length)]
+                        pairs += 1
+                    for k in range(length):
+                        h = features(p, response[:k])
+                        for at in range(length):
+                            there = features(asked, other[:at])
+                            rho = sum(value * there.get(name, 0.0) for name, value in h.items())
+                            if asked != p:
+                                kin = OTHER_PROMPTS
+                            elif other[:at] == response[:k]:
+                                kin, rho = SAME_POSITION, 1.0
+                            else:
+                                kin = SAME_RESPONSE if other[:at] == response[:at] else SAME_PROMPT
+                            sums[kin] += float(model.effect(np.array(rho)))
+    own = float(model.effect(np.array(1.0))) * length * len(acting) * len(acting[0])
+    return {kin: value / own for kin, value in sums.items()}, agree / pairs
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_the_sums_are_those_of_a_tree_that_is_written_out(fresh: bool) -> None:
+    """Exactly, whatever the tree: responses part late, early and never."""
+    rng = np.random.default_rng(3)
+
+    def drawn() -> list[list[tuple[int, ...]]]:
+        return [[tuple(map(int, rng.random(5) < 0.3)) for _ in range(4)] for _ in range(2)]
+
+    acting = drawn()
+    looked_at = drawn() if fresh else acting
+    model = KinModel(common=0.2, prompt=0.15, place=0.1, memory=0.7, dimension=20)
+    expected, shared = written_out(model, acting, looked_at)
+    assert 1 > shared[1] > shared[4] > 0
+    found = model.sums(Batch(shared, 4, 2, fresh))
+    assert found == pytest.approx(expected, rel=1e-12)
+    assert min(found.values()) > 0.02
+
+
 def test_the_expected_effect_of_a_pair_is_that_of_its_overlap() -> None:
     """E[(h . h')^2] of normal features, and of readouts: no sampling of tokens."""
     rng, overlap, d = np.random.default_rng(0), 0.6, 5
@@ -157,5 +217,12 @@ def test_what_is_no_model_is_refused() -> None:
         Batch(np.array([1.0, 0.5, 0.6]), 8, 16)
     size = Batch.branching(3, 0.5, 8, 16)
     nothing = {SAME_POSITION: Estimate(0.5, math.nan, 1, "share", "made")}
-    with pytest.raises(MeasurementError, match="has standard error nan"):
+    with pytest.raises(MeasurementError, match="with standard error nan"):
         fit_kin_model([(size, nothing)])
+    with pytest.raises(MeasurementError, match="is nan with"):
+        fit_kin_model([(size, {SAME_POSITION: Estimate(math.nan, 0.1, 1, "share", "made")})])
+    with pytest.raises(MeasurementError, match="no shares to fit"):
+        fit_kin_model([])
+    for group, prompts in ((0, 16), (8, 0)):
+        with pytest.raises(MeasurementError, match="expected at least 1 of both"):
+            Batch.branching(3, 0.5, group, prompts)

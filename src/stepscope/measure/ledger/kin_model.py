@@ -8,20 +8,20 @@ normal with variance 1/d and overlap E[h_x . h_x'] = rho(x, x'), of four parts t
     h = sqrt(common) m + sqrt(prompt) u_prompt + sqrt(place) v_k + sqrt(tree) t_x
     t_x = memory t_parent + sqrt(1 - memory^2) xi_x
 
-so that rho is 1 in one context; common + prompt + tree memory^|k - l| in one response; in two responses that
-part after s tokens common + prompt + place [k = l] + tree memory^(their distance over the branching point);
-and common + place [k = l] across prompts. Logits are W h with small normal W, and rewards of tokens favour
-likely ones in proportion, which is what sharpens a policy. A token pushes by its advantage, in expectation in
-proportion to the logits less their mean, and so does the entropy's slope; the last layer's kernel of two
-positions is (h . h') times the overlap of these two, so that in expectation a token at t does to the entropy
-at x
+so that rho is 1 in one context; common + prompt + tree memory^|k - l| in one response; common + prompt +
+place [k = l] + tree memory^(|k - s| + l - s) for a context l that another response goes through alone, s the
+last that both have; and common + place [k = l] across prompts. Logits are W h with small normal W, and
+rewards of tokens favour likely ones in proportion, which is what sharpens a policy. A token pushes by its
+advantage, in expectation in proportion to the logits less their mean, and so does the entropy's slope; the
+last layer's kernel of two positions is (h . h') times the overlap of these two, so that in expectation a
+token at t does to the entropy at x
 
     -c (V - 1)/V^2 E[(h_x . h_t)^2] = -c (V - 1)/V^2 f(rho(x, t)),    f(rho) = rho^2 + (1 + rho^2)/d
 
 to leading order in the logits, with baselines of the group in c. Summed over pairs of a kin that is a finite
 sum over positions and branching points; shares are free of c. (Own derivation;
-``tests/measure/test_kin_model.py`` draws policies, trees, tokens and advantages of the model and holds the
-sums against it.)
+``tests/measure/test_kin_model.py`` holds the sums to all pairs of a tree that is written out, and to
+policies, trees, tokens and advantages that are drawn from the model.)
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Batch:
         fresh: the entropy is looked at G other responses to each prompt, and not at the batch's own.
 
     Raises:
-        MeasurementError: s does not fall from 1.
+        MeasurementError: s does not fall from 1, or there is no response or no prompt.
     """
 
     shared: FloatArray
@@ -64,6 +64,11 @@ class Batch:
         if not (len(s) and s[0] == 1 and (np.diff(s) <= 0).all() and s[-1] >= 0):
             raise MeasurementError(
                 f"shares of common prefixes must fall from 1 to 0 or more, got {s.tolist()}"
+            )
+        if min(self.group_size, self.prompts) < 1:
+            raise MeasurementError(
+                f"a batch has {self.prompts} prompts with {self.group_size} responses each, expected at "
+                "least 1 of both"
             )
 
     @classmethod
@@ -129,7 +134,8 @@ class KinModel:
         there = itself + beside * s
         k, to = np.meshgrid(places, places, indexing="ij")
         level = self.common + self.prompt
-        inside = self.effect(level + self.tree * self.memory ** np.abs(k - to))
+        decay = self.memory ** np.arange(2 * length)
+        inside = self.effect(level + self.tree * decay[np.abs(k - to)])
         inside[places, places] = 0.0
         across = self.effect(self.common + self.place * (k == to))
         parting = s - np.append(s[1:], 0.0)
@@ -138,11 +144,10 @@ class KinModel:
         for depth, chance in enumerate(parting):
             if not chance:
                 continue
-            far = k - np.minimum(k, depth) + (to - depth)
-            found = self.effect(
-                level + self.place * (k == to) + self.tree * self.memory ** np.maximum(far, 0)
-            )
-            apart += chance * float(found[:, depth + 1 :].sum())
+            beyond = places[depth + 1 :]
+            far = np.abs(places - depth)[:, None] + beyond - depth  # by the last context that both have
+            at = self.place * (places[:, None] == beyond)
+            apart += chance * float(self.effect(level + at + self.tree * decay[far]).sum())
         own = float(self.effect(np.ones(1))[0]) * length
         return {
             SAME_POSITION: float(there.mean()),
@@ -168,12 +173,17 @@ def fit_kin_model(
         dimension: of the features.
 
     Raises:
-        MeasurementError: a share without a standard error.
+        MeasurementError: no shares, or one without a value or a standard error.
     """
     rows = [(batch, kin, share) for batch, shares in measured for kin, share in shares.items()]
+    if not rows:
+        raise MeasurementError("model of kinship: no shares to fit to; measure with --stages kinship")
     for _, kin, share in rows:
-        if not share.stderr > 0:
-            raise MeasurementError(f"the share {kin} has standard error {share.stderr}, expected above 0")
+        if not (math.isfinite(share.value) and 0 < share.stderr < math.inf):
+            raise MeasurementError(
+                f"the share {kin} is {share.value} with standard error {share.stderr}, expected a finite "
+                "number with one above 0; leave it out, or measure more prompts"
+            )
 
     def model(values: FloatArray) -> KinModel:
         common, rest, memory = values
