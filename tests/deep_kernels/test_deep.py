@@ -95,6 +95,53 @@ def test_all_data_inducing_is_the_full_machine(name):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("inducing", [None, 18])
+def test_points_that_occur_twice_are_those_of_the_gaussian_process(inducing):
+    """The kernel is singular then; with the jitter that is there the objective and predictions stay right."""
+    X, Y = data()
+    X, Y = torch.cat([X, X[:6]]), torch.cat([Y, Y[:6] + 0.1])
+    machine = DeepKernelMachine(X, Y, layers=0, width=1.0, inducing=inducing)
+    new = data(seed=9)[0]
+    with torch.no_grad():
+        both = torch.cat([X, new])
+        K = kernels_of(machine, 0, both @ both.T / 3)
+    cover, cross = K[:18, :18] + 0.1 * torch.eye(18), K[18:, :18]
+    normal = MultivariateNormal(torch.zeros(18, dtype=torch.float64), cover)
+    assert machine.objective().item() == pytest.approx(normal.log_prob(Y.T).sum().item(), abs=1e-5)
+    mean, variance = machine.predict(new)
+    torch.testing.assert_close(mean, cross @ torch.linalg.solve(cover, Y), rtol=0, atol=1e-6)
+    spread = 1.1 - (cross * torch.linalg.solve(cover, cross.T).T).sum(1)
+    torch.testing.assert_close(variance, spread, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["squared_exponential", "arc_cosine", "linear"])
+def test_order_of_the_data_is_nothing(name):
+    X, Y = data()
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
+    one, other = (
+        DeepKernelMachine(x, y, layers=2, width=3.0, kernel=name) for x, y in ((X, Y), (X[order], Y[order]))
+    )
+    assert one.objective().item() == pytest.approx(other.objective().item(), rel=1e-12)
+    new = data(seed=9)[0]
+    for left, right in zip(one.predict(new), other.predict(new), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("inducing", [None, 1])
+def test_one_point_has_its_closed_form(inducing):
+    """k = 1, G = w^2: log N(y; 0, 1 + s) of the squared exponential, less the penalty of each layer."""
+    X, Y = data(1, 3, 2)
+    machine = DeepKernelMachine(X, Y, layers=1, width=2.0, inducing=inducing, jitter=0.0)
+    with torch.no_grad():
+        machine.factors[0].fill_(0.3)
+    w = math.exp(0.3)
+    expected = norm.logpdf(Y.numpy(), scale=math.sqrt(1.1)).sum() - 2.0 * ((w * w - 1) / 2 - 0.3)
+    assert machine.objective().item() == pytest.approx(expected, rel=1e-12)
+    mean, variance = machine.predict(X)
+    torch.testing.assert_close(mean, Y / 1.1)
+    torch.testing.assert_close(variance, torch.tensor([1.1 - 1 / 1.1], dtype=torch.float64))
+
+
 def test_fewer_points_give_titsias_bound_which_lies_below():
     X, Y = data(30)
     exact = DeepKernelMachine(X, Y, layers=0, width=1.0, jitter=0.0)
@@ -303,12 +350,12 @@ def test_draws_are_about_the_gram_matrix_in_training_only():
     still = machine.gram(1)
     assert torch.equal(still, machine.gram(1))
     machine.train()
-    drawn = torch.stack([machine.gram(1).detach() for _ in range(3000)])
-    error = drawn.std(0) / math.sqrt(3000)
+    drawn = torch.stack([machine.gram(1).detach() for _ in range(1000)])
+    error = drawn.std(0) / math.sqrt(1000)
     assert ((drawn.mean(0) - still).abs() < 5 * error).all()
     # Var[G_ij] = (G_ii G_jj + G_ij^2)/m of a Wishart matrix over its degrees of freedom
     spread = ((torch.outer(still.diagonal(), still.diagonal()) + still.square()) / 40).sqrt().detach()
-    np.testing.assert_allclose(drawn.std(0).numpy(), spread.numpy(), rtol=0.12)
+    np.testing.assert_allclose(drawn.std(0).numpy(), spread.numpy(), rtol=0.15)
 
 
 def test_no_layers_are_gpytorchs_gaussian_process():
@@ -383,15 +430,25 @@ def test_what_does_not_fit_is_refused(options, match):
 
 def test_data_that_does_not_fit_is_refused():
     X, Y = data()
-    with pytest.raises(MeasurementError, match=r"finite float64, got torch\.float32"):
+    with pytest.raises(MeasurementError, match=r"inputs are torch\.float32, expected float64"):
         DeepKernelMachine(X.float(), Y, layers=1, width=1.0)
-    with pytest.raises(MeasurementError, match="must be finite"):
-        DeepKernelMachine(X, Y / 0, layers=1, width=1.0)
+    spoilt = Y.index_fill(0, torch.tensor([3, 5]), math.nan)
+    with pytest.raises(MeasurementError, match="outputs: 2 of 12 rows are not finite, the first is row 3"):
+        DeepKernelMachine(X, spoilt, layers=1, width=1.0)
     with pytest.raises(MeasurementError, match="expected"):
         DeepKernelMachine(X, Y[:-1], layers=1, width=1.0)
     machine = DeepKernelMachine(X, Y, layers=1, width=1.0)
     with pytest.raises(MeasurementError, match=r"expected \(t, 3\) float64"):
         machine.predict(X[:, :2])
+    with pytest.raises(MeasurementError, match="predict: 12 of 12 rows are not finite"):
+        machine.predict(X * math.nan)
+    for wrong in (Y[:1], Y[:, :1]):  # which would be taken for all rows, or for all outputs
+        with pytest.raises(MeasurementError, match=r"expected \(12, 2\)"):
+            machine.log_density(X, wrong)
+    for steps, rate in ((-1, 1e-2), (3, math.nan), (3, 0.0)):
+        with pytest.raises(MeasurementError, match=r"expected 0 or more at a finite rate above"):
+            machine.fit(steps, rate)
+    assert [len(found) for found in machine.predict(X[:0])] == [0, 0]
     with pytest.raises(MeasurementError, match="there are 0 to 1"):
         machine.gram(2)
     twice = DeepKernelMachine(torch.cat([X, X]), torch.cat([Y, Y]), layers=1, width=1.0, jitter=0.0)

@@ -138,11 +138,12 @@ class DeepKernelMachine(nn.Module):
 
     def predict(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Mean (t, C) and variance (t,) of new outputs, noise included, at (t, d) inputs; no draws."""
-        if inputs.ndim != 2 or inputs.shape[1] != self.inputs.shape[1] or inputs.dtype != torch.float64:
+        size = self.inputs.shape[1]
+        if inputs.ndim != 2 or inputs.shape[1] != size or inputs.dtype != torch.float64:
             raise MeasurementError(
-                f"predict: got inputs {tuple(inputs.shape)} {inputs.dtype}, expected "
-                f"(t, {self.inputs.shape[1]}) float64"
+                f"predict: got inputs {tuple(inputs.shape)} {inputs.dtype}, expected (t, {size}) float64"
             )
+        _finite("predict", inputs)
         training = self.training
         self.eval()
         try:
@@ -160,6 +161,10 @@ class DeepKernelMachine(nn.Module):
     def log_density(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         """(t,) log density of new outputs (t, C) under :meth:`predict`, row by row, summed over outputs."""
         mean, variance = self.predict(inputs)
+        if outputs.shape != mean.shape:
+            raise MeasurementError(
+                f"log_density: got outputs {tuple(outputs.shape)}, expected {tuple(mean.shape)}"
+            )
         each = -0.5 * (
             (outputs - mean).square() / variance[:, None] + (2 * math.pi * variance[:, None]).log()
         )
@@ -169,8 +174,14 @@ class DeepKernelMachine(nn.Module):
         """Ascend the objective with Adam, at a tenth of the rate in the last fifth; the objectives in nats.
 
         Raises:
-            MeasurementError: the objective is not finite, or a kernel is not positive.
+            MeasurementError: steps or rate that are none, an objective that is not finite, or a kernel that
+                is not positive.
         """
+        if steps < 0 or not 0 < rate < math.inf:
+            raise MeasurementError(
+                f"deep kernel machine: {steps} steps at rate {rate}, expected 0 or more at a "
+                "finite rate above 0"
+            )
         optimizer = torch.optim.Adam(self.parameters(), lr=rate, betas=BETAS)
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [max(1, steps * 4 // 5)])
         self.train()
@@ -241,6 +252,15 @@ def _root(matrix: Tensor, where: str) -> Tensor:
     return root
 
 
+def _finite(where: str, values: Tensor) -> None:
+    bad = (~torch.isfinite(values)).any(1).nonzero().flatten().tolist()
+    if bad:
+        raise MeasurementError(
+            f"{where}: {len(bad)} of {len(values)} rows are not finite, the first is row {bad[0]}; "
+            "leave them out"
+        )
+
+
 def _check(
     inputs: Tensor,
     outputs: Tensor,
@@ -263,8 +283,9 @@ def _check(
             "expected (n, d) and (n, C)"
         )
     for name, values in (("inputs", inputs), ("outputs", outputs)):
-        if values.dtype != torch.float64 or not bool(torch.isfinite(values).all()):
-            raise MeasurementError(f"deep kernel machine: {name} must be finite float64, got {values.dtype}")
+        if values.dtype != torch.float64:
+            raise MeasurementError(f"deep kernel machine: {name} are {values.dtype}, expected float64")
+        _finite(f"deep kernel machine, {name}", values)
     wrong = {
         f"layers is {layers}, expected 0 or more": layers < 0,
         f"width is {width}, expected more than 0 (infinity is the NNGP)": not width > 0,
