@@ -26,7 +26,8 @@ class KernelModel(Record):
         fitted: numbers that were fitted to the entries of other prompts; 0 for what predicts as it is.
         r2: kind of pair (``diagonal``, ``same_prompt``, ``different_prompts``) to the share of the variance
             of its entries that is predicted; below 0 where their mean would be nearer.
-        spearman: kind of pair to the rank correlation of predicted and true entries.
+        spearman: kind of pair to the rank correlation of predicted and true entries within a fold of prompts,
+            averaged over folds; no number for a model that orders nothing.
     """
 
     name: str

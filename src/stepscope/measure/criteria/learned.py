@@ -3,7 +3,9 @@
 Features are signed criteria of the literature, the last layer's influence, log-prob, entropy, position and
 advantage. Learned across two splits at once: a prompt's tokens are scored by what was fitted to the tokens of
 other update prompts, and a score fitted to the truth from one half of the probe is judged by the other half,
-both ways. Other criteria are ranked against the whole probe; against a half of it every correlation is
+both ways. What is fitted is how a token differs from the mean of those it is fitted to: that mean ranks no
+token, and added to the scores of a fold, which it is low for where the fold is high, it would give a score
+that knows nothing a negative correlation. Other criteria are ranked against the whole probe; against a half of it every correlation is
 smaller by about sqrt((1 + r)/2), r the truth's reliability, so that learned ones stand lower by that much.
 """
 
@@ -98,6 +100,7 @@ def learned_scores(
             asked = truth.chosen[held[truth.chosen]]
             size = float(np.median(np.abs(values[seen]))) or 1.0
             target = np.arcsinh(values[seen] / size)  # most tokens hardly matter, few matter much
+            target -= target.mean()
             reach = np.abs(target).max()
             for name, machine in MACHINES.items():
                 told = _fitted(machine, inputs[seen], target, inputs[asked], options)
@@ -123,8 +126,7 @@ def _fitted(
     shift, spread = x.mean(0), np.where(spread > 1e-12, spread, np.inf)
     z = (x - shift) / spread
     gram = z.T @ z + RIDGE * len(z) * np.eye(z.shape[1])
-    coefficients = np.linalg.solve(gram, z.T @ (y - y.mean()))
-    return np.asarray(y.mean() + (asked - shift) / spread @ coefficients, dtype=np.float64)
+    return np.asarray((asked - shift) / spread @ np.linalg.solve(gram, z.T @ y), dtype=np.float64)
 
 
 def crossed(

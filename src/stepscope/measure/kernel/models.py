@@ -149,7 +149,7 @@ def _parts(task: Task) -> FloatArray:
 
 
 def _regression(task: Task, machine: Machine) -> FloatArray:
-    """By a machine with inducing points."""
+    """By a machine with inducing points; rows of the fold alone."""
     options = task.options
     own = np.diag(_layers(task)).copy()
     floor = own[own > 0].min() if (own > 0).any() else 1.0
@@ -157,12 +157,14 @@ def _regression(task: Task, machine: Machine) -> FloatArray:
     rows, columns = _drawn(task)
     inputs, target = task.pairs.inputs(), task.K / scale
     x, y = inputs[rows, columns], target[rows, columns]
-    asked = inputs.reshape(-1, inputs.shape[-1])
+    held = inputs[~task.known]
     machine_options = MachineOptions(
         inducing=options.inducing, width=options.width, steps=options.steps, seed=options.seed
     )
-    made = regressed(machine, x, y, asked, machine_options).reshape(task.K.shape) * scale
-    return np.asarray(made, dtype=np.float64)
+    made = regressed(machine, x, y, held.reshape(-1, held.shape[-1]), machine_options)
+    found = np.zeros_like(task.K)
+    found[~task.known] = made.reshape(held.shape[:-1]) * scale[~task.known]
+    return found
 
 
 def _drawn(task: Task) -> tuple[IntArray, IntArray]:
@@ -234,24 +236,33 @@ def predicted(
     Raises:
         MeasurementError: fewer prompts than folds, or fewer than three folds.
     """
-    count = int(pairs.prompts.max()) + 1
+    found, folds = np.zeros_like(K), _folds(pairs.prompts, options)
+    for fold in range(options.folds):
+        held = folds == fold
+        found[held] = MODELS[model].predict(Task(K, pairs, metric, ~held, options))[held]
+    return found
+
+
+def _folds(prompts: IntArray, options: ModelOptions) -> IntArray:
+    """(seq,) fold of each sequence's prompt."""
+    count = int(prompts.max()) + 1
     if not 3 <= options.folds <= count:
         raise MeasurementError(
             f"models of the kernel: {options.folds} folds of {count} prompts, expected at least 3 and at "
             "most one for each prompt; set models.folds, or take more prompts"
         )
-    folds = np.random.default_rng(options.seed).permutation(count) % options.folds
-    found = np.zeros_like(K)
-    for fold in range(options.folds):
-        held = folds[pairs.prompts] == fold
-        found[held] = MODELS[model].predict(Task(K, pairs, metric, ~held, options))[held]
-    return found
+    found = np.random.default_rng(options.seed).permutation(count) % options.folds
+    return np.asarray(found[prompts], dtype=np.int64)
 
 
 def judge(
     K: FloatArray, pairs: Pairs, metric: str, options: ModelOptions = ModelOptions()
 ) -> tuple[KernelModel, ...]:
     """Every model of K, cross-fitted over prompts; errors by leaving out prompts, given what was fitted.
+
+    R^2 is over the entries of all folds. Ranks are of the entries within one, averaged over folds by their
+    number: a fold's mean is fitted to all others and so is low where its own entries are high, which across
+    folds would give a model that knows nothing a negative rank correlation.
 
     Args:
         K: (seq, seq) kernel of distinct responses.
@@ -262,36 +273,46 @@ def judge(
     Raises:
         MeasurementError: fewer prompts than folds, or fewer than three folds.
     """
-    found = []
+    found, folds = [], _folds(pairs.prompts, options)
     for name, model in MODELS.items():
         guess = predicted(K, pairs, metric, name, options)
         r2, ranks = {}, {}
         for kind, mask in pairs.kinds.items():
-            r2[kind], ranks[kind] = _figures(K, guess, mask, pairs.prompts)
+            r2[kind], ranks[kind] = _figures(K, guess, mask, pairs.prompts, folds)
         found.append(KernelModel(name, metric, model.formula, model.passes, model.fitted(pairs), r2, ranks))
     return tuple(found)
 
 
 def _figures(
-    K: FloatArray, guess: FloatArray, mask: BoolArray, prompts: IntArray
+    K: FloatArray, guess: FloatArray, mask: BoolArray, prompts: IntArray, folds: IntArray
 ) -> tuple[Estimate, Estimate]:
     """R^2 and rank correlation over one kind of pair."""
 
     def both(keep: IntArray) -> FloatArray:
         part = np.ix_(keep, keep)
         own = mask[part]
-        true, told = K[part][own], guess[part][own]
+        true, told, fold = K[part][own], guess[part][own], folds[keep][np.nonzero(own)[0]]
         total = float(((true - true.mean()) ** 2).sum()) if len(true) else 0.0
         r2 = 1 - float(((true - told) ** 2).sum()) / total if total > 0 else math.nan
-        varied = len(true) > 2 and np.ptp(true) > 0 and np.ptp(told) > 1e-12 * np.abs(told).max()
-        return np.array([r2, float(spearmanr(true, told).statistic) if varied else math.nan])
+        return np.array([r2, _ranks(true, told, fold)])
 
     values = both(np.arange(len(prompts)))
     count = int(prompts.max()) + 1
     without = np.array(leave_out(both, prompts))
     made = []
-    for place, unit in enumerate(("share of the variance", "correlation")):
+    for place, (unit, of) in enumerate((("share of the variance", ""), ("correlation", "within folds, "))):
         _, error = jackknife(without[:, place])
-        method = "cross-fitted over prompts; jackknife over prompts, given what was fitted"
+        method = f"{of}cross-fitted over prompts; jackknife over prompts, given what was fitted"
         made.append(Estimate(float(values[place]), float(error), count, unit, method))
     return made[0], made[1]
+
+
+def _ranks(true: FloatArray, told: FloatArray, folds: IntArray) -> float:
+    """Rank correlation within folds, by their number of entries; of those in which something is ordered."""
+    found, counts = [], []
+    for fold in np.unique(folds):
+        x, y = true[folds == fold], told[folds == fold]
+        if len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 1e-12 * np.abs(y).max():
+            found.append(float(spearmanr(x, y).statistic))
+            counts.append(len(x))
+    return float(np.average(found, weights=counts)) if found else math.nan
