@@ -5,8 +5,9 @@ advantage. Learned across two splits at once: a prompt's tokens are scored by wh
 other update prompts, and a score fitted to the truth from one half of the probe is judged by the other half,
 both ways. What is fitted is how a token differs from the mean of those it is fitted to: that mean ranks no
 token, and added to the scores of a fold, which it is low for where the fold is high, it would give a score
-that knows nothing a negative correlation. Other criteria are ranked against the whole probe; against a half of it every correlation is
-smaller by about sqrt((1 + r)/2), r the truth's reliability, so that learned ones stand lower by that much.
+that knows nothing a negative correlation. Other criteria are ranked against the whole probe; against a half
+of it every correlation is smaller by about sqrt((1 + r)/2), r the truth's reliability, so that learned ones
+stand lower by that much.
 """
 
 from __future__ import annotations
