@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,8 +14,10 @@ import torch
 import cases
 from measure.test_influence import build_policy
 from measure.test_kinship import KIN4, kin_of, pair_matrix, places
+from measure.test_last_layer import masked
 from stepscope.errors import MeasurementError
 from stepscope.measure.ledger.kin_step import kinship
+from stepscope.measure.ledger.kinship import KinOptions
 from stepscope.measure.step.reconstruct import Step
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.state import Policy
@@ -65,6 +68,26 @@ def test_the_kin_are_sums_over_all_pairs(setting: tuple[Policy, Step], found: St
         assert row.draw_stderr == 0
 
 
+def test_tokens_of_an_environment_are_contexts_and_push_nothing(setting: tuple[Policy, Step]) -> None:
+    """Masked ones: they are neither positions of the look nor tokens, and yet part of what stands before."""
+    policy, step = setting
+    update = masked(step.update)
+    masks = update.written
+    weights = tuple(np.where(m, w, 0.0) for m, w in zip(masks, step.token_weights, strict=True))
+    everything = SimpleNamespace(policy=policy, step=step, metrics={"P": step.metric()})
+    written = np.concatenate(masks)
+    matrix = pair_matrix(everything, step.update, "P")[np.ix_(written, written)] / written.sum()
+    ours = places(update)
+    sums = dict.fromkeys(KIN4, 0.0)
+    for (n, position), (t, token) in product(enumerate(ours), enumerate(ours)):
+        sums[kin_of(position, token)] += matrix[n, t]
+    found = kinship(policy, replace(step, update=update, token_weights=weights))
+    whole = sum(sums.values())
+    for kin in KIN4:
+        row = found.of(BATCH, kin)
+        assert row.influence.value == pytest.approx(sums[kin], rel=1e-9, abs=1e-11 * abs(whole))
+
+
 def test_all_of_them_are_what_the_batch_s_part_of_the_step_does(
     setting: tuple[Policy, Step], found: StepKinship
 ) -> None:
@@ -72,12 +95,12 @@ def test_all_of_them_are_what_the_batch_s_part_of_the_step_does(
     policy, step = setting
     assert step.clip_coefficient < 1
     levels = []
-    for reach in (1e-6, -1e-6):
+    for reach in (1e-5, -1e-5):
         with shifted(policy.parameters, step.components["sequences"], reach), torch.no_grad():
             batch = make_batch(step.update.prompt_token_ids, step.update.response_token_ids)
             entropies = forward(policy.model, batch, temperature=step.update.temperature).entropies
             levels.append(float(entropies[batch.response_mask].mean()))
-    slope = (levels[0] - levels[1]) / 2e-6
+    slope = (levels[0] - levels[1]) / 2e-5
     assert found.totals[BATCH].value == pytest.approx(slope, rel=1e-6)
     rows = [row for row in found.kin if row.look == FRESH]
     assert sum(row.influence.value for row in rows) == pytest.approx(found.totals[FRESH].value, rel=1e-12)
@@ -116,6 +139,11 @@ def test_what_has_no_kinship_is_refused(setting: tuple[Policy, Step]) -> None:
     policy, step = setting
     with pytest.raises(MeasurementError, match="no preconditioner"):
         kinship(policy, replace(step, preconditioner=None))
+    for prompts in (0, -3):
+        with pytest.raises(MeasurementError, match="expected at least 1"):
+            kinship(policy, step, prompts=prompts)
+    with pytest.raises(MeasurementError, match="0 tokens to look at"):
+        KinOptions(tokens=0)
     alone = cases.step(policy, num_prompts=1, group_size=4, seed=2)
     assert math.isfinite(kinship(policy, alone).totals[BATCH].value)
     with pytest.raises(MeasurementError, match="a batch of 1 prompt says nothing of 16 prompts"):

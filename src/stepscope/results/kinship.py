@@ -105,6 +105,7 @@ class KinStep(Record):
         tokens: number of distinct tokens with a weight, in distinct contexts.
         drawn: how many of these were looked at for their own position; all, where it is the same.
         positions: look to its number of positions.
+        at_prompts: look to (prompt,) those in answers to each of these prompts.
         pairs: look to kin to the number of pairs of token and position.
         parts: of every look, kin and displacement.
         formulas: of tabular theory.
@@ -117,6 +118,7 @@ class KinStep(Record):
     tokens: int
     drawn: int
     positions: Mapping[str, int]
+    at_prompts: Mapping[str, IntArray]
     pairs: Mapping[str, Mapping[str, int]]
     parts: tuple[KinPart, ...]
     formulas: tuple[KinFormula, ...]

@@ -91,18 +91,27 @@ class Kindred:
         there = np.bincount(answered, minlength=contexts.num_prompts)[: contexts.num_prompts]
         return cls(at, len(theirs), there.astype(np.int64))
 
-    def pairs(self, contexts: Contexts, weights: Sequence[FloatArray]) -> dict[str, int]:
-        """Pairs of a token with a weight and a position of the look, by kin."""
+    def pairs(self, contexts: Contexts, weights: Sequence[FloatArray]) -> dict[str, IntArray]:
+        """Pairs of a token with a weight and a position of the look, by kin.
+
+        Returns:
+            (2, prompt) of each kin: those of the tokens of each prompt, and those at the positions of each
+            prompt with tokens of others.
+        """
         pushing = [np.asarray(row) != 0 for row in weights]
-        many = np.array([int(push.sum()) for push in pushing])
-        near = int(sum(float(at[push].sum()) for at, push in zip(self.at, pushing, strict=True)))
-        path = int(many @ [at.sum() for at in self.at])
-        asked = int(np.bincount(contexts.prompts, weights=many) @ self.by_prompt)
+        rows = zip(self.at, pushing, strict=True)
+        sums = np.array([[push.sum(), at[push].sum(), push.sum() * at.sum()] for at, push in rows])
+        many, near, path = (
+            np.bincount(contexts.prompts, weights=row, minlength=contexts.num_prompts).astype(np.int64)
+            for row in sums.T
+        )
+        asked, nothing = many * self.by_prompt, np.zeros_like(many)
+        others = np.stack([many * self.positions - asked, many.sum() * self.by_prompt - asked])
         return {
-            SAME_POSITION: near,
-            SAME_RESPONSE: path - near,
-            SAME_PROMPT: asked - path,
-            OTHER_PROMPTS: int(many.sum()) * self.positions - asked,
+            SAME_POSITION: np.stack([near, nothing]),
+            SAME_RESPONSE: np.stack([path - near, nothing]),
+            SAME_PROMPT: np.stack([asked - path, nothing]),
+            OTHER_PROMPTS: others,
         }
 
 

@@ -4,8 +4,9 @@ A step that was looked at stands for its neighbours, with weight q_s. The figure
 X_s, and its error is over the training's prompts g as a sample, by what each takes part in (the projection of
 a sum over pairs, Hoeffding 1948; for pairs of clusters Fafchamps & Gubert 2007),
 
-    r_g = sum_s q_s (done by its tokens + received at its positions from others), less the mean
+    r_g = sum_s q_s (done by its tokens + received at its positions from others - X_s N_gs/N_s), less the mean
 
+with N_gs of the N_s positions in answers to g, since X_s is a mean over positions that come with the prompts;
 so that the draw of tokens is in it; with the error over held-out prompts added to the variance. A share X/T
 has the errors of (r_X - X/T r_T)/T (delta method). Correlations are about 0, with the jackknife over training
 prompts (tokens) or steps.

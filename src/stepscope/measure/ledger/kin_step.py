@@ -17,13 +17,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
+
 from stepscope.errors import MeasurementError
-from stepscope.measure.ledger.kin_sums import KinSteps
+from stepscope.measure.ledger.kin_sums import KinFigure, KinSteps
 from stepscope.measure.ledger.kinship import KinOptions, kin_step, split_by_kin
 from stepscope.measure.step.reconstruct import Step
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
-from stepscope.results import Rollouts
+from stepscope.results import IntArray, Rollouts
 from stepscope.results.kinship import BATCH, FORMULAS, FRESH, OTHER_PROMPTS, WHOLE, StepKin, StepKinship
 from stepscope.stats import Estimate
 
@@ -54,12 +56,14 @@ def kinship(
         budget: what may be used at a time.
 
     Raises:
-        MeasurementError: the optimizer has no preconditioner; or the batch has one prompt, and the shares of
-            another number are asked for.
+        MeasurementError: the optimizer has no preconditioner; or shares are asked for of no prompts or, where
+            the batch has one prompt, of another number.
 
     Costs three gradient passes over the batch and one over the positions for each look, and two over as many
     sequences as there are tokens looked at.
     """
+    if prompts is not None and prompts < 1:
+        raise MeasurementError(f"kinship: shares of a batch of {prompts} prompts, expected at least 1")
     looks = {BATCH: step.update} | ({} if fresh is None else {FRESH: fresh})
     split = split_by_kin(policy, step, looks, {WHOLE: step.metric()}, options=options, budget=budget)
     found = kin_step(split, step.update, policy.step + 1)
@@ -78,13 +82,15 @@ def kinship(
         tokens=found.tokens,
         drawn=found.drawn,
         positions=found.positions,
-        kin=tuple(row for look in looks for row in _look(sums, look, scale, found.pairs[look])),
+        kin=tuple(row for look in looks for row in _look(sums, look, scale, split.pairs[look])),
         totals={look: sums.total(look, WHOLE).estimate(UNIT, "all tokens") for look in looks},
         theory={name: sums.at_tokens(name) for name in FORMULAS},
     )
 
 
-def _look(sums: KinSteps, look: str, scale: Mapping[str, float], pairs: Mapping[str, int]) -> list[StepKin]:
+def _look(
+    sums: KinSteps, look: str, scale: Mapping[str, float], pairs: Mapping[str, IntArray]
+) -> list[StepKin]:
     """The kin of one look, with shares of a whole in which each kin is scaled."""
     figures = {kin: sums.figure(look, kin, WHOLE) for kin in sums.kins(look)}
     scaled = {kin: figure.times(scale.get(kin, 1.0)) for kin, figure in figures.items()}
@@ -100,14 +106,20 @@ def _look(sums: KinSteps, look: str, scale: Mapping[str, float], pairs: Mapping[
             kin=kin,
             influence=figure.estimate(UNIT, "first order, fixed prefixes"),
             share=scaled[kin].over(whole).estimate("share", "of what all tokens do").doubted(doubt),
-            per_pair=_each(figure.estimate(UNIT, "mean over pairs"), pairs[kin]),
+            per_pair=_each(sums, look, kin, pairs[kin]),
             draw_stderr=math.sqrt(figure.draw),
-            pairs=pairs[kin],
+            pairs=int(pairs[kin][0].sum()),
         )
         for kin, figure in figures.items()
     ]
 
 
-def _each(whole: Estimate, pairs: int) -> Estimate:
-    """Of one pair; no number where there is none."""
-    return whole.scaled(1 / pairs if pairs else math.nan)
+def _each(sums: KinSteps, look: str, kin: str, pairs: IntArray) -> Estimate:
+    """Of one pair, given the number of positions; no number where there is none."""
+    part = sums.steps[0].part(look, kin, WHOLE)
+    parts = part.done + part.received, pairs.sum(0).astype(np.float64)
+    done, of = (
+        KinFigure(float(own), by_prompt, np.zeros(1), 0.0)
+        for own, by_prompt in zip((part.done.sum(), pairs[0].sum()), parts, strict=True)
+    )
+    return done.over(of).estimate(UNIT, "mean over pairs, given the number of positions")

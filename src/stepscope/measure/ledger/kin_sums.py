@@ -94,13 +94,19 @@ class KinSteps:
         return cls(steps, np.asarray(weights, dtype=np.float64), prompts, len(known))
 
     def figure(self, look: str, kin: str, through: str) -> KinFigure:
-        """What was done to one kin of a look."""
+        """What was done to one kin of a look, per position of it.
+
+        A prompt brings positions, too, so that its part is what it takes part in less their share of the
+        whole.
+        """
         parts = np.zeros(self.num_prompts)
         value, draw, groups = 0.0, 0.0, np.zeros(1)
         for step, weight, prompts in zip(self.steps, self.weights, self.prompts, strict=True):
             part = step.part(look, kin, through)
-            np.add.at(parts, prompts, weight * (part.done + part.received))
-            value += weight * float(part.done.sum())
+            whole = float(part.done.sum())
+            brought = whole * step.at_prompts[look] / step.positions[look]
+            np.add.at(parts, prompts, weight * (part.done + part.received - brought))
+            value += weight * whole
             draw += weight**2 * part.draw_variance
             groups = groups + weight * part.groups if len(part.groups) else groups
         return KinFigure(value, parts, groups, draw)

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stepscope.errors import MeasurementError
 from stepscope.measure.influence.attribution import Weighted
 from stepscope.measure.influence.probe_gradient import ProbeGradient
 from stepscope.measure.ledger.adjoint import Adjoint, pull
@@ -93,10 +94,20 @@ class KinOptions:
     Attributes:
         tokens: most distinct tokens of a step that are looked at for their own position; at most 4096.
         seed: of their draw.
+
+    Raises:
+        MeasurementError: no tokens.
     """
 
     tokens: int = 512
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a draw of nothing."""
+        if self.tokens < 1:
+            raise MeasurementError(
+                f"kinship: {self.tokens} tokens to look at for their own position, expected at least 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -110,7 +121,8 @@ class Split:
         tokens: distinct tokens with a weight.
         drawn: of these, looked at for their own position.
         positions: look to number of positions.
-        pairs: look to kin to number of pairs.
+        at_prompts: look to (prompt,) those in answers to each prompt of the batch.
+        pairs: look to kin to pairs as in :meth:`stepscope.measure.ledger.contexts.Kindred.pairs`.
         prompts: (seq,) prompt of each sequence of the batch, as parts count them.
     """
 
@@ -120,7 +132,8 @@ class Split:
     tokens: int
     drawn: int
     positions: Mapping[str, int]
-    pairs: Mapping[str, Mapping[str, int]]
+    at_prompts: Mapping[str, IntArray]
+    pairs: Mapping[str, Mapping[str, IntArray]]
     prompts: IntArray
 
 
@@ -156,19 +169,22 @@ def split_by_kin(
         policy, step, contexts, metrics, most=options.tokens, seed=options.seed, budget=budget
     )
     parts: list[KinPart] = []
-    positions, pairs = {}, {}
+    positions, at_prompts, pairs = {}, {}, {}
     found: dict[str, FloatArray] = {}
     for name, look in looks.items():
         kin = Kindred.of(contexts, look)
-        positions[name], pairs[name] = kin.positions, kin.pairs(contexts, step.token_weights)
+        positions[name], at_prompts[name] = kin.positions, kin.by_prompt
+        pairs[name] = kin.pairs(contexts, step.token_weights)
         found[name] = _places(step, kin, units)
         parts += _look(policy, step, contexts, (name, look), kin, units, metrics, budget)
     if held_out is not None:
         parts += _held_out(policy, step, contexts, held_out, metrics, budget)
         probe = held_out[0].probe
         positions[HELD_OUT] = int(probe.lengths.sum())
-        pushing = sum(int(np.count_nonzero(row)) for row in step.token_weights)
-        pairs[HELD_OUT] = {OTHER_PROMPTS: pushing * positions[HELD_OUT]}
+        at_prompts[HELD_OUT] = np.zeros(contexts.num_prompts, dtype=np.int64)
+        pushing = np.array([np.count_nonzero(row) for row in step.token_weights])
+        many = _members(contexts.prompts, contexts.num_prompts).astype(np.int64) @ pushing
+        pairs[HELD_OUT] = {OTHER_PROMPTS: np.stack([many * positions[HELD_OUT], np.zeros_like(many)])}
     squares, moments = units.moments(WHOLE, found[BATCH])
     return Split(
         parts=tuple(parts),
@@ -177,6 +193,7 @@ def split_by_kin(
         tokens=len(units.weights),
         drawn=units.drawn,
         positions=positions,
+        at_prompts=at_prompts,
         pairs=pairs,
         prompts=contexts.prompts,
     )
@@ -198,7 +215,8 @@ def kin_step(split: Split, update: Rollouts, number: int) -> KinStep:
         tokens=split.tokens,
         drawn=split.drawn,
         positions=split.positions,
-        pairs=split.pairs,
+        at_prompts=split.at_prompts,
+        pairs={look: {kin: int(n[0].sum()) for kin, n in own.items()} for look, own in split.pairs.items()},
         parts=split.parts,
         formulas=split.formulas,
         own_squares=split.own_squares,
