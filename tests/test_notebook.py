@@ -20,9 +20,12 @@ import stepscope as ss
 from stepscope import notebook
 from stepscope.measure.criteria.leaderboard import rank_criteria
 from stepscope.measure.curvature.structure import pair_report
+from stepscope.measure.kernel.models import ModelOptions
+from stepscope.measure.kernel.null import NullOptions
 from stepscope.report import text
 from stepscope.results.brief import STYLE
 from stepscope.results.frames import frame
+from stepscope.results.kinship import KINS
 from stepscope.results.views import Parts, Plotted, Readable, Shown
 from stepscope.stats import Estimate
 
@@ -42,6 +45,8 @@ def found() -> Any:
     kernel = ss.fisher_kernel(policy, update, probe, preconditioner=step.preconditioner)
     noise = ss.noise_scale(policy, update)
     pairs = ss.second_order_kernel(policy, step, probe)
+    quick = {"options": ModelOptions(folds=3, steps=2, inducing=4, pairs=30), "null": NullOptions(draws=9)}
+    models = ss.kernel_models(policy, update, preconditioner=step.preconditioner, **quick)
     return SimpleNamespace(
         policy=policy,
         update=update,
@@ -52,6 +57,8 @@ def found() -> Any:
         kernel=kernel,
         noise=noise,
         pairs=pairs,
+        models=models,
+        kinship=ss.kinship(policy, cases.step(policy, num_prompts=9, group_size=3)),
     )
 
 
@@ -61,7 +68,7 @@ def plain(html: str) -> str:
 
 
 def test_everything_in_memory_has_a_small_view_of_its_own(found: Any) -> None:
-    for name in ("update", "step", "change", "shares", "kernel", "noise", "pairs"):
+    for name in ("update", "step", "change", "shares", "kernel", "noise", "pairs", "models", "kinship"):
         shown = getattr(found, name)
         assert isinstance(shown, Shown), name
         html = shown._repr_html_()
@@ -126,6 +133,25 @@ def test_second_order_rows_are_named(found: Any) -> None:
     own = [f"sequence {k}" for k in np.flatnonzero(pairs.prompts == 0)]
     assert prompt == pytest.approx(table.loc[own].sum().to_numpy())
     assert pair_report(pairs).to_pandas().part.tolist() == ["whole", "fisher", "rest"]
+
+
+def test_kinship_and_models_are_drawn_with_their_intervals(found: Any) -> None:
+    kinship, models = found.kinship, found.models
+    figure = kinship.plot()
+    power = re.search(r"10([⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+)", figure.layout.yaxis.title.text)[1].translate(SMALL)
+    factor = kinship.lr / 10.0 ** int(power)
+    (marks,) = figure.data
+    assert list(marks.x) == [KINS[row.kin] for row in kinship.kin]
+    drawn, own = list(marks.y), [row.influence for row in kinship.kin]
+    assert drawn == pytest.approx([factor * e.value for e in own], rel=1e-4)
+    bars = [factor * (e.high - e.value) for e in own]
+    assert list(marks.error_y.array) == pytest.approx(bars, rel=1e-4)
+    figure = models.plot("kernel-models")
+    rows = models.to_pandas().query("metric == 'preconditioned'").set_index("name")
+    for marks, kind in zip(figure.data, ("diagonal", "same_prompt", "different_prompts"), strict=True):
+        assert [name.replace(" ", "_") for name in marks.x] == rows.index.tolist()
+        assert list(marks.y) == pytest.approx(rows[f"r2_{kind}"].to_list(), rel=1e-4)
+    assert "The last layer alone is" in plain(models._repr_html_())
 
 
 def test_a_leaderboard_shows_first_what_the_page_shows_first(found: Any) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from stepscope.results.frames import frame
 from stepscope.results.records import FloatArray, IntArray, Record
 from stepscope.results.tables import Table, TextArray
-from stepscope.results.views import Parts, Shown
+from stepscope.results.views import Parts, Plotted
 from stepscope.stats import Estimate, Number
 
 if TYPE_CHECKING:
@@ -286,7 +286,7 @@ class StepKin(Record):
 
 
 @dataclass(frozen=True, repr=False)
-class StepKinship(Shown, Record):
+class StepKinship(Plotted, Record):
     """``kinship.json``: what the tokens of a checkpoint's step act on.
 
     All is of the entropy per token at given positions, to first order, per unit of the learning rate.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from stepscope.results.frames import frame
 from stepscope.results.records import Record
+from stepscope.results.views import Parts, Plotted
 from stepscope.stats import Estimate, Number
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class NullTest(Record):
 
 
 @dataclass(frozen=True, repr=False)
-class ModelsReport(Record):
+class ModelsReport(Plotted, Record):
     """Content of ``models.json``.
 
     Attributes:
@@ -92,3 +93,6 @@ class ModelsReport(Record):
     def to_pandas(self) -> pd.DataFrame:
         """A row for each of ``models``."""
         return frame(self.models)
+
+    def _viewed(self) -> Parts:
+        return Parts("What a forward pass knows of the kernel", {"models": self})

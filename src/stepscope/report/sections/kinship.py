@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from stepscope.reading.measurement import Measurement
-from stepscope.report import text
+from stepscope.report import style, text
 from stepscope.report.parts import Room, Section
 from stepscope.report.tables import Table, interval_cell, table, trust_cell
+from stepscope.report.units import unit_for
 from stepscope.results.kinship import BATCH, FORMULAS, KINS, LOOKS, StepKinship
 
 
 def section(measurement: Measurement, room: Room) -> Section | None:
-    """Sentences and the table of shares; None where the stage was not run."""
+    """Sentences, a figure and the table of shares; None where the stage was not run."""
     found = measurement.kinship
     if found is None:
         return None
@@ -23,6 +25,7 @@ def section(measurement: Measurement, room: Room) -> Section | None:
         intro="The entropy at given positions, to first order. A position is its context: the prompt and the "
         f"response up to there. {found.drawn:,} of {found.tokens:,} distinct tokens were looked at for their "
         "own position; the rest is not sampled. Intervals take the batch's prompts for a sample.",
+        figures=[_figure(found)],
         tables=[_shares(found)],
     )
 
@@ -50,6 +53,36 @@ def _sentences(found: StepKinship) -> list[str]:
 
 def _where(look: str) -> str:
     return "the batch's own positions" if look == BATCH else LOOKS[look].replace("batches'", "batch's")
+
+
+def _figure(found: StepKinship) -> style.Figure:
+    """The change by kin, a curve for each place."""
+    sizes = [found.lr * max(abs(row.influence.value), row.influence.stderr) for row in found.kin]
+    unit = unit_for(found.lr, max(filter(math.isfinite, sizes), default=0.0), "entropy", "nats/token")
+    traces = [
+        style.curve(
+            _where(look),
+            [KINS[row.kin] for row in found.kin if row.look == look],
+            [unit.influence(row.influence) for row in found.kin if row.look == look],
+            looks,
+            f"%{{x}}, {_where(look)}: %{{y:.4g}} {style.BARS} {unit.times}",
+            mode="markers",
+        )
+        for look, looks in zip(found.totals, style.LOOKS, strict=False)
+    ]
+    caption = (
+        "What the tokens of this step do to the entropy, by what they act on, at learning rate "
+        f"{text.lr_text(found.lr)}: the batch of {found.num_prompts} prompts as it is, to first order. Error "
+        "bars: 95 %, over prompts."
+    )
+    return style.figure(
+        "kinship",
+        "By what the tokens act on",
+        caption,
+        traces,
+        xaxis=style.axis("", type="category"),
+        yaxis=style.axis(f"change of the entropy, {unit.label}", zeroline=True),
+    )
 
 
 def _shares(found: StepKinship) -> Table:
