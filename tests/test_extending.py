@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 from stepscope import known_criteria
-from stepscope.measure.criteria import criterion
+from stepscope.measure.criteria import criterion, models
 from stepscope.policy.checkpoint.formats.registry import FORMATS
 from stepscope.policy.loss.registry import LOSSES
 from stepscope.policy.optim.registry import OPTIMIZERS
@@ -31,6 +31,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     made = ModuleType("extending_stepscope")
     monkeypatch.setitem(sys.modules, made.__name__, made)
     monkeypatch.setattr(criterion, "_KNOWN", dict(criterion._KNOWN))
+    monkeypatch.setattr(models, "_PREDICTING", list(models._PREDICTING))
     kept = list(OPTIMIZERS), list(FORMATS), dict(INTERVENTIONS)
     losses = dict(LOSSES)
     yield made

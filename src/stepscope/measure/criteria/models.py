@@ -10,16 +10,39 @@ is measured on, nor the own prompt: what they know of it is known of prompts tha
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 
 from stepscope.measure.criteria.criterion import model
 from stepscope.measure.kernel.last_layer import entropy_influence
 from stepscope.measure.step.reconstruct import Step
-from stepscope.policy.last_layer import UnknownHeadError, last_layer
+from stepscope.policy.last_layer import LastLayer, UnknownHeadError, last_layer
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
 from stepscope.results import FloatArray
 
 logger = logging.getLogger(__name__)
+
+Predict = Callable[[LastLayer, Step], Mapping[str, FloatArray]]
+
+_PREDICTING: list[Predict] = []
+
+
+def predicts(formulas: Mapping[str, str]) -> Callable[[Predict], Predict]:
+    """Make a function of the last layer and the step criteria of the kind ``model``.
+
+    Args:
+        formulas: name of each criterion to its formula. The function returns (tok,) influences by these
+            names, nats per token and unit of lr; one that it leaves out is not ranked.
+    """
+
+    def register(predict: Predict) -> Predict:
+        for name, formula in formulas.items():
+            model(name, formula)
+        _PREDICTING.append(predict)
+        return predict
+
+    return register
+
 
 _NAMES = {
     ("sgd", "fixed_prefix"): "last_layer",
@@ -28,16 +51,26 @@ _NAMES = {
 }
 
 _THROUGH = "through the last layer alone: w (e_y - pi) h' . {} . mean of {} over other prompts of the batch"
-model("last_layer", _THROUGH.format("1", "-S h'"))
-model("last_layer_p", _THROUGH.format("P", "-S h'"))
-model("last_layer_on_policy", _THROUGH.format("P", "(R - b)(e_y - pi) h' - S h'"))
+
+
+@predicts(
+    {
+        "last_layer": _THROUGH.format("1", "-S h'"),
+        "last_layer_p": _THROUGH.format("P", "-S h'"),
+        "last_layer_on_policy": _THROUGH.format("P", "(R - b)(e_y - pi) h' - S h'"),
+    }
+)
+def _through_last_layer(layer: LastLayer, step: Step) -> dict[str, FloatArray]:
+    """Without those that take the optimizer's P where the head is not trained."""
+    weights = step.update.flat(step.token_weights)
+    found = entropy_influence(layer, step.update, weights, {"sgd": None, "adamw": step.metric()})
+    return {name: found[key] for key, name in _NAMES.items() if key in found}
 
 
 def modelled_influence(policy: Policy, step: Step, *, budget: Budget = Budget()) -> dict[str, FloatArray]:
     """Name to (tok,) what the models here predict of the update batch's tokens: one forward pass.
 
-    Empty, with a line in the log, for a model whose head is not a plain linear layer; without those that take
-    the optimizer's P where the head is not trained.
+    Empty, with a line in the log, for a model whose head is not a plain linear layer.
 
     Args:
         policy: where the step starts.
@@ -49,6 +82,7 @@ def modelled_influence(policy: Policy, step: Step, *, budget: Budget = Budget())
     except UnknownHeadError as error:
         logger.warning("criteria of the last layer are left out: %s", error)
         return {}
-    weights = step.update.flat(step.token_weights)
-    found = entropy_influence(layer, step.update, weights, {"sgd": None, "adamw": step.metric()})
-    return {name: found[key] for key, name in _NAMES.items() if key in found}
+    found: dict[str, FloatArray] = {}
+    for predict in _PREDICTING:
+        found |= predict(layer, step)
+    return found
