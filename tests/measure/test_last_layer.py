@@ -35,6 +35,8 @@ VOCAB = cases.VOCAB
 
 def policy_of(architecture: str, **shape: object) -> Policy:
     model = cases.model(architecture, vocab_size=VOCAB, **shape).double()
+    if model.lm_head.bias is not None:
+        nn.init.normal_(model.lm_head.bias)
     return Policy(model, None, StepSettings(temperature=0.7), cases.adamw_state(model))
 
 
@@ -49,39 +51,44 @@ def masked(batch: Rollouts) -> Rollouts:
 
 
 def head_gradients(policy: Policy, rollouts: Rollouts) -> tuple[Tensor, Tensor]:
-    """(tok, vocab, hidden) of log-probs and entropies in the head's weight alone, by autograd."""
+    """(tok, vocab, hidden) of log-probs and entropies in the head alone, by autograd; a bias as a column."""
     model = copy.deepcopy(policy.model)
-    weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    model.lm_head.weight = weight  # no longer the embedding
+    head = model.lm_head
+    head.weight = nn.Parameter(head.weight.detach().clone())  # no longer the embedding
+    params = [p for p in (head.weight, head.bias) if p is not None]
     found: tuple[list[Tensor], list[Tensor]] = ([], [])
     rows = zip(rollouts.prompt_token_ids, rollouts.response_token_ids, rollouts.written, strict=True)
     for prompt, response, mask in rows:
         out = forward(model, make_batch([prompt], [response]), temperature=rollouts.temperature)
         for own, values in zip(found, (out.logprobs[0], out.entropies[0]), strict=True):
             for k in np.flatnonzero(mask):
-                own.append(torch.autograd.grad(values[k], weight, retain_graph=True)[0])
+                parts = torch.autograd.grad(values[k], params, retain_graph=True)
+                own.append(torch.cat([p.reshape(VOCAB, -1) for p in parts], 1))
     return torch.stack(found[0]), torch.stack(found[1])
 
 
 @pytest.mark.parametrize(
-    ("architecture", "chunk"), [("qwen2", 2**20), ("llama", 700), ("gpt2", 10_000)], ids=str
+    ("architecture", "chunk"), [("qwen2", 2**20), ("llama", 700), ("gpt2", 10_000), ("phi", 900)], ids=str
 )
 def test_kernels_and_influence_are_those_of_autograd(monkeypatch, architecture, chunk):
-    """Tied and untied, with a temperature, tokens of an environment, and the vocabulary in several parts."""
+    """Tied, untied and with a bias; a temperature, tokens of an environment, the vocabulary in parts."""
     monkeypatch.setattr(module, "CHUNK_BYTES", chunk)
     policy = policy_of(architecture)
     batch = masked(cases.batch(policy, num_prompts=3, group_size=2))
     layer = last_layer(policy, batch, budget=Budget(max_sequences=4))
-    assert layer.embeds == (architecture != "llama")
-    assert len(list(layer.slices())) == {2**20: 1, 700: 6, 10_000: 1}[chunk] or chunk == 700
+    assert layer.embeds == (architecture in ("qwen2", "gpt2"))
+    assert (len(list(layer.slices())) > 1) == (chunk < 1000)
     logprobs, entropies = head_gradients(policy, batch)
     flat = logprobs.flatten(1)
     np.testing.assert_allclose(token_kernel(layer), flat @ flat.T, rtol=1e-9, atol=1e-12)
     owner, place = batch.places
     sums = torch.zeros(len(batch), len(owner), dtype=torch.float64)
     sums[owner, np.arange(len(owner))] = 1.0
-    P = torch.rand(layer.weight.shape, dtype=torch.float64)
-    metrics = {"raw": None, "preconditioned": {layer.parameter: P}, "elsewhere": {"other": P}}
+    P, width = torch.rand(logprobs.shape[1:], dtype=torch.float64), layer.weight.shape[1]
+    own = {layer.parameter: P[:, :width]}
+    if architecture == "phi":
+        own[layer.bias_parameter] = P[:, width]
+    metrics = {"raw": None, "preconditioned": own, "elsewhere": {"other": P}}
     found = sequence_kernel(layer, batch, metrics)
     assert set(found) == {"raw", "preconditioned"}
     scaled = {"raw": flat, "preconditioned": (logprobs * P).flatten(1)}
@@ -111,11 +118,12 @@ def test_kernels_and_influence_are_those_of_autograd(monkeypatch, architecture, 
         entropy_influence(layer, batch, weights[1:], metrics)
 
 
-def test_where_only_the_head_is_trained_it_is_the_whole_influence():
+@pytest.mark.parametrize("architecture", ["llama", "phi"])
+def test_where_only_the_head_is_trained_it_is_the_whole_influence(architecture):
     """The measured influence of a prompt's tokens on the entropy of the other prompts, in both metrics."""
-    model = cases.model("llama", vocab_size=VOCAB).double()
+    model = cases.model(architecture, vocab_size=VOCAB).double()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name == "lm_head.weight")
+        parameter.requires_grad_(name.startswith("lm_head"))
     policy = Policy(model, None, StepSettings(group_size=3), cases.adamw_state(model))
     step = cases.step(policy, num_prompts=3, group_size=3)
     update = step.update

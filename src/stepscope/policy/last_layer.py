@@ -45,6 +45,7 @@ class LastLayer(Brief):
         log_totals: (tok,) log sum_v exp(z_v/T).
         temperature: T.
         parameter: name of W among the trainable parameters; empty where it is not trained.
+        bias_parameter: that of the bias, likewise.
         embeds: whether W is also the input embedding. The gradient of the one parameter then has a second
             part, sum_p e_(x_p) delta_p', with delta_p the gradient at the embedded token p: that part takes
             the whole backward pass, and is in none of the figures made from this.
@@ -58,11 +59,19 @@ class LastLayer(Brief):
     log_totals: Tensor
     temperature: float
     parameter: str
+    bias_parameter: str
     embeds: bool
 
     def __len__(self) -> int:
         """Number of tokens."""
         return len(self.ids)
+
+    @property
+    def inputs(self) -> Tensor:
+        """(tok, hidden or hidden + 1) what dl/dz is multiplied by: h, and 1 for a bias that is trained."""
+        if not self.bias_parameter:
+            return self.hidden
+        return torch.cat([self.hidden, torch.ones_like(self.hidden[:, :1])], 1)
 
     def of(self, tokens: slice) -> LastLayer:
         """The same of some of the tokens."""
@@ -150,6 +159,7 @@ def last_layer(policy: Policy, rollouts: Rollouts, *, budget: Budget = Budget())
         log_totals=torch.full((len(ids),), -torch.inf, dtype=dtype, device=policy.device),
         temperature=rollouts.temperature,
         parameter=named.get(id(head.weight), ""),
+        bias_parameter=named.get(id(head.bias), "") if head.bias is not None else "",
         embeds=getattr(embedding, "weight", None) is head.weight,
     )
     own = torch.empty_like(layer.log_totals)

@@ -7,8 +7,9 @@ With a_t = (e_y - pi)/T at token t, h_t the state before it and W the head's wei
     influence   w_t grad_W l_t . P . mean over tokens s of *other* prompts of grad F_s
 
 grad F_s = -S_s h_s'/T at fixed prefixes (S_v = pi_v (log pi_v + H)), and (R_s - b_s) a_s h_s' more on policy.
-That is the head's part of K and of the influence; where the head is also the embedding, the parameter's
-gradient has a part that runs through the whole network, and is not in it (:func:`tied_parts` measures it).
+That is the head's part of K and of the influence; a bias that is trained makes h one number longer, a 1.
+Where the head is also the embedding, the parameter's gradient has a part that runs through the whole network,
+and is not in it (:func:`tied_parts` measures it).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def token_kernel(layer: LastLayer) -> FloatArray:
     directions = torch.zeros((len(layer), len(layer)), dtype=torch.float64, device=layer.hidden.device)
     for _, a, _ in layer.chunks():
         directions += (a @ a.T).double()
-    found = directions * (layer.hidden @ layer.hidden.T).double()
+    found = directions * (layer.inputs @ layer.inputs.T).double()
     return np.asarray(found.cpu().numpy(), dtype=np.float64)
 
 
@@ -53,8 +54,9 @@ def sequence_kernel(
     counts = rollouts.num_policy_tokens.tolist()
     chosen = _of_head(layer, metrics)
     total = {m: np.zeros((len(counts), len(counts))) for m in chosen}
-    for some, a, _ in layer.chunks(len(counts) * layer.hidden.shape[1]):
-        gradients = _by_sequence(a, layer.hidden, counts)
+    inputs = layer.inputs
+    for some, a, _ in layer.chunks(len(counts) * inputs.shape[1]):
+        gradients = _by_sequence(a, inputs, counts)
         for name, metric in chosen.items():
             scaled = gradients if metric is None else gradients * metric[some].to(gradients)
             total[name] += _products(scaled, gradients)
@@ -121,10 +123,11 @@ def entropy_influence(
     members = [places.to(layer.hidden.device) for places in members]
     left = torch.from_numpy(_returns(rollouts)).to(layer.hidden)
     chosen = _of_head(layer, metrics)
-    states = [layer.hidden[places] for places in members]
+    inputs = layer.inputs
+    states = [inputs[places] for places in members]
     zero = torch.zeros(len(layer), dtype=torch.float64, device=layer.hidden.device)
     found = {(m, v): zero.clone() for m in chosen for v in ("fixed_prefix", "on_policy")}
-    for some, a, of_entropy in layer.chunks(2 * len(members) * layer.hidden.shape[1]):
+    for some, a, of_entropy in layer.chunks(2 * len(members) * inputs.shape[1]):
         slopes = {"fixed_prefix": of_entropy, "on_policy": of_entropy + left[:, None] * a}
         for version, slope in slopes.items():
             parts = torch.stack([slope[p].T @ h for p, h in zip(members, states, strict=True)])
@@ -151,11 +154,16 @@ def _returns(rollouts: Rollouts) -> FloatArray:
 
 def _of_head(layer: LastLayer, metrics: Mapping[str, ParameterVector | None]) -> dict[str, Tensor | None]:
     """The head's part of each metric; a metric of other parameters alone is none of the head's."""
-    return {
-        name: None if metric is None else metric[layer.parameter]
-        for name, metric in metrics.items()
-        if metric is None or layer.parameter in metric
-    }
+    found: dict[str, Tensor | None] = {}
+    for name, metric in metrics.items():
+        if metric is None:
+            found[name] = None
+        elif layer.parameter in metric:
+            parts = [metric[layer.parameter]]
+            if layer.bias_parameter:
+                parts.append(metric[layer.bias_parameter][:, None])
+            found[name] = torch.cat(parts, 1)
+    return found
 
 
 def tied_parts(
