@@ -28,7 +28,7 @@ from stepscope.policy.last_layer import last_layer, layer_states
 from stepscope.policy.loss.settings import StepSettings
 from stepscope.policy.passes import Budget, gather
 from stepscope.policy.state import Policy
-from stepscope.results import FloatArray
+from stepscope.results import FloatArray, IntArray
 
 
 class Gradients:
@@ -101,6 +101,48 @@ def test_a_planted_direction_is_found(coupling: str, shared: float) -> None:
     assert ((found[:, :2] <= 0.05).mean(0) >= 0.9).all()
 
 
+def drawn_from_a_policy(rng: np.random.Generator) -> tuple[FloatArray, IntArray]:
+    """(seq, tok, params) token gradients (e_y - pi) h' of a tree of contexts, copies merged, and prompts."""
+    rows, prompts, symbols = [], [], 3
+    for prompt in range(8):
+        steady, nodes, seen = rng.normal(size=15), {}, set()
+        for _ in range(6):
+            text: tuple[int, ...] = ()
+            gradients = []
+            for _ in range(3):
+                if text not in nodes:
+                    logits = 1.5 * rng.normal(size=symbols)
+                    nodes[text] = (steady + rng.normal(size=15), np.exp(logits) / np.exp(logits).sum())
+                h, probs = nodes[text]
+                token = int(rng.choice(symbols, p=probs))
+                gradients.append(np.outer(np.eye(symbols)[token] - probs, h).ravel())
+                text += (token,)
+            if text not in seen:
+                seen.add(text)
+                rows.append(gradients)
+                prompts.append(prompt)
+    return np.array(rows), np.array(prompts)
+
+
+def test_responses_that_a_policy_draws_are_not_found_coupled() -> None:
+    """They are independent; a third are copies, which are merged: p may be too large, not too small."""
+    rng, count = np.random.default_rng(0), 120
+    found: dict[str, list[list[float]]] = {"responses": [], "prompts": []}
+    for _ in range(count):
+        tokens, prompts = drawn_from_a_policy(rng)
+        for coupling, values in found.items():
+            units = prompts if coupling == "prompts" else np.arange(len(prompts))
+            signed = tokens * rng.choice([-1.0, 1.0], (len(units), 3, 1))[units]
+            G = np.stack([tokens.sum(1), signed.sum(1)]).reshape(-1, tokens.shape[2])
+            K = (G @ G.T).reshape(2, len(units), 2, len(units))
+            drawn = exchanged(K, units, prompts, draws=39, seed=int(rng.integers(2**31)))
+            values.append([p_value(drawn[name]) for name in STATISTICS])
+    for coupling, values in found.items():
+        p = np.array(values)[:, : 3 if coupling == "responses" else 2]
+        assert ((p <= 0.05).mean(0) <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / count)).all()
+    assert np.array(found["responses"])[:, STATISTICS.index(WITHIN)].mean() > 0.7  # they part, so they differ
+
+
 def test_what_a_prompt_shares_is_coupling_of_responses_and_none_of_prompts() -> None:
     within = p_values("responses", 20, shared=1.0)[:, STATISTICS.index(WITHIN)]
     assert (within <= 0.05).mean() >= 0.9
@@ -132,6 +174,8 @@ def test_versions_of_a_batch_are_its_own_kernels(tiny_policy: Policy) -> None:
         assert (test.metric, test.draws) == ("preconditioned", 19)
     with pytest.raises(MeasurementError, match="expected 2 prompts"):
         spectrum_tests(tiny_policy, batch.select([0, 1]), options=options)
+    with pytest.raises(MeasurementError, match="0 draws"):
+        NullOptions(draws=0)
 
 
 def made_pairs(rng: np.random.Generator, count: int = 60) -> tuple[Pairs, FloatArray]:

@@ -81,7 +81,8 @@ class KernelStructure(Record):
         null_spectrum: eigenvalues of the same gradients with random signs on their tokens.
         null_effective_rank: of those.
         rank_deficit: null_effective_rank - effective_rank: not zero where responses are coupled; shared
-            directions take rank away, directions of the prompts can add some.
+            directions take rank away, directions of the prompts can add some, and merging identical
+            responses adds a few per cent of the rank (:mod:`stepscope.measure.kernel.null`).
         components: variance components of a gradient as common + prompt + own: means of K over different
             prompts, same prompt minus that, diagonal minus that; each as a share of the mean diagonal. For
             kernels of log-probs on policy the first two are zero but for noise; for contributions the first

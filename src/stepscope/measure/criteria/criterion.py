@@ -11,8 +11,8 @@ A third kind is what a model of the kernel predicts (``models.py``): it knows wh
 positions, and needs more of a forward pass than the table has.
 
 A new one is a function with a decorator, :func:`literature` or :func:`control`, in ``tokens.py`` or
-``sequences.py``, or ``predicts`` in ``models.py``. One of a user's own is a :class:`Criterion` around a function; give it to ``rank_criteria``
-beside, or instead of, :func:`known_criteria`.
+``sequences.py``, or ``predicts`` in ``models.py``. One of a user's own is a :class:`Criterion` around a
+function; give it to ``rank_criteria`` beside, or instead of, :func:`known_criteria`.
 """
 
 from __future__ import annotations

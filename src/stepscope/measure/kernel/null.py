@@ -12,8 +12,11 @@ structure in independent gradients, which are far from isotropic.
 position, so that they stay coupled as they are, and only couplings between prompts count.
 
 Copies are merged, and what is left of a prompt was chosen to differ: two responses that part after a shared
-start pull apart at the token where they do, while signs leave that to chance. So ``responses`` leans to
-large p where a policy has few responses to a prompt, most of all within prompts; ``prompts`` does not.
+start pull apart at the token where they do, and what is left does not average to zero, while signs leave that
+to chance. So p leans to large values where a policy repeats itself: of batches drawn from small policies, in
+which a fifth to four fifths of the responses were copies, 0 to 7 % had p <= 0.05 (``responses``; within
+prompts 0 to 3 %) and 1 to 3 % (``prompts``). A coupling that is found is one; of one that is not found there
+may be some. Copies kept as they are lean the other way (8 to 13 %).
 """
 
 from __future__ import annotations
@@ -50,11 +53,19 @@ class NullOptions:
         signs: versions of each gradient with random signs; each is a pass over the batch and coupling.
         draws: of the null, from these versions.
         seed: of signs and draws.
+
+    Raises:
+        MeasurementError: no draws.
     """
 
     signs: int = 2
     draws: int = 499
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a null that is not drawn."""
+        if self.draws < 1:
+            raise MeasurementError(f"null of the kernel: {self.draws} draws, expected at least 1")
 
 
 def prompt_signs(rollouts: Rollouts, *, seed: int = 0) -> tuple[FloatArray, ...]:
