@@ -8,6 +8,7 @@ import torch
 from scipy.stats import kstest
 
 import cases
+from measure.test_last_layer import masked
 from stepscope.errors import MeasurementError
 from stepscope.measure.kernel import models as models_module
 from stepscope.measure.kernel.fisher import fisher_kernel
@@ -284,5 +285,10 @@ def test_pairs_of_a_model(tiny_policy: Policy) -> None:
     np.testing.assert_array_equal(pairs.texts[1], np.outer(lengths, lengths))
     np.testing.assert_array_equal(np.diag(pairs.texts[3]), lengths)
     np.testing.assert_array_equal(np.diag(pairs.texts[5]), lengths)
+    part = masked(batch)
+    seen, own = pairs_of(tiny_policy, part, {"raw": None})[0].texts, part.num_policy_tokens
+    assert (own < lengths).any()
+    for feature, value in ((1, own**2), (3, own), (4, 1), (5, own)):
+        np.testing.assert_array_equal(np.diag(seen[feature]), value)  # the environment's are not counted
     other = Policy(cases.model("llama", vocab_size=12), None, StepSettings())
     assert len(layer_states(other, batch)) == 3

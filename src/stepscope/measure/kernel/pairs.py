@@ -81,18 +81,19 @@ def pairs_of(
 
 
 def _texts(rollouts: Rollouts) -> FloatArray:
-    """(feature, seq, seq) of the token ids."""
-    responses, prompts = rollouts.response_token_ids, rollouts.prompt_index
+    """(feature, seq, seq) of the ids of tokens that the policy wrote."""
+    responses, prompts, written = rollouts.response_token_ids, rollouts.prompt_index, rollouts.written
     count = len(responses)
     lengths = rollouts.num_policy_tokens.astype(np.float64)
-    bags = [Counter(row) for row in responses]
+    bags = [Counter(np.array(row)[mask].tolist()) for row, mask in zip(responses, written, strict=True)]
     prefix, common = np.zeros((count, count)), np.zeros((count, count))
     for i in range(count):
         for j in range(i + 1):
             common[i, j] = common[j, i] = (bags[i] & bags[j]).total()
             if prompts[i] == prompts[j]:
-                prefix[i, j] = prefix[j, i] = shared_prefix_length(responses[i], responses[j])
-    shorter = np.minimum.outer(rollouts.num_tokens, rollouts.num_tokens)
+                shared = shared_prefix_length(responses[i], responses[j])
+                prefix[i, j] = prefix[j, i] = written[i][:shared].sum()
+    shorter = np.minimum.outer(lengths, lengths)
     return np.stack(
         [
             np.ones((count, count)),
