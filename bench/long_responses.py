@@ -97,7 +97,7 @@ def measured(
         num_prompts=prompts,
         group_size=policy.settings.group_size or 8,
         seed=seed,
-        options=ss.SamplingOptions(resample=8, exclude=exclude),
+        options=ss.SamplingOptions(resample=24, exclude=exclude),
         budget=budget,
     )
     step = ss.reconstruct_step(policy, update, budget=budget)
