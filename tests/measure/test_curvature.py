@@ -157,6 +157,46 @@ def test_all_pairs_add_up_to_the_second_order_change_with_its_error(name: str, f
     np.testing.assert_allclose(square, square.T, atol=1e-9 * abs(square).max())
 
 
+def test_rows_of_prompts_alone_and_memory_for_few_change_nothing() -> None:
+    """Sequences without a part in the step have rows of zeros; whole prompts the same ones, to the bit."""
+    policy = enumerable_policy()
+    rollouts, probabilities = exact_rollouts(policy, PROMPTS, eos_id=EOS, reward=digit_reward)
+    step = made_step(policy, rollouts, probabilities)
+    dead = [2, 3, 4]
+    weights = tuple(0 * w if i in dead else w for i, w in enumerate(step.token_weights))
+    step = replace(step, token_weights=weights)
+    sample, _ = sample_exact(rollouts, probabilities, num_prompts=3, group_size=2, seed=2)
+    probe = bind_quantity(policy, sample, "entropy", direction=step.direction, baseline="position")
+
+    def made(memory: int = 2**30, **options: Any) -> PairKernel:
+        sizes = Budget(max_sequences=64, memory_bytes=memory)
+        return second_order_kernel(
+            policy, step, sample, quantity=probe, options=PairOptions(**options), budget=sizes
+        )
+
+    whole, signs, alone = made(), made(sketches=2), made(sketches=0)
+    assert not whole.whole.value[whole.rows.single][dead].any()
+    assert not whole.whole.value[whole.rows.prompts][1].any()
+    assert not whole.whole.value[:, dead].any()
+    assert not whole.slopes[dead].any()
+    for rows in ("prompts", "parts"):
+        own = alone.whole.value[getattr(alone.rows, rows)]
+        assert (own == signs.whole.value[getattr(signs.rows, rows)]).all()
+        np.testing.assert_allclose(own, whole.whole.value[getattr(whole.rows, rows)], rtol=1e-9, atol=1e-9)
+    assert (alone.slope_sums == signs.slope_sums).all()
+    few = made(memory=40_000)
+    np.testing.assert_allclose(few.whole.value, whole.whole.value, rtol=1e-9, atol=1e-9)
+    np.testing.assert_allclose(few.whole.sums, whole.whole.sums, rtol=1e-9, atol=1e-9)
+    report = pair_report(alone)
+    assert report.whole.total.value == pytest.approx(pair_report(whole).whole.total.value, rel=1e-9)
+    assert not report.whole.diagonal.reliable
+    assert "prompts alone have rows" in report.whole.same_prompt.reason
+    assert report.squares == {}
+    assert "Whole prompts have rows" in alone._repr_html_()
+    with pytest.raises(MeasurementError, match="1 sketches and 16 folds; give 0 sketches"):
+        PairOptions(sketches=1)
+
+
 def kernel_from(
     each: FloatArray, prompts: list[int], *, parts: int = 1, sketches: int | None = None, seed: int = 0
 ) -> PairKernel:

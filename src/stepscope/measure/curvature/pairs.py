@@ -9,8 +9,8 @@ over all pairs of elements, which is the second-order change that ``measure.chan
 step. M2 is estimated on the probe batch from the same estimator as that one (the Hessian of the
 importance-weighted value, ``measure.quantity.curved``), by one Hessian-vector product for each row and an
 inner product of it with every sequence's gradient. With more sequences than rows are wanted, rows are random
-signs of the sequences (sketches): sums over prompts and over all are exact all the same, since the prompts
-have rows of their own, and what is on the diagonal is Hutchinson's estimate, whose error is given.
+signs of the sequences (sketches), or none: sums over prompts and over all are exact all the same, since the
+prompts have rows of their own, and what is on the diagonal is Hutchinson's estimate, whose error is given.
 
 Part of Hess F is a product of first-order kernels ("K1 squared", RL studies 2.3): for the entropy
 
@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stepscope.errors import MeasurementError
 from stepscope.measure.influence.probe_gradient import prompt_groups
 from stepscope.measure.quantity.base import Quantity, readings_of
 from stepscope.measure.quantity.curved import curved_functions
@@ -156,6 +157,11 @@ class PairKernel(Plotted, Brief):
         """Whether every sequence has a row of its own."""
         return _has(self.rows.single)
 
+    @property
+    def num_signs(self) -> int:
+        """Random signs that stand for the sequences."""
+        return self.rows.signs.stop - self.rows.signs.start
+
 
 @dataclass(frozen=True)
 class PairOptions:
@@ -163,7 +169,7 @@ class PairOptions:
 
     Attributes:
         sketches: random signs of the sequences in place of each of them, where there are more sequences than
-            that; None for every sequence.
+            that; 0 for rows of whole prompts alone, None for every sequence.
         num_folds: most folds of probe prompts.
         seed: of the signs.
     """
@@ -171,6 +177,19 @@ class PairOptions:
     sketches: int | None = None
     num_folds: int = NUM_FOLDS
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what gives no error.
+
+        Raises:
+            MeasurementError: one random sign, or a single fold.
+        """
+        odd = self.sketches is not None and (self.sketches < 0 or self.sketches == 1)
+        if odd or self.num_folds < 2:
+            raise MeasurementError(
+                f"second-order kernel: {self.sketches} sketches and {self.num_folds} folds; give 0 sketches "
+                "(prompts alone), at least 2, or None (a row for every sequence), and at least 2 folds"
+            )
 
 
 def second_order_kernel(
@@ -185,8 +204,10 @@ def second_order_kernel(
 ) -> PairKernel:
     """What pairs of the step's sequences do together to a quantity, on a probe batch.
 
-    Costs, for each row (prompts, parts, and sequences or sketches), a Hessian-vector product on the probe
-    batch, many rows to one graph; and for each fold a gradient pass over the update batch.
+    Costs, for each row (prompts and sketches, or the sequences with a part in the step; parts), a
+    Hessian-vector product on the probe batch, about six forward passes for each of its functions (two for
+    what is per token, on policy), many rows to one graph; and a gradient pass over the update batch for the
+    rows that the budget's memory holds.
 
     Args:
         policy: its trainable parameters are differentiated.
@@ -233,11 +254,10 @@ def second_order_kernel(
         found += [vectors.stack_dots(stack, part)[:, None] for part in parts.values()]
         return np.concatenate(found, axis=1)
 
-    needed = np.r_[rows.single, rows.signs, rows.parts] if _has(rows.single) else np.arange(len(rows.weights))
-    size = max(1, budget.memory_bytes // (6 * vectors.vector_bytes(policy.parameters)))
-    chunks = [needed[start : start + size] for start in range(0, len(needed), size)]
+    chunks = _chunks(step, rows, max(1, budget.memory_bytes // (6 * vectors.vector_bytes(policy.parameters))))
     tasks = [(k, f) for k in range(len(chunks)) for f in range(count)]
     stack: dict[str, Tensor] = {}
+    held: list[dict[str, Tensor]] = []
     for k, fold in track(tasks, "second order", budget):
         chunk = chunks[k]
         if fold == 0:
@@ -251,11 +271,20 @@ def second_order_kernel(
             num_functions=num_functions,
             budget=budget,
         )
-        for q, of in enumerate(curved):
-            together = {n: torch.cat([t, of.gradient[n].unsqueeze(0)]) for n, t in of.products.items()}
-            products = against_elements(together)
-            hessians[q, fold, chunk] = products[:-1]
-            slopes[q, fold] = products[-1]
+        held += [
+            {n: torch.cat([t, of.gradient[n].unsqueeze(0)]) for n, t in of.products.items()} for of in curved
+        ]
+        number = len(chunk) + 1
+        room = budget.memory_bytes // (5 * vectors.vector_bytes(policy.parameters) * number)
+        if fold + 1 < count and len(held) + num_functions <= room:
+            continue
+        products = against_elements({n: torch.cat([part[n] for part in held]) for n in P})
+        some = slice(fold + 1 - len(held) // num_functions, fold + 1)
+        held.clear()
+        by_fold = products.reshape(-1, num_functions, number, num_elements).swapaxes(0, 1)
+        hessians[:, some, chunk] = by_fold[:, :, :-1]
+        if k == 0:
+            slopes[:, some] = by_fold[:, :, -1]
     if _has(rows.single):
         hessians[:, :, rows.prompts] = rows.weights[rows.prompts] @ _by_element(rows, hessians)
     whole, slope = _estimated(probe, folds, shares, rows.weights, hessians, slopes)
@@ -278,6 +307,20 @@ def second_order_kernel(
         parts=tuple(parts),
         enumerated=probe.sequence_weights is not None,
     )
+
+
+def _chunks(step: Step, rows: Rows, size: int) -> list[IntArray]:
+    """The rows that take Hessian-vector products, so many at a time; those of nothing but zeros take none.
+
+    Random signs come in chunks of their own, so that the other rows are the same to the bit without them.
+    """
+    weighted = [bool(np.any(row)) for row in step.token_weights]
+    live = np.ones(rows.weights.shape[1], dtype=bool)
+    live[: len(weighted)] = weighted
+    moving = (rows.weights[:, live] != 0).any(1)
+    plain = np.r_[rows.single, rows.parts] if _has(rows.single) else np.r_[rows.prompts, rows.parts]
+    kinds = [of[moving[of]] for of in (plain, np.r_[rows.signs])]
+    return [of[start : start + size] for of in kinds for start in range(0, len(of), size)]
 
 
 def _has(rows: slice) -> bool:

@@ -18,6 +18,9 @@ from stepscope.results import FloatArray, IntArray
 from stepscope.results.curvature import HeldOutSpectrum, PairReport, PairSums
 from stepscope.stats import Estimate, errors_from_sums, estimate_from_sums, jackknife, leave_out
 
+PROMPTS_ALONE = "prompts alone have rows; take 2 sketches or more, or None for a row of every sequence"
+"""Why there is no sum over single sequences."""
+
 Linear = Callable[[FloatArray], FloatArray]
 """A linear function of the rows of a kernel: (..., row, element) to (...)."""
 
@@ -59,15 +62,20 @@ def pair_sums(kernel: PairKernel, of: Folded) -> PairSums:
     def _quadratic(found: FloatArray) -> FloatArray:
         return np.asarray((found[..., rows.signs, :count] * rows.weights[rows.signs, :count]).sum(-1))
 
-    more, drawn = 0.0, ""
-    if not kernel.exact:
+    def by_sequence(function: Linear, method: str) -> Estimate:
+        if kernel.exact or kernel.num_signs:
+            return estimate(function, f"{method}{drawn}", more)
+        return Estimate(nan, nan, len(of.sums), unit, method, False, PROMPTS_ALONE)
+
+    more, drawn, nan = 0.0, "", float("nan")
+    if kernel.num_signs:
         each = _quadratic(of.value)
-        more = float(each.std(ddof=1) / np.sqrt(len(each))) if len(each) > 1 else float("nan")
+        more = float(each.std(ddof=1) / np.sqrt(len(each)))
         drawn = f", Hutchinson's estimate from {len(each)} random signs, their error included"
     assert len(members) == int(prompts.max()) + 1
     return PairSums(
-        diagonal=estimate(diagonal, f"sum over the diagonal{drawn}", more),
-        same_prompt=estimate(lambda m: blocks(m) - diagonal(m), f"sum over pairs of one prompt{drawn}", more),
+        diagonal=by_sequence(diagonal, "sum over the diagonal"),
+        same_prompt=by_sequence(lambda m: blocks(m) - diagonal(m), "sum over pairs of one prompt"),
         different_prompts=estimate(lambda m: batch(m) - blocks(m), "sum over pairs of different prompts"),
         batch=estimate(batch, "sum over pairs of sequences"),
         batch_with_parts=estimate(
@@ -93,7 +101,7 @@ def pair_report(kernel: PairKernel) -> PairReport:
         num_sequences=len(kernel.prompts),
         num_prompts=int(kernel.prompts.max()) + 1,
         parts=kernel.parts,
-        num_sketches=kernel.rows.signs.stop - kernel.rows.signs.start,
+        num_sketches=kernel.num_signs,
         whole=pair_sums(kernel, kernel.whole),
         fisher=None if fisher is None else pair_sums(kernel, fisher),
         rest=None if fisher is None else pair_sums(kernel, kernel.whole.less(fisher)),
@@ -114,8 +122,15 @@ def row_sums(kernel: PairKernel) -> tuple[FloatArray, FloatArray]:
 
 
 def _squares(kernel: PairKernel) -> tuple[dict[str, Estimate], Estimate]:
-    """Sums of squares over kinds of pairs without noise, and the share of noise in that over all."""
+    """Sums of squares over kinds of pairs without noise, and the share of noise in that over all.
+
+    Where prompts alone have rows that share is of the kernel between prompts, and there are no sums.
+    """
     rows, count, prompts = kernel.rows, len(kernel.prompts), kernel.prompts
+    if not (kernel.exact or kernel.num_signs):
+        each = kernel.whole.value + len(kernel.whole.sums) * kernel.whole.sums
+        between = each[:, rows.prompts, :count] @ rows.weights[rows.prompts, :count].T
+        return {}, _noise(kernel, _products(between.reshape(len(each), -1)))
     chosen = rows.single if kernel.exact else rows.signs
     folds = len(kernel.whole.sums)
     found = (kernel.whole.value + folds * kernel.whole.sums)[:, chosen, :count]
@@ -128,14 +143,18 @@ def _squares(kernel: PairKernel) -> tuple[dict[str, Estimate], Estimate]:
     unit = f"({kernel.unit}/lr^2)^2"
     by_kind = {name: _products(found[:, mask]) * scale for name, mask in masks.items()}
     squares = {name: _over_folds(kernel, products, _apart, unit, name) for name, products in by_kind.items()}
-    noise = _over_folds(
+    return squares, _noise(kernel, by_kind["all"])
+
+
+def _noise(kernel: PairKernel, products: FloatArray) -> Estimate:
+    """Share of noise in the square of the kernel that the folds have together."""
+    return _over_folds(
         kernel,
-        by_kind["all"],
+        products,
         lambda products: 1 - _apart(products) / float(products.mean()),
         "1",
         "noise in the squares of the estimate",
     )
-    return squares, noise
 
 
 def _products(found: FloatArray) -> FloatArray:

@@ -64,7 +64,7 @@ def frontier(session: Session) -> Figures:
 
 def _kernels(session: Session) -> list[PairKernel]:
     return [
-        session.pair_kernel(make_quantity(name, session.probe, normalisation=normalisation))
+        session.pair_kernel(make_quantity(name, session.probe, normalisation=normalisation), signs=False)
         for name, normalisation in QUANTITIES
     ]
 

@@ -117,20 +117,29 @@ class Session:
         """The quantities asked for, bound to the probe batch."""
         return [self.quantity(name, self.probe) for name in self.config.quantities]
 
-    def pair_kernel(self, quantity: Quantity) -> PairKernel:
-        """The second-order kernel of a quantity of the probe batch, as the configuration asks; made once."""
+    def pair_kernel(self, quantity: Quantity, *, signs: bool = True) -> PairKernel:
+        """The second-order kernel of a quantity of the probe batch, as the configuration asks; made once.
+
+        Args:
+            quantity: which.
+            signs: whether its random signs of the sequences are asked for, where it has any.
+        """
         key = (quantity.name, quantity.normalisation, quantity.version)
-        if key not in self._pair_kernels:
-            own = self.config.curvature
-            self._pair_kernels[key] = second_order_kernel(
+        own = self.config.curvature
+        sketched = own.sketches is not None and len(self.update) > own.sketches
+        found = self._pair_kernels.get(key)
+        if found is None or (signs and sketched and not found.num_signs):
+            found = self._pair_kernels[key] = second_order_kernel(
                 self.policy,
                 self.step,
                 self.probe,
                 quantity=self.bindings.bind(quantity, self.config.baseline),
-                options=PairOptions(sketches=own.sketches, num_folds=own.folds, seed=own.seed),
+                options=PairOptions(
+                    sketches=own.sketches if signs or not sketched else 0, num_folds=own.folds, seed=own.seed
+                ),
                 budget=self.budget,
             )
-        return self._pair_kernels[key]
+        return found
 
     @cached_property
     def _pair_kernels(self) -> dict[tuple[str, ...], PairKernel]:

@@ -53,12 +53,14 @@ def _sentence(found: CurvatureReport, pairs: PairReport) -> str:
 
 def intro(pairs: PairReport) -> str:
     """In words: whether sequences have rows of their own, and how much is noise."""
-    how = (
-        f"{pairs.num_sketches} random signs of the sequences stand for single ones, so that the diagonal is "
-        "an estimate; sums over prompts are exact given the batch."
-        if pairs.num_sketches
-        else "Every sequence has a row of its own."
-    )
+    how = "Every sequence has a row of its own."
+    if pairs.num_sketches:
+        how = (
+            f"{pairs.num_sketches} random signs of the sequences stand for single ones, so that the diagonal "
+            "is an estimate; sums over prompts are exact given the batch."
+        )
+    elif pairs.spectrum.level == "prompts":
+        how = "Whole prompts have rows, single sequences have none."
     return (
         f"{how} Of the squares of the kernel as estimated, {text.percent(pairs.noise.value)} "
         "are noise of the probe batch."
