@@ -52,6 +52,51 @@ def test_curvature_has_a_closed_form_too() -> None:
     assert own.reward.gain(np.array([0.5, 0.0]))[0] == pytest.approx(0.5)
 
 
+def test_with_curved_effects_no_grid_of_weights_is_better() -> None:
+    """Several best places of reward and of entropy, against all weights of a grid that meet the limits."""
+
+    def sure(aim: str) -> FloatArray:
+        value, slope, bend = getattr(own, aim).mean()
+        error = np.sqrt(np.einsum("si,ij,sj->s", grid, getattr(own, aim).covariance(own.gram), grid))
+        return value + grid @ slope + np.einsum("si,ij,sj->s", grid, bend, grid) / 2 - own.caution * error
+
+    grid = np.stack(np.meshgrid(*3 * [np.linspace(-1, 1, 21)], indexing="ij"), -1).reshape(-1, 3)
+    several = 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        rows = rng.standard_normal((3, 5))
+        M = rng.standard_normal((2, 3, 3))
+        effects = [
+            replace(
+                effect(rng.standard_normal(3), folds=8, noise=0.1, seed=seed),
+                bend=np.tile(b + b.T, (8, 1, 1)),
+            )
+            for b in M
+        ]
+        own = program(*effects, rows @ rows.T, caution=float(seed % 2))
+        inside = np.einsum("si,ij,sj->s", 1 + grid, own.gram, 1 + grid) <= own.gram.sum()
+        reward, entropy = sure("reward"), sure("entropy")
+        found = own.solve(aim="reward", at_least=own.sure("entropy", np.ones(3)))
+        fit = inside & (entropy >= own.sure("entropy", np.ones(3)))
+        assert own.sure("reward", found) > reward[fit].max() - 1e-6
+        assert own.sure("entropy", own.solve(aim="entropy")) > entropy[inside].max() - 1e-6
+        alone = replace(own, reward=replace(own.reward, bend=None), entropy=replace(own.entropy, bend=None))
+        several += own.sure("reward", alone.solve(aim="reward")) < reward[inside].max() - 1e-6
+    assert several > 3, "the curvature matters"
+
+
+def test_where_nothing_moves_the_reward_the_level_is_kept_all_the_same() -> None:
+    """All answers of the probe wrong: the weights are those that keep the entropy, not the step's."""
+    own = program(effect(np.zeros(3)), effect(np.array([1.0, -1.0, 0.5])), caution=0.0)
+    widest = own.solve(aim="entropy")
+    held = own.solve(aim="reward", at_least=1.0, start=widest)
+    assert own.sure("entropy", held) >= 1.0 - 1e-6
+    assert own.sure("entropy", own.solve(aim="reward", at_least=1.0)) >= 1.0 - 1e-6
+    np.testing.assert_array_equal(own.solve(aim="reward"), np.ones(3))
+    with pytest.raises(MeasurementError, match="no weights up to 2 change the entropy by 9"):
+        own.solve(aim="reward", at_least=9.0)
+
+
 @pytest.mark.parametrize("caution", [0.0, 1.0])
 def test_the_optimum_meets_its_conditions(caution: float) -> None:
     """The gradient is a non-negative combination of those of the constraints at work."""

@@ -15,11 +15,14 @@ and B_ij = lr^2 v_i' Hess(Q) v_j; to first order B = 0. The program
 
 holds the step to its own length in the metric of P (so that no direction wins by being longer), and counts
 what it gains over the step itself less z standard errors of that, se(y)^2 = y'Sy: where nothing is known to
-be better than the step, x = 1 is best. To first order it is convex, and its maximum is global.
+be better than the step, x = 1 is best. To first order it is convex, and its maximum is global. With curved
+effects there may be several: the best of those that a search from the step's own weights and from some at
+random comes to is taken, which is no proof that there is none better.
 
-S is the covariance of the influences over folds of the probe's prompts, shrunk to a multiple of K, which it
-would be if gradients of prompts had the covariance 1/P: of a few folds alone it has directions without any
-error, and a program finds those (intensity by Ledoit & Wolf 2004, Schaefer & Strimmer 2005).
+S is the covariance of q over folds of the probe's prompts, shrunk to a multiple of K, which it would be if
+gradients of prompts had the covariance 1/P: of a few folds alone it has directions without any error, and a
+program finds those (intensity by Ledoit & Wolf 2004, Schaefer & Strimmer 2005). What noise in B adds is not
+in it, and shows where weights are judged on other prompts than those that chose them.
 """
 
 from __future__ import annotations
@@ -40,6 +43,9 @@ TOLERANCE = 1e-6
 
 MOST_UNITS = 160
 """Sequences that have a weight each; of a batch with more every prompt has one (time is cubic)."""
+
+MORE_STARTS = 11
+"""Random weights that a search with second-order effects starts from, beside the step's own."""
 
 SMOOTH = 1e-6
 """Share of the scale of an error below which it is rounded off, so that it has a derivative at y = 0."""
@@ -162,7 +168,7 @@ class Program:
         other, held, held_scale = self._sure("entropy" if aim == "reward" else "reward")
         count = len(self.gram)
         length = float(self.gram.sum())
-        if not (length > 0 and scale > 0):
+        if not length > 0:
             return np.ones(count)
 
         def room(y: FloatArray) -> tuple[float, FloatArray]:
@@ -171,8 +177,6 @@ class Program:
 
         limits = [room]
         if at_least is not None:
-            if not held_scale > 0:
-                held_scale = 1.0
 
             def level(y: FloatArray) -> tuple[float, FloatArray]:
                 value, slope = held(y)
@@ -184,27 +188,40 @@ class Program:
             value, slope = objective(y)
             return -value / scale, -slope / scale
 
+        def missed(y: FloatArray) -> float:
+            return max(-limit(y)[0] for limit in limits)
+
         begin = np.zeros(count) if start is None else start - 1
-        found = minimize(
-            down,
-            begin,
-            jac=True,
-            method="SLSQP",
-            bounds=[(-1.0, self.most - 1)] * count,
-            constraints=[_constraint(limit) for limit in limits],
-            options={"ftol": 1e-10, "maxiter": 500},
-        )
-        y = np.clip(found.x, -1.0, self.most - 1)
-        worst = min(limit(y)[0] for limit in limits)
-        if worst < -TOLERANCE:
+        ends, said = [begin], ""
+        for first in [begin, *self._further_starts()]:
+            found = minimize(
+                down,
+                first,
+                jac=True,
+                method="SLSQP",
+                bounds=[(-1.0, self.most - 1)] * count,
+                constraints=[_constraint(limit) for limit in limits],
+                options={"ftol": 1e-10, "maxiter": 500},
+            )
+            ends.append(np.clip(found.x, -1.0, self.most - 1))
+            said = said or str(found.message)
+        met = [y for y in ends if missed(y) <= TOLERANCE]
+        if not met:
             what = "entropy" if aim == "reward" else "reward"
             raise MeasurementError(
                 f"no weights up to {self.most:g} change the {what} by {at_least} (missed by "
-                f"{-worst:.1g} of its scale; {found.message}); ask for less"
+                f"{min(map(missed, ends)):.1g} of its scale; {said}); ask for less"
             )
-        if all(limit(begin)[0] >= -TOLERANCE for limit in limits) and down(begin)[0] < down(y)[0]:
-            y = begin
-        return np.asarray(1 + y)
+        return np.asarray(1 + min(met, key=lambda y: down(y)[0]))
+
+    def _further_starts(self) -> list[FloatArray]:
+        """Weights less 1 to start from as well, where curved effects may have several best places."""
+        if self.reward.bend is None and self.entropy.bend is None:
+            return []
+        random = np.random.default_rng(0)
+        drawn = random.uniform(0.0, self.most, (MORE_STARTS, len(self.gram)))
+        longer = np.sqrt(np.einsum("si,ij,sj->s", drawn, self.gram, drawn) / self.gram.sum())
+        return [x / max(1.0, size) - 1 for x, size in zip(drawn, longer, strict=True)]
 
     def _sure(self, aim: Aim) -> tuple[float, Callable[[FloatArray], tuple[float, FloatArray]], float]:
         """Q(1); the gain less z standard errors, with its derivative, as a function of y; its scale."""
@@ -223,7 +240,8 @@ class Program:
                 return value, slope + curved
             return value - z * (error - least**0.5), slope + curved - z * pulled / error
 
-        return own, gain, float(np.linalg.norm(slope))
+        size = float(np.linalg.norm(slope)) + (0.0 if bend is None else float(np.linalg.norm(bend)))
+        return own, gain, size if size > 0 else 1.0
 
 
 def _constraint(limit: Callable[[FloatArray], tuple[float, FloatArray]]) -> dict[str, Any]:
