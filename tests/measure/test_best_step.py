@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from test_curvature import made_step
 
 from enumerable import EOS, PROMPTS, digit_reward, enumerable_policy
+from stepscope.errors import MeasurementError
 from stepscope.measure.curvature.best_step import best_step, fieller
 from stepscope.measure.curvature.pairs import Folded, PairKernel, PairOptions, make_rows, second_order_kernel
 from stepscope.measure.quantity.base import make_quantity
@@ -130,6 +132,49 @@ def test_advice_says_what_the_formulas_say() -> None:
     assert f"beyond {19 * scale:.0f} prompts" in made.advice
     gains = [row.gain.value for row in made.rows]
     assert gains == sorted(gains), "a larger batch does not less"
+
+
+def with_noise_batch(made: BestStep, value: float, low: float, high: float) -> BestStep:
+    """The prediction with another batch at which noise and curvature are equal."""
+    scale = replace(made.batch.noise_batch, value=value, low=low, high=high)
+    return replace(made, batch=replace(made.batch, noise_batch=scale))
+
+
+def test_advice_where_noise_is_not_against_the_step_or_the_limit_is_not_known() -> None:
+    made = best_step(quadratic(0), lr=1e-3, run_prompts=8)
+    assert "noise takes nothing of it" in with_noise_batch(made, -3.0, -5.0, -1.0).advice
+    unsure = with_noise_batch(made, -6.0, -20.0, 8.0).advice
+    assert "admits 1.00 times the learning rate (1.00 to 1.33); beyond 0 prompts (0 to 152)" in unsure
+    limit = replace(made.batch.lr_limit, value=math.nan, reliable=False, reason="curvature not resolved")
+    row = next(row for row in made.rows if row.prompts == 8)
+    noisy = replace(made, batch=replace(made.batch, lr_limit=limit))
+    assert f"a batch of 8 prompts does most is {row.lr.value:.2g} ({row.lr.low:.2g} to" in noisy.advice
+    assert noisy.advice.endswith("what a larger one admits: curvature not resolved.")
+    nothing = replace(noisy, rows=tuple(replace(r, lr=limit) for r in made.rows))
+    assert nothing.advice == "No best learning rate for reward: curvature not resolved."
+
+
+def test_its_figures_have_the_rows_their_intervals_and_the_run() -> None:
+    made = best_step(quadratic(0), lr=1e-3, run_prompts=8)
+    rates, gains = made.plot(), made.plot("best-gain-reward")
+    batch, whole, own = rates.data
+    assert list(batch.x) == [row.prompts for row in made.rows]
+    assert list(batch.y) == pytest.approx([row.lr.value for row in made.rows], rel=1e-4)
+    assert list(whole.y) == pytest.approx([row.lr_whole.value for row in made.rows], rel=1e-4)
+    low = [row.lr.value - row.lr.low for row in made.rows]
+    assert list(batch.error_y.arrayminus) == pytest.approx(low, rel=1e-3)
+    assert (own.name, list(own.x), list(own.y)) == ("this run", [8], [1e-3])
+    assert list(gains.data[0].y) == pytest.approx([row.gain.value for row in made.rows], rel=1e-4)
+    assert gains.layout.yaxis.title.text == "change, reward/sequence"
+    half = replace(made.rows[0].lr, value=math.nan, stderr=math.nan, low=2e-3, high=math.inf, reliable=False)
+    known = [replace(row, lr=half) if row.prompts == 4 else row for row in made.rows]
+    marks = {trace.name: trace for trace in replace(made, rows=tuple(known)).plot().data}
+    assert list(marks["at least, batch's part of the step"].x) == [4]
+    assert list(marks["at least, batch's part of the step"].y) == [2e-3]
+    wrong = best_step(quadratic(0, bend=1.0), lr=1e-3, run_prompts=8)
+    with pytest.raises(MeasurementError, match="Best step for reward: nothing in it can be drawn"):
+        wrong.plot()
+    assert "goes the way of the first" in wrong._repr_html_()
 
 
 def test_limits_of_a_quotient() -> None:

@@ -96,5 +96,18 @@ def unit_for(lr: float, largest: float, quantity: str, name: str) -> Unit:
     return Unit(lr, _exponent(largest) if largest > 0 else 0, quantity, name)
 
 
+def unit_beside(change: Change | None, lr: float, effect: Estimate, quantity: str) -> Unit:
+    """The unit for changes of one quantity on a page: that of the page, if they are of one kind.
+
+    Args:
+        change: what the page's unit is of.
+        lr: learning rate of the changes.
+        effect: what the whole step does to the quantity, in the quantity's own unit.
+        quantity: its name.
+    """
+    own = unit_of(change)
+    return own if own.name == effect.unit else unit_for(lr, abs(effect.value), quantity, effect.unit)
+
+
 def _exponent(largest: float) -> int:
     return _STEP * math.floor((math.floor(math.log10(largest)) - _ROOM) / _STEP)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from stepscope.results.frames import frame
 from stepscope.results.records import Record
-from stepscope.results.views import Shown
+from stepscope.results.views import Plotted
 from stepscope.stats import Estimate
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class BestRow(Record):
 
 
 @dataclass(frozen=True, repr=False)
-class BestStep(Shown, Record):
+class BestStep(Plotted, Record):
     """Batch size and learning rate for one quantity, predicted.
 
     Attributes:
@@ -96,9 +96,17 @@ class BestStep(Shown, Record):
     def advice(self) -> str:
         """What batch size and learning rate do to the quantity, in words; why nothing can be said, if so."""
         terms, B = self.batch, self.run_prompts
-        if not terms.lr_limit.reliable:
-            return f"No best learning rate for {self.quantity}: {terms.lr_limit.reason}."
         limit = terms.lr_limit
+        if not limit.reliable:
+            own = next((row for row in self.rows if row.prompts == B), None)
+            if own is None or not own.lr.reliable:
+                return f"No best learning rate for {self.quantity}: {limit.reason}."
+            return (
+                f"For {self.quantity}, by this batch's part of the step alone, the learning rate at which a "
+                f"batch of {B} prompts does most is {own.lr.value:.2g} ({own.lr.low:.2g} to "
+                f"{own.lr.high:.2g}); that of an infinite batch is not known, nor what a larger one admits: "
+                f"{limit.reason}."
+            )
         said = (
             f"For {self.quantity}, by this batch's part of the step alone, the learning rate at which an "
             f"infinite batch does most is {limit.value:.2g} ({limit.low:.2g} to {limit.high:.2g})"
@@ -108,14 +116,11 @@ class BestStep(Shown, Record):
             return f"{said}; what noise takes of it is not resolved: {scale.reason}."
         if scale.high <= 0:
             return f"{said}; noise takes nothing of it, so that a larger batch buys nothing."
-        admits = [(1 + n / B) / (1 + n / (2 * B)) for n in (scale.value, *_ends(scale))]
-        enough = [n * (1 - LEFT) / LEFT for n in (scale.value, *_ends(scale))]
+        scales = [max(n, 0.0) for n in (scale.value, scale.low, scale.high)]
+        admits = [(1 + n / B) / (1 + n / (2 * B)) for n in scales]
+        enough = [n * (1 - LEFT) / LEFT for n in scales]
         return (
             f"{said}. Doubling the batch of {B} prompts admits {admits[0]:.2f} times the learning rate "
             f"({admits[1]:.2f} to {admits[2]:.2f}); beyond {enough[0]:.0f} prompts ({enough[1]:.0f} to "
             f"{enough[2]:.0f}) less than {LEFT:.0%} is left to win."
         )
-
-
-def _ends(scale: Estimate) -> tuple[float, float]:
-    return max(scale.low, 0.0), max(scale.high, 0.0)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from stepscope.results.frames import frame
 from stepscope.results.records import FloatArray, Record
+from stepscope.results.views import Parts, Plotted
 from stepscope.stats import Estimate, Number
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class RulePoint(Record):
 
 
 @dataclass(frozen=True, repr=False)
-class Frontier(Record):
+class Frontier(Plotted, Record):
     """The frontier of one step.
 
     Attributes:
@@ -111,6 +112,9 @@ class Frontier(Record):
     def to_pandas(self) -> pd.DataFrame:
         """A row for each of ``points``."""
         return frame(self.points)
+
+    def _viewed(self) -> Parts:
+        return Parts("Exploration against performance", {"frontier": self})
 
     def point(self, name: str) -> FrontierPoint:
         """The first point of that name."""

@@ -8,7 +8,7 @@ from stepscope.reading.measurement import Measurement
 from stepscope.report import style, text
 from stepscope.report.parts import Room, Section
 from stepscope.report.tables import Table, Value, interval_cell, table, trust_cell
-from stepscope.report.units import Unit, unit_of
+from stepscope.report.units import Unit, unit_beside
 from stepscope.results.criteria import Pareto
 from stepscope.results.frontier import Frontier, FrontierPoint, Place
 from stepscope.stats import Estimate
@@ -28,7 +28,7 @@ def section(measurement: Measurement, room: Room) -> Section | None:
     found = measurement.frontier
     if found is None:
         return None
-    unit = unit_of(measurement.change)
+    unit = unit_beside(measurement.change, found.lr, found.entropy, "entropy")
     return Section(
         "frontier",
         "Exploration against performance",

@@ -25,7 +25,10 @@ def section(measurement: Measurement, room: Room) -> Section | None:
         "noise",
         "Gradient noise scale",
         intro=" ".join([noise.advice, *(of.advice for of in best)]),
-        figures=[_size_figure(sizes)] if sizes else [],
+        figures=[
+            *([_size_figure(sizes)] if sizes else []),
+            *(figure for of in best for figure in _best_figures(of)),
+        ],
         tables=[
             _scales(noise),
             *([_size_table(sizes)] if sizes else []),
@@ -36,7 +39,86 @@ def section(measurement: Measurement, room: Room) -> Section | None:
 
 def best_sections(best: BestStep) -> list[Section]:
     """What is known of learning rate and batch size for one quantity, by itself."""
-    return [Section("best-step", "", intro=best.advice, tables=[_best_table(best), _terms_table(best)])]
+    return [
+        Section(
+            "best-step",
+            "",
+            intro=best.advice,
+            figures=_best_figures(best),
+            tables=[_best_table(best), _terms_table(best)],
+        )
+    ]
+
+
+def _best_figures(best: BestStep) -> list[style.Figure]:
+    """Best learning rate, and what it is worth, against the batch size; none where nothing of it is known."""
+    parts = {
+        "batch's part of the step": [(row.prompts, row.lr, row.gain) for row in best.rows],
+        "with momentum and decay": [(row.prompts, row.lr_whole, row.gain_whole) for row in best.rows],
+    }
+    rates, gains = [], []
+    for number, (name, rows) in enumerate(parts.items()):
+        look = style.look(number)
+        known = [(B, lr, gain) for B, lr, gain in rows if math.isfinite(lr.value)]
+        limits = [(B, lr.low) for B, lr, _ in rows if math.isnan(lr.value) and 0 < lr.low < math.inf]
+        if known:
+            hover = f"%{{x}} prompts: %{{y:.2g}}, {name}"
+            for traces, place in ((rates, 1), (gains, 2)):
+                traces.append(
+                    style.curve(name, [k[0] for k in known], [k[place] for k in known], look, hover)
+                )
+        if limits:
+            rates.append(
+                style.curve(
+                    f"at least, {name}",
+                    [B for B, _ in limits],
+                    [low for _, low in limits],
+                    style.Look(look.color, "triangle-up-open"),
+                    f"%{{x}} prompts: at least %{{y:.2g}}, {name}",
+                    mode="markers",
+                )
+            )
+    if not rates:
+        return []
+    own = style.Look(style.OCHRE, "star")
+    rates.append(
+        style.curve(
+            "this run", [best.run_prompts], [best.lr], own, "%{x} prompts: %{y:.2g}", mode="markers", size=11
+        )
+    )
+    name, size = text.quantity_name(best.quantity), style.axis("prompts per batch", **style.LOG)
+    caption = (
+        f"Learning rate at which the expected change of {name} is largest to second order in it, against "
+        "prompts per batch: of the batch's own part of the step, and of the whole step with momentum and "
+        "decay as they are. Error bars: 95 %, over update prompts and folds of probe prompts; open marks are "
+        f"lower limits where there is no number. Noise is known from {best.prompts} prompts; P and clipping "
+        "are those of this step."
+    )
+    made = [
+        style.figure(
+            f"best-lr-{best.quantity}",
+            f"Best learning rate and batch size: {name}",
+            caption,
+            rates,
+            wide=False,
+            xaxis=size,
+            yaxis=style.axis("best learning rate", **style.LOG),
+        )
+    ]
+    if gains:
+        made.append(
+            style.figure(
+                f"best-gain-{best.quantity}",
+                f"What the best learning rate is worth: {name}",
+                f"Expected change of {name} by one step at the best learning rate of each batch size, "
+                f"{best.unit}. Error bars: 95 %, over update prompts and folds of probe prompts.",
+                gains,
+                wide=False,
+                xaxis=size,
+                yaxis=style.axis(f"change, {best.unit}", zeroline=True),
+            )
+        )
+    return made
 
 
 def _best_table(best: BestStep) -> Table:

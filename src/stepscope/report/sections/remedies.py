@@ -9,7 +9,7 @@ from stepscope.report import text
 from stepscope.report.parts import Room, Section
 from stepscope.report.sections.criteria import PRIMARY, agrees, pareto_figure
 from stepscope.report.tables import Value, table
-from stepscope.report.units import unit_of
+from stepscope.report.units import unit_beside
 from stepscope.results.criteria import AblatedStep
 from stepscope.stats import Estimate
 
@@ -19,7 +19,7 @@ def section(measurement: Measurement, room: Room) -> Section | None:
     pareto = measurement.pareto
     if pareto is None or not pareto.points:
         return None
-    unit = unit_of(measurement.change)
+    unit = unit_beside(measurement.change, pareto.lr, pareto.full_entropy_change, "entropy")
     share = max(point.share for point in pareto.points)
     chosen = [point for point in pareto.points if point.share == share]
     captured = _captured(measurement, share)
