@@ -26,6 +26,7 @@ from stepscope.measure.step.reconstruct import assemble_step, weighted_logprobs
 from stepscope.policy import vectors
 from stepscope.policy.gradients.derivatives import gradient
 from stepscope.reference import exact_derivatives, exact_rollouts
+from stepscope.report.units import unit_for
 from stepscope.results.frontier import Frontier
 from stepscope.rules.program import Effect, Program
 
@@ -160,6 +161,14 @@ def test_steps_with_its_weights_do_what_it_says_at_a_small_rate(case):
     assert rule.realised.entropy.value == pytest.approx(expected[0].value, rel=1e-8)
     assert all(torch.equal(p, before[n]) for n, p in policy.parameters.items())
     assert Frontier.from_json(found.to_json(), "frontier.json").to_json() == found.to_json()
+    drawn = found.plot()
+    assert drawn.layout.xaxis.title.text.endswith("nats/token"), "whatever the page's own quantity is"
+    (predicted,) = [trace for trace in drawn.data if trace.name == "frontier, predicted"]
+    unit = unit_for(found.lr, abs(found.entropy.value), "entropy", "nats/token")
+    gains = [unit.change(p.predicted.entropy_gain).value for p in found.points[:3]]
+    assert list(predicted.x) == pytest.approx(gains, rel=1e-4)
+    rewards = [p.predicted.reward_gain.value for p in found.points[:3]]
+    assert list(predicted.y) == pytest.approx(rewards, rel=1e-4)
 
 
 def test_caution_keeps_the_step_where_little_is_known(case):

@@ -378,3 +378,22 @@ def test_tokens_without_a_text_are_named() -> None:
         entropy=np.zeros(4),
     )
     assert join_tokens(None, tokens).token.tolist() == ["⟨part⟩", "😀", "⟨end⟩", "⟨end⟩"]
+
+
+def test_changes_of_the_entropy_have_its_unit_on_a_page_of_the_reward(measure_folder: Path) -> None:
+    """Frontier and remedies beside a change whose quantity is another, or none."""
+    stored = runs.read_record(Changes, measure_folder / "change.json")
+    for changes in (replace(stored, quantity="reward", normalisation="per_seq"), None):
+        if changes is None:
+            (measure_folder / "change.json").unlink()
+        else:
+            points = tuple(
+                replace(p, linear=replace(p.linear, unit="reward"), true=replace(p.true, unit="reward"))
+                for p in stored.points
+            )
+            runs.write_record(measure_folder / "change.json", replace(changes, points=points))
+        source = Page(write_report(measure_folder)).source.replace("\u00a0", " ")
+        for words in ("Entropy gained, ", "Entropy kept, "):
+            units = re.findall(f'{words}([^<">]*)[<"]', source)
+            assert units, words
+            assert all(unit.endswith("nats/token") for unit in units), units

@@ -16,9 +16,9 @@ from stepscope.stats import Estimate
 _NAMES = {
     "same_entropy": "most reward at the step\u2019s own change of the entropy",
     "same_reward": "most entropy at the step\u2019s own change of the reward",
-    "clip_cov": "Clip-Cov, its tokens left out",
-    "kl_cov": "KL-Cov, its tokens left out",
 }
+
+_RULES = {"clip_cov": "Clip-Cov", "kl_cov": "KL-Cov"}
 
 _ORDER = {1: "first", 2: "second"}
 
@@ -66,6 +66,10 @@ def _label(point: FrontierPoint) -> str:
     return ends.get(point.level, f"{text.percent(point.level)} of the way to most entropy")
 
 
+def _rule(name: str) -> str:
+    return f"{_RULES.get(name, name.replace('_', ' '))}, its tokens left out"
+
+
 def _figure(found: Frontier, pareto: Pareto | None, unit: Unit) -> style.Figure:
     curve = [point for point in found.points if point.name == "frontier"]
     traces = [
@@ -89,7 +93,7 @@ def _figure(found: Frontier, pareto: Pareto | None, unit: Unit) -> style.Figure:
         traces.append(_curve(_NAMES[point.name], [place], [""], unit, 6 + number, mode="markers"))
     for number, rule in enumerate(found.rules):
         label = f"{rule.num_tokens} tokens"
-        traces.append(_curve(_NAMES[rule.name], [rule.realised], [label], unit, 2 + number, mode="markers"))
+        traces.append(_curve(_rule(rule.name), [rule.realised], [label], unit, 2 + number, mode="markers"))
     if pareto is not None and pareto.points and pareto.lr == found.lr:
         places = [
             Place(p.entropy_change, p.reward_change, p.entropy_kept, p.reward_given_up.scaled(-1.0))
@@ -149,9 +153,7 @@ def _table(found: Frontier, unit: Unit) -> Table:
             if place is not None:
                 left = f"{text.percent(point.left_out)}, {text.percent(point.at_most)}"
                 rows.append(_row(_label(point), how, place, left, unit))
-    rows += [
-        _row(_NAMES[r.name], "realised", r.realised, f"{r.num_tokens} tokens", unit) for r in found.rules
-    ]
+    rows += [_row(_rule(r.name), "realised", r.realised, f"{r.num_tokens} tokens", unit) for r in found.rules]
     return table(
         "frontier",
         "Other weights of the batch, against the step as it is",
