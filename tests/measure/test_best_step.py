@@ -148,8 +148,13 @@ def test_advice_where_noise_is_not_against_the_step_or_the_limit_is_not_known() 
     limit = replace(made.batch.lr_limit, value=math.nan, reliable=False, reason="curvature not resolved")
     row = next(row for row in made.rows if row.prompts == 8)
     noisy = replace(made, batch=replace(made.batch, lr_limit=limit))
-    assert f"a batch of 8 prompts does most is {row.lr.value:.2g} ({row.lr.low:.2g} to" in noisy.advice
+    said = f"a batch of 8 prompts raises reward most at learning rate {row.lr.value:.2g} ({row.lr.low:.2g} to"
+    assert said in noisy.advice
     assert noisy.advice.endswith("what a larger one admits: curvature not resolved.")
+    kernel = quadratic(0, bend=1.0)
+    falling = best_step(replace(kernel, slopes=-kernel.slopes), lr=1e-3, run_prompts=8)
+    assert falling.rows[0].gain.value < 0
+    assert "an infinite batch lowers reward most at learning rate" in falling.advice
     nothing = replace(noisy, rows=tuple(replace(r, lr=limit) for r in made.rows))
     assert nothing.advice == "No best learning rate for reward: curvature not resolved."
 

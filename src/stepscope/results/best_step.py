@@ -97,19 +97,20 @@ class BestStep(Plotted, Record):
         """What batch size and learning rate do to the quantity, in words; why nothing can be said, if so."""
         terms, B = self.batch, self.run_prompts
         limit = terms.lr_limit
+        own = next((row for row in self.rows if row.prompts == B), None)
+        does = "raises" if terms.slope.value > 0 else "lowers"
+        lead = "By this batch's part of the step alone"
         if not limit.reliable:
-            own = next((row for row in self.rows if row.prompts == B), None)
             if own is None or not own.lr.reliable:
                 return f"No best learning rate for {self.quantity}: {limit.reason}."
             return (
-                f"For {self.quantity}, by this batch's part of the step alone, the learning rate at which a "
-                f"batch of {B} prompts does most is {own.lr.value:.2g} ({own.lr.low:.2g} to "
-                f"{own.lr.high:.2g}); that of an infinite batch is not known, nor what a larger one admits: "
-                f"{limit.reason}."
+                f"{lead} a batch of {B} prompts {does} {self.quantity} most at learning rate "
+                f"{own.lr.value:.2g} ({own.lr.low:.2g} to {own.lr.high:.2g}); that of an infinite batch is "
+                f"not known, nor what a larger one admits: {limit.reason}."
             )
         said = (
-            f"For {self.quantity}, by this batch's part of the step alone, the learning rate at which an "
-            f"infinite batch does most is {limit.value:.2g} ({limit.low:.2g} to {limit.high:.2g})"
+            f"{lead} an infinite batch {does} {self.quantity} most at learning rate {limit.value:.2g} "
+            f"({limit.low:.2g} to {limit.high:.2g})"
         )
         scale = terms.noise_batch
         if not scale.reliable:
@@ -122,5 +123,5 @@ class BestStep(Plotted, Record):
         return (
             f"{said}. Doubling the batch of {B} prompts admits {admits[0]:.2f} times the learning rate "
             f"({admits[1]:.2f} to {admits[2]:.2f}); beyond {enough[0]:.0f} prompts ({enough[1]:.0f} to "
-            f"{enough[2]:.0f}) less than {LEFT:.0%} is left to win."
+            f"{enough[2]:.0f}) less than {LEFT * 100:.0f} % is left to win."
         )

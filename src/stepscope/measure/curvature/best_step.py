@@ -145,7 +145,7 @@ def fieller(a: float, b: float, covariance: FloatArray, reach: float) -> tuple[f
         return -np.inf, np.inf, False
     if lead > 0:
         root = float(np.sqrt(max(inside, 0.0)))
-        return (middle - root) / lead, (middle + root) / lead, True
+        return float((middle - root) / lead), float((middle + root) / lead), True
     if lead == 0 or inside <= 0 or last <= 0:
         return -np.inf, np.inf, False
     ends = sorted(((middle - np.sqrt(inside)) / lead, (middle + np.sqrt(inside)) / lead))

@@ -136,9 +136,9 @@ def _best_table(best: BestStep) -> Table:
                 "Best learning rate": row.lr,
                 "at least": number_cell(row.lr.low),
                 "at most": number_cell(row.lr.high),
-                "Change there": row.gain,
+                f"Change there, {best.unit}": row.gain,
                 "Best, with momentum": row.lr_whole,
-                "Change there, with momentum": row.gain_whole,
+                f"Change there, with momentum, {best.unit}": row.gain_whole,
                 "Diagnostics": trust_cell(row.lr),
             }
             for row in best.rows
