@@ -160,7 +160,7 @@ class PairKernel(Plotted, Brief):
     @property
     def num_signs(self) -> int:
         """Random signs that stand for the sequences."""
-        return self.rows.signs.stop - self.rows.signs.start
+        return int(self.rows.signs.stop - self.rows.signs.start)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from stepscope.reading.measurement import Measurement
 from stepscope.report import style, text
@@ -56,7 +57,8 @@ def _best_figures(best: BestStep) -> list[style.Figure]:
         "batch's part of the step": [(row.prompts, row.lr, row.gain) for row in best.rows],
         "with momentum and decay": [(row.prompts, row.lr_whole, row.gain_whole) for row in best.rows],
     }
-    rates, gains = [], []
+    rates: list[Any] = []
+    gains: list[Any] = []
     for number, (name, rows) in enumerate(parts.items()):
         look = style.look(number)
         known = [(B, lr, gain) for B, lr, gain in rows if math.isfinite(lr.value)]
