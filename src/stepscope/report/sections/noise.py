@@ -128,19 +128,20 @@ def _best_table(best: BestStep) -> Table:
     return table(
         f"best-step-{best.quantity}",
         f"Best learning rate by second order: {text.quantity_name(best.quantity)}",
-        "Learning rate at which the expected change is largest to second order in it, and that change, ± one "
-        "standard error over update prompts and folds of probe prompts: of this batch's part of the step "
-        "alone, and of the whole step with momentum and decay as they are. P and clipping are those of this "
-        "step. No number where slope or second order is not resolved, or both go the same way.",
+        "Learning rate at which the expected change is largest to second order in it, and that change "
+        f"({best.unit}), ± one standard error over update prompts and folds of probe prompts: of this "
+        "batch's part of the step alone, and of the whole step with momentum and decay as they are. P and "
+        "clipping are those of this step. No number where slope or second order is not resolved, or both go "
+        "the same way.",
         [
             {
                 "Prompts per batch": row.prompts,
                 "Best learning rate": row.lr,
                 "at least": number_cell(row.lr.low),
                 "at most": number_cell(row.lr.high),
-                f"Change there, {best.unit}": row.gain,
+                "Change there": row.gain,
                 "Best, with momentum": row.lr_whole,
-                f"Change there, with momentum, {best.unit}": row.gain_whole,
+                "Change there, with momentum": row.gain_whole,
                 "Diagnostics": trust_cell(row.lr),
             }
             for row in best.rows
