@@ -93,6 +93,8 @@ def test_where_nothing_moves_the_reward_the_level_is_kept_all_the_same() -> None
     assert own.sure("entropy", held) >= 1.0 - 1e-6
     assert own.sure("entropy", own.solve(aim="reward", at_least=1.0)) >= 1.0 - 1e-6
     np.testing.assert_array_equal(own.solve(aim="reward"), np.ones(3))
+    kept = own.solve(aim="reward", at_least=0.4, start=widest)
+    np.testing.assert_array_equal(kept, np.ones(3))
     with pytest.raises(MeasurementError, match="no weights up to 2 change the entropy by 9"):
         own.solve(aim="reward", at_least=9.0)
 

@@ -192,7 +192,7 @@ class Program:
             return max(-limit(y)[0] for limit in limits)
 
         begin = np.zeros(count) if start is None else start - 1
-        ends, said = [begin], ""
+        ends, said = [np.zeros(count), begin], ""  # of equals the step's own weights come first
         for first in [begin, *self._further_starts()]:
             found = minimize(
                 down,
