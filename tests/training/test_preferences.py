@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from trl import DPOConfig, DPOTrainer
 
 from stepscope.config import MeasureConfig, MeasureSettings, ModelConfig, TrainConfig, build_config
 from stepscope.errors import BatchError, ConfigError, StepscopeError, TaskError
-from stepscope.measure.step.reconstruct import reconstruct_step
+from stepscope.measure.step.divergence import divergence_gradient
+from stepscope.measure.step.reconstruct import reconstruct_step, weighted_logprobs
 from stepscope.pipeline import run_measure, run_train
 from stepscope.pipeline.inputs.fitness import findings
 from stepscope.pipeline.inputs.update_files import update_from_file
@@ -26,6 +28,7 @@ from stepscope.policy import vectors
 from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.policy.checkpoint.manifest import write_manifest
 from stepscope.policy.forward import forward, make_batch
+from stepscope.policy.gradients.derivatives import gradient
 from stepscope.policy.loss.settings import NEXT_BATCH, StepSettings
 from stepscope.policy.numerics.precision import true_float64
 from stepscope.policy.passes import Budget
@@ -103,11 +106,27 @@ def hypo_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return preferred(config_of(pairs_file(out)), out / "run").parent
 
 
+@pytest.fixture(scope="module")
+def exact_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with sums over the vocabulary, two samples a prompt of the task, in four micro-batches."""
+    out = tmp_path_factory.mktemp("exact")
+    changed: dict[str, Any] = {"kl_prompts": "task", "micro_batch_size": 1, "kl_group_size": 2, "beta": 0.7}
+    config = config_of(pairs_file(out), kl_estimator="rao_blackwell", **changed)
+    return preferred(config, out / "run").parent
+
+
 def test_the_next_step_is_rebuilt_from_a_checkpoint(hypo_run: Path) -> None:
     reference = load_checkpoint(hypo_run / "checkpoints/step-0", precision="float64", require_optimizer=False)
     assert_steps_are_rebuilt(hypo_run / "checkpoints", reference, range(1, 3))
     settings = StepSettings.load(hypo_run / "checkpoints/step-1")
     assert (settings.loss_type, settings.loss_parameters["kl_weight"]) == ("hypo", 0.5)
+
+
+def test_the_next_step_with_sums_over_the_vocabulary_is_rebuilt(exact_run: Path) -> None:
+    reference = load_checkpoint(
+        exact_run / "checkpoints/step-0", precision="float64", require_optimizer=False
+    )
+    assert_steps_are_rebuilt(exact_run / "checkpoints", reference, range(1, 3))
 
 
 def test_without_the_divergence_the_step_is_another(hypo_run: Path) -> None:
@@ -122,8 +141,9 @@ def test_without_the_divergence_the_step_is_another(hypo_run: Path) -> None:
     assert all(step.token_weights[i].any() for i in samples)
 
 
-def test_the_step_of_an_adapter_is_rebuilt_without_a_reference(tmp_path: Path) -> None:
-    config = config_of(pairs_file(tmp_path), lora=True, steps=2)
+@pytest.mark.parametrize("estimator", ["leave_one_out", "rao_blackwell"])
+def test_the_step_of_an_adapter_is_rebuilt_without_a_reference(estimator: str, tmp_path: Path) -> None:
+    config = config_of(pairs_file(tmp_path), lora=True, steps=2, kl_estimator=estimator)
     config = config.model_copy(
         update={"model": config.model.model_copy(update={"source": str(tmp_path / "run/base")})}
     )
@@ -186,7 +206,11 @@ def test_a_training_goes_on_bitwise(hypo_run: Path, tmp_path: Path) -> None:
 def test_the_loss_of_the_samples_has_the_gradient_that_is_stated(
     estimator: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Written out from the logits of all samples, with loops, against the sum over micro-batches."""
+    """Written out from the logits of all samples, with loops, against the sum over micro-batches.
+
+    The step that is rebuilt has the same gradient of the samples: token weights, and a term of sums over the
+    vocabulary.
+    """
     seen: list[Any] = []
 
     def caught(self: PreferenceTrainer, *args: Any) -> torch.Tensor:
@@ -200,6 +224,7 @@ def test_the_loss_of_the_samples_has_the_gradient_that_is_stated(
             params = dict(self.model.named_parameters())
             grads = torch.autograd.grad(torch.stack(parts).sum(), list(params.values()))
             seen.extend([drawn, dict(zip(params, grads, strict=True))])
+            self.write_next_batch(tmp_path)
             models = (self.model, self.ref_model)
             seen.append([{n: p.clone() for n, p in m.state_dict().items()} for m in models])
         return original(self, *args)
@@ -238,15 +263,24 @@ def test_the_loss_of_the_samples_has_the_gradient_that_is_stated(
     expected = torch.autograd.grad(total / len(lengths), list(params.values()))
     for name, value in zip(params, expected, strict=True):
         torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-12)
+    trained = load_checkpoint(tmp_path / "run/checkpoints/step-1", precision="float64")
+    trained = replace(trained, model=model)  # as it was trained, with its float32 rotations
+    other = Policy(reference, None, trained.settings)
+    with true_float64():
+        update = update_from_file(trained, tmp_path / NEXT_BATCH, step=1, budget=Budget()).rollouts
+        step = reconstruct_step(trained, update, reference=other)
+        sampled = [i for i, name in enumerate(update.prompt_ids) if "sample" in name]
+        weights = [step.token_weights[i] for i in sampled]
+        rebuilt = gradient(trained, update.select(sampled), weighted_logprobs(weights))
+        of_vocabulary = divergence_gradient(trained, update, other, Budget())
+    assert ("divergence" in step.components) == bool(of_vocabulary) == exact
     if exact:
-        policy = load_checkpoint(tmp_path / "run/checkpoints/step-1", precision="float64")
-        file = tmp_path / "run/checkpoints/step-1" / NEXT_BATCH
-        update = update_from_file(policy, file, step=None, budget=Budget()).rollouts
-        other = Policy(reference, None, policy.settings)
-        with pytest.raises(ConfigError, match="rao_blackwell"):
-            reconstruct_step(policy, update, reference=other)
-        told = findings(policy, MeasureSettings(reference="here"), ["step"])
-        assert [f.level for f in told if "sum over the vocabulary" in f.what] == ["fail"]
+        assert vectors.norm(of_vocabulary) > 0.1 * vectors.norm(rebuilt)
+        rebuilt = vectors.add(rebuilt, of_vocabulary)
+    stated = vectors.scale(dict(zip(params, expected, strict=True)), -0.5)  # kl_weight
+    stated = {name: stated[name] for name in rebuilt}
+    apart = vectors.norm(vectors.add(rebuilt, vectors.scale(stated, -1.0)))
+    assert apart <= 1e-11 * vectors.norm(stated)
 
 
 def test_pairs_are_right_against_wrong_responses_of_a_prompt(tmp_path: Path) -> None:

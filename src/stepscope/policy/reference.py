@@ -10,6 +10,21 @@ from stepscope.policy.state import Policy
 from stepscope.results import FloatArray, Rollouts
 
 
+def require_reference(policy: Policy, reference: Policy | None) -> None:
+    """Refuse a loss that looks at a reference policy where there is none.
+
+    Raises:
+        MeasurementError: none is given and the policy is a full model.
+    """
+    if reference is None and not is_adapted(policy.model):
+        settings = policy.settings
+        raise MeasurementError(
+            f"the loss looks at a reference policy (beta = {settings.beta}, kl_in_reward = "
+            f"{settings.kl_in_reward}), and the policy is a full model; pass the policy it is held to as "
+            "reference"
+        )
+
+
 def reference_logprobs(
     policy: Policy, update: Rollouts, reference: Policy | None, budget: Budget
 ) -> tuple[FloatArray, ...]:
@@ -24,14 +39,8 @@ def reference_logprobs(
     Raises:
         MeasurementError: none is given and the policy is a full model.
     """
+    require_reference(policy, reference)
     if reference is not None:
         return score_rollouts(reference, update, budget=budget)[0]
-    if not is_adapted(policy.model):
-        settings = policy.settings
-        raise MeasurementError(
-            f"the loss looks at a reference policy (beta = {settings.beta}, kl_in_reward = "
-            f"{settings.kl_in_reward}), and the policy is a full model; pass the policy it is held to as "
-            "reference"
-        )
     with reference_adapter(policy.model):
         return score_rollouts(policy, update, budget=budget)[0]

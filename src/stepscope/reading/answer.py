@@ -39,6 +39,7 @@ _COMPONENTS: Mapping[str, str] = {
     "momentum": "momentum",
     "decay": "weight decay",
     "bonus": "entropy bonus",
+    "divergence": "KL divergence",
     "router": "router loss",
 }
 

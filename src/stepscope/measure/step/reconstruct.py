@@ -27,12 +27,13 @@ import torch
 from torch import Tensor
 
 from stepscope.errors import BatchError, CheckpointError, MeasurementError
+from stepscope.measure.step.divergence import token_divergences
 from stepscope.measure.step.terms import TERMS, term_gradients
 from stepscope.policy import vectors
 from stepscope.policy.forward import TokenBatch, TokenOutputs
 from stepscope.policy.gradients.derivatives import WeightedLogprobs, gradient
 from stepscope.policy.group import current
-from stepscope.policy.loss.surrogate import Seen, needs_reference, token_weights
+from stepscope.policy.loss.surrogate import Seen, needs_reference, sums_over_vocabulary, token_weights
 from stepscope.policy.numerics.finiteness import first_not_finite
 from stepscope.policy.optim.base import OptimizerState, Update
 from stepscope.policy.passes import Budget
@@ -186,6 +187,9 @@ def reconstruct_step(
         ref_logprobs=reference_logprobs(policy, update, reference, budget)
         if needs_reference(policy.settings)
         else None,
+        divergences=token_divergences(policy, update, reference, budget)
+        if sums_over_vocabulary(policy.settings)
+        else None,
     )
     for i, row in enumerate(weights):
         if not np.isfinite(row).all():
@@ -193,7 +197,7 @@ def reconstruct_step(
                 f"update batch: the token weight of sequence {i} ({update.prompt_ids[i]}), response token "
                 f"{int(np.flatnonzero(~np.isfinite(row))[0])} is not finite; check the loss settings"
             )
-    terms = term_gradients(policy, update, budget=budget)
+    terms = term_gradients(policy, update, reference=reference, budget=budget)
     drift = _Drift(update)
     weighted = weighted_logprobs(weights)
 

@@ -21,7 +21,6 @@ from stepscope.policy.checkpoint.adapters import is_adapted
 from stepscope.policy.checkpoint.first_pass import made_up_sequences
 from stepscope.policy.checkpoint.foreign import reads_foreign
 from stepscope.policy.gradients.coverage import classify
-from stepscope.policy.loss.hypo import SUMS, sums_over_vocabulary
 from stepscope.policy.loss.registry import known_loss
 from stepscope.policy.loss.surrogate import adds_component, needs_reference
 from stepscope.policy.optim.muon import MuonState
@@ -138,10 +137,8 @@ def unfit_for_parts(policy: Policy, config: MeasureSettings, stages: list[Stage]
 
 
 def _loss(policy: Policy, config: MeasureSettings) -> list[Finding]:
-    """A loss that no token weights describe, and divergences without a reference to take them to."""
+    """Divergences without a reference to take them to."""
     found = []
-    if sums_over_vocabulary(policy.settings):
-        found.append(Finding("fail", SUMS, "measure a checkpoint of kl_estimator leave_one_out"))
     if config.reference is None and not is_adapted(policy.model):
         cure = "give reference=MODEL (the model that the training started from)"
         settings = policy.settings
@@ -159,12 +156,11 @@ def _loss(policy: Policy, config: MeasureSettings) -> list[Finding]:
 
 
 def _remade_steps(policy: Policy, config: MeasureSettings, stages: list[Stage]) -> list[Finding]:
-    """Steps taken again without some sequences or tokens: there are none of a loss with an entropy bonus."""
-    if not adds_component(policy.settings):
+    """Steps taken again without some sequences or tokens, where something in the loss belongs to none."""
+    part = adds_component(policy.settings)
+    if not part:
         return []
-    what = (
-        "the loss has an entropy bonus, which belongs to no sequence, and {} takes steps again without some"
-    )
+    what = f"the loss has {part}, which belongs to no sequence, and {{}} takes steps again without some"
     found = []
     if "validation" in stages:
         found.append(Finding("fail", what.format("validation"), "measure without --validate"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from stepscope.errors import MeasurementError
 from stepscope.policy import vectors
-from stepscope.policy.forward import TokenBatch, TokenOutputs, forward
+from stepscope.policy.forward import Reading, TokenBatch, TokenOutputs, forward
 from stepscope.policy.group import current
 from stepscope.policy.numerics.attention import mathematical_attention
 from stepscope.policy.numerics.differentiation import frozen_padding, lacks_a_rule, lanes, whole_function
@@ -30,6 +30,9 @@ from stepscope.results import FloatArray, Rollouts
 
 Objective = Callable[[TokenOutputs, TokenBatch], Tensor]
 """A differentiable function of what the policy says: (seq,) or (seq, tok), zero on padding."""
+
+Readings = Callable[[TokenBatch], Mapping[Hashable, Reading]]
+"""What an objective reads off the distributions of a micro-batch beside, by key."""
 
 Values = Mapping[str, Tensor] | Replaced
 Mode = Literal["auto", "forward", "double_backward"]
@@ -52,6 +55,11 @@ class WeightedLogprobs:
     def __call__(self, outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
         """w_ik l_ik."""
         return batch.pad(self.weights, outputs.logprobs) * outputs.logprobs
+
+
+def nothing_read(batch: TokenBatch) -> Mapping[Hashable, Reading]:
+    """For objectives of log-probs and entropies."""
+    return {}
 
 
 def concerned(rollouts: Rollouts, objective: Objective) -> list[int]:
@@ -78,6 +86,7 @@ def gradient(
     objective: Objective,
     *,
     as_trained: bool = True,
+    readings: Readings = nothing_read,
     budget: Budget = Budget(),
 ) -> dict[str, Tensor]:
     """Gradient of the objective summed over all sequences (and tokens): one forward and one backward.
@@ -90,13 +99,15 @@ def gradient(
         objective: (seq,) or (seq, tok).
         as_trained: leave out what a training does (embeddings of padding tokens, DoRA's norm);
             otherwise the gradient is that of the function.
+        readings: what the objective reads off the distributions beside.
         budget: how large micro-batches are.
     """
     params, split = policy.parameters, sharded(policy.model) is not None
     total = {n: torch.zeros_like(p) for n, p in params.items()}
 
     def pulled(batch: TokenBatch) -> tuple[Tensor | None, ...]:
-        outputs = forward(policy.model, batch, temperature=rollouts.temperature)
+        temperature = rollouts.temperature
+        outputs = forward(policy.model, batch, temperature=temperature, readings=readings(batch))
         return pulled_back(policy.model, objective(outputs, batch).sum(), list(params.values()))
 
     with nullcontext() if as_trained else whole_function(policy.model):

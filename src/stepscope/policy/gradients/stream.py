@@ -7,7 +7,7 @@ is made here; whoever consumes the stream decides what to keep.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from stepscope.errors import MeasurementError
 from stepscope.policy import vectors
-from stepscope.policy.forward import Reading, TokenBatch, forward, make_batch
+from stepscope.policy.forward import TokenBatch, forward, make_batch
 from stepscope.policy.gradients.capture import Capture
 from stepscope.policy.gradients.coverage import Coverage, NotSeparableError, classify, known, settle
-from stepscope.policy.gradients.derivatives import Objective, concerned
+from stepscope.policy.gradients.derivatives import Objective, Readings, concerned, nothing_read
 from stepscope.policy.gradients.exchange import exchanged
 from stepscope.policy.gradients.layer_gradient import LayerGradient, Whole, matrix_shape
 from stepscope.policy.group import current
@@ -33,11 +33,6 @@ from stepscope.results import Rollouts
 
 Consume = Callable[[LayerGradient, slice], None]
 """Receives one parameter's gradients and which entries of ``order`` they belong to."""
-
-
-def nothing_read(batch: TokenBatch) -> Mapping[Hashable, Reading]:
-    """For objectives of log-probs and entropies."""
-    return {}
 
 
 @dataclass(frozen=True)
@@ -55,7 +50,7 @@ class SequenceGradients:
     rollouts: Rollouts
     objective: Objective
     as_trained: bool = True
-    readings: Callable[[TokenBatch], Mapping[Hashable, Reading]] = nothing_read
+    readings: Readings = nothing_read
 
     def __len__(self) -> int:
         """Number of sequences."""

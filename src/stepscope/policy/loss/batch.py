@@ -22,6 +22,7 @@ class Further(Brief):
         group: (seq,) number of each response's prompt group, for the same.
         pieces: rows of each micro-batch, for losses that depend on how a batch was cut; one by default.
         random: of losses that draw tokens; by default by the seed of the settings.
+        divergences: (seq, tok) KL(pi | ref) of the next token, for losses that sum over the vocabulary.
     """
 
     sampler_logprobs: Tensor | None = None
@@ -29,6 +30,7 @@ class Further(Brief):
     group: Tensor | None = None
     pieces: Sequence[Tensor] = ()
     random: np.random.Generator | None = None
+    divergences: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -47,6 +49,7 @@ class LossBatch(Brief):
         sampler_logprobs: l as the engine that sampled gave it, nan where it gave none; None where it is not
             known.
         random: of losses that draw tokens.
+        divergences: KL(pi | ref) of the next token, where a loss looks at it.
     """
 
     logprobs: Tensor
@@ -59,6 +62,7 @@ class LossBatch(Brief):
     ref_logprobs: Tensor | None = None
     sampler_logprobs: Tensor | None = None
     random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    divergences: Tensor | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -86,4 +90,5 @@ class LossBatch(Brief):
             group=pick(self.group),
             ref_logprobs=pick(self.ref_logprobs),
             sampler_logprobs=pick(self.sampler_logprobs),
+            divergences=pick(self.divergences),
         )

@@ -29,20 +29,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from stepscope.errors import BatchError, ConfigError
+from stepscope.errors import BatchError
 from stepscope.policy.loss.base import Loss
 from stepscope.policy.loss.batch import LossBatch
 from stepscope.policy.loss.preference import DpoParameters, dpo
-from stepscope.policy.loss.settings import StepSettings
 
 KlEstimator = Literal["leave_one_out", "rao_blackwell"]
-
-
-SUMS = (
-    "with kl_estimator rao_blackwell the loss has a sum over the vocabulary at every token, which token "
-    "weights do not hold, so that its step cannot be rebuilt"
-)
-"""Why a step is refused."""
 
 
 class HypoParameters(DpoParameters):
@@ -57,11 +49,6 @@ class HypoParameters(DpoParameters):
     kl_weight: float = Field(gt=0)
     kl_group_size: int = Field(ge=2)
     kl_estimator: KlEstimator = "leave_one_out"
-
-
-def sums_over_vocabulary(settings: StepSettings) -> bool:
-    """Whether the loss is HyPO's with the estimator whose step cannot be rebuilt."""
-    return settings.loss_type == "hypo" and settings.loss_parameters.get("kl_estimator") == "rao_blackwell"
 
 
 def score_factors(values: Tensor, group: Tensor, *, own: bool) -> Tensor:
@@ -90,44 +77,74 @@ def score_factors(values: Tensor, group: Tensor, *, own: bool) -> Tensor:
 
 
 def hypo(batch: LossBatch, own: HypoParameters) -> Tensor:
-    """DPO on the pairs, plus kl_weight times the mean over samples of sum_k d_k, with its estimated gradient.
+    """DPO on the pairs, plus kl_weight times the mean over samples of sum_k d_k or D_k, with its gradient.
+
+    In log-probs that is the gradient of the scores alone. That of D itself, of weight
+    :func:`divergence_weight`, is a component of the step (:mod:`stepscope.measure.step.divergence`).
 
     Raises:
         BatchError: the batch is not pairs and samples.
-        ConfigError: no reference policy, beta is 0, or the estimator is ``rao_blackwell``, whose gradient is
-            no function of the log-probs of the tokens that were drawn.
+        ConfigError: no reference policy, or beta is 0.
     """
-    if own.kl_estimator == "rao_blackwell":
-        raise ConfigError(f"loss_type hypo: {SUMS}; train with leave_one_out to measure")
-    pairs, samples = pairs_and_samples(batch, own.kl_group_size)
+    if batch.group is None or batch.rewards is None:
+        raise BatchError("the loss hypo needs rewards and prompts of its batch; use token_weights")
+    pairs, samples = pairs_and_samples(batch.rewards, batch.group, own.kl_group_size)
     loss = dpo(batch.rows(pairs), own)
     sampled = batch.rows(samples)
     assert sampled.ref_logprobs is not None  # asked for by DPO
     assert sampled.group is not None
-    gap = (sampled.logprobs.detach() - sampled.ref_logprobs) * sampled.weight
-    pull = (score_factors(gap, sampled.group, own=True) * sampled.weight * sampled.logprobs).sum()
-    divergence = gap.sum() + pull - pull.detach()
+    exact = own.kl_estimator == "rao_blackwell"
+    if not exact:
+        values = (sampled.logprobs.detach() - sampled.ref_logprobs) * sampled.weight
+    elif sampled.divergences is not None:
+        values = sampled.divergences * sampled.weight
+    else:
+        raise BatchError(
+            "the loss hypo with kl_estimator rao_blackwell needs the divergence at every token of its batch; "
+            "pass divergences"
+        )
+    pull = (score_factors(values, sampled.group, own=not exact) * sampled.weight * sampled.logprobs).sum()
+    divergence = values.sum() + pull - pull.detach()
     return loss + own.kl_weight * divergence / len(samples)
 
 
-def pairs_and_samples(batch: LossBatch, size: int) -> tuple[Tensor, Tensor]:
+def divergence_weight(own: HypoParameters, rewards: Tensor, group: Tensor) -> Tensor:
+    """(seq,) -dLoss/dD of every token of a sequence: -kl_weight/n on the n samples, 0 on pairs.
+
+    0 everywhere with ``leave_one_out``, of which the loss is a function of log-probs alone.
+
+    Args:
+        own: parameters of the loss.
+        rewards: (seq,).
+        group: (seq,) number of each sequence's prompt group.
+
+    Raises:
+        BatchError: the batch is not pairs and samples.
+    """
+    found = torch.zeros(len(rewards), dtype=torch.float64)
+    if own.kl_estimator == "rao_blackwell":
+        _, samples = pairs_and_samples(rewards, group, own.kl_group_size)
+        found[samples] = -own.kl_weight / len(samples)
+    return found
+
+
+def pairs_and_samples(rewards: Tensor, group: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Rows of the pairs and of the samples, told apart by their rewards.
 
     Args:
-        batch: with rewards and groups.
+        rewards: (seq,).
+        group: (seq,) number of each sequence's prompt group.
         size: samples of a prompt.
 
     Raises:
         BatchError: a prompt has neither two responses of different rewards nor ``size`` of equal ones, or
             there are not as many of the one kind as of the other.
     """
-    if batch.group is None or batch.rewards is None:
-        raise BatchError("the loss hypo needs rewards and prompts of its batch; use token_weights")
     pairs: list[Tensor] = []
     samples: list[Tensor] = []
-    for number in torch.unique(batch.group):
-        rows = torch.nonzero(batch.group == number)[:, 0]
-        equal = bool((batch.rewards[rows] == batch.rewards[rows[0]]).all())
+    for number in torch.unique(group):
+        rows = torch.nonzero(group == number)[:, 0]
+        equal = bool((rewards[rows] == rewards[rows[0]]).all())
         if len(rows) != (size if equal else 2):
             raise BatchError(
                 f"update batch: the prompt of sequence {int(rows[0])} has {len(rows)} responses of "

@@ -17,6 +17,7 @@ from stepscope.errors import BatchError, ConfigError
 from stepscope.policy.loss.aggregation import AGGREGATIONS, aggregation_weights
 from stepscope.policy.loss.base import Loss
 from stepscope.policy.loss.batch import Further, LossBatch
+from stepscope.policy.loss.hypo import HypoParameters, divergence_weight
 from stepscope.policy.loss.kl import ALIASES, KL_PENALTIES, kl_penalty, known_penalty, schulman
 from stepscope.policy.loss.ratio import importance_ratio
 from stepscope.policy.loss.registry import loss_named
@@ -53,6 +54,11 @@ def understood(settings: StepSettings) -> None:
 def needs_reference(settings: StepSettings) -> bool:
     """Whether the loss looks at the log-probs of the reference policy."""
     return settings.beta != 0.0 and loss_named(settings.loss_type).reference
+
+
+def sums_over_vocabulary(settings: StepSettings) -> bool:
+    """Whether the loss has the KL divergence at every prefix in it, as a sum over the vocabulary."""
+    return settings.loss_type == "hypo" and settings.loss_parameters.get("kl_estimator") == "rao_blackwell"
 
 
 def policy_loss(
@@ -105,6 +111,7 @@ def policy_loss(
         rewards=further.rewards,
         group=further.group,
         random=further.random or np.random.default_rng(settings.seed),
+        divergences=further.divergences,
     )
     if not loss.aggregation:
         return loss.function(batch, own)
@@ -189,12 +196,14 @@ def token_weights(
     entropies: Sequence[FloatArray] | None = None,
     seen: Seen = Seen(),
     ref_logprobs: Sequence[FloatArray] | None = None,
+    divergences: Sequence[FloatArray] | None = None,
     step: int = 0,
 ) -> tuple[FloatArray, ...]:
     """Token weights w_ik = -dLoss/dl_ik, by differentiating the loss with the log-probs as leaves.
 
-    The advantages are those of the settings' objective, where there is one. A mean entropy is no function of
-    the log-probs and has no part in the weights: see :func:`entropy_weights`.
+    The advantages are those of the settings' objective, where there is one. A mean entropy and a sum over the
+    vocabulary are no functions of the log-probs and have no part in the weights: see :func:`entropy_weights`,
+    :func:`divergence_weights`.
 
     Args:
         rollouts: the update batch, with advantages; its ``behaviour`` are the log-probs that sampled.
@@ -203,6 +212,7 @@ def token_weights(
         entropies: its entropies, then needed by an objective.
         seen: what else the objective looks at.
         ref_logprobs: log-probs of the reference policy; needed when ``settings.beta`` is not zero.
+        divergences: KL(pi | ref) of the next token; needed where the loss sums over the vocabulary.
         step: optimizer steps taken so far; it seeds what is drawn at random: tokens of an objective or a
             loss, and micro-batches where a loss depends on how the batch was cut.
 
@@ -264,6 +274,7 @@ def token_weights(
             group=torch.from_numpy(rollouts.group_index),
             pieces=micro_batches(settings.micro_batch_size, settings, len(rollouts), step),
             random=np.random.default_rng([settings.seed, step]),
+            divergences=None if divergences is None else _pad(divergences),
         ),
     )
     (grad,) = torch.autograd.grad(loss, leaves)
@@ -284,7 +295,7 @@ def entropy_weights(rollouts: Rollouts, settings: StepSettings, *, step: int = 0
     Returns:
         One (tok,) array per sequence; nothing where the next step's loss does not hold the entropy.
     """
-    if not adds_component(settings):
+    if not has_bonus(settings):
         return ()
     assert settings.objective is not None
     weight = _mask(rollouts, settings).double()
@@ -294,9 +305,38 @@ def entropy_weights(rollouts: Rollouts, settings: StepSettings, *, step: int = 0
     return tuple(each[i, :n].numpy() for i, n in enumerate(rollouts.num_tokens))
 
 
-def adds_component(settings: StepSettings) -> bool:
-    """Whether the objective adds a component to the next step that belongs to no sequence."""
+def divergence_weights(rollouts: Rollouts, settings: StepSettings) -> tuple[FloatArray, ...]:
+    """Weights -dLoss/dD_ik of a loss that has D = KL(pi | ref) of the next token in it.
+
+    Args:
+        rollouts: the update batch, with rewards.
+        settings: the loss.
+
+    Returns:
+        One (tok,) array per sequence; nothing where the loss sums over no vocabulary.
+
+    Raises:
+        BatchError: the batch is none that the loss can be of.
+    """
+    if not sums_over_vocabulary(settings):
+        return ()
+    own = loss_named(settings.loss_type).read(settings.loss_parameters)
+    assert isinstance(own, HypoParameters)
+    rewards, group = torch.from_numpy(np.asarray(rollouts.rewards)), torch.from_numpy(rollouts.group_index)
+    each = divergence_weight(own, rewards, group)[:, None] * _mask(rollouts, settings)
+    return tuple(each[i, :n].numpy() for i, n in enumerate(rollouts.num_tokens))
+
+
+def has_bonus(settings: StepSettings) -> bool:
+    """Whether the objective rewards entropy."""
     return settings.objective is not None and settings.objective.entropy_weight != 0.0
+
+
+def adds_component(settings: StepSettings) -> str:
+    """What in the loss makes a component of the step that belongs to no sequence; empty for nothing."""
+    if has_bonus(settings):
+        return "an entropy bonus"
+    return "a sum over the vocabulary (kl_estimator rao_blackwell)" if sums_over_vocabulary(settings) else ""
 
 
 def _shaped_advantages(tokens: Tokens, settings: StepSettings, step: int) -> FloatArray:

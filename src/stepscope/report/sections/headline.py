@@ -67,6 +67,7 @@ HEADLINES: Mapping[str, Label] = {
     "share_momentum": Label("Share of the step from momentum", "def-share"),
     "share_decay": Label("Share of the step from weight decay", "def-share"),
     "share_bonus": Label("Share of the step from the entropy bonus", "def-share"),
+    "share_divergence": Label("Share of the step from the KL divergence at given prefixes", "def-share"),
     "share_router": Label("Share of the step from the router loss", "def-share"),
     "share_sequences": Label("Share of the step from this batch", "def-share"),
     "rank_reliability_tokens": Label("Reliability of the order of tokens", "def-reliability"),

@@ -95,7 +95,11 @@ def _way(influences: InfluenceSequences | InfluenceTokens | None, order: Sequenc
 def _parts(summary: Mapping[str, Estimate], lr: float) -> str:
     """In words: what the batch's own sequences, momentum and weight decay contribute to the linear change."""
     names = {"sequences": "the batch's own sequences", "momentum": "momentum", "decay": "weight decay"}
-    further = {"bonus": "the entropy bonus", "router": "the router loss"}
+    further = {
+        "bonus": "the entropy bonus",
+        "divergence": "the KL divergence",
+        "router": "the router loss",
+    }
     names |= {name: words for name, words in further.items() if f"influence_{name}" in summary}
     if not all(f"influence_{name}" in summary for name in names):
         return ""

@@ -17,6 +17,7 @@ _LOOKS: Mapping[str, tuple[str, str]] = {
     "momentum": ("momentum", style.OCHRE),
     "decay": ("weight decay", style.PURPLE),
     "bonus": ("entropy bonus", style.GREEN),
+    "divergence": ("KL divergence", style.GREEN),
     "router": ("router loss", style.MUTED),
     "sequences": ("this batch", style.BROWN),
     "direction": ("whole step", style.INK),

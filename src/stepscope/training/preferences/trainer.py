@@ -16,11 +16,11 @@ from torch.utils.data import Sampler
 from trl import DPOTrainer
 
 from stepscope.config import HypoConfig
-from stepscope.measure.quantity.kinds.kl import Reference
-from stepscope.policy.forward import Reading, TokenBatch, forward, make_batch
+from stepscope.measure.step.divergence import loss_reference, token_divergences
+from stepscope.policy.forward import Reading, forward, make_batch
 from stepscope.policy.loss.hypo import score_factors
 from stepscope.policy.loss.settings import NEXT_BATCH, StepSettings
-from stepscope.policy.passes import Budget, sweep_rows
+from stepscope.policy.passes import Budget
 from stepscope.policy.reference import reference_logprobs
 from stepscope.policy.rollouts import sample_responses
 from stepscope.policy.state import Policy
@@ -161,7 +161,9 @@ class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
             seq_index=list(rows),
         )
         exact = self.section.kl_estimator == "rao_blackwell"
-        readings: dict[Hashable, Reading] = {"kl": self._reference().divergence(batch)} if exact else {}
+        readings: dict[Hashable, Reading] = {}
+        if exact:
+            readings["kl"] = loss_reference(self._policy(), self._reference_policy()).divergence(batch)
         outputs = forward(model, batch, temperature=1.0, readings=readings)
         value = outputs.logprobs.new_tensor(drawn.divergence[list(rows)].sum())
         pull = (batch.pad(drawn.factors, outputs.logprobs) * outputs.logprobs).sum()
@@ -190,15 +192,19 @@ class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
             random = np.random.default_rng([*seeds, 1])
             chosen = random.choice(len(self.prompts), size=self.section.pairs_per_step, replace=False)
             asked = [self.prompts[int(i)] for i in chosen]
-        model = self.accelerator.unwrap_model(self.model)
-        policy = Policy(model, self.processing_class, self.settings, step=step)
+        policy = self._policy()
         rollouts = sample_responses(
             policy,
             [ids for _, ids in asked for _ in range(size)],
             seed=int(np.random.SeedSequence(seeds).generate_state(1)[0]),
         )
         exact = self.section.kl_estimator == "rao_blackwell"
-        values = self._divergences(policy, rollouts) if exact else self._log_ratios(policy, rollouts)
+        reference = self._reference_policy()
+        if exact:
+            values = token_divergences(policy, rollouts, reference, Budget())
+        else:
+            at_reference = reference_logprobs(policy, rollouts, reference, Budget())
+            values = tuple(now - ref for now, ref in zip(rollouts.logprobs, at_reference, strict=True))
         group = torch.arange(len(rollouts)) // size
         padded = torch.zeros(len(rollouts), int(rollouts.num_tokens.max()), dtype=torch.float64)
         for own, row in zip(padded, values, strict=True):
@@ -213,28 +219,14 @@ class PreferenceTrainer(DPOTrainer):  # type: ignore[misc]
             divergence=padded.sum(1).numpy(),
         )
 
-    def _log_ratios(self, policy: Policy, rollouts: Rollouts) -> list[FloatArray]:
-        """Per sequence (tok,) d."""
-        other = None if self.ref_model is None else Policy(self.ref_model, None, self.settings)
-        reference = reference_logprobs(policy, rollouts, other, Budget())
-        return [now - ref for now, ref in zip(rollouts.logprobs, reference, strict=True)]
+    def _policy(self) -> Policy:
+        """The policy in training."""
+        model = self.accelerator.unwrap_model(self.model)
+        return Policy(model, self.processing_class, self.settings, step=self.state.global_step)
 
-    def _divergences(self, policy: Policy, rollouts: Rollouts) -> list[FloatArray]:
-        """Per sequence (tok,) D."""
-
-        def read(batch: TokenBatch) -> Tensor:
-            readings: dict[Hashable, Reading] = {"kl": self._reference().divergence(batch)}
-            with torch.no_grad():
-                return (
-                    forward(policy.model, batch, temperature=1.0, readings=readings).read["kl"].double().cpu()
-                )
-
-        return [row.numpy() for row in sweep_rows(policy, rollouts, read, budget=Budget())]
-
-    def _reference(self) -> Reference:
-        if self.ref_model is not None:
-            return Reference(self.ref_model, 1.0)
-        return Reference(self.accelerator.unwrap_model(self.model), 1.0, switch_adapter=True)
+    def _reference_policy(self) -> Policy | None:
+        """What it started from; None for an adapter, which is that when it is switched off."""
+        return None if self.ref_model is None else Policy(self.ref_model, None, self.settings)
 
     def _log_samples(self, drawn: Drawn) -> None:
         metrics = self._metrics["train"]

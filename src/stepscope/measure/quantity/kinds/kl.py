@@ -27,17 +27,18 @@ class Reference:
         model: of the reference.
         temperature: of its distribution.
         switch_adapter: whether ``model`` is the adapted policy itself, see ``reference_adapter``.
+        as_trained: of an adapter's base, see there.
     """
 
     model: nn.Module
     temperature: float
     switch_adapter: bool = False
+    as_trained: bool = False
 
     def divergence(self, batch: TokenBatch) -> Reading:
         """KL(pi | ref) at some positions at a time: sum_v pi_v (log pi_v - log ref_v)."""
-        inside = (
-            partial(reference_adapter, self.model, as_trained=False) if self.switch_adapter else nullcontext
-        )
+        switched = partial(reference_adapter, self.model, as_trained=self.as_trained)
+        inside = switched if self.switch_adapter else nullcontext
         log_ref = log_distributions(self.model, batch, temperature=self.temperature, inside=inside)
 
         def read(log_pi: Tensor, at: slice) -> Tensor:
