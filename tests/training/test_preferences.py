@@ -17,12 +17,11 @@ from killed import same_state
 from safetensors.torch import load_file
 from trl import DPOConfig, DPOTrainer
 
-from stepscope.config import MeasureConfig, MeasureSettings, ModelConfig, TrainConfig, build_config
+from stepscope.config import MeasureConfig, ModelConfig, TrainConfig, build_config
 from stepscope.errors import BatchError, ConfigError, StepscopeError, TaskError
 from stepscope.measure.step.divergence import divergence_gradient
 from stepscope.measure.step.reconstruct import reconstruct_step, weighted_logprobs
 from stepscope.pipeline import run_measure, run_train
-from stepscope.pipeline.inputs.fitness import findings
 from stepscope.pipeline.inputs.update_files import update_from_file
 from stepscope.policy import vectors
 from stepscope.policy.checkpoint.load import load_checkpoint

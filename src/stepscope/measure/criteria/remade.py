@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 from torch import Tensor
@@ -42,7 +43,8 @@ class RemadeSteps:
         budget: what may be used at a time.
 
     Raises:
-        MeasurementError: a learning rate of zero.
+        MeasurementError: a learning rate of zero; of the first step made anew, something in the loss that
+            belongs to no sequence.
     """
 
     def __init__(
@@ -67,8 +69,14 @@ class RemadeSteps:
             known.bind(quantity, baseline)
             for quantity in ("entropy", make_quantity("reward", probe, normalisation="per_seq"))
         )
-        self._ascent = ascent_of_sequences(policy, step, budget)
-        self._terms = term_gradients(policy, step.update, remade=True, budget=budget)
+
+    @cached_property
+    def _ascent(self) -> dict[str, Tensor]:
+        return ascent_of_sequences(self.policy, self.step, self.budget)
+
+    @cached_property
+    def _terms(self) -> dict[str, dict[str, Tensor]]:
+        return term_gradients(self.policy, self.step.update, remade=True, budget=self.budget)
 
     def measured(self, direction: ParameterVector) -> tuple[list[Sampled], str]:
         """True changes of entropy and reward along a direction, and why its weights cannot be trusted."""
