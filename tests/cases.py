@@ -236,6 +236,23 @@ def step(owner: Policy, *, num_prompts: int = 3, group_size: int = 3, seed: int 
     return reconstruct_step(owner, batch(owner, num_prompts=num_prompts, group_size=group_size, seed=seed))
 
 
+def preferences(estimator: str) -> tuple[Policy, Rollouts, Policy]:
+    """A policy in HyPO, four pairs, two samples to each of four other prompts, and the reference policy."""
+    parameters = {"kl_weight": 0.5, "kl_group_size": 2, "kl_estimator": estimator}
+    known = {"loss_type": "hypo", "beta": 0.7, "loss_parameters": parameters, "scale_rewards": "none"}
+    owner, other = policy(**known), policy(seed=1, **known)
+    pairs, samples = (batch(owner, num_prompts=4, group_size=2, seed=seed) for seed in (3, 4))
+    together = rollouts(
+        pairs.prompt_token_ids + samples.prompt_token_ids,
+        pairs.response_token_ids + samples.response_token_ids,
+        prompt_ids=tuple(f"{kind}/{i // 2}" for kind in ("pair", "sample") for i in range(8)),
+        prompts=tuple(map(str, pairs.prompt_token_ids + samples.prompt_token_ids)),
+        rewards=np.array([1.0, 0.0] * 4 + [0.0] * 8),
+        advantages=np.array([0.5, -0.5] * 4 + [0.0] * 8),
+    )
+    return owner, scored(owner, together), other
+
+
 def from_trl(batches: Iterable[Mapping[str, Tensor]], **fields: Any) -> Rollouts:
     """TRL's padded batches, one after the other, as one batch with the advantages they hold."""
     ids: dict[str, list[tuple[int, ...]]] = {"prompt": [], "completion": []}

@@ -12,6 +12,7 @@ import cases
 from stepscope.errors import MeasurementError
 from stepscope.measure.change.measured import measure_change
 from stepscope.measure.change.options import ChangeOptions
+from stepscope.measure.criteria.pareto import drop_tokens
 from stepscope.measure.influence.attribution import InfluenceOptions, influence
 from stepscope.measure.influence.probe_gradient import probe_gradient
 from stepscope.measure.influence.shares import Influence
@@ -155,6 +156,24 @@ def test_an_entropy_bonus_has_a_share_of_its_own() -> None:
     assert sum(part.share for part in parts.values()) == pytest.approx(1.0)
     with pytest.raises(MeasurementError, match="belongs to no sequence"):
         term_gradients(policy, step.update, remade=True)
+
+
+def test_a_sum_over_the_vocabulary_has_a_share_of_its_own() -> None:
+    policy, update, reference = cases.preferences("rao_blackwell")
+    step = reconstruct_step(policy, update, reference=reference)
+    probe = cases.batch(policy, num_prompts=6, group_size=2, seed=2)
+    shares = influence(policy, step, update, probe, options=InfluenceOptions(baseline="position"))
+    change = measure_change(policy, step, probe, lrs=[1e-4], options=ChangeOptions(baseline="position"))
+    assert shares.total.value == pytest.approx(change.slope.value, rel=1e-8)
+    parts = [value.value for value in shares.components.values()]
+    assert shares.sequences.sum() + sum(parts) == pytest.approx(shares.total.value, rel=1e-8)
+    assert abs(shares.components["divergence"].value) > 0.01 * abs(shares.total.value)
+    full = drop_tokens(policy, step, probe, {}).full_entropy_change  # the criteria, without steps made anew
+    assert full.value == pytest.approx(
+        measure_change(policy, step, probe, lrs=[step.lr]).points[0].true.value, rel=1e-9
+    )
+    with pytest.raises(MeasurementError, match=r"sum over the vocabulary .* belongs to no sequence"):
+        drop_tokens(policy, step, probe, {"all": -np.ones(int(update.num_tokens.sum()))})
 
 
 def test_sequence_is_its_own_part_of_the_step(setting: tuple[Policy, Step, Rollouts]) -> None:

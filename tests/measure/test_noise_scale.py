@@ -9,7 +9,7 @@ import torch
 import cases
 from stepscope.errors import BatchError
 from stepscope.measure.noise.scale import effect_noise_scale, from_products, noise_scale
-from stepscope.measure.step.reconstruct import sequence_direction
+from stepscope.measure.step.reconstruct import reconstruct_step, sequence_direction
 from stepscope.policy import vectors
 from stepscope.results import FloatArray
 from stepscope.results.noise import NoiseScales
@@ -145,3 +145,29 @@ def test_limits_hold_the_noise_scale_and_there_is_no_number_without_a_signal() -
         assert all(np.isnan(f.prompts.value) and not f.prompts.reliable for f in open_ends)
         assert all(np.isfinite(f.at_least) and f.at_least > 0 for f in found)
         assert (len(open_ends) > 50) == (between > 100)
+
+
+@pytest.mark.parametrize("estimator", ["leave_one_out", "rao_blackwell"])
+def test_a_unit_of_hypo_is_a_pair_and_the_samples_of_a_prompt(estimator: str) -> None:
+    """Against the gradient of each unit's own loss, by a pass for each; within a unit nothing is alike."""
+    policy, update, reference = cases.preferences(estimator)
+    step = reconstruct_step(policy, update, reference=reference)
+    found = noise_scale(policy, update, token_weights=step.token_weights, reference=reference)
+    names = {f"{kind}/{unit}": unit for kind in ("pair", "sample") for unit in range(4)}
+    groups = []
+    for unit in range(4):
+        rows = [i for i, name in enumerate(update.prompt_ids) if names[name] == unit]
+        part = update.select(rows)
+        alone = reconstruct_step(policy, part, reference=reference)
+        groups.append(torch.cat([t.reshape(-1) for t in alone.ascent.values()]).numpy())
+    g = np.stack(groups)  # mean over one pair and one prompt's samples, so that the batch's is their mean
+    np.testing.assert_allclose(
+        g.mean(0), torch.cat([t.reshape(-1) for t in step.ascent.values()]).numpy(), rtol=1e-9, atol=1e-12
+    )
+    A = g @ g.T
+    signal = (A.sum() - np.trace(A)) / 12
+    assert found.sgd.signal.value == pytest.approx(signal, rel=1e-8)
+    assert found.sgd.noise.value == pytest.approx(np.trace(A) / 4 - signal, rel=1e-8)
+    assert found.sgd.noise.n == 4
+    assert np.isnan(found.sgd.within_prompts.value)
+    assert "not draws of one distribution" in found.sgd.between_prompts.reason

@@ -32,10 +32,12 @@ from stepscope.policy.loss.settings import NEXT_BATCH, StepSettings
 from stepscope.policy.numerics.precision import true_float64
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
-from stepscope.reading.answer import influential_tokens, token_classes
+from stepscope.reading.answer import influential_tokens, token_classes, waterfall
 from stepscope.reading.measurement import load_measurement
 from stepscope.report.parts import Room
+from stepscope.report.sections.influence import section as concerning_influence
 from stepscope.report.sections.kinds import roles
+from stepscope.report.sections.responses import section as shown_responses
 from stepscope.training.preferences.pairs import kept_pairs, read_pairs
 from stepscope.training.preferences.run import PAIRS, prefer
 from stepscope.training.preferences.trainer import PreferenceTrainer, RowsOfSteps
@@ -68,6 +70,12 @@ def config_of(pairs: Path | None, *, lora: bool = False, **hypo: Any) -> TrainCo
     }
     model = ModelConfig(tiny=SHAPE).model_dump() | {"dtype": "float64", "lora": {"r": 2} if lora else None}
     return build_config(TrainConfig, {"model": model, "sft": None, "rl": None, "hypo": settings | hypo})
+
+
+def ids(**changed: Any) -> dict[str, Any]:
+    """A row of token ids."""
+    row = {"prompt": [2, 3], "chosen": [2, 3], "rejected": [2]} | changed
+    return {"question": "x"} | {f"{name}_token_ids": value for name, value in row.items()}
 
 
 def preferred(config: TrainConfig, out: Path, *, resume: Path | None = None, task: DigitTask = TASK) -> Path:
@@ -309,6 +317,21 @@ def test_pairs_are_right_against_wrong_responses_of_a_prompt(tmp_path: Path) -> 
     assert set(asked) <= set(by_question)
 
 
+def test_prompts_that_are_too_long_make_no_pairs(tmp_path: Path) -> None:
+    """They are left out as for the samples, where sampling would have cut their beginning off."""
+    task = DigitTask(num_dead=0, size=24)
+    every = task.problems("train")
+    assert {len(p.question) for p in every} == {1, 2}
+    short = [p.question for p in every if len(p.question) == 1]
+    changed = {"pair_prompts": len(short), "max_prompt_tokens": 2, "pairs_per_step": 1, "micro_batch_size": 1}
+    config = config_of(None, pair_samples=16, steps=1, max_response_tokens=8, **changed)
+    preferred(config, tmp_path, task=task)
+    assert {pair.question for pair in kept_pairs(tmp_path / PAIRS)} <= set(short)
+    more = config.model_copy(update={"hypo": config.hypo.model_copy(update={"pair_prompts": 24})})  # type: ignore[union-attr]
+    with pytest.raises(BatchError, match="less copies and those that are excluded, are not enough for 24"):
+        preferred(more, tmp_path / "more", task=task)
+
+
 def test_rows_of_steps_are_every_row_once_and_then_again() -> None:
     order = RowsOfSteps(rows=6, per_step=4, steps=6, seed=3)
     rows = list(order)
@@ -345,6 +368,18 @@ def test_rows_of_steps_are_every_row_once_and_then_again() -> None:
             TaskError,
             "chosen must be a text that is not empty",
         ),
+        (
+            {"prompt": "12345=", "chosen": "2", "rejected": "3"},
+            ConfigError,
+            "has 6 tokens, and 5 are allowed",
+        ),
+        (ids(chosen=[2, 3.7]), TaskError, r"chosen_token_ids has 3.7 in it, expected token ids"),
+        (ids(chosen=[2, True]), TaskError, "chosen_token_ids has true in it"),
+        (ids(rejected=[2, "3"]), TaskError, "rejected_token_ids has '3' in it"),
+        (ids(rejected=[-2]), TaskError, "rejected_token_ids has -2 in it"),
+        (ids(rejected=[2, 900]), TaskError, "token 900, and the model knows 0 to 899"),
+        (ids(prompt=[]), TaskError, "expected token ids, one at least"),
+        (ids(prompt="23"), TaskError, "expected token ids, one at least"),
     ],
 )
 def test_rows_that_are_no_pairs_are_refused(
@@ -354,7 +389,10 @@ def test_rows_that_are_no_pairs_are_refused(
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps(line) + "\n")
     with pytest.raises(error, match=message):
-        read_pairs(path, tokenizer, longest=6)
+        read_pairs(path, tokenizer, longest=6, longest_prompt=5, vocabulary=900)
+    path.write_text(json.dumps(ids(rejected=[2, 899])) + "\n")
+    (pair,) = read_pairs(path, tokenizer, longest=6, longest_prompt=5, vocabulary=900)
+    assert (pair.chosen, pair.rejected) == ((2, 3), (2, 899))
 
 
 def test_too_few_pairs_and_other_files_are_refused(tmp_path: Path) -> None:
@@ -379,6 +417,7 @@ def test_measure_takes_the_batch_beside_the_checkpoint(trained_run: Path, tmp_pa
         "micro_batch_size": 4,
         "steps": 1,
         "save_every": 1,
+        "kl_estimator": "rao_blackwell",
     }
     sections = {"model": {"source": str(start)}, "sft": None, "rl": None, "hypo": hypo | {"report_to": []}}
     run = tmp_path / "run"
@@ -390,10 +429,15 @@ def test_measure_takes_the_batch_beside_the_checkpoint(trained_run: Path, tmp_pa
         "stages": ["rollouts", "step", "change", "influence"],
         "probe": {"num_prompts": 8},
     }
-    with pytest.raises(StepscopeError, match=r"give reference=MODEL"):
+    begun = last.parent / "step-0"
+    with pytest.raises(StepscopeError, match=rf"give reference={begun} \(the model .* from\)$"):
         run_measure(build_config(MeasureConfig, wanted))
-    run_measure(build_config(MeasureConfig, wanted | {"reference": str(start)}))
+    run_measure(build_config(MeasureConfig, wanted | {"reference": str(begun)}))
     figures = json.loads((tmp_path / "m/summary.json").read_text())
+    assert figures["influence_divergence"]["value"] != 0
+    assert sum(figures[f"share_{n}"]["value"] for n in ("momentum", "decay", "sequences", "divergence")) == (
+        pytest.approx(1.0, rel=1e-4)
+    )
     assert "say which response is chosen" in json.dumps(figures["mean_reward_update"])
     measurement = load_measurement(tmp_path / "m")
     parts = {part.name: part.value.value for part in token_classes(measurement, "role")}
@@ -406,6 +450,11 @@ def test_measure_takes_the_batch_beside_the_checkpoint(trained_run: Path, tmp_pa
     own = float(tokens[tokens.sequence_id.isin(sampled)].influence.sum()) * change.lr
     assert parts["sampled"] == pytest.approx(own, rel=1e-12)
     assert roles(measurement, Room(1)) is not None
+    assert "KL divergence" in {part.name for part in waterfall(measurement).parts}  # type: ignore[union-attr]
+    said = str(concerning_influence(measurement, Room(1)))
+    assert "incorrect" not in said  # samples were not graded
+    assert "Half of the absolute token influence" in said
+    assert "chosen, rejected and sampled responses" in str(shown_responses(measurement, Room(1)))
     (last / NEXT_BATCH).write_text((last / NEXT_BATCH).read_text().replace('"reward": 1.0', '"reward": 2.0'))
     again = wanted | {"reference": str(start), "out": str(tmp_path / "n")}
     with pytest.raises(BatchError, match=f"{NEXT_BATCH} is not what was written"):

@@ -23,12 +23,13 @@ class HypoConfig(Section):
         kl_weight: lambda, weight of the reverse KL divergence (nats per response); 0 for DPO, which samples
             nothing.
         kl_estimator: of its gradient: ``leave_one_out`` by the log-ratios of the tokens that were drawn,
-            ``rao_blackwell`` with sums over the vocabulary. The step of the second cannot be measured.
+            ``rao_blackwell`` with sums over the vocabulary.
         kl_group_size: responses sampled to each prompt.
         kl_prompts: prompts of these: those of the step's ``pairs``, or as many of the ``task``'s training
             split.
         max_response_tokens: longest response, sampled or in a pair.
-        max_prompt_tokens: longest prompt that is asked, or null for no limit.
+        max_prompt_tokens: longest prompt that is asked, or null for no limit; longer ones of the task are
+            left out, of a file refused.
         pairs_per_step: pairs per optimizer step, each with a prompt that is sampled.
         steps: optimizer steps.
         save_every: steps between two checkpoints.

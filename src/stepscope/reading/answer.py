@@ -32,6 +32,9 @@ _FOLD = "fold "
 _PREFERENCES = "next_batch/"
 """What ids of groups begin with in a batch that a training from preferences left beside its checkpoint."""
 
+ROLES = ("chosen", "rejected", "sampled")
+"""Of responses in a training from preferences."""
+
 _FOLDS = 8
 """Folds of the probe behind an influence's error, where ``reliability.json`` does not say."""
 
@@ -142,7 +145,7 @@ def token_classes(measurement: Measurement, way: str) -> list[Part]:
     lr = change.lr if change and change.lr > 0 else 1.0
     unit = change.points[0].linear.unit if change and change.points else ""
     if way == "role":
-        of_sequence = _roles(batch)
+        of_sequence = preference_roles(batch)
         names = [of_sequence[i] for i in tokens.sequence_id] if of_sequence else []
     else:
         names = list(by_quadrant(tokens)) if way == "quadrant" else _kinds(measurement, tokens)
@@ -191,13 +194,14 @@ def _kinds(measurement: Measurement, tokens: pd.DataFrame) -> list[str]:
     return [names[place] for place in zip(tokens.sequence_id, tokens.position, strict=True)]
 
 
-def _roles(batch: Rollouts) -> list[str]:
+def preference_roles(batch: Rollouts) -> list[str]:
     """(seq,) roles of responses in a training from preferences; none of another batch."""
     if not all(name.startswith(_PREFERENCES) for name in batch.prompt_ids):
         return []
-    sampled = [name.startswith(f"{_PREFERENCES}sample/") for name in batch.prompt_ids]
-    told = zip(sampled, batch.rewards, strict=True)
-    return ["sampled" if own else "chosen" if reward > 0 else "rejected" for own, reward in told]
+    chosen, rejected, sampled = ROLES
+    drawn = [name.startswith(f"{_PREFERENCES}sample/") for name in batch.prompt_ids]
+    told = zip(drawn, batch.rewards, strict=True)
+    return [sampled if own else chosen if reward > 0 else rejected for own, reward in told]
 
 
 def _folds(measurement: Measurement) -> int:

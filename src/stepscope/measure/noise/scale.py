@@ -1,6 +1,7 @@
 """Gradient noise scale: how many prompt groups a batch needs before its gradient is more signal than noise.
 
-The unit is the prompt group, because the responses of a group share a baseline. With g_b the gradient of
+The unit is the prompt group, because the responses of a group share a baseline; of HyPO a pair and the
+samples of a prompt (:mod:`stepscope.measure.noise.units`). With g_b the gradient of
 group b, scaled so that their mean is the batch's gradient, and A = g_b' M g_b' (M = 1, or the optimizer's P),
 
     |G|^2 = (B |mean g|^2 - mean |g_b|^2) / (B - 1)        unbiased: the mean off-diagonal entry of A
@@ -14,7 +15,7 @@ no (seq, params) matrix outlives the pass.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 
@@ -23,9 +24,10 @@ from stepscope.intervals import FEWEST
 from stepscope.measure.influence.shares import Influence
 from stepscope.measure.noise.batch_size import batch_sizes, loss_scale
 from stepscope.measure.noise.limits import noise_limits
-from stepscope.measure.step.reconstruct import weighted_logprobs
+from stepscope.measure.noise.units import noise_units
+from stepscope.measure.step.divergence import sequence_gradients
 from stepscope.policy.gradients.gram import grams
-from stepscope.policy.gradients.stream import SequenceGradients
+from stepscope.policy.loss.surrogate import sums_over_vocabulary
 from stepscope.policy.loss.surrogate import token_weights as loss_token_weights
 from stepscope.policy.passes import Budget
 from stepscope.policy.state import Policy
@@ -42,6 +44,7 @@ def noise_scale(
     preconditioner: ParameterVector | None = None,
     token_weights: tuple[FloatArray, ...] | None = None,
     influences: tuple[Influence, ...] = (),
+    reference: Policy | None = None,
     budget: Budget = Budget(),
 ) -> NoiseScales:
     """Noise scales of the loss gradient, and of the batch's effect on quantities.
@@ -53,52 +56,64 @@ def noise_scale(
         token_weights: w_ik of the step, where it was rebuilt already; otherwise from the loss. An entropy
             bonus has none, and no part in the noise.
         influences: influences of ``update``, for the noise scale of their quantities.
+        reference: the reference policy, where the loss sums a divergence to it over the vocabulary; None for
+            what an adapter started from.
         budget: what may be used at a time.
 
     Raises:
         BatchError: fewer than two prompts, or no reward variance.
     """
-    if update.num_prompts < 2:
+    units, unlike = noise_units(update, policy.settings)
+    count = int(units.max()) + 1
+    if count < 2:
         raise BatchError(
-            f"noise scale: the update batch has {update.num_prompts} prompt, expected at least 2; "
+            f"noise scale: the update batch has {count} prompt, expected at least 2; "
             "the unit is the prompt group, so sample more prompts"
         )
     weights = token_weights or loss_token_weights(update, policy.settings, step=policy.step)
     metrics: dict[str, ParameterVector | None] = {"sgd": None}
     if preconditioner is not None:
         metrics["preconditioned"] = preconditioner
-    gradients = SequenceGradients(update, weighted_logprobs(weights))
+    gradients = sequence_gradients(policy, update, weights, reference)
     found = grams(policy, gradients, metrics=metrics, budget=budget).square
-    prompts = update.prompt_index
     scales = {
-        name: from_products(K.numpy(), prompts, unit="squared gradient norm", method=f"{name} metric")
+        name: from_products(
+            K.numpy(), units, unit="squared gradient norm", method=f"{name} metric", unlike=unlike
+        )
         for name, K in found.items()
     }
     sizes = {
         name: batch_sizes(
-            group_products(found[name].numpy(), prompts),
+            group_products(found[name].numpy(), units),
             noise=scale.noise,
             noise_scale=scale.prompts,
-            group_size=len(update) / update.num_prompts,
+            group_size=len(update) / count,
             run_prompts=policy.settings.prompts_per_step,
             # a KL penalty needs the reference's log-probs and is a mean over groups for the most part
             scale=loss_scale(update, policy.settings, weights) if policy.settings.beta == 0 else None,
         )
         for name, scale in scales.items()
     }
+    doubt = ""
+    if sums_over_vocabulary(policy.settings):
+        doubt = "the KL divergence at given prefixes, which belongs to no sequence, is not in it"
     return NoiseScales(
         noise_scale=scales["sgd"].prompts,
         sgd=scales["sgd"],
         preconditioned=scales.get("preconditioned"),
         effects={
-            f"{i.quantity}_{i.normalisation}": effect_noise_scale(i.sequences, prompts, unit=i.unit)
+            f"{i.quantity}_{i.normalisation}": effect_noise_scale(
+                i.sequences, units, unit=i.unit, unlike=unlike, doubt=doubt
+            )
             for i in influences
         },
         batch_sizes=sizes,
     )
 
 
-def effect_noise_scale(sequences: FloatArray, prompts: IntArray, *, unit: str) -> NoiseScale:
+def effect_noise_scale(
+    sequences: FloatArray, prompts: IntArray, *, unit: str, unlike: str = "", doubt: str = ""
+) -> NoiseScale:
     """Noise scale of a scalar effect: how many prompts until the batch's effect on a quantity is resolved.
 
     The effect is one number per sequence, so its inner products are products of numbers: the formulas are
@@ -108,10 +123,15 @@ def effect_noise_scale(sequences: FloatArray, prompts: IntArray, *, unit: str) -
         sequences: (seq,) influence of each sequence of the update batch.
         prompts: (seq,) prompt of each.
         unit: of the influence.
+        unlike: see :func:`from_products`.
+        doubt: why the influences do not hold all that the batch does; empty where they do.
     """
-    return from_products(
-        np.outer(sequences, sequences), prompts, unit=f"({unit})^2", method="effect of the update batch"
+    products = np.outer(sequences, sequences)
+    found = from_products(
+        products, prompts, unit=f"({unit})^2", method="effect of the update batch", unlike=unlike
     )
+    names = [f.name for f in fields(found) if isinstance(getattr(found, f.name), Estimate)]
+    return replace(found, **{name: getattr(found, name).doubted(doubt) for name in names})
 
 
 def group_products(K: FloatArray, prompts: IntArray) -> FloatArray:
@@ -126,7 +146,9 @@ def group_products(K: FloatArray, prompts: IntArray) -> FloatArray:
     return np.asarray(count**2 * member.T @ K @ member)
 
 
-def from_products(K: FloatArray, prompts: IntArray, *, unit: str, method: str) -> NoiseScale:
+def from_products(
+    K: FloatArray, prompts: IntArray, *, unit: str, method: str, unlike: str = ""
+) -> NoiseScale:
     """Noise scale from the inner products of all sequences' contributions to the batch's gradient.
 
     Args:
@@ -134,6 +156,8 @@ def from_products(K: FloatArray, prompts: IntArray, *, unit: str, method: str) -
         prompts: (seq,) prompt of each sequence.
         unit: of the inner products.
         method: recorded.
+        unlike: why the sequences of a prompt are not draws of one distribution, so that there is no noise
+            within prompts; empty where they are.
     """
     labels, index = np.unique(prompts, return_inverse=True)
     count = len(labels)
@@ -181,15 +205,19 @@ def from_products(K: FloatArray, prompts: IntArray, *, unit: str, method: str) -
         ratio = Estimate(nan, nan, count, "prompts", ratio.method, False, doubt, low=low, high=high)
     elif count < FEWEST:
         ratio = ratio.doubted(f"{count} prompts, expected at least {FEWEST} for limits")
+
+    def part(statistic: Callable[[IntArray], float], of: str) -> Estimate:
+        if not unlike:
+            return estimate(statistic, of, unit)
+        return Estimate(float("nan"), float("nan"), count, unit, of, reliable=False, reason=unlike)
+
     group = float(sizes.mean())
     total = strength.value + spread.value / count
     return NoiseScale(
         signal=strength,
         noise=spread,
-        within_prompts=estimate(inside, "within-prompt part of the noise", unit),
-        between_prompts=estimate(
-            lambda keep: noise(keep) - inside(keep), "between-prompt part of the noise", unit
-        ),
+        within_prompts=part(inside, "within-prompt part of the noise"),
+        between_prompts=part(lambda keep: noise(keep) - inside(keep), "between-prompt part of the noise"),
         prompts=ratio,
         sequences=replace(
             ratio.scaled(group, unit="sequences"), method=f"{ratio.method}, {group:g} responses a prompt"

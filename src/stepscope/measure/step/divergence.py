@@ -7,15 +7,16 @@ what the prefixes add to grad KL is in the token weights (:mod:`stepscope.policy
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from stepscope.measure.quantity.kinds.kl import Reference
 from stepscope.policy.forward import Reading, TokenBatch, TokenOutputs, forward
-from stepscope.policy.gradients.derivatives import gradient
-from stepscope.policy.loss.surrogate import divergence_weights
+from stepscope.policy.gradients.derivatives import Objective, Readings, WeightedLogprobs, gradient
+from stepscope.policy.gradients.stream import SequenceGradients
+from stepscope.policy.loss.surrogate import divergence_weights, sums_over_vocabulary
 from stepscope.policy.passes import Budget, sweep_rows
 from stepscope.policy.reference import require_reference
 from stepscope.policy.state import Policy
@@ -63,6 +64,32 @@ def token_divergences(
     return tuple(row.numpy() for row in sweep_rows(policy, rollouts, read, budget=budget))
 
 
+def sequence_gradients(
+    policy: Policy, update: Rollouts, weights: Sequence[FloatArray], reference: Policy | None
+) -> SequenceGradients:
+    """-grad Loss of each sequence: sum_k (w_ik grad l_ik + e_ik grad D_ik).
+
+    Args:
+        policy: where the step starts.
+        update: the batch of the step.
+        weights: its token weights w_ik.
+        reference: the reference policy; None for what an adapter started from.
+
+    Raises:
+        BatchError: the batch is none that the loss can be of.
+        MeasurementError: see :func:`loss_reference`.
+    """
+    of_logprobs = WeightedLogprobs(weights)
+    if not sums_over_vocabulary(policy.settings):
+        return SequenceGradients(update, of_logprobs)
+    of_divergences, readings = _weighted(policy, divergence_weights(update, policy.settings), reference)
+
+    def both(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
+        return of_logprobs(outputs, batch) + of_divergences(outputs, batch)
+
+    return SequenceGradients(update, both, readings=readings)
+
+
 def divergence_gradient(
     policy: Policy, update: Rollouts, reference: Policy | None, budget: Budget
 ) -> dict[str, Tensor]:
@@ -81,15 +108,22 @@ def divergence_gradient(
     weights = divergence_weights(update, policy.settings)
     if not weights:
         return {}
-    of = loss_reference(policy, reference)
     rows = [i for i, own in enumerate(weights) if own.any()]
-    kept = [weights[i] for i in rows]
+    objective, readings = _weighted(policy, [weights[i] for i in rows], reference)
+    return gradient(policy, update.select(rows), objective, readings=readings, budget=budget)
+
+
+def _weighted(
+    policy: Policy, weights: Sequence[FloatArray], reference: Policy | None
+) -> tuple[Objective, Readings]:
+    """The objective e_ik D_ik, (seq, tok), and what it reads."""
+    of = loss_reference(policy, reference)
 
     def readings(batch: TokenBatch) -> Mapping[Hashable, Reading]:
         return {_KEY: of.divergence(batch)}
 
     def objective(outputs: TokenOutputs, batch: TokenBatch) -> Tensor:
         found = outputs.read[_KEY]
-        return batch.pad(kept, found) * found
+        return batch.pad(weights, found) * found
 
-    return gradient(policy, update.select(rows), objective, readings=readings, budget=budget)
+    return objective, readings

@@ -21,7 +21,7 @@ from stepscope.policy.checkpoint.adapters import is_adapted
 from stepscope.policy.checkpoint.first_pass import made_up_sequences
 from stepscope.policy.checkpoint.foreign import reads_foreign
 from stepscope.policy.gradients.coverage import classify
-from stepscope.policy.loss.registry import known_loss
+from stepscope.policy.loss.registry import known_loss, loss_named
 from stepscope.policy.loss.surrogate import adds_component, needs_reference
 from stepscope.policy.optim.muon import MuonState
 from stepscope.policy.sharding import sharded
@@ -140,11 +140,12 @@ def _loss(policy: Policy, config: MeasureSettings) -> list[Finding]:
     """Divergences without a reference to take them to."""
     found = []
     if config.reference is None and not is_adapted(policy.model):
-        cure = "give reference=MODEL (the model that the training started from)"
+        cure = f"give reference={_start(policy)} (the model that the training started from)"
         settings = policy.settings
         if known_loss(settings.loss_type) and needs_reference(settings):
             what = f"the loss looks at a reference (beta = {settings.beta}), and a full model has no base"
-            found.append(Finding("fail", what, cure + ", or loss.beta=0 for the step without it"))
+            without = ", or loss.beta=0 for the step without it"
+            found.append(Finding("fail", what, cure + without * (not loss_named(settings.loss_type).pairs)))
         if settings.kl_in_reward != 0.0:
             what = f"rewards have a KL penalty ({settings.kl_in_reward}), and a full model has no base"
             found.append(Finding("fail", what, cure + ", or loss.kl_in_reward=0 for the step without it"))
@@ -153,6 +154,12 @@ def _loss(policy: Policy, config: MeasureSettings) -> list[Finding]:
                 Finding("fail", "kl needs a reference, and a full model has no base beside it", cure)
             )
     return found
+
+
+def _start(policy: Policy) -> str:
+    """The policy before the first step of the same run, where it lies beside the checkpoint."""
+    start = None if policy.path is None else policy.path.parent / "step-0"
+    return "MODEL" if start is None or not (start / "config.json").is_file() else str(start)
 
 
 def _remade_steps(policy: Policy, config: MeasureSettings, stages: list[Stage]) -> list[Finding]:

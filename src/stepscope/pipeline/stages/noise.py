@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from stepscope import runs
-from stepscope.measure.noise.scale import effect_noise_scale, noise_scale
+from stepscope.measure.noise.scale import noise_scale
 from stepscope.pipeline.stages.plan import PROBE, STEP, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
 
@@ -17,21 +15,15 @@ from stepscope.pipeline.stages.session import Session
 )
 def noise(session: Session) -> Figures:
     """Gradient noise scale of the update batch; and of its effect on each quantity."""
-    update = session.update
+    P = session.step.preconditioner
     found = noise_scale(
         session.policy,
-        update,
-        preconditioner=session.step.preconditioner,
+        session.update,
+        preconditioner=P,
         token_weights=session.step.token_weights,
+        influences=() if P is None else tuple(fixed for fixed, *_ in session.influences),
+        reference=session.reference,
         budget=session.budget,
     )
-    effects = {}
-    if session.step.preconditioner is not None:
-        effects = {
-            f"{quantity.name}_{quantity.normalisation}": effect_noise_scale(
-                fixed.sequences, update.prompt_index, unit=f"{quantity.unit}/lr"
-            )
-            for quantity, (fixed, *_) in zip(session.quantities, session.influences, strict=True)
-        }
-    runs.write_record(session.run.file("noise.json"), replace(found, effects=effects))
+    runs.write_record(session.run.file("noise.json"), found)
     return {"noise_scale": found.noise_scale}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from stepscope.reading.answer import advantages
+from stepscope.reading.answer import advantages, preference_roles
 from stepscope.reading.measurement import Measurement
 from stepscope.report import style
 from stepscope.report.parts import Explorer, Room, Section
@@ -71,6 +71,7 @@ def _spec(tokens: pd.DataFrame, batch: Rollouts) -> dict[str, Any]:
     sequence = tokens.sequence_id.to_numpy()
     frame = tokens.assign(advantage=advantages(tokens, batch))
     texts, influence = tokens.token.tolist(), tokens.influence.to_numpy()
+    ungraded = bool(preference_roles(batch))
     ends = [*(np.flatnonzero(np.diff(sequence)) + 1).tolist(), len(sequence)]
     names: list[str] = []
     rows = []
@@ -84,7 +85,7 @@ def _spec(tokens: pd.DataFrame, batch: Rollouts) -> dict[str, Any]:
                 "id": i,
                 "prompt": prompts.setdefault(batch.prompts[i] or batch.prompt_ids[i], len(prompts)),
                 "length": end - start,
-                "correct": bool(batch.correct[i]),
+                "correct": None if ungraded else bool(batch.correct[i]),
                 "reward": _number(batch.rewards[i]),
                 "advantage": None if batch.advantages is None else _number(batch.advantages[i]),
                 "influence": _number(float(np.nansum(influence[start:end]))),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stepscope.reading.answer import RANKED_BY
+from stepscope.reading.answer import RANKED_BY, preference_roles
 from stepscope.reading.measurement import Measurement
 from stepscope.report import style, text
 from stepscope.report.parts import Response, Room, Section
@@ -179,7 +179,7 @@ def _sequence_figure(measurement: Measurement, quantity: str, unit: Unit) -> sty
     rows = rows.assign(influence=rows.influence * unit.factor)
     sequences = rows[rows.component == "sequence"].sort_values("influence", kind="stable")
     sequences = sequences.assign(rank=range(len(sequences)), verdict=None)
-    if measurement.update is not None:
+    if measurement.update is not None and not preference_roles(measurement.update):
         sequences = sequences.assign(verdict=measurement.update.correct[sequences.sequence_id.astype(int)])
     traces = []
     for name, own, verdict in (

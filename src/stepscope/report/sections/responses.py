@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from stepscope.reading.answer import ROLES, preference_roles
 from stepscope.reading.measurement import Measurement
 from stepscope.report import text
 from stepscope.report.parts import Response, Room, Section, TokenSpan
@@ -29,24 +30,32 @@ _SCORE = "score of "
 
 
 def section(measurement: Measurement, room: Room) -> Section | None:
-    """The first few correct and incorrect responses of the update (or else probe) batch, one per prompt."""
+    """The first few correct and incorrect responses of the update (or else probe) batch, one per prompt.
+
+    Of a training from preferences, where samples were not graded, the first of every role.
+    """
     batch, tokens = measurement.update, measurement.update_tokens
     if batch is None:
         batch, tokens = measurement.probe, measurement.probe_tokens
     if batch is None:
         return None
+    roles = preference_roles(batch)
+    order = [role for role in ROLES if role in roles] if roles else ["correct", "incorrect"]
+    kinds = np.array(roles or np.where(batch.correct, *order), dtype=object)
     chosen: list[int] = []
-    for verdict in (True, False):
+    for kind in order:
         first: dict[str, int] = {}
-        for i in np.flatnonzero(batch.correct == verdict).tolist():
+        for i in np.flatnonzero(kinds == kind).tolist():
             first.setdefault(batch.prompt_ids[i], i)
         chosen += list(first.values())[:_EACH]
     return Section(
         "responses",
         "Sampled responses",
-        intro="The first correct and incorrect responses of the batch, one per prompt, not selected "
+        intro=f"The first {text.joined(order)} responses of the batch, one per prompt, not selected "
         "otherwise. Hover a token for its log-prob and entropy.",
-        responses=shown_responses(batch, join_tokens(batch, tokens), chosen, 1.0, room.tokens(2 * _EACH)),
+        responses=shown_responses(
+            batch, join_tokens(batch, tokens), chosen, 1.0, room.tokens(len(order) * _EACH)
+        ),
     )
 
 
@@ -76,7 +85,7 @@ def join_tokens(
     ends = np.where(found.position == last, END_MARK, PART_MARK)
     written = np.ones(len(found), dtype=np.bool_) if tokens.response_mask is None else tokens.response_mask
     found = found.assign(token=found.token.where(found.token != "", ends), written=written)
-    if batch is not None:
+    if batch is not None and not preference_roles(batch):
         found = found.assign(correct=batch.correct[found.sequence_id])
     if influence is not None:
         place = ["sequence_id", "position"]
@@ -121,7 +130,7 @@ def shown_responses(
             Response(
                 heading=f"Sequence {i}, {batch.prompt_ids[i]}",
                 facts=", ".join(facts),
-                correct=bool(batch.correct[i]),
+                correct=None if preference_roles(batch) else bool(batch.correct[i]),
                 prompt=batch.prompts[i],
                 text=batch.responses[i],
                 tokens=[] if own is None else _spans(own, scale, most),

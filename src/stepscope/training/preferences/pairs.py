@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stepscope.errors import ConfigError, TaskError, shown
+from stepscope.errors import ConfigError, TaskError
 from stepscope.results import Rollouts
 from stepscope.results.tables import read_table, write_table
 from stepscope.tasks.formats.prompts import encode_prompt
 from stepscope.tasks.problem import Chat
-from stepscope.tasks.sources.rows import Row, kind_of, read_rows, row_has
+from stepscope.tasks.sources.rows import Number, Row, kind_of, read_rows, row_has, shown
 
 FIELDS = ("prompt", "chosen", "rejected")
 """Of a user's file. ``prompt`` may be messages, for the tokenizer's chat template."""
@@ -68,7 +68,13 @@ def pairs_from_rollouts(rollouts: Rollouts, *, per_prompt: int, seed: int) -> li
 
 
 def read_pairs(
-    path: Path, tokenizer: Any, *, longest: int, variables: dict[str, Any] | None = None
+    path: Path,
+    tokenizer: Any,
+    *,
+    longest: int,
+    longest_prompt: int | None = None,
+    vocabulary: int | None = None,
+    variables: dict[str, Any] | None = None,
 ) -> list[Pair]:
     """Pairs of a user's file of texts, or of the file that another run has kept (``pairs.parquet``).
 
@@ -78,11 +84,13 @@ def read_pairs(
         path: ``.jsonl`` or ``.parquet``.
         tokenizer: of the policy.
         longest: tokens that a response may have.
+        longest_prompt: tokens that a prompt may have; None for any number.
+        vocabulary: token ids that the model knows; None where all do.
         variables: further variables of the chat template.
 
     Raises:
         TaskError: the file cannot be read, or a row is no pair.
-        ConfigError: a response is too long.
+        ConfigError: a response or a prompt is too long.
     """
     found = []
     for row in _rows(path):
@@ -98,8 +106,17 @@ def read_pairs(
         if (length := max(len(chosen), len(rejected))) > longest:
             raise ConfigError(
                 f"hypo.max_response_tokens: {row.where}: a response has {length} tokens, its end among "
-                f"them, and "
-                f"{longest} are allowed; raise it, or leave the row out"
+                f"them, and {longest} are allowed; raise it, or leave the row out"
+            )
+        if longest_prompt is not None and len(prompt) > longest_prompt:
+            raise ConfigError(
+                f"hypo.max_prompt_tokens: {row.where}: the prompt has {len(prompt)} tokens, and "
+                f"{longest_prompt} are allowed; raise it, or leave the row out"
+            )
+        if vocabulary is not None and (odd := max(*prompt, *chosen, *rejected)) >= vocabulary:
+            raise row.refuse(
+                f"token {odd}, and the model knows 0 to {vocabulary - 1}; give pairs of this model's "
+                "tokenizer, or texts"
             )
         found.append(Pair(question, prompt, chosen, rejected))
     return found
@@ -170,10 +187,10 @@ def _response(row: Row, name: str, tokenizer: Any) -> tuple[int, ...]:
 
 def _ids(row: Row, name: str) -> tuple[int, ...]:
     value = row.fields[name]
-    try:
-        found = tuple(int(token) for token in value)
-    except (TypeError, ValueError) as error:
-        raise row.refuse(f"{name} is {shown(value)}, expected a list of token ids") from error
-    if not found or min(found) < 0:
+    if not isinstance(value, list) or not value:
         raise row.refuse(f"{name} is {shown(value)}, expected token ids, one at least")
-    return found
+    for token in value:
+        whole = token.isdecimal() if isinstance(token, Number) else type(token) is int and token >= 0
+        if not whole:
+            raise row.refuse(f"{name} has {shown(token)} in it, expected token ids")
+    return tuple(map(int, value))

@@ -12,8 +12,10 @@ from trl import DPOConfig
 from stepscope.config import HypoConfig, TrainConfig
 from stepscope.console import say
 from stepscope.errors import ConfigError
+from stepscope.policy.forward import vocabulary_size
+from stepscope.policy.loss.router import router_coefficient
 from stepscope.policy.loss.settings import StepSettings
-from stepscope.policy.rollouts import sample_rollouts
+from stepscope.policy.rollouts import SamplingOptions, sample_rollouts
 from stepscope.policy.state import Policy
 from stepscope.tasks.load import TemplatedTask, asked_through
 from stepscope.tasks.problem import Task
@@ -70,7 +72,8 @@ def prefer(
         resume: checkpoint to continue from, or None.
 
     Raises:
-        ConfigError: too few pairs or prompts, a response that is too long, or several processes.
+        ConfigError: too few pairs or prompts, a response or a prompt of the file that is too long, a mixture
+            of experts that is balanced by a loss, or several processes.
         TaskError: the file of pairs cannot be read.
         TrainingError: the training diverged.
         RunFolderError: a checkpoint cannot be written.
@@ -86,8 +89,13 @@ def prefer(
     if arguments.world_size > 1:
         raise ConfigError(
             f"hypo: learning from preferences runs in one process, got {arguments.world_size}; start it "
-            f"without "
-            "torchrun"
+            "without torchrun"
+        )
+    if (weight := router_coefficient(model, settings)) > 0:
+        raise ConfigError(
+            f"hypo: the model has a loss of weight {weight:g} that balances its routers, which TRL takes of "
+            "the pairs alone and no step that is measured here holds; set router_aux_loss_coef to 0 in its "
+            "config.json"
         )
     pairs = _pairs(hypo, Policy(model, tokenizer, settings), task, out)
     require_room([(*p.prompt, *max(p.chosen, p.rejected, key=len)) for p in pairs], model, "hypo.pairs")
@@ -142,13 +150,24 @@ def _pairs(hypo: HypoConfig, policy: Policy, task: Task, out: Path) -> list[Pair
         return kept_pairs(path)
     if hypo.pairs is not None:
         variables = policy.settings.chat_template_kwargs
-        longest = hypo.max_response_tokens
-        pairs = read_pairs(Path(hypo.pairs), policy.tokenizer, longest=longest, variables=variables)
+        pairs = read_pairs(
+            Path(hypo.pairs),
+            policy.tokenizer,
+            longest=hypo.max_response_tokens,
+            longest_prompt=hypo.max_prompt_tokens,
+            vocabulary=vocabulary_size(policy.model),
+            variables=variables,
+        )
         origin, cure = f"{hypo.pairs} has", "give a longer file"
     else:
         seed = policy.settings.seed
         rollouts = sample_rollouts(
-            policy, task, num_prompts=hypo.pair_prompts, group_size=hypo.pair_samples, seed=seed
+            policy,
+            task,
+            num_prompts=hypo.pair_prompts,
+            group_size=hypo.pair_samples,
+            seed=seed,
+            options=SamplingOptions(exclude=_too_long(hypo, task, policy.tokenizer)),
         )
         pairs = pairs_from_rollouts(rollouts, per_prompt=hypo.pairs_per_prompt, seed=seed)
         solved = rollouts.correct.mean()
@@ -164,6 +183,15 @@ def _pairs(hypo: HypoConfig, policy: Policy, task: Task, out: Path) -> list[Pair
     return pairs
 
 
+def _too_long(hypo: HypoConfig, task: Task, tokenizer: Any) -> frozenset[str]:
+    """Ids of the task's prompts that are longer than any that is asked; sampling would cut them."""
+    if hypo.max_prompt_tokens is None:
+        return frozenset()
+    problems = task.problems("train")
+    rows = prompt_rows(task, problems, tokenizer, longest=hypo.max_prompt_tokens, section="hypo")
+    return frozenset(p.prompt_id for p in problems) - {problems[i].prompt_id for i in rows["index"]}
+
+
 def _prompts(hypo: HypoConfig, task: Task, tokenizer: Any) -> list[tuple[str, tuple[int, ...]]] | None:
     """What of the task is sampled from; None where that is the prompts of the pairs, or nothing."""
     if hypo.kl_prompts == "pairs" or hypo.kl_weight == 0.0:
@@ -175,8 +203,7 @@ def _prompts(hypo: HypoConfig, task: Task, tokenizer: Any) -> list[tuple[str, tu
     if len(rows) < hypo.pairs_per_step:
         raise ConfigError(
             f"hypo.kl_prompts: task has {len(rows)} prompts, {hypo.pairs_per_step} are asked for a step; "
-            f"lower "
-            "hypo.pairs_per_step"
+            "lower hypo.pairs_per_step"
         )
     numbered = zip(rows["index"], rows["prompt_token_ids"], strict=True)
     return [(problems[i].question, tuple(ids)) for i, ids in numbered]
