@@ -23,6 +23,7 @@ from stepscope.measure.step.divergence import divergence_gradient
 from stepscope.measure.step.reconstruct import reconstruct_step, weighted_logprobs
 from stepscope.pipeline import run_measure, run_train
 from stepscope.pipeline.inputs.update_files import update_from_file
+from stepscope.pipeline.sizing import batches_in_words, update_file
 from stepscope.policy import vectors
 from stepscope.policy.checkpoint.load import load_checkpoint
 from stepscope.policy.checkpoint.manifest import write_manifest
@@ -404,6 +405,12 @@ def test_too_few_pairs_and_other_files_are_refused(tmp_path: Path) -> None:
     config = config_of(pairs_file(tmp_path), pairs_per_step=8)
     with pytest.raises(ConfigError, match=r"8 pairs asked for, .*pairs.jsonl has 6; give a longer file"):
         preferred(config, tmp_path / "run")
+    long = {"prompt": "1" * 1018 + "=", "chosen": "2", "rejected": "3"}
+    (tmp_path / "long.jsonl").write_text(4 * (json.dumps(long) + "\n"))
+    fits = config_of(tmp_path / "long.jsonl", kl_weight=0.0, steps=1)
+    assert (preferred(fits, tmp_path / "fits") / "step-1").is_dir()
+    with pytest.raises(ConfigError, match=r"hypo.kl_prompts, .* longest has 1025 tokens .* 1024 positions"):
+        preferred(config_of(tmp_path / "long.jsonl", steps=1), tmp_path / "long")
     with pytest.raises(ConfigError, match="rl and hypo are both there"):
         build_config(TrainConfig, {"hypo": {}})
 
@@ -432,7 +439,10 @@ def test_measure_takes_the_batch_beside_the_checkpoint(trained_run: Path, tmp_pa
     begun = last.parent / "step-0"
     with pytest.raises(StepscopeError, match=rf"give reference={begun} \(the model .* from\)$"):
         run_measure(build_config(MeasureConfig, wanted))
-    run_measure(build_config(MeasureConfig, wanted | {"reference": str(begun)}))
+    config = build_config(MeasureConfig, wanted | {"reference": str(begun)})
+    words = batches_in_words(config, update_file(config, StepSettings.load(last)))
+    assert words == f"{last / NEXT_BATCH} makes the step, 8 x 1 measure it"
+    run_measure(config)
     figures = json.loads((tmp_path / "m/summary.json").read_text())
     assert figures["influence_divergence"]["value"] != 0
     assert sum(figures[f"share_{n}"]["value"] for n in ("momentum", "decay", "sequences", "divergence")) == (

@@ -26,7 +26,7 @@ from stepscope.pipeline.explain import as_before, explaining
 from stepscope.pipeline.inputs.policies import checkpoints_in
 from stepscope.pipeline.ledger.retrain import dose_folder, folder_of
 from stepscope.pipeline.measure import first_look, stages_of
-from stepscope.pipeline.sizing import sequences
+from stepscope.pipeline.sizing import batches_in_words, sequences, update_file
 from stepscope.pipeline.stages import PLANS
 from stepscope.pipeline.study.cells import study_cells
 from stepscope.policy.checkpoint.load import read_settings
@@ -129,11 +129,9 @@ def _(config: MeasureConfig, resume: bool) -> Dry:
 
 def _sizes_of_measurement(config: MeasureConfig) -> list[str]:
     settings = read_settings(Path(config.checkpoint), overrides=config.loss.given())
-    update, probe, longest = config.update, config.probe, settings.max_response_tokens
-    found = [
-        f"{update.num_prompts} x {update.group_size} responses make the step, {probe.num_prompts} x "
-        f"{probe.group_size} measure it: at most {sequences(config) * longest:,} tokens of {longest} each"
-    ]
+    update, longest = config.update, settings.max_response_tokens
+    words = batches_in_words(config, update_file(config, settings))
+    found = [f"{words}: at most {sequences(config) * longest:,} tokens of {longest} each"]
     if trained := _numbers_in(Path(config.checkpoint)):
         vector = trained * BYTES[config.precision]
         found.append(f"{trained:,} trained parameters: a direction of {_size(vector)}")

@@ -10,7 +10,7 @@ from pathlib import Path
 from stepscope.config import MeasureConfig, Stage, load_config
 from stepscope.errors import ConfigError, RunFolderError
 from stepscope.pipeline.measure import measure, refuse_lone_shard
-from stepscope.pipeline.sizing import Pace, fitting, pace, trial, within_task
+from stepscope.pipeline.sizing import Pace, fitting, pace, trial, update_file, within_task
 from stepscope.pipeline.stages.report import PAGE
 from stepscope.pipeline.stages.session import Session
 from stepscope.pipeline.together import together
@@ -124,7 +124,8 @@ def _sized(
         if quick
         else ("explain", "--minutes gives more")
     )
-    config = fitting(config, speed.each(STAGES), left, fixed, verb=verb, more=more)
+    file = update_file(config, policy.settings)
+    config = fitting(config, speed.each(STAGES), left, fixed, file=file, verb=verb, more=more)
 
     def expected(_: Session, stages: list[Stage]) -> Pace:
         return pace(config, speed, stages)

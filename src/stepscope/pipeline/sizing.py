@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from stepscope.config import MeasureConfig, Stage
 from stepscope.console import in_words, say
@@ -13,6 +14,8 @@ from stepscope.pipeline.speed import FLOORS, LONG, PILOT, least_speed
 from stepscope.pipeline.stages.session import Session
 from stepscope.policy.gradients.derivatives import gradient, response_logprob
 from stepscope.policy.group import current
+from stepscope.policy.loss.registry import known_loss, loss_named
+from stepscope.policy.loss.settings import NEXT_BATCH, StepSettings
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.results import same_text
 from stepscope.tasks import Task
@@ -138,6 +141,26 @@ def sequences(config: MeasureConfig) -> int:
     return update.num_prompts * update.group_size + probe.num_prompts * probe.group_size
 
 
+def update_file(config: MeasureConfig, settings: StepSettings) -> str | None:
+    """The file whose responses make the step: one that is given, or a training's from preferences."""
+    name = settings.loss_type
+    if config.update.file is None and known_loss(name) and loss_named(name).pairs:
+        return str(Path(config.checkpoint) / NEXT_BATCH)
+    return config.update.file
+
+
+def batches_in_words(config: MeasureConfig, file: str | None) -> str:
+    """What makes the step and what measures it.
+
+    Args:
+        config: with the batches.
+        file: whose responses make the step; None where they are sampled.
+    """
+    update, probe = config.update, config.probe
+    made = f"{update.num_prompts} x {update.group_size} responses make" if file is None else f"{file} makes"
+    return f"{made} the step, {probe.num_prompts} x {probe.group_size} measure it"
+
+
 def pace(config: MeasureConfig, speed: Speed, stages: Sequence[Stage]) -> Pace:
     """What the stages to come will take."""
     return Pace({stage: sequences(config) * speed.of(stage) for stage in stages})
@@ -179,6 +202,7 @@ def fitting(
     left: float,
     fixed: frozenset[str] = frozenset(),
     *,
+    file: str | None = None,
     verb: str = "explain",
     more: str = "--minutes gives more",
 ) -> MeasureConfig:
@@ -189,6 +213,7 @@ def fitting(
         seconds: that a sequence takes, over all stages.
         left: seconds.
         fixed: batches that stay as they are.
+        file: whose responses make the step; None where they are sampled.
         verb: that says so.
         more: how larger ones are had.
     """
@@ -205,9 +230,9 @@ def fitting(
     probe = probe.model_copy(update={"num_prompts": prompts("probe", probe.num_prompts)})
     total = (update.num_prompts * update.group_size + probe.num_prompts * probe.group_size) * seconds
     less = (update.num_prompts, probe.num_prompts) != (config.update.num_prompts, config.probe.num_prompts)
+    config = config.model_copy(update={"update": update, "probe": probe})
     say(
-        f"{verb}: {update.num_prompts} x {update.group_size} responses make the step, "
-        f"{probe.num_prompts} x {probe.group_size} measure it: about {in_words(total)}"
+        f"{verb}: {batches_in_words(config, file)}: about {in_words(total)}"
         + (f" (smaller than the default, for the time; {more})" if less else "")
     )
     if total > left:
@@ -216,4 +241,4 @@ def fitting(
             f"sequence takes {seconds:.1f} s here. A GPU (--device) or shorter responses "
             "(loss.max_response_tokens) would help"
         )
-    return config.model_copy(update={"update": update, "probe": probe})
+    return config

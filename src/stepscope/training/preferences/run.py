@@ -99,11 +99,16 @@ def prefer(
         )
     pairs = _pairs(hypo, Policy(model, tokenizer, settings), task, out)
     require_room([(*p.prompt, *max(p.chosen, p.rejected, key=len)) for p in pairs], model, "hypo.pairs")
+    prompts = _prompts(hypo, task, tokenizer)
+    if hypo.kl_weight > 0:
+        asked = [p.prompt for p in pairs] if prompts is None else [ids for _, ids in prompts]
+        whole = [(*ids, *[0] * hypo.max_response_tokens) for ids in asked]
+        require_room(whole, model, "hypo.kl_prompts, with responses of hypo.max_response_tokens to them")
     trainer = PreferenceTrainer(
         settings=settings,
         section=hypo,
         pairs=pairs,
-        prompts=_prompts(hypo, task, tokenizer),
+        prompts=prompts,
         model=model,
         ref_model=None if config.model.lora is not None else copy.deepcopy(model),
         args=arguments,
