@@ -11,9 +11,9 @@ import pytest
 import torch
 
 import cases
-from enumerable import EOS, PROMPTS, enumerable_policy, shifted_model
+from enumerable import EOS, PROMPTS, enumerable_policy, random_step, shifted_model
 from stepscope.errors import BatchError, ConfigError
-from stepscope.measure.step.reconstruct import weighted_logprobs
+from stepscope.measure.step.reconstruct import reconstruct_step, weighted_logprobs
 from stepscope.policy import vectors
 from stepscope.policy.forward import forward, make_batch
 from stepscope.policy.gradients.derivatives import gradient
@@ -166,3 +166,47 @@ def test_a_batch_of_other_responses_is_refused() -> None:
         weights(kl_weight=0.0)
     with pytest.raises(BatchError, match="the only response to its prompt"):
         score_factors(torch.zeros(3, 2), torch.tensor([0, 0, 1]), own=True)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_the_ascent_is_the_derivative_of_the_loss_written_out(estimator: KlEstimator) -> None:
+    """With loops, its held factors as numbers, by differences along a random direction."""
+    policy, update, other = cases.preferences(estimator)
+    exact = estimator == "rao_blackwell"
+    batch = make_batch(update.prompt_token_ids, update.response_token_ids)
+    counts = batch.response_mask.sum(1).tolist()
+
+    def said(model: Any) -> tuple[FloatArray, torch.Tensor]:
+        with torch.no_grad():
+            outputs = forward(model, batch, temperature=1.0, keep_logits=True)
+        assert outputs.logits is not None
+        return outputs.logprobs.numpy(), outputs.logits.log_softmax(-1)
+
+    at_reference, log_ref = said(other.model)
+
+    def divergences(log_pi: torch.Tensor) -> FloatArray:
+        return np.asarray((log_pi.exp() * (log_pi - log_ref)).sum(-1) * batch.response_mask)
+
+    logprobs, log_pi = said(policy.model)
+    held = divergences(log_pi) if exact else logprobs - at_reference
+
+    def loss() -> float:
+        logprobs, log_pi = said(policy.model)
+        ratios, total = (logprobs - at_reference).sum(1), 0.0
+        for chosen in range(0, 8, 2):
+            total += np.log1p(np.exp(-0.7 * (ratios[chosen] - ratios[chosen + 1]))) / 4
+        for i in range(8, 16):
+            for k in range(counts[i]):
+                ahead, others = (held[j, k + exact :].sum() for j in (i, i ^ 1))
+                total += 0.5 / 8 * (ahead - others) * logprobs[i, k]
+            total += 0.5 / 8 * divergences(log_pi)[i].sum() * exact
+        return total
+
+    step = reconstruct_step(policy, update, reference=other)
+    direction = random_step(policy).direction
+    sides = []
+    for sign in (1.0, -1.0):
+        with vectors.shifted(policy.parameters, direction, sign * 1e-6):
+            sides.append(loss())
+    slope = (sides[0] - sides[1]) / 2e-6
+    assert -slope == pytest.approx(vectors.dot(step.ascent, direction), rel=1e-7)
