@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ import cases
 from stepscope.errors import BatchError
 from stepscope.measure.noise.scale import effect_noise_scale, from_products, noise_scale
 from stepscope.measure.step.reconstruct import reconstruct_step, sequence_direction
+from stepscope.pipeline.stages.curvature import no_best_step
 from stepscope.policy import vectors
 from stepscope.results import FloatArray
 from stepscope.results.noise import NoiseScales
@@ -169,5 +172,10 @@ def test_a_unit_of_hypo_is_a_pair_and_the_samples_of_a_prompt(estimator: str) ->
     assert found.sgd.signal.value == pytest.approx(signal, rel=1e-8)
     assert found.sgd.noise.value == pytest.approx(np.trace(A) / 4 - signal, rel=1e-8)
     assert found.sgd.noise.n == 4
+    told = no_best_step(update, policy.settings)
+    assert "pairs of some prompts and samples of others" in told
+    by_prompt = replace(update, questions=tuple(f"{i // 2 % 4}" for i in range(16)))
+    told = no_best_step(by_prompt, policy.settings)
+    assert ("belongs to no prompt" in told) if estimator == "rao_blackwell" else told == ""
     assert np.isnan(found.sgd.within_prompts.value)
     assert "not draws of one distribution" in found.sgd.between_prompts.reason

@@ -5,13 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from stepscope import runs
+from stepscope.console import say
 from stepscope.measure.curvature.best_step import best_step
 from stepscope.measure.curvature.best_step import doubted as best_doubted
 from stepscope.measure.curvature.pairs import PairKernel
 from stepscope.measure.curvature.structure import doubted, pair_report, row_sums
+from stepscope.measure.noise.units import noise_units
 from stepscope.pipeline.stages.plan import PROBE, STEP, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
-from stepscope.results import FloatArray, write_arrays
+from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.loss.surrogate import adds_component, sums_over_vocabulary
+from stepscope.results import FloatArray, Rollouts, write_arrays
 from stepscope.results.curvature import CurvatureReport
 
 
@@ -31,10 +35,12 @@ def curvature(session: Session) -> Figures:
     reasons = [session.doubt(kind) for kind in ("step", "derivatives", "sampler")]
     reports = tuple(doubted(pair_report(kernel), *reasons) for kernel in kernels)
     lr, run_prompts = session.stored_step.lr, session.policy.settings.prompts_per_step
+    if without := no_best_step(session.update, session.policy.settings):
+        say(f"curvature: no best step, {without}")
     best = tuple(
         best_doubted(best_step(kernel, lr=lr, run_prompts=run_prompts), *reasons)
         for kernel in kernels
-        if session.update.num_prompts > 1
+        if not without
     )
     runs.write_record(session.run.file("curvature.json"), CurvatureReport(lr, reports, best))
     first = reports[0]
@@ -47,6 +53,19 @@ def curvature(session: Session) -> Figures:
         },
         "own_lr",
     )
+
+
+def no_best_step(update: Rollouts, settings: StepSettings) -> str:
+    """Why learning rates and batch sizes cannot be told; empty where they can.
+
+    What differs from one prompt to another must be the noise of the whole gradient.
+    """
+    if update.num_prompts < 2:
+        return "the update batch has one prompt"
+    if int(noise_units(update, settings)[0].max()) + 1 < update.num_prompts:
+        return "the batch has pairs of some prompts and samples of others, and the noise is of both together"
+    what = sums_over_vocabulary(settings) and adds_component(settings)
+    return f"the loss has {what}, which belongs to no prompt" if what else ""
 
 
 def _matrices(kernel: PairKernel) -> dict[str, FloatArray]:
