@@ -3,13 +3,15 @@ VENV    ?= .venv
 PYTHON  ?= python3
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
-UV      := $(BIN)/uv pip install --system-certs --python $(BIN)/python --constraint constraints.txt
+UV      := $(BIN)/uv pip install --system-certs --python $(BIN)/python --constraint constraints.txt --compile-bytecode
 export HF_HUB_OFFLINE ?= 1
 # uv insists on a cache folder, and makes a temporary one where the home folder takes none.
 ifneq ($(shell cache="$${UV_CACHE_DIR:-$${XDG_CACHE_HOME:-$$HOME/.cache}}"; mkdir -p "$$cache" 2> /dev/null && test -w "$$cache" && echo yes),yes)
 export UV_NO_CACHE := 1
 endif
 export TOKENIZERS_PARALLELISM ?= false
+# The tests start some hundred processes, and what all of them import is compiled once.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help dev demo browser test test-slow test-beside lock check format docs notebooks bench smollm2 clean

@@ -1,9 +1,12 @@
 """Shared fixtures: a tiny policy, and a small training that is made once for all that read checkpoints."""
+# ruff: noqa: E402 (what comes before the imports is for them)
 
 from __future__ import annotations
 
+import gc
 import os
 
+gc.disable()  # until everything is imported, of which nothing goes
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -21,6 +24,12 @@ from stepscope.policy.state import Policy
 torch.set_num_threads(1)
 settings.register_profile("any machine", deadline=None)  # a busy one is slow, not wrong
 settings.load_profile("any machine")
+
+
+def pytest_collection_finish() -> None:
+    """Set what the tests have imported apart from what is collected: a third less processor time for most."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

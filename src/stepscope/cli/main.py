@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import warnings
 from collections.abc import Callable
@@ -78,6 +77,4 @@ def main() -> None:
     # OpenMP threads spin while they wait: with the cores shared, a training step took ten times as long.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     warnings.formatwarning = _one_line
-    # PEFT imports it where it is installed, and on a processor it complains of what nobody asked for.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     app(obj=COMMAND)

@@ -5,8 +5,11 @@ Each verb loads on first use only what it needs: a report needs no torch, a meas
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from stepscope.first_use import loading
 
 if TYPE_CHECKING:
     from stepscope.pipeline.check.run import run_check
@@ -63,4 +66,8 @@ def __getattr__(name: str) -> Any:
     """Load a verb on first use (PEP 562)."""
     if name not in _HOME:
         raise AttributeError(f"module 'stepscope.pipeline' has no attribute {name!r}")
-    return getattr(import_module(f"stepscope.pipeline.{_HOME[name]}"), name)
+    home = f"stepscope.pipeline.{_HOME[name]}"
+    if home not in sys.modules:
+        with loading(to_stay=True):
+            import_module(home)
+    return getattr(sys.modules[home], name)
