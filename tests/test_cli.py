@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from stepscope import cli, pipeline
+from stepscope.cli.checkpoints import COMMAND
 from stepscope.cli.examples import EXAMPLES
 from stepscope.config import MeasureConfig, build_config
 from stepscope.errors import CheckpointError, ConfigError
@@ -196,15 +197,16 @@ def test_misfit_checkpoint_fails_the_check(monkeypatch):
 
 WRONG_SETTINGS = (
     ["train", "configs/objectives.yaml", "rl.stepz=3"],
-    ["eval", "x", "num_promts=3"],
-    ["measure", "x", "--out", "y", "--precision", "float65"],
-    ["measure", "x", "--out", "y", "lrs=[-1]"],
+    ["eval", "tests", "num_promts=3"],
+    ["measure", "tests", "--out", "y", "--precision", "float65"],
+    ["measure", "tests", "--out", "y", "lrs=[-1]"],
     ["measure", "update.seeed=1"],
     ["explain", "--config", "configs/measure.yaml"],
     ["study", "configs/study.yaml", "repeats=-1"],
-    ["ledger", "x", "quantities=[entropi]"],
-    ["ledger", "x", "--without", "quadrant=nowhere"],
+    ["ledger", "tests", "quantities=[entropi]"],
+    ["ledger", "tests", "--without", "quadrant=nowhere"],
     ["demo", "train.rl.stepz=3"],
+    ["check", "tests", "probe.num_prompt=3"],
 )
 NOT_THERE = {
     ("train", "no.yaml"): "no such configuration file",
@@ -222,6 +224,10 @@ NOT_THERE = {
     ("ledger", "tests", "--dose", "1"): "belong to --without",
     ("report", "nowhere"): "no such folder",
     ("check", "nowhere"): "no such checkpoint",
+    ("check", "tests", "--task", "arithmetics"): "did you mean",
+    ("check", "tests", "--prompts", "nowhere.jsonl"): "prompts nowhere.jsonl: no such file",
+    ("check", "tests", "--prompts", "README.md"): "prompts README.md",
+    ("ledger", "nowhere"): "no such folder",
     ("convert", "nowhere", "there"): "no such checkpoint folder",
 }
 WRONG_OPTIONS = (["measure", "--no-such-option"], ["frobnicate"], ["explain", "x", "--minutes", "soon"])
@@ -248,6 +254,34 @@ def test_what_is_wrong_is_refused_before_torch_is_imported():
             assert NOT_THERE[tuple(args)] in said, args
         elif args not in list(WRONG_OPTIONS):
             assert "wrong setting" in said, args
+
+
+def test_a_missing_path_is_refused_before_anything_is_imported():
+    """Not even what reads settings: that takes most of a second."""
+    given = [list(args) for args in NOT_THERE if args[1] in ("no.yaml", "nowhere")]
+    assert {args[0] for args in given} > {"train", "eval", "measure", "explain", "ledger", "check", "convert"}
+    code = (
+        "import sys\nfrom stepscope import cli\nfrom typer.testing import CliRunner\n"
+        f"print([CliRunner().invoke(cli.app, args).exit_code for args in {given!r}])\n"
+        "print([m for m in ('stepscope.config', 'numpy') if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines() == [str([2] * len(given)), "[]"]
+
+
+def test_check_refuses_cheap_mistakes_before_it_starts_a_process(monkeypatch):
+    """Which takes as long as importing torch."""
+    monkeypatch.setattr("stepscope.cli.checkpoints.run_bounded", lambda *_, **__: 0)
+    for args, expected in (
+        (["probe.num_prompt=3"], "unknown key"),
+        (["--task", "arithmetics"], "did you mean"),
+        (["--task", "jsonl:nowhere.jsonl"], "no such file"),
+        (["--prompts", "nowhere.jsonl"], "no such file"),
+        ([], None),
+    ):
+        result = CliRunner().invoke(cli.app, ["check", str(ROOT / "tests"), *args], obj=COMMAND)
+        assert result.exit_code == (0 if expected is None else 2)
+        assert expected is None or expected in result.stderr
 
 
 def test_of_several_processes_none_looks_for_itself(unseen):

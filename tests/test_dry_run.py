@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from typer.testing import CliRunner
 
 from stepscope import cli
 from stepscope.config import EvalConfig, LedgerConfig, MeasureConfig, StudyConfig, TrainConfig, build_config
+from stepscope.results.ledger import LEDGER
 from stepscope.runs import RunFolder
 
 FEW = ("update.num_prompts=4", "update.group_size=4", "probe.num_prompts=16", "lrs=[1e-5]")
@@ -60,9 +63,62 @@ def test_a_measurement_that_is_new_begun_and_finished(checkpoint: Path, tmp_path
     _, found = dry(*command, "--stages", "rollouts,step,change")
     assert found["stages"] == ["rollouts: finished", "step: finished", "change: to do"]
     assert tree(tmp_path) == before
-    refused = CliRunner().invoke(cli.app, [*map(str, command), "--dry-run"])
-    assert refused.exit_code == 2
-    assert "already holds a run" in refused.stderr
+    _, found = dry(*command)
+    assert "already holds a run (finished stages: rollouts, step)" in found["note"][0]
+    assert {line.partition(": ")[2] for line in found["stages"]} == {"to do"}
+    assert tree(tmp_path) == before
+
+
+def test_a_place_that_is_taken_is_a_note_of_every_verb(
+    checkpoint: Path, small_training: Path, trained_run: Path, recorded: Path, tmp_path: Path
+) -> None:
+    """Nothing is written, so nothing is refused; with --resume, too, where what stands there is another's."""
+    table, ledger, other = tmp_path / "eval.parquet", tmp_path / "ledger", tmp_path / "other"
+    table.touch()
+    ledger.mkdir()
+    (ledger / LEDGER).touch()
+    other.mkdir()
+    (other / "thesis.tex").touch()
+    before = tree(tmp_path)
+    for expected, command in (
+        ("already holds a run", ("train", small_training, "--out", trained_run)),
+        ("another configuration", ("train", small_training, "--out", trained_run, "--resume", "seed=7")),
+        ("is not empty", ("train", small_training, "--out", other)),
+        ("exists already", ("eval", trained_run, "--out", table, "num_prompts=4", "samples_per_prompt=8")),
+        ("exists already", ("ledger", recorded, "--out", ledger)),
+        ("is not empty", ("explain", checkpoint, "--out", other)),
+        ("is not empty", ("measure", checkpoint, "--out", other, "--quick")),
+    ):
+        _, found = dry(*command)
+        assert expected in found["note"][0], command
+        assert found["note"][1] == "below: what would be done in an empty place"
+        assert not any("finished" in line for line in found["stages"]), command
+    assert tree(tmp_path) == before
+
+
+def test_what_is_given_nowhere_is_not_printed(small_training: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        cli.app, ["train", str(small_training), "--out", str(tmp_path / "r"), "--dry-run"]
+    )
+    assert result.exit_code == 0
+    assert "null" not in result.stdout
+    _, found = dry("train", small_training, "--out", tmp_path / "r", "rl=null", "hypo.steps=7")
+    assert found["stages"][1].startswith("hypo")
+
+
+def test_a_training_is_told_without_torch(small_training: Path) -> None:
+    code = (
+        "import sys; from stepscope.cli import main\n"
+        "try: main()\n"
+        "finally: print([m for m in ('torch', 'transformers', 'scipy', 'pandas') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", str(small_training), "--out", "nowhere", "--dry-run"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_an_explanation(checkpoint: Path, tmp_path: Path) -> None:

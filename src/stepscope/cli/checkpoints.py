@@ -37,14 +37,17 @@ def check(
     folder it is asked whether the run is healthy: moments kept at resumes, settings, and the log. All of it
     happens in a process of its own, bounded in time and memory.
     """
-    from stepscope.pipeline.early import need_path
+    from stepscope.pipeline.paths import need_path
 
     need_path(target, CheckpointError, "no such checkpoint folder or configuration file")
+    own = {"task": task, "prompts": prompts, "reward": reward, "template": template}
     if context.obj == COMMAND and INSIDE not in os.environ:
+        from stepscope.pipeline.check.asked import refuse_wrong
+
+        refuse_wrong(target, overrides or [], own)
         raise typer.Exit(run_bounded(sys.argv[1:], seconds=time_limit, what=str(target)))
     from stepscope.pipeline import run_check
 
-    own = {"task": task, "prompts": prompts, "reward": reward, "template": template}
     if not run_check(target, overrides or [], own=own):
         raise ConfigError(f"{target}: not fit to be measured, or not healthy; see the findings above")
     say(f"check: {target}: nothing stands against it")
@@ -62,9 +65,9 @@ def convert(
     The new folder is read back and compared with the source to the bit before it gets its name. Printed is
     what was read, what was written, and what could not be carried over.
     """
-    from stepscope.pipeline.early import need_path
+    from stepscope.pipeline.paths import need_checkpoint
 
-    need_path(source, CheckpointError, "no such checkpoint folder; check the path")
+    need_checkpoint(source)
     from stepscope.pipeline import run_convert
 
     run_convert(source, target, merged=merged)

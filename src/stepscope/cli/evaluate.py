@@ -48,16 +48,20 @@ def evaluate(
     dry: DryRun = False,
 ) -> None:
     """pass@k, format, length and entropy with their errors, one row per checkpoint; and a page of curves."""
-    from stepscope.config import EvalConfig, load_config
+    from stepscope.pipeline.paths import need_file, need_source
 
     source, rest = first_or_override(source, overrides)
+    need_file(config)
+    need_source(source)
+    from stepscope.config import EvalConfig, load_config
+
     values = {"source": source, "out": out, "precision": precision, "device": device}
     values |= {"task": task, "prompts": prompts, "reward": reward, "template": template}
     with said_once():
         settings = load_config(EvalConfig, config, rest, values)
     from stepscope.pipeline.early import refuse_early, table_of
 
-    refuse_early(settings, resume=resume)
+    refuse_early(settings, resume=resume, dry=dry)
     if dry:
         from stepscope.pipeline import run_dry
 

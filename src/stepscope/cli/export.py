@@ -26,7 +26,7 @@ def export(
 
     One log per batch of a measurement, or per evaluated checkpoint.
     """
-    from stepscope.pipeline.early import need_path
+    from stepscope.pipeline.paths import need_path
 
     need_path(run, RunFolderError, "no such folder; expected what measure or eval left")
     from stepscope.pipeline import run_export

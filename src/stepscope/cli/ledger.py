@@ -101,6 +101,10 @@ def ledger(
             "--shard: a ledger holds whole states of the training on every process and cuts none; leave "
             "--shard out (several processes share its sequences), or take a device with more memory"
         )
+    from stepscope.pipeline.paths import need_file, need_run
+
+    need_file(config)
+    need_run(run)
     if without is not None:
         own = {"--from": start, "--to": stop, "--quantity": quantity, "--through": through, "--task": task}
         given = [name for name, value in (own | {"--precision": precision}).items() if value is not None]
@@ -145,7 +149,7 @@ def ledger(
     settings = load_config(LedgerConfig, config, overrides or [], values)
     from stepscope.pipeline.early import refuse_early
 
-    refuse_early(settings, resume=resume)
+    refuse_early(settings, resume=resume, dry=dry)
     if dry:
         from stepscope.pipeline import run_dry
 

@@ -128,7 +128,7 @@ def measure(
     resume = resume or stages is not None
     from stepscope.pipeline.early import refuse_early
 
-    refuse_early(settings, resume=resume)
+    refuse_early(settings, resume=resume, dry=dry)
     if dry:
         from stepscope.pipeline import run_dry
 

@@ -32,6 +32,10 @@ def measure_settings(
     folder: Callable[[Path], Path],
 ) -> MeasureConfig:
     """Settings of a measurement, refused where they are wrong; ``folder`` is where it goes by default."""
+    from stepscope.pipeline.paths import need_checkpoint, need_file
+
+    need_file(config)
+    need_checkpoint(values["checkpoint"])
     from stepscope.config import MeasureConfig, load_config
 
     def fill(given: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -35,7 +35,7 @@ def report(
     """
     if not others and out is not None:
         raise ConfigError("--out names the page of a comparison; give two runs, or leave it out")
-    from stepscope.pipeline.early import need_path
+    from stepscope.pipeline.paths import need_path
 
     for folder in (run, *(others or [])):
         need_path(folder, RunFolderError, "no such folder; expected what measure, study or train left")

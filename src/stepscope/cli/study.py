@@ -32,6 +32,9 @@ def study(
     On a cluster each measurement is a job or task of its own; a killed one is taken again, and the table is
     the same; docs/CLUSTERS.md has the settings.
     """
+    from stepscope.pipeline.paths import need_file
+
+    need_file(config)
     from stepscope.config import StudyConfig, load_config
 
     settings = load_config(StudyConfig, config, overrides or [], {"out": out, "executor": executor})

@@ -37,12 +37,15 @@ def train(
     dry: DryRun = False,
 ) -> None:
     """Supervised warm-up and/or reinforcement learning; checkpoints under OUT/checkpoints/step-N."""
+    from stepscope.pipeline.paths import need_file
+
+    need_file(config)
     from stepscope.config import TrainConfig, load_config
 
     settings = load_config(TrainConfig, config, overrides or [], {"out": out})
     from stepscope.pipeline.early import refuse_early
 
-    refuse_early(settings, resume=resume)
+    refuse_early(settings, resume=resume, dry=dry)
     if dry:
         from stepscope.pipeline import run_dry
 

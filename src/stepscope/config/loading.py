@@ -155,8 +155,23 @@ def load_config(
 
 
 def dump_config(config: BaseModel) -> str:
-    """The whole resolved configuration as YAML; :func:`load_config` reads it back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The resolved configuration as YAML; :func:`load_config` reads it back to an equal one.
+
+    Settings that are null unless they are given, and were not, are left out.
+    """
+    return yaml.safe_dump(_given(config), sort_keys=False, allow_unicode=True)
+
+
+def _given(section: BaseModel) -> dict[str, Any]:
+    """Its settings as plain values, without those that are None by default."""
+    plain = section.model_dump(mode="json")
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if value is None and field.default is None:
+            del plain[name]
+        elif isinstance(value, BaseModel):
+            plain[name] = _given(value)
+    return plain
 
 
 def _section_in(annotation: Any, tag: int | str | None = None) -> type[BaseModel] | None:

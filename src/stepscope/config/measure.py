@@ -414,6 +414,11 @@ class MeasureSettings(Asking):
         """``memory`` in bytes."""
         return int(self.memory * 2**30)
 
+    @property
+    def num_responses(self) -> int:
+        """Responses in both batches."""
+        return sum(batch.num_prompts * batch.group_size for batch in (self.update, self.probe))
+
 
 class MeasureConfig(MeasureSettings):
     """Configuration of ``stepscope measure``.

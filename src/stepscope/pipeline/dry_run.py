@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import singledispatch
 from pathlib import Path
-
-from safetensors import SafetensorError, safe_open
 
 from stepscope.config import (
     EvalConfig,
     LedgerConfig,
     MeasureConfig,
     Section,
+    Stage,
     StudyConfig,
     TrainConfig,
     WhatIfConfig,
     dump_config,
 )
-from stepscope.measure.ledger.path import knots
-from stepscope.pipeline.early import need_ledger, refuse_present, refuse_to_write_over, table_of
-from stepscope.pipeline.evaluate import part_keys
-from stepscope.pipeline.explain import as_before, explaining
-from stepscope.pipeline.inputs.policies import checkpoints_in
-from stepscope.pipeline.ledger.retrain import dose_folder, folder_of
-from stepscope.pipeline.measure import first_look, stages_of
-from stepscope.pipeline.sizing import batches_in_words, sequences, update_file
-from stepscope.pipeline.stages import PLANS
-from stepscope.pipeline.study.cells import study_cells
-from stepscope.policy.checkpoint.load import read_settings
+from stepscope.errors import RunFolderError
+from stepscope.pipeline.early import (
+    need_ledger,
+    refuse_other_training,
+    refuse_present,
+    refuse_to_write_over,
+    table_of,
+)
 from stepscope.processes import is_main_process
 from stepscope.reading.recording import find_record
 from stepscope.results.evaluation import companion
@@ -65,7 +61,8 @@ def run_dry(config: Section, *, resume: bool = False, minutes: float | None = No
     """Print the resolved settings as YAML, and as comments below them what a verb would do with them.
 
     What is printed is a configuration file again. Refused is what the verb would refuse before it begins, as
-    far as that is known without the model.
+    far as that is known without the model. Of a place that is taken a note tells, since nothing is written:
+    what follows is then what the verb would do in an empty one.
 
     Args:
         config: of the verb.
@@ -77,26 +74,49 @@ def run_dry(config: Section, *, resume: bool = False, minutes: float | None = No
     """
     if not is_main_process():
         return
-    if isinstance(config, MeasureConfig) and minutes is not None:
-        config = explaining(config)
-        before = as_before(config, RunFolder(Path(config.out)), frozenset())
-        config = config if before is None else before
-    dry = _dry(config, resume)
-    sizes = list(dry.sizes)
-    if isinstance(config, MeasureConfig) and minutes is not None and before is None:
-        sizes.append(f"these batches at most: a trial makes them smaller where {minutes:g} minutes do not do")
-    print(dump_config(config), end="")
+    notes = []
+    try:
+        sized, dry = _sized_and_dry(config, resume, minutes, empty=False)
+    except RunFolderError as error:
+        sized, dry = _sized_and_dry(config, resume, minutes, empty=True)
+        notes = [f"refused as things stand: {error}", "below: what would be done in an empty place"]
+    print(dump_config(sized), end="")
     print("# dry run: nothing is computed or written")
     for title, lines in (
+        ("note", notes),
         ("stages", _shortened([f"{name}: {state}" for name, state in dry.stages])),
         ("reads", dry.reads),
         ("writes", dry.writes),
-        ("sizes", sizes),
+        ("sizes", dry.sizes),
     ):
         if lines:
             print(f"# {title}")
         for line in lines:
             print(f"#   {line}")
+
+
+def _sized_and_dry(
+    config: Section, resume: bool, minutes: float | None, *, empty: bool
+) -> tuple[Section, Dry]:
+    """The settings with the batches that the verb would take, and what it would do.
+
+    Args:
+        config: of the verb.
+        resume: as the verb takes it.
+        minutes: that batches are sized for, or None.
+        empty: as if what is written had an empty place.
+    """
+    if not isinstance(config, MeasureConfig) or minutes is None:
+        return config, _dry(config, resume, empty)
+    from stepscope.pipeline.explain import as_before, explaining
+
+    config = explaining(config)
+    before = None if empty else as_before(config, RunFolder(Path(config.out)), frozenset())
+    if before is not None:
+        return before, _dry(before, resume, empty)
+    dry = _dry(config, resume, empty)
+    fitted = f"these batches at most: a trial makes them smaller where {minutes:g} minutes do not do"
+    return config, replace(dry, sizes=[*dry.sizes, fitted])
 
 
 def _shortened(lines: Sequence[str]) -> list[str]:
@@ -106,15 +126,22 @@ def _shortened(lines: Sequence[str]) -> list[str]:
 
 
 @singledispatch
-def _dry(config: Section, resume: bool) -> Dry:
+def _dry(config: Section, resume: bool, empty: bool) -> Dry:
     raise TypeError(type(config).__name__)
 
 
 @_dry.register
-def _(config: MeasureConfig, resume: bool) -> Dry:
+def _(config: MeasureConfig, resume: bool, empty: bool) -> Dry:
+    from stepscope.pipeline.measure import first_look, refuse_missing, stages_of
+    from stepscope.pipeline.stages import PLANS
+
     run, plain = RunFolder(Path(config.out)), config.model_dump(mode="json")
     wanted, due = stages_of(config)
-    reasons = first_look(run, plain, resume, wanted, due).reasons
+    if empty:
+        refuse_missing(run, wanted, held=False)
+        reasons: Mapping[Stage, str] = dict.fromkeys(due, "not done")
+    else:
+        reasons = first_look(run, plain, resume, wanted, due).reasons
     again = {stage: f"again, {reasons[stage]}" for stage in reasons if reasons[stage] != "not done"}
     stages = [(s, again.get(s, TO_DO) if s in reasons else FINISHED) for s in due]
     given = [file for file in (config.update.file, config.probe.file, config.prompts) if file is not None]
@@ -128,10 +155,13 @@ def _(config: MeasureConfig, resume: bool) -> Dry:
 
 
 def _sizes_of_measurement(config: MeasureConfig) -> list[str]:
+    from stepscope.pipeline.sizing import batches_in_words, update_file
+    from stepscope.policy.checkpoint.load import read_settings
+
     settings = read_settings(Path(config.checkpoint), overrides=config.loss.given())
     update, longest = config.update, settings.max_response_tokens
     words = batches_in_words(config, update_file(config, settings))
-    found = [f"{words}: at most {sequences(config) * longest:,} tokens of {longest} each"]
+    found = [f"{words}: at most {config.num_responses * longest:,} tokens of {longest} each"]
     if trained := _numbers_in(Path(config.checkpoint)):
         vector = trained * BYTES[config.precision]
         found.append(f"{trained:,} trained parameters: a direction of {_size(vector)}")
@@ -144,11 +174,16 @@ def _sizes_of_measurement(config: MeasureConfig) -> list[str]:
 
 
 @_dry.register
-def _(config: EvalConfig, resume: bool) -> Dry:
+def _(config: EvalConfig, resume: bool, empty: bool) -> Dry:
+    from stepscope.pipeline.evaluate import part_keys
+    from stepscope.pipeline.inputs.policies import checkpoints_in
+    from stepscope.policy.checkpoint.load import read_settings
+
     out, checkpoints = table_of(config), checkpoints_in(Path(config.source))
-    refuse_present(out, resume)
+    if not empty:
+        refuse_present(out, resume)
     parts = RunFolder(companion(out, "parts"))
-    begun = parts.file(PROVENANCE).is_file()
+    begun = not empty and parts.file(PROVENANCE).is_file()
     stages = []
     for checkpoint in checkpoints:
         own = read_settings(checkpoint, overrides=config.loss.given(), for_step=False).temperature
@@ -166,13 +201,15 @@ def _(config: EvalConfig, resume: bool) -> Dry:
 
 
 @_dry.register
-def _(config: TrainConfig, resume: bool) -> Dry:
-    out, plain = Path(config.out), config.model_dump(mode="json")
-    RunFolder(out).holds_this_run(plain, verb="train", resume=resume, ignore=("out",))
-    steps = [int(p.name[5:]) for p in (out / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
+def _(config: TrainConfig, resume: bool, empty: bool) -> Dry:
+    out, there = Path(config.out), [] if empty else [Path(config.out)]
+    if not empty:
+        refuse_other_training(config, resume)
+    numbers = [p.name[5:] for folder in there for p in (folder / "checkpoints").glob("step-*")]
+    steps = [int(number) for number in numbers if number.isdigit()]
     stages, writes, sizes = [], [], []
     if config.sft is not None:
-        stages.append(("sft", FINISHED if steps or (out / "base").is_dir() else TO_DO))
+        stages.append(("sft", FINISHED if steps or any((p / "base").is_dir() for p in there) else TO_DO))
         writes += [f"{out / 'base'}/", f"{out / 'warmup'}/"]
         sizes.append(f"sft: at most {config.sft.epochs} x {config.sft.examples} demonstrations")
     name = "rl" if config.hypo is None else "hypo"
@@ -197,7 +234,9 @@ def _(config: TrainConfig, resume: bool) -> Dry:
 
 
 @_dry.register
-def _(config: StudyConfig, resume: bool) -> Dry:
+def _(config: StudyConfig, resume: bool, empty: bool) -> Dry:
+    from stepscope.pipeline.study.cells import study_cells
+
     cells, out = study_cells(config), Path(config.out)
     stages = [(c.key, FINISHED if (out / "cells" / c.key).is_dir() else TO_DO) for c in cells]
     todo = [cell for cell, (_, state) in zip(cells, stages, strict=True) if state == TO_DO]
@@ -207,19 +246,22 @@ def _(config: StudyConfig, resume: bool) -> Dry:
         [f"{out / 'cells'}/", *(str(out / name) for name in ("study.parquet", "study.json", "study.html"))],
         [
             f"{len(todo)} of {len(cells)} measurements of {', '.join(config.stages)}, "
-            f"{sum(sequences(cell.config) for cell in todo):,} responses; {config.executor} measures"
+            f"{sum(cell.config.num_responses for cell in todo):,} responses; {config.executor} measures"
         ],
     )
 
 
 @_dry.register
-def _(config: LedgerConfig, resume: bool) -> Dry:
+def _(config: LedgerConfig, resume: bool, empty: bool) -> Dry:
+    from stepscope.measure.ledger.path import knots
+
     out, record = Path(config.out or config.run), find_record(Path(config.run))
-    refuse_to_write_over(out, resume)
+    if not empty:
+        refuse_to_write_over(out, resume)
     first, last = record.steps[0] - 1, record.steps[-1]
     start, stop = (first if config.start is None else config.start), (config.stop or last)
     places = [start + place for place in knots(stop - start, config.every)]
-    done = _done(out / PARTS)
+    done = set() if empty else _done(out / PARTS)
     stages = [(name, FINISHED if name in done else TO_DO) for name in _places(places)]
     responses = config.probe.num_prompts * (len(places) * config.probe.group_size + 2 * config.end_samples)
     return Dry(
@@ -231,7 +273,9 @@ def _(config: LedgerConfig, resume: bool) -> Dry:
 
 
 @_dry.register
-def _(config: WhatIfConfig, resume: bool) -> Dry:
+def _(config: WhatIfConfig, resume: bool, empty: bool) -> Dry:
+    from stepscope.pipeline.ledger.retrain import dose_folder, folder_of
+
     out, record = Path(config.out or config.run), find_record(Path(config.run))
     need_ledger(out, config.run)
     rule = folder_of(config.rule)
@@ -264,6 +308,8 @@ def _done(folder: Path) -> set[str]:
 
 def _numbers_in(checkpoint: Path) -> int:
     """Numbers in the trained tensors of a checkpoint in Hugging Face's layout; 0 for any other."""
+    from safetensors import SafetensorError, safe_open
+
     files = sorted(checkpoint.glob("adapter_model*.safetensors")) or sorted(
         checkpoint.glob("model*.safetensors")
     )

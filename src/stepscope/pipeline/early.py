@@ -5,8 +5,6 @@ Each verb refuses the same by itself, with the rest; here it is only sooner.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from functools import singledispatch
 from pathlib import Path
 
@@ -20,14 +18,8 @@ from stepscope.config import (
     TrainConfig,
     WhatIfConfig,
 )
-from stepscope.errors import (
-    BatchError,
-    CheckpointError,
-    ConfigError,
-    RunFolderError,
-    StepscopeError,
-    TaskError,
-)
+from stepscope.errors import BatchError, ConfigError, RunFolderError, TaskError
+from stepscope.pipeline.paths import alone, need_checkpoint, need_path, need_run, need_source
 from stepscope.reading.recording import find_record
 from stepscope.results.evaluation import companion
 from stepscope.results.ledger import LEDGER, PARTS
@@ -35,26 +27,23 @@ from stepscope.runs import RunFolder
 from stepscope.tasks.load import source_of
 
 
-def refuse_early(config: Section, *, resume: bool = False) -> None:
+def refuse_early(config: Section, *, resume: bool = False, dry: bool = False) -> None:
     """Refuse what a verb would refuse later, as far as the paths in its configuration show it.
 
     Of several processes none looks: one that alone misses a file must fail where the others notice.
 
+    Args:
+        config: of the verb.
+        resume: as the verb takes it.
+        dry: nothing is to be written, so that a place that is taken is no matter.
+
     Raises:
         StepscopeError: as the verb itself.
     """
-    if _alone():
-        _look(config, resume)
-
-
-def _alone() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) == 1
-
-
-def need_path(path: str | Path, error: Callable[[str], StepscopeError], what: str, kind: str = "") -> None:
-    """Refuse a path that is not there, for a process alone."""
-    if _alone() and not Path(path).expanduser().exists():
-        raise error(f"{kind}{path}: {what}")
+    if alone():
+        _look(config)
+        if not dry:
+            _refuse_taken(config, resume)
 
 
 def refuse_present(out: Path, resume: bool) -> None:
@@ -77,6 +66,12 @@ def refuse_to_write_over(out: Path, resume: bool) -> None:
         )
 
 
+def refuse_other_training(config: TrainConfig, resume: bool) -> None:
+    """Refuse a folder that holds anything but this training, to go on with."""
+    plain = config.model_dump(mode="json")
+    RunFolder(Path(config.out)).holds_this_run(plain, verb="train", resume=resume, ignore=("out",))
+
+
 def need_ledger(out: Path, run: str) -> None:
     """Refuse a what-if without a ledger."""
     if not (out / LEDGER).is_file():
@@ -92,13 +87,14 @@ def table_of(config: EvalConfig) -> Path:
 
 
 @singledispatch
-def _look(config: Section, resume: bool) -> None:
+def _look(config: Section) -> None:
+    """Refuse what is not there."""
     raise TypeError(type(config).__name__)
 
 
 @_look.register
-def _(config: MeasureConfig, resume: bool) -> None:
-    need_path(config.checkpoint, CheckpointError, "no such checkpoint folder; check the path")
+def _(config: MeasureConfig) -> None:
+    need_checkpoint(config.checkpoint)
     if config.update.file is not None:
         need_path(
             config.update.file,
@@ -109,47 +105,69 @@ def _(config: MeasureConfig, resume: bool) -> None:
         need_path(config.probe.file, BatchError, "no such file; give a stored batch, or leave probe.file out")
     if config.scratch is not None:
         need_path(config.scratch, ConfigError, "scratch is no folder; make it, or leave scratch out")
-    _asked(config)
+    refuse_asked(config)
+
+
+@_look.register
+def _(config: EvalConfig) -> None:
+    need_source(config.source)
+    refuse_asked(config)
+
+
+@_look.register
+def _(config: TrainConfig) -> None:
+    _task(config.task)
+
+
+@_look.register
+def _(config: StudyConfig) -> None:
+    for source in config.checkpoints:
+        need_source(source)
+    refuse_asked(config.measure)
+
+
+@_look.register
+def _(config: LedgerConfig) -> None:
+    need_run(config.run)
+    find_record(Path(config.run))
+    refuse_asked(config)
+
+
+@_look.register
+def _(config: WhatIfConfig) -> None:
+    need_run(config.run)
+    find_record(Path(config.run))
+    need_ledger(Path(config.out or config.run), config.run)
+
+
+@singledispatch
+def _refuse_taken(config: Section, resume: bool) -> None:
+    """Refuse a place that something else stands in; the others go on with whatever they find."""
+
+
+@_refuse_taken.register
+def _(config: MeasureConfig, resume: bool) -> None:
     if not resume:
         plain = config.model_dump(mode="json")
         RunFolder(Path(config.out)).holds_this_run(plain, verb="measure", resume=False)
 
 
-@_look.register
+@_refuse_taken.register
 def _(config: EvalConfig, resume: bool) -> None:
-    need_path(config.source, CheckpointError, "no such folder; give a checkpoint or a run folder")
-    _asked(config)
     refuse_present(table_of(config), resume)
 
 
-@_look.register
+@_refuse_taken.register
 def _(config: TrainConfig, resume: bool) -> None:
-    _task(config.task)
-    plain = config.model_dump(mode="json")
-    RunFolder(Path(config.out)).holds_this_run(plain, verb="train", resume=resume, ignore=("out",))
+    refuse_other_training(config, resume)
 
 
-@_look.register
-def _(config: StudyConfig, resume: bool) -> None:
-    for source in config.checkpoints:
-        need_path(source, CheckpointError, "no such folder; give a checkpoint or a run folder")
-    _asked(config.measure)
-
-
-@_look.register
+@_refuse_taken.register
 def _(config: LedgerConfig, resume: bool) -> None:
-    find_record(Path(config.run))
-    _asked(config)
     refuse_to_write_over(Path(config.out or config.run), resume)
 
 
-@_look.register
-def _(config: WhatIfConfig, resume: bool) -> None:
-    find_record(Path(config.run))
-    need_ledger(Path(config.out or config.run), config.run)
-
-
-def _asked(config: Asking) -> None:
+def refuse_asked(config: Asking) -> None:
     """Refuse prompts and tasks that are not there."""
     if config.prompts is not None:
         what = "no such file; give JSON lines, parquet or CSV with a column prompt"

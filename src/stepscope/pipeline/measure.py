@@ -174,7 +174,7 @@ def first_look(
     """
     may_differ = _may_differ(run, wanted)
     held = run.holds_this_run(plain, verb="measure", resume=resume, ignore=may_differ)
-    _refuse_missing(run, wanted, held)
+    refuse_missing(run, wanted, held)
     reasons: dict[Stage, str] = {}
     for stage in due:
         again = [need for need in needs(stage) if need in reasons]
@@ -280,7 +280,8 @@ def _refuse_impossible(session: Session) -> list[str]:
     return [finding.what for finding in limits]
 
 
-def _refuse_missing(run: RunFolder, wanted: list[Stage], held: bool) -> None:
+def refuse_missing(run: RunFolder, wanted: list[Stage], held: bool) -> None:
+    """Refuse stages that lack what earlier ones leave."""
     for stage in wanted:
         missing = [need for need in needs(stage) if need not in wanted and not (held and run.is_done(need))]
         if missing:

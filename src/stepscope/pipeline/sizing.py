@@ -135,12 +135,6 @@ def trial(session: Session) -> Speed:
     return found
 
 
-def sequences(config: MeasureConfig) -> int:
-    """Responses in both batches."""
-    update, probe = config.update, config.probe
-    return update.num_prompts * update.group_size + probe.num_prompts * probe.group_size
-
-
 def update_file(config: MeasureConfig, settings: StepSettings) -> str | None:
     """The file whose responses make the step: one that is given, or a training's from preferences."""
     name = settings.loss_type
@@ -163,7 +157,7 @@ def batches_in_words(config: MeasureConfig, file: str | None) -> str:
 
 def pace(config: MeasureConfig, speed: Speed, stages: Sequence[Stage]) -> Pace:
     """What the stages to come will take."""
-    return Pace({stage: sequences(config) * speed.of(stage) for stage in stages})
+    return Pace({stage: config.num_responses * speed.of(stage) for stage in stages})
 
 
 def forecast(session: Session, stages: Sequence[Stage]) -> Pace | None:
@@ -180,14 +174,14 @@ def forecast(session: Session, stages: Sequence[Stage]) -> Pace | None:
     config, policy = session.config, session.policy
     longest, size = policy.settings.max_response_tokens, sum(p.numel() for p in policy.model.parameters())
     passes = 1 + sum(PASSES.get(stage, 0.0) for stage in stages)
-    operations = 6.0 * size * 1.5 * longest * sequences(config) * passes
+    operations = 6.0 * size * 1.5 * longest * config.num_responses * passes
     if operations < LONG * least_speed(policy.device):
         return None
     found = pace(config, trial(session), stages)
     if (total := sum(found.expected.values())) >= LONG:
         most = max(found.expected, key=lambda stage: found.expected[stage])
         say(
-            f"warning: this will take about {in_words(total)}: {sequences(config)} responses of up to "
+            f"warning: this will take about {in_words(total)}: {config.num_responses} responses of up to "
             f"{longest} tokens through a model of {size / 1e6:,.0f} million parameters on {policy.device}, "
             f"{found.expected[most] / total:.0%} of it in the stage {most}. --quick answers first, in some "
             "minutes; fewer prompts (update.num_prompts, probe.num_prompts), --stages without what is not "

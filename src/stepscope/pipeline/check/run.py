@@ -21,6 +21,7 @@ from stepscope.config import (
     read_yaml,
 )
 from stepscope.errors import CheckpointError, ConfigError, StepscopeError
+from stepscope.pipeline.check.asked import asked_of, refuse_unreadable
 from stepscope.tasks import load_prompts, load_task
 from stepscope.tasks.formats.response import TAGS
 from stepscope.tasks.judge.worker import shared_worker
@@ -58,7 +59,8 @@ def run_check(
     own = {} if own is None else dict(own)
     if target.is_file():
         return _check_config(target, overrides, own)
-    config = load_config(MeasureConfig, None, overrides, {"checkpoint": str(target), "out": "unused", **own})
+    config = asked_of(target, overrides, own)
+    refuse_unreadable(config)
     from stepscope.pipeline.check.shown import command, show_trial
     from stepscope.policy.check.health.run import examine_run, is_run
 
