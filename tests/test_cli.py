@@ -23,10 +23,10 @@ from typer.testing import CliRunner
 from stepscope import cli, pipeline
 from stepscope.cli.checkpoints import COMMAND
 from stepscope.cli.examples import EXAMPLES
-from stepscope.config import MeasureConfig, build_config
+from stepscope.config import EvalConfig, MeasureConfig, build_config
 from stepscope.errors import CheckpointError, ConfigError
 from stepscope.pipeline.check.run import kind_of_config
-from stepscope.pipeline.early import refuse_early
+from stepscope.pipeline.early import refuse_early, table_of
 
 VERBS = (
     "demo",
@@ -91,6 +91,14 @@ def test_help_of_a_verb(verb):
     result = run(verb, "--help")
     assert result.exit_code == 0
     assert verb in result.output
+
+
+def test_help_cuts_no_verb_short():
+    said = " ".join(run("--help").output.split())
+    assert "..." not in said
+    for command in cli.app.registered_commands:
+        first = (command.callback.__doc__ or "").splitlines()[0]
+        assert f"{command.name} {first}" in said
 
 
 def test_no_torch_before_it_is_needed():
@@ -311,6 +319,21 @@ def test_help_ends_with_two_examples_that_can_be_given(verb, command, monkeypatc
     result = run(name, *rest)
     assert result.exit_code == 0, result.output
     assert called
+
+
+@pytest.mark.parametrize(
+    ("out", "table"),
+    [
+        (None, "run/eval.parquet"),
+        ("there", "there/eval.parquet"),
+        ("new", "new/eval.parquet"),
+        ("a.b.parquet",) * 2,
+    ],
+)
+def test_an_evaluation_goes_to_a_file_or_a_folder(out, table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("there").mkdir()
+    assert table_of(build_config(EvalConfig, {"source": "run", "out": out})) == Path(table)
 
 
 def test_every_verb_has_examples():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from stepscope.pipeline import sizing
 from stepscope.pipeline.explain import STAGES
 from stepscope.pipeline.sizing import FEWEST, PASSES, RESERVE, Pace, Speed, fitting, pace, within_task
 from stepscope.pipeline.stages.session import Session
+from stepscope.report.terminal import answer_of, printed
 from stepscope.runs import RunFolder
 
 QUICK = (
@@ -48,6 +50,14 @@ def test_the_answer_is_printed_and_the_page_is_there(explained: tuple[Path, Any]
     ):
         assert words in found.stdout
     assert found.stdout.endswith(f"page: {out / 'report.html'}\n")
+    token = answer_of(out).lowered[0]
+    assert f"[[{token.token}]]" in found.stdout, "no colour marks it where this is no terminal"
+    shown = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FORCE_COLOR", "1")  # rich then takes any file for a terminal
+        printed(answer_of(out), out / "report.html", file=shown)
+    assert "[[" not in shown.getvalue()
+    assert "\x1b[" in shown.getvalue()
     assert (out / "report.html").is_file()
     assert "8 x 4 responses make the step, 24 x 1 measure it: about" in found.stderr
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cases import estimate_of
+from stepscope.loglog import loglog_fit
 from stepscope.measure.quantity.importance_weights import effective_sample_size, pareto_k
 from stepscope.stats import (
     NOT_FINITE,
@@ -17,7 +18,6 @@ from stepscope.stats import (
     clustered_mean,
     clustered_ratio,
     jackknife_ratio,
-    loglog_fit,
     pass_at_k,
 )
 
@@ -214,6 +214,14 @@ def test_what_is_no_number_is_never_reliable(value, stderr):
     assert not replace(made, reliable=True).reliable
     assert Estimate(value, stderr, 5, "1", "m", False, "too few").reason == "too few"
     assert not estimate_of(asdict(made) | {"reliable": True, "reason": ""}).reliable
+
+
+def test_an_estimate_prints_as_people_say_it():
+    """Student's 97.5 % quantile for four degrees of freedom is 2.776."""
+    made = Estimate(0.5, 0.125, 5, "nats/token", "m")
+    assert repr(made) == str(made) == "0.5 +- 0.12 nats/token (95 % 0.1529 to 0.8471, n = 5)"
+    assert repr(made.doubted("too few")).endswith("n = 5); not reliable: too few")
+    assert repr(Estimate(12.0, np.nan, 3, "1", "exact")) == "12 (n = 3)"
 
 
 def test_an_exact_figure_without_an_error_is_reliable():

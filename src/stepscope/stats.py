@@ -26,7 +26,7 @@ Number = Annotated[float, BeforeValidator(lambda value: float("nan") if value is
 """A number of a record that may be nan, which is null in its file."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Estimate:
     """A number with its error and its own verdict on whether it can be trusted.
 
@@ -73,6 +73,15 @@ class Estimate:
         if self.reliable and not (np.isfinite(self.value) and not (self.stderr < 0 or np.isinf(self.stderr))):
             object.__setattr__(self, "reliable", False)
             object.__setattr__(self, "reason", self.reason or NOT_FINITE)
+
+    def __repr__(self) -> str:
+        """``value +- stderr unit (95 % low to high, n = N)`` and the doubt, if there is one."""
+        error = "" if np.isnan(self.stderr) else f" +- {self.stderr:.2g}"
+        unit = "" if self.unit in ("", "1") else f" {self.unit}"
+        known = not (np.isnan(self.low) or np.isnan(self.high))
+        interval = f"95 % {self.low:.4g} to {self.high:.4g}, " if known else ""
+        doubt = "" if self.reliable else f"; not reliable: {self.reason}"
+        return f"{self.value:.4g}{error}{unit} ({interval}n = {self.n}){doubt}"
 
     @property
     def resolved(self) -> bool:
@@ -442,59 +451,3 @@ def pass_at_k(num_samples: npt.ArrayLike, num_correct: npt.ArrayLike, k: int) ->
 
     log_ratio = gammaln(wrong + 1) - gammaln(wrong - k + 1) - gammaln(n + 1) + gammaln(n - k + 1)
     return np.asarray(np.where(enough, 1 - np.exp(log_ratio), 1.0), dtype=np.float64)
-
-
-@dataclass(frozen=True)
-class LogLogFit:
-    """Least squares of log|y| on log x: |y| = exp(intercept) * x^slope.
-
-    Attributes:
-        slope: exponent; 1 where y is linear in x.
-        intercept: log|y| at x = 1.
-        r2: share of the variance of log|y| explained.
-        n: points used.
-        lrs: their x.
-        slope_stderr: standard error of the slope from the scatter about the line; nan with two points.
-    """
-
-    slope: Number
-    intercept: Number
-    r2: Number
-    n: int
-    lrs: tuple[float, ...]
-    slope_stderr: Number = float("nan")
-
-
-def loglog_fit(x: npt.ArrayLike, y: npt.ArrayLike) -> LogLogFit:
-    """Straight line through log|y| against log x.
-
-    Points where y is zero or not finite have no logarithm and are left out; ``lrs`` lists those used.
-
-    Args:
-        x: (lr,) positive abscissae, usually learning rates.
-        y: (lr,) ordinates; only their magnitude enters.
-
-    Returns:
-        The fit; all nan with fewer than two distinct points.
-    """
-    xs = np.asarray(x, dtype=np.float64)
-    ys = np.abs(np.asarray(y, dtype=np.float64))
-    keep = (xs > 0) & np.isfinite(ys) & (ys > 0)
-    used = tuple(float(v) for v in xs[keep])
-    count = len(used)
-    if len(set(used)) < 2:
-        return LogLogFit(float("nan"), float("nan"), float("nan"), count, used)
-    log_x, log_y = np.log(xs[keep]), np.log(ys[keep])
-    dx, dy = log_x - log_x.mean(), log_y - log_y.mean()
-    slope = float((dx * dy).sum() / (dx**2).sum())
-    residual = float(((dy - slope * dx) ** 2).sum())
-    spread = float((dy**2).sum())
-    stderr = float(np.sqrt(residual / (count - 2) / float((dx**2).sum()))) if count > 2 else float("nan")
-    return LogLogFit(
-        slope=slope,
-        intercept=float(log_y.mean() - slope * log_x.mean()),
-        r2=1 - residual / spread if spread > 0 else float("nan"),
-        n=count,
-        lrs=used,
-        slope_stderr=stderr,
-    )

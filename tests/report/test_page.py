@@ -222,7 +222,7 @@ def test_evaluations_of_two_settings_are_not_mixed(run_folder: Path) -> None:
     pq.write_table(pa.concat_tables(pieces), run_folder / "eval.parquet")
     page = Page(write_report(run_folder))
     assert {"table-training-before-after-0", "table-training-before-after-1"} <= set(page.ids)
-    assert "Accuracy on held-out problems, split train" in page.source
+    assert "Accuracy on the problems evaluated, split train" in page.source
     curves = [t for f in page.figures for t in f["data"] if t.get("name") == "pass@1"]
     assert [t["x"] for t in curves] == [[0, 10, 20, 30, 40]] * 2
 

@@ -16,10 +16,10 @@ from test_page import LARGEST_PAGE, Page
 from stepscope import runs
 from stepscope.errors import RunFolderError
 from stepscope.intervals import student
+from stepscope.loglog import loglog_fit
 from stepscope.pipeline.study.table import summarise
 from stepscope.report import write_study_report
 from stepscope.results.study import StudyFit, StudyRows
-from stepscope.stats import loglog_fit
 
 LRS = [1e-6, 1e-5, 1e-4, 1e-3]
 OWN_LR = 1e-4

@@ -38,7 +38,11 @@ def evaluate(
     template: TemplateFile = None,
     out: Annotated[
         str | None,
-        typer.Option("--out", metavar="FILE", help="Parquet file; default: eval.parquet in the run folder."),
+        typer.Option(
+            "--out",
+            metavar="FILE|DIR",
+            help="Parquet file, or a folder for eval.parquet; default: the run folder.",
+        ),
     ] = None,
     precision: Precision = None,
     device: Device = None,

@@ -64,7 +64,9 @@ _VERBS: dict[str, Callable[..., None]] = {
 }
 
 for _name, _verb in _VERBS.items():
-    app.command(_name, epilog=epilog(_name))(mendable(_verb))
+    # The whole first line, which would be cut to a terminal's width.
+    _first = (_verb.__doc__ or "").partition("\n")[0]
+    app.command(_name, short_help=_first, epilog=epilog(_name))(mendable(_verb))
 
 
 def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:

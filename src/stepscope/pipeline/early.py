@@ -82,8 +82,12 @@ def need_ledger(out: Path, run: str) -> None:
 
 
 def table_of(config: EvalConfig) -> Path:
-    """The table that an evaluation writes."""
-    return Path(config.out) if config.out is not None else Path(config.source) / "eval.parquet"
+    """The table that an evaluation writes: ``out``, or ``eval.parquet`` in it where that is a folder.
+
+    A folder is one that is there, or a name without a suffix.
+    """
+    out = Path(config.source if config.out is None else config.out)
+    return out / "eval.parquet" if config.out is None or out.is_dir() or not out.suffix else out
 
 
 @singledispatch

@@ -84,7 +84,7 @@ def as_record(answer: Answer, page: Path) -> Mapping[str, Any]:
 
 
 def printed(answer: Answer, page: Path, *, file: IO[str]) -> None:
-    """Print the answer, in colour where the file is a terminal."""
+    """Print the answer: in colour where the file is a terminal, with tokens in ``[[ ]]`` where it is none."""
     console = Console(file=file, highlight=False, force_jupyter=False)
     for sentence in answer.sentences:
         console.print(Text(printable(sentence), style="bold"))
@@ -92,7 +92,8 @@ def printed(answer: Answer, page: Path, *, file: IO[str]) -> None:
         console.print(_bars(found, answer.unit))
     for tokens, verb, colour in ((answer.lowered, "lowered", LOWERS), (answer.raised, "raised", RAISES)):
         if tokens:
-            console.print(_places(tokens, f"What {verb} it most", colour, answer.unit))
+            marked = not console.is_terminal
+            console.print(_places(tokens, f"What {verb} it most", colour, answer.unit, marked=marked))
     console.print(Text("Changes by this step, ± one standard error; ○ not resolved from zero.", style="dim"))
     console.print(Text(f"page: {page}"), soft_wrap=True)
 
@@ -117,7 +118,7 @@ def _bars(found: Waterfall, unit: Unit) -> Table:
     return table
 
 
-def _places(tokens: Sequence[TopToken], title: str, colour: str, unit: Unit) -> Table:
+def _places(tokens: Sequence[TopToken], title: str, colour: str, unit: Unit, *, marked: bool) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="")
     table.add_column("token, where it stands")
     table.add_column("times", justify="right")
@@ -125,7 +126,8 @@ def _places(tokens: Sequence[TopToken], title: str, colour: str, unit: Unit) -> 
     table.add_column("share", justify="right")
     for token in tokens:
         place = Text(_line(token.before), style="dim")
-        place.append(_line(token.token), style=f"bold reverse {colour}")
+        shown = _line(token.token)
+        place.append(f"[[{shown}]]" if marked else shown, style=f"bold reverse {colour}")
         place.append(_line(token.after), style="dim")
         value = text.bare(unit.change(token.value)) + ("" if token.value.resolved else " ○")
         table.add_row(place, f"x {len(token.places)}", value, text.percent(token.share))

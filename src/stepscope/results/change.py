@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from stepscope.errors import MeasurementError
+from stepscope.loglog import LogLogFit
 from stepscope.results.frames import flat, frame
 from stepscope.results.records import Record
 from stepscope.results.views import Parts, Plotted
-from stepscope.stats import Estimate, LogLogFit, Number
+from stepscope.stats import Estimate, Number
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from stepscope.loglog import LogLogFit
 from stepscope.results.criteria import CriterionDefinition, Kind, Level, Target
 from stepscope.results.records import BoolArray, FloatArray, IntArray, Record
 from stepscope.results.tables import Table, TextArray
-from stepscope.stats import Estimate, LogLogFit, Number
+from stepscope.stats import Estimate, Number
 
 
 @dataclass(frozen=True, repr=False)

@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 
+from stepscope.loglog import loglog_fit
 from stepscope.measure.change.options import ChangeOptions
 from stepscope.measure.change.second_order import linear_up_to, measurable_from, round_off_floor, second
 from stepscope.measure.change.uncertainty import Evidence, Statistic, estimate
@@ -21,7 +22,7 @@ from stepscope.measure.quantity.importance_weights import (
 )
 from stepscope.measure.quantity.values import TokenValues
 from stepscope.results.change import Change, ChangePoint, Taken
-from stepscope.stats import Estimate, loglog_fit
+from stepscope.stats import Estimate
 
 AS_TAKEN = math.inf
 """Stands among the learning rates for the parameters as a training in a half type leaves them."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from stepscope import runs
 from stepscope.intervals import student
+from stepscope.loglog import LogLogFit
 from stepscope.measure.change.estimate import doubted
 from stepscope.measure.change.measured import measure_changes
 from stepscope.measure.change.options import ChangeOptions
 from stepscope.pipeline.stages.plan import PROBE, STEP, UPDATE, Figures, stage
 from stepscope.pipeline.stages.session import Session
 from stepscope.results.change import Changes
-from stepscope.stats import Estimate, LogLogFit
+from stepscope.stats import Estimate
 
 
 @stage(

@@ -10,13 +10,13 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from stepscope.loglog import LogLogFit
 from stepscope.report import style, text
 from stepscope.report.load import StudyPage
 from stepscope.report.parts import Panel, Section
 from stepscope.report.sections.criteria import agrees
 from stepscope.report.sections.standings import standings
 from stepscope.report.tables import Cell, Table, lr_cell, number_cell, percent_cell, table
-from stepscope.stats import LogLogFit
 
 _COLUMNS = 2
 """Panels beside one another where each learning rate has its own."""

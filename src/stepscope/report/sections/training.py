@@ -124,7 +124,7 @@ def training_sentences(training: Training) -> list[str]:
         first, last = rows.step.iloc[0], rows.step.iloc[-1]
         when = f"From step {first} to step {last}" if several else f"At step {first}"
         where = f" ({setting})" if setting else ""
-        sentences.append(f"{when}, on held-out problems{where}: {'; '.join(parts)}.")
+        sentences.append(f"{when}, on the problems evaluated{where}: {'; '.join(parts)}.")
     return sentences
 
 
@@ -270,11 +270,11 @@ def _evaluated(
 
 def _pass_figure(rows: Any, setting: str, key: str) -> style.Figure:
     caption = (
-        "Fraction of held-out problems of which at least one of k sampled responses is right (pass@k), "
+        "Fraction of the problems evaluated of which at least one of k sampled responses is right (pass@k), "
         f"unbiased estimator{_size(rows)}. {_CLUSTERED}"
     )
     columns = {f"pass_at_{k}": f"pass@{k}" for k in _ks(rows)}
-    title = _titled("Accuracy on held-out problems", setting)
+    title = _titled("Accuracy on the problems evaluated", setting)
     return _over_steps(
         rows, key, title, caption, columns, style.axis("fraction of problems", range=[0, 1.02])
     )
@@ -283,8 +283,8 @@ def _pass_figure(rows: Any, setting: str, key: str) -> style.Figure:
 def _entropy_figure(rows: Any, setting: str, key: str) -> style.Figure:
     return style.figure(
         key,
-        _titled("Entropy on held-out problems", setting),
-        f"Entropy of the policy per response token on held-out problems{_size(rows)}. {_CLUSTERED}",
+        _titled("Entropy on the problems evaluated", setting),
+        f"Entropy of the policy per response token on the problems evaluated{_size(rows)}. {_CLUSTERED}",
         _evaluated(rows, "step", {"entropy_per_token": "entropy"}, [style.Look(style.INK)]),
         wide=False,
         xaxis=_STEP,
