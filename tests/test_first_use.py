@@ -37,7 +37,7 @@ def test_only_a_process_of_its_own_sets_objects_apart() -> None:
 def test_bitsandbytes_does_not_complain_of_kernels_while_it_is_loaded(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It does so from Python, too: the name is one of the package's own."""
+    """It does so from Python, too: the package loads its names so, each once."""
     talker = logging.getLogger("bitsandbytes.backends.cpu")
 
     def load(name: str) -> str:
@@ -45,7 +45,7 @@ def test_bitsandbytes_does_not_complain_of_kernels_while_it_is_loaded(
         return name
 
     monkeypatch.setattr(stepscope, "_load", load)
-    assert stepscope.load_checkpoint == "load_checkpoint"
+    assert stepscope.__getattr__("load_checkpoint") == "load_checkpoint"
     assert not caplog.records
     talker.warning("of the user's own quantized model")
     assert [record.message for record in caplog.records] == ["of the user's own quantized model"]
