@@ -1,20 +1,20 @@
 """Shares of own position, own response, same prompt and other prompts against the length of responses.
 
     python bench/long_responses.py CHECKPOINT --json FILE [--terms 3 6 9 12] [--prompts 96] [--seed 0]
-    python bench/long_responses.py CHECKPOINT --json FILE --figure docs/figures/long_responses.svg
     python bench/long_responses.py CHECKPOINT --json FILE --difficulty easy hard --prompts 32
-    python bench/long_responses.py --over FILE FILE ...
+    python bench/long_responses.py --over FILE FILE ... [--figure docs/figures/long_responses.svg]
 
 For sums of each number of terms a batch is sampled from the checkpoint, its step is rebuilt, and its kinship
 is taken (``stepscope.kinship``), with shares of a batch of 16 prompts. What is measured stays in FILE. The
 model of ``stepscope.measure.ledger.kin_model`` is fitted to the shares of one number of terms (``--fit``) and
-predicts the others; both are printed, and drawn with ``--figure``. The checkpoint is that of
+predicts the others; both are printed. The checkpoint is that of
 ``stepscope train configs/long_responses.yaml``.
 
 Longer sums are harder too. ``--difficulty`` tells the two apart: of 1,000 prompts that the policy answers 4
 times, ``easy`` takes those with 3 or 4 right answers, ``hard`` the others, and the batch is of new responses
 to them. ``--over`` takes the files of several trainings together: shares of each cell with their 95 %
-t-intervals over trainings, and how the share of the own position goes with length and with reward.
+t-intervals over trainings, and how the share of the own position goes with length and with reward;
+``--figure`` draws them.
 """
 
 from __future__ import annotations
@@ -222,101 +222,104 @@ def effects(known: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(known: list[dict[str, Any]], said: Prediction, fit: int, path: Path) -> None:
-    """Shares against length, a panel for each look: measured with intervals; the model's line and band."""
+def t_interval(x: FloatArray) -> str:
+    """Mean and half width of the 95 % t-interval."""
+    return f"{x.mean():.3f} ± {student(len(x)) * x.std(ddof=1) / len(x) ** 0.5:.3f}"
+
+
+def mean_figures(known: list[dict[str, Any]], cell: tuple[int, str]) -> FloatArray:
+    """Tokens, reward, entropy, shares at the batch's own positions: the mean of a training's batches."""
+    rows = [row for row in known if (row["terms"], row["difficulty"]) == cell]
+    return np.mean(
+        [
+            [row["length"], row["reward"], row["entropy"], *(s.value for s in shares_of(row, BATCH).values())]
+            for row in rows
+        ],
+        0,
+    )
+
+
+def over_trainings(trainings: list[list[dict[str, Any]]]) -> str:
+    """Markdown: shares at the batch's own positions over trainings, and what goes with length and reward.
+
+    Batches of one training are averaged. The slopes are those of least squares of the own position's share on
+    the logarithm of the length and the reward, over the cells of one training.
+    """
+    cells = cells_of(trainings)
+    lines = [
+        f"| terms, prompts | tokens | reward | entropy | {' | '.join(KINS[kin] for kin in KIN4)} |",
+        f"|---|---|---|---|{'---|' * 4}",
+    ]
+    figures = np.array([[mean_figures(known, cell) for cell in cells] for known in trainings])
+    for place, (terms, difficulty) in enumerate(cells):
+        columns = [t_interval(column) for column in figures[:, place].T]
+        lines.append(f"| {terms}, {difficulty} | {' | '.join(columns)} |")
+    slopes = []
+    for length, reward, _, share, *_ in figures.transpose(0, 2, 1):
+        design = np.stack([np.ones_like(length), np.log2(length), reward], axis=1)
+        slopes.append(np.linalg.lstsq(design, share, rcond=None)[0])
+    _, of_length, of_reward = np.array(slopes).T
+    lines.append(
+        f"\nown position's share: {t_interval(of_length)} for twice the length at equal reward, "
+        f"{t_interval(of_reward)} for all right instead of none at equal length"
+    )
+    return "\n".join(lines)
+
+
+def cells_of(trainings: list[list[dict[str, Any]]]) -> list[tuple[int, str]]:
+    """Numbers of terms and difficulties that every training has."""
+    return sorted(set.intersection(*({(r["terms"], r["difficulty"]) for r in known} for known in trainings)))
+
+
+def draw(trainings: list[list[dict[str, Any]]], fit: int, path: Path) -> None:
+    """Shares against length, with the model's; and the own position's by difficulty.
+
+    Means over trainings with 95 % t-intervals; the model is fitted to each training's sums of ``fit`` terms.
+    """
     import matplotlib as mpl
 
     mpl.use("svg")
     mpl.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "long_responses", "font.size": 8}
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, 2, figsize=(7.6, 3.1), sharey=True)
-    colours = dict(zip(KIN4, ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), strict=True))
-    rows = sorted(known, key=lambda row: row["length"])
-    at = np.array([row["length"] for row in rows])
-    for panel, (look, title) in zip(panels, LOOKS.items(), strict=True):
-        predicted = [said.shares(batch_of(row, fresh=look == FRESH)) for row in rows]
-        for place, kin in enumerate(KIN4):
-            line, low, high = np.array([row[kin] for row in predicted]).T
-            panel.plot(at, line, "--", lw=1, color=colours[kin])
-            panel.fill_between(at, low, high, color=colours[kin], alpha=0.12, lw=0)
-            values = [shares_of(row, look)[kin] for row in rows]
-            panel.errorbar(
-                at + 0.6 * (place - 1.5),
-                [v.value for v in values],
-                yerr=[[v.value - v.low for v in values], [v.high - v.value for v in values]],
-                fmt="o",
-                ms=3,
-                lw=0.9,
-                color=colours[kin],
-                label=KINS[kin],
-            )
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(7.6, 3.1), sharey=True)
+    cells = cells_of(trainings)
+
+    def points(panel: Any, difficulty: str, kin: str, shift: float, colour: str, label: str) -> None:
+        at = [cell for cell in cells if cell[1] == difficulty]
+        values = np.array(
+            [[mean_figures(known, c)[[0, 3 + KIN4.index(kin)]] for c in at] for known in trainings]
+        )
+        x, y = values.mean(0).T
+        half = student(len(values)) * values[..., 1].std(0, ddof=1) / len(values) ** 0.5
+        panel.errorbar(x + shift, y, yerr=half, fmt="o", ms=3, lw=0.9, color=colour, label=label)
+
+    predicted = []
+    for known in trainings:
+        plain = sorted((r for r in known if r["difficulty"] == "all"), key=lambda row: row["length"])
+        model = fitted(plain, fit)
+        shares = [model.shares(batch_of(row, fresh=False)) for row in plain]
+        predicted.append(
+            [[row["length"], *(s[k] for k in KIN4)] for row, s in zip(plain, shares, strict=True)]
+        )
+    at, *lines = np.mean(predicted, 0).T
+    colours = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+    for place, (kin, line, colour) in enumerate(zip(KIN4, lines, colours, strict=True)):
+        left.plot(at, line, "--", lw=1, color=colour)
+        points(left, "all", kin, 0.8 * (place - 1.5), colour, KINS[kin])
+    for place, (difficulty, colour) in enumerate({"easy": "#009e73", "hard": "#d55e00"}.items()):
+        points(right, difficulty, KIN4[0], 1.6 * (place - 0.5), colour, f"{difficulty} prompts")
+    titles = ("all prompts; dashed: the model", "its own position, by difficulty")
+    for panel, title in zip((left, right), titles, strict=True):
         panel.axhline(0, lw=0.5, color="#888888")
-        for row in rows:
-            if row["terms"] == fit:
-                panel.axvline(row["length"], lw=0.5, ls=":", color="#888888")
         panel.set_title(title, fontsize=8)
         panel.set_xlabel("response tokens")
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel(f"share, batch of {OF_PROMPTS} prompts")
-    panels[1].legend(fontsize=7)
+        panel.legend(fontsize=7)
+    left.set_ylabel(f"share, batch of {OF_PROMPTS} prompts")
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
-
-
-def t_interval(values: list[float]) -> str:
-    """Mean and half width of the 95 % t-interval."""
-    x = np.array(values)
-    if len(x) < 2:
-        return f"{x.mean():.3f}"
-    return f"{x.mean():.3f} ± {student(len(x)) * x.std(ddof=1) / len(x) ** 0.5:.3f}"
-
-
-def over_trainings(files: list[Path]) -> str:
-    """Markdown: shares at the batch's own positions over trainings, and what goes with length and reward.
-
-    Batches of one training are averaged. The slopes are those of least squares of the own position's share on
-    the logarithm of the length and the reward, over the cells of one training.
-    """
-    trainings = [json.loads(file.read_text()) for file in files]
-    cells = sorted({(row["terms"], row["difficulty"]) for known in trainings for row in known})
-    lines = [
-        f"| terms, prompts | trainings | tokens | reward | entropy | {' | '.join(KINS[k] for k in KIN4)} |",
-        f"|---|---|---|---|---|{'---|' * 4}",
-    ]
-    looked: list[list[tuple[float, float, float]]] = [[] for _ in trainings]
-    for terms, difficulty in cells:
-        means: list[list[float]] = []
-        for place, known in enumerate(trainings):
-            rows = [row for row in known if (row["terms"], row["difficulty"]) == (terms, difficulty)]
-            if not rows:
-                continue
-            figures = [
-                [
-                    row["length"],
-                    row["reward"],
-                    row["entropy"],
-                    *(s.value for s in shares_of(row, BATCH).values()),
-                ]
-                for row in rows
-            ]
-            mean = np.mean(figures, 0)
-            means.append(mean.tolist())
-            looked[place].append((float(np.log(mean[0])), mean[1], mean[3]))
-        columns = [t_interval(list(column)) for column in zip(*means, strict=True)]
-        lines.append(f"| {terms}, {difficulty} | {len(means)} | {' | '.join(columns)} |")
-    slopes = []
-    for cell in looked:
-        length, reward, share = np.array(cell).T
-        design = np.stack([np.ones_like(length), length, reward], axis=1)
-        slopes.append(np.linalg.lstsq(design, share, rcond=None)[0])
-    _, of_length, of_reward = np.array(slopes).T
-    lines.append(
-        f"\nown position's share: {t_interval(list(of_length * np.log(2)))} for twice the length at equal "
-        f"reward, {t_interval(list(of_reward))} for all right instead of none at equal length"
-    )
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -334,16 +337,19 @@ def main() -> None:
         "--difficulty", choices=["all", *RIGHT], nargs="+", default=["all"], help="of the prompts"
     )
     parser.add_argument("--over", type=Path, nargs="+", help="files of several trainings; measures nothing")
-    parser.add_argument("--figure", type=Path, help="draw what is known, and measure nothing")
+    parser.add_argument("--figure", type=Path, help="of --over")
     options = parser.parse_args()
     if options.over:
-        print(over_trainings(options.over))
+        trainings = [json.loads(file.read_text()) for file in options.over]
+        print(over_trainings(trainings))
+        if options.figure:
+            draw(trainings, options.fit, options.figure)
         return
     if not (options.checkpoint and options.json):
         parser.error("a checkpoint and --json, or --over")
     known: list[dict[str, Any]] = json.loads(options.json.read_text()) if options.json.is_file() else []
     cells = [(terms, options.seed, d) for terms in options.terms for d in options.difficulty]
-    for cell in () if options.figure else cells:
+    for cell in cells:
         if any((row["terms"], row["seed"], row["difficulty"]) == cell for row in known):
             continue
         row = measured(options.checkpoint, options.prompts, options.tokens, *cell)
@@ -362,8 +368,6 @@ def main() -> None:
     print(effects(known))
     model = said.model
     print(f"common {model.common:.3f}, prompt {model.prompt:.3f}, memory {model.memory:.3f}")
-    if options.figure:
-        draw(known, said, options.fit, options.figure)
 
 
 if __name__ == "__main__":
