@@ -20,8 +20,15 @@ from stepscope.policy.rollouts import sample_rollouts
 from stepscope.results import same_text
 from stepscope.tasks import Task
 
-PASSES: Mapping[Stage, float] = {**FLOORS, "validation": 50.0, "curvature": 60.0, "kinship": 20.0}
-"""Passes of each stage; of the last three, which have sizes of their own, a rough guess."""
+PASSES: Mapping[Stage, float] = {
+    **FLOORS,
+    "validation": 50.0,
+    "models": 30.0,
+    "curvature": 60.0,
+    "frontier": 15.0,
+    "kinship": 20.0,
+}
+"""Passes of each stage; of the last five, which have sizes of their own, a rough guess."""
 
 RESERVE = 0.8
 """Of the time that is left, what batches are sized for: a trial of a few responses errs by some."""
