@@ -183,7 +183,7 @@ def test_stage_without_what_it_needs(checkpoint, out):
 
 def test_divergence_of_a_full_model_from_nothing(checkpoint, out):
     line = refused("measure", checkpoint, "--out", out, *SMALL, "--quantity", "kl", out=out)
-    assert "reference=MODEL" in line
+    assert f"reference={checkpoint.parent / 'step-0'}" in line
 
 
 def test_checkpoint_that_changed_meanwhile(copy, out):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 from collections.abc import Iterator
@@ -40,6 +41,8 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     INTERVENTIONS.update(kept[2])
     LOSSES.clear()
     LOSSES.update(losses)
+    vars(made).clear()
+    gc.collect()  # quantities are the subclasses that there are
 
 
 def test_all_that_can_be_added_has_an_example() -> None:

@@ -135,6 +135,19 @@ def test_a_share_of_nothing_resolved_is_flagged(setting: tuple[Policy, Step]) ->
     assert all(row.influence.reliable for row in found.kin)
 
 
+def test_pairs_of_one_prompt_alone_have_no_error(setting: tuple[Policy, Step]) -> None:
+    policy, step = setting
+    first = step.update.prompt_index == 0
+    rows = zip(step.token_weights, first, strict=True)
+    alone = replace(step, token_weights=tuple(row * own for row, own in rows))
+    kin = kinship(policy, alone).kin
+    for row in kin:
+        if row.look == BATCH and row.kin in KIN4[:2]:
+            assert row.per_pair.value == pytest.approx(row.influence.value / row.pairs)
+            assert math.isnan(row.per_pair.stderr)
+            assert not row.per_pair.reliable
+
+
 def test_what_has_no_kinship_is_refused(setting: tuple[Policy, Step]) -> None:
     policy, step = setting
     with pytest.raises(MeasurementError, match="no preconditioner"):

@@ -115,11 +115,18 @@ def _look(
 
 
 def _each(sums: KinSteps, look: str, kin: str, pairs: IntArray) -> Estimate:
-    """Of one pair, given the number of positions; no number where there is none."""
+    """Of one pair, given the number of positions; no number where there is none.
+
+    Where the pairs are of one prompt alone there is no error: its part is the whole.
+    """
     part = sums.steps[0].part(look, kin, WHOLE)
-    parts = part.done + part.received, pairs.sum(0).astype(np.float64)
-    done, of = (
+    parts, of = part.done + part.received, pairs.sum(0).astype(np.float64)
+    alone = np.count_nonzero(of) == 1
+    if alone:
+        parts = parts * np.nan
+    done, number = (
         KinFigure(float(own), by_prompt, np.zeros(1), 0.0)
-        for own, by_prompt in zip((part.done.sum(), pairs[0].sum()), parts, strict=True)
+        for own, by_prompt in ((part.done.sum(), parts), (pairs[0].sum(), of))
     )
-    return done.over(of).estimate(UNIT, "mean over pairs, given the number of positions")
+    found = done.over(number).estimate(UNIT, "mean over pairs, given the number of positions")
+    return found.doubted("its pairs are of one prompt, which tells no error" if alone else "")
