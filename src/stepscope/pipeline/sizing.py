@@ -14,7 +14,7 @@ from stepscope.pipeline.speed import FLOORS, LONG, PILOT, least_speed
 from stepscope.pipeline.stages.session import Session
 from stepscope.policy.gradients.derivatives import gradient, response_logprob
 from stepscope.policy.group import current
-from stepscope.policy.loss.registry import known_loss, loss_named
+from stepscope.policy.loss.registry import of_preferences
 from stepscope.policy.loss.settings import NEXT_BATCH, StepSettings
 from stepscope.policy.rollouts import sample_rollouts
 from stepscope.results import same_text
@@ -144,8 +144,7 @@ def trial(session: Session) -> Speed:
 
 def update_file(config: MeasureConfig, settings: StepSettings) -> str | None:
     """The file whose responses make the step: one that is given, or a training's from preferences."""
-    name = settings.loss_type
-    if config.update.file is None and known_loss(name) and loss_named(name).pairs:
+    if config.update.file is None and of_preferences(settings.loss_type):
         return str(Path(config.checkpoint) / NEXT_BATCH)
     return config.update.file
 
@@ -229,9 +228,9 @@ def fitting(
 
     update = update.model_copy(update={"num_prompts": prompts("update", update.num_prompts)})
     probe = probe.model_copy(update={"num_prompts": prompts("probe", probe.num_prompts)})
-    total = (update.num_prompts * update.group_size + probe.num_prompts * probe.group_size) * seconds
     less = (update.num_prompts, probe.num_prompts) != (config.update.num_prompts, config.probe.num_prompts)
     config = config.model_copy(update={"update": update, "probe": probe})
+    total = config.num_responses * seconds
     say(
         f"{verb}: {batches_in_words(config, file)}: about {in_words(total)}"
         + (f" (smaller than the default, for the time; {more})" if less else "")

@@ -17,6 +17,11 @@ def known_loss(name: str) -> bool:
     return name in LOSSES
 
 
+def of_preferences(name: str) -> bool:
+    """Whether the loss of this name is one of pairs of responses; not for a name that is not known."""
+    return known_loss(name) and LOSSES[name].pairs
+
+
 def loss_named(name: str) -> Loss:
     """The loss of a name.
 

@@ -113,7 +113,7 @@ def shown_responses(
         most: tokens shown of each.
         unit: of the influences.
     """
-    shown = []
+    shown, ungraded = [], bool(preference_roles(batch))
     for i in map(int, chosen):
         own = None if tokens is None else tokens[tokens.sequence_id == i].sort_values("position")
         facts = [f"reward {text.number(batch.rewards[i])}"]
@@ -130,7 +130,7 @@ def shown_responses(
             Response(
                 heading=f"Sequence {i}, {batch.prompt_ids[i]}",
                 facts=", ".join(facts),
-                correct=None if preference_roles(batch) else bool(batch.correct[i]),
+                correct=None if ungraded else bool(batch.correct[i]),
                 prompt=batch.prompts[i],
                 text=batch.responses[i],
                 tokens=[] if own is None else _spans(own, scale, most),

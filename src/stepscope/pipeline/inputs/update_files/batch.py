@@ -27,8 +27,7 @@ from stepscope.pipeline.inputs.update_files.refusals import (
 from stepscope.pipeline.inputs.update_files.rows import Dump, read_dump
 from stepscope.pipeline.inputs.update_files.tokens import TokenReader, Told
 from stepscope.policy.loss.estimators import with_advantages
-from stepscope.policy.loss.registry import known_loss, loss_named
-from stepscope.policy.loss.settings import StepSettings
+from stepscope.policy.loss.registry import of_preferences
 from stepscope.policy.passes import Budget
 from stepscope.policy.rollouts import score_rollouts
 from stepscope.policy.state import Policy
@@ -153,7 +152,7 @@ def _assembled(
             raise BatchError(f"{dump.path}: neither rewards nor advantages; give one of them")
         rewards = np.array(values, dtype=np.float64)
         notes.append("no rewards are logged; advantages stand in their place")
-    if any(row.correct is None for row in rows) and not _of_pairs(policy.settings):
+    if any(row.correct is None for row in rows) and not of_preferences(policy.settings.loss_type):
         notes.append("responses count as correct where their reward is above 0")
     correct = [r > 0 if row.correct is None else row.correct for r, row in zip(rewards, rows, strict=True)]
     zeros = tuple(np.zeros(len(t.ids)) for t in told)
@@ -199,7 +198,7 @@ def _with_advantages(
     how = settings.advantage_estimator or f"GRPO's, scaled by {settings.scale_rewards}"
     if all(value is None for value in given):
         note = f"advantages are those of the rewards ({how})"
-        if _of_pairs(settings):
+        if of_preferences(settings.loss_type):
             note = "rewards say which response of a pair is chosen"
         return with_advantages(batch, settings), {}, [note]
     if None in given:
@@ -227,11 +226,6 @@ def _with_advantages(
         reason="" if close else "the logged advantages are not those of the logged rewards by the settings",
     )
     return logged_ones, {"update_advantage_difference": figure}, []
-
-
-def _of_pairs(settings: StepSettings) -> bool:
-    """Whether the loss is one of preferences, which looks at no advantages."""
-    return known_loss(settings.loss_type) and loss_named(settings.loss_type).pairs
 
 
 def _all_or_none(rows: Sequence[Logged], name: str) -> tuple[FloatArray, ...] | None:
